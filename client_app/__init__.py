@@ -1,0 +1,1 @@
+"""The ClientApp: message in, local epochs, reply out."""

@@ -1,0 +1,107 @@
+"""The ClientApp of feddm: what a hospital does with each message of the server."""
+
+import dataclasses
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from client_app.failures import failures_stay_local
+from client_app.workspace import Workspace, choose_precision, open_workspace
+from task.fingerprint import code_fingerprint
+from task.randomness import Stream, torch_generator
+from task.train import held_out_loss, train_epochs
+from task.wire import Key
+
+app = ClientApp()
+
+
+@app.query()
+@failures_stay_local
+def introduce(message: Message, context: Context) -> Message:
+    """Say which share of a simulation this is, if it is one, and which code it runs."""
+    said = ConfigRecord({Key.FINGERPRINT: code_fingerprint()})
+    if Key.PARTITION_ID in context.node_config:
+        said[Key.PARTITION_ID] = int(context.node_config[Key.PARTITION_ID])
+        said[Key.NUM_PARTITIONS] = int(context.node_config[Key.NUM_PARTITIONS])
+    return Message(RecordDict({Key.CONFIG: said}), reply_to=message)
+
+
+@app.train()
+@failures_stay_local
+def train(message: Message, context: Context) -> Message:
+    """Run the local epochs from the global weights and reply the local weights."""
+    asked = message.content.config_records[Key.CONFIG]
+    workspace = open_workspace(context)
+    config = workspace.config
+    images, _ = workspace.images(context)
+    load_weights(workspace, message)
+    result = train_epochs(
+        workspace.model,
+        images.images,
+        images.labels,
+        objective=workspace.objective,
+        epochs=config.train.local_epochs,
+        batch_size=config.train.batch_size,
+        lr=config.train.lr,
+        horizontal_flip=config.data.horizontal_flip,
+        precision=choose_precision(workspace, context, str(asked[Key.PRECISION])),
+        channels_last=config.train.channels_last,
+        generator=torch_generator(
+            config.seed,
+            Stream.TRAIN,
+            int(asked[Key.SERVER_ROUND]),  # type: ignore[arg-type]
+            int(asked[Key.CLIENT]),  # type: ignore[arg-type]
+            device=workspace.device,
+        ),
+    )
+    packed = workspace.layout.pack(workspace.model.state_dict(), config.federation.wire_dtype)
+    metrics = MetricRecord(
+        {
+            Key.NUM_EXAMPLES: len(images),
+            Key.LOSS: result.loss,
+            Key.SECONDS: result.seconds,
+            Key.IMAGES_PER_SECOND: result.images_per_second,
+        }
+    )
+    arrays = ArrayRecord({Key.PACKED: Array(packed)})
+    return Message(RecordDict({Key.ARRAYS: arrays, Key.METRICS: metrics}), reply_to=message)
+
+
+@app.evaluate()
+@failures_stay_local
+def evaluate(message: Message, context: Context) -> Message:
+    """Reply the loss of the global weights on held-out images, drawn alike in every round."""
+    asked = message.content.config_records[Key.CONFIG]
+    workspace = open_workspace(context)
+    config = workspace.config
+    _, held_out = workspace.images(context)
+    metrics = MetricRecord({Key.NUM_EXAMPLES: len(held_out)})
+    # A small share of a skewed partition can be without held-out images.
+    if len(held_out) > 0:
+        load_weights(workspace, message)
+        metrics[Key.LOSS] = held_out_loss(
+            workspace.model,
+            held_out.images,
+            held_out.labels,
+            objective=dataclasses.replace(workspace.objective, label_dropout=0.0),
+            batch_size=config.train.batch_size,
+            precision=choose_precision(workspace, context, str(asked[Key.PRECISION])),
+            channels_last=config.train.channels_last,
+            generator=torch_generator(
+                config.seed,
+                Stream.EVALUATE,
+                int(asked[Key.CLIENT]),  # type: ignore[arg-type]
+                device=workspace.device,
+            ),
+        )
+    return Message(RecordDict({Key.METRICS: metrics}), reply_to=message)
+
+
+def load_weights(workspace: Workspace, message: Message) -> None:
+    """Put the weights of a message into the model.
+
+    Raises:
+        ValueError: they are not the weights of this model.
+    """
+    packed = message.content.array_records[Key.ARRAYS][Key.PACKED].numpy()
+    workspace.model.load_state_dict(workspace.layout.unpack(packed))

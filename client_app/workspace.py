@@ -1,0 +1,118 @@
+"""What a client needs for every message: its images, the model, the objective."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from flwr.app import ConfigRecord, Context
+
+from task.config import Config, load_run_config
+from task.data import Dataset, ImageSet, build_dataset, split_validation
+from task.diffusion import DiffusionObjective, build_objective
+from task.partition import Partition, build_partition
+from task.randomness import Stream, numpy_generator
+from task.train import configure_torch, faster_precision, select_device
+from task.unet import UNet, build_unet
+from task.wire import Key, WeightLayout
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The parts of a run that a process builds once and uses for all of its messages.
+
+    Attributes:
+        config: of the run, with the node's own data folder.
+        device: where it trains.
+        model: its weights are replaced with every message.
+        layout: of the packed weights.
+        objective: the loss of a batch.
+        dataset: every image that this machine holds.
+        partition: how a simulation deals them out; None on a real node, whose images are its own.
+    """
+
+    config: Config
+    device: torch.device
+    model: UNet
+    layout: WeightLayout
+    objective: DiffusionObjective
+    dataset: Dataset
+    partition: Partition | None
+
+    def images(self, context: Context) -> tuple[ImageSet, ImageSet]:
+        """Return the training and the held-out images of the client that the context is of."""
+        if self.partition is None:
+            train = self.dataset.train
+            kept, held_out = split_validation(
+                train.labels.numpy(),
+                self.config.data.val_fraction,
+                generator=numpy_generator(self.config.seed, Stream.HOLD_OUT),
+            )
+            return train.subset(kept), train.subset(held_out)
+        share = int(context.node_config[Key.PARTITION_ID])
+        return (
+            self.dataset.train.subset(self.partition.train_indices[share]),
+            self.dataset.test.subset(self.partition.test_indices[share]),
+        )
+
+
+def open_workspace(context: Context) -> Workspace:
+    """Build the workspace of a run, or return the one that this process has built already."""
+    num_partitions = context.node_config.get(Key.NUM_PARTITIONS)
+    data_path = context.node_config.get("data-path")
+    return _build_workspace(
+        json.dumps(dict(context.run_config), sort_keys=True),
+        None if num_partitions is None else int(num_partitions),
+        None if data_path is None else str(data_path),
+    )
+
+
+@lru_cache(maxsize=1)
+def _build_workspace(
+    run_config: str, num_partitions: int | None, data_path: str | None
+) -> Workspace:
+    given: Mapping[str, str | int | float | bool] = json.loads(run_config)
+    config = load_run_config(given)
+    if data_path is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=data_path))
+    configure_torch(num_threads=config.train.num_threads, deterministic=config.train.deterministic)
+    dataset = build_dataset(config)
+    model = build_unet(config)
+    return Workspace(
+        config=config,
+        device=select_device(config.train.device),
+        model=model,
+        layout=WeightLayout.of(model),
+        objective=build_objective(config),
+        dataset=dataset,
+        partition=None
+        if num_partitions is None
+        else build_partition(
+            dataset.train.labels.numpy(),
+            dataset.test.labels.numpy(),
+            num_classes=len(config.data.classes),
+            num_clients=num_partitions,
+            beta=config.partition.beta,
+            seed=config.seed,
+        ),
+    )
+
+
+def choose_precision(workspace: Workspace, context: Context, requested: str) -> str:
+    """Return the precision to train in; "auto" is timed once and kept while the node runs."""
+    if requested != "auto":
+        return requested
+    if Key.PRECISION not in context.state.config_records:
+        data, train = workspace.config.data, workspace.config.train
+        timed = faster_precision(
+            workspace.model,
+            objective=workspace.objective,
+            image_shape=(data.channels, data.image_size, data.image_size),
+            batch_size=train.batch_size,
+            channels_last=train.channels_last,
+            device=workspace.device,
+        )
+        context.state[Key.PRECISION] = ConfigRecord({Key.PRECISION: timed})
+    return str(context.state.config_records[Key.PRECISION][Key.PRECISION])

@@ -1,0 +1,1 @@
+"""The ServerApp: rounds, sampling of clients, aggregation, checkpoints, global evaluation."""

@@ -1,0 +1,101 @@
+"""Weighted FedAvg that adds replies up as they come, in memory that does not grow with them."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MetricRecord
+from flwr.serverapp.strategy import FedAvg
+from numpy.typing import NDArray
+
+from task.wire import Key
+
+# Steps of 2^-32 are finer than float32 needs for a mean of weights; 62 bits hold the sum.
+FRACTION_BITS = 32
+CAPACITY_BITS = 62
+CHUNK = 1 << 20
+
+
+class FixedPointSum:
+    """The sum of weight x num_examples, equal to the bit in whatever order it is added up.
+
+    Floating-point addition depends on the order, integer addition does not: every product is
+    rounded once to a multiple of 2^-32, on its own, and added as int64.
+    """
+
+    def __init__(self) -> None:
+        self.num_examples = 0
+        self._sum: NDArray[np.int64] | None = None
+        self._bound = 0.0
+
+    def add(self, weights: NDArray[np.floating], num_examples: int) -> None:
+        """Add the weights of one client.
+
+        Args:
+            weights: [P] finite.
+            num_examples: > 0, the images that the client trained on.
+
+        Raises:
+            ValueError: the shape differs from that of the first client.
+            OverflowError: weights so large that the sum could overflow: the run has diverged.
+        """
+        if self._sum is None:
+            self._sum = np.zeros(weights.shape, np.int64)
+        if weights.shape != self._sum.shape:
+            raise ValueError(f"weights must have shape {self._sum.shape}, got {weights.shape}")
+        self._bound += float(np.abs(weights).max(initial=0.0)) * num_examples
+        if self._bound * 2.0**FRACTION_BITS >= 2.0**CAPACITY_BITS:
+            raise OverflowError(
+                f"weights times images add up to {self._bound:.3g}, which no sane model reaches: "
+                "the training has diverged; lower train.lr"
+            )
+        self.num_examples += num_examples
+        scale = num_examples * 2.0**FRACTION_BITS
+        for start in range(0, len(weights), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            self._sum[chunk] += np.rint(weights[chunk].astype(np.float64) * scale).astype(np.int64)
+
+    def mean(self) -> NDArray[np.float32]:
+        """Return the mean of all weights, weighted by the images of their clients: [P] float32.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if self._sum is None:
+            raise ValueError("the mean needs the weights of at least 1 client, got 0")
+        mean = np.empty(self._sum.shape, np.float32)
+        for start in range(0, len(mean), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            mean[chunk] = self._sum[chunk] / (self.num_examples * 2.0**FRACTION_BITS)
+        return mean
+
+
+class StreamingFedAvg(FedAvg):
+    """Flower's FedAvg over a lazy iterable of replies, weighted by the images of each client.
+
+    Source: Algorithm 1 of the paper, the lines of the server.
+    """
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Average packed weights and losses; (None, None) where no reply came.
+
+        Args:
+            server_round: not used; part of Flower's interface.
+            replies: checked already, pulled from the network while they are consumed.
+        """
+        total, losses = FixedPointSum(), []
+        for reply in replies:
+            metrics = reply.content.metric_records[Key.METRICS]
+            num_examples = int(metrics[Key.NUM_EXAMPLES])  # type: ignore[arg-type]
+            total.add(reply.content.array_records[Key.ARRAYS][Key.PACKED].numpy(), num_examples)
+            losses.append(float(metrics[Key.LOSS]) * num_examples)  # type: ignore[arg-type]
+        if not losses:
+            return None, None
+        # fsum is exact, so the order of arrival does not show here either.
+        loss = math.fsum(losses) / total.num_examples
+        return (
+            ArrayRecord({Key.PACKED: Array(total.mean())}),
+            MetricRecord({Key.LOSS: loss, Key.NUM_EXAMPLES: total.num_examples}),
+        )

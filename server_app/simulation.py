@@ -1,0 +1,64 @@
+"""What the server of a simulation can do because all images lie on its own machine."""
+
+import torch
+
+from server_app.log import log
+from task.config import Config
+from task.data import Dataset, build_dataset
+from task.diffusion import build_objective
+from task.figures import save_partition_heatmap
+from task.partition import build_partition
+from task.run_directory import RunDirectory
+from task.train import configure_torch, faster_precision
+from task.unet import UNet
+
+
+def deal_images(config: Config, directory: RunDirectory) -> Dataset:
+    """Load the data set and write down how many images of each class each client holds.
+
+    Raises:
+        ValueError: there are more clients than images, or a resumed run was dealt otherwise.
+    """
+    dataset = build_dataset(config)
+    partition = build_partition(
+        dataset.train.labels.numpy(),
+        dataset.test.labels.numpy(),
+        num_classes=len(config.data.classes),
+        num_clients=config.federation.num_supernodes,
+        beta=config.partition.beta,
+        seed=config.seed,
+    )
+    described = partition.describe()
+    stored = directory.read_json("partition.json")
+    if stored is not None and stored != described:
+        raise ValueError(
+            f"resume: {directory.path} dealt its images to {stored['num_clients']} clients, this "
+            f"federation has {config.federation.num_supernodes}; start it with as many"
+        )
+    directory.write_json("partition.json", described)
+    save_partition_heatmap(
+        partition.counts,
+        directory.path / "partition.png",
+        classes=config.data.classes,
+        title=f"{config.data.name}, beta={config.partition.beta:g}",
+    )
+    sizes = partition.counts.sum(1)
+    log(f"{sizes.sum():,} training images, {sizes.min()} to {sizes.max()} at a hospital")
+    return dataset
+
+
+def fastest_precision(config: Config, model: UNet, device: torch.device) -> str:
+    """Time the precisions on this machine, as its clients will train; see `faster_precision`."""
+    own_threads = torch.get_num_threads()
+    configure_torch(num_threads=config.train.num_threads, deterministic=config.train.deterministic)
+    data = config.data
+    precision = faster_precision(
+        model,
+        objective=build_objective(config),
+        image_shape=(data.channels, data.image_size, data.image_size),
+        batch_size=config.train.batch_size,
+        channels_last=config.train.channels_last,
+        device=device,
+    )
+    torch.set_num_threads(own_threads)
+    return precision

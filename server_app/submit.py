@@ -1,0 +1,120 @@
+"""`feddm-train`: submit one run, or a sweep of runs, through `flwr run` and follow them."""
+
+import dataclasses
+import json
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from server_app.superlink import CONNECTION, SuperLink, private_superlink
+from task.config import (
+    CONF_DIR,
+    Config,
+    anchored,
+    config_from_hydra,
+    hydra_override,
+    register_schema,
+)
+from task.run_directory import check_startable, run_path
+
+CHECKOUT = CONF_DIR.parent
+POLL_SECONDS = 1.0
+
+
+def main() -> None:
+    """Run `feddm-train`."""
+    # So that a plain `kill` also ends the SuperLink that a job has started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    register_schema()
+    _hydra_main()
+
+
+@hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
+def _hydra_main(composed: DictConfig) -> None:
+    config, job = config_from_hydra(composed), HydraConfig.get()
+    if job.mode == RunMode.MULTIRUN:
+        # Composed anew for each job, where the folder of the sweep is not known yet.
+        config = dataclasses.replace(config, output_dir=job.sweep.dir, run_name=job.sweep.subdir)
+    train(anchored(config, Path.cwd()), list(job.overrides.task))
+
+
+def train(config: Config, overrides: list[str]) -> None:
+    """Submit one run to a SuperLink of its own and follow it to its end.
+
+    Args:
+        config: of the run, with absolute folders.
+        overrides: the Hydra overrides that it was composed from.
+
+    Raises:
+        ValueError: the run cannot be started or resumed as configured.
+        RuntimeError: the run failed.
+    """
+    if not (CHECKOUT / "pyproject.toml").is_file():
+        raise RuntimeError(
+            f"feddm-train runs from a checkout of feddm, and {CHECKOUT} is none; "
+            "clone the repository and install it with `pip install -e .`"
+        )
+    check_startable(config)
+    # The ServerApp composes the configuration again, in another working directory.
+    settled = {
+        "output_dir": config.output_dir,
+        "run_name": config.run_name,
+        "data.root": config.data.root,
+    }
+    job = [o for o in overrides if o.split("=")[0].lstrip("+") not in settled]
+    job += [hydra_override(key, value) for key, value in settled.items()]
+    print(f"results: {run_path(config)}", flush=True)
+    with private_superlink() as superlink:
+        follow(superlink, config, job)
+
+
+def follow(superlink: SuperLink, config: Config, overrides: list[str]) -> None:
+    """Run the app on a SuperLink until it has finished.
+
+    Raises:
+        RuntimeError: it did not finish as completed.
+    """
+    federation = config.federation
+    run_config = superlink.folder / "run-config.toml"
+    # Flower loses keys where --run-config is repeated, so everything goes into one.
+    run_config.write_text(f"overrides = {json.dumps(shlex.join(overrides))}\n", encoding="utf-8")
+    federation_config = (
+        f"num-supernodes={federation.num_supernodes} "
+        f"client-resources-num-cpus={federation.cpus_per_client} "
+        f"client-resources-num-gpus={federation.gpus_per_client}"
+    )
+    command = ["flwr", "run", str(CHECKOUT), CONNECTION, "--stream"]
+    command += ["--run-config", str(run_config), "--federation-config", federation_config]
+    submitted = subprocess.run(command, env=superlink.environment, check=False)
+    if submitted.returncode != 0:
+        raise RuntimeError(f"`flwr run` ended with status {submitted.returncode}")
+    # `flwr run` ends with 0 when the run has failed as well; the list of runs knows.
+    while not (run := only_run(superlink))["status"].startswith("finished"):
+        time.sleep(POLL_SECONDS)
+    if run["status"] != "finished:completed":
+        raise RuntimeError(f"the run ended as {run['status']}: {run.get('status-details', '')}")
+
+
+def only_run(superlink: SuperLink) -> dict[str, Any]:
+    """Return what Flower says of the one run of a private SuperLink.
+
+    Raises:
+        RuntimeError: Flower does not answer as expected.
+    """
+    command = ["flwr", "list", CONNECTION, "--format", "json"]
+    listed = subprocess.run(
+        command, env=superlink.environment, capture_output=True, text=True, check=False
+    )
+    try:
+        runs: list[dict[str, Any]] = json.loads(listed.stdout)["runs"]
+        return runs[0]
+    except (json.JSONDecodeError, KeyError, IndexError) as error:
+        raise RuntimeError(f"`flwr list` said {listed.stdout!r} {listed.stderr!r}") from error

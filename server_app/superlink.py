@@ -1,0 +1,125 @@
+"""A SuperLink of one's own for a simulation, started and stopped with the job."""
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+START_TIMEOUT_SECONDS = 60.0
+STOP_TIMEOUT_SECONDS = 20.0
+CONNECTION = "feddm"
+
+
+@dataclass(frozen=True)
+class SuperLink:
+    """A running SuperLink.
+
+    Attributes:
+        folder: an empty working directory, gone afterwards.
+        environment: variables with which `flwr` talks to it, under the name `CONNECTION`.
+    """
+
+    folder: Path
+    environment: dict[str, str]
+
+
+@contextmanager
+def private_superlink() -> Iterator[SuperLink]:
+    """Start a SuperLink for simulations on a free port of 127.0.0.1, and end it with the block.
+
+    It runs in an empty directory, so that Ray's workers load the app's code from the bundle and
+    from nowhere else, and uses the environment that it is started in.
+
+    Raises:
+        RuntimeError: it did not start.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="feddm-"))
+    port = free_port()
+    environment = {
+        **os.environ,
+        "FLWR_HOME": str(folder / "flwr"),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": os.environ.get("FLWR_TELEMETRY_ENABLED", "0"),
+        # The commands of this environment come first, whatever the shell has found.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+    (folder / "flwr").mkdir()
+    (folder / "flwr" / "config.toml").write_text(
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n'
+        f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n',
+        encoding="utf-8",
+    )
+    (folder / "empty").mkdir()
+    output = folder / "superlink.log"
+    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [shutil.which(command[0], path=environment["PATH"]) or command[0], *command[1:]],
+            cwd=folder / "empty",
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
+    try:
+        wait_until_healthy(process, port, output)
+        yield SuperLink(folder, environment)
+    finally:
+        stop(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def end_with_parent() -> None:
+    """Ask Linux to end this process when its parent is killed; elsewhere it would stay behind."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def wait_until_healthy(process: "subprocess.Popen[bytes]", port: int, output: Path) -> None:
+    """Wait until a SuperLink answers.
+
+    Raises:
+        RuntimeError: it ended, or did not answer in time; with the end of its output.
+    """
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    tail = output.read_text(encoding="utf-8", errors="replace")[-2000:]
+    raise RuntimeError(f"Flower's SuperLink did not start on port {port}:\n{tail}")
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """End a process and, where it does not end in time, everything in its session."""
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,1 @@
+"""What server and clients share, and what knows nothing of federation."""

@@ -1,0 +1,34 @@
+"""Weights on disk: safetensors with the configuration and the round in their metadata."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from task.files import atomic_path
+
+
+def save_weights(
+    path: Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write tensors and metadata to a safetensors file, atomically."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with atomic_path(path) as aside:
+        save_file(contiguous, aside, dict(metadata))
+
+
+def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of a safetensors file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a safetensors file, or a broken one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return weights, dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error

@@ -1,0 +1,465 @@
+"""The configuration: which words exist, what is legal, and how one is composed.
+
+The defaults live in `conf/` alone; this module holds the types and the checks. Both faces,
+`feddm-train` and `flwr run`, end in `load_config`, so that the same words give the same run.
+"""
+
+import dataclasses
+import math
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from task.files import atomic_path
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+
+# One word changes the model of a run, so every size fits the deepest of the presets.
+IMAGE_SIZE_DIVISOR = 8
+
+DATA_SETS = ("digits", "mnist", "fashion_mnist", "cifar10", "svhn")
+DIFFUSION_CHOICES = {
+    "schedule": ("linear", "cosine", "continuous"),
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "loss_weighting": ("epsilon", "uniform"),
+    "loss_reduction": ("mean", "sum"),
+    "timestep_sampling": ("uniform", "stratified", "sobol"),
+    "sampler": ("ddpm", "ddim"),
+    "variance": ("beta", "posterior"),
+}
+
+
+def require(condition: bool, name: str, expected: str, value: object) -> None:
+    """Raise a ValueError that names the field, what it must be and what it is.
+
+    Raises:
+        ValueError: `condition` is false.
+    """
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError unless `value` is one of `choices`.
+
+    Raises:
+        ValueError: `value` is none of them.
+    """
+    require(value in choices, name, f"one of {', '.join(choices)}", value)
+
+
+def require_positive(section: str, config: object, *fields: str) -> None:
+    """Raise a ValueError unless each of the named fields that is set is a number > 0.
+
+    Raises:
+        ValueError: a field is 0, negative, infinite or not a number.
+    """
+    for field in fields:
+        value = getattr(config, field)
+        if value is not None:
+            require(0 < value < math.inf, f"{section}.{field}", "> 0", value)
+
+
+@dataclass
+class DataConfig:
+    """A data set and the shape in which the model sees it."""
+
+    name: str = MISSING
+    root: str = MISSING
+    classes: list[str] = MISSING
+    image_size: int = MISSING
+    channels: int = MISSING
+    horizontal_flip: bool = MISSING
+    test_fraction: float | None = None
+    val_fraction: float = MISSING
+
+    def __post_init__(self) -> None:
+        require_one_of("data.name", self.name, DATA_SETS)
+        require(len(self.classes) > 0, "data.classes", "at least one class", self.classes)
+        require(
+            len(set(self.classes)) == len(self.classes), "data.classes", "distinct", self.classes
+        )
+        require_one_of("data.channels", str(self.channels), ("1", "3"))
+        require(
+            self.image_size > 0 and self.image_size % IMAGE_SIZE_DIVISOR == 0,
+            "data.image_size",
+            f"a positive multiple of {IMAGE_SIZE_DIVISOR} (the images are resized to it)",
+            self.image_size,
+        )
+        for field in ("test_fraction", "val_fraction"):
+            value = getattr(self, field)
+            if value is not None:
+                require(0 < value < 1, f"data.{field}", "between 0 and 1, exclusive", value)
+
+
+@dataclass
+class PartitionConfig:
+    """How a simulation deals the images of one data set out to its hospitals."""
+
+    beta: float = MISSING
+
+    def __post_init__(self) -> None:
+        require(self.beta > 0, "partition.beta", "> 0 (inf deals every class evenly)", self.beta)
+
+
+@dataclass
+class ModelConfig:
+    """The U-Net of the released code and its smaller relatives."""
+
+    width: int = MISSING
+    num_poolings: int = MISSING
+    bottom_blocks: int = MISSING
+    final_relu: bool = MISSING
+    dropout: float = MISSING
+    class_embedding_dim: int = MISSING
+    fourier_features: int = MISSING
+
+    def __post_init__(self) -> None:
+        require_positive("model", self, "width", "num_poolings", "class_embedding_dim")
+        require(self.bottom_blocks >= 2, "model.bottom_blocks", ">= 2", self.bottom_blocks)
+        require(0 <= self.dropout < 1, "model.dropout", "in [0, 1)", self.dropout)
+        require(
+            self.fourier_features > 0 and self.fourier_features % 2 == 0,
+            "model.fourier_features",
+            "a positive even number (cosines and sines)",
+            self.fourier_features,
+        )
+
+
+@dataclass
+class DiffusionConfig:
+    """The noise, the objective and the sampler."""
+
+    num_timesteps: int = MISSING
+    schedule: str = MISSING
+    prediction_type: str = MISSING
+    loss_weighting: str = MISSING
+    loss_reduction: str = MISSING
+    timestep_sampling: str = MISSING
+    label_dropout: float = MISSING
+    sampler: str = MISSING
+    variance: str = MISSING
+    eta: float = MISSING
+    num_inference_steps: int | None = None
+    clip_x_start: bool = MISSING
+    guidance_scale: float = MISSING
+
+    def __post_init__(self) -> None:
+        require(self.num_timesteps >= 2, "diffusion.num_timesteps", ">= 2", self.num_timesteps)
+        for field, choices in DIFFUSION_CHOICES.items():
+            require_one_of(f"diffusion.{field}", getattr(self, field), choices)
+        require(
+            0 <= self.label_dropout < 1,
+            "diffusion.label_dropout",
+            "in [0, 1) (0: no null class, no guidance)",
+            self.label_dropout,
+        )
+        require(0 <= self.eta <= 1, "diffusion.eta", "in [0, 1]", self.eta)
+        steps = self.num_inference_steps
+        if steps is not None:
+            require(
+                1 <= steps <= self.num_timesteps,
+                "diffusion.num_inference_steps",
+                f"between 1 and diffusion.num_timesteps={self.num_timesteps} (or null for all)",
+                steps,
+            )
+            require(
+                self.sampler != "ddpm" or steps == self.num_timesteps,
+                "diffusion.num_inference_steps",
+                "null with diffusion.sampler=ddpm, which takes every step "
+                "(diffusion.sampler=ddim skips steps)",
+                steps,
+            )
+        require(
+            0 <= self.guidance_scale < math.inf,
+            "diffusion.guidance_scale",
+            ">= 0 (1: no guidance)",
+            self.guidance_scale,
+        )
+        require(
+            self.guidance_scale == 1 or self.label_dropout > 0,
+            "diffusion.guidance_scale",
+            "1 unless diffusion.label_dropout > 0, which trains the null class that it needs",
+            self.guidance_scale,
+        )
+
+
+@dataclass
+class TrainConfig:
+    """The local epochs of a hospital."""
+
+    local_epochs: int = MISSING
+    batch_size: int = MISSING
+    lr: float = MISSING
+    device: str = MISSING
+    precision: str = MISSING
+    channels_last: bool = MISSING
+    num_threads: int = MISSING
+    deterministic: bool = MISSING
+
+    def __post_init__(self) -> None:
+        require_positive("train", self, "local_epochs", "batch_size", "lr", "num_threads")
+        require_one_of("train.precision", self.precision, ("auto", "float32", "bfloat16"))
+        require(
+            self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:"),
+            "train.device",
+            "auto, cpu, cuda or cuda:N",
+            self.device,
+        )
+
+
+@dataclass
+class FederationConfig:
+    """The hospitals, the rounds and what the server waits for."""
+
+    num_supernodes: int = MISSING
+    clients_per_round: int | None = None
+    rounds: int = MISSING
+    min_nodes: int = MISSING
+    min_replies: int = MISSING
+    node_wait: float = MISSING
+    round_timeout: float = MISSING
+    wire_dtype: str = MISSING
+    ema_decay: float | None = None
+    keep_checkpoints: int = MISSING
+    cpus_per_client: int = MISSING
+    gpus_per_client: float = MISSING
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "federation",
+            self,
+            *("num_supernodes", "clients_per_round", "rounds", "min_nodes", "min_replies"),
+            *("node_wait", "round_timeout", "keep_checkpoints", "cpus_per_client"),
+        )
+        require(
+            self.clients_per_round is None or self.clients_per_round <= self.num_supernodes,
+            "federation.clients_per_round",
+            f"at most federation.num_supernodes={self.num_supernodes} (or null for all)",
+            self.clients_per_round,
+        )
+        sampled = self.clients_per_round or self.num_supernodes
+        require(
+            self.min_replies <= sampled,
+            "federation.min_replies",
+            f"at most {sampled}, the clients that train in a round",
+            self.min_replies,
+        )
+        require(
+            self.gpus_per_client >= 0, "federation.gpus_per_client", ">= 0", self.gpus_per_client
+        )
+        require_one_of("federation.wire_dtype", self.wire_dtype, ("float32", "float16"))
+        if self.ema_decay is not None:
+            require(
+                0 < self.ema_decay < 1,
+                "federation.ema_decay",
+                "in (0, 1), or null for off",
+                self.ema_decay,
+            )
+
+
+@dataclass
+class EvalConfig:
+    """What is drawn and measured on the way and at the end."""
+
+    every: int = MISSING
+    images_per_class: int = MISSING
+    num_images: int = MISSING
+    batch_size: int = MISSING
+
+    def __post_init__(self) -> None:
+        require_positive("eval", self, "every", "images_per_class", "batch_size")
+        require(self.num_images >= 0, "eval.num_images", ">= 0 (0: off)", self.num_images)
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    experiment: str = MISSING
+    output_dir: str = MISSING
+    run_name: str = MISSING
+    resume: bool = MISSING
+    seed: int = MISSING
+    data: DataConfig = MISSING
+    partition: PartitionConfig = MISSING
+    model: ModelConfig = MISSING
+    diffusion: DiffusionConfig = MISSING
+    train: TrainConfig = MISSING
+    federation: FederationConfig = MISSING
+    eval: EvalConfig = MISSING
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "seed", "in [0, 2^63)", self.seed)
+        require(
+            self.run_name not in ("", ".", "..") and "/" not in self.run_name,
+            "run_name",
+            "the name of one folder, without a slash",
+            self.run_name,
+        )
+        divisor = 2**self.model.num_poolings
+        require(
+            self.data.image_size % divisor == 0,
+            "data.image_size",
+            f"a multiple of {divisor} (2 to the power of model.num_poolings)",
+            self.data.image_size,
+        )
+
+
+def register_schema() -> None:
+    """Make the types known to Hydra under the name that `conf/config.yaml` asks for."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def load_config(overrides: Iterable[str] = ()) -> Config:
+    """Compose `conf/` with Hydra overrides and check the result.
+
+    Args:
+        overrides: as on `feddm-train`'s command line, e.g. `["data=mnist", "partition.beta=0.1"]`.
+
+    Raises:
+        ValueError: a name is unknown, a value is of the wrong type or out of range.
+    """
+    register_schema()
+    # Hydra keeps one composition context per process; the one of feddm-train stays untouched.
+    hydra, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            return config_from_hydra(compose("config", overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(composition_error(error)) from error
+    finally:
+        GlobalHydra.instance().hydra = hydra
+
+
+def config_from_hydra(composed: DictConfig) -> Config:
+    """Turn what Hydra composed into a checked `Config`.
+
+    Raises:
+        ValueError: a value is missing, of the wrong type or out of range.
+    """
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ValueError(composition_error(error)) from error
+    if not isinstance(config, Config):
+        raise TypeError(f"expected a composed Config, got {type(config).__name__}")
+    return config
+
+
+def composition_error(error: Exception) -> str:
+    """Say in a few words what Hydra or OmegaConf did not accept, and why."""
+    reasons = [str(error)] if error.__cause__ is None else [str(error), str(error.__cause__)]
+    # Hydra's search path speaks of its own insides.
+    return "configuration: " + "; ".join(
+        reason.split("\nConfig search path")[0].strip() for reason in reasons
+    )
+
+
+def load_run_config(run_config: Mapping[str, Any]) -> Config:
+    """Compose the configuration that Flower's run config asks for.
+
+    An empty string means "what conf/ says". `experiment` names a preset, `overrides` is one
+    string of further Hydra overrides; every other key is the path of one value.
+
+    Args:
+        run_config: `context.run_config`, flat, keys as `[tool.flwr.app.config]` lists them.
+
+    Raises:
+        ValueError: see `load_config`.
+    """
+    given = {key: value for key, value in run_config.items() if value != ""}
+    overrides = []
+    if "experiment" in given:
+        overrides.append(f"experiment={given.pop('experiment')}")
+    further = shlex.split(str(given.pop("overrides", "")))
+    overrides += [hydra_override(key, value) for key, value in given.items()]
+    # The working directory is that of whichever process runs the app, so nothing counts from it.
+    return anchored(load_config(overrides + further), Path.home())
+
+
+def anchored(config: Config, folder: Path) -> Config:
+    """Make the folders of a configuration absolute; relative ones count from `folder`."""
+
+    def absolute(name: str) -> str:
+        return str((folder / Path(name).expanduser()).absolute())
+
+    return dataclasses.replace(
+        config,
+        output_dir=absolute(config.output_dir),
+        data=dataclasses.replace(config.data, root=absolute(config.data.root)),
+    )
+
+
+def hydra_override(key: str, value: object) -> str:
+    """Write `key=value` in Hydra's grammar.
+
+    Strings that belong into a text field are quoted, so that paths may hold any character;
+    other strings are left to Hydra to read (`"null"`, `"inf"`, `"[a,b]"`).
+    """
+    if isinstance(value, bool):
+        return f"{key}={str(value).lower()}"
+    if isinstance(value, str) and key in text_fields():
+        # In Hydra's quotes a backslash means itself, except before a quote.
+        escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2], value)
+        return f"{key}='" + escaped.replace("'", "\\'") + "'"
+    return f"{key}={value}"
+
+
+def value_paths(schema: type = Config, prefix: str = "") -> dict[str, Any]:
+    """List the dotted path and the type of every value of the configuration."""
+    paths: dict[str, Any] = {}
+    for field in dataclasses.fields(schema):
+        path = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(field.type):
+            paths |= value_paths(field.type, f"{path}.")  # type: ignore[arg-type]
+        else:
+            paths[path] = field.type
+    return paths
+
+
+def text_fields() -> set[str]:
+    """Return the paths of the values that are free text."""
+    return {path for path, kind in value_paths().items() if kind is str}
+
+
+def flat_values(config: Config) -> dict[str, Any]:
+    """Flatten a configuration to dotted paths, for comparing and recording it."""
+    return {path: OmegaConf.select(as_hydra(config), path) for path in value_paths()}
+
+
+def as_hydra(config: Config) -> DictConfig:
+    """Return the configuration as an OmegaConf tree, which can be written as YAML."""
+    tree: DictConfig = OmegaConf.structured(config)
+    return tree
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML, atomically."""
+    with atomic_path(path) as aside:
+        aside.write_text(OmegaConf.to_yaml(as_hydra(config)), encoding="utf-8")
+
+
+def read_config(path: Path) -> Config:
+    """Read a configuration that `write_config` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a whole configuration of this version of feddm.
+    """
+    try:
+        return config_from_hydra(
+            OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))  # type: ignore[arg-type]
+        )
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ValueError(f"{path} is not a configuration of this feddm: {error}") from error

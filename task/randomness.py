@@ -1,0 +1,45 @@
+"""Where every random draw of a run comes from: the seed, what it is for, the round, the client.
+
+No part of feddm reads a global generator, so that the draws of one client do not depend on
+which others trained before it, nor on the process that it trains in.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+
+class Stream(IntEnum):
+    """What a generator is for; each purpose has draws of its own."""
+
+    PARTITION = 0
+    MODEL_INIT = 1
+    CLIENT_SAMPLING = 2
+    TRAIN = 3
+    EVALUATE = 4
+    SAMPLE_GRID = 5
+    FINAL_IMAGES = 6
+    CLASSIFIER = 7
+    TEST_SPLIT = 8
+    HOLD_OUT = 9
+
+
+def numpy_generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:
+    """Make the NumPy generator of (seed, stream, key).
+
+    Args:
+        seed: the run's seed, >= 0.
+        stream: what the draws are for.
+        *key: further numbers >= 0, such as server round and client number.
+    """
+    return np.random.default_rng([seed, int(stream), *key])
+
+
+def torch_generator(
+    seed: int, stream: Stream, *key: int, device: str | torch.device = "cpu"
+) -> torch.Generator:
+    """Make the torch generator of (seed, stream, key) on a device; see `numpy_generator`."""
+    state = np.random.SeedSequence([seed, int(stream), *key]).generate_state(1, np.uint64)
+    # torch takes seeds up to 2^64 - 1, but only int64 on some devices.
+    return torch.Generator(device).manual_seed(int(state[0]) >> 1)

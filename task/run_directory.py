@@ -1,0 +1,274 @@
+"""The folder of one run: what it was, how it went, and the weights that came out.
+
+<output_dir>/<run_name>/
+    config.yaml                     the resolved configuration
+    metrics.jsonl                   one object per line: round, who, name, value
+    partition.json, partition.png   images of each class at each client (simulation)
+    samples/round_0005.png          a grid, a row per class
+    checkpoints/round_0005.safetensors
+    model.safetensors               the final weights
+    tensorboard/                    the same metrics and pictures as events
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from omegaconf import OmegaConf
+from torch.utils.tensorboard import SummaryWriter
+
+from task.checkpoint import load_weights, save_weights
+from task.config import Config, as_hydra, flat_values, read_config, write_config
+from task.files import atomic_path
+
+# A resumed run may change these: none of them touches the weights of a round.
+FREE_TO_CHANGE = frozenset(
+    {
+        *("experiment", "output_dir", "run_name", "resume", "data.root"),
+        *("federation.rounds", "federation.num_supernodes", "federation.min_nodes"),
+        *("federation.min_replies", "federation.node_wait", "federation.round_timeout"),
+        *("federation.keep_checkpoints", "federation.cpus_per_client"),
+        *("federation.gpus_per_client", "eval.every", "eval.images_per_class"),
+        *("eval.num_images", "eval.batch_size"),
+    }
+)
+
+# A killed process lets go of its lock; its children may need some seconds to end.
+LOCK_PATIENCE_SECONDS = 30.0
+
+EMA_PREFIX = "ema."
+
+
+def run_path(config: Config) -> Path:
+    """Return the folder of a run, which `output_dir` and `run_name` say."""
+    return Path(config.output_dir) / config.run_name
+
+
+def check_startable(config: Config) -> None:
+    """Check that a run can be started, or resumed, in its folder.
+
+    Raises:
+        ValueError: there is a run already, or none to resume, or one of another configuration.
+    """
+    path = run_path(config)
+    config_file = path / "config.yaml"
+    if not config.resume:
+        if config_file.exists():
+            raise ValueError(
+                f"run_name: {path} already holds a run; pass resume=true to continue it "
+                "or another run_name"
+            )
+        return
+    if not config_file.exists():
+        raise ValueError(f"resume: {path} holds no run; check output_dir and run_name")
+    stored, asked = flat_values(read_config(config_file)), flat_values(config)
+    if asked["train.precision"] == "auto":
+        asked["train.precision"] = stored["train.precision"]
+    differences = [
+        f"{key}={asked[key]} (there: {stored[key]})"
+        for key in stored
+        if key not in FREE_TO_CHANGE and stored[key] != asked[key]
+    ]
+    if differences:
+        raise ValueError(
+            f"resume: {path} is a run of another configuration; asked for {', '.join(differences)}"
+        )
+
+
+class RunDirectory:
+    """The open folder of a run, held by this process alone until it is closed.
+
+    Attributes:
+        path: the folder, absolute.
+        config: the configuration of the run; a resumed run keeps its resolved precision.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Create the folder, or open it where `config.resume` is set.
+
+        Args:
+            config: with absolute folders, see `task.config.anchored`.
+
+        Raises:
+            ValueError: see `check_startable`; or the folder cannot be written, or is in use.
+        """
+        check_startable(config)
+        self.path = path = run_path(config)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(path / ".lock")
+        except OSError as error:
+            raise ValueError(
+                f"output_dir: cannot write to {path} ({error.strerror}); choose another"
+            ) from error
+        if config.resume and config.train.precision == "auto":
+            precision = read_config(path / "config.yaml").train.precision
+            config = dataclasses.replace(
+                config, train=dataclasses.replace(config.train, precision=precision)
+            )
+        self.config = config
+        for folder in ("samples", "checkpoints"):
+            (path / folder).mkdir(exist_ok=True)
+        self._forget_after(self.last_round)
+        self._tensorboard = SummaryWriter(str(path / "tensorboard"), purge_step=self.last_round + 1)
+
+    def write_config(self, config: Config) -> None:
+        """Keep and write down the configuration, as resolved."""
+        self.config = config
+        write_config(config, self.path / "config.yaml")
+
+    def close(self) -> None:
+        """Write what is buffered and let go of the folder."""
+        self._tensorboard.close()
+        self._lock.close()
+
+    @property
+    def metrics_file(self) -> Path:
+        """The file of all metrics."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def model_file(self) -> Path:
+        """The file of the final weights."""
+        return self.path / "model.safetensors"
+
+    @property
+    def last_round(self) -> int:
+        """The last complete round, 0 before the first."""
+        return max((_round_of(file) for file in self._checkpoints()), default=0)
+
+    def record(self, server_round: int, who: str, values: Mapping[str, float | str]) -> None:
+        """Append metrics of a round, and hand the numbers to TensorBoard.
+
+        Args:
+            server_round: 1-based; 0 before the first round.
+            who: "global", or "client-3".
+            values: by name.
+        """
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            for name, value in values.items():
+                line = {"round": server_round, "who": who, "name": name, "value": value}
+                file.write(json.dumps(line) + "\n")
+                if not isinstance(value, str):
+                    self._tensorboard.add_scalar(f"{name}/{who}", value, server_round)
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Read back every recorded metric, in order."""
+        if self.metrics_file.exists():
+            for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+                yield json.loads(line)
+
+    def record_picture(self, server_round: int, name: str, pixels: torch.Tensor) -> None:
+        """Hand a picture, uint8 [C, H, W], to TensorBoard."""
+        self._tensorboard.add_image(name, pixels, server_round)
+
+    def write_json(self, name: str, content: object) -> None:
+        """Write a small JSON file, atomically."""
+        with atomic_path(self.path / name) as aside:
+            aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file of the run; None where it is not there."""
+        file = self.path / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def samples_file(self, server_round: int) -> Path:
+        """The picture of a round."""
+        return self.path / "samples" / f"round_{server_round:04d}.png"
+
+    def save_checkpoint(
+        self,
+        server_round: int,
+        weights: Mapping[str, torch.Tensor],
+        ema: Mapping[str, torch.Tensor] | None,
+    ) -> None:
+        """Save the weights after a round, which is complete with it, and drop old checkpoints.
+
+        Args:
+            server_round: 1-based.
+            weights: the global weights.
+            ema: their moving average, where the run keeps one.
+        """
+        averaged = {EMA_PREFIX + name: tensor for name, tensor in (ema or {}).items()}
+        file = self.path / "checkpoints" / f"round_{server_round:04d}.safetensors"
+        save_weights(file, {**weights, **averaged}, self._metadata(server_round))
+        for old in self._checkpoints()[: -self.config.federation.keep_checkpoints]:
+            old.unlink()
+
+    def load_checkpoint(
+        self,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None] | None:
+        """Load weights and moving average of the last complete round; None before the first.
+
+        Raises:
+            ValueError: the file is broken.
+        """
+        files = self._checkpoints()
+        if not files:
+            return None
+        stored, _ = load_weights(files[-1])
+        ema = {
+            name.removeprefix(EMA_PREFIX): tensor
+            for name, tensor in stored.items()
+            if name.startswith(EMA_PREFIX)
+        }
+        weights = {n: tensor for n, tensor in stored.items() if not n.startswith(EMA_PREFIX)}
+        return weights, ema or None
+
+    def save_model(self, server_round: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """Save the final weights with configuration and round in their metadata."""
+        save_weights(self.model_file, weights, self._metadata(server_round))
+
+    def final_round(self) -> int | None:
+        """The round of the final weights; None while there are none."""
+        if not self.model_file.exists():
+            return None
+        return int(load_weights(self.model_file)[1]["round"])
+
+    def _metadata(self, server_round: int) -> dict[str, str]:
+        config = json.dumps(OmegaConf.to_container(as_hydra(self.config)))
+        return {"round": str(server_round), "config": config}
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.path / "checkpoints").glob("round_*.safetensors"), key=_round_of)
+
+    def _forget_after(self, server_round: int) -> None:
+        """Drop the metrics of rounds that were not completed; they are about to be repeated."""
+        if self.metrics_file.exists():
+            # The last line may have been cut off by the end of the process.
+            lines = self.metrics_file.read_text(encoding="utf-8").split("\n")[:-1]
+            kept = [line for line in lines if json.loads(line)["round"] <= server_round]
+            with atomic_path(self.metrics_file) as aside:
+                aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _round_of(file: Path) -> int:
+    return int(file.stem.removeprefix("round_"))
+
+
+def _lock(path: Path) -> IO[str]:
+    file = path.open("a+", encoding="utf-8")
+    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                file.seek(0)
+                owner = file.read().strip()
+                file.close()
+                raise ValueError(
+                    f"run_name: {path.parent} is in use by process {owner}; end it first"
+                ) from error
+            time.sleep(0.5)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file

@@ -1,0 +1,155 @@
+"""Noise schedules, and at which times a batch is noised.
+
+A schedule is a table of alphas_cumprod, the share of an image's variance that is left at each
+timestep; everything else follows from it. All of it is float64, and none of it is a buffer.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+from task.config import Config, require
+
+# The largest float64 below 1.
+BELOW_ONE = 1 - 2.0**-53
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """How much of the image is left at each time.
+
+    Attributes:
+        alphas_cumprod: [T] float64 in (0, 1), falling, on the CPU; timesteps are 0-based.
+        continuous: whether training noises at any time in [0, 1), or at the T timesteps only.
+    """
+
+    alphas_cumprod: Tensor
+    continuous: bool = False
+
+    @property
+    def num_timesteps(self) -> int:
+        """T, the number of timesteps on which samplers walk."""
+        return len(self.alphas_cumprod)
+
+    @property
+    def betas(self) -> Tensor:
+        """The variance that each step adds, [T] float64 in (0, 1); nothing precedes step 0."""
+        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        return 1 - self.alphas_cumprod / before
+
+    def alphas_cumprod_at(self, times: Tensor) -> Tensor:
+        """Look up what is left of the images at given times.
+
+        Args:
+            times: [N] float64 in [0, 1), as `sample_times` draws them.
+
+        Returns:
+            [N] float64 in (0, 1), on the device of `times`.
+        """
+        if self.continuous:
+            return continuous_alphas_cumprod(times)
+        # A blocking copy would stop the CPU until the GPU has caught up, at every batch.
+        table = self.alphas_cumprod.to(times.device, non_blocking=True)
+        return table[(times * self.num_timesteps).long()]
+
+
+def build_schedule(config: Config) -> NoiseSchedule:
+    """Make the schedule of a configuration.
+
+    Raises:
+        ValueError: `diffusion.schedule` is unknown, or too short for `linear`.
+    """
+    name, num_timesteps = config.diffusion.schedule, config.diffusion.num_timesteps
+    if name == "linear":
+        return NoiseSchedule(linear_alphas_cumprod(num_timesteps))
+    if name == "cosine":
+        return NoiseSchedule(cosine_alphas_cumprod(num_timesteps))
+    if name == "continuous":
+        times = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        return NoiseSchedule(continuous_alphas_cumprod(times), continuous=True)
+    raise ValueError(f"diffusion.schedule must be linear, cosine or continuous, got {name!r}")
+
+
+def linear_alphas_cumprod(num_timesteps: int) -> Tensor:
+    """Return the textbook's schedule, stretched from its 1000 steps to `num_timesteps`.
+
+    Betas rise from 1e-4 to 0.02, times 1000 / T: unscaled, fewer steps would leave a visible
+    image at the end (alphas_cumprod = 0.048 at T = 300), which sampling does not start from.
+
+    Raises:
+        ValueError: T <= 20, where a beta would reach 1.
+
+    Source: Ho et al. 2020, section 4; the scaling: Nichol & Dhariwal 2021, their code.
+    """
+    require(
+        num_timesteps > 20,
+        "diffusion.num_timesteps",
+        "> 20 with diffusion.schedule=linear (its last beta is 20 / num_timesteps)",
+        num_timesteps,
+    )
+    scale = 1000 / num_timesteps
+    betas = torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64)
+    return (1 - betas).cumprod(0)
+
+
+def cosine_alphas_cumprod(num_timesteps: int) -> Tensor:
+    """Return the cosine schedule with offset s = 0.008 and betas of at most 0.999.
+
+    Source: Nichol & Dhariwal 2021, equation 17.
+    """
+    times = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    signal = ((times + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+    betas = 1 - signal[1:] / signal[:-1]
+    return (1 - betas.clamp(max=0.999)).cumprod(0)
+
+
+def continuous_alphas_cumprod(times: Tensor) -> Tensor:
+    """Return exp(-(1e-4 + 10 u^2)) at the times u in [0, 1].
+
+    Source: the released code, log-SNR(u) = -log(expm1(1e-4 + 10 u^2)).
+    """
+    return torch.exp(-(1e-4 + 10 * times.double() ** 2))
+
+
+def log_snr(alphas_cumprod: Tensor) -> Tensor:
+    """Return log(alphas_cumprod / (1 - alphas_cumprod)) in float64, of the same shape."""
+    return torch.logit(alphas_cumprod.double())
+
+
+def sample_times(num: int, timestep_sampling: str, generator: torch.Generator) -> Tensor:
+    """Draw the times at which a batch is noised, each uniform over [0, 1).
+
+    Args:
+        num: N, the size of the batch.
+        timestep_sampling: "uniform", N independent draws; "stratified", one in each of N equal
+            strata, in random order; "sobol", N points of a freshly scrambled Sobol sequence.
+        generator: source of the draws, on the device that they are wanted on.
+
+    Returns:
+        [N] float64 in [0, 1), on the generator's device.
+
+    Raises:
+        ValueError: `timestep_sampling` is unknown.
+    """
+    device = generator.device
+    if timestep_sampling == "uniform":
+        return torch.rand(num, dtype=torch.float64, generator=generator, device=device)
+    if timestep_sampling == "stratified":
+        strata = torch.randperm(num, generator=generator, device=device)
+        draws = torch.rand(num, dtype=torch.float64, generator=generator, device=device)
+        times = (strata + draws) / num
+    elif timestep_sampling == "sobol":
+        # The engine lives on the CPU: its seed is the one number that has to wait for a GPU.
+        seed = torch.randint(2**63 - 1, (), generator=generator, device=device).item()
+        engine = SobolEngine(1, scramble=True, seed=int(seed))  # type: ignore[no-untyped-call]
+        times = engine.draw(num, dtype=torch.float64)[:, 0].to(device, non_blocking=True)
+    else:
+        raise ValueError(
+            "diffusion.timestep_sampling must be uniform, stratified or sobol, "
+            f"got {timestep_sampling!r}"
+        )
+    # The sum of the strata can round up to 1, and so can the engine's first point, a float32.
+    return times.clamp(max=BELOW_ONE)

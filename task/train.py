@@ -1,0 +1,223 @@
+"""The local training loop and the held-out loss, on whatever device and in whatever precision."""
+
+import copy
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from task.data import normalize, random_horizontal_flip
+from task.diffusion import DiffusionObjective
+
+# bfloat16 must win clearly: a close race would be decided by the noise of the machine.
+BFLOAT16_ADVANTAGE = 1.2
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a client reports of its local epochs.
+
+    Attributes:
+        loss: mean over the images of all epochs.
+        seconds: wall-clock time.
+        images_per_second: images that went through the network, over `seconds`.
+    """
+
+    loss: float
+    seconds: float
+    images_per_second: float
+
+
+def select_device(name: str) -> torch.device:
+    """Turn `train.device` into a device; "auto" is a GPU where there is one.
+
+    Raises:
+        ValueError: CUDA is asked for and not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"train.device must be auto or cpu where CUDA is missing, got {name!r}")
+    return torch.device(name)
+
+
+def configure_torch(*, num_threads: int, deterministic: bool) -> None:
+    """Set the process up so that equal seeds give equal weights."""
+    torch.set_num_threads(num_threads)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        # cuBLAS reads it when its handle is made; without it torch refuses matrix products.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@contextmanager
+def seeded_global_generator(generator: torch.Generator) -> Iterator[None]:
+    """Fork torch's global generators and seed them with a draw from `generator`.
+
+    For what takes no generator: the initialisation of layers and channel dropout.
+    """
+    device = generator.device
+    seed = int(torch.randint(2**62, (), generator=generator, device=device))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def train_epochs(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    objective: DiffusionObjective,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    horizontal_flip: bool,
+    precision: str,
+    channels_last: bool,
+    generator: torch.Generator,
+) -> TrainResult:
+    """Run the local epochs of one client with a new Adam.
+
+    Args:
+        model: trained in place, on the device of `generator`, and left in training mode.
+        images: [N, C, H, W] uint8.
+        labels: [N] int64.
+        objective: the loss of a batch.
+        epochs: passes over the images, each in a new order; the last partial batch counts.
+        batch_size: images per step.
+        lr: of Adam.
+        horizontal_flip: flip every other image, at random.
+        precision: "float32", or "bfloat16" for autocast over float32 weights.
+        channels_last: memory format of images and weights.
+        generator: of every draw; its device is the one that is trained on.
+
+    Raises:
+        ValueError: there are no images, or no such precision.
+
+    Source: Algorithm 1 of the paper, the lines of the client.
+    """
+    if len(images) == 0:
+        raise ValueError("a client needs at least 1 image to train, got 0")
+    device = generator.device
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    model.to(device, memory_format=memory_format).train()  # type: ignore[call-overload]
+    images, labels = images.to(device), labels.to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    loss_sum = torch.zeros((), device=device, dtype=torch.float64)
+    start = time.perf_counter()
+    with seeded_global_generator(generator):
+        for _ in range(epochs):
+            order = torch.randperm(len(images), generator=generator, device=device)
+            for batch in torch.split(order, batch_size):
+                x_start = normalize(images[batch]).to(memory_format=memory_format)
+                if horizontal_flip:
+                    x_start = random_horizontal_flip(x_start, generator)
+                with autocast(device, precision):
+                    loss = objective(model, x_start, labels[batch], generator)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                # Read once at the end: reading a loss in the step would wait for the GPU.
+                loss_sum += loss.detach().double() * len(batch)
+    seen = epochs * len(images)
+    mean_loss = float(loss_sum / seen)
+    seconds = time.perf_counter() - start
+    return TrainResult(mean_loss, seconds, seen / seconds)
+
+
+@torch.inference_mode()
+def held_out_loss(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    objective: DiffusionObjective,
+    batch_size: int,
+    precision: str,
+    channels_last: bool,
+    generator: torch.Generator,
+) -> float:
+    """Return the mean loss over images without training; arguments as in `train_epochs`.
+
+    The same generator state gives the same times and noise, so that rounds can be compared.
+
+    Raises:
+        ValueError: there are no images, or no such precision.
+    """
+    if len(images) == 0:
+        raise ValueError("a held-out loss needs at least 1 image, got 0")
+    device = generator.device
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    model.to(device, memory_format=memory_format).eval()  # type: ignore[call-overload]
+    loss_sum = torch.zeros((), device=device, dtype=torch.float64)
+    for batch, batch_labels in zip(
+        torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
+    ):
+        x_start = normalize(batch.to(device)).to(memory_format=memory_format)
+        with autocast(device, precision):
+            loss = objective(model, x_start, batch_labels.to(device), generator)
+        loss_sum += loss.double() * len(batch)
+    return float(loss_sum / len(images))
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the autocast context of a precision.
+
+    Raises:
+        ValueError: the precision is neither "float32" nor "bfloat16".
+    """
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision must be float32 or bfloat16, got {precision!r}")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def faster_precision(
+    model: nn.Module,
+    *,
+    objective: DiffusionObjective,
+    image_shape: tuple[int, int, int],
+    batch_size: int,
+    channels_last: bool,
+    device: torch.device,
+) -> str:
+    """Time training steps in float32 and in bfloat16 and name the faster.
+
+    Args:
+        model: copied, so left as it is.
+        objective: the loss of a batch.
+        image_shape: channels, height, width.
+        batch_size: images per step; at most 32 are timed.
+        channels_last: as it will be trained.
+        device: where it will be trained.
+    """
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return "float32"
+    images = torch.zeros((min(batch_size, 32), *image_shape), dtype=torch.uint8)
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    best = {"float32": float("inf"), "bfloat16": float("inf")}
+    # The first of four interleaved turns warms up, the best of the others counts.
+    for turn in range(4):
+        for precision in best:
+            result = train_epochs(
+                copy.deepcopy(model),
+                images,
+                labels,
+                objective=objective,
+                epochs=2,
+                batch_size=batch_size,
+                lr=1e-4,
+                horizontal_flip=False,
+                precision=precision,
+                channels_last=channels_last,
+                generator=torch.Generator(device).manual_seed(0),
+            )
+            if turn > 0:
+                best[precision] = min(best[precision], result.seconds)
+    wins = best["bfloat16"] * BFLOAT16_ADVANTAGE < best["float32"]
+    return "bfloat16" if wins else "float32"

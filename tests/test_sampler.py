@@ -1,0 +1,261 @@
+"""Samplers against models whose best prediction is known in closed form."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from task.config import load_config
+from task.diffusion import Model
+from task.sampler import (
+    GuidedModel,
+    build_sampler,
+    ddim_sample,
+    ddpm_sample,
+    inference_timesteps,
+    sample_batches,
+    to_uint8,
+)
+from task.schedule import NoiseSchedule, build_schedule
+
+SHAPE = (1, 4, 4)
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+LINEAR, COSINE, CONTINUOUS = (
+    build_schedule(load_config([f"diffusion.schedule={name}"]))
+    for name in ("linear", "cosine", "continuous")
+)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian_model(mean: Tensor | float, std: float, prediction_type: str) -> Model:
+    """Make the best possible model of images whose pixels are N(mean, std^2).
+
+    With std = 0 it knows the images.
+    """
+
+    def model(x_t: Tensor, log_snr: Tensor, labels: Tensor) -> Tensor:
+        alpha = log_snr.double().sigmoid().sqrt().view(-1, 1, 1, 1)
+        sigma = (-log_snr.double()).sigmoid().sqrt().view(-1, 1, 1, 1)
+        gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
+        x_0 = mean + gain * (x_t - alpha * mean)
+        epsilon = (x_t - alpha * x_0) / sigma
+        v = alpha * epsilon - sigma * x_0
+        return {"epsilon": epsilon, "sample": x_0, "v_prediction": v}[prediction_type].float()
+
+    return model
+
+
+ddim = partial(
+    ddim_sample, schedule=LINEAR, image_shape=SHAPE, prediction_type="epsilon", clip_x_start=False
+)
+ddpm = partial(
+    ddpm_sample, schedule=LINEAR, image_shape=SHAPE, prediction_type="epsilon", clip_x_start=False
+)
+LABELS = torch.zeros(512, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("num_inference_steps", [1, 2, 7, 300])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim_finds_images_the_model_knows(
+    prediction_type: str, num_inference_steps: int, eta: float
+) -> None:
+    images = torch.rand(5, *SHAPE, generator=seeded(1)) * 2 - 1
+    actual = ddim(
+        gaussian_model(images, 0, prediction_type),
+        LABELS[:5],
+        prediction_type=prediction_type,
+        num_inference_steps=num_inference_steps,
+        eta=eta,
+        generator=seeded(),
+    )
+    torch.testing.assert_close(actual, images, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("variance", ["beta", "posterior"])
+def test_ddpm_finds_images_the_model_knows_without_noise_at_last_step(variance: str) -> None:
+    images = torch.rand(5, *SHAPE, generator=seeded(1)) * 2 - 1
+    model = gaussian_model(images, 0, "epsilon")
+    actual = ddpm(model, LABELS[:5], variance=variance, generator=seeded())
+    torch.testing.assert_close(actual, images, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE, CONTINUOUS])
+@pytest.mark.parametrize(
+    "sample",
+    [
+        partial(ddpm, variance="beta"),
+        partial(ddpm, variance="posterior"),
+        partial(ddim, num_inference_steps=300, eta=1.0),
+        partial(ddim, num_inference_steps=100, eta=0.0),
+    ],
+)
+def test_samplers_draw_the_distribution_of_the_data(
+    schedule: NoiseSchedule, sample: Callable[..., Tensor]
+) -> None:
+    images = sample(
+        gaussian_model(0.3, 0.5, "epsilon"), LABELS, schedule=schedule, generator=seeded()
+    )
+    assert images.dtype == torch.float32
+    assert images.shape == (512, *SHAPE)
+    assert images.mean() == pytest.approx(0.3, abs=0.03)
+    assert images.std() == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE, CONTINUOUS])
+@pytest.mark.parametrize("clip_x_start", [False, True])
+def test_ddim_with_all_steps_is_posterior_ddpm(schedule: NoiseSchedule, clip_x_start: bool) -> None:
+    model = gaussian_model(0.3, 0.5, "v_prediction")
+    changes: dict[str, Any] = {
+        "schedule": schedule,
+        "clip_x_start": clip_x_start,
+        "prediction_type": "v_prediction",
+    }
+    ancestral = ddpm(model, LABELS[:8], variance="posterior", generator=seeded(), **changes)
+    implicit = ddim(
+        model, LABELS[:8], num_inference_steps=300, eta=1.0, generator=seeded(), **changes
+    )
+    torch.testing.assert_close(ancestral, implicit, atol=1e-4, rtol=0)
+
+
+def test_clip_x_start_keeps_images_in_range() -> None:
+    model = gaussian_model(0.0, 1.5, "epsilon")
+    draw = partial(ddim, model, LABELS[:8], num_inference_steps=20, eta=1.0)
+    assert draw(generator=seeded()).abs().max() > 1.5
+    assert draw(generator=seeded(), clip_x_start=True).abs().max() <= 1
+
+
+def test_samplers_follow_generator_alone() -> None:
+    model, state = gaussian_model(0.3, 0.5, "epsilon"), torch.get_rng_state()
+    draw = partial(ddim, model, LABELS[:4], num_inference_steps=5, eta=1.0)
+    assert torch.equal(draw(generator=seeded()), draw(generator=seeded()))
+    assert not torch.equal(draw(generator=seeded()), draw(generator=seeded(1)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_inference_timesteps_start_at_the_end_and_are_even() -> None:
+    assert inference_timesteps(300, 300) == list(range(299, -1, -1))
+    assert inference_timesteps(300, 3) == [299, 199, 99]
+    assert inference_timesteps(300, 1) == [299]
+    for steps in range(1, 301):
+        timesteps = inference_timesteps(300, steps)
+        gaps = {before - after for before, after in pairwise(timesteps)}
+        assert timesteps[0] == 299 and len(timesteps) == steps
+        assert timesteps[-1] >= 0 and max(gaps, default=0) - min(gaps, default=0) <= 1
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 2.5])
+def test_guided_model_moves_away_from_no_class(guidance_scale: float) -> None:
+    calls: list[int] = []
+
+    def model(x_t: Tensor, log_snr: Tensor, labels: Tensor) -> Tensor:
+        calls.append(len(x_t))
+        return (x_t + labels.view(-1, 1, 1, 1) + log_snr.view(-1, 1, 1, 1)).bfloat16()
+
+    x_t, log_snr, labels = torch.zeros(3, *SHAPE), torch.arange(3.0), torch.tensor([4, 5, 6])
+    guided = GuidedModel(model, guidance_scale, null_label=10)(x_t, log_snr, labels)
+    expected = (log_snr + 10 + guidance_scale * (labels - 10)).view(-1, 1, 1, 1)
+    assert torch.equal(guided, expected.expand_as(x_t))
+    assert calls == [6]
+
+
+@pytest.mark.parametrize(("guidance_scale", "size"), [(1.0, 2), (3.0, 4)])
+def test_build_sampler_guides_only_where_asked(guidance_scale: float, size: int) -> None:
+    sizes: list[int] = []
+
+    def model(x_t: Tensor, log_snr: Tensor, labels: Tensor) -> Tensor:
+        sizes.append(len(x_t))
+        return torch.zeros_like(x_t)
+
+    sampler = build_sampler(
+        load_config(
+            [
+                "diffusion.label_dropout=0.1",
+                f"diffusion.guidance_scale={guidance_scale}",
+                "diffusion.num_inference_steps=3",
+            ]
+        )
+    )
+    assert sampler(model, LABELS[:2], seeded()).shape == (2, 1, 16, 16)
+    assert sizes == [size] * 3
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_build_sampler_takes_every_step_by_default(preset: str) -> None:
+    seen: list[Tensor] = []
+
+    def model(x_t: Tensor, log_snr: Tensor, labels: Tensor) -> Tensor:
+        seen.append(log_snr)
+        assert torch.is_inference_mode_enabled()
+        return torch.zeros_like(x_t).bfloat16()
+
+    config = load_config([f"diffusion={preset}", "diffusion.num_inference_steps=null"])
+    images = build_sampler(config)(model, LABELS[:1], seeded())
+    assert images.dtype == torch.float32
+    assert len(seen) == 300
+    assert all(before < after for before, after in pairwise(seen))
+
+
+class Counted(nn.Module):
+    def forward(self, x_t: Tensor, log_snr: Tensor, labels: Tensor) -> Tensor:
+        assert not self.training
+        return torch.zeros_like(x_t)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sample_batches_covers_all_labels_and_restores_mode(training: bool) -> None:
+    def sampler(model: Model, labels: Tensor, generator: torch.Generator) -> Tensor:
+        assert len(labels) <= 3
+        return model(labels.float().view(-1, 1, 1, 1), labels, labels) + labels.view(-1, 1, 1, 1)
+
+    model = Counted().train(training)
+    images = sample_batches(sampler, model, torch.arange(7), batch_size=3, generator=seeded())
+    assert images.flatten().tolist() == list(range(7))
+    assert model.training is training
+
+
+def test_sample_batches_restores_mode_after_failure_and_gives_trainable_tensors() -> None:
+    model = Counted().train()
+    sampler = build_sampler(load_config(["diffusion.num_inference_steps=1"]))
+    images = sample_batches(sampler, model, LABELS[:2], batch_size=4, generator=seeded())
+    assert not images.is_inference()
+
+    def failing(*_: object) -> Tensor:
+        raise RuntimeError("lost")
+
+    with pytest.raises(RuntimeError, match="lost"):
+        sample_batches(failing, model, LABELS[:2], batch_size=4, generator=seeded())
+    assert model.training
+
+
+def test_to_uint8_rounds_and_clamps() -> None:
+    images = torch.tensor([-2.0, -1.0, -1 + 0.9 / 255, 0.0, 1 - 1.1 / 255, 1.0, 7.0])
+    assert to_uint8(images).tolist() == [0, 0, 0, 128, 254, 255, 255]
+    levels = torch.arange(256)
+    assert torch.equal(to_uint8(levels / 127.5 - 1), levels.to(torch.uint8))
+
+
+def test_samplers_reject_what_they_cannot_do() -> None:
+    model = gaussian_model(0.3, 0.5, "epsilon")
+    for steps in (0, 301):
+        with pytest.raises(ValueError, match=f"num_inference_steps must be .* got {steps}"):
+            ddim(model, LABELS, num_inference_steps=steps, eta=0.0, generator=seeded())
+    with pytest.raises(ValueError, match=r"eta must be in \[0, 1\], got 1.5"):
+        ddim(model, LABELS, num_inference_steps=3, eta=1.5, generator=seeded())
+    with pytest.raises(ValueError, match="variance must be one of beta, posterior, got 'learned'"):
+        ddpm(model, LABELS, variance="learned", generator=seeded())
+    with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
+        sample_batches(lambda *_: LABELS, Counted(), LABELS, batch_size=0, generator=seeded())
+    with pytest.raises(TypeError, match=r"images must be floating-point .* got torch.uint8"):
+        to_uint8(torch.zeros(1, dtype=torch.uint8))
+    config = load_config()
+    config.diffusion.sampler = "heun"
+    with pytest.raises(ValueError, match="sampler must be one of ddpm, ddim, got 'heun'"):
+        build_sampler(config)
