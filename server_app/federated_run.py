@@ -29,7 +29,7 @@ from server_app.exchange import (
 )
 from server_app.log import duration, log
 from server_app.roster import Roster, sample_clients
-from server_app.simulation import deal_images, fastest_precision
+from server_app.simulation import deal_images, fastest_precision, record_partition
 from task.config import Config
 from task.data import Dataset
 from task.figures import mosaic, save_sample_grid
@@ -104,7 +104,8 @@ class FederatedRun:
         if self.simulated:
             federation = dataclasses.replace(federation, num_supernodes=num_nodes)
             self.config = dataclasses.replace(self.config, federation=federation)
-            self.dataset = deal_images(self.config, self._directory)
+            self.dataset, partition = deal_images(self.config)
+            record_partition(self.config, partition, self._directory)
             if self.config.train.precision == "auto":
                 precision = fastest_precision(self.config, self._model, self._device)
                 train = dataclasses.replace(self.config.train, precision=precision)
@@ -339,5 +340,5 @@ def moving_average(
     if decay is None:
         return None
     if average is None:
-        return weights
+        return {name: tensor.clone() for name, tensor in weights.items()}
     return {name: torch.lerp(tensor, average[name], decay) for name, tensor in weights.items()}

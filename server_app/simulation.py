@@ -7,17 +7,18 @@ from task.config import Config
 from task.data import Dataset, build_dataset
 from task.diffusion import build_objective
 from task.figures import save_partition_heatmap
-from task.partition import build_partition
+from task.partition import Partition, build_partition
 from task.run_directory import RunDirectory
 from task.train import configure_torch, faster_precision
 from task.unet import UNet
 
 
-def deal_images(config: Config, directory: RunDirectory) -> Dataset:
-    """Load the data set and write down how many images of each class each client holds.
+def deal_images(config: Config) -> tuple[Dataset, Partition]:
+    """Load the data set and deal it out to `federation.num_supernodes` clients.
 
     Raises:
-        ValueError: there are more clients than images, or a resumed run was dealt otherwise.
+        FileNotFoundError: the data set is not there.
+        ValueError: it does not fit the configuration, or there are more clients than images.
     """
     dataset = build_dataset(config)
     partition = build_partition(
@@ -28,6 +29,15 @@ def deal_images(config: Config, directory: RunDirectory) -> Dataset:
         beta=config.partition.beta,
         seed=config.seed,
     )
+    return dataset, partition
+
+
+def record_partition(config: Config, partition: Partition, directory: RunDirectory) -> None:
+    """Write down how many images of each class each client holds, and draw it.
+
+    Raises:
+        ValueError: a resumed run was dealt otherwise.
+    """
     described = partition.describe()
     stored = directory.read_json("partition.json")
     if stored is not None and stored != described:
@@ -44,7 +54,6 @@ def deal_images(config: Config, directory: RunDirectory) -> Dataset:
     )
     sizes = partition.counts.sum(1)
     log(f"{sizes.sum():,} training images, {sizes.min()} to {sizes.max()} at a hospital")
-    return dataset
 
 
 def fastest_precision(config: Config, model: UNet, device: torch.device) -> str:

@@ -5,6 +5,7 @@ import json
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from server_app.simulation import deal_images
 from server_app.superlink import CONNECTION, SuperLink, private_superlink
 from task.config import (
     CONF_DIR,
@@ -39,11 +41,22 @@ def main() -> None:
 
 @hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
 def _hydra_main(composed: DictConfig) -> None:
-    config, job = config_from_hydra(composed), HydraConfig.get()
-    if job.mode == RunMode.MULTIRUN:
-        # Composed anew for each job, where the folder of the sweep is not known yet.
-        config = dataclasses.replace(config, output_dir=job.sweep.dir, run_name=job.sweep.subdir)
-    train(anchored(config, Path.cwd()), list(job.overrides.task))
+    job = HydraConfig.get()
+    sweep = job.mode == RunMode.MULTIRUN
+    try:
+        config = config_from_hydra(composed)
+        if sweep:
+            # The runs of a sweep lie side by side in its folder.
+            config = dataclasses.replace(
+                config, output_dir=job.sweep.dir, run_name=job.sweep.subdir
+            )
+        train(anchored(config, Path.cwd()), list(job.overrides.task))
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"feddm-train: {error}", file=sys.stderr, flush=True)
+        if sweep:
+            # Hydra goes on with the next job and ends with status 1.
+            raise
+        sys.exit(1)
 
 
 def train(config: Config, overrides: list[str]) -> None:
@@ -54,6 +67,7 @@ def train(config: Config, overrides: list[str]) -> None:
         overrides: the Hydra overrides that it was composed from.
 
     Raises:
+        FileNotFoundError: the data set is not there.
         ValueError: the run cannot be started or resumed as configured.
         RuntimeError: the run failed.
     """
@@ -62,6 +76,7 @@ def train(config: Config, overrides: list[str]) -> None:
             f"feddm-train runs from a checkout of feddm, and {CHECKOUT} is none; "
             "clone the repository and install it with `pip install -e .`"
         )
+    deal_images(config)
     check_startable(config)
     # The ServerApp composes the configuration again, in another working directory.
     settled = {
@@ -74,6 +89,7 @@ def train(config: Config, overrides: list[str]) -> None:
     print(f"results: {run_path(config)}", flush=True)
     with private_superlink() as superlink:
         follow(superlink, config, job)
+    print(f"results: {run_path(config)}", flush=True)
 
 
 def follow(superlink: SuperLink, config: Config, overrides: list[str]) -> None:

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision import datasets  # type: ignore[import-untyped]
 
 from task.config import DATA_SETS, Config, require, require_one_of
 from task.randomness import Stream, numpy_generator
@@ -25,14 +23,14 @@ MNIST_FILES = tuple(
 
 # By name: the class in torchvision, the folder below data.root and the files it reads there.
 TORCHVISION_SETS = {
-    "mnist": (datasets.MNIST, "MNIST/raw", MNIST_FILES),
-    "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw", MNIST_FILES),
+    "mnist": ("MNIST", "MNIST/raw", MNIST_FILES),
+    "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw", MNIST_FILES),
     "cifar10": (
-        datasets.CIFAR10,
+        "CIFAR10",
         "cifar-10-batches-py",
         ("batches.meta", *(f"data_batch_{i}" for i in range(1, 6)), "test_batch"),
     ),
-    "svhn": (datasets.SVHN, ".", ("train_32x32.mat", "test_32x32.mat")),
+    "svhn": ("SVHN", ".", ("train_32x32.mat", "test_32x32.mat")),
 }
 
 # Bounds the memory of the float copies that resizing needs.
@@ -153,6 +151,9 @@ def read_digits(test_fraction: float | None, seed: int) -> tuple[ImageSet, Image
             "data.test_fraction must be between 0 and 1 for data=digits, which has no test split "
             "of its own, got None"
         )
+    # Imported here because it takes seconds, and every process of a run would pay them.
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     everything = ImageSet(torch.from_numpy(images)[:, None], torch.from_numpy(digits.target).long())
@@ -167,13 +168,16 @@ def read_torchvision(name: str, root: Path, *, train: bool) -> ImageSet:
     Raises:
         FileNotFoundError: the files are not below `root` and cannot be downloaded.
     """
+    # Imported here because it takes seconds, and every process of a run would pay them.
+    from torchvision import datasets  # type: ignore[import-untyped]
+
     kind, folder, files = TORCHVISION_SETS[name]
     split = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
     try:
-        found = kind(root, download=False, **split)
+        found = getattr(datasets, kind)(root, download=False, **split)
     except (RuntimeError, ValueError):  # torchvision's words for missing and damaged files
         try:
-            found = kind(root, download=True, **split)
+            found = getattr(datasets, kind)(root, download=True, **split)
         except (RuntimeError, ValueError, OSError, HTTPException) as error:
             raise FileNotFoundError(
                 f"data.root={root}: data={name} needs the files {', '.join(files)} in "

@@ -14,6 +14,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,23 +52,39 @@ def run_path(config: Config) -> Path:
 
 
 def check_startable(config: Config) -> None:
-    """Check that a run can be started, or resumed, in its folder.
+    """Check that a run can be started, or resumed, in its folder, and make it.
 
     Raises:
-        ValueError: there is a run already, or none to resume, or one of another configuration.
+        ValueError: there is a run already, or none to resume, or one of another configuration,
+            or the folder cannot be written.
     """
     path = run_path(config)
-    config_file = path / "config.yaml"
-    if not config.resume:
-        if config_file.exists():
-            raise ValueError(
-                f"run_name: {path} already holds a run; pass resume=true to continue it "
-                "or another run_name"
-            )
-        return
-    if not config_file.exists():
+    exists = (path / "config.yaml").exists()
+    if exists and not config.resume:
+        raise ValueError(
+            f"run_name: {path} already holds a run; pass resume=true to continue it "
+            "or another run_name"
+        )
+    if config.resume and not exists:
         raise ValueError(f"resume: {path} holds no run; check output_dir and run_name")
-    stored, asked = flat_values(read_config(config_file)), flat_values(config)
+    if config.resume:
+        check_same_run(config, path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir: cannot write to {path} ({error.strerror}); choose another"
+        ) from error
+
+
+def check_same_run(config: Config, path: Path) -> None:
+    """Check that a configuration gives the weights of the run in a folder.
+
+    Raises:
+        ValueError: it does not; names every key that differs.
+    """
+    stored, asked = flat_values(read_config(path / "config.yaml")), flat_values(config)
     if asked["train.precision"] == "auto":
         asked["train.precision"] = stored["train.precision"]
     differences = [
@@ -96,17 +113,11 @@ class RunDirectory:
             config: with absolute folders, see `task.config.anchored`.
 
         Raises:
-            ValueError: see `check_startable`; or the folder cannot be written, or is in use.
+            ValueError: see `check_startable`, or another process holds the folder.
         """
         check_startable(config)
         self.path = path = run_path(config)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(path / ".lock")
-        except OSError as error:
-            raise ValueError(
-                f"output_dir: cannot write to {path} ({error.strerror}); choose another"
-            ) from error
+        self._lock = _lock(path / ".lock")
         if config.resume and config.train.precision == "auto":
             precision = read_config(path / "config.yaml").train.precision
             config = dataclasses.replace(

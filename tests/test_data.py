@@ -38,8 +38,8 @@ def load(name: str, root: Path = SHARED, **options: object) -> Dataset:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, name: str, found: object) -> None:
-    _, folder, files = data.TORCHVISION_SETS[name]
-    monkeypatch.setitem(data.TORCHVISION_SETS, name, (lambda *_, **__: found, folder, files))
+    kind, *_ = data.TORCHVISION_SETS[name]
+    monkeypatch.setattr(datasets, kind, lambda *_, **__: found)
 
 
 def test_digits_keep_every_image_once_and_their_pixels() -> None:

@@ -1,0 +1,78 @@
+"""Real processes for the end-to-end tests: started here, ended here, by their own pid."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+COMMANDS = Path(sys.executable).parent
+
+# Seconds of training instead of minutes, on the same path through the code.
+SMALL = [
+    "federation.num_supernodes=3",
+    "federation.rounds=3",
+    "train.local_epochs=1",
+    "train.precision=float32",
+    "model.width=8",
+    "diffusion.num_inference_steps=4",
+    "eval.every=2",
+    "eval.images_per_class=2",
+    "eval.num_images=20",
+]
+
+
+def feddm_train(*overrides: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    """Run `feddm-train` to its end."""
+    return subprocess.run(
+        [COMMANDS / "feddm-train", *overrides],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@contextmanager
+def process(
+    command: list[str | Path],
+    *,
+    log: Path,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a command beside the test and end it, with its session, afterwards."""
+    with log.open("wb") as output:
+        started = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield started
+    finally:
+        if started.poll() is None:
+            started.terminate()
+            try:
+                started.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(started.pid, signal.SIGKILL)
+                started.wait()
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
+    """Wait until something is so; fail with a name where it does not become so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not happen within {seconds:g} s")
+        time.sleep(0.1)

@@ -1,0 +1,232 @@
+"""The whole system through its real commands: feddm-train, flwr run, SuperLink, SuperNodes."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from server_app.superlink import CONNECTION, free_port, private_superlink
+from task.checkpoint import load_weights
+from tests.processes import CHECKOUT, COMMANDS, SMALL, feddm_train, process, wait_for
+
+pytestmark = pytest.mark.slow
+
+Run = tuple[Path, "subprocess.CompletedProcess[str]"]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = (load_weights(run / "model.safetensors")[0] for run in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("finished")
+    result = feddm_train(*SMALL, "run_name=whole", cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "runs" / "whole", result
+
+
+def test_feddm_train_leaves_a_whole_run_directory(finished: Run) -> None:
+    run, _ = finished
+    found = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
+    assert {
+        *("config.yaml", "metrics.jsonl", "partition.json", "partition.png"),
+        *("samples/round_0002.png", "samples/round_0003.png", "model.safetensors"),
+        *("checkpoints/round_0002.safetensors", "checkpoints/round_0003.safetensors"),
+    } <= found
+    assert "checkpoints/round_0001.safetensors" not in found
+    assert any(name.startswith("tensorboard/events") for name in found)
+    assert not [name for name in found if Path(name).name.startswith(".round")]
+    with Image.open(run / "samples" / "round_0003.png") as picture:
+        assert picture.height > picture.width > 100  # ten rows of two
+    _, metadata = load_weights(run / "model.safetensors")
+    assert metadata["round"] == "3"
+    assert json.loads(metadata["config"])["federation"]["num_supernodes"] == 3
+
+
+def test_feddm_train_says_first_and_last_where_the_results_are(finished: Run) -> None:
+    run, result = finished
+    lines = [line for line in result.stdout.splitlines() if line.strip()]
+    assert lines[0] == lines[-1] == f"results: {run}"
+    rounds = [line for line in lines if " round " in line]
+    assert len(rounds) == 3
+    assert all("train loss" in line and "left" in line for line in rounds)
+    assert "test loss" not in rounds[0] and "test loss" in rounds[1]
+
+
+def test_metrics_hold_every_client_of_every_round(finished: Run) -> None:
+    run, _ = finished
+    lines = metrics(run)
+    counts = json.loads((run / "partition.json").read_text())["train_counts"]
+    for server_round in (1, 2, 3):
+        told = {
+            line["who"]: line["value"]
+            for line in lines
+            if line["round"] == server_round and line["name"] == "train_num_examples"
+        }
+        assert told == {f"client-{i}": sum(row) for i, row in enumerate(counts)}
+    names = {line["name"] for line in lines if line["who"] == "global"}
+    assert {"train_loss", "test_loss", "round_seconds", "class_agreement"} <= names
+
+
+def test_same_seed_gives_the_same_bits_in_another_order_of_clients(
+    finished: Run, tmp_path: Path
+) -> None:
+    # One actor after the other instead of two side by side.
+    result = feddm_train(*SMALL, "run_name=again", "federation.cpus_per_client=2", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert same_weights(finished[0], tmp_path / "runs" / "again")
+
+
+def test_killed_run_resumes_to_the_same_weights(finished: Run, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "killed"
+    command = [COMMANDS / "feddm-train", *SMALL, "run_name=killed"]
+    with process(command, log=tmp_path / "log", cwd=tmp_path) as started:
+        checkpoint = run / "checkpoints" / "round_0001.safetensors"
+        wait_for(checkpoint.exists, seconds=180, what="round 1")
+        started.send_signal(signal.SIGKILL)
+        started.wait()
+    assert not (run / "model.safetensors").exists()
+
+    other = feddm_train(*SMALL, "run_name=killed", "resume=true", "train.lr=0.5", cwd=tmp_path)
+    assert other.returncode == 1
+    assert "train.lr=0.5 (there: 0.001)" in other.stderr
+
+    result = feddm_train(*SMALL, "run_name=killed", "resume=true", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "going on after round" in result.stdout
+    assert same_weights(finished[0], run)
+    per_round = [line["round"] for line in metrics(run) if line["name"] == "train_loss"]
+    assert sorted(per_round) == [r for r in (1, 2, 3) for _ in range(4)]  # 3 clients and global
+
+
+def test_diverging_run_ends_with_status_1_and_names_the_clients(tmp_path: Path) -> None:
+    result = feddm_train(*SMALL, "run_name=diverging", "train.lr=1e30", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "client 2 is left out: loss must be a finite number, got nan" in result.stdout
+    assert "0 of 3 clients sent usable weights, federation.min_replies=1" in result.stderr
+    left_out = {
+        line["who"]
+        for line in metrics(tmp_path / "runs" / "diverging")
+        if line["name"] == "train_left_out"
+    }
+    assert left_out == {"client-0", "client-1", "client-2"}
+
+
+def test_plain_flwr_run_takes_the_size_of_its_federation(tmp_path: Path) -> None:
+    run_config = tmp_path / "run.toml"
+    run_config.write_text(
+        f'output_dir = "{tmp_path}"\nrun_name = "plain"\nfederation.rounds = 1\n'
+        'train.local_epochs = 1\nmodel.width = 8\ntrain.precision = "float32"\n'
+        'eval.num_images = 0\noverrides = "diffusion.num_inference_steps=4"\n'
+    )
+    with private_superlink() as superlink:
+        subprocess.run(
+            [
+                *(COMMANDS / "flwr", "run", CHECKOUT, CONNECTION, "--stream"),
+                *("--run-config", run_config),
+            ],
+            env=superlink.environment,
+            cwd=tmp_path,
+            timeout=300,
+            check=True,
+        )
+    run = tmp_path / "plain"
+    assert json.loads((run / "partition.json").read_text())["num_clients"] == 2
+    assert (run / "model.safetensors").exists()
+
+
+def write_idx(file: Path, array: np.ndarray) -> None:
+    """Write a uint8 array as MNIST's files are written."""
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+    file.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+@pytest.fixture(scope="module")
+def hospital_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real digits in the format of MNIST, as a hospital's own data."""
+    folder = tmp_path_factory.mktemp("hospital")
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    digits = load_digits()
+    for split, chosen in (("train", slice(0, 300)), ("t10k", slice(300, 400))):
+        write_idx(raw / f"{split}-images-idx3-ubyte", digits.images[chosen] * 255 / 16)
+        write_idx(raw / f"{split}-labels-idx1-ubyte", digits.target[chosen])
+    return folder
+
+
+@pytest.fixture
+def deployment(tmp_path: Path, hospital_folder: Path) -> Iterator[dict[str, str]]:
+    """A SuperLink and three SuperNodes on 127.0.0.1, the last with unreadable data."""
+    port = free_port()
+    home = {"FLWR_HOME": str(tmp_path / "home")}
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "config.toml").write_text(
+        f'[superlink]\ndefault = "test"\n[superlink.test]\naddress = "127.0.0.1:{port}"\n'
+        "insecure = true\n"
+    )
+    broken = tmp_path / "patient-4711-scans"
+    broken.write_text("not a folder")
+    with ExitStack() as stack:
+        superlink = [COMMANDS / "flower-superlink", "--insecure", "--host", "127.0.0.1"]
+        superlink += ["--port", str(port), "--disable-runtime-dependency-installation"]
+        log = tmp_path / "superlink.log"
+        env = {"PATH": f"{COMMANDS}{os.pathsep}{os.environ['PATH']}"}
+        stack.enter_context(process(superlink, log=log, cwd=tmp_path, env={**home, **env}))
+        for i, data in enumerate((hospital_folder, hospital_folder, broken)):
+            node_home = {"FLWR_HOME": str(tmp_path / f"node-{i}")}
+            node = [COMMANDS / "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
+            node += ["--port", str(free_port()), "--node-config", f'data-path="{data}"']
+            log = tmp_path / f"node-{i}.log"
+            stack.enter_context(process(node, log=log, cwd=tmp_path, env={**node_home, **env}))
+        yield {**os.environ, **home, **env}
+
+
+def test_hospital_that_fails_is_left_out_and_says_no_path(
+    deployment: dict[str, str], tmp_path: Path
+) -> None:
+    overrides = "data=mnist data.image_size=16 diffusion.num_inference_steps=4"
+    run_config = tmp_path / "run.toml"
+    run_config.write_text(
+        f'output_dir = "{tmp_path}"\nrun_name = "hospitals"\nfederation.rounds = 2\n'
+        "federation.min_nodes = 3\nfederation.min_replies = 2\nmodel.width = 8\n"
+        f'train.local_epochs = 1\ntrain.precision = "float32"\noverrides = "{overrides}"\n'
+    )
+    result = subprocess.run(
+        [
+            *(COMMANDS / "flwr", "run", CHECKOUT, "test", "--stream"),
+            *("--run-config", run_config),
+        ],
+        env=deployment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    run = tmp_path / "hospitals"
+    assert (run / "model.safetensors").exists(), result.stdout + result.stderr
+    left_out = {line["value"] for line in metrics(run) if line["name"] == "train_left_out"}
+    assert left_out == {"FileNotFoundError (code 102)"}
+    assert "patient-4711" not in result.stdout + (run / "metrics.jsonl").read_text()
+    trained = [line for line in metrics(run) if line["name"] == "train_num_examples"]
+    # A tenth of the 300 images, class by class, is held out.
+    assert {line["value"] for line in trained} == {270}
+    assert len({line["who"] for line in trained}) == 2
+    assert not (run / "partition.json").exists()
+    assert len(json.loads((run / "nodes.json").read_text())) == 3
