@@ -93,14 +93,15 @@ def test_same_seed_gives_the_same_bits_in_another_order_of_clients(
     assert same_weights(finished[0], tmp_path / "runs" / "again")
 
 
-def test_killed_run_resumes_to_the_same_weights(finished: Run, tmp_path: Path) -> None:
+def test_run_whose_server_is_killed_fails_and_resumes_to_the_same_weights(finished: Run, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "killed"
     command = [COMMANDS / "feddm-train", *SMALL, "run_name=killed"]
     with process(command, log=tmp_path / "log", cwd=tmp_path) as started:
         checkpoint = run / "checkpoints" / "round_0001.safetensors"
         wait_for(checkpoint.exists, seconds=180, what="round 1")
-        started.send_signal(signal.SIGKILL)
-        started.wait()
+        os.kill(int((run / ".lock").read_text()), signal.SIGKILL)
+        assert started.wait(180) == 1
+    assert "the run ended as finished:failed" in (tmp_path / "log").read_text()
     assert not (run / "model.safetensors").exists()
 
     other = feddm_train(*SMALL, "run_name=killed", "resume=true", "train.lr=0.5", cwd=tmp_path)

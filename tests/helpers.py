@@ -1,0 +1,179 @@
+"""Flower's own network in memory, and small settings for whole runs on it."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.proto.task_pb2 import Task
+from flwr.server.superlink.fleet.vce.vce_api import _register_nodes
+from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.server.superlink.linkstate.in_memory_linkstate import RunRecord
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.federation import NoOpFederationManager
+from flwr.superlink.grid.inmemory_grid import InMemoryGrid
+from sklearn.datasets import load_digits
+
+from client_app.app import app
+from task.wire import Key
+
+SUPERLINK = 1
+RUN_ID = 4711
+
+# Digits of 8x8, half of them held out, and a network of 2,000 parameters: rounds of a second.
+SMALL_RUN: dict[str, str | int | float | bool] = {
+    "experiment": "demo",
+    "data.image_size": 8,
+    "data.test_fraction": 0.5,
+    "model.width": 4,
+    "model.num_poolings": 1,
+    "diffusion.num_timesteps": 20,
+    "diffusion.num_inference_steps": 2,
+    "train.local_epochs": 1,
+    "train.batch_size": 128,
+    "train.device": "cpu",
+    "train.precision": "float32",
+    "federation.rounds": 2,
+    "federation.round_timeout": 60.0,
+    "eval.every": 2,
+    "eval.images_per_class": 1,
+    "eval.num_images": 0,
+}
+
+Handler = Callable[[Message], Message | None]
+Order = Callable[[list[Message]], list[Message]]
+
+
+class Network:
+    """A SuperLink without a network, made as `flwr.simulation` makes it, and its nodes.
+
+    Attributes:
+        grid: what a ServerApp sees of it.
+        state: what the SuperLink knows.
+    """
+
+    def __init__(self) -> None:
+        factory = LinkStateFactory(
+            FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory()
+        )
+        self.state = factory.state()
+        run = Run.create_empty(run_id=RUN_ID)
+        run.primary_task_id, run.federation_id = 1, NOOP_FEDERATION_ID
+        self.state.run_ids[RUN_ID] = RunRecord(run=run)
+        self.state.task_store[1] = Task(task_id=1, run_id=RUN_ID)
+        # What Flower sets in the process of a ServerApp; messages are made with it.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SUPERLINK
+        self.grid = InMemoryGrid(factory)
+        self.grid.set_run(run)
+        self._factory = factory
+
+    def add_nodes(self, number: int) -> list[int]:
+        """Let nodes connect; returns their ids, sorted."""
+        return sorted(_register_nodes(number, self._factory))
+
+    def remove_node(self, node: int) -> None:
+        """Unregister a node, which then is unknown to the SuperLink."""
+        self.state.delete_node(self.state.nodes[node].owner_aid, node)
+
+    def store_reply(self, reply: Message) -> str:
+        """Hand a node's reply to the SuperLink; returns its id."""
+        reply.metadata.__dict__["_message_id"] = str(uuid4())
+        stored = self.state.store_message_res(reply)
+        assert stored is not None, "the SuperLink refused the reply"
+        return stored
+
+    def waiting(self) -> list[Message]:
+        """Take the messages that no node has fetched yet, in the order of their sending."""
+        nodes = list(self.state.nodes)
+        found = [m for node in nodes for m in self.state.get_message_ins(node, limit=None)]
+        return sorted(found, key=lambda message: message.metadata.created_at)
+
+    @contextmanager
+    def answering(self, handler: Handler, *, order: Order = list) -> Iterator[None]:
+        """Answer, in a thread, whatever is sent within the block.
+
+        Each reply is handed over once the one before was pulled, so that `order`, which sorts
+        messages that were sent together, is the order in which replies arrive.
+
+        Args:
+            handler: returns the reply to a message, or None to stay silent.
+            order: of the answers.
+        """
+        stop = threading.Event()
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            while not stop.is_set():
+                found = self.waiting()
+                if found:
+                    time.sleep(0.02)  # what is sent together may come in two looks
+                    found += self.waiting()
+                for message in order(found):
+                    try:
+                        reply = handler(message)
+                    except Exception as error:
+                        failures.append(error)
+                        reply = Message(Error(code=2, reason="see the test"), reply_to=message)
+                    if reply is not None:
+                        self._hand_over(reply, stop)
+                stop.wait(0.005)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+        for failure in failures:
+            raise failure
+
+    def _hand_over(self, reply: Message, stop: threading.Event) -> None:
+        stored = self.store_reply(reply)
+        while stored in self.state.message_res_store and not stop.is_set():
+            time.sleep(0.002)
+
+
+class ClientNodes:
+    """Nodes that run the real ClientApp; an instance is a handler for `Network.answering`."""
+
+    def __init__(self, network: Network, run_config: dict, *node_configs: dict) -> None:
+        nodes = network.add_nodes(len(node_configs))
+        self.contexts = {
+            node: node_context(run_config, node_config, node_id=node)
+            for node, node_config in zip(nodes, node_configs, strict=True)
+        }
+
+    def __call__(self, message: Message) -> Message:
+        return app(message, self.contexts[message.metadata.dst_node_id])
+
+
+def node_context(run_config: dict, node_config: dict, *, node_id: int = 7) -> Context:
+    """Make the context that a node keeps for a run."""
+    return Context(RUN_ID, node_id, dict(node_config), RecordDict(), dict(run_config))
+
+
+def simulated(number: int) -> list[dict[str, int]]:
+    """Node configs of a simulation."""
+    return [{Key.PARTITION_ID: i, Key.NUM_PARTITIONS: number} for i in range(number)]
+
+
+def write_digits_as_mnist(folder: Path, *, train: int, test: int) -> None:
+    """Write real digits of 8x8 in the format of MNIST, as a hospital's own data."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    digits = load_digits()
+    for split, chosen in (("train", slice(0, train)), ("t10k", slice(train, train + test))):
+        for part, array in (
+            ("images-idx3", digits.images[chosen] * (255 / 16)),
+            ("labels-idx1", digits.target[chosen]),
+        ):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+            (raw / f"{split}-{part}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())

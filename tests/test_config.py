@@ -1,0 +1,399 @@
+import math
+import random
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from task.config import (
+    CONF_DIR,
+    anchored,
+    as_hydra,
+    flat_values,
+    hydra_override,
+    load_config,
+    load_run_config,
+    read_config,
+    text_fields,
+    value_paths,
+    write_config,
+)
+
+GROUP_OPTIONS = [f"{file.parent.name}={file.stem}" for file in sorted(CONF_DIR.glob("*/*.yaml"))]
+# Every character that Hydra's grammar, YAML or a shell gives a meaning to, but interpolation.
+NASTY = [
+    *(
+        "a b",
+        " lead",
+        "trail ",
+        "it's",
+        "''",
+        '"',
+        "back\\slash",
+        "end\\",
+        "end\\\\",
+        "\\'",
+        "\\\\'",
+    ),
+    *("new\nline", "tab\t", "Zürich/東京", "a=b", "a,b", "[x]", "{y: 1}", "$HOME", "null", "inf"),
+    *("true", "1e5", "007", "#c", "a: b", "~", "%", "*", "(x)", "!x", "&x", "@", "`x`", "-", ";"),
+]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return found
+
+
+def test_flower_offers_every_value_of_conf_and_no_default_of_its_own() -> None:
+    pyproject = tomllib.loads((CONF_DIR.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    offered = flat(pyproject["tool"]["flwr"]["app"]["config"])
+    assert set(offered) == {"experiment", "overrides", *value_paths()}
+    assert set(offered.values()) == {""}
+
+
+def test_value_paths_are_the_leaves_of_what_hydra_composes() -> None:
+    tree = OmegaConf.to_container(as_hydra(load_config()))
+    assert isinstance(tree, dict)
+    assert set(value_paths()) == set(flat(tree))  # type: ignore[arg-type]
+
+
+def test_flat_values_are_the_values_of_the_configuration() -> None:
+    values = flat_values(load_config(["partition.beta=0.25", "data=svhn"]))
+    assert values["partition.beta"] == 0.25
+    assert values["data.name"] == "svhn"
+    assert values["federation.clients_per_round"] is None
+    assert set(values) == set(value_paths())
+
+
+@pytest.mark.parametrize("option", GROUP_OPTIONS)
+def test_every_option_of_every_group_composes(option: str) -> None:
+    group, name = option.split("=")
+    config = load_config([option])
+    # A preset and a data set say their own name.
+    assert {"experiment": config.experiment, "data": config.data.name}.get(group, name) == name
+
+
+def test_groups_of_conf_are_the_sections_of_the_configuration() -> None:
+    groups = {folder.name for folder in CONF_DIR.iterdir() if folder.is_dir()}
+    sections = {path.split(".")[0] for path in value_paths() if "." in path}
+    assert groups == sections | {"experiment"}
+
+
+def test_demo_is_the_default_and_small() -> None:
+    config = load_config()
+    assert config.experiment == "demo"
+    assert (config.data.name, config.data.image_size, config.data.channels) == ("digits", 16, 1)
+    assert (config.model.width, config.model.num_poolings) == (32, 2)
+    assert config.diffusion.sampler == "ddim" and config.diffusion.num_inference_steps == 100
+    assert (config.federation.num_supernodes, config.federation.rounds) == (10, 20)
+
+
+def test_table1_is_the_setting_of_the_paper() -> None:
+    config = load_config(["experiment=table1"])
+    federation = config.federation
+    assert (federation.rounds, federation.num_supernodes) == (300, 10)
+    assert federation.clients_per_round is None
+    assert (config.train.local_epochs, config.partition.beta) == (5, 0.5)
+    assert (config.data.name, config.data.image_size, config.data.channels) == ("cifar10", 32, 3)
+    assert (config.model.width, config.model.num_poolings, config.model.final_relu) == (64, 3, True)
+    assert config.diffusion.schedule == "continuous"
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("paper", ("linear", "epsilon", "epsilon", "sum", "ddpm", None)),
+        ("released", ("continuous", "v_prediction", "epsilon", "mean", "ddim", None)),
+        ("fast", ("continuous", "v_prediction", "uniform", "mean", "ddim", 100)),
+    ],
+)
+def test_diffusion_presets_fit_on_top_of_demo(option: str, expected: tuple[object, ...]) -> None:
+    config = load_config(["experiment=demo", f"diffusion={option}"])
+    found = config.diffusion
+    assert expected == (
+        *(found.schedule, found.prediction_type, found.loss_weighting, found.loss_reduction),
+        *(found.sampler, found.num_inference_steps),
+    )
+    assert config.data.name == "digits"
+
+
+@pytest.mark.parametrize("option", ["data=mnist", "model=feddm", "diffusion=paper"])
+def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
+    first = load_config([option, "experiment=table1", "run_name=x"])
+    assert first == load_config(["experiment=table1", option, "run_name=x"])
+    assert first != load_config(["experiment=table1", "data=svhn", "diffusion=fast", "run_name=x"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        # Name, value and way out: what is allowed, or which word allows it.
+        ("data=imagenet", ["data/imagenet", "cifar10", "digits", "fashion_mnist", "mnist", "svhn"]),
+        ("data.name=imagenet", ["data.name", "'imagenet'", "cifar10", "digits", "svhn"]),
+        ("experiment=table9", ["experiment/table9", "demo", "table1"]),
+        ("partition.beta=0", ["partition.beta", "0.0", "> 0"]),
+        ("partition.beta=-0.5", ["partition.beta", "-0.5", "> 0"]),
+        ("partition.beta=nan", ["partition.beta", "nan", "> 0"]),
+        (
+            "federation.clients_per_round=11",
+            ["federation.clients_per_round", "11", "federation.num_supernodes=10", "null"],
+        ),
+        ("federation.clients_per_round=0", ["federation.clients_per_round", "0", "> 0"]),
+        ("federation.min_replies=11", ["federation.min_replies", "11", "at most 10"]),
+        ("data.image_size=20", ["data.image_size", "20", "multiple of 8"]),
+        ("data.image_size=0", ["data.image_size", "0", "positive multiple of 8"]),
+        ("data.image_size=-8", ["data.image_size", "-8", "positive multiple of 8"]),
+        ("model.num_poolings=5", ["data.image_size", "16", "multiple of 32", "model.num_poolings"]),
+        ("data.channels=2", ["data.channels", "2", "1, 3"]),
+        ("data.classes=[]", ["data.classes", "[]", "at least one class"]),
+        ("data.classes=[a,a]", ["data.classes", "['a', 'a']", "distinct"]),
+        ("data.val_fraction=1", ["data.val_fraction", "1.0", "between 0 and 1"]),
+        ("data.test_fraction=0", ["data.test_fraction", "0.0", "between 0 and 1"]),
+        ("federation.rounds=many", ["federation.rounds", "many", "Integer"]),
+        ("federation.rounds=2.5", ["federation.rounds", "2.5", "Integer"]),
+        ("federation.rounds=null", ["federation.rounds", "null", "not Optional"]),
+        ("partition.beta=high", ["partition.beta", "high", "Float"]),
+        ("resume=maybe", ["resume", "maybe", "bool"]),
+        ("data.classes=abc", ["data.classes", "abc", "list"]),
+        ("partition.betta=1", ["partition.betta"]),
+        ("nonsense=1", ["nonsense"]),
+        ("train.precision=fp8", ["train.precision", "'fp8'", "auto, float32, bfloat16"]),
+        ("train.device=tpu", ["train.device", "'tpu'", "auto, cpu, cuda"]),
+        ("train.lr=0", ["train.lr", "0.0", "> 0"]),
+        ("train.local_epochs=0", ["train.local_epochs", "0", "> 0"]),
+        ("model.dropout=1", ["model.dropout", "1.0", "[0, 1)"]),
+        ("model.bottom_blocks=1", ["model.bottom_blocks", "1", ">= 2"]),
+        ("model.fourier_features=3", ["model.fourier_features", "3", "even"]),
+        ("diffusion.num_timesteps=1", ["diffusion.num_timesteps", "1", ">= 2"]),
+        ("diffusion.schedule=sine", ["diffusion.schedule", "'sine'", "linear, cosine, continuous"]),
+        ("diffusion.eta=1.5", ["diffusion.eta", "1.5", "[0, 1]"]),
+        (
+            "diffusion.num_inference_steps=500",
+            ["diffusion.num_inference_steps", "500", "diffusion.num_timesteps=300"],
+        ),
+        (
+            "diffusion.sampler=ddpm",  # the demo skips steps
+            ["diffusion.num_inference_steps", "100", "null", "diffusion.sampler=ddim"],
+        ),
+        ("diffusion.guidance_scale=2", ["guidance_scale", "2.0", "diffusion.label_dropout > 0"]),
+        ("federation.wire_dtype=int8", ["federation.wire_dtype", "'int8'", "float32, float16"]),
+        ("federation.ema_decay=1", ["federation.ema_decay", "1.0", "(0, 1)", "null"]),
+        ("federation.gpus_per_client=-1", ["federation.gpus_per_client", "-1.0", ">= 0"]),
+        ("eval.num_images=-1", ["eval.num_images", "-1", ">= 0"]),
+        ("seed=-1", ["seed", "-1", "[0, 2^63)"]),
+        ("seed=9223372036854775808", ["seed", "9223372036854775808", "[0, 2^63)"]),
+        ("run_name=a/b", ["run_name", "'a/b'", "without a slash"]),
+        ("run_name=..", ["run_name", "'..'", "one folder"]),
+        ("partition.beta=0.1,0.5", ["partition.beta=0.1,0.5"]),
+    ],
+)
+def test_bad_values_are_refused_with_name_value_and_way_out(
+    override: str, words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_config([override])
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("override", ["partition.betta=1", "nonsense=1"])
+def test_unknown_keys_are_not_answered_with_advice_to_force_them_in(override: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_config([override])
+    assert f"+{override}" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["+partition.betta=1", "++nonsense=1", "+model.depth=3"])
+def test_unknown_keys_are_refused_with_a_plus_as_well(override: str) -> None:
+    with pytest.raises(ValueError, match=r"betta|nonsense|depth"):
+        load_config([override])
+
+
+@pytest.mark.parametrize("field", ["train.lr", "federation.node_wait", "federation.round_timeout"])
+def test_infinite_values_are_refused_as_what_they_are(field: str) -> None:
+    with pytest.raises(ValueError, match=rf"{field} must be .*finite.*, got inf"):
+        load_config([f"{field}=inf"])
+
+
+def test_values_at_the_edge_are_accepted() -> None:
+    config = load_config(
+        [
+            *("partition.beta=inf", "federation.clients_per_round=10", "federation.min_replies=10"),
+            *("data.image_size=8", "seed=9223372036854775807", "diffusion.eta=0"),
+        ]
+    )
+    assert config.partition.beta == math.inf
+    assert config.federation.clients_per_round == config.federation.num_supernodes == 10
+    assert config.seed == 2**63 - 1
+
+
+def test_load_config_leaves_the_hydra_of_the_process_as_it_was() -> None:
+    assert not GlobalHydra.instance().is_initialized()
+    load_config()
+    assert not GlobalHydra.instance().is_initialized()
+    with initialize_config_dir(str(CONF_DIR / "data"), version_base="1.3"):
+        outer = GlobalHydra.instance().hydra
+        load_config(["data=svhn"])
+        with pytest.raises(ValueError, match="partition"):
+            load_config(["partition.beta=0"])
+        assert GlobalHydra.instance().hydra is outer
+        assert compose("mnist").name == "mnist"  # its own folder still, not conf/
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_empty_strings_mean_what_conf_says() -> None:
+    pyproject = tomllib.loads((CONF_DIR.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    offered = flat(pyproject["tool"]["flwr"]["app"]["config"])
+    found = load_run_config({**offered, "run_name": "x"})
+    assert found == load_run_config({"run_name": "x"})
+    assert found == anchored(load_config(["run_name=x"]), Path.home())
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "expected"),
+    [
+        ({"partition.beta": 0.1}, "partition.beta", 0.1),
+        ({"partition.beta": "inf"}, "partition.beta", math.inf),
+        ({"resume": True}, "resume", True),
+        ({"resume": "true"}, "resume", True),
+        ({"train.channels_last": False}, "train.channels_last", False),
+        ({"federation.clients_per_round": 3}, "federation.clients_per_round", 3),
+        ({"federation.clients_per_round": "null"}, "federation.clients_per_round", None),
+        ({"diffusion.num_inference_steps": "null"}, "diffusion.num_inference_steps", None),
+        ({"data.classes": "[left, right]"}, "data.classes", ["left", "right"]),
+        ({"run_name": 5}, "run_name", "5"),
+        ({"run_name": "null"}, "run_name", "null"),
+        ({"experiment": "table1"}, "data.name", "cifar10"),
+        ({"experiment": "table1", "overrides": "data=mnist"}, "data.name", "mnist"),
+        ({"experiment": "table1", "train.lr": 0.5}, "train.lr", 0.5),
+        ({"overrides": "data=mnist partition.beta=2"}, "partition.beta", 2.0),
+        ({"overrides": "data.classes=[a,b]"}, "data.classes", ["a", "b"]),
+        # Two layers of quotes: shlex takes the outer ones, Hydra the inner ones.
+        ({"overrides": "\"run_name='two words'\" seed=3"}, "run_name", "two words"),
+        ({"overrides": "run_name='two words' seed=3"}, "seed", 3),
+        ({"partition.beta": 0.1, "overrides": "partition.beta=0.7"}, "partition.beta", 0.7),
+    ],
+)
+def test_run_config_reaches_the_configuration(
+    given: dict[str, Any], path: str, expected: object
+) -> None:
+    assert flat_values(load_run_config(given))[path] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"partition.betta": 1}, ["partition.betta"]),
+        ({"partition.beta": 0}, ["partition.beta", "> 0"]),
+        ({"federation.rounds": "many"}, ["federation.rounds", "many"]),
+        ({"experiment": "table9"}, ["experiment/table9", "demo"]),
+        ({"overrides": "data=imagenet"}, ["data/imagenet", "digits"]),
+        ({"overrides": "run_name='x"}, ["overrides", "run_name='x", "quot"]),
+    ],
+)
+def test_bad_run_config_is_refused_by_name(given: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_run_config(given)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_run_config_counts_relative_folders_from_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = load_run_config({"output_dir": "results", "data.root": "~/images"})
+    assert config.output_dir == "/home/someone/results"
+    assert config.data.root == "/home/someone/images"
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_text_of_any_characters_survives_hydra_and_yaml(text: str, tmp_path: Path) -> None:
+    config = load_run_config({"run_name": text, "output_dir": "/" + text})
+    assert (config.run_name, config.output_dir) == (text, str(Path("/" + text)))
+    write_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == config
+
+
+def test_random_text_survives_hydras_grammar() -> None:
+    random_text = random.Random(0)
+    parser = OverridesParser.create()
+    for _ in range(2000):
+        text = "".join(random_text.choices("ab \\'\"=,[]{}:#~\n", k=random_text.randrange(1, 9)))
+        assert parser.parse_override(hydra_override("output_dir", text)).value() == text
+
+
+def test_numbers_and_words_are_left_to_hydra_to_read() -> None:
+    assert hydra_override("seed", 3) == "seed=3"
+    assert hydra_override("resume", True) == "resume=true"
+    assert hydra_override("partition.beta", "inf") == "partition.beta=inf"
+    assert hydra_override("run_name", "3") == "run_name='3'"
+    assert {"output_dir", "data.root", "run_name"} <= text_fields()
+    assert not {"seed", "resume", "data.classes", "partition.beta"} & text_fields()
+
+
+def test_anchored_counts_relative_folders_from_the_given_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = load_config(["output_dir=a/b", "data.root='~/c'", "run_name=x"])
+    moved = anchored(config, Path("/there"))
+    assert (moved.output_dir, moved.data.root) == ("/there/a/b", "/home/someone/c")
+    assert anchored(moved, Path("/elsewhere")) == moved
+    rest = {"output_dir", "data.root"}
+    before, after = flat_values(config), flat_values(moved)
+    assert {k: v for k, v in before.items() if k not in rest} == {
+        k: v for k, v in after.items() if k not in rest
+    }
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["experiment=table1"], ["partition.beta=inf", "federation.ema_decay=0.9"]]
+)
+def test_written_configuration_reads_back_equal(overrides: list[str], tmp_path: Path) -> None:
+    config = load_config(overrides)
+    write_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == config
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"", "experiment"),
+        (b"seed: 1", "experiment"),
+        (b"nonsense: 1", "nonsense"),
+        (b"[1, 2]", "config.yaml"),
+        (b"3", "config.yaml"),
+        (b"seed: [", "config.yaml"),
+        (b"\t", "config.yaml"),
+        (b"\xff\xfe\x00", "config.yaml"),
+    ],
+)
+def test_what_is_no_configuration_is_refused(content: bytes, word: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=word) as caught:
+        read_config(file)
+    assert str(file) in str(caught.value)
+
+
+def test_stored_values_are_checked_like_given_ones(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    write_config(load_config(), file)
+    text = file.read_text(encoding="utf-8")
+    assert "beta: 0.5" in text
+    file.write_text(text.replace("beta: 0.5", "beta: 0.0"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config\.yaml.*partition\.beta must be > 0"):
+        read_config(file)
+
+
+def test_missing_configuration_file_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml"):
+        read_config(tmp_path / "config.yaml")
