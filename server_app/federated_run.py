@@ -30,6 +30,7 @@ from server_app.exchange import (
 from server_app.log import duration, log
 from server_app.roster import Roster, sample_clients
 from server_app.simulation import deal_images, fastest_precision, record_partition
+from server_app.superlink import submitter_is_gone
 from task.config import Config
 from task.data import Dataset
 from task.figures import mosaic, save_sample_grid
@@ -90,6 +91,11 @@ class FederatedRun:
         first = self._directory.last_round + 1
         start = time.monotonic()
         for server_round in range(first, rounds + 1):
+            if submitter_is_gone():
+                raise RuntimeError(
+                    f"feddm-train was killed; everything up to round {server_round - 1} is saved, "
+                    "resume=true goes on from there"
+                )
             summary = self.play_round(server_round)
             spent = time.monotonic() - start
             left = spent / (server_round - first + 1) * (rounds - server_round)

@@ -12,6 +12,8 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -36,7 +38,23 @@ def main() -> None:
     # So that a plain `kill` also ends the SuperLink that a job has started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     register_schema()
+    sys.argv += name_by_what_is_swept(sys.argv[1:])
     _hydra_main()
+
+
+def name_by_what_is_swept(arguments: list[str]) -> list[str]:
+    """Return the Hydra override that leaves what is the same in all jobs out of their names.
+
+    Args:
+        arguments: of the command line.
+    """
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException:
+        return []  # Hydra reads them next, and says what is wrong.
+    fixed = [o.get_key_element() for o in parsed if not o.is_sweep_override()]
+    return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"]
 
 
 @hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
@@ -51,6 +69,9 @@ def _hydra_main(composed: DictConfig) -> None:
                 config, output_dir=job.sweep.dir, run_name=job.sweep.subdir
             )
         train(anchored(config, Path.cwd()), list(job.overrides.task))
+    except KeyboardInterrupt:
+        print("feddm-train: interrupted; resume=true goes on from here", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"feddm-train: {error}", file=sys.stderr, flush=True)
         if sweep:

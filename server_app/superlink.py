@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 START_TIMEOUT_SECONDS = 60.0
-STOP_TIMEOUT_SECONDS = 20.0
+STOP_TIMEOUT_SECONDS = 3.0
 CONNECTION = "feddm"
+SUBMITTER_VARIABLE = "FEDDM_SUBMITTER_PID"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def private_superlink() -> Iterator[SuperLink]:
     port = free_port()
     environment = {
         **os.environ,
+        SUBMITTER_VARIABLE: str(os.getpid()),
         "FLWR_HOME": str(folder / "flwr"),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -84,6 +86,21 @@ def private_superlink() -> Iterator[SuperLink]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def submitter_is_gone() -> bool:
+    """Whether the process that started this run's private SuperLink was killed.
+
+    Flower's simulation outlives its SuperLink, so the ServerApp has to look for itself.
+    """
+    pid = os.environ.get(SUBMITTER_VARIABLE)
+    if pid is None:
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
 def free_port() -> int:
     """Return a port of 127.0.0.1 that nothing listens on."""
     with socket.socket() as probe:
@@ -92,10 +109,13 @@ def free_port() -> int:
 
 
 def end_with_parent() -> None:
-    """Ask Linux to end this process when its parent is killed; elsewhere it would stay behind."""
+    """Ask Linux to kill this process when its parent is killed; elsewhere it would stay behind.
+
+    A SuperLink that is only asked to end waits for its run; its own children watch its pid.
+    """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def wait_until_healthy(process: "subprocess.Popen[bytes]", port: int, output: Path) -> None:

@@ -1,5 +1,6 @@
 """The whole system through its real commands: feddm-train, flwr run, SuperLink, SuperNodes."""
 
+import fcntl
 import json
 import os
 import signal
@@ -93,7 +94,9 @@ def test_same_seed_gives_the_same_bits_in_another_order_of_clients(
     assert same_weights(finished[0], tmp_path / "runs" / "again")
 
 
-def test_run_whose_server_is_killed_fails_and_resumes_to_the_same_weights(finished: Run, tmp_path: Path) -> None:
+def test_run_whose_server_is_killed_fails_and_resumes_to_the_same_weights(
+    finished: Run, tmp_path: Path
+) -> None:
     run = tmp_path / "runs" / "killed"
     command = [COMMANDS / "feddm-train", *SMALL, "run_name=killed"]
     with process(command, log=tmp_path / "log", cwd=tmp_path) as started:
@@ -114,6 +117,26 @@ def test_run_whose_server_is_killed_fails_and_resumes_to_the_same_weights(finish
     assert same_weights(finished[0], run)
     per_round = [line["round"] for line in metrics(run) if line["name"] == "train_loss"]
     assert sorted(per_round) == [r for r in (1, 2, 3) for _ in range(4)]  # 3 clients and global
+
+
+def test_killed_feddm_train_takes_its_simulation_along(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "orphan"
+    command = [COMMANDS / "feddm-train", *SMALL, "run_name=orphan", "federation.rounds=1000"]
+    with process(command, log=tmp_path / "log", cwd=tmp_path) as started:
+        checkpoint = run / "checkpoints" / "round_0001.safetensors"
+        wait_for(checkpoint.exists, seconds=180, what="round 1")
+        started.send_signal(signal.SIGKILL)
+        started.wait()
+    wait_for(lambda: is_unlocked(run / ".lock"), seconds=60, what="the end of the simulation")
+
+
+def is_unlocked(lock: Path) -> bool:
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
 
 def test_diverging_run_ends_with_status_1_and_names_the_clients(tmp_path: Path) -> None:
