@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from task.wire import Key
 
-# Steps of 2^-32 are finer than float32 needs for a mean of weights; 62 bits hold the sum.
+# Steps of 2^-32 are finer than float32 needs for a mean of weights; int64 holds the sum.
 FRACTION_BITS = 32
-CAPACITY_BITS = 62
+# What all weights times images of a round may add up to, half of what would overflow.
+SUM_LIMIT = 2.0 ** (62 - FRACTION_BITS)
 CHUNK = 1 << 20
 
 
@@ -37,17 +38,17 @@ class FixedPointSum:
 
         Raises:
             ValueError: the shape differs from that of the first client.
-            OverflowError: weights so large that the sum could overflow: the run has diverged.
+            OverflowError: the sum could overflow; `SUM_LIMIT` is shared out among the clients of
+                a round, so that what passes the check of replies never comes here.
         """
         if self._sum is None:
             self._sum = np.zeros(weights.shape, np.int64)
         if weights.shape != self._sum.shape:
             raise ValueError(f"weights must have shape {self._sum.shape}, got {weights.shape}")
         self._bound += float(np.abs(weights).max(initial=0.0)) * num_examples
-        if self._bound * 2.0**FRACTION_BITS >= 2.0**CAPACITY_BITS:
+        if self._bound > SUM_LIMIT * (1 + 1e-9):
             raise OverflowError(
-                f"weights times images add up to {self._bound:.3g}, which no sane model reaches: "
-                "the training has diverged; lower train.lr"
+                f"weights times images must add up to at most {SUM_LIMIT:g}, got {self._bound:.3g}"
             )
         self.num_examples += num_examples
         scale = num_examples * 2.0**FRACTION_BITS

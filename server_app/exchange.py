@@ -3,11 +3,13 @@
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
+from server_app.aggregation import SUM_LIMIT
 from task.wire import Key
 
 # A reply that would come after the deadline is refused by the network with an error of its own,
@@ -63,7 +65,11 @@ def exchange(
         poll_seconds: pause between two looks at what has come.
     """
     deadline = time.monotonic() + timeout
-    pending = dict(zip(grid.push_messages(list(messages.values())), messages, strict=True))
+    # Flower takes no message to a node that has just left, and leaves its id out.
+    sent = set(grid.push_messages(list(messages.values())))
+    client_of = {message.metadata.message_id: client for client, message in messages.items()}
+    pending = {message_id: c for message_id, c in client_of.items() if message_id in sent}
+    unreachable = [c for message_id, c in client_of.items() if message_id not in sent]
     while pending:
         for message_id in list(pending):
             # One id per call: a pull loads every reply that is ready into memory.
@@ -73,12 +79,16 @@ def exchange(
             break
         if pending:
             time.sleep(poll_seconds)
-    for client in pending.values():
+    for client in [*pending.values(), *unreachable]:
         yield Reply(client, None)
 
 
 class UnusableReply(ValueError):
-    """A reply that is left out of its round; the text says why."""
+    """A reply that is left out of its round; the text says why, at a length that fits a log."""
+
+    def __init__(self, reason: str) -> None:
+        # A client could send text or numbers of any length.
+        super().__init__(" ".join(reason.split())[:300])
 
 
 def checked_content(reply: Reply, *, timeout: float) -> RecordDict:
@@ -102,7 +112,7 @@ def check_metrics(content: RecordDict) -> None:
     """
     metrics = content.metric_records.get(Key.METRICS)
     if metrics is None:
-        raise UnusableReply(f"no record {Key.METRICS!r} in the reply")
+        raise UnusableReply(f"no record {Key.METRICS.value!r} in the reply")
     for name in (Key.NUM_EXAMPLES, Key.LOSS):
         value = metrics.get(name)
         if not isinstance(value, int | float) or not np.isfinite(value):
@@ -112,30 +122,40 @@ def check_metrics(content: RecordDict) -> None:
         raise UnusableReply(f"{Key.NUM_EXAMPLES} must be a whole number > 0, got {num_examples}")
 
 
-def check_weights(content: RecordDict, *, size: int) -> None:
+def check_weights(content: RecordDict, *, size: int, num_clients: int) -> None:
     """Check the packed weights of a reply.
 
     Args:
-        content: the reply.
+        content: the reply; its metrics were checked already.
         size: how many values there must be.
+        num_clients: how many clients may add their weights to the same sum.
 
     Raises:
-        UnusableReply: they are missing, of another shape or type, or not finite.
+        UnusableReply: they are missing, of another shape or type, not finite, or so large that
+            the sum could overflow.
     """
     arrays = content.array_records.get(Key.ARRAYS, ArrayRecord())
     if list(arrays) != [Key.PACKED]:
-        raise UnusableReply(f"arrays must be [{Key.PACKED.value!r}], got {list(arrays)}")
+        names = [str(name) for name in arrays]
+        raise UnusableReply(f"arrays must be [{Key.PACKED.value!r}], got {names}")
     try:
         packed = arrays[Key.PACKED].numpy()
-    except (TypeError, ValueError, EOFError) as error:
+    except Exception as error:
+        # NumPy's reader raises nearly anything on bytes that were made to break it.
         raise UnusableReply(f"weights that cannot be read: {type(error).__name__}") from error
+    if not isinstance(packed, np.ndarray):
+        raise UnusableReply("weights that are no array")
     if packed.shape != (size,) or packed.dtype not in (np.float32, np.float16):
         raise UnusableReply(
             f"weights must be float32 or float16 of shape ({size},), "
             f"got {packed.dtype} of shape {packed.shape}"
         )
-    if not np.isfinite(packed).all():
+    largest = float(np.abs(packed).max(initial=0.0))
+    if not np.isfinite(largest):
         raise UnusableReply("weights that are not finite")
+    num_examples = cast(int, content.metric_records[Key.METRICS][Key.NUM_EXAMPLES])
+    if largest * num_examples > SUM_LIMIT / num_clients:
+        raise UnusableReply(f"weights of up to {largest:.3g} from {num_examples} images: diverged")
 
 
 def describe_error(error: Error) -> str:

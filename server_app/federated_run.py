@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from flwr.app import (
@@ -41,6 +42,9 @@ from task.unet import UNet, build_unet
 from task.wire import Key, WeightLayout
 
 Weights = dict[str, torch.Tensor]
+
+# What is written down of a client's training, whatever else it sends.
+TRAIN_METRICS = (Key.NUM_EXAMPLES, Key.LOSS, Key.SECONDS, Key.IMAGES_PER_SECOND)
 
 # Seconds between two looks for replies: a simulation's network is in memory.
 POLL_SIMULATION, POLL_NETWORK = 0.1, 2.0
@@ -104,11 +108,9 @@ class FederatedRun:
 
     def prepare(self) -> None:
         """Wait for the nodes, settle what depends on them, and load the last complete round."""
-        federation = self.config.federation
-        self._roster.wait_for(federation.min_nodes, seconds=federation.node_wait)
-        num_nodes = len(self._roster.node_ids)
+        num_nodes = len(self.gather_nodes())
         if self.simulated:
-            federation = dataclasses.replace(federation, num_supernodes=num_nodes)
+            federation = dataclasses.replace(self.config.federation, num_supernodes=num_nodes)
             self.config = dataclasses.replace(self.config, federation=federation)
             self.dataset, partition = deal_images(self.config)
             record_partition(self.config, partition, self._directory)
@@ -116,8 +118,6 @@ class FederatedRun:
                 precision = fastest_precision(self.config, self._model, self._device)
                 train = dataclasses.replace(self.config.train, precision=precision)
                 self.config = dataclasses.replace(self.config, train=train)
-        else:
-            self._directory.write_json("nodes.json", self._roster.numbers)
         self._directory.write_config(self.config)
         log(
             f"{self.config.experiment}: {num_nodes} hospitals, data {self.config.data.name}, "
@@ -127,6 +127,14 @@ class FederatedRun:
         if stored is not None:
             self.weights, self.ema = stored
             log(f"going on after round {self._directory.last_round}")
+
+    def gather_nodes(self) -> list[int]:
+        """Wait for `federation.min_nodes` nodes and return the numbers of all that are there."""
+        federation = self.config.federation
+        self._roster.wait_for(federation.min_nodes, seconds=federation.node_wait)
+        if not self.simulated:
+            self._directory.write_json("nodes.json", self._roster.numbers)
+        return list(self._roster.node_ids)
 
     @property
     def simulated(self) -> bool:
@@ -143,7 +151,8 @@ class FederatedRun:
         summary = self.train(server_round)
         federation, every = self.config.federation, self.config.eval.every
         if server_round % every == 0 or server_round == federation.rounds:
-            summary += f", test loss {self.evaluate(server_round):.4f}"
+            loss = self.evaluate(server_round)
+            summary += ", no test loss" if loss is None else f", test loss {loss:.4f}"
             self.draw_grid(server_round)
         seconds = time.monotonic() - start
         self._directory.record(server_round, "global", {"round_seconds": seconds})
@@ -157,9 +166,8 @@ class FederatedRun:
             RuntimeError: fewer than `federation.min_replies` usable replies came.
         """
         federation = self.config.federation
-        self._roster.wait_for(federation.min_nodes, seconds=federation.node_wait)
         clients = sample_clients(
-            list(self._roster.node_ids),
+            self.gather_nodes(),
             federation.clients_per_round,
             seed=self.config.seed,
             server_round=server_round,
@@ -173,16 +181,13 @@ class FederatedRun:
             for client, reply in replies:
                 used.append(client)
                 metrics = reply.content.metric_records[Key.METRICS]
-                self._directory.record(
-                    server_round,
-                    f"client-{client}",
-                    {f"train_{name.replace('-', '_')}": value for name, value in metrics.items()},  # type: ignore[misc]
-                )
+                told = {name: metrics[name] for name in TRAIN_METRICS if name in metrics}
+                self.record(server_round, client, "train", told)
                 yield reply
 
         def check_train(content: RecordDict) -> None:
             check_metrics(content)
-            check_weights(content, size=self._layout.size)
+            check_weights(content, size=self._layout.size, num_clients=len(clients))
 
         arrays, metrics = self._strategy.aggregate_train(server_round, usable_replies())
         if len(used) < federation.min_replies or arrays is None or metrics is None:
@@ -199,11 +204,10 @@ class FederatedRun:
         )
         return f"train loss {loss:.4f}, {len(used)} of {len(clients)} clients"
 
-    def evaluate(self, server_round: int) -> float:
+    def evaluate(self, server_round: int) -> float | None:
         """Return the loss of the global weights on what all clients hold out.
 
-        Raises:
-            RuntimeError: no client could say.
+        None where no client could say; that is no reason to give the round's training up.
         """
         losses: list[float] = []
         num_examples = 0
@@ -225,16 +229,10 @@ class FederatedRun:
                 loss = float(metrics[Key.LOSS])  # type: ignore[arg-type]
                 losses.append(loss * count)
                 num_examples += count
-                self._directory.record(
-                    server_round,
-                    f"client-{client}",
-                    {"test_num_examples": count, "test_loss": loss},
-                )
+                told = {Key.NUM_EXAMPLES: count, Key.LOSS: loss}
+                self.record(server_round, client, "test", told)
         if not losses:
-            raise RuntimeError(
-                f"round {server_round}: no client sent a usable test loss; everything up to round "
-                f"{server_round - 1} is saved, resume=true goes on from there"
-            )
+            return None
         mean = math.fsum(losses) / num_examples
         self._directory.record(server_round, "global", {"test_loss": mean})
         return mean
@@ -283,14 +281,17 @@ class FederatedRun:
                 check(checked_content(reply, timeout=federation.round_timeout))
             except UnusableReply as reason:
                 log(f"round {server_round}: client {reply.client} is left out: {reason}")
-                self._directory.record(
-                    server_round,
-                    f"client-{reply.client}",
-                    {f"{message_type}_left_out": str(reason)},
-                )
+                self.record(server_round, reply.client, message_type, {"left_out": str(reason)})
                 continue
             if reply.message is not None:
                 yield reply.client, reply.message
+
+    def record(
+        self, server_round: int, client: int, activity: str, values: Mapping[Any, Any]
+    ) -> None:
+        """Write down what is known of a client's activity in a round."""
+        named = {f"{activity}_{name.replace('-', '_')}": value for name, value in values.items()}
+        self._directory.record(server_round, f"client-{client}", named)
 
     def draw_grid(self, server_round: int) -> None:
         """Draw and save the picture of a round, a row per class."""
@@ -309,13 +310,13 @@ class FederatedRun:
 
     def finish(self) -> None:
         """Measure the final images, where the server has real ones to compare, and save."""
-        rounds = self.config.federation.rounds
+        last = self._directory.last_round
         final = self.ema or self.weights
         if self.dataset is not None and self.config.eval.num_images > 0:
             self._model.load_state_dict(final)
             found = class_agreement(self.config, self._model, self.dataset, self._device)
             self._directory.record(
-                rounds,
+                last,
                 "global",
                 {
                     "class_agreement": found.generated,
@@ -328,8 +329,8 @@ class FederatedRun:
                 f"{found.generated:.1%} of {found.num_images} generated images "
                 f"({found.real:.1%} of the real test images)"
             )
-        self._directory.save_model(rounds, final)
-        log(f"samples: {self._directory.samples_file(rounds)}")
+        self._directory.save_model(last, final)
+        log(f"samples: {self._directory.samples_file(last)}")
         log(f"weights: {self._directory.model_file}")
 
 

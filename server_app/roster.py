@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 
-from flwr.app import MessageType, RecordDict
+from flwr.app import ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from server_app.exchange import Reply, UnusableReply, addressed, checked_content, exchange
@@ -12,7 +12,7 @@ from task.fingerprint import code_fingerprint
 from task.randomness import Stream, numpy_generator
 from task.wire import Key
 
-QUERY_TIMEOUT_SECONDS = 300.0
+QUERY_TIMEOUT_SECONDS = 120.0
 POLL_SECONDS = 0.2
 
 
@@ -64,7 +64,8 @@ class Roster:
         deadline = time.monotonic() + seconds
         announced = 0.0
         while True:
-            self.refresh()
+            remaining = max(deadline - time.monotonic(), POLL_SECONDS)
+            self.refresh(timeout=min(remaining, QUERY_TIMEOUT_SECONDS))
             if self.num_partitions is not None and self.num_partitions < minimum:
                 raise ValueError(
                     "federation.min_nodes must be at most the number of simulated nodes, "
@@ -84,38 +85,46 @@ class Roster:
                 log(f"waiting for nodes: {len(self._present)} of {wanted} are there")
             time.sleep(POLL_SECONDS)
 
-    def refresh(self) -> None:
+    def refresh(self, *, timeout: float = QUERY_TIMEOUT_SECONDS) -> None:
         """Look which nodes are there, and ask new ones to introduce themselves.
+
+        A node that was refused is asked again when it has left and comes back.
+
+        Args:
+            timeout: seconds that they have to answer.
 
         Raises:
             RuntimeError: the simulated clients run other code than the server.
         """
         connected = set(self._grid.get_node_ids())
         self._present = {c: node for c, node in self._present.items() if node in connected}
+        self._refused = {node: why for node, why in self._refused.items() if node in connected}
         new = sorted(connected - set(self._present.values()) - set(self._refused))
         messages = {
             node: addressed(
                 RecordDict(),
                 node_id=node,
                 message_type=MessageType.QUERY,
-                timeout=QUERY_TIMEOUT_SECONDS,
+                timeout=timeout,
             )
             for node in new
         }
-        replies = exchange(
-            self._grid, messages, timeout=QUERY_TIMEOUT_SECONDS, poll_seconds=POLL_SECONDS
-        )
+        replies = exchange(self._grid, messages, timeout=timeout, poll_seconds=POLL_SECONDS)
         # Sorted, so that numbers do not depend on who answers first.
         for reply in sorted(replies, key=lambda reply: reply.client):
-            self._welcome(reply.client, reply)
+            self._welcome(reply.client, reply, timeout=timeout)
 
-    def _welcome(self, node: int, reply: Reply) -> None:
+    def _welcome(self, node: int, reply: Reply, *, timeout: float) -> None:
         try:
-            said = checked_content(reply, timeout=QUERY_TIMEOUT_SECONDS).config_records[Key.CONFIG]
-            same_code = said[Key.FINGERPRINT] == code_fingerprint()
-        except (UnusableReply, KeyError) as error:
+            records = checked_content(reply, timeout=timeout).config_records
+        except UnusableReply as error:
             self._refuse(node, str(error))
             return
+        said = records.get(Key.CONFIG, ConfigRecord())
+        if Key.FINGERPRINT not in said:
+            self._refuse(node, f"no {Key.FINGERPRINT.value} in {Key.CONFIG.value!r} of its reply")
+            return
+        same_code = said[Key.FINGERPRINT] == code_fingerprint()
         if Key.PARTITION_ID in said:
             if not same_code:
                 raise RuntimeError(

@@ -39,7 +39,7 @@ def record_partition(config: Config, partition: Partition, directory: RunDirecto
         ValueError: a resumed run was dealt otherwise.
     """
     described = partition.describe()
-    stored = directory.read_json("partition.json")
+    stored = directory.read_json("partition.json") if config.resume else None
     if stored is not None and stored != described:
         raise ValueError(
             f"resume: {directory.path} dealt its images to {stored['num_clients']} clients, this "

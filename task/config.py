@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -59,7 +60,7 @@ def require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def require_positive(section: str, config: object, *fields: str) -> None:
-    """Raise a ValueError unless each of the named fields that is set is a number > 0.
+    """Raise a ValueError unless each of the named fields that is set is > 0 and finite.
 
     Raises:
         ValueError: a field is 0, negative, infinite or not a number.
@@ -67,7 +68,7 @@ def require_positive(section: str, config: object, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         if value is not None:
-            require(0 < value < math.inf, f"{section}.{field}", "> 0", value)
+            require(0 < value < math.inf, f"{section}.{field}", "> 0 and finite", value)
 
 
 @dataclass
@@ -349,6 +350,10 @@ def config_from_hydra(composed: DictConfig) -> Config:
         ValueError: a value is missing, of the wrong type or out of range.
     """
     try:
+        known = {p for path in value_paths() for p in (path, path.split(".")[0])}
+        unknown = leaf_paths(OmegaConf.to_container(composed)) - known
+        if unknown:
+            raise ValueError(f"configuration: no such value: {', '.join(sorted(unknown))}")
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise ValueError(composition_error(error)) from error
@@ -357,12 +362,24 @@ def config_from_hydra(composed: DictConfig) -> Config:
     return config
 
 
+def leaf_paths(tree: object, prefix: str = "") -> set[str]:
+    """List the dotted path of every value of nested dictionaries."""
+    if not isinstance(tree, dict):
+        return {prefix}
+    return {
+        path
+        for key, child in tree.items()
+        for path in leaf_paths(child, f"{prefix}.{key}" if prefix else str(key))
+    }
+
+
 def composition_error(error: Exception) -> str:
     """Say in a few words what Hydra or OmegaConf did not accept, and why."""
     reasons = [str(error)] if error.__cause__ is None else [str(error), str(error.__cause__)]
-    # Hydra's search path speaks of its own insides.
+    # Hydra speaks of its own insides, and advises to append what no part of feddm would read.
     return "configuration: " + "; ".join(
-        reason.split("\nConfig search path")[0].strip() for reason in reasons
+        re.split("\nConfig search path|\nTo append to your config", reason)[0].strip()
+        for reason in reasons
     )
 
 
@@ -382,7 +399,13 @@ def load_run_config(run_config: Mapping[str, Any]) -> Config:
     overrides = []
     if "experiment" in given:
         overrides.append(f"experiment={given.pop('experiment')}")
-    further = shlex.split(str(given.pop("overrides", "")))
+    try:
+        further = shlex.split(str(given.pop("overrides", "")))
+    except ValueError as error:
+        raise ValueError(
+            f"overrides must be Hydra overrides quoted as in a shell ({error}), "
+            f"got {run_config['overrides']}"
+        ) from error
     overrides += [hydra_override(key, value) for key, value in given.items()]
     # The working directory is that of whichever process runs the app, so nothing counts from it.
     return anchored(load_config(overrides + further), Path.home())
@@ -411,7 +434,7 @@ def hydra_override(key: str, value: object) -> str:
         return f"{key}={str(value).lower()}"
     if isinstance(value, str) and key in text_fields():
         # In Hydra's quotes a backslash means itself, except before a quote.
-        escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2], value)
+        escaped = re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + match[2], value)
         return f"{key}='" + escaped.replace("'", "\\'") + "'"
     return f"{key}={value}"
 
@@ -457,9 +480,9 @@ def read_config(path: Path) -> Config:
         FileNotFoundError: there is no such file.
         ValueError: it is not a whole configuration of this version of feddm.
     """
+    content = path.read_bytes()
     try:
-        return config_from_hydra(
-            OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))  # type: ignore[arg-type]
-        )
-    except (OmegaConfBaseException, ValueError) as error:
+        stored = OmegaConf.create(yaml.safe_load(content) or {})
+        return config_from_hydra(OmegaConf.merge(OmegaConf.structured(Config), stored))  # type: ignore[arg-type]
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a configuration of this feddm: {error}") from error

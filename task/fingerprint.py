@@ -9,14 +9,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @cache
 def code_fingerprint() -> str:
-    """Hash every Python file of `task` and `client_app` and every file of `conf`.
+    """Hash the Python files of `task` and `client_app` and the YAML files of `conf`.
 
     Returns:
         16 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    files = [*ROOT.glob("task/**/*.py"), *ROOT.glob("client_app/**/*.py"), *ROOT.glob("conf/**/*")]
-    for file in sorted(file for file in files if file.is_file()):
+    patterns = ("task/**/*.py", "client_app/**/*.py", "conf/**/*.yaml")
+    for file in sorted(file for pattern in patterns for file in ROOT.glob(pattern)):
         digest.update(f"{file.relative_to(ROOT).as_posix()}\0".encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

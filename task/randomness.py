@@ -33,13 +33,18 @@ def numpy_generator(seed: int, stream: Stream, *key: int) -> np.random.Generator
         stream: what the draws are for.
         *key: further numbers >= 0, such as server round and client number.
     """
-    return np.random.default_rng([seed, int(stream), *key])
+    return np.random.default_rng(_sequence(seed, stream, *key))
 
 
 def torch_generator(
     seed: int, stream: Stream, *key: int, device: str | torch.device = "cpu"
 ) -> torch.Generator:
     """Make the torch generator of (seed, stream, key) on a device; see `numpy_generator`."""
-    state = np.random.SeedSequence([seed, int(stream), *key]).generate_state(1, np.uint64)
+    state = _sequence(seed, stream, *key).generate_state(1, np.uint64)
     # torch takes seeds up to 2^64 - 1, but only int64 on some devices.
     return torch.Generator(device).manual_seed(int(state[0]) >> 1)
+
+
+def _sequence(seed: int, stream: Stream, *key: int) -> np.random.SeedSequence:
+    # A spawn key keeps (1,) and (1, 0) apart, which a list of entropy does not.
+    return np.random.SeedSequence(seed, spawn_key=(int(stream), *key))

@@ -59,7 +59,10 @@ def check_startable(config: Config) -> None:
             or the folder cannot be written.
     """
     path = run_path(config)
-    exists = (path / "config.yaml").exists()
+    try:
+        exists = (path / "config.yaml").exists()
+    except OSError as error:
+        raise ValueError(f"run_name: {path} is no possible folder ({error.strerror})") from error
     if exists and not config.resume:
         raise ValueError(
             f"run_name: {path} already holds a run; pass resume=true to continue it "
@@ -118,6 +121,12 @@ class RunDirectory:
         check_startable(config)
         self.path = path = run_path(config)
         self._lock = _lock(path / ".lock")
+        try:
+            # Another run may have begun here while this one waited.
+            check_startable(config)
+        except ValueError:
+            self._lock.close()
+            raise
         if config.resume and config.train.precision == "auto":
             precision = read_config(path / "config.yaml").train.precision
             config = dataclasses.replace(

@@ -131,7 +131,7 @@ def train_epochs(
     return TrainResult(mean_loss, seconds, seen / seconds)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: the model may be moved here and trained afterwards
 def held_out_loss(
     model: nn.Module,
     images: Tensor,

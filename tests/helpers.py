@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -51,6 +51,13 @@ Handler = Callable[[Message], Message | None]
 Order = Callable[[list[Message]], list[Message]]
 
 
+class DeploymentGrid(InMemoryGrid):
+    """Flower's grid in memory, which says "" for a message refused, as `HttpGrid` does."""
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        return ["".join(super(DeploymentGrid, self).push_messages([m])) for m in messages]
+
+
 class Network:
     """A SuperLink without a network, made as `flwr.simulation` makes it, and its nodes.
 
@@ -70,7 +77,7 @@ class Network:
         self.state.task_store[1] = Task(task_id=1, run_id=RUN_ID)
         # What Flower sets in the process of a ServerApp; messages are made with it.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SUPERLINK
-        self.grid = InMemoryGrid(factory)
+        self.grid = DeploymentGrid(factory)
         self.grid.set_run(run)
         self._factory = factory
 
@@ -145,6 +152,7 @@ class ClientNodes:
     """Nodes that run the real ClientApp; an instance is a handler for `Network.answering`."""
 
     def __init__(self, network: Network, run_config: dict, *node_configs: dict) -> None:
+        self.network = network
         nodes = network.add_nodes(len(node_configs))
         self.contexts = {
             node: node_context(run_config, node_config, node_id=node)

@@ -1,0 +1,412 @@
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
+
+from client_app import workspace
+from client_app.app import app
+from client_app.failures import failure_code, failures_stay_local
+from client_app.workspace import choose_precision, open_workspace
+from server_app.exchange import addressed
+from server_app.federated_run import initial_model
+from task.config import Config, load_run_config
+from task.data import ImageSet, build_dataset, split_validation
+from task.diffusion import build_objective
+from task.fingerprint import code_fingerprint
+from task.partition import build_partition
+from task.randomness import Stream, numpy_generator, torch_generator
+from task.train import held_out_loss, train_epochs
+from task.wire import FailureCode, Key, WeightLayout
+from tests.helpers import SMALL_RUN, Network, node_context, simulated, write_digits_as_mnist
+
+CONFIG = load_run_config(SMALL_RUN)
+HOSPITAL = "data=mnist data.test_fraction=null"
+MODEL = initial_model(CONFIG)
+LAYOUT = WeightLayout.of(MODEL)
+WEIGHTS = LAYOUT.pack(MODEL.state_dict())
+TRAINED_KEYS = {Key.NUM_EXAMPLES, Key.LOSS, Key.SECONDS, Key.IMAGES_PER_SECOND}
+
+
+@pytest.fixture(autouse=True)
+def new_process() -> Iterator[None]:
+    """Let every test begin as a node's process does, without a workspace."""
+    workspace._build_workspace.cache_clear()
+    yield
+    workspace._build_workspace.cache_clear()
+
+
+@pytest.fixture
+def context() -> Context:
+    return node_context(SMALL_RUN, simulated(3)[1])
+
+
+@pytest.fixture
+def hospital(tmp_path: Path) -> Context:
+    """A real node with 200 images of its own."""
+    write_digits_as_mnist(tmp_path, train=200, test=50)
+    return node_context({**SMALL_RUN, "overrides": HOSPITAL}, {"data-path": str(tmp_path)})
+
+
+def message(
+    message_type: str,
+    *,
+    server_round: int = 1,
+    client: int = 1,
+    precision: str = "float32",
+    weights: NDArray[np.floating] = WEIGHTS,
+) -> Message:
+    """Make a message as the server does, and let the network number it."""
+    Network()
+    config = ConfigRecord({Key.SERVER_ROUND: server_round, Key.PRECISION: precision})
+    arrays = ArrayRecord({Key.PACKED: Array(weights)})
+    made = addressed(
+        RecordDict({Key.ARRAYS: arrays, Key.CONFIG: config}),
+        node_id=7,
+        message_type=message_type,
+        timeout=60,
+        entries={Key.CLIENT: client},
+    )
+    made.metadata.__dict__["_message_id"] = "asked"
+    return made
+
+
+def packed(reply: Message) -> NDArray[np.floating]:
+    return reply.content.array_records[Key.ARRAYS][Key.PACKED].numpy()
+
+
+def metrics(reply: Message) -> MetricRecord:
+    return reply.content.metric_records[Key.METRICS]
+
+
+def share_of(client: int, config: Config = CONFIG) -> tuple[ImageSet, ImageSet]:
+    """Deal the images out once more, without the ClientApp."""
+    dataset = build_dataset(config)
+    partition = build_partition(
+        dataset.train.labels.numpy(),
+        dataset.test.labels.numpy(),
+        num_classes=10,
+        num_clients=3,
+        beta=config.partition.beta,
+        seed=config.seed,
+    )
+    return (
+        dataset.train.subset(partition.train_indices[client]),
+        dataset.test.subset(partition.test_indices[client]),
+    )
+
+
+def test_train_replies_the_records_allowed_and_nothing_else(context: Context) -> None:
+    reply = app(message("train"), context)
+    assert not reply.has_error()
+    assert set(reply.content) == {Key.ARRAYS, Key.METRICS}
+    assert list(reply.content.array_records[Key.ARRAYS]) == [Key.PACKED]
+    assert set(metrics(reply)) == TRAINED_KEYS
+    assert packed(reply).shape == (LAYOUT.size,) and packed(reply).dtype == np.float32
+    assert metrics(reply)[Key.NUM_EXAMPLES] == len(share_of(1)[0])
+    assert metrics(reply)[Key.SECONDS] > 0 and metrics(reply)[Key.IMAGES_PER_SECOND] > 0
+
+
+def test_train_runs_the_local_epochs_on_the_clients_own_share(context: Context) -> None:
+    reply = app(message("train", server_round=3, client=1), context)
+    images, _ = share_of(1)
+    expected = initial_model(CONFIG)
+    result = train_epochs(
+        expected,
+        images.images,
+        images.labels,
+        objective=build_objective(CONFIG),
+        epochs=1,
+        batch_size=128,
+        lr=CONFIG.train.lr,
+        horizontal_flip=False,
+        precision="float32",
+        channels_last=True,
+        generator=torch_generator(CONFIG.seed, Stream.TRAIN, 3, 1),
+    )
+    assert np.array_equal(packed(reply), LAYOUT.pack(expected.state_dict()))
+    assert metrics(reply)[Key.LOSS] == result.loss
+    assert not np.array_equal(packed(reply), WEIGHTS)
+
+
+def test_same_message_twice_gives_the_same_bits_whatever_came_between(context: Context) -> None:
+    first = app(message("train"), context)
+    torch.manual_seed(123)
+    app(message("train", server_round=2, weights=packed(first)), context)
+    app(message("evaluate", weights=packed(first)), context)
+    again = app(message("train"), context)
+    assert np.array_equal(packed(first), packed(again))
+    assert metrics(first)[Key.LOSS] == metrics(again)[Key.LOSS]
+
+
+def test_process_whose_first_message_is_evaluate_trains_all_the_same(context: Context) -> None:
+    expected = app(message("train"), context)
+    workspace._build_workspace.cache_clear()
+    assert not app(message("evaluate"), context).has_error()
+    reply = app(message("train"), context)
+    assert not reply.has_error(), reply.error
+    assert np.array_equal(packed(reply), packed(expected))
+
+
+@pytest.mark.parametrize("changed", [{"server_round": 2}, {"client": 2}])
+def test_other_rounds_and_clients_draw_other_numbers(
+    context: Context, changed: dict[str, int]
+) -> None:
+    first, other = app(message("train"), context), app(message("train", **changed), context)  # type: ignore[arg-type]
+    assert not np.array_equal(packed(first), packed(other))
+
+
+def test_shares_of_a_simulation_are_apart_and_whole() -> None:
+    counts = [
+        metrics(app(message("train"), node_context(SMALL_RUN, share)))[Key.NUM_EXAMPLES]
+        for share in simulated(3)
+    ]
+    assert sum(counts) == len(build_dataset(CONFIG).train)  # type: ignore[arg-type]
+    assert counts == [len(share_of(client)[0]) for client in range(3)]
+
+
+def test_weights_travel_as_float16_where_asked(context: Context) -> None:
+    full = app(message("train"), context)
+    context.run_config["federation.wire_dtype"] = "float16"
+    half = app(message("train"), context)
+    assert packed(half).dtype == np.float16
+    assert np.array_equal(packed(half), packed(full).astype(np.float16))
+    # And are read from it: the server sends them so as well.
+    back = app(message("evaluate", weights=packed(half)), context)
+    assert not back.has_error()
+
+
+def test_evaluate_replies_the_held_out_loss_and_no_weights(context: Context) -> None:
+    reply = app(message("evaluate"), context)
+    assert set(reply.content) == {Key.METRICS}
+    assert set(metrics(reply)) == {Key.NUM_EXAMPLES, Key.LOSS}
+    _, held_out = share_of(1)
+    assert metrics(reply)[Key.NUM_EXAMPLES] == len(held_out) > 0
+    expected = held_out_loss(
+        initial_model(CONFIG),
+        held_out.images,
+        held_out.labels,
+        objective=build_objective(CONFIG),
+        batch_size=128,
+        precision="float32",
+        channels_last=True,
+        generator=torch_generator(CONFIG.seed, Stream.EVALUATE, 1),
+    )
+    assert metrics(reply)[Key.LOSS] == expected
+
+
+def test_evaluate_draws_alike_in_every_round(context: Context) -> None:
+    losses = [
+        metrics(app(message("evaluate", server_round=r), context))[Key.LOSS] for r in (1, 2, 9)
+    ]
+    assert len(set(losses)) == 1
+    moved = app(message("evaluate", weights=WEIGHTS * np.float32(1.1)), context)
+    assert metrics(moved)[Key.LOSS] != losses[0]
+
+
+def test_evaluate_hides_no_labels(context: Context) -> None:
+    context.run_config["diffusion.label_dropout"] = 0.9
+    config = load_run_config(context.run_config)
+    model = initial_model(config)
+    weights = WeightLayout.of(model).pack(model.state_dict())
+    _, held_out = share_of(1)
+    expected = held_out_loss(
+        model,
+        held_out.images,
+        held_out.labels,
+        objective=dataclasses.replace(build_objective(config), label_dropout=0.0),
+        batch_size=128,
+        precision="float32",
+        channels_last=True,
+        generator=torch_generator(config.seed, Stream.EVALUATE, 1),
+    )
+    reply = app(message("evaluate", weights=weights), context)
+    assert metrics(reply)[Key.LOSS] == expected
+
+
+def test_share_without_held_out_images_replies_that_and_no_loss() -> None:
+    skewed = {**SMALL_RUN, "partition.beta": 0.01, "data.test_fraction": 0.01}
+    dataset = build_dataset(load_run_config(skewed))
+    assert len(dataset.test) == 20  # fewer than the 30 clients
+    replies = [
+        app(message("evaluate"), node_context(skewed, share)) for share in simulated(30)[:12]
+    ]
+    counts = [metrics(reply)[Key.NUM_EXAMPLES] for reply in replies]
+    assert 0 in counts and any(count != 0 for count in counts)
+    for reply, count in zip(replies, counts, strict=True):
+        assert (Key.LOSS in metrics(reply)) == (count != 0)
+
+
+def test_hospital_trains_on_its_own_images_minus_the_held_out_share(hospital: Context) -> None:
+    trained, evaluated = app(message("train"), hospital), app(message("evaluate"), hospital)
+    labels = build_dataset(
+        load_run_config(
+            {**hospital.run_config, "data.root": str(hospital.node_config["data-path"])}
+        )
+    ).train.labels
+    assert len(labels) == 200
+    kept, held_out = split_validation(
+        labels.numpy(), 0.1, generator=numpy_generator(0, Stream.HOLD_OUT)
+    )
+    assert metrics(trained)[Key.NUM_EXAMPLES] == len(kept) == 180
+    assert metrics(evaluated)[Key.NUM_EXAMPLES] == len(held_out) == 20
+
+
+def test_hospital_holds_the_same_images_out_in_every_process(hospital: Context) -> None:
+    first = app(message("evaluate"), hospital)
+    workspace._build_workspace.cache_clear()
+    assert metrics(app(message("evaluate"), hospital)) == metrics(first)
+    one, held_out = open_workspace(hospital).images(hospital)
+    seen = {bytes(image.numpy()) for image in one.images.flatten(1)}
+    assert not seen & {bytes(image.numpy()) for image in held_out.images.flatten(1)}
+
+
+def test_query_says_code_and_share_and_nothing_else(context: Context, hospital: Context) -> None:
+    said = app(message("query"), context).content
+    assert set(said) == {Key.CONFIG}
+    assert dict(said.config_records[Key.CONFIG]) == {
+        Key.FINGERPRINT: code_fingerprint(),
+        Key.PARTITION_ID: 1,
+        Key.NUM_PARTITIONS: 3,
+    }
+    said = app(message("query"), hospital).content
+    assert dict(said.config_records[Key.CONFIG]) == {Key.FINGERPRINT: code_fingerprint()}
+
+
+def test_workspace_is_built_once_for_all_messages_of_a_process(context: Context) -> None:
+    built = open_workspace(context)
+    app(message("train"), context)
+    assert open_workspace(node_context(SMALL_RUN, simulated(3)[2])) is built
+    assert open_workspace(node_context({**SMALL_RUN, "seed": 1}, simulated(3)[2])) is not built
+
+
+@pytest.mark.parametrize("message_type", ["train", "evaluate"])
+def test_failing_hospital_says_a_class_and_a_code_and_no_path(
+    message_type: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = tmp_path / "patient-4711"
+    secret.write_text("a file in the place of the folder")
+    run_config = {**SMALL_RUN, "overrides": HOSPITAL}
+    reply = app(message(message_type), node_context(run_config, {"data-path": str(secret)}))
+    assert reply.has_error() and not reply.has_content()
+    assert reply.error.code == FailureCode.DATA_UNREADABLE
+    assert reply.error.reason == "FileNotFoundError"
+    assert "patient-4711" not in repr(reply)
+    assert "patient-4711" in caplog.text  # whoever runs the node can read why
+
+
+def test_hospital_works_again_once_its_data_is_there(tmp_path: Path) -> None:
+    (tmp_path / "images").write_text("in the way")
+    context = node_context(
+        {**SMALL_RUN, "overrides": HOSPITAL}, {"data-path": str(tmp_path / "images")}
+    )
+    assert app(message("train"), context).has_error()
+    (tmp_path / "images").unlink()
+    write_digits_as_mnist(tmp_path / "images", train=200, test=50)
+    assert not app(message("train"), context).has_error()
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        (WEIGHTS[:-1], "ValueError"),
+        (WEIGHTS.reshape(-1, 1), "ValueError"),
+        (np.zeros(0, np.float32), "ValueError"),
+    ],
+)
+def test_weights_of_another_model_are_refused(
+    context: Context, weights: NDArray[np.floating], reason: str
+) -> None:
+    reply = app(message("train", weights=weights), context)
+    assert (reply.error.code, reply.error.reason) == (FailureCode.BAD_INPUT, reason)
+
+
+def test_incomplete_message_is_an_error_reply(context: Context) -> None:
+    asked = message("train")
+    del asked.content.config_records[Key.CONFIG][Key.CLIENT]
+    reply = app(asked, context)
+    assert (reply.error.code, reply.error.reason) == (FailureCode.OTHER, "KeyError")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (torch.OutOfMemoryError("CUDA"), FailureCode.OUT_OF_MEMORY),
+        (MemoryError(), FailureCode.OUT_OF_MEMORY),
+        (FileNotFoundError("/secret"), FailureCode.DATA_UNREADABLE),
+        (PermissionError("/secret"), FailureCode.DATA_UNREADABLE),
+        (ValueError("x"), FailureCode.BAD_INPUT),
+        (UnicodeDecodeError("utf-8", b"/secret", 0, 1, "x"), FailureCode.BAD_INPUT),
+        (TypeError("x"), FailureCode.BAD_INPUT),
+        (KeyError("x"), FailureCode.OTHER),
+        (RuntimeError("x"), FailureCode.OTHER),
+    ],
+)
+def test_failures_are_sorted_into_codes(
+    error: Exception, code: FailureCode, context: Context
+) -> None:
+    @failures_stay_local
+    def failing(asked: Message, _: Context) -> Message:
+        raise error
+
+    assert failure_code(error) == code
+    reply = failing(message("train"), context)
+    assert (reply.error.code, reply.error.reason) == (code, type(error).__name__)
+    assert reply.metadata.reply_to_message_id == "asked"
+
+
+def test_end_of_the_process_is_no_failure_of_the_client(context: Context) -> None:
+    @failures_stay_local
+    def interrupted(asked: Message, _: Context) -> Message:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(message("train"), context)
+
+
+def test_precision_that_is_asked_for_is_taken_untimed(context: Context) -> None:
+    opened = open_workspace(context)
+    for precision in ("float32", "bfloat16"):
+        assert choose_precision(opened, context, precision) == precision
+    assert Key.PRECISION not in context.state
+
+
+def test_precision_auto_is_timed_once_and_kept_by_the_node(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[str] = []
+    really = workspace.faster_precision
+
+    def counting(*args: Any, **options: Any) -> str:
+        timed.append(really(*args, **options))
+        return timed[-1]
+
+    monkeypatch.setattr(workspace, "faster_precision", counting)
+    replies = [app(message("train", precision="auto"), context)]
+    workspace._build_workspace.cache_clear()  # as a new process for the next message
+    replies += [app(message(kind, precision="auto"), context) for kind in ("train", "evaluate")]
+    assert not any(reply.has_error() for reply in replies)
+    assert len(timed) == 1 and timed[0] in ("float32", "bfloat16")
+    assert dict(context.state.config_records[Key.PRECISION]) == {Key.PRECISION: timed[0]}
+    asked = app(message("train", precision=timed[0]), context)
+    assert np.array_equal(packed(replies[0]), packed(asked))
+    assert np.array_equal(packed(replies[1]), packed(asked))
+
+
+def test_kept_precision_is_the_one_that_trains(context: Context) -> None:
+    context.state[Key.PRECISION] = ConfigRecord({Key.PRECISION: "bfloat16"})
+    automatic = app(message("train", precision="auto"), context)
+    asked = app(message("train", precision="bfloat16"), context)
+    assert np.array_equal(packed(automatic), packed(asked))
+    full = app(message("train", precision="float32"), context)
+    assert not np.array_equal(packed(automatic), packed(full))
+
+
+def test_unknown_precision_is_an_error_reply(context: Context) -> None:
+    reply = app(message("train", precision="int8"), context)
+    assert (reply.error.code, reply.error.reason) == (FailureCode.BAD_INPUT, "ValueError")

@@ -1,0 +1,353 @@
+import io
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+
+from server_app.exchange import (
+    Reply,
+    UnusableReply,
+    addressed,
+    check_metrics,
+    check_weights,
+    checked_content,
+    exchange,
+)
+from task.wire import Key
+from tests.helpers import SUPERLINK, Network
+
+SIZE = 4
+# What a person reads in a log, and what metrics.jsonl holds, has an end.
+LINE_LENGTH = 500
+
+
+def echo(message: Message) -> Message:
+    return Message(RecordDict({Key.CONFIG: message.content[Key.CONFIG]}), reply_to=message)
+
+
+def sent_to(nodes: list[int], *, ttl: float = 3600) -> dict[int, Message]:
+    """Messages to clients that are numbered against the order of their nodes."""
+    return {
+        client: Message(
+            RecordDict({Key.CONFIG: ConfigRecord({"n": client})}), node, "train", ttl=ttl
+        )
+        for client, node in zip(reversed(range(len(nodes))), nodes, strict=True)
+    }
+
+
+def replies(
+    network: Network, messages: dict[int, Message], *, timeout: float = 20
+) -> Iterator[Reply]:
+    return exchange(network.grid, messages, timeout=timeout, poll_seconds=0.01)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
+def test_replies_are_yielded_in_the_order_of_their_arrival(order: tuple[int, ...]) -> None:
+    network = Network()
+    messages = sent_to(network.add_nodes(4))
+
+    def arrange(found: list[Message]) -> list[Message]:
+        return sorted(found, key=lambda m: order.index(m.content[Key.CONFIG]["n"]))
+
+    with network.answering(echo, order=arrange):
+        found = [*replies(network, messages)]
+    assert [reply.client for reply in found] == [*order]
+    for reply in found:
+        assert reply.message is not None
+        assert reply.message.content[Key.CONFIG]["n"] == reply.client
+
+
+def test_reply_is_yielded_while_others_are_still_awaited() -> None:
+    network = Network()
+    messages = sent_to(network.add_nodes(2))
+    seen = threading.Event()
+
+    def patient(message: Message) -> Message:
+        if message.content[Key.CONFIG]["n"] == 0:
+            assert seen.wait(10), "the first reply was not yielded before the second came"
+        return echo(message)
+
+    with network.answering(patient, order=lambda found: found):
+        arriving = replies(network, messages)
+        assert next(arriving).client == 1
+        seen.set()
+        assert next(arriving).client == 0
+        assert [*arriving] == []
+
+
+def test_one_reply_is_taken_from_the_network_at_a_time() -> None:
+    network = Network()
+    messages = sent_to(network.add_nodes(3))
+    arriving = replies(network, messages)
+    ready = threading.Thread(target=lambda: answer_all(network, 3))
+    ready.start()
+    for taken in (1, 2, 3):
+        next(arriving)
+        ready.join()
+        assert network.state.num_message_res() == 3 - taken
+
+
+def answer_all(network: Network, number: int) -> None:
+    """Hand over all replies at once."""
+    waiting: list[Message] = []
+    while len(waiting) < number:
+        waiting += network.waiting()
+    with network.state.lock:
+        for message in waiting:
+            network.store_reply(echo(message))
+
+
+def test_missing_reply_is_yielded_as_none_at_the_deadline() -> None:
+    network = Network()
+    messages = sent_to(network.add_nodes(3))
+    silent = messages[1].metadata.dst_node_id
+    start = time.monotonic()
+    with network.answering(lambda m: None if m.metadata.dst_node_id == silent else echo(m)):
+        found = [*replies(network, messages, timeout=0.5)]
+    assert 0.5 <= time.monotonic() - start < 3
+    assert [reply.client for reply in found][-1] == 1 and len(found) == 3
+    assert [reply.message is None for reply in found] == [False, False, True]
+
+
+def test_late_reply_is_an_error_of_the_network_before_the_deadline() -> None:
+    network = Network()
+    (node,) = network.add_nodes(1)
+    message = addressed(RecordDict(), node_id=node, message_type="train", timeout=0.4)
+    start = time.monotonic()
+    (reply,) = replies(network, {5: message}, timeout=0.4)
+    assert reply.client == 5 and reply.message is not None and reply.message.has_error()
+    assert time.monotonic() - start < 0.4 + 0.1
+    with pytest.raises(UnusableReply, match=r"^code \d+, "):
+        checked_content(reply, timeout=0.4)
+
+
+def test_error_replies_are_replies() -> None:
+    network = Network()
+    messages = sent_to(network.add_nodes(2))
+    with network.answering(lambda m: Message(Error(code=102, reason="OSError"), reply_to=m)):
+        found = [*replies(network, messages)]
+    assert sorted(reply.client for reply in found) == [0, 1]
+    assert all(reply.message is not None and reply.message.has_error() for reply in found)
+
+
+@pytest.mark.parametrize("gone", [(1,), (0, 2), (0, 1, 2)])
+def test_nodes_that_have_left_are_accounted_for_and_the_others_reply(gone: tuple[int, ...]) -> None:
+    # Unregistered after the list of nodes was made: Flower takes no message to them.
+    network = Network()
+    messages = sent_to(network.add_nodes(3))
+    for client in gone:
+        network.remove_node(messages[client].metadata.dst_node_id)
+    with network.answering(echo):
+        found = {reply.client: reply.message for reply in replies(network, messages, timeout=1)}
+    assert sorted(found) == [0, 1, 2]
+    for client, message in found.items():
+        assert (message is None or message.has_error()) == (client in gone)
+
+
+def test_nothing_to_send_ends_at_once() -> None:
+    assert [*replies(Network(), {})] == []
+
+
+def test_addressed_adds_entries_to_a_copy_of_the_shared_content() -> None:
+    Network()
+    arrays = ArrayRecord({Key.PACKED: Array(np.ones(SIZE, np.float32))})
+    shared = RecordDict({Key.ARRAYS: arrays, Key.CONFIG: ConfigRecord({Key.SERVER_ROUND: 3})})
+    made = [
+        addressed(shared, node_id=n, message_type="train", timeout=100, entries={Key.CLIENT: c})
+        for c, n in enumerate((70, 80))
+    ]
+    for client, message in enumerate(made):
+        config = message.content.config_records[Key.CONFIG]
+        assert dict(config) == {Key.SERVER_ROUND: 3, Key.CLIENT: client}
+        assert message.content.array_records[Key.ARRAYS] is arrays  # not copied for each
+        assert message.metadata.dst_node_id == (70, 80)[client]
+        assert message.metadata.message_type == "train"
+        assert message.metadata.src_node_id == SUPERLINK
+    assert set(shared) == {Key.ARRAYS, Key.CONFIG}
+    assert dict(shared.config_records[Key.CONFIG]) == {Key.SERVER_ROUND: 3}
+
+
+@pytest.mark.parametrize("timeout", [0.1, 7200.0])
+def test_messages_expire_before_the_exchange_ends(timeout: float) -> None:
+    Network()
+    message = addressed(RecordDict(), node_id=7, message_type="query", timeout=timeout)
+    assert 0.9 * timeout < message.metadata.ttl < timeout
+    assert dict(message.content.config_records[Key.CONFIG]) == {}
+
+
+def test_no_reply_is_unusable() -> None:
+    with pytest.raises(UnusableReply, match=r"^no reply within 7200 s$"):
+        checked_content(Reply(3, None), timeout=7200)
+
+
+def said_of(error: Error) -> str:
+    """Say what a person reads of an error reply."""
+    Network()
+    asked = addressed(RecordDict(), node_id=7, message_type="train", timeout=60)
+    with pytest.raises(UnusableReply) as caught:
+        checked_content(Reply(3, Message(error, reply_to=asked)), timeout=60)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (Error(102, "FileNotFoundError"), "code 102, FileNotFoundError"),
+        (Error(2, "a\n  b\tc\r\n"), "code 2, a b c"),
+        (Error(5, None), "code 5, no reason given"),
+        (Error(5, ""), "code 5, no reason given"),
+    ],
+)
+def test_errors_are_described_in_one_line(error: Error, expected: str) -> None:
+    assert said_of(error) == expected
+
+
+def test_long_errors_are_cut() -> None:
+    said = said_of(Error(2, "Traceback\n" * 10_000))
+    assert said.startswith("code 2, Traceback Traceback") and len(said) < LINE_LENGTH
+
+
+def content(**changes: object) -> RecordDict:
+    """Make a good reply; a change to None takes the record or entry away."""
+    metrics: dict[str, object] = {Key.NUM_EXAMPLES: 10, Key.LOSS: 0.5}
+    arrays: dict[str, object] = {Key.PACKED: Array(np.ones(SIZE, np.float32))}
+    for key, value in changes.items():
+        name = key.replace("_", "-")
+        (arrays if isinstance(value, Array) or name == Key.PACKED else metrics)[name] = value
+    return RecordDict(
+        {
+            Key.METRICS: MetricRecord({k: v for k, v in metrics.items() if v is not None}),  # type: ignore[misc]
+            Key.ARRAYS: ArrayRecord({k: v for k, v in arrays.items() if v is not None}),  # type: ignore[misc]
+        }
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_good_replies_pass(dtype: type) -> None:
+    good = content(packed=Array(np.ones(SIZE, dtype)), seconds=1.5)
+    check_metrics(good)
+    check_weights(good, size=SIZE)
+    check_metrics(content(loss=0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_examples": 0}, r"^num-examples must be a whole number > 0, got 0$"),
+        ({"num_examples": -3}, r"^num-examples must be a whole number > 0, got -3$"),
+        ({"num_examples": 10.0}, r"^num-examples must be a whole number > 0, got 10\.0$"),
+        ({"num_examples": float("nan")}, r"^num-examples must be a finite number, got nan$"),
+        ({"num_examples": [10]}, r"^num-examples must be a finite number, got \[10\]$"),
+        ({"num_examples": None}, r"^num-examples must be a finite number, got None$"),
+        ({"loss": float("nan")}, r"^loss must be a finite number, got nan$"),
+        ({"loss": float("-inf")}, r"^loss must be a finite number, got -inf$"),
+        ({"loss": [0.5, 0.5]}, r"^loss must be a finite number, got \[0\.5, 0\.5\]$"),
+        ({"loss": None}, r"^loss must be a finite number, got None$"),
+    ],
+)
+def test_bad_metrics_are_unusable(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UnusableReply, match=message):
+        check_metrics(content(**changes))
+
+
+def test_missing_metrics_are_unusable() -> None:
+    with pytest.raises(UnusableReply, match=r"^no record 'metrics' in the reply$"):
+        check_metrics(RecordDict())
+
+
+@pytest.mark.parametrize(
+    ("packed", "message"),
+    [
+        (np.ones(SIZE - 1, np.float32), r"shape \(4,\), got float32 of shape \(3,\)"),
+        (np.ones((SIZE, 1), np.float32), r"shape \(4,\), got float32 of shape \(4, 1\)"),
+        (np.ones((), np.float32), r"shape \(4,\), got float32 of shape \(\)"),
+        (np.ones(SIZE), "must be float32 or float16 .* got float64"),
+        (np.ones(SIZE, np.int64), "must be float32 or float16 .* got int64"),
+        (np.ones(SIZE, np.complex64), "must be float32 or float16 .* got complex64"),
+        (np.array(["a"] * SIZE), "must be float32 or float16 .* got <U1"),
+        (np.array([1, 2, np.nan, 4], np.float32), "^weights that are not finite$"),
+        (np.array([1, 2, -np.inf, 4], np.float32), "^weights that are not finite$"),
+        (np.array([1, 2, np.inf, 4], np.float16), "^weights that are not finite$"),
+    ],
+)
+def test_bad_weights_are_unusable(packed: np.ndarray, message: str) -> None:
+    with pytest.raises(UnusableReply, match=message):
+        check_weights(content(packed=Array(packed)), size=SIZE)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        RecordDict(),
+        content(packed=None),
+        content(more=Array(np.ones(SIZE, np.float32))),
+        content(packed=None, other=Array(np.ones(SIZE, np.float32))),
+    ],
+)
+def test_other_arrays_than_the_packed_one_are_unusable(changed: RecordDict) -> None:
+    with pytest.raises(UnusableReply, match=r"^there must be one array, 'packed', got "):
+        check_weights(changed, size=SIZE)
+
+
+def numpy_file(header: str, values: bytes = b"\0" * 4 * SIZE) -> bytes:
+    """Make an .npy file with a header of one's own."""
+    padded = header.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded + values
+
+
+def zip_file() -> bytes:
+    file = io.BytesIO()
+    np.savez(file, packed=np.ones(SIZE, np.float32))
+    return file.getvalue()
+
+
+HEADER = "{{'descr': {}, 'fortran_order': False, 'shape': {}, }}"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"garbage", id="garbage"),
+        pytest.param(Array(np.ones(SIZE, np.float32)).data[:-1], id="cut values"),
+        pytest.param(Array(np.ones(SIZE, np.float32)).data[:30], id="cut header"),
+        pytest.param(numpy_file(HEADER.format("'|O'", "(4,)")), id="objects"),
+        pytest.param(numpy_file(HEADER.format("'<f4'", "(-4,)")), id="negative shape"),
+        pytest.param(numpy_file(HEADER.format("'zz'", "(4,)")), id="unknown type"),
+        pytest.param(numpy_file(HEADER.format("('<f4',)", "(4,)")), id="half a type"),
+        pytest.param(numpy_file("{'descr': '<f4', "), id="open bracket"),
+        pytest.param(numpy_file(HEADER.format("'<f4'", f"({10**13},)")), id="36 TiB"),
+        pytest.param(zip_file(), id="archive"),
+        pytest.param(b"PK\x03\x04" + b"garbage" * 5, id="broken archive"),
+    ],
+)
+def test_weights_that_cannot_be_read_are_unusable(data: bytes) -> None:
+    packed = Array("float32", (SIZE,), "numpy.ndarray", data)
+    with pytest.raises(UnusableReply, match=r"^weights") as caught:
+        check_weights(content(packed=packed), size=SIZE)
+    assert len(str(caught.value)) < LINE_LENGTH
+
+
+def test_weights_of_a_foreign_serialisation_are_unusable() -> None:
+    with pytest.raises(UnusableReply, match="cannot be read: TypeError"):
+        check_weights(content(packed=Array("float32", (SIZE,), "pickle", b"")), size=SIZE)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        content(loss=[0.5] * 10_000),
+        content(num_examples=[1] * 10_000),
+        content(**{"n" * 10_000: Array(np.ones(1, np.float32))}),
+        content(packed=Array(np.ones((1,) * 32, np.float32))),
+    ],
+)
+def test_reasons_have_a_bounded_length_whatever_a_client_sends(hostile: RecordDict) -> None:
+    with pytest.raises(UnusableReply) as caught:
+        check_metrics(hostile)
+        check_weights(hostile, size=SIZE)
+    assert len(str(caught.value)) < LINE_LENGTH
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,625 @@
+import json
+import math
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, Context, Error, Message, MetricRecord, RecordDict
+from PIL import Image
+
+from client_app import workspace
+from server_app import federated_run
+from server_app.app import app as server_app
+from server_app.federated_run import FederatedRun, initial_model, moving_average
+from task.checkpoint import load_weights
+from task.config import load_run_config, read_config
+from task.run_directory import RunDirectory
+from task.wire import Key
+from tests.helpers import SMALL_RUN, ClientNodes, Network, Order, simulated, write_digits_as_mnist
+
+RunConfig = dict[str, Any]
+Weights = dict[str, torch.Tensor]
+Alter = Callable[[Message, Message], Message | None]
+
+THREE_ROUNDS = {"federation.rounds": 3, "federation.ema_decay": 0.75}
+RECORDED_OF_TRAINING = {
+    *("train_num_examples", "train_loss", "train_seconds", "train_images_per_second"),
+    "train_left_out",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_looks() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(federated_run, "POLL_SIMULATION", 0.01)
+        patch.setattr(federated_run, "POLL_NETWORK", 0.01)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def new_process() -> None:
+    """Let every test begin as a node's process does, without a workspace."""
+    workspace._build_workspace.cache_clear()
+
+
+def configured(folder: Path, changes: RunConfig | None = None) -> RunConfig:
+    return {**SMALL_RUN, "output_dir": str(folder), "run_name": "run", **(changes or {})}
+
+
+@contextmanager
+def opened(
+    run_config: RunConfig,
+    *,
+    nodes: ClientNodes | None = None,
+    order: Order = list,
+    alter: Alter = lambda asked, reply: reply,
+) -> Iterator[FederatedRun]:
+    """Open a run over nodes with the real ClientApp, whose replies may be altered on their way.
+
+    Args:
+        run_config: of the run.
+        nodes: a simulation of three where there are none.
+        order: in which replies arrive.
+        alter: takes the message and the reply; None loses it.
+    """
+    nodes = nodes or ClientNodes(Network(), run_config, *simulated(3))
+    with (
+        nodes.network.answering(lambda asked: alter(asked, nodes(asked)), order=order),
+        closing(RunDirectory(load_run_config(run_config))) as directory,
+    ):
+        yield FederatedRun(nodes.network.grid, directory)
+
+
+def play(run_config: RunConfig, **options: Any) -> Path:
+    """Play a run to its end; returns its folder."""
+    with opened(run_config, **options) as run:
+        run.run()
+    return Path(run_config["output_dir"]) / run_config["run_name"]
+
+
+def final_weights(folder: Path) -> Weights:
+    return load_weights(folder / "model.safetensors")[0]
+
+
+def same_bits(one: Weights, other: Weights) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def recorded(folder: Path, name: str) -> dict[tuple[int, str], Any]:
+    """Values of one name, by round and who."""
+    return {(m["round"], m["who"]): m["value"] for m in lines(folder) if m["name"] == name}
+
+
+def is_train(asked: Message, client: int) -> bool:
+    """Whether this is the message by which a client is to train."""
+    config = asked.content.config_records[Key.CONFIG]
+    return asked.metadata.message_type == "train" and config[Key.CLIENT] == client
+
+
+def is_of_round(asked: Message, server_round: int) -> bool:
+    return asked.content.config_records[Key.CONFIG].get(Key.SERVER_ROUND) == server_round
+
+
+def failure(asked: Message) -> Message:
+    return Message(Error(code=102, reason="FileNotFoundError"), reply_to=asked)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three rounds that nothing disturbed."""
+    changes = {**THREE_ROUNDS, "federation.keep_checkpoints": 3}
+    return play(configured(tmp_path_factory.mktemp("reference"), changes))
+
+
+def test_run_leaves_its_files(reference: Path) -> None:
+    found = {str(file.relative_to(reference)) for file in reference.rglob("*") if file.is_file()}
+    events = {name for name in found if name.startswith("tensorboard/events")}
+    assert len(events) == 1
+    assert found - events == {
+        *("config.yaml", "metrics.jsonl", "partition.json", "partition.png", "model.safetensors"),
+        *("samples/round_0002.png", "samples/round_0003.png", ".lock"),
+        *(f"checkpoints/round_000{server_round}.safetensors" for server_round in (1, 2, 3)),
+    }
+    with Image.open(reference / "samples" / "round_0003.png") as picture:
+        assert picture.height > picture.width  # ten rows of one
+
+
+def test_configuration_is_stored_as_the_federation_turned_out(reference: Path) -> None:
+    stored = read_config(reference / "config.yaml")
+    assert stored.federation.num_supernodes == 3  # the preset says 10
+    _, metadata = load_weights(reference / "model.safetensors")
+    assert metadata["round"] == "3"
+    assert json.loads(metadata["config"])["federation"]["num_supernodes"] == 3
+
+
+def test_metrics_hold_every_client_of_every_round(reference: Path) -> None:
+    dealt = json.loads((reference / "partition.json").read_text(encoding="utf-8"))
+    counts = [sum(row) for row in dealt["train_counts"]]
+    assert recorded(reference, "train_num_examples") == {
+        (server_round, f"client-{client}"): count
+        for server_round in (1, 2, 3)
+        for client, count in enumerate(counts)
+    }
+    assert {m["name"] for m in lines(reference) if m["who"] == "global"} == {
+        *("train_loss", "num_clients", "test_loss", "round_seconds")
+    }
+    assert recorded(reference, "num_clients") == {(r, "global"): 3 for r in (1, 2, 3)}
+    # Every second round and the last.
+    assert [r for r, who in recorded(reference, "test_loss") if who == "global"] == [2, 3]
+
+
+@pytest.mark.parametrize("kind", ["train", "test"])
+def test_global_losses_are_means_weighted_by_images(reference: Path, kind: str) -> None:
+    losses = recorded(reference, f"{kind}_loss")
+    counts = recorded(reference, f"{kind}_num_examples")
+    rounds = [r for r, who in losses if who == "global"]
+    assert len(rounds) == {"train": 3, "test": 2}[kind]
+    for server_round in rounds:
+        weighted = [
+            (losses[server_round, f"client-{client}"], counts[server_round, f"client-{client}"])
+            for client in range(3)
+        ]
+        expected = np.average([loss for loss, _ in weighted], weights=[n for _, n in weighted])
+        assert losses[server_round, "global"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_training_loss_goes_down(reference: Path) -> None:
+    losses = recorded(reference, "train_loss")
+    assert losses[3, "global"] < losses[1, "global"]
+
+
+def test_final_weights_are_the_moving_average_over_rounds(reference: Path) -> None:
+    expected: Weights = {}
+    for server_round in (1, 2, 3):
+        file = reference / "checkpoints" / f"round_000{server_round}.safetensors"
+        stored = load_weights(file)[0]
+        weights = {name: t for name, t in stored.items() if not name.startswith("ema.")}
+        expected = {
+            name: 0.75 * expected.get(name, tensor) + 0.25 * tensor
+            for name, tensor in weights.items()
+        }
+        for name, tensor in expected.items():
+            torch.testing.assert_close(stored[f"ema.{name}"], tensor)
+    assert len(expected) > 10
+    for name, tensor in final_weights(reference).items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
+def shuffled(messages: list[Message]) -> list[Message]:
+    return random.Random(len(messages)).sample(messages, len(messages))
+
+
+@pytest.mark.parametrize("order", [lambda messages: messages[::-1], shuffled])
+def test_order_of_arrival_does_not_show_in_the_weights(
+    reference: Path, tmp_path: Path, order: Order
+) -> None:
+    arrived: list[Any] = []
+
+    def watch(asked: Message, reply: Message) -> Message:
+        if asked.metadata.message_type == "train":
+            arrived.append(asked.content.config_records[Key.CONFIG][Key.CLIENT])
+        return reply
+
+    folder = play(configured(tmp_path, THREE_ROUNDS), order=order, alter=watch)
+    assert len(arrived) == 9 and arrived[:3] != [0, 1, 2]
+    assert same_bits(final_weights(folder), final_weights(reference))
+    assert recorded(folder, "train_loss") == recorded(reference, "train_loss")
+    assert recorded(folder, "test_loss") == recorded(reference, "test_loss")
+
+
+def test_too_few_replies_end_the_run_and_resume_goes_on_to_the_same_bits(
+    reference: Path, tmp_path: Path
+) -> None:
+    run_config = configured(tmp_path, {**THREE_ROUNDS, "federation.min_replies": 3})
+
+    def break_round_2(asked: Message, reply: Message) -> Message:
+        return failure(asked) if is_train(asked, 1) and is_of_round(asked, 2) else reply
+
+    message = (
+        r"round 2: 2 of 3 clients sent usable weights, federation\.min_replies=3; "
+        r"everything up to round 1 is saved, resume=true goes on from there"
+    )
+    with (
+        opened(run_config, alter=break_round_2) as run,
+        pytest.raises(RuntimeError, match=message),
+    ):
+        run.run()
+    folder = tmp_path / "run"
+    assert [file.name for file in (folder / "checkpoints").iterdir()] == ["round_0001.safetensors"]
+    assert not (folder / "model.safetensors").exists()
+
+    # Anew, as after a crash: other node ids, another process.
+    workspace._build_workspace.cache_clear()
+    play({**run_config, "resume": True})
+    assert same_bits(final_weights(folder), final_weights(reference))
+    for name in ("train_loss", "test_loss", "num_clients", "train_num_examples"):
+        assert recorded(folder, name) == recorded(reference, name)
+    assert recorded(folder, "train_left_out") == {}
+    names = [(m["round"], m["who"], m["name"]) for m in lines(folder)]
+    assert len(names) == len(set(names))  # no round is told twice
+
+
+def test_run_that_is_complete_sends_nothing_and_a_longer_one_goes_on(
+    reference: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(reference, tmp_path / "run")
+    run_config = configured(tmp_path, {**THREE_ROUNDS, "resume": True})
+    before = final_weights(reference)
+    play(run_config, nodes=ClientNodes(Network(), run_config))  # there are no nodes to ask
+    assert same_bits(final_weights(tmp_path / "run"), before)
+    play({**run_config, "federation.rounds": 4})
+    _, metadata = load_weights(tmp_path / "run" / "model.safetensors")
+    assert metadata["round"] == "4"
+    assert [r for r, who in recorded(tmp_path / "run", "train_loss") if who == "global"] == [
+        *(1, 2, 3, 4)
+    ]
+
+
+def test_weights_are_never_labelled_with_a_round_that_they_are_not_of(
+    reference: Path, tmp_path: Path
+) -> None:
+    # Ended between its last round and its last file, and resumed with fewer rounds.
+    shutil.copytree(reference, tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    changes = {**THREE_ROUNDS, "resume": True, "federation.rounds": 2}
+    play(configured(tmp_path, changes))
+    weights, metadata = load_weights(tmp_path / "run" / "model.safetensors")
+    assert same_bits(weights, final_weights(reference))
+    assert metadata["round"] == "3"
+
+
+def changed(
+    *, arrays: dict[str, Array] | None = None, metrics: dict[str, Any] | None = None
+) -> Callable[[Message, Message], Message]:
+    """Make a change to the records of a reply; an empty mapping empties the record."""
+
+    def change(asked: Message, reply: Message) -> Message:
+        for key, entries in ((Key.ARRAYS, arrays), (Key.METRICS, metrics)):
+            if entries is not None:
+                record = reply.content[key]
+                if not entries:
+                    record.clear()
+                record.update(entries)
+        return reply
+
+    return change
+
+
+def without(key: str) -> Callable[[Message, Message], Message]:
+    def change(asked: Message, reply: Message) -> Message:
+        del reply.content[key]
+        return reply
+
+    return change
+
+
+SIZE = 3817
+GOOD = np.zeros(SIZE, np.float32)
+OPEN_BRACKET = b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '<f4', ".ljust(117) + b"\n"
+BAD_REPLIES: list[tuple[str, Callable[[Message, Message], Message], str]] = [
+    ("error", lambda asked, _: failure(asked), "^code 102, FileNotFoundError$"),
+    ("nan loss", changed(metrics={Key.LOSS: math.nan}), "^loss must be a finite number, got nan$"),
+    ("no images", changed(metrics={Key.NUM_EXAMPLES: 0}), "^num-examples must be .* > 0, got 0$"),
+    ("negative", changed(metrics={Key.NUM_EXAMPLES: -5}), "^num-examples must be .* got -5$"),
+    ("float", changed(metrics={Key.NUM_EXAMPLES: 5.0}), "^num-examples must be .* got 5.0$"),
+    ("list", changed(metrics={Key.NUM_EXAMPLES: [5]}), "^num-examples must be "),
+    ("empty metrics", changed(metrics={}), "^num-examples must be "),
+    ("no metrics", without(Key.METRICS), "^no record .*metrics"),
+    ("no arrays", without(Key.ARRAYS), "^there must be one array, 'packed', got "),
+    (
+        "other arrays",
+        changed(arrays={"more": Array(GOOD)}),
+        "^there must be one array, 'packed', got ",
+    ),
+    ("nan", changed(arrays={Key.PACKED: Array(GOOD * math.nan)}), "^weights that are not finite"),
+    ("shape", changed(arrays={Key.PACKED: Array(GOOD[1:])}), r"^weights must .* \(3816,\)$"),
+    ("dtype", changed(arrays={Key.PACKED: Array(GOOD.astype(int))}), "^weights must .* int64 "),
+    (
+        "garbage",
+        changed(arrays={Key.PACKED: Array("float32", (SIZE,), "numpy.ndarray", b"garbage")}),
+        "^weights that cannot be read",
+    ),
+    (
+        "damaged header",
+        changed(arrays={Key.PACKED: Array("float32", (SIZE,), "numpy.ndarray", OPEN_BRACKET)}),
+        "^weights that cannot be read",
+    ),
+    # Finite, and still nothing that a model can be made of.
+    ("absurd weights", changed(arrays={Key.PACKED: Array(GOOD + np.float32(1e38))}), ""),
+    ("absurd number", changed(metrics={Key.NUM_EXAMPLES: 10**15}), ""),
+]
+
+
+@pytest.fixture(scope="module")
+def without_client_1(tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    """The weights after a round in which client 1 did nothing but say so."""
+    run_config = configured(tmp_path_factory.mktemp("without"))
+    with opened(
+        run_config, alter=lambda asked, reply: failure(asked) if is_train(asked, 1) else reply
+    ) as run:
+        run.prepare()
+        run.train(1)
+        return run.weights
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [pytest.param(spoil, reason, id=name) for name, spoil, reason in BAD_REPLIES],
+)
+def test_bad_reply_is_left_out_and_named_and_the_round_goes_on(
+    tmp_path: Path,
+    without_client_1: Weights,
+    spoil: Callable[[Message, Message], Message],
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def alter(asked: Message, reply: Message) -> Message:
+        return spoil(asked, reply) if is_train(asked, 1) else reply
+
+    with opened(configured(tmp_path), alter=alter) as run:
+        run.prepare()
+        assert "2 of 3 clients" in run.train(1)
+        assert same_bits(run.weights, without_client_1)
+    ((where, said),) = recorded(tmp_path / "run", "train_left_out").items()
+    assert where == (1, "client-1") and re.search(reason, said)
+    assert f"round 1: client 1 is left out: {said}" in capsys.readouterr().out
+    assert recorded(tmp_path / "run", "num_clients") == {(1, "global"): 2}
+
+
+def test_metrics_that_nobody_asked_for_do_not_end_the_run(tmp_path: Path) -> None:
+    more = changed(metrics={"list": [1.0, 2.0], "x" * 5000: 1.0, "loss\n": math.nan})
+
+    def alter(asked: Message, reply: Message) -> Message:
+        return more(asked, reply) if is_train(asked, 1) else reply
+
+    with opened(configured(tmp_path), alter=alter) as run:
+        run.prepare()
+        run.train(1)
+    names = {m["name"] for m in lines(tmp_path / "run") if m["who"].startswith("client")}
+    assert names <= RECORDED_OF_TRAINING
+
+
+def test_client_that_stays_silent_is_left_out_at_the_deadline(
+    tmp_path: Path, without_client_1: Weights
+) -> None:
+    run_config = configured(tmp_path, {"federation.round_timeout": 6.0})
+
+    def alter(asked: Message, reply: Message) -> Message | None:
+        return None if is_train(asked, 1) else reply
+
+    with opened(run_config, alter=alter) as run:
+        run.prepare()
+        assert "2 of 3 clients" in run.train(1)
+        assert same_bits(run.weights, without_client_1)
+    assert list(recorded(tmp_path / "run", "train_left_out")) == [(1, "client-1")]
+
+
+def test_client_that_failed_in_one_round_takes_part_in_the_next(tmp_path: Path) -> None:
+    def alter(asked: Message, reply: Message) -> Message:
+        return failure(asked) if is_of_round(asked, 1) and is_train(asked, 1) else reply
+
+    folder = play(configured(tmp_path), alter=alter)
+    assert recorded(folder, "num_clients") == {(1, "global"): 2, (2, "global"): 3}
+
+
+def test_loss_that_cannot_be_used_is_left_out_of_the_evaluation(tmp_path: Path) -> None:
+    spoil = changed(metrics={Key.LOSS: math.nan})
+
+    def alter(asked: Message, reply: Message) -> Message:
+        evaluated = asked.metadata.message_type == "evaluate"
+        told = asked.content.config_records[Key.CONFIG].get(Key.CLIENT) == 2
+        return spoil(asked, reply) if evaluated and told else reply
+
+    folder = play(configured(tmp_path), alter=alter)
+    assert recorded(folder, "evaluate_left_out") == {
+        (2, "client-2"): "loss must be a finite number, got nan"
+    }
+    assert set(recorded(folder, "test_loss")) == {
+        *((2, "client-0"), (2, "client-1"), (2, "global"))
+    }
+
+
+def test_client_without_held_out_images_is_no_failure(tmp_path: Path) -> None:
+    def alter(asked: Message, reply: Message) -> Message:
+        evaluated = asked.metadata.message_type == "evaluate"
+        if evaluated and asked.content.config_records[Key.CONFIG][Key.CLIENT] == 2:
+            reply.content[Key.METRICS] = MetricRecord({Key.NUM_EXAMPLES: 0})
+        return reply
+
+    folder = play(configured(tmp_path), alter=alter)
+    assert recorded(folder, "evaluate_left_out") == {}
+    assert (2, "client-2") not in recorded(folder, "test_loss")
+
+
+def test_round_without_any_test_loss_is_complete_all_the_same(tmp_path: Path) -> None:
+    def alter(asked: Message, reply: Message) -> Message:
+        return failure(asked) if asked.metadata.message_type == "evaluate" else reply
+
+    folder = play(configured(tmp_path), alter=alter)
+    assert len(recorded(folder, "evaluate_left_out")) == 3
+    assert recorded(folder, "test_loss") == {}
+    assert recorded(folder, "num_clients") == {(1, "global"): 3, (2, "global"): 3}
+
+
+def test_only_the_clients_drawn_for_a_round_train_and_all_evaluate(tmp_path: Path) -> None:
+    folder = play(configured(tmp_path, {"federation.clients_per_round": 1, "eval.every": 1}))
+    trained = recorded(folder, "train_num_examples")
+    assert [server_round for server_round, _ in trained] == [1, 2]
+    assert len(recorded(folder, "test_num_examples")) == 6
+
+
+def test_other_seed_gives_other_weights(reference: Path, tmp_path: Path) -> None:
+    folder = play(configured(tmp_path, {**THREE_ROUNDS, "seed": 1}))
+    assert not same_bits(final_weights(folder), final_weights(reference))
+
+
+def test_float16_on_the_wire_changes_the_weights_by_rounding_only(tmp_path: Path) -> None:
+    found = []
+    for name, dtype in (("full", "float32"), ("half", "float16")):
+        changes = {"run_name": name, "federation.wire_dtype": dtype, "federation.rounds": 1}
+        weights = final_weights(play(configured(tmp_path, changes)))
+        found.append(torch.cat([tensor.flatten() for tensor in weights.values()]))
+    full, half = found
+    assert 0 < (half - full).norm() < 2e-3 * full.norm()
+
+
+def test_final_images_are_shown_to_a_classifier_of_real_ones(tmp_path: Path) -> None:
+    changes = {"federation.rounds": 1, "eval.num_images": 20}
+    folder = play(configured(tmp_path, changes))
+    assert recorded(folder, "num_generated_images") == {(1, "global"): 20}
+    assert 0 <= recorded(folder, "class_agreement")[1, "global"] <= 1
+    assert recorded(folder, "classifier_test_accuracy")[1, "global"] > 0.8
+
+
+def test_precision_auto_is_settled_once_and_written_down(tmp_path: Path) -> None:
+    run_config = configured(tmp_path, {"train.precision": "auto"})
+    sent = set()
+
+    def alter(asked: Message, reply: Message) -> Message:
+        sent.add(asked.content.config_records[Key.CONFIG].get(Key.PRECISION))
+        return reply
+
+    with opened(run_config, alter=alter) as run:
+        run.prepare()
+        settled = run.config.train.precision
+        run.train(1)
+    assert settled in ("float32", "bfloat16") and sent == {None, settled}
+    assert read_config(tmp_path / "run" / "config.yaml").train.precision == settled
+
+
+def test_federation_of_another_size_cannot_resume_a_simulation(
+    reference: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(reference, tmp_path / "run")
+    changes = {**THREE_ROUNDS, "resume": True, "federation.rounds": 4}
+    run_config = configured(tmp_path, changes)
+    nodes = ClientNodes(Network(), run_config, *simulated(2))
+    message = "dealt its images to 3 clients, this federation has 2; start it with as many"
+    with opened(run_config, nodes=nodes) as run, pytest.raises(ValueError, match=message):
+        run.run()
+    assert same_bits(final_weights(tmp_path / "run"), final_weights(reference))
+
+
+def test_federation_smaller_than_a_round_is_refused_by_name(tmp_path: Path) -> None:
+    run_config = configured(tmp_path, {"federation.clients_per_round": 4})
+    message = r"federation\.clients_per_round must be at most federation\.num_supernodes=3 .* got 4"
+    with opened(run_config) as run, pytest.raises(ValueError, match=message):
+        run.run()
+
+
+def test_start_that_was_interrupted_before_round_1_leaves_the_name_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(federated_run, "fastest_precision", interrupted)
+        run_config = configured(tmp_path, {"train.precision": "auto"})
+        with opened(run_config) as run, pytest.raises(KeyboardInterrupt):
+            run.run()
+    # Not resumed, so whatever the first start was about is no matter.
+    with opened(configured(tmp_path, {"partition.beta": 5.0})) as run:
+        run.prepare()
+    assert read_config(tmp_path / "run" / "config.yaml").partition.beta == 5.0
+
+
+@pytest.fixture
+def hospitals(tmp_path: Path) -> Iterator[tuple[RunConfig, ClientNodes]]:
+    """Two real nodes with images of their own."""
+    write_digits_as_mnist(tmp_path / "images", train=200, test=50)
+    changes = {"overrides": "data=mnist data.test_fraction=null", "train.precision": "auto"}
+    run_config = configured(tmp_path, changes)
+    node = {"data-path": str(tmp_path / "images")}
+    yield run_config, ClientNodes(Network(), run_config, node, node)
+
+
+def test_hospitals_are_numbered_once_and_keep_their_images(
+    hospitals: tuple[RunConfig, ClientNodes], tmp_path: Path
+) -> None:
+    run_config, nodes = hospitals
+    folder = play({**run_config, "federation.rounds": 1}, nodes=nodes)
+    numbers = json.loads((folder / "nodes.json").read_text(encoding="utf-8"))
+    assert numbers == {str(node): number for number, node in enumerate(sorted(nodes.contexts))}
+    assert not (folder / "partition.json").exists()
+    assert recorded(folder, "class_agreement") == {}  # the server holds no images
+    assert read_config(folder / "config.yaml").train.precision == "auto"  # each node's own
+
+    play({**run_config, "resume": True}, nodes=nodes)
+    assert json.loads((folder / "nodes.json").read_text(encoding="utf-8")) == numbers
+    assert recorded(folder, "train_num_examples") == {
+        (r, f"client-{client}"): 180 for r in (1, 2) for client in (0, 1)
+    }
+
+
+def server_context(run_config: RunConfig) -> Context:
+    return Context(4711, 1, {}, RecordDict(), run_config)
+
+
+def test_server_app_plays_a_run_and_lets_go_of_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_config = configured(tmp_path, {"federation.rounds": 1})
+    nodes = ClientNodes(Network(), run_config, *simulated(3))
+    with nodes.network.answering(nodes):
+        server_app(nodes.network.grid, server_context(run_config))
+    assert final_weights(tmp_path / "run")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith(f"results: {tmp_path / 'run'}") and said[-1][9:] == said[0][9:]
+    resumed = {**run_config, "resume": True}
+    server_app(nodes.network.grid, server_context(resumed))  # would wait for a held folder
+
+
+def test_server_app_that_fails_raises_and_lets_go_of_its_folder(tmp_path: Path) -> None:
+    run_config = configured(tmp_path, {"federation.node_wait": 0.2})
+    for _ in range(2):
+        with pytest.raises(TimeoutError, match="0 of 1 nodes"):
+            server_app(Network().grid, server_context(run_config))
+
+
+def test_first_weights_come_from_the_seed_alone() -> None:
+    config = load_run_config(SMALL_RUN)
+    drawn = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        state = torch.get_rng_state()
+        drawn.append(initial_model(config).state_dict())
+        assert torch.equal(torch.get_rng_state(), state)
+    assert same_bits(*drawn)
+    other = initial_model(load_run_config({**SMALL_RUN, "seed": 1})).state_dict()
+    assert not same_bits(drawn[0], other)
+
+
+def test_moving_average_is_the_closed_form() -> None:
+    decay, rounds = 0.9, 20
+    drawn = torch.randn(rounds, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    average: Weights | None = None
+    for weights in drawn:
+        average = moving_average(average, {"w": weights}, decay)
+    powers = decay ** torch.arange(rounds - 1, -1, -1, dtype=torch.float64)
+    shares = torch.cat([powers[:1], (1 - decay) * powers[1:]])
+    assert shares.sum().item() == pytest.approx(1)
+    assert average is not None
+    torch.testing.assert_close(average["w"], shares @ drawn)
+
+
+def test_moving_average_is_off_without_a_decay_and_owns_its_numbers() -> None:
+    weights = {"w": torch.ones(3)}
+    assert moving_average(None, weights, None) is None
+    assert moving_average(weights, weights, None) is None
+    first = moving_average(None, weights, 0.5)
+    assert first is not None
+    weights["w"] += 1
+    assert first["w"].tolist() == [1, 1, 1]

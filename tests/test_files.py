@@ -1,0 +1,94 @@
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from task.files import atomic_path
+
+
+@pytest.fixture
+def umask() -> Iterator[int]:
+    before = os.umask(0o027)
+    yield 0o027
+    os.umask(before)
+
+
+def test_block_that_succeeds_replaces_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("old")
+    with atomic_path(file) as aside:
+        aside.write_text("new")
+        assert file.read_text() == "old"
+    assert file.read_text() == "new"
+    assert [*tmp_path.iterdir()] == [file]
+
+
+def test_block_that_succeeds_makes_a_new_file(tmp_path: Path) -> None:
+    file = tmp_path / "new.json"
+    with atomic_path(file) as aside:
+        assert not file.exists()
+        aside.write_bytes(b"\0" * 1000)
+    assert file.read_bytes() == b"\0" * 1000
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_block_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("old")
+    with pytest.raises(error, match="in the block"), atomic_path(file) as aside:
+        aside.write_text("half")
+        raise error("in the block")
+    assert file.read_text() == "old"
+    assert [*tmp_path.iterdir()] == [file]
+
+
+def test_block_that_fails_leaves_no_new_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stop"), atomic_path(tmp_path / "new") as aside:
+        aside.write_text("half")
+        raise ValueError("stop")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_block_may_replace_the_file_it_was_given(tmp_path: Path) -> None:
+    # As libraries do that write atomically themselves.
+    file = tmp_path / "picture.png"
+    with atomic_path(file) as aside:
+        other = tmp_path / "other"
+        other.write_text("whole")
+        other.replace(aside)
+    assert file.read_text() == "whole"
+    assert [*tmp_path.iterdir()] == [file]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    file = tmp_path / "file.json"
+    with atomic_path(file) as one, atomic_path(file) as other:
+        assert one != other
+        one.write_text("one")
+        other.write_text("other")
+    assert file.read_text() == "one"  # its block ended last
+    assert [*tmp_path.iterdir()] == [file]
+
+
+def test_path_keeps_folder_and_suffix_and_is_hidden(tmp_path: Path) -> None:
+    # Writers choose a format by the suffix; readers of the folder pass hidden files over.
+    with atomic_path(tmp_path / "round_0001.png") as aside:
+        assert aside.parent == tmp_path
+        assert aside.suffix == ".png" and aside.name.startswith(".")
+        assert not [*tmp_path.glob("round_*")]
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: int) -> None:
+    with atomic_path(tmp_path / "file") as aside:
+        assert stat.S_IMODE(aside.stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~umask
+    assert os.umask(umask) == umask
+
+
+def test_missing_folder_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"), atomic_path(tmp_path / "nowhere" / "x"):
+        pytest.fail("the block must not run")

@@ -1,0 +1,76 @@
+"""Who may import whom: see the dependency rule of the design."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("task", "server_app", "client_app")
+FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
+HYDRA = {ROOT / "task" / "config.py", ROOT / "server_app" / "submit.py"}
+FORBIDDEN = {
+    "task": {"server_app", "client_app", "flwr"},
+    "server_app": {"client_app"},
+    "client_app": {"server_app"},
+}
+
+
+def imported(source: str, package: str) -> set[str]:
+    """Name every module that a source imports, wherever in it, with what it takes from it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level > 0:
+                module = f"{package}.{module}".rstrip(".")
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def top_levels(file: Path) -> set[str]:
+    package = file.relative_to(ROOT).parts[0]
+    return {name.split(".")[0] for name in imported(file.read_text(encoding="utf-8"), package)}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_packages_import_only_what_they_may(file: Path) -> None:
+    package = file.relative_to(ROOT).parts[0]
+    assert top_levels(file).isdisjoint(FORBIDDEN[package])
+
+
+def test_hydra_is_imported_where_configurations_are_made_and_nowhere_else() -> None:
+    assert {file for file in FILES if "hydra" in top_levels(file)} == HYDRA
+
+
+def test_task_has_no_circles() -> None:
+    modules = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts): file
+        for file in FILES
+        if file.is_relative_to(ROOT / "task")
+    }
+    graph = {
+        name: imported(file.read_text(encoding="utf-8"), "task") & modules.keys()
+        for name, file in modules.items()
+    }
+    order = [*TopologicalSorter(graph).static_order()]  # raises on a circle
+    assert order.index("task.unet") < order.index("task.sampler")
+    assert order.index("task.diffusion") < order.index("task.train")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import flwr.app as app", "flwr.app"),
+        ("from flwr.app import Message", "flwr.app"),
+        ("from flwr import app", "flwr.app"),
+        ("def f():\n    import flwr", "flwr"),
+        ("from . import wire", "task.wire"),
+        ("from .wire import Key", "task.wire"),
+    ],
+)
+def test_every_form_of_import_is_seen(source: str, expected: str) -> None:
+    assert expected in imported(source, "task")

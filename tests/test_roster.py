@@ -1,0 +1,296 @@
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from flwr.app import Error, Message
+
+from client_app.app import app
+from server_app import roster
+from server_app.roster import Roster, sample_clients
+from task.fingerprint import code_fingerprint
+from task.wire import Key
+from tests.helpers import ClientNodes, Network, node_context, simulated
+
+Handler = Callable[[Message], Message | None]
+
+
+@pytest.fixture(autouse=True)
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roster, "POLL_SECONDS", 0.02)
+
+
+@pytest.fixture
+def network() -> Network:
+    return Network()
+
+
+def introduced(message: Message) -> Message:
+    """Answer as the real ClientApp of a real node does."""
+    return app(message, node_context({}, {"data-path": "/images"}))
+
+
+def other_code(message: Message) -> Message:
+    """Answer as a node does that runs other code."""
+    reply = introduced(message)
+    reply.content.config_records[Key.CONFIG][Key.FINGERPRINT] = "0" * 16
+    return reply
+
+
+def by_node(handlers: dict[int, Handler]) -> Handler:
+    """Let some nodes answer in another way."""
+    return lambda message: handlers.get(message.metadata.dst_node_id, introduced)(message)
+
+
+def test_simulated_clients_are_numbered_by_their_partition(network: Network) -> None:
+    nodes = ClientNodes(network, {}, *reversed(simulated(4)))
+    known = Roster(network.grid)
+    with network.answering(nodes, order=lambda messages: messages[::-1]):
+        known.wait_for(1, seconds=20)
+    assert known.num_partitions == 4
+    assert list(known.node_ids) == [0, 1, 2, 3]
+    for number, node in known.node_ids.items():
+        assert nodes.contexts[node].node_config[Key.PARTITION_ID] == number
+    # Node ids of a simulation are new at every start, so none is kept.
+    assert known.numbers == {}
+
+
+def test_simulation_waits_for_all_of_its_nodes(network: Network) -> None:
+    # Two of three have connected when the roster looks for the first time.
+    nodes = ClientNodes(network, {}, *simulated(3)[:2])
+    known = Roster(network.grid)
+    with network.answering(nodes), pytest.raises(TimeoutError, match=r"^2 of 3 nodes are ready"):
+        known.wait_for(1, seconds=0.8)
+    (late,) = network.add_nodes(1)
+    nodes.contexts[late] = node_context({}, simulated(3)[2], node_id=late)
+    with network.answering(nodes):
+        known.wait_for(1, seconds=20)
+    assert known.node_ids[2] == late
+
+
+def test_simulation_smaller_than_min_nodes_is_refused(network: Network) -> None:
+    nodes = ClientNodes(network, {}, *simulated(2))
+    message = r"federation\.min_nodes must be at most the number of simulated nodes, 2, got 3"
+    with network.answering(nodes), pytest.raises(ValueError, match=message):
+        Roster(network.grid).wait_for(3, seconds=20)
+
+
+def test_simulation_of_other_code_ends_the_run(network: Network) -> None:
+    nodes = ClientNodes(network, {}, *simulated(2))
+
+    def decoy(message: Message) -> Message:
+        reply = nodes(message)
+        reply.content.config_records[Key.CONFIG][Key.FINGERPRINT] = "0" * 16
+        return reply
+
+    with network.answering(decoy), pytest.raises(RuntimeError, match=r"other code .*feddm-train"):
+        Roster(network.grid).wait_for(1, seconds=20)
+
+
+def test_real_nodes_are_numbered_by_their_first_appearance(network: Network) -> None:
+    known = Roster(network.grid)
+    appeared = []
+    with network.answering(introduced):
+        for number in (1, 2, 3):
+            appeared += network.add_nodes(1)
+            known.wait_for(number, seconds=20)
+    assert known.node_ids == dict(enumerate(appeared))
+    assert known.numbers == {str(node): number for number, node in enumerate(appeared)}
+    assert known.num_partitions is None
+
+
+def test_numbers_of_nodes_that_appear_together_do_not_depend_on_who_answers_first(
+    network: Network,
+) -> None:
+    nodes = network.add_nodes(5)
+    found = []
+    for step in (1, -1):
+        known = Roster(network.grid)
+        with network.answering(introduced, order=lambda messages, step=step: messages[::step]):
+            known.wait_for(5, seconds=20)
+        found.append(known.node_ids)
+    assert found == [dict(enumerate(nodes))] * 2
+
+
+def test_numbers_are_kept_across_a_restart(network: Network) -> None:
+    first, second, third = network.add_nodes(3)
+    # The third is new; the number of one that has left is not given to another.
+    known = Roster(network.grid, known={str(first): 2, str(second): 0, "4711": 5})
+    with network.answering(introduced):
+        known.wait_for(3, seconds=20)
+    assert known.node_ids == {0: second, 2: first, 6: third}
+    again = Roster(network.grid, known=known.numbers)
+    with network.answering(introduced):
+        again.wait_for(3, seconds=20)
+    assert again.node_ids == known.node_ids and again.numbers == known.numbers
+
+
+def test_node_that_leaves_keeps_its_number_for_its_return(network: Network) -> None:
+    first, second = network.add_nodes(2)
+    known = Roster(network.grid)
+    with network.answering(introduced):
+        known.wait_for(2, seconds=20)
+        network.state.deactivate_node(first)
+        known.refresh()
+        assert known.node_ids == {1: second}
+        (third,) = network.add_nodes(1)
+        network.state.activate_node(first, heartbeat_interval=60)
+        known.wait_for(3, seconds=20)
+    assert known.node_ids == {0: first, 1: second, 2: third}
+
+
+def test_nodes_introduce_themselves_once(network: Network) -> None:
+    network.add_nodes(2)
+    asked = []
+
+    def counting(message: Message) -> Message:
+        asked.append(message.metadata.dst_node_id)
+        return introduced(message)
+
+    known = Roster(network.grid)
+    with network.answering(counting):
+        for _ in range(3):
+            known.wait_for(2, seconds=20)
+    assert len(asked) == len(set(asked)) == 2
+
+
+def test_node_with_other_code_is_refused_and_named(
+    network: Network, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = network.add_nodes(2)
+    known = Roster(network.grid)
+    with network.answering(by_node({bad: other_code})):
+        known.wait_for(1, seconds=20)
+        assert known.node_ids == {0: good} and known.numbers == {str(good): 0}
+        refused = f"node {bad} was refused: it runs other code than the server"
+        assert refused in capsys.readouterr().out
+        with pytest.raises(TimeoutError, match=rf"1 of 2 nodes .*federation\.node_wait.*{refused}"):
+            known.wait_for(2, seconds=0.8)
+
+
+def test_node_that_fails_is_refused_with_its_words(network: Network) -> None:
+    (bad,) = network.add_nodes(1)
+
+    def failing(message: Message) -> Message:
+        return Message(Error(code=100, reason="ImportError"), reply_to=message)
+
+    reason = rf"node {bad} was refused: ImportError \(code 100\)$"
+    with network.answering(failing), pytest.raises(TimeoutError, match=reason):
+        Roster(network.grid).wait_for(1, seconds=0.8)
+
+
+@pytest.mark.parametrize("missing", [Key.CONFIG, Key.FINGERPRINT])
+def test_node_that_says_nothing_of_its_code_is_refused_in_words(
+    network: Network, missing: Key
+) -> None:
+    (bad,) = network.add_nodes(1)
+
+    def silent_about_its_code(message: Message) -> Message:
+        reply = introduced(message)
+        if missing in reply.content:
+            del reply.content[missing]
+        else:
+            del reply.content.config_records[Key.CONFIG][missing]
+        return reply
+
+    with (
+        network.answering(silent_about_its_code),
+        pytest.raises(TimeoutError, match=rf"node {bad} was refused: .*{missing.value}") as caught,
+    ):
+        Roster(network.grid).wait_for(1, seconds=0.8)
+    assert "Key." not in str(caught.value)  # words for a person, not Python's
+
+
+def test_refused_node_may_come_back(network: Network) -> None:
+    # Its operator sees why it was refused, mends it and starts it again, under the same key.
+    (node,) = network.add_nodes(1)
+    known = Roster(network.grid)
+    with network.answering(other_code), pytest.raises(TimeoutError, match="other code"):
+        known.wait_for(1, seconds=0.8)
+    network.state.deactivate_node(node)
+    known.refresh()
+    network.state.activate_node(node, heartbeat_interval=60)
+    with network.answering(introduced):
+        known.wait_for(1, seconds=2)
+    assert known.node_ids == {0: node}
+
+
+def test_missing_nodes_end_the_wait(network: Network) -> None:
+    start = time.monotonic()
+    with pytest.raises(TimeoutError) as caught:
+        Roster(network.grid).wait_for(2, seconds=0.5)
+    assert str(caught.value) == (
+        "0 of 2 nodes are ready after federation.node_wait=0.5 s: no other node connected"
+    )
+    assert 0.5 <= time.monotonic() - start < 2
+
+
+def test_silent_node_does_not_prolong_the_wait(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster, "QUERY_TIMEOUT_SECONDS", 5.0)  # not to wait for 300 s here
+    network.add_nodes(1)
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"^0 of 1 nodes are ready"):
+        Roster(network.grid).wait_for(1, seconds=0.5)
+    assert time.monotonic() - start < 3
+
+
+def test_nodes_that_come_late_are_waited_for(network: Network) -> None:
+    known = Roster(network.grid)
+    threading.Timer(0.5, network.add_nodes, [1]).start()
+    with network.answering(introduced):
+        known.wait_for(1, seconds=20)
+    assert len(known.node_ids) == 1
+
+
+def test_real_code_has_one_fingerprint_on_both_sides(network: Network) -> None:
+    nodes = ClientNodes(network, {}, {"data-path": "/images"})
+    heard = []
+
+    def listening(message: Message) -> Message:
+        reply = nodes(message)
+        heard.append(dict(reply.content.config_records[Key.CONFIG]))
+        return reply
+
+    with network.answering(listening):
+        Roster(network.grid).wait_for(1, seconds=20)
+    assert heard == [{Key.FINGERPRINT: code_fingerprint()}]  # and no path of the hospital
+
+
+def test_clients_are_drawn_without_replacement_and_sorted() -> None:
+    for server_round in range(1, 50):
+        drawn = sample_clients([*range(10)], 4, seed=0, server_round=server_round)
+        assert drawn == sorted(set(drawn)) and len(drawn) == 4
+        assert set(drawn) <= {*range(10)}
+        assert all(type(client) is int for client in drawn)
+
+
+def test_draw_is_that_of_seed_and_round_alone() -> None:
+    def drawn(seed: int) -> list[list[int]]:
+        return [sample_clients([*range(10)], 3, seed=seed, server_round=r) for r in range(1, 9)]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert len({tuple(clients) for clients in drawn(0)}) > 4
+    assert sample_clients([*range(10)], 3, seed=0, server_round=1) == sample_clients(
+        [*range(9, -1, -1)], 3, seed=0, server_round=1
+    )
+
+
+def test_every_client_is_drawn_equally_often() -> None:
+    drawn = [sample_clients([*range(10)], 3, seed=0, server_round=r) for r in range(1, 2001)]
+    counts = np.bincount(np.concatenate(drawn), minlength=10)
+    # 600 each; the standard deviation of a count is 20.5.
+    assert np.abs(counts - 600).max() < 5 * 20.5
+
+
+@pytest.mark.parametrize("clients_per_round", [None, 3, 4, 100])
+def test_all_clients_take_part_where_no_fewer_are_asked_for(clients_per_round: int | None) -> None:
+    found = sample_clients([7, 0, 3], clients_per_round, seed=0, server_round=1)
+    assert found == [0, 3, 7]
+
+
+def test_gaps_in_the_numbers_are_no_clients() -> None:
+    for server_round in range(1, 20):
+        assert {*sample_clients([0, 4, 9], 2, seed=0, server_round=server_round)} <= {0, 4, 9}

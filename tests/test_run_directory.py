@@ -1,0 +1,353 @@
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from task import run_directory
+from task.checkpoint import load_weights
+from task.config import Config, anchored, load_config, read_config, value_paths
+from task.run_directory import FREE_TO_CHANGE, RunDirectory, check_startable, run_path
+
+# Holds a lock file until its input ends; a line names a file to make before.
+HOLD_LOCK = """
+import fcntl, os, sys
+with open(sys.argv[1], "w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    file.write(str(os.getpid()))
+    file.flush()
+    print("held", flush=True)
+    for line in sys.stdin:
+        open(line.strip(), "w").close()
+"""
+
+
+def configured(tmp_path: Path, *overrides: str) -> Config:
+    settings = [f"output_dir={tmp_path}", "run_name=run", "train.precision=float32", *overrides]
+    return anchored(load_config(settings), tmp_path)
+
+
+def weights(value: float) -> dict[str, Tensor]:
+    return {"layer.weight": torch.full((2, 3), value), "layer.bias": torch.full((2,), -value)}
+
+
+def opened(tmp_path: Path, *overrides: str) -> "closing[RunDirectory]":
+    return closing(RunDirectory(configured(tmp_path, *overrides)))
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Path:
+    """A run of two complete rounds."""
+    with opened(tmp_path) as directory:
+        directory.write_config(directory.config)
+        for server_round in (1, 2):
+            directory.record(server_round, "global", {"train_loss": 1 / server_round})
+            directory.save_checkpoint(server_round, weights(server_round), None)
+    return tmp_path / "run"
+
+
+@contextmanager
+def lock_held(path: Path) -> Iterator["subprocess.Popen[str]"]:
+    """Let another process hold a lock file until the end of the block."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD_LOCK, path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.stdin.close()
+
+
+def test_run_directory_has_the_documented_layout(tmp_path: Path) -> None:
+    with opened(tmp_path) as directory:
+        directory.write_config(directory.config)
+        directory.record(1, "global", {"train_loss": 0.5})
+        directory.write_json("partition.json", {"num_clients": 2})
+        directory.save_checkpoint(5, weights(1), None)
+        directory.save_model(5, weights(1))
+        assert directory.path == tmp_path / "run" == run_path(directory.config)
+        assert directory.samples_file(5) == tmp_path / "run" / "samples" / "round_0005.png"
+    found = {str(file.relative_to(directory.path)) for file in directory.path.rglob("*")}
+    events = {name for name in found if name.startswith("tensorboard/events")}
+    assert len(events) == 1
+    assert found - events == {
+        *("config.yaml", "metrics.jsonl", "partition.json", "samples", "checkpoints"),
+        *("checkpoints/round_0005.safetensors", "model.safetensors", "tensorboard", ".lock"),
+    }
+    assert read_config(directory.path / "config.yaml") == directory.config
+
+
+def test_new_run_has_no_rounds_no_metrics_and_no_weights(tmp_path: Path) -> None:
+    with opened(tmp_path) as directory:
+        assert directory.last_round == 0
+        assert [*directory.metrics()] == []
+        assert directory.load_checkpoint() is None
+        assert directory.final_round() is None
+        assert directory.read_json("partition.json") is None
+
+
+def test_fresh_start_over_a_run_is_refused(started: Path) -> None:
+    with pytest.raises(ValueError, match=r"run already holds a run; pass resume=true .* run_name"):
+        RunDirectory(configured(started.parent))
+    assert (started / "checkpoints" / "round_0002.safetensors").exists()
+
+
+def test_folder_of_a_run_that_never_began_may_be_started(tmp_path: Path) -> None:
+    # One that ended while it waited for its nodes: there is no config.yaml yet.
+    with opened(tmp_path):
+        pass
+    with opened(tmp_path) as directory:
+        assert directory.last_round == 0
+
+
+def test_resume_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"resume: .*run holds no run; check output_dir and run_n"):
+        RunDirectory(configured(tmp_path, "resume=true"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_of_another_configuration_names_exactly_what_differs(started: Path) -> None:
+    other = ["partition.beta=0.1", "model.width=16", "seed=3", "federation.rounds=99"]
+    with pytest.raises(ValueError) as caught:
+        check_startable(configured(started.parent, "resume=true", *other))
+    assert str(caught.value) == (
+        f"resume: {started} is a run of another configuration; asked for seed=3 (there: 0), "
+        "partition.beta=0.1 (there: 0.5), model.width=16 (there: 32)"
+    )
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("federation.rounds=99", "federation.min_replies=2", "federation.round_timeout=5"),
+        *("federation.keep_checkpoints=7", "eval.every=1", "eval.num_images=0"),
+        *("federation.num_supernodes=12", "federation.gpus_per_client=0.5", "data.root=/else"),
+    ],
+)
+def test_what_does_not_touch_the_weights_may_change(started: Path, override: str) -> None:
+    assert override.split("=")[0] in FREE_TO_CHANGE
+    check_startable(configured(started.parent, "resume=true", override))
+
+
+def test_free_keys_are_paths_of_the_configuration_and_not_of_the_training() -> None:
+    assert set(value_paths()) >= FREE_TO_CHANGE
+    sections = {path.split(".")[0] for path in FREE_TO_CHANGE}
+    assert sections.isdisjoint({"model", "diffusion", "train", "partition", "seed"})
+    assert FREE_TO_CHANGE.isdisjoint(
+        {"federation.clients_per_round", "federation.wire_dtype", "federation.ema_decay"}
+    )
+
+
+def test_run_may_be_moved_and_resumed(started: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    started.rename(tmp_path / "elsewhere" / "renamed")
+    moved = (f"output_dir={tmp_path / 'elsewhere'}", "run_name=renamed", "resume=true")
+    with opened(tmp_path, *moved) as directory:
+        assert directory.last_round == 2
+
+
+def test_precision_auto_takes_the_stored_one(started: Path) -> None:
+    with opened(started.parent, "resume=true", "train.precision=auto") as directory:
+        assert directory.config.train.precision == "float32"
+
+
+def test_other_precision_than_the_stored_one_is_refused(started: Path) -> None:
+    with pytest.raises(ValueError, match=r"train\.precision=bfloat16 \(there: float32\)"):
+        RunDirectory(configured(started.parent, "resume=true", "train.precision=bfloat16"))
+
+
+def test_damaged_configuration_is_refused(started: Path) -> None:
+    (started / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(ValueError, match=r"config\.yaml is not a configuration"):
+        RunDirectory(configured(started.parent, "resume=true"))
+
+
+def test_metrics_read_back_in_order(tmp_path: Path) -> None:
+    with opened(tmp_path) as directory:
+        directory.record(1, "client-3", {"train_loss": 0.25, "train_left_out": "no reply\n'"})
+        directory.record(1, "global", {"num_clients": 1})
+        expected = [
+            {"round": 1, "who": "client-3", "name": "train_loss", "value": 0.25},
+            {"round": 1, "who": "client-3", "name": "train_left_out", "value": "no reply\n'"},
+            {"round": 1, "who": "global", "name": "num_clients", "value": 1},
+        ]
+        assert [*directory.metrics()] == expected
+        lines = directory.metrics_file.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == expected
+
+
+def test_metrics_of_incomplete_rounds_are_dropped(started: Path) -> None:
+    kept = (started / "metrics.jsonl").read_text(encoding="utf-8")
+    with opened(started.parent, "resume=true") as directory:
+        directory.record(0, "global", {"before": 1.0})
+        directory.record(3, "client-0", {"train_loss": 9.0})
+        directory.record(3, "global", {"train_loss": 9.0})
+    with opened(started.parent, "resume=true") as directory:
+        assert {line["round"] for line in directory.metrics()} == {0, 1, 2}
+        assert directory.metrics_file.read_text(encoding="utf-8").startswith(kept)
+
+
+@pytest.mark.parametrize("cut", [1, 5, 40])
+def test_half_written_last_line_is_dropped(started: Path, cut: int) -> None:
+    file = started / "metrics.jsonl"
+    whole = file.read_text(encoding="utf-8")
+    file.write_text(whole + whole.splitlines()[-1][:cut], encoding="utf-8")
+    with opened(started.parent, "resume=true") as directory:
+        assert file.read_text(encoding="utf-8") == whole
+        directory.record(3, "global", {"train_loss": 0.1})
+        assert [line["round"] for line in directory.metrics()] == [1, 2, 3]
+
+
+def scalars(path: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(path / "tensorboard"), purge_orphaned_data=True)
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_tensorboard_shows_numbers_once_where_a_round_was_repeated(started: Path) -> None:
+    with opened(started.parent, "resume=true") as directory:
+        directory.record(3, "global", {"train_loss": 9.0, "left_out": "why"})
+    time.sleep(1.1)  # files of events are sorted by the second in their name
+    with opened(started.parent, "resume=true") as directory:
+        directory.record(3, "global", {"train_loss": 0.25})
+    assert scalars(started, "train_loss/global") == [(1, 1.0), (2, 0.5), (3, 0.25)]
+
+
+def test_last_checkpoints_are_kept(tmp_path: Path) -> None:
+    with opened(tmp_path, "federation.keep_checkpoints=3") as directory:
+        for server_round in range(1, 6):
+            directory.save_checkpoint(server_round, weights(server_round), None)
+            assert directory.last_round == server_round
+        found = sorted(file.name for file in (directory.path / "checkpoints").iterdir())
+    assert found == [f"round_000{server_round}.safetensors" for server_round in (3, 4, 5)]
+
+
+def test_rounds_are_ordered_as_numbers(tmp_path: Path) -> None:
+    with opened(tmp_path, "federation.keep_checkpoints=2") as directory:
+        for server_round in (9998, 9999, 10000):
+            directory.save_checkpoint(server_round, weights(server_round), None)
+        assert directory.last_round == 10000
+        stored = directory.load_checkpoint()
+        assert stored is not None and stored[0]["layer.weight"][0, 0] == 10000
+
+
+def test_left_over_temporary_file_is_no_checkpoint(started: Path) -> None:
+    (started / "checkpoints" / ".round_0003-x1y2z3.safetensors").write_bytes(b"half")
+    with opened(started.parent, "resume=true") as directory:
+        assert directory.last_round == 2
+
+
+def test_checkpoint_without_moving_average_loads(started: Path) -> None:
+    with opened(started.parent, "resume=true") as directory:
+        stored = directory.load_checkpoint()
+    assert stored is not None
+    loaded, ema = stored
+    assert ema is None
+    assert set(loaded) == set(weights(2))
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights(2).items())
+
+
+def test_checkpoint_with_moving_average_loads_both_apart(tmp_path: Path) -> None:
+    with opened(tmp_path) as directory:
+        directory.save_checkpoint(1, weights(1), weights(0.5))
+        stored = directory.load_checkpoint()
+    assert stored is not None and stored[1] is not None
+    for loaded, expected in zip(stored, (weights(1), weights(0.5)), strict=True):
+        assert loaded is not None and set(loaded) == set(expected)
+        assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_broken_checkpoint_is_named(started: Path) -> None:
+    file = started / "checkpoints" / "round_0002.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    with (
+        opened(started.parent, "resume=true") as directory,
+        pytest.raises(ValueError, match=r"round_0002\.safetensors is not a readable"),
+    ):
+        directory.load_checkpoint()
+
+
+def test_final_weights_say_their_round_and_configuration(tmp_path: Path) -> None:
+    with opened(tmp_path, "seed=5", "partition.beta=inf") as directory:
+        directory.save_model(7, weights(7))
+        assert directory.final_round() == 7
+        loaded, metadata = load_weights(directory.model_file)
+    assert torch.equal(loaded["layer.bias"], weights(7)["layer.bias"])
+    stored: dict[str, Any] = json.loads(metadata["config"])
+    assert (stored["seed"], stored["partition"]["beta"]) == (5, float("inf"))
+    assert stored["data"]["classes"] == [str(digit) for digit in range(10)]
+
+
+def test_json_files_read_back(tmp_path: Path) -> None:
+    with opened(tmp_path) as directory:
+        directory.write_json("nodes.json", {"12345678901234567890": 0})
+        assert directory.read_json("nodes.json") == {"12345678901234567890": 0}
+
+
+def test_run_in_use_by_another_process_is_refused_by_its_id(
+    started: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_directory, "LOCK_PATIENCE_SECONDS", 0.2)
+    with (
+        lock_held(started / ".lock") as process,
+        pytest.raises(ValueError, match=f"run_name: .*run is in use by process {process.pid}; end"),
+    ):
+        RunDirectory(configured(started.parent, "resume=true"))
+    # Its end frees the folder.
+    with opened(started.parent, "resume=true") as directory:
+        assert directory.last_round == 2
+
+
+def test_run_is_held_until_it_is_closed(started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_directory, "LOCK_PATIENCE_SECONDS", 0.2)
+    with (
+        opened(started.parent, "resume=true"),
+        pytest.raises(ValueError, match="in use"),
+    ):
+        RunDirectory(configured(started.parent, "resume=true"))
+    with opened(started.parent, "resume=true"):
+        pass
+
+
+def test_process_that_ends_in_time_is_waited_for(started: Path) -> None:
+    with lock_held(started / ".lock") as process:
+        threading.Timer(0.5, process.stdin.close).start()  # type: ignore[union-attr]
+        with opened(started.parent, "resume=true") as directory:
+            assert directory.last_round == 2
+
+
+def test_run_that_began_while_a_fresh_start_waited_is_not_overwritten(tmp_path: Path) -> None:
+    config = configured(tmp_path)
+    (tmp_path / "run").mkdir()
+    with lock_held(tmp_path / "run" / ".lock") as process:
+
+        def begin_and_end() -> None:
+            process.communicate(f"{tmp_path / 'run' / 'config.yaml'}\n")
+
+        threading.Timer(0.5, begin_and_end).start()
+        with pytest.raises(ValueError, match="already holds a run"):
+            RunDirectory(config)
+
+
+def test_folder_that_cannot_be_made_is_named_with_a_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    config = configured(tmp_path, f"output_dir={tmp_path / 'file'}")
+    with pytest.raises(ValueError, match=r"output_dir: cannot write to .*file/run \(.*\); choose"):
+        check_startable(config)
+
+
+def test_name_that_the_disk_refuses_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"(run_name|output_dir): .*x{300}"):
+        check_startable(configured(tmp_path, f"run_name={'x' * 300}"))
