@@ -144,8 +144,11 @@ class Network:
 
     def _hand_over(self, reply: Message, stop: threading.Event) -> None:
         stored = self.store_reply(reply)
-        while stored in self.state.message_res_store and not stop.is_set():
-            time.sleep(0.002)
+        # A server that has failed will never pull it.
+        deadline = time.monotonic() + 5
+        while stored in self.state.message_res_store and time.monotonic() < deadline:
+            if stop.wait(0.002):
+                return
 
 
 class ClientNodes:

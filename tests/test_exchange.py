@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
+from server_app.aggregation import SUM_LIMIT, FixedPointSum
 from server_app.exchange import (
     Reply,
     UnusableReply,
@@ -120,7 +121,7 @@ def test_late_reply_is_an_error_of_the_network_before_the_deadline() -> None:
     (reply,) = replies(network, {5: message}, timeout=0.4)
     assert reply.client == 5 and reply.message is not None and reply.message.has_error()
     assert time.monotonic() - start < 0.4 + 0.1
-    with pytest.raises(UnusableReply, match=r"^code \d+, "):
+    with pytest.raises(UnusableReply, match=r" \(code \d+\)$"):
         checked_content(reply, timeout=0.4)
 
 
@@ -195,10 +196,10 @@ def said_of(error: Error) -> str:
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (Error(102, "FileNotFoundError"), "code 102, FileNotFoundError"),
-        (Error(2, "a\n  b\tc\r\n"), "code 2, a b c"),
-        (Error(5, None), "code 5, no reason given"),
-        (Error(5, ""), "code 5, no reason given"),
+        (Error(102, "FileNotFoundError"), "FileNotFoundError (code 102)"),
+        (Error(2, "a\n  b\tc\r\n"), "a b c (code 2)"),
+        (Error(5, None), "no reason given (code 5)"),
+        (Error(5, ""), "no reason given (code 5)"),
     ],
 )
 def test_errors_are_described_in_one_line(error: Error, expected: str) -> None:
@@ -207,7 +208,7 @@ def test_errors_are_described_in_one_line(error: Error, expected: str) -> None:
 
 def test_long_errors_are_cut() -> None:
     said = said_of(Error(2, "Traceback\n" * 10_000))
-    assert said.startswith("code 2, Traceback Traceback") and len(said) < LINE_LENGTH
+    assert said.startswith("Traceback Traceback") and len(said) < LINE_LENGTH
 
 
 def content(**changes: object) -> RecordDict:
@@ -229,7 +230,7 @@ def content(**changes: object) -> RecordDict:
 def test_good_replies_pass(dtype: type) -> None:
     good = content(packed=Array(np.ones(SIZE, dtype)), seconds=1.5)
     check_metrics(good)
-    check_weights(good, size=SIZE)
+    check_weights(good, size=SIZE, num_clients=3)
     check_metrics(content(loss=0))
 
 
@@ -275,7 +276,7 @@ def test_missing_metrics_are_unusable() -> None:
 )
 def test_bad_weights_are_unusable(packed: np.ndarray, message: str) -> None:
     with pytest.raises(UnusableReply, match=message):
-        check_weights(content(packed=Array(packed)), size=SIZE)
+        check_weights(content(packed=Array(packed)), size=SIZE, num_clients=3)
 
 
 @pytest.mark.parametrize(
@@ -288,8 +289,23 @@ def test_bad_weights_are_unusable(packed: np.ndarray, message: str) -> None:
     ],
 )
 def test_other_arrays_than_the_packed_one_are_unusable(changed: RecordDict) -> None:
-    with pytest.raises(UnusableReply, match=r"^there must be one array, 'packed', got "):
-        check_weights(changed, size=SIZE)
+    with pytest.raises(UnusableReply, match=r"^arrays must be \['packed'\], got \["):
+        check_weights(changed, size=SIZE, num_clients=3)
+
+
+@pytest.mark.parametrize("num_clients", [1, 3])
+def test_weights_may_be_as_large_as_the_sum_of_all_can_hold(num_clients: int) -> None:
+    # Ten images each; every client may be as bad, and still the sum does not overflow.
+    largest = np.float32(SUM_LIMIT / 10 / num_clients)
+    fits = np.array([1, -largest * (1 - 1e-6), 0, 1], np.float32)
+    check_weights(content(packed=Array(fits)), size=SIZE, num_clients=num_clients)
+    total = FixedPointSum()
+    for _ in range(num_clients):
+        total.add(fits, 10)
+    assert np.array_equal(total.mean(), fits)
+    beyond = np.array([1, -largest * (1 + 1e-6), 0, 1], np.float32)
+    with pytest.raises(UnusableReply, match=r"^weights of up to .* from 10 images: diverged$"):
+        check_weights(content(packed=Array(beyond)), size=SIZE, num_clients=num_clients)
 
 
 def numpy_file(header: str, values: bytes = b"\0" * 4 * SIZE) -> bytes:
@@ -327,13 +343,15 @@ HEADER = "{{'descr': {}, 'fortran_order': False, 'shape': {}, }}"
 def test_weights_that_cannot_be_read_are_unusable(data: bytes) -> None:
     packed = Array("float32", (SIZE,), "numpy.ndarray", data)
     with pytest.raises(UnusableReply, match=r"^weights") as caught:
-        check_weights(content(packed=packed), size=SIZE)
+        check_weights(content(packed=packed), size=SIZE, num_clients=3)
     assert len(str(caught.value)) < LINE_LENGTH
 
 
 def test_weights_of_a_foreign_serialisation_are_unusable() -> None:
     with pytest.raises(UnusableReply, match="cannot be read: TypeError"):
-        check_weights(content(packed=Array("float32", (SIZE,), "pickle", b"")), size=SIZE)
+        check_weights(
+            content(packed=Array("float32", (SIZE,), "pickle", b"")), size=SIZE, num_clients=3
+        )
 
 
 @pytest.mark.parametrize(
@@ -348,6 +366,6 @@ def test_weights_of_a_foreign_serialisation_are_unusable() -> None:
 def test_reasons_have_a_bounded_length_whatever_a_client_sends(hostile: RecordDict) -> None:
     with pytest.raises(UnusableReply) as caught:
         check_metrics(hostile)
-        check_weights(hostile, size=SIZE)
+        check_weights(hostile, size=SIZE, num_clients=3)
     assert len(str(caught.value)) < LINE_LENGTH
     assert "\n" not in str(caught.value)
