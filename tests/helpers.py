@@ -176,11 +176,11 @@ def simulated(number: int) -> list[dict[str, int]]:
     return [{Key.PARTITION_ID: i, Key.NUM_PARTITIONS: number} for i in range(number)]
 
 
-def write_digits_as_mnist(folder: Path, *, train: int, test: int) -> None:
-    """Write real digits of 8x8 in the format of MNIST, as a hospital's own data."""
+def write_digits_as_mnist(folder: Path, *, train: int, test: int, classes: int = 10) -> None:
+    """Write real digits of 8x8, of the first classes, as a hospital's own data: as MNIST is."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    digits = load_digits()
+    digits = load_digits(n_class=classes)
     for split, chosen in (("train", slice(0, train)), ("t10k", slice(train, train + test))):
         for part, array in (
             ("images-idx3", digits.images[chosen] * (255 / 16)),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
+from torchvision import datasets
 
 from client_app import workspace
 from client_app.app import app
@@ -264,6 +265,50 @@ def test_hospital_holds_the_same_images_out_in_every_process(hospital: Context) 
     one, held_out = open_workspace(hospital).images(hospital)
     seen = {bytes(image.numpy()) for image in one.images.flatten(1)}
     assert not seen & {bytes(image.numpy()) for image in held_out.images.flatten(1)}
+
+
+def test_hospital_that_has_never_seen_the_last_class_trains(tmp_path: Path) -> None:
+    # Five of ten classes: skewed shares are what federations are about.
+    write_digits_as_mnist(tmp_path, train=200, test=50, classes=5)
+    context = node_context({**SMALL_RUN, "overrides": HOSPITAL}, {"data-path": str(tmp_path)})
+    reply = app(message("train"), context)
+    assert not reply.has_error(), reply.error
+    assert metrics(reply)[Key.NUM_EXAMPLES] == 180
+
+
+@pytest.fixture
+def no_internet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home and a working directory of the test's own, and no way out."""
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    return tmp_path / "home"
+
+
+def test_hospital_may_name_its_folder_by_its_home(no_internet: Path) -> None:
+    write_digits_as_mnist(no_internet / "images", train=200, test=50)
+    context = node_context({**SMALL_RUN, "overrides": HOSPITAL}, {"data-path": "~/images"})
+    reply = app(message("train"), context)
+    assert not reply.has_error(), reply.error
+    assert [path.name for path in no_internet.iterdir()] == ["images"]
+
+
+def test_hospital_without_its_images_downloads_no_others(
+    no_internet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A folder misspelled in a node's configuration must not end in training on public images.
+    asked: list[object] = []
+    monkeypatch.setattr(datasets.MNIST, "download", lambda self: asked.append(self.root))
+    context = node_context(
+        {**SMALL_RUN, "overrides": HOSPITAL}, {"data-path": str(no_internet / "imagse")}
+    )
+    reply = app(message("train"), context)
+    assert asked == []
+    assert reply.error.code == FailureCode.DATA_UNREADABLE
 
 
 def test_query_says_code_and_share_and_nothing_else(context: Context, hospital: Context) -> None:

@@ -332,13 +332,13 @@ def test_run_that_began_while_a_fresh_start_waited_is_not_overwritten(tmp_path: 
     config = configured(tmp_path)
     (tmp_path / "run").mkdir()
     with lock_held(tmp_path / "run" / ".lock") as process:
-
-        def begin_and_end() -> None:
-            process.communicate(f"{tmp_path / 'run' / 'config.yaml'}\n")
-
-        threading.Timer(0.5, begin_and_end).start()
+        assert process.stdin is not None
+        process.stdin.write(f"{tmp_path / 'run' / 'config.yaml'}\n")
+        other = threading.Timer(0.5, process.stdin.close)  # which also sends the line
+        other.start()
         with pytest.raises(ValueError, match="already holds a run"):
             RunDirectory(config)
+        other.join()
 
 
 def test_folder_that_cannot_be_made_is_named_with_a_way_out(tmp_path: Path) -> None:
