@@ -16,6 +16,9 @@ from task.wire import Key
 # and a node that wakes up late does not work through rounds that are over.
 TTL_SHARE = 0.95
 
+# Beyond this no loss or count means anything, and sums over clients could overflow.
+LARGEST_METRIC = 1e15
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -105,18 +108,22 @@ def checked_content(reply: Reply, *, timeout: float) -> RecordDict:
 
 
 def check_metrics(content: RecordDict) -> None:
-    """Check loss and number of images of a reply.
+    """Check the numbers of a reply.
 
     Raises:
-        UnusableReply: one is missing, not finite, or there are no images.
+        UnusableReply: loss or number of images is missing, one is no number that a metric can
+            be, or there are no images.
     """
     metrics = content.metric_records.get(Key.METRICS)
     if metrics is None:
         raise UnusableReply(f"no record {Key.METRICS.value!r} in the reply")
-    for name in (Key.NUM_EXAMPLES, Key.LOSS):
+    given = [name for name in (Key.SECONDS, Key.IMAGES_PER_SECOND) if name in metrics]
+    for name in (Key.NUM_EXAMPLES, Key.LOSS, *given):
         value = metrics.get(name)
         if not isinstance(value, int | float) or not np.isfinite(value):
             raise UnusableReply(f"{name} must be a finite number, got {value!r}")
+        if not 0 <= value <= LARGEST_METRIC:
+            raise UnusableReply(f"{name} must be from 0 to {LARGEST_METRIC:g}, got {value!r}")
     num_examples = metrics[Key.NUM_EXAMPLES]
     if not isinstance(num_examples, int) or num_examples <= 0:
         raise UnusableReply(f"{Key.NUM_EXAMPLES} must be a whole number > 0, got {num_examples}")

@@ -31,12 +31,11 @@ from server_app.exchange import (
 from server_app.log import duration, log
 from server_app.roster import Roster, sample_clients
 from server_app.simulation import deal_images, fastest_precision, record_partition
-from server_app.superlink import submitter_is_gone
 from task.config import Config
 from task.data import Dataset
 from task.figures import mosaic, save_sample_grid
 from task.randomness import Stream, torch_generator
-from task.run_directory import RunDirectory
+from task.run_directory import HOW_TO_RESUME, PARTITION_FILE, RunDirectory
 from task.train import seeded_global_generator, select_device
 from task.unet import UNet, build_unet
 from task.wire import Key, WeightLayout
@@ -78,6 +77,7 @@ class FederatedRun:
         self._layout = WeightLayout.of(self._model)
         self.weights: Weights = {n: t.clone() for n, t in self._model.state_dict().items()}
         self.ema: Weights | None = None
+        self._left_out: set[str] = set()
 
     def run(self) -> None:
         """Run every round that is not complete yet, then evaluate and save the final weights.
@@ -87,19 +87,21 @@ class FederatedRun:
             TimeoutError: the nodes did not come.
             RuntimeError: a round had fewer than `federation.min_replies` usable replies.
         """
-        rounds = self.config.federation.rounds
-        if (self._directory.final_round() or 0) >= rounds:
+        rounds, done = self.config.federation.rounds, self._directory.last_round
+        if done > rounds:
+            raise ValueError(
+                f"federation.rounds must be at least {done}, the last complete round of "
+                f"{self._directory.path}, got {rounds}"
+            )
+        if self._directory.final_round() == rounds and self.is_measured(rounds):
             log(f"all {rounds} rounds are complete already; a larger federation.rounds goes on")
             return
         self.prepare()
-        first = self._directory.last_round + 1
+        if self.is_evaluation_due(done):
+            log(f"round {done}, once more: {self.evaluate_and_draw(done)}")
+        first = done + 1
         start = time.monotonic()
         for server_round in range(first, rounds + 1):
-            if submitter_is_gone():
-                raise RuntimeError(
-                    f"feddm-train was killed; everything up to round {server_round - 1} is saved, "
-                    "resume=true goes on from there"
-                )
             summary = self.play_round(server_round)
             spent = time.monotonic() - start
             left = spent / (server_round - first + 1) * (rounds - server_round)
@@ -127,6 +129,12 @@ class FederatedRun:
         if stored is not None:
             self.weights, self.ema = stored
             log(f"going on after round {self._directory.last_round}")
+        asked, resumed = self.config.federation.clients_per_round, self.config.resume
+        if asked is not None and asked > num_nodes and not resumed:
+            raise ValueError(
+                f"federation.clients_per_round must be at most {num_nodes}, the nodes that are "
+                f"there, got {asked}; federation.min_nodes={asked} waits for as many"
+            )
 
     def gather_nodes(self) -> list[int]:
         """Wait for `federation.min_nodes` nodes and return the numbers of all that are there."""
@@ -149,15 +157,26 @@ class FederatedRun:
         """
         start = time.monotonic()
         summary = self.train(server_round)
-        federation, every = self.config.federation, self.config.eval.every
-        if server_round % every == 0 or server_round == federation.rounds:
-            loss = self.evaluate(server_round)
-            summary += ", no test loss" if loss is None else f", test loss {loss:.4f}"
-            self.draw_grid(server_round)
+        # Before the evaluation, so that no training is lost with it.
+        self._directory.save_checkpoint(server_round, self.weights, self.ema)
+        if self.is_evaluation_due(server_round):
+            summary += f", {self.evaluate_and_draw(server_round)}"
         seconds = time.monotonic() - start
         self._directory.record(server_round, "global", {"round_seconds": seconds})
-        self._directory.save_checkpoint(server_round, self.weights, self.ema)
         return f"{summary}, {duration(seconds)}"
+
+    def is_evaluation_due(self, server_round: int) -> bool:
+        """Whether a round is to be evaluated and has not been yet: its picture comes last."""
+        chosen = server_round % self.config.eval.every == 0
+        last = server_round == self.config.federation.rounds
+        drawn = self._directory.samples_file(server_round).exists()
+        return server_round > 0 and (chosen or last) and not drawn
+
+    def evaluate_and_draw(self, server_round: int) -> str:
+        """Measure the test loss of a round and draw its picture; say the loss in few words."""
+        loss = self.evaluate(server_round)
+        self.draw_grid(server_round)
+        return "no test loss" if loss is None else f"test loss {loss:.4f}"
 
     def train(self, server_round: int) -> str:
         """Let the clients of a round train and average their weights.
@@ -175,6 +194,7 @@ class FederatedRun:
         if federation.clients_per_round is not None:
             log(f"round {server_round}: clients {' '.join(map(str, clients))}")
         used: list[int] = []
+        self._left_out.clear()
 
         def usable_replies() -> Iterator[Message]:
             replies = self.ask(MessageType.TRAIN, server_round, clients, self.weights, check_train)
@@ -191,10 +211,12 @@ class FederatedRun:
 
         arrays, metrics = self._strategy.aggregate_train(server_round, usable_replies())
         if len(used) < federation.min_replies or arrays is None or metrics is None:
+            saved = f"; everything up to round {server_round - 1} is saved: to go on, "
             raise RuntimeError(
                 f"round {server_round}: {len(used)} of {len(clients)} clients sent usable weights, "
-                f"federation.min_replies={federation.min_replies}; everything up to round "
-                f"{server_round - 1} is saved, resume=true goes on from there"
+                f"federation.min_replies={federation.min_replies} "
+                f"({'; '.join(sorted(self._left_out))})"
+                + (saved + HOW_TO_RESUME if server_round > 1 else "")
             )
         self.weights = self._layout.unpack(arrays[Key.PACKED].numpy())
         self.ema = moving_average(self.ema, self.weights, federation.ema_decay)
@@ -280,6 +302,7 @@ class FederatedRun:
             try:
                 check(checked_content(reply, timeout=federation.round_timeout))
             except UnusableReply as reason:
+                self._left_out.add(str(reason))
                 log(f"round {server_round}: client {reply.client} is left out: {reason}")
                 self.record(server_round, reply.client, message_type, {"left_out": str(reason)})
                 continue
@@ -308,10 +331,21 @@ class FederatedRun:
         pixels = torch.from_numpy(mosaic(images, columns)).permute(2, 0, 1)
         self._directory.record_picture(server_round, "samples", pixels)
 
+    def is_measured(self, server_round: int) -> bool:
+        """Whether the final images were measured, or are not to be."""
+        wanted = (
+            self.config.eval.num_images > 0 and (self._directory.path / PARTITION_FILE).exists()
+        )
+        return not wanted or any(
+            metric["round"] == server_round and metric["name"] == "class_agreement"
+            for metric in self._directory.metrics()
+        )
+
     def finish(self) -> None:
-        """Measure the final images, where the server has real ones to compare, and save."""
+        """Save the final weights, and measure their images where the server has real ones."""
         last = self._directory.last_round
         final = self.ema or self.weights
+        self._directory.save_model(last, final)
         if self.dataset is not None and self.config.eval.num_images > 0:
             self._model.load_state_dict(final)
             found = class_agreement(self.config, self._model, self.dataset, self._device)
@@ -329,7 +363,6 @@ class FederatedRun:
                 f"{found.generated:.1%} of {found.num_images} generated images "
                 f"({found.real:.1%} of the real test images)"
             )
-        self._directory.save_model(last, final)
         log(f"samples: {self._directory.samples_file(last)}")
         log(f"weights: {self._directory.model_file}")
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from flwr.app import ConfigRecord, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from server_app.exchange import Reply, UnusableReply, addressed, checked_content, exchange
@@ -14,6 +15,9 @@ from task.wire import Key
 
 QUERY_TIMEOUT_SECONDS = 120.0
 POLL_SECONDS = 0.2
+
+# Flower's words for "the message was not answered in time" and "the node is not there".
+SLOW_CODES = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
 
 
 class Roster:
@@ -115,31 +119,57 @@ class Roster:
             self._welcome(reply.client, reply, timeout=timeout)
 
     def _welcome(self, node: int, reply: Reply, *, timeout: float) -> None:
-        try:
-            records = checked_content(reply, timeout=timeout).config_records
-        except UnusableReply as error:
-            self._refuse(node, str(error))
+        if reply.message is None or reply.message.has_error():
+            self._excuse(node, reply, timeout=timeout)
             return
+        records = reply.message.content.config_records
         said = records.get(Key.CONFIG, ConfigRecord())
         if Key.FINGERPRINT not in said:
             self._refuse(node, f"no {Key.FINGERPRINT.value} in {Key.CONFIG.value!r} of its reply")
             return
         same_code = said[Key.FINGERPRINT] == code_fingerprint()
-        if Key.PARTITION_ID in said:
+        if Key.PARTITION_ID in said or Key.NUM_PARTITIONS in said:
+            share = self._share_of(said)
+            if share is None:
+                self._refuse(node, "it claims a share of a simulation that there is not")
+                return
             if not same_code:
                 raise RuntimeError(
                     "the simulated clients run other code than the server: Flower's SuperLink was "
                     "started in another checkout of feddm; end it, or use feddm-train"
                 )
             # Node ids of a simulation are new at every start, partition-ids are not.
-            self._present[int(said[Key.PARTITION_ID])] = node  # type: ignore[arg-type]
-            self.num_partitions = int(said[Key.NUM_PARTITIONS])  # type: ignore[arg-type]
+            number, self.num_partitions = share
+            self._present[number] = node
+        elif self.num_partitions is not None:
+            self._refuse(node, "it is no share of the simulation that the others are of")
         elif same_code:
             number = self._numbers.get(node, max(self._numbers.values(), default=-1) + 1)
             self._numbers[node] = number
             self._present[number] = node
         else:
             self._refuse(node, "it runs other code than the server")
+
+    def _share_of(self, said: ConfigRecord) -> tuple[int, int] | None:
+        """Return number and count of shares that a node claims, where they can be true."""
+        share, shares = said.get(Key.PARTITION_ID), said.get(Key.NUM_PARTITIONS)
+        if not isinstance(share, int) or not isinstance(shares, int):
+            return None
+        real_nodes = bool(self._numbers)
+        if real_nodes or self.num_partitions not in (None, shares):
+            return None
+        return (share, shares) if 0 <= share < shares and share not in self._present else None
+
+    def _excuse(self, node: int, reply: Reply, *, timeout: float) -> None:
+        """Refuse a node that failed; one that was only slow is asked again."""
+        slow = reply.message is None or reply.message.error.code in SLOW_CODES
+        try:
+            checked_content(reply, timeout=timeout)
+        except UnusableReply as error:
+            if slow:
+                log(f"node {node} has not introduced itself yet: {error}")
+            else:
+                self._refuse(node, str(error))
 
     def _refuse(self, node: int, reason: str) -> None:
         self._refused[node] = f"node {node} was refused: {reason}"

@@ -3,12 +3,12 @@
 import torch
 
 from server_app.log import log
-from task.config import Config
+from task.config import Config, require
 from task.data import Dataset, build_dataset
 from task.diffusion import build_objective
 from task.figures import save_partition_heatmap
 from task.partition import Partition, build_partition
-from task.run_directory import RunDirectory
+from task.run_directory import PARTITION_FILE, RunDirectory
 from task.train import configure_torch, faster_precision
 from task.unet import UNet
 
@@ -21,10 +21,14 @@ def deal_images(config: Config) -> tuple[Dataset, Partition]:
         ValueError: it does not fit the configuration, or there are more clients than images.
     """
     dataset = build_dataset(config)
+    classes = config.data.classes
+    present = set(dataset.train.labels.tolist())
+    missing = [name for label, name in enumerate(classes) if label not in present]
+    require(not missing, "data.classes", "only classes that have training images, also", missing)
     partition = build_partition(
         dataset.train.labels.numpy(),
         dataset.test.labels.numpy(),
-        num_classes=len(config.data.classes),
+        num_classes=len(classes),
         num_clients=config.federation.num_supernodes,
         beta=config.partition.beta,
         seed=config.seed,
@@ -39,13 +43,14 @@ def record_partition(config: Config, partition: Partition, directory: RunDirecto
         ValueError: a resumed run was dealt otherwise.
     """
     described = partition.describe()
-    stored = directory.read_json("partition.json") if config.resume else None
+    stored = directory.read_json(PARTITION_FILE) if config.resume else None
     if stored is not None and stored != described:
         raise ValueError(
-            f"resume: {directory.path} dealt its images to {stored['num_clients']} clients, this "
-            f"federation has {config.federation.num_supernodes}; start it with as many"
+            f"resume: {directory.path} dealt its images to {stored['num_clients']} clients in "
+            f"another way than this federation of {config.federation.num_supernodes} does; start "
+            "it with as many hospitals and the same data"
         )
-    directory.write_json("partition.json", described)
+    directory.write_json(PARTITION_FILE, described)
     save_partition_heatmap(
         partition.counts,
         directory.path / "partition.png",

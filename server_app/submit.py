@@ -26,8 +26,10 @@ from task.config import (
     config_from_hydra,
     hydra_override,
     register_schema,
+    require,
 )
-from task.run_directory import check_startable, run_path
+from task.run_directory import HOW_TO_RESUME, check_startable, run_path
+from task.train import select_device
 
 CHECKOUT = CONF_DIR.parent
 POLL_SECONDS = 1.0
@@ -68,9 +70,12 @@ def _hydra_main(composed: DictConfig) -> None:
             config = dataclasses.replace(
                 config, output_dir=job.sweep.dir, run_name=job.sweep.subdir
             )
+            # A sweep that was ended goes on with the runs that it had begun and starts the rest.
+            begun = (run_path(config) / "config.yaml").exists()
+            config = dataclasses.replace(config, resume=config.resume and begun)
         train(anchored(config, Path.cwd()), list(job.overrides.task))
     except KeyboardInterrupt:
-        print("feddm-train: interrupted; resume=true goes on from here", file=sys.stderr)
+        print("feddm-train: interrupted; to go on, " + HOW_TO_RESUME, file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"feddm-train: {error}", file=sys.stderr, flush=True)
@@ -97,6 +102,13 @@ def train(config: Config, overrides: list[str]) -> None:
             f"feddm-train runs from a checkout of feddm, and {CHECKOUT} is none; "
             "clone the repository and install it with `pip install -e .`"
         )
+    select_device(config.train.device)
+    require(
+        config.federation.min_nodes <= config.federation.num_supernodes,
+        "federation.min_nodes",
+        f"at most federation.num_supernodes={config.federation.num_supernodes} in a simulation",
+        config.federation.min_nodes,
+    )
     deal_images(config)
     check_startable(config)
     # The ServerApp composes the configuration again, in another working directory.
@@ -104,6 +116,7 @@ def train(config: Config, overrides: list[str]) -> None:
         "output_dir": config.output_dir,
         "run_name": config.run_name,
         "data.root": config.data.root,
+        "resume": config.resume,
     }
     job = [o for o in overrides if o.split("=")[0].lstrip("+") not in settled]
     job += [hydra_override(key, value) for key, value in settled.items()]
@@ -126,7 +139,7 @@ def follow(superlink: SuperLink, config: Config, overrides: list[str]) -> None:
     federation_config = (
         f"num-supernodes={federation.num_supernodes} "
         f"client-resources-num-cpus={federation.cpus_per_client} "
-        f"client-resources-num-gpus={federation.gpus_per_client}"
+        f"client-resources-num-gpus={gpus_per_client(config)}"
     )
     command = ["flwr", "run", str(CHECKOUT), CONNECTION, "--stream"]
     command += ["--run-config", str(run_config), "--federation-config", federation_config]
@@ -138,6 +151,13 @@ def follow(superlink: SuperLink, config: Config, overrides: list[str]) -> None:
         time.sleep(POLL_SECONDS)
     if run["status"] != "finished:completed":
         raise RuntimeError(f"the run ended as {run['status']}: {run.get('status-details', '')}")
+
+
+def gpus_per_client(config: Config) -> float:
+    """Return what to reserve for a client; Ray hides every GPU from one that reserves none."""
+    if config.federation.gpus_per_client is not None:
+        return config.federation.gpus_per_client
+    return 1.0 if select_device(config.train.device).type == "cuda" else 0.0
 
 
 def only_run(superlink: SuperLink) -> dict[str, Any]:

@@ -8,17 +8,19 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 START_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 3.0
 CONNECTION = "feddm"
+WATCH_SECONDS = 2.0
 SUBMITTER_VARIABLE = "FEDDM_SUBMITTER_PID"
 
 
@@ -86,19 +88,24 @@ def private_superlink() -> Iterator[SuperLink]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def submitter_is_gone() -> bool:
-    """Whether the process that started this run's private SuperLink was killed.
+def end_with_submitter() -> None:
+    """Kill this process when the one that started its private SuperLink is gone.
 
-    Flower's simulation outlives its SuperLink, so the ServerApp has to look for itself.
+    Flower's simulation outlives its SuperLink, so the ServerApp has to look for itself. Without
+    a private SuperLink it does nothing.
     """
     pid = os.environ.get(SUBMITTER_VARIABLE)
-    if pid is None:
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    return False
+    if pid is not None:
+        threading.Thread(target=_watch, args=(int(pid),), daemon=True).start()
+
+
+def _watch(pid: int) -> None:
+    while True:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(WATCH_SECONDS)
 
 
 def free_port() -> int:
@@ -136,10 +143,11 @@ def wait_until_healthy(process: "subprocess.Popen[bytes]", port: int, output: Pa
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:
-    """End a process and, where it does not end in time, everything in its session."""
+    """End a process and everything in its session."""
     process.terminate()
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
+    # Its children may still train; they are of its session, and nothing in it is worth saving.
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()

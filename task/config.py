@@ -157,6 +157,12 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         require(self.num_timesteps >= 2, "diffusion.num_timesteps", ">= 2", self.num_timesteps)
+        require(
+            self.schedule != "linear" or self.num_timesteps > 20,
+            "diffusion.num_timesteps",
+            "> 20 with diffusion.schedule=linear, whose last beta is 20 over it",
+            self.num_timesteps,
+        )
         for field, choices in DIFFUSION_CHOICES.items():
             require_one_of(f"diffusion.{field}", getattr(self, field), choices)
         require(
@@ -212,7 +218,7 @@ class TrainConfig:
         require_positive("train", self, "local_epochs", "batch_size", "lr", "num_threads")
         require_one_of("train.precision", self.precision, ("auto", "float32", "bfloat16"))
         require(
-            self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:"),
+            re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
             "train.device",
             "auto, cpu, cuda or cuda:N",
             self.device,
@@ -234,7 +240,7 @@ class FederationConfig:
     ema_decay: float | None = None
     keep_checkpoints: int = MISSING
     cpus_per_client: int = MISSING
-    gpus_per_client: float = MISSING
+    gpus_per_client: float | None = None
 
     def __post_init__(self) -> None:
         require_positive(
@@ -256,9 +262,13 @@ class FederationConfig:
             f"at most {sampled}, the clients that train in a round",
             self.min_replies,
         )
-        require(
-            self.gpus_per_client >= 0, "federation.gpus_per_client", ">= 0", self.gpus_per_client
-        )
+        if self.gpus_per_client is not None:
+            require(
+                0 <= self.gpus_per_client < math.inf,
+                "federation.gpus_per_client",
+                ">= 0, or null",
+                self.gpus_per_client,
+            )
         require_one_of("federation.wire_dtype", self.wire_dtype, ("float32", "float16"))
         if self.ema_decay is not None:
             require(
@@ -458,7 +468,8 @@ def text_fields() -> set[str]:
 
 def flat_values(config: Config) -> dict[str, Any]:
     """Flatten a configuration to dotted paths, for comparing and recording it."""
-    return {path: OmegaConf.select(as_hydra(config), path) for path in value_paths()}
+    tree = as_hydra(config)
+    return {path: OmegaConf.select(tree, path) for path in value_paths()}
 
 
 def as_hydra(config: Config) -> DictConfig:

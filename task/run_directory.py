@@ -4,6 +4,7 @@
     config.yaml                     the resolved configuration
     metrics.jsonl                   one object per line: round, who, name, value
     partition.json, partition.png   images of each class at each client (simulation)
+    nodes.json                      client numbers by node id (deployment)
     samples/round_0005.png          a grid, a row per class
     checkpoints/round_0005.safetensors
     model.safetensors               the final weights
@@ -43,7 +44,10 @@ FREE_TO_CHANGE = frozenset(
 # A killed process lets go of its lock; its children may need some seconds to end.
 LOCK_PATIENCE_SECONDS = 30.0
 
+PARTITION_FILE = "partition.json"
 EMA_PREFIX = "ema."
+
+HOW_TO_RESUME = "pass the same words again, with run_name=... and resume=true"
 
 
 def run_path(config: Config) -> Path:
@@ -97,7 +101,8 @@ def check_same_run(config: Config, path: Path) -> None:
     ]
     if differences:
         raise ValueError(
-            f"resume: {path} is a run of another configuration; asked for {', '.join(differences)}"
+            f"resume: {path} is a run of another configuration; asked for "
+            f"{', '.join(differences)}; pass the words that it was started with"
         )
 
 
@@ -174,7 +179,7 @@ class RunDirectory:
         with self.metrics_file.open("a", encoding="utf-8") as file:
             for name, value in values.items():
                 line = {"round": server_round, "who": who, "name": name, "value": value}
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line, allow_nan=False) + "\n")
                 if not isinstance(value, str):
                     self._tensorboard.add_scalar(f"{name}/{who}", value, server_round)
 
