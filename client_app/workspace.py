@@ -49,6 +49,7 @@ class Workspace:
                 train.labels.numpy(),
                 self.config.data.val_fraction,
                 generator=numpy_generator(self.config.seed, Stream.HOLD_OUT),
+                groups=None if train.groups is None else train.groups.numpy(),
             )
             return train.subset(kept), train.subset(held_out)
         share = int(context.node_config[Key.PARTITION_ID])
@@ -95,6 +96,7 @@ def _build_workspace(
             num_classes=len(config.data.classes),
             num_clients=num_partitions,
             beta=config.partition.beta,
+            counts=config.partition.counts,
             seed=config.seed,
         ),
     )

@@ -27,6 +27,7 @@ def deal_images(config: Config) -> tuple[Dataset, Partition]:
         num_classes=len(config.data.classes),
         num_clients=config.federation.num_supernodes,
         beta=config.partition.beta,
+        counts=config.partition.counts,
         seed=config.seed,
     )
     return dataset, partition
@@ -50,10 +51,16 @@ def record_partition(config: Config, partition: Partition, directory: RunDirecto
         partition.counts,
         directory.path / "partition.png",
         classes=config.data.classes,
-        title=f"{config.data.name}, beta={config.partition.beta:g}",
+        title=f"{config.data.name}, {described_split(config)}",
     )
     sizes = partition.counts.sum(1)
     log(f"{sizes.sum():,} training images, {sizes.min()} to {sizes.max()} at a hospital")
+
+
+def described_split(config: Config) -> str:
+    """Say in a few words how the images were dealt out."""
+    beta = config.partition.beta
+    return "given counts" if beta is None else f"beta={beta:g}"
 
 
 def fastest_precision(config: Config, model: UNet, device: torch.device) -> str:

@@ -104,6 +104,7 @@ def train(config: Config, overrides: list[str]) -> None:
         "output_dir": config.output_dir,
         "run_name": config.run_name,
         "data.root": config.data.root,
+        "data.cache_dir": config.data.cache_dir,
     }
     job = [o for o in overrides if o.split("=")[0].lstrip("+") not in settled]
     job += [hydra_override(key, value) for key, value in settled.items()]
