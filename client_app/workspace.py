@@ -5,14 +5,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from flwr.app import ConfigRecord, Context
 
-from task.config import Config, load_run_config
+from task.config import Config, anchored, load_run_config
 from task.data import Dataset, ImageSet, build_dataset, split_validation
 from task.diffusion import DiffusionObjective, build_objective
-from task.partition import Partition, build_partition
+from task.partition import Partition, partition_dataset
 from task.randomness import Stream, numpy_generator
 from task.train import configure_torch, faster_precision, select_device
 from task.unet import UNet, build_unet
@@ -49,6 +50,7 @@ class Workspace:
                 train.labels.numpy(),
                 self.config.data.val_fraction,
                 generator=numpy_generator(self.config.seed, Stream.HOLD_OUT),
+                groups=None if train.groups is None else train.groups.numpy(),
             )
             return train.subset(kept), train.subset(held_out)
         share = int(context.node_config[Key.PARTITION_ID])
@@ -75,10 +77,10 @@ def _build_workspace(
 ) -> Workspace:
     given: Mapping[str, str | int | float | bool] = json.loads(run_config)
     config = load_run_config(given)
-    if data_path is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=data_path))
+    if num_partitions is None:
+        config = with_own_data(config, data_path)
     configure_torch(num_threads=config.train.num_threads, deterministic=config.train.deterministic)
-    dataset = build_dataset(config)
+    dataset = build_dataset(config, download=num_partitions is not None)
     model = build_unet(config)
     return Workspace(
         config=config,
@@ -89,15 +91,24 @@ def _build_workspace(
         dataset=dataset,
         partition=None
         if num_partitions is None
-        else build_partition(
-            dataset.train.labels.numpy(),
-            dataset.test.labels.numpy(),
-            num_classes=len(config.data.classes),
-            num_clients=num_partitions,
-            beta=config.partition.beta,
-            seed=config.seed,
-        ),
+        else partition_dataset(config, dataset, num_partitions),
     )
+
+
+def with_own_data(config: Config, data_path: str | None) -> Config:
+    """Point the configuration of a real node to its own images.
+
+    Raises:
+        ValueError: the node was started without saying where they are.
+    """
+    if data_path is None:
+        if config.data.name == "digits":
+            return config
+        raise ValueError(
+            "a node needs its own images: start it with --node-config 'data-path=\"/folder\"'"
+        )
+    data = dataclasses.replace(config.data, root=data_path)
+    return anchored(dataclasses.replace(config, data=data), Path.home())
 
 
 def choose_precision(workspace: Workspace, context: Context, requested: str) -> str:

@@ -19,12 +19,13 @@ class Agreement:
 
     Attributes:
         generated: share of the generated images that it takes for the class asked for.
-        real: share of the real test images that it gets right, the most one can hope for.
+        real: share of the real test images that it gets right, the most one can hope for; None
+            where the data set has no test images.
         num_images: how many generated images it saw.
     """
 
     generated: float
-    real: float
+    real: float | None
     num_images: int
 
 
@@ -53,7 +54,9 @@ def class_agreement(
     )
     return Agreement(
         generated=accuracy(classifier, images, labels),
-        real=accuracy(classifier, dataset.test.images, dataset.test.labels),
+        real=accuracy(classifier, dataset.test.images, dataset.test.labels)
+        if len(dataset.test) > 0
+        else None,
         num_images=len(images),
     )
 

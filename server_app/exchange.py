@@ -122,10 +122,10 @@ def check_metrics(content: RecordDict) -> None:
         value = metrics.get(name)
         if not isinstance(value, int | float) or not np.isfinite(value):
             raise UnusableReply(f"{name} must be a finite number, got {value!r}")
-        if not 0 <= value <= LARGEST_METRIC:
+        if name != Key.NUM_EXAMPLES and not 0 <= value <= LARGEST_METRIC:
             raise UnusableReply(f"{name} must be from 0 to {LARGEST_METRIC:g}, got {value!r}")
     num_examples = metrics[Key.NUM_EXAMPLES]
-    if not isinstance(num_examples, int) or num_examples <= 0:
+    if not isinstance(num_examples, int) or not 0 < num_examples <= LARGEST_METRIC:
         raise UnusableReply(f"{Key.NUM_EXAMPLES} must be a whole number > 0, got {num_examples}")
 
 

@@ -349,19 +349,18 @@ class FederatedRun:
         if self.dataset is not None and self.config.eval.num_images > 0:
             self._model.load_state_dict(final)
             found = class_agreement(self.config, self._model, self.dataset, self._device)
-            self._directory.record(
-                last,
-                "global",
-                {
-                    "class_agreement": found.generated,
-                    "classifier_test_accuracy": found.real,
-                    "num_generated_images": found.num_images,
-                },
-            )
+            measured = {
+                "class_agreement": found.generated,
+                "num_generated_images": found.num_images,
+            }
+            beside = "there are no real test images"
+            if found.real is not None:
+                measured["classifier_test_accuracy"] = found.real
+                beside = f"{found.real:.1%} of the real test images"
+            self._directory.record(last, "global", measured)
             log(
                 f"a classifier trained on the real images finds the asked class in "
-                f"{found.generated:.1%} of {found.num_images} generated images "
-                f"({found.real:.1%} of the real test images)"
+                f"{found.generated:.1%} of {found.num_images} generated images ({beside})"
             )
         log(f"samples: {self._directory.samples_file(last)}")
         log(f"weights: {self._directory.model_file}")

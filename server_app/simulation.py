@@ -7,7 +7,7 @@ from task.config import Config, require
 from task.data import Dataset, build_dataset
 from task.diffusion import build_objective
 from task.figures import save_partition_heatmap
-from task.partition import Partition, build_partition
+from task.partition import Partition, partition_dataset
 from task.run_directory import PARTITION_FILE, RunDirectory
 from task.train import configure_torch, faster_precision
 from task.unet import UNet
@@ -20,20 +20,11 @@ def deal_images(config: Config) -> tuple[Dataset, Partition]:
         FileNotFoundError: the data set is not there.
         ValueError: it does not fit the configuration, or there are more clients than images.
     """
-    dataset = build_dataset(config)
-    classes = config.data.classes
+    dataset = build_dataset(config, download=True)
     present = set(dataset.train.labels.tolist())
-    missing = [name for label, name in enumerate(classes) if label not in present]
+    missing = [name for label, name in enumerate(config.data.classes) if label not in present]
     require(not missing, "data.classes", "only classes that have training images, also", missing)
-    partition = build_partition(
-        dataset.train.labels.numpy(),
-        dataset.test.labels.numpy(),
-        num_classes=len(classes),
-        num_clients=config.federation.num_supernodes,
-        beta=config.partition.beta,
-        seed=config.seed,
-    )
-    return dataset, partition
+    return dataset, partition_dataset(config, dataset, config.federation.num_supernodes)
 
 
 def record_partition(config: Config, partition: Partition, directory: RunDirectory) -> None:
@@ -55,10 +46,16 @@ def record_partition(config: Config, partition: Partition, directory: RunDirecto
         partition.counts,
         directory.path / "partition.png",
         classes=config.data.classes,
-        title=f"{config.data.name}, beta={config.partition.beta:g}",
+        title=f"{config.data.name}, {described_split(config)}",
     )
     sizes = partition.counts.sum(1)
     log(f"{sizes.sum():,} training images, {sizes.min()} to {sizes.max()} at a hospital")
+
+
+def described_split(config: Config) -> str:
+    """Say in a few words how the images were dealt out."""
+    beta = config.partition.beta
+    return "given counts" if beta is None else f"beta={beta:g}"
 
 
 def fastest_precision(config: Config, model: UNet, device: torch.device) -> str:

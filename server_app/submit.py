@@ -117,6 +117,7 @@ def train(config: Config, overrides: list[str]) -> None:
         "run_name": config.run_name,
         "data.root": config.data.root,
         "resume": config.resume,
+        "data.cache_dir": config.data.cache_dir,
     }
     job = [o for o in overrides if o.split("=")[0].lstrip("+") not in settled]
     job += [hydra_override(key, value) for key, value in settled.items()]

@@ -28,7 +28,16 @@ CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 # One word changes the model of a run, so every size fits the deepest of the presets.
 IMAGE_SIZE_DIVISOR = 8
 
-DATA_SETS = ("digits", "mnist", "fashion_mnist", "cifar10", "svhn")
+PACKAGED_SETS = ("digits", "mnist", "fashion_mnist", "cifar10", "svhn")
+# Of files below data.root; by name, how they lie there.
+FILE_SETS = {
+    "image_folder": "image_folder",
+    "dicom_folder": "dicom_folder",
+    "chest_xray": "image_folder",
+    "sars_cov_2_ct": "image_folder",
+    "odir": "odir",
+}
+DATA_SETS = (*PACKAGED_SETS, *FILE_SETS)
 DIFFUSION_CHOICES = {
     "schedule": ("linear", "cosine", "continuous"),
     "prediction_type": ("epsilon", "v_prediction", "sample"),
@@ -71,6 +80,14 @@ def require_positive(section: str, config: object, *fields: str) -> None:
             require(0 < value < math.inf, f"{section}.{field}", "> 0 and finite", value)
 
 
+def class_folders(folder: Path) -> list[str]:
+    """Name the folders in a folder, sorted, without hidden ones; none where there is no folder."""
+    if not folder.is_dir():
+        return []
+    names = (path.name for path in folder.iterdir() if path.is_dir())
+    return sorted(name for name in names if not name.startswith((".", "__MACOSX")))
+
+
 @dataclass
 class DataConfig:
     """A data set and the shape in which the model sees it."""
@@ -83,10 +100,14 @@ class DataConfig:
     horizontal_flip: bool = MISSING
     test_fraction: float | None = None
     val_fraction: float = MISSING
+    window: list[float] | None = None
+    cache_dir: str = MISSING
+    on_corrupt: str = MISSING
 
     def __post_init__(self) -> None:
         require_one_of("data.name", self.name, DATA_SETS)
-        require(len(self.classes) > 0, "data.classes", "at least one class", self.classes)
+        if not self.classes:
+            raise ValueError(f"data.classes must be {self._expected_classes()}, got []")
         require(
             len(set(self.classes)) == len(self.classes), "data.classes", "distinct", self.classes
         )
@@ -101,16 +122,44 @@ class DataConfig:
             value = getattr(self, field)
             if value is not None:
                 require(0 < value < 1, f"data.{field}", "between 0 and 1, exclusive", value)
+        require(
+            self.window is None or (len(self.window) == 2 and 1 < self.window[1] < math.inf),
+            "data.window",
+            "[center, width] with a width > 1, or null for what each file says",
+            self.window,
+        )
+        require_one_of("data.on_corrupt", self.on_corrupt, ("refuse", "skip"))
+
+    def _expected_classes(self) -> str:
+        if self.name not in FILE_SETS:
+            return "at least one class"
+        root = Path(self.root).expanduser()
+        found = class_folders(root / "train") or class_folders(root)
+        return (
+            "at least one class, the names of the folders with their images, in the order of "
+            f"their labels, e.g. 'data.classes=[{','.join(found) or 'normal,pneumonia'}]' "
+            f"(folders in data.root={self.root}: {', '.join(found) or 'none'})"
+        )
 
 
 @dataclass
 class PartitionConfig:
     """How a simulation deals the images of one data set out to its hospitals."""
 
-    beta: float = MISSING
+    beta: float | None = None
+    counts: list[list[int]] | None = None
 
     def __post_init__(self) -> None:
-        require(self.beta > 0, "partition.beta", "> 0 (inf deals every class evenly)", self.beta)
+        require(
+            (self.beta is None) != (self.counts is None),
+            "partition.beta",
+            "null where partition.counts is given, and a number where it is not",
+            self.beta,
+        )
+        if self.beta is not None:
+            require(
+                self.beta > 0, "partition.beta", "> 0 (inf deals every class evenly)", self.beta
+            )
 
 
 @dataclass
@@ -430,7 +479,11 @@ def anchored(config: Config, folder: Path) -> Config:
     return dataclasses.replace(
         config,
         output_dir=absolute(config.output_dir),
-        data=dataclasses.replace(config.data, root=absolute(config.data.root)),
+        data=dataclasses.replace(
+            config.data,
+            root=absolute(config.data.root),
+            cache_dir=absolute(config.data.cache_dir),
+        ),
     )
 
 

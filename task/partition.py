@@ -1,15 +1,17 @@
-"""How a simulation deals one data set out to its clients: class by class, by a Dirichlet draw.
+"""How a simulation deals one data set out to its clients: class by class, drawn or as told.
 
 Every image goes to exactly one client, and every process that builds the partition from the
 same seed and labels gets the same one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from task.config import require
+from task.config import Config, require
+from task.data import Dataset
 from task.randomness import Stream, numpy_generator
 
 # After so many draws that left a client without images, single images are moved instead.
@@ -41,13 +43,27 @@ class Partition:
         }
 
 
+def partition_dataset(config: Config, dataset: Dataset, num_clients: int) -> Partition:
+    """Deal a data set out as a configuration says; see `build_partition`."""
+    return build_partition(
+        dataset.train.labels.numpy(),
+        dataset.test.labels.numpy(),
+        num_classes=len(config.data.classes),
+        num_clients=num_clients,
+        beta=config.partition.beta,
+        counts=config.partition.counts,
+        seed=config.seed,
+    )
+
+
 def build_partition(
     train_labels: np.ndarray,
     test_labels: np.ndarray,
     *,
     num_classes: int,
     num_clients: int,
-    beta: float,
+    beta: float | None,
+    counts: Sequence[Sequence[int]] | None = None,
     seed: int,
 ) -> Partition:
     """Deal the training images out, and the test images in the same proportions.
@@ -57,11 +73,12 @@ def build_partition(
         test_labels: [m] int64 in [0, num_classes).
         num_classes: > 0.
         num_clients: > 0.
-        beta: concentration of the Dirichlet distribution, > 0; inf deals evenly.
+        beta: concentration of the Dirichlet distribution, > 0; inf deals evenly; None with counts.
+        counts: [num_clients, num_classes] training images of each client and class, exactly.
         seed: of the run.
 
     Raises:
-        ValueError: see `dirichlet_counts`, or a label is out of range.
+        ValueError: see `dirichlet_counts` and `check_counts`, or a label is out of range.
     """
     generator = numpy_generator(seed, Stream.PARTITION)
     train_sizes, test_sizes = (
@@ -69,14 +86,55 @@ def build_partition(
     )
     found = max(len(train_sizes), len(test_sizes))
     require(found == num_classes, "labels", f"below {num_classes}", found - 1)
-    counts = dirichlet_counts(train_sizes, num_clients, beta=beta, generator=generator)
-    test_counts = counts_like(counts, test_sizes)
+    if counts is not None:
+        dealt = check_counts(counts, train_sizes, num_clients)
+    elif beta is not None:
+        dealt = dirichlet_counts(train_sizes, num_clients, beta=beta, generator=generator)
+    else:
+        raise ValueError("partition.beta must be a number where partition.counts is null, got None")
+    test_counts = counts_like(dealt, test_sizes)
     return Partition(
-        counts=counts,
+        counts=dealt,
         test_counts=test_counts,
-        train_indices=assign(train_labels, counts, generator=generator),
+        train_indices=assign(train_labels, dealt, generator=generator),
         test_indices=assign(test_labels, test_counts, generator=generator),
     )
+
+
+def check_counts(
+    counts: Sequence[Sequence[int]], class_sizes: np.ndarray, num_clients: int
+) -> np.ndarray:
+    """Return given counts as an array, if they deal every image out and leave no client empty.
+
+    Args:
+        counts: [num_clients, C], images of each client and class.
+        class_sizes: [C] int64, images per class.
+        num_clients: > 0.
+
+    Raises:
+        ValueError: they do not.
+    """
+    require(
+        len(counts) == num_clients,
+        "partition.counts",
+        f"a row for each of federation.num_supernodes={num_clients} clients",
+        f"{len(counts)} rows",
+    )
+    for client, row in enumerate(counts):
+        require(
+            len(row) == len(class_sizes) and min(row) >= 0 and sum(row) > 0,
+            f"partition.counts[{client}]",
+            f"{len(class_sizes)} numbers >= 0, one per class, not all of them 0",
+            list(row),
+        )
+    dealt = np.array(counts, dtype=np.int64)
+    require(
+        np.array_equal(dealt.sum(axis=0), class_sizes),
+        "partition.counts",
+        f"rows that add up to the training images per class, {class_sizes.tolist()}",
+        dealt.sum(axis=0).tolist(),
+    )
+    return dealt
 
 
 def dirichlet_counts(

@@ -32,7 +32,7 @@ from task.files import atomic_path
 # A resumed run may change these: none of them touches the weights of a round.
 FREE_TO_CHANGE = frozenset(
     {
-        *("experiment", "output_dir", "run_name", "resume", "data.root"),
+        *("experiment", "output_dir", "run_name", "resume", "data.root", "data.cache_dir"),
         *("federation.rounds", "federation.num_supernodes", "federation.min_nodes"),
         *("federation.min_replies", "federation.node_wait", "federation.round_timeout"),
         *("federation.keep_checkpoints", "federation.cpus_per_client"),

@@ -9,7 +9,14 @@ from task.data import Dataset, ImageSet, load_dataset, normalize
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
     return load_dataset(
-        "digits", root=".", image_size=16, channels=1, num_classes=10, test_fraction=0.1, seed=0
+        "digits",
+        root=".",
+        image_size=16,
+        channels=1,
+        num_classes=10,
+        test_fraction=0.1,
+        seed=0,
+        download=False,
     )
 
 

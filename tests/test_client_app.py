@@ -87,7 +87,7 @@ def metrics(reply: Message) -> MetricRecord:
 
 def share_of(client: int, config: Config = CONFIG) -> tuple[ImageSet, ImageSet]:
     """Deal the images out once more, without the ClientApp."""
-    dataset = build_dataset(config)
+    dataset = build_dataset(config, download=False)
     partition = build_partition(
         dataset.train.labels.numpy(),
         dataset.test.labels.numpy(),
@@ -167,7 +167,7 @@ def test_shares_of_a_simulation_are_apart_and_whole() -> None:
         metrics(app(message("train"), node_context(SMALL_RUN, share)))[Key.NUM_EXAMPLES]
         for share in simulated(3)
     ]
-    assert sum(counts) == len(build_dataset(CONFIG).train)  # type: ignore[arg-type]
+    assert sum(counts) == len(build_dataset(CONFIG, download=False).train)  # type: ignore[arg-type]
     assert counts == [len(share_of(client)[0]) for client in range(3)]
 
 
@@ -232,7 +232,7 @@ def test_evaluate_hides_no_labels(context: Context) -> None:
 
 def test_share_without_held_out_images_replies_that_and_no_loss() -> None:
     skewed = {**SMALL_RUN, "partition.beta": 0.01, "data.test_fraction": 0.01}
-    dataset = build_dataset(load_run_config(skewed))
+    dataset = build_dataset(load_run_config(skewed), download=False)
     assert len(dataset.test) == 20  # fewer than the 30 clients
     replies = [
         app(message("evaluate"), node_context(skewed, share)) for share in simulated(30)[:12]
@@ -248,7 +248,8 @@ def test_hospital_trains_on_its_own_images_minus_the_held_out_share(hospital: Co
     labels = build_dataset(
         load_run_config(
             {**hospital.run_config, "data.root": str(hospital.node_config["data-path"])}
-        )
+        ),
+        download=False,
     ).train.labels
     assert len(labels) == 200
     kept, held_out = split_validation(

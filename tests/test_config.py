@@ -24,6 +24,8 @@ from task.config import (
     write_config,
 )
 
+# These leave the classes to whoever knows the folders.
+NEEDS_CLASSES = ("data=image_folder", "data=dicom_folder")
 GROUP_OPTIONS = [f"{file.parent.name}={file.stem}" for file in sorted(CONF_DIR.glob("*/*.yaml"))]
 # Every character that Hydra's grammar, YAML or a shell gives a meaning to, but interpolation.
 NASTY = [
@@ -79,7 +81,7 @@ def test_flat_values_are_the_values_of_the_configuration() -> None:
 @pytest.mark.parametrize("option", GROUP_OPTIONS)
 def test_every_option_of_every_group_composes(option: str) -> None:
     group, name = option.split("=")
-    config = load_config([option])
+    config = load_config([option, *["data.classes=[a,b]"] * (option in NEEDS_CLASSES)])
     # A preset and a data set say their own name.
     assert {"experiment": config.experiment, "data": config.data.name}.get(group, name) == name
 
@@ -157,6 +159,12 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
         ("model.num_poolings=5", ["data.image_size", "16", "multiple of 32", "model.num_poolings"]),
         ("data.channels=2", ["data.channels", "2", "1, 3"]),
         ("data.classes=[]", ["data.classes", "[]", "at least one class"]),
+        ("data=image_folder", ["data.classes", "[]", "folders in data.root=data: none"]),
+        ("data.on_corrupt=ignore", ["data.on_corrupt", "'ignore'", "refuse, skip"]),
+        ("data.window=[40]", ["data.window", "[40.0]", "[center, width]"]),
+        ("data.window=[40,1]", ["data.window", "[40.0, 1.0]", "width > 1"]),
+        ("partition.beta=null", ["partition.beta", "None", "partition.counts"]),
+        ("partition.counts=[[1]]", ["partition.beta", "0.5", "null", "partition.counts"]),
         ("data.classes=[a,a]", ["data.classes", "['a', 'a']", "distinct"]),
         ("data.val_fraction=1", ["data.val_fraction", "1.0", "between 0 and 1"]),
         ("data.test_fraction=0", ["data.test_fraction", "0.0", "between 0 and 1"]),
@@ -204,6 +212,22 @@ def test_bad_values_are_refused_with_name_value_and_way_out(
     with pytest.raises(ValueError) as caught:
         load_config([override])
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_missing_classes_are_answered_with_the_folders_that_are_there(tmp_path: Path) -> None:
+    for name in ("train/b", "train/a", "train/.hidden", "test/a"):
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"'data\.classes=\[a,b\]'.*: a, b\)"):
+        load_config(["data=image_folder", hydra_override("data.root", str(tmp_path))])
+
+
+def test_table5_counts_are_those_of_the_paper() -> None:
+    config = load_config(["data=sars_cov_2_ct", "partition=table5"])
+    assert config.partition.beta is None and config.partition.counts is not None
+    covid, non_covid = zip(*config.partition.counts, strict=True)
+    assert covid == (20, 140, 441, 66, 19, 1, 14, 183, 339, 29)
+    assert non_covid == (187, 105, 4, 10, 14, 289, 24, 24, 572, 0)
+    assert (config.data.image_size, config.data.channels) == (64, 3)
 
 
 @pytest.mark.parametrize("override", ["partition.betta=1", "nonsense=1"])
@@ -310,6 +334,7 @@ def test_bad_run_config_is_refused_by_name(given: dict[str, Any], words: list[st
 def test_run_config_counts_relative_folders_from_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     config = load_run_config({"output_dir": "results", "data.root": "~/images"})
+    assert config.data.cache_dir == "/home/someone/.cache/feddm"
     assert config.output_dir == "/home/someone/results"
     assert config.data.root == "/home/someone/images"
 
@@ -347,7 +372,7 @@ def test_anchored_counts_relative_folders_from_the_given_one(
     moved = anchored(config, Path("/there"))
     assert (moved.output_dir, moved.data.root) == ("/there/a/b", "/home/someone/c")
     assert anchored(moved, Path("/elsewhere")) == moved
-    rest = {"output_dir", "data.root"}
+    rest = {"output_dir", "data.root", "data.cache_dir"}
     before, after = flat_values(config), flat_values(moved)
     assert {k: v for k, v in before.items() if k not in rest} == {
         k: v for k, v in after.items() if k not in rest

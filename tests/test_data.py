@@ -7,7 +7,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision import datasets, transforms
 
-from task import data
 from task.config import load_config
 from task.data import (
     Dataset,
@@ -15,10 +14,12 @@ from task.data import (
     build_dataset,
     load_dataset,
     normalize,
+    packaged,
     random_horizontal_flip,
     resize,
     split_validation,
 )
+from task.data import images as images_module
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_fashion_mnist = pytest.mark.skipif(
@@ -33,12 +34,13 @@ def load(name: str, root: Path = SHARED, **options: object) -> Dataset:
         "num_classes": 10,
         "test_fraction": 0.1 if name == "digits" else None,
         "seed": 0,
+        "download": True,
     }
     return load_dataset(name, root=root, **(defaults | options))
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, name: str, found: object) -> None:
-    kind, *_ = data.TORCHVISION_SETS[name]
+    kind, *_ = packaged.TORCHVISION_SETS[name]
     monkeypatch.setattr(datasets, kind, lambda *_, **__: found)
 
 
@@ -63,7 +65,7 @@ def test_digits_split_follows_the_seed() -> None:
 
 
 def test_build_dataset_reads_the_configuration() -> None:
-    digits = build_dataset(load_config(["experiment=demo"]))
+    digits = build_dataset(load_config(["experiment=demo"]), download=False)
     assert digits.train.images.shape[1:] == (1, 16, 16)
     assert len(digits.train) + len(digits.test) == 1797
 
@@ -134,7 +136,7 @@ def test_missing_files_are_named_with_a_way_out(
         monkeypatch.delenv(variable, raising=False)
     with pytest.raises(FileNotFoundError) as caught:
         load(name, tmp_path)
-    _, folder, files = data.TORCHVISION_SETS[name]
+    _, folder, files = packaged.TORCHVISION_SETS[name]
     message = str(caught.value)
     assert "data.root" in message and str((tmp_path / folder).resolve()) in message
     assert all(file in message for file in files)
@@ -143,7 +145,7 @@ def test_missing_files_are_named_with_a_way_out(
 
 @pytest.mark.parametrize("size", [0, 7, 100])
 def test_damaged_files_are_named(tmp_path: Path, size: int) -> None:
-    _, folder, files = data.TORCHVISION_SETS["mnist"]
+    _, folder, files = packaged.TORCHVISION_SETS["mnist"]
     (tmp_path / folder).mkdir(parents=True)
     for file in files:
         header = bytes([0, 0, 8, 3, *(0, 0, 0, 9) * 3])
@@ -158,7 +160,7 @@ def test_damaged_files_are_named(tmp_path: Path, size: int) -> None:
         ({"name": "imagenet"}, r"data\.name must be one of digits, .*'imagenet'"),
         ({"name": "digits", "test_fraction": None}, r"data\.test_fraction must be"),
         ({"name": "mnist", "test_fraction": 0.1}, r"data\.test_fraction must be null"),
-        ({"name": "digits", "num_classes": 9}, r"data\.classes must be 10 names.*got 9"),
+        ({"name": "digits", "num_classes": 9}, r"data\.classes must be at least 10 names.*got 9"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, object], message: str) -> None:
@@ -174,13 +176,17 @@ def test_image_set_refuses_other_types_and_shapes() -> None:
         ImageSet(images, labels[:2])
     with pytest.raises(ValueError, match="images must be"):
         ImageSet(images[:, 0], labels)
+    with pytest.raises(ValueError, match="groups must be"):
+        ImageSet(images, labels, labels[:2])
 
 
 def test_subset_keeps_order_and_pairs() -> None:
     images = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 1, 8, 8)
     chosen = ImageSet(images, torch.arange(4)).subset(np.array([3, 1]))
     assert chosen.labels.tolist() == chosen.images[:, 0, 0, 0].tolist() == [3, 1]
-    assert len(chosen) == 2
+    assert len(chosen) == 2 and chosen.groups is None
+    grouped = ImageSet(images, torch.arange(4), torch.tensor([5, 5, 6, 7])).subset(np.array([3, 1]))
+    assert grouped.groups is not None and grouped.groups.tolist() == [7, 5]
 
 
 @pytest.mark.parametrize(("before", "after"), [(28, 32), (64, 32), (8, 16)])
@@ -193,7 +199,7 @@ def test_resize_matches_torchvision_without_antialiasing(before: int, after: int
 def test_resize_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randint(0, 256, (7, 1, 8, 8), dtype=torch.uint8)
     expected = resize(images, 16)
-    monkeypatch.setattr(data, "RESIZE_CHUNK", 2)
+    monkeypatch.setattr(images_module, "RESIZE_CHUNK", 2)
     assert torch.equal(resize(images, 16), expected)
     assert resize(images, 8) is images
 
@@ -206,6 +212,33 @@ def test_split_validation_covers_every_index_once_and_every_class(fraction: floa
     assert sorted([*train, *held_out]) == [*range(106)]
     expected = [0, 1, min(max(round(3 * fraction), 1), 2), round(100 * fraction)]
     assert np.bincount(labels[held_out], minlength=4).tolist() == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_split_validation_never_divides_a_group(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    groups, labels = random.integers(0, 60, 150) * 7, random.integers(0, 4, 150)
+    train, held_out = split_validation(labels, 0.3, generator=random, groups=groups)
+    assert sorted([*train, *held_out]) == [*range(150)]
+    assert not set(groups[train]) & set(groups[held_out])
+    share = len(set(groups[held_out])) / len(set(groups))
+    assert share == pytest.approx(0.3, abs=0.04)
+
+
+def test_split_validation_counts_a_group_to_its_rarest_class() -> None:
+    # Ten pairs of eyes, of which the odd ones have one eye of the rare class 1.
+    groups = np.repeat(np.arange(10), 2)
+    labels = np.where(np.arange(20) % 4 == 2, 1, 0)
+    _, held_out = split_validation(labels, 0.2, generator=np.random.default_rng(0), groups=groups)
+    assert np.bincount(labels[held_out]).tolist() == [3, 1]
+
+
+def test_split_validation_of_groups_of_one_holds_as_many_of_each_class_out() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(3), [10, 20, 30]))
+    _, held_out = split_validation(
+        labels, 0.1, generator=np.random.default_rng(1), groups=np.arange(60)[::-1]
+    )
+    assert np.bincount(labels[held_out]).tolist() == [1, 2, 3]
 
 
 def test_split_validation_takes_no_images_at_all() -> None:

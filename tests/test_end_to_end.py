@@ -119,14 +119,17 @@ def test_run_whose_server_is_killed_fails_and_resumes_to_the_same_weights(
     assert sorted(per_round) == [r for r in (1, 2, 3) for _ in range(4)]  # 3 clients and global
 
 
-def test_killed_feddm_train_takes_its_simulation_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_ended_feddm_train_takes_its_simulation_along(tmp_path: Path, end: signal.Signals) -> None:
     run = tmp_path / "runs" / "orphan"
-    command = [COMMANDS / "feddm-train", *SMALL, "run_name=orphan", "federation.rounds=1000"]
-    with process(command, log=tmp_path / "log", cwd=tmp_path) as started:
-        checkpoint = run / "checkpoints" / "round_0001.safetensors"
-        wait_for(checkpoint.exists, seconds=180, what="round 1")
-        started.send_signal(signal.SIGKILL)
-        started.wait()
+    # A round that would take hours, so that nothing ends by itself.
+    long = ["run_name=orphan", "train.local_epochs=100000"]
+    with process([COMMANDS / "feddm-train", *SMALL, *long], log=tmp_path / "log", cwd=tmp_path) as (
+        started
+    ):
+        wait_for((run / "config.yaml").exists, seconds=180, what="the start")
+        started.send_signal(end)
+        started.wait(30)
     wait_for(lambda: is_unlocked(run / ".lock"), seconds=60, what="the end of the simulation")
 
 

@@ -164,6 +164,45 @@ def test_build_partition_is_the_same_in_another_process() -> None:
     assert json.loads(output) == [part.tolist() for part in here.train_indices + here.test_indices]
 
 
+def test_given_counts_are_dealt_exactly() -> None:
+    counts = [[20, 0, 0, 1, 0], [30, 0, 7, 0, 120]]
+    partition = build(num_clients=2, beta=None, counts=counts)
+    labels = labels_of(SIZES)
+    held = [np.bincount(labels[part], minlength=5).tolist() for part in partition.train_indices]
+    assert held == partition.counts.tolist() == counts
+    assert sorted(np.concatenate(partition.train_indices)) == [*range(SIZES.sum())]
+
+
+def test_given_counts_need_no_test_images() -> None:
+    partition = build_partition(
+        np.array([0, 1, 1]),
+        np.array([], dtype=np.int64),
+        num_classes=2,
+        num_clients=2,
+        beta=None,
+        counts=[[1, 0], [0, 2]],
+        seed=0,
+    )
+    assert [part.tolist() for part in partition.train_indices] == [[0], [1, 2]]
+    assert [len(part) for part in partition.test_indices] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ([[1] * 5], r"partition\.counts must be a row for each of .*=2 clients, got '1 rows'"),
+        ([[50, 0, 7, 1, 120], [0] * 5], r"partition\.counts\[1\] must be 5 numbers"),
+        ([[50, 0, 7, 1], [1] * 5], r"partition\.counts\[0\] must be 5 numbers"),
+        ([[51, 0, 7, 1, 120], [-1, 0, 0, 0, 1]], r"partition\.counts\[1\] must be .*>= 0"),
+        ([[20, 0, 0, 1, 0], [31, 0, 7, 0, 120]], r"add up to .*\[50, 0, 7, 1, 120\], got \[51,"),
+        (None, r"partition\.beta must be a number where partition\.counts is null"),
+    ],
+)
+def test_counts_that_do_not_fit_are_refused(counts: list[list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(num_clients=2, beta=None, counts=counts)
+
+
 def test_describe_is_plain_json() -> None:
     described = json.loads(json.dumps(build().describe()))
     assert described["num_clients"] == len(described["train_counts"]) == 10

@@ -216,6 +216,57 @@ def test_refused_node_may_come_back(network: Network) -> None:
     assert known.node_ids == {0: node}
 
 
+def test_slow_node_is_asked_again(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roster, "QUERY_TIMEOUT_SECONDS", 0.5)
+    (node,) = network.add_nodes(1)
+    known = Roster(network.grid)
+    with pytest.raises(TimeoutError, match="no other node connected"):
+        known.wait_for(1, seconds=0.6)
+    with network.answering(introduced):
+        known.wait_for(1, seconds=5)
+    assert known.node_ids == {0: node}
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [{Key.PARTITION_ID: 0}, {Key.PARTITION_ID: 3, Key.NUM_PARTITIONS: 3}, {Key.PARTITION_ID: "0"}],
+)
+def test_false_claim_of_a_share_is_refused_and_the_others_go_on(
+    network: Network, claim: dict[Key, int | str]
+) -> None:
+    honest, liar = network.add_nodes(2)
+
+    def claiming(message: Message) -> Message:
+        reply = introduced(message)
+        reply.content.config_records[Key.CONFIG].update(claim)
+        return reply
+
+    known = Roster(network.grid)
+    with network.answering(by_node({honest: introduced, liar: claiming})):
+        known.wait_for(1, seconds=5)
+        with pytest.raises(TimeoutError, match="share of a simulation that there is not"):
+            known.wait_for(2, seconds=0.6)
+    assert list(known.node_ids.values()) == [honest]
+
+
+def test_node_of_a_simulation_among_real_ones_does_not_turn_them_into_one(
+    network: Network,
+) -> None:
+    (real,) = network.add_nodes(1)
+    known = Roster(network.grid)
+    with network.answering(introduced):
+        known.wait_for(1, seconds=5)
+    (late,) = network.add_nodes(1)
+
+    def simulated(message: Message) -> Message:
+        return app(message, node_context({}, {"partition-id": 0, "num-partitions": 5}))
+
+    with network.answering(simulated):
+        known.refresh(timeout=5)
+    assert known.num_partitions is None
+    assert known.node_ids == {0: real} and late not in known.node_ids.values()
+
+
 def test_missing_nodes_end_the_wait(network: Network) -> None:
     start = time.monotonic()
     with pytest.raises(TimeoutError) as caught:

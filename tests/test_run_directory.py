@@ -124,7 +124,8 @@ def test_resume_of_another_configuration_names_exactly_what_differs(started: Pat
         check_startable(configured(started.parent, "resume=true", *other))
     assert str(caught.value) == (
         f"resume: {started} is a run of another configuration; asked for seed=3 (there: 0), "
-        "partition.beta=0.1 (there: 0.5), model.width=16 (there: 32)"
+        "partition.beta=0.1 (there: 0.5), model.width=16 (there: 32); pass the words that it was "
+        "started with"
     )
 
 

@@ -32,7 +32,7 @@ CONFIG = load_config(
 
 @pytest.fixture(scope="module")
 def digits() -> ImageSet:
-    return build_dataset(CONFIG).train.subset(np.arange(200))
+    return build_dataset(CONFIG, download=False).train.subset(np.arange(200))
 
 
 @pytest.fixture(scope="module")

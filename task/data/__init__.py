@@ -1,0 +1,51 @@
+"""The data sets: read, brought to the shape that the model sees, split, normalised.
+
+Images stay uint8 NCHW; batches are normalised on the device that trains. `packaged` reads what
+comes with a library; what lies in files goes `listing` -> `decode` -> `cache`, joined in `files`.
+"""
+
+from task.config import FILE_SETS, Config
+from task.data.files import load_files
+from task.data.images import Dataset, ImageSet, normalize, random_horizontal_flip, resize
+from task.data.packaged import load_dataset
+from task.data.split import split_validation
+
+__all__ = [
+    "Dataset",
+    "ImageSet",
+    "build_dataset",
+    "load_dataset",
+    "load_files",
+    "normalize",
+    "random_horizontal_flip",
+    "resize",
+    "split_validation",
+]
+
+
+def build_dataset(config: Config, *, download: bool) -> Dataset:
+    """Load the data set that the configuration names; see `load_dataset` and `load_files`."""
+    data = config.data
+    if data.name in FILE_SETS:
+        return load_files(
+            data.name,
+            root=data.root,
+            classes=data.classes,
+            image_size=data.image_size,
+            channels=data.channels,
+            window=None if data.window is None else (data.window[0], data.window[1]),
+            test_fraction=data.test_fraction,
+            seed=config.seed,
+            cache_dir=data.cache_dir,
+            on_corrupt=data.on_corrupt,
+        )
+    return load_dataset(
+        data.name,
+        root=data.root,
+        image_size=data.image_size,
+        channels=data.channels,
+        num_classes=len(data.classes),
+        test_fraction=data.test_fraction,
+        seed=config.seed,
+        download=download,
+    )

@@ -1,0 +1,134 @@
+"""Data sets that lie in files: listed, split, decoded into the cache."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from task.config import FILE_SETS, require, require_one_of
+from task.data.cache import cached_images
+from task.data.decode import crop_round_field, decode_dicom, decode_picture, fit
+from task.data.images import Dataset, ImageSet
+from task.data.listing import DICOM, PICTURES, Listing, list_class_folders, list_odir
+from task.data.split import split_validation
+from task.randomness import Stream, numpy_generator
+
+
+def load_files(
+    name: str,
+    *,
+    root: str | Path,
+    classes: Sequence[str],
+    image_size: int,
+    channels: int,
+    window: tuple[float, float] | None,
+    test_fraction: float | None,
+    seed: int,
+    cache_dir: str | Path,
+    on_corrupt: str,
+) -> Dataset:
+    """Load a data set of files as square images with the channels that the model expects.
+
+    The images of each split are a view of the cache. A set without a test split of its own and
+    without `test_fraction` has an empty one.
+
+    Args:
+        name: one of `task.config.FILE_SETS`.
+        root: folder of the files; see `list_class_folders` and `list_odir`.
+        classes: names of the classes, in the order of their labels.
+        image_size: height and width.
+        channels: 1 turns colours into grey, 3 repeats grey.
+        window: center and width for data=dicom_folder, see `decode_dicom`.
+        test_fraction: share of the images, in (0, 1), that becomes the test split of a set
+            without one.
+        seed: of the run; decides which images these are.
+        cache_dir: of the decoded images; see `cached_images`.
+        on_corrupt: "refuse" or "skip" files that cannot be read.
+
+    Raises:
+        FileNotFoundError: the files are not there.
+        ValueError: an option does not fit the set, or files cannot be read.
+    """
+    require_one_of("data.name", name, tuple(FILE_SETS))
+    kind = FILE_SETS[name]
+    require(
+        window is None or kind == "dicom_folder",
+        "data.window",
+        f"null for data={name} (data=dicom_folder has windows)",
+        window,
+    )
+    root = Path(root)
+    train, test = _split(*_list(kind, root, classes), test_fraction, seed)
+    decode = partial(_decode, kind, window=window, image_size=image_size, channels=channels)
+
+    def opened(listing: Listing) -> ImageSet:
+        images, kept = cached_images(
+            listing.paths,
+            decode,
+            root=root,
+            shape=(channels, image_size, image_size),
+            settings=f"{kind} {window}",
+            cache_dir=Path(cache_dir),
+            on_corrupt=on_corrupt,
+        )
+        found = listing.subset(kept)
+        groups = None if found.groups is None else torch.from_numpy(found.groups)
+        return ImageSet(images, torch.from_numpy(found.labels), groups)
+
+    dataset = Dataset(opened(train), opened(test))
+    if len(dataset.train) == 0:
+        raise ValueError(f"data.root={root}: none of its {len(train)} images can be read")
+    return dataset
+
+
+def _list(kind: str, root: Path, classes: Sequence[str]) -> tuple[Listing, Listing | None]:
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"data.root={root}: there is no such folder; set it to that of the images"
+        )
+    if kind == "odir":
+        return list_odir(root, classes), None
+    return list_class_folders(root, classes, DICOM if kind == "dicom_folder" else PICTURES)
+
+
+def _split(
+    train: Listing, test: Listing | None, fraction: float | None, seed: int
+) -> tuple[Listing, Listing]:
+    if test is not None:
+        require(
+            fraction is None,
+            "data.test_fraction",
+            "null where data.root has a folder test/, which is the test split",
+            fraction,
+        )
+        return train, test
+    if fraction is None:
+        return train, Listing(
+            [], train.labels[:0], None if train.groups is None else train.groups[:0]
+        )
+    generator = numpy_generator(seed, Stream.TEST_SPLIT)
+    kept, held_out = split_validation(
+        train.labels, fraction, generator=generator, groups=train.groups
+    )
+    return train.subset(kept), train.subset(held_out)
+
+
+def _decode(
+    kind: str,
+    path: Path,
+    *,
+    window: tuple[float, float] | None,
+    image_size: int,
+    channels: int,
+) -> Tensor:
+    if kind == "dicom_folder":
+        pixels = decode_dicom(path, window)
+    elif kind == "odir":
+        pixels = crop_round_field(decode_picture(path))
+    elif kind == "image_folder":
+        pixels = decode_picture(path)
+    else:
+        raise ValueError(f"kind must be image_folder, dicom_folder or odir, got {kind!r}")
+    return fit(pixels, image_size, channels)

@@ -1,0 +1,614 @@
+"""Data sets that lie in files: trees of pictures and DICOM, ODIR-5K's table, the cache."""
+
+import csv
+import json
+import logging
+import multiprocessing
+import os
+import stat
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from pydicom import dcmread
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.pixels.processing import apply_windowing
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+from torchvision.transforms import v2
+
+from client_app.workspace import Workspace
+from task.config import load_config
+from task.data import Dataset, build_dataset, cache, load_files
+from task.data.cache import cache_key, cached_images, report_unreadable
+from task.data.decode import apply_window, crop_round_field, decode_dicom, decode_picture, fit
+from task.data.listing import class_label
+
+from .helpers import node_context
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def shared_zip(name: str) -> object:
+    return pytest.mark.skipif(not (SHARED / name).is_file(), reason=f"no {name} in {SHARED}")
+
+
+def unpack(name: str, folder: Path, *, every: int) -> list[str]:
+    with zipfile.ZipFile(SHARED / name) as archive:
+        chosen = archive.namelist()[::every]
+        archive.extractall(folder, chosen)
+    return chosen
+
+
+def load(root: Path, name: str = "image_folder", **options: object) -> Dataset:
+    defaults: dict[str, object] = {
+        "classes": ["a", "b"],
+        "image_size": 8,
+        "channels": 3,
+        "window": None,
+        "test_fraction": None,
+        "seed": 0,
+        "cache_dir": root.parent / "cache",
+        "on_corrupt": "refuse",
+    }
+    return load_files(name, root=root, **(defaults | options))  # type: ignore[arg-type]
+
+
+def picture(seed: int, size: int = 8, channels: int = 3) -> np.ndarray:
+    shape = (size, size) if channels == 1 else (size, size, channels)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_tree(root: Path, sizes: dict[str, int]) -> None:
+    """Write so many PNG files of 8x8 into each of the folders, each picture another."""
+    seed = 0
+    for folder, number in sizes.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(number):
+            Image.fromarray(picture(seed)).save(root / folder / f"{i:03}.png")
+            seed += 1
+
+
+# Trees of class folders.
+
+
+def test_tree_with_both_splits_keeps_every_pixel_and_label(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"train/b": 2, "train/a": 1, "test/a": 1, "test/b": 1})
+    found = load(tmp_path / "set")
+    assert found.train.labels.tolist() == [0, 1, 1] and found.test.labels.tolist() == [0, 1]
+    expected = [picture(seed).transpose(2, 0, 1) for seed in (2, 0, 1)]
+    assert np.array_equal(found.train.images, expected)
+    assert np.array_equal(found.test.images[1], picture(4).transpose(2, 0, 1))
+    assert found.train.groups is None
+
+
+@pytest.mark.parametrize("layout", ["", "train/"])
+def test_tree_without_test_folder_is_split_by_class_and_seed(tmp_path: Path, layout: str) -> None:
+    write_tree(tmp_path / "set", {f"{layout}a": 10, f"{layout}b": 30})
+    splits = [load(tmp_path / "set", test_fraction=0.1, seed=seed) for seed in (0, 0, 1)]
+    first, again, other = splits
+    assert first.test.labels.bincount().tolist() == [1, 3]
+    everything = torch.cat([first.train.images, first.test.images]).flatten(1)
+    written = sorted(picture(seed).transpose(2, 0, 1).tobytes() for seed in range(40))
+    assert sorted(map(bytes, everything.numpy())) == written
+    assert torch.equal(first.test.images, again.test.images)
+    assert not torch.equal(first.test.images, other.test.images)
+
+
+def test_tree_without_test_folder_and_fraction_has_no_test_images(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"a": 2, "b": 3})
+    found = load(tmp_path / "set", channels=1)
+    assert len(found.train) == 5 and found.test.images.shape == (0, 1, 8, 8)
+
+
+def test_hospital_may_lack_a_class_and_nest_folders(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"b/patient/series": 2, ".git": 1, "__MACOSX": 1})
+    (tmp_path / "set" / "b" / "notes.txt").write_text("no image")
+    (tmp_path / "set" / "b" / "._000.png").write_text("what macOS leaves behind")
+    assert load(tmp_path / "set").train.labels.tolist() == [1, 1]
+
+
+def test_folder_of_no_class_is_refused_with_both_names(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"a": 1, "c": 1})
+    with pytest.raises(ValueError, match=r"data\.classes must .*'c', got \['a', 'b'\]"):
+        load(tmp_path / "set")
+
+
+def test_test_folder_and_fraction_exclude_each_other(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"train/a": 2, "test/a": 1})
+    with pytest.raises(ValueError, match=r"data\.test_fraction must be null .*test/.*got 0\.1"):
+        load(tmp_path / "set", test_fraction=0.1)
+
+
+def test_missing_files_are_said_with_the_place_and_the_layout(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"data\.root=.*nowhere: there is no such folder"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"train/<class>/\*\.png.* named a, b "):
+        load(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "digits"}, r"data\.name must be one of image_folder, .*'digits'"),
+        ({"window": (40, 400)}, r"data\.window must be null for data=image_folder"),
+        ({"on_corrupt": "ignore"}, r"data\.on_corrupt must be one of refuse, skip"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    options: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    write_tree(tmp_path / "set", {"a": 1})
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "set", **options)
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [("covid", 0), ("COVID", 0), ("non-COVID", 1), ("Non COVID", 1), ("noncovid", None)],
+)
+def test_folders_match_classes_whatever_their_case(folder: str, expected: int | None) -> None:
+    assert class_label(folder, ["covid", "non_covid"]) == expected
+
+
+def test_folder_like_two_classes_is_of_neither() -> None:
+    assert class_label("A", ["a", "b"]) == 0
+    assert class_label("A-b", ["a_b", "a-b"]) is None
+    assert class_label("a-b", ["a_b", "a-b"]) == 1
+
+
+# Pictures of every kind.
+
+
+def test_pictures_are_resized_as_torchvision_does_without_antialiasing(tmp_path: Path) -> None:
+    pixels = picture(0, size=30)[:, :20]
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    planes = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    expected = v2.functional.resize(planes.float(), [16, 16], antialias=False)
+    found = fit(decode_picture(tmp_path / "x.png"), 16, 3)
+    assert found.dtype == torch.uint8
+    assert (found.float() - expected).abs().max() <= 0.5 + 1e-4
+
+
+def test_colour_becomes_grey_as_in_pillow_and_grey_fills_three_channels(tmp_path: Path) -> None:
+    Image.fromarray(picture(0)).save(tmp_path / "colour.png")
+    Image.fromarray(picture(1, channels=1)).save(tmp_path / "grey.png")
+    grey = fit(decode_picture(tmp_path / "colour.png"), 8, 1)[0].numpy().astype(int)
+    expected = np.asarray(Image.fromarray(picture(0)).convert("L")).astype(int)
+    assert np.abs(grey - expected).max() <= 1
+    filled = fit(decode_picture(tmp_path / "grey.png"), 8, 3)
+    assert np.array_equal(filled, np.stack([picture(1, channels=1)] * 3))
+
+
+def test_grey_stored_as_colour_loses_nothing_as_grey(tmp_path: Path) -> None:
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(np.stack([grey] * 3, axis=-1)).save(tmp_path / "x.png")
+    assert np.array_equal(fit(decode_picture(tmp_path / "x.png"), 16, 1)[0], grey)
+
+
+def test_16_bit_grey_is_scaled_and_not_cut_off(tmp_path: Path) -> None:
+    for suffix in ("png", "tif"):
+        values = np.array([[0, 257], [32768, 65535]], dtype=np.uint16)
+        Image.fromarray(values).save(tmp_path / f"x.{suffix}")
+        found = fit(decode_picture(tmp_path / f"x.{suffix}"), 2, 1)
+        assert found.flatten().tolist() == [0, 1, 128, 255]
+
+
+def test_palettes_become_colours_and_transparency_black(tmp_path: Path) -> None:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4] = (10, 200, 30)
+    Image.fromarray(pixels).quantize(2).save(tmp_path / "palette.png")
+    assert np.array_equal(decode_picture(tmp_path / "palette.png"), pixels.transpose(2, 0, 1))
+    alpha = np.full((8, 8, 4), 255, np.uint8)
+    alpha[:4, :, 3] = 0
+    Image.fromarray(alpha).save(tmp_path / "alpha.png")
+    found = decode_picture(tmp_path / "alpha.png")
+    assert found.shape == (3, 8, 8) and found[:, :4].max() == 0 and found[:, 4:].min() == 255
+
+
+def test_rotation_noted_by_the_camera_is_applied(tmp_path: Path) -> None:
+    pixels = np.zeros((8, 4), np.uint8)
+    pixels[0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    found = decode_picture(tmp_path / "x.png")
+    assert found.shape == (1, 4, 8) and found[0, :, -1].min() == 255 and found[0, :, 0].max() == 0
+
+
+def test_pictures_without_one_clear_image_are_refused(tmp_path: Path) -> None:
+    page = Image.fromarray(picture(0))
+    page.save(tmp_path / "pages.tif", save_all=True, append_images=[page])
+    with pytest.raises(ValueError, match="2 frames"):
+        decode_picture(tmp_path / "pages.tif")
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match="mode F"):
+        decode_picture(tmp_path / "float.tif")
+    page.save(tmp_path / "gif.png", format="GIF")
+    with pytest.raises(OSError, match="cannot identify"):
+        decode_picture(tmp_path / "gif.png")
+
+
+@shared_zip("chestxray.zip")
+def test_chest_xrays_are_read_by_their_preset(tmp_path: Path) -> None:
+    names = unpack("chestxray.zip", tmp_path / "set", every=20)
+    config = load_config(
+        ["data=chest_xray", f"data.root={tmp_path}/set", f"data.cache_dir={tmp_path}/cache"]
+    )
+    found = build_dataset(config, download=False)
+    assert found.train.images.shape[1:] == (1, 32, 32)
+    assert len(found.train) + len(found.test) == len(names)
+    normal = sum("/normal/" in name for name in names)
+    counts = found.train.labels.bincount() + found.test.labels.bincount()
+    assert counts.tolist() == [normal, len(names) - normal]
+    assert abs(len(found.test) - len(names) / 10) <= 1
+
+
+@shared_zip("cifar10-25k.zip")
+def test_cifar10_files_keep_what_pillow_reads(tmp_path: Path) -> None:
+    names = unpack("cifar10-25k.zip", tmp_path / "set", every=60)
+    classes = sorted({name.split("/")[1] for name in names})
+    found = load(tmp_path / "set", classes=classes, image_size=32)
+    train = sorted(name for name in names if name.startswith("train/"))
+    assert len(found.train) == len(train) and len(found.test) == len(names) - len(train)
+    for i in (0, len(train) - 1):
+        expected = np.asarray(Image.open(tmp_path / "set" / train[i])).transpose(2, 0, 1)
+        assert np.array_equal(found.train.images[i], expected)
+        assert classes[int(found.train.labels[i])] == train[i].split("/")[1]
+
+
+# DICOM.
+
+
+def write_dicom(path: Path, values: np.ndarray, **elements: object) -> None:
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    file = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    bits = values.dtype.itemsize * 8
+    file.Rows, file.Columns = (
+        values.shape[:2] if elements.get("SamplesPerPixel") else (values.shape[-2:])
+    )
+    file.SamplesPerPixel = 1
+    file.PhotometricInterpretation = "MONOCHROME2"
+    file.BitsAllocated = file.BitsStored = bits
+    file.HighBit = bits - 1
+    file.PixelRepresentation = int(values.dtype.kind == "i")
+    for name, value in elements.items():
+        setattr(file, name, value)
+    file.PixelData = values.tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file.save_as(path, enforce_file_format=True)
+
+
+HOUNSFIELD = np.array([[0, 824], [1064, 4095]], dtype=np.uint16)  # -1024, -200, 40, 3071 HU
+RESCALED = {"RescaleSlope": 1, "RescaleIntercept": -1024}
+
+
+@pytest.mark.parametrize(("center", "width"), [(40, 400), (-600, 1500), (300.5, 2)])
+def test_windows_are_those_of_pydicom(tmp_path: Path, center: float, width: float) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (16, 16), dtype=np.uint16)
+    file = tmp_path / "x.dcm"
+    write_dicom(file, values, **RESCALED, WindowCenter=center, WindowWidth=width)
+    hounsfield = values.astype(np.float64) - 1024
+    reference = apply_windowing(hounsfield, dcmread(file))
+    low, high = -1024, 65535 - 1024  # pydicom's range: that of the stored bits, rescaled
+    expected = (reference - low) / (high - low) * 255
+    assert np.abs(decode_dicom(file)[0].numpy() - expected).max() < 1e-3
+    assert torch.equal(decode_dicom(file), decode_dicom(file, (center, width)))
+
+
+def test_configured_window_wins_over_that_of_the_file(tmp_path: Path) -> None:
+    write_dicom(tmp_path / "x.dcm", HOUNSFIELD, **RESCALED, WindowCenter=0, WindowWidth=10)
+    found = decode_dicom(tmp_path / "x.dcm", (39.5, 481))
+    assert found.shape == (1, 2, 2)
+    # (v - c + 0.5) / (w - 1) + 0.5: 0 below -201, 1 above 279
+    assert found.flatten().tolist() == pytest.approx([0, 255 / 480, 255 * 241 / 480, 255])
+
+
+def test_several_windows_of_a_file_mean_the_first(tmp_path: Path) -> None:
+    windows = {"WindowCenter": [40, -600], "WindowWidth": [400, 1500]}
+    write_dicom(tmp_path / "x.dcm", HOUNSFIELD, **RESCALED, **windows)
+    assert torch.equal(
+        decode_dicom(tmp_path / "x.dcm"), decode_dicom(tmp_path / "x.dcm", (40, 400))
+    )
+
+
+def test_files_without_window_are_stretched_and_monochrome1_is_inverted(tmp_path: Path) -> None:
+    values = np.array([[-100, 0], [100, 410]], dtype=np.int16)
+    write_dicom(tmp_path / "x.dcm", values)
+    assert decode_dicom(tmp_path / "x.dcm").flatten().tolist() == pytest.approx([0, 50, 100, 255])
+    write_dicom(tmp_path / "y.dcm", values, PhotometricInterpretation="MONOCHROME1")
+    inverted = decode_dicom(tmp_path / "y.dcm")
+    assert inverted.flatten().tolist() == pytest.approx([255, 205, 155, 0])
+    write_dicom(tmp_path / "flat.dcm", np.full((2, 2), 7, np.uint8))
+    assert decode_dicom(tmp_path / "flat.dcm").unique().tolist() == [0]
+
+
+def test_colour_dicom_is_kept(tmp_path: Path) -> None:
+    pixels = picture(0)
+    colour = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
+    write_dicom(tmp_path / "x.dcm", pixels, **colour)
+    assert np.array_equal(decode_dicom(tmp_path / "x.dcm"), pixels.transpose(2, 0, 1))
+
+
+def test_dicom_folder_is_read_with_its_window(tmp_path: Path) -> None:
+    for i in range(4):
+        write_dicom(tmp_path / "set" / "ab"[i % 2] / f"{i}.dcm", HOUNSFIELD + i, **RESCALED)
+    whole = load(tmp_path / "set", "dicom_folder", image_size=2, channels=1)
+    lungs = load(tmp_path / "set", "dicom_folder", image_size=2, channels=1, window=(-600, 1500))
+    assert whole.train.labels.tolist() == [0, 0, 1, 1]
+    assert whole.train.images[0].flatten().tolist() == [0, 51, 66, 255]
+    # -1024 HU: ((-1024 + 600.5) / 1499 + 0.5) * 255 = 55.46
+    assert lungs.train.images[0].flatten().tolist() == [55, 196, 236, 255]
+
+
+def test_multi_frame_and_strange_dicom_files_are_refused_by_name(tmp_path: Path) -> None:
+    frames = np.zeros((3, 4, 4), np.uint8)
+    write_dicom(tmp_path / "set" / "a" / "cine.dcm", frames, NumberOfFrames=3)
+    write_dicom(
+        tmp_path / "set" / "a" / "lut.dcm", frames[0], PhotometricInterpretation="PALETTE COLOR"
+    )
+    (tmp_path / "set" / "a" / "text.dcm").write_text("not DICOM")
+    with pytest.raises(ValueError) as caught:
+        load(tmp_path / "set", "dicom_folder")
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("3 image files cannot be read")
+    assert "cine.dcm: ValueError: it has 3 frames" in lines[1]
+    assert "lut.dcm" in lines[2] and "PALETTE COLOR" in lines[2]
+    assert "text.dcm: InvalidDicomError" in lines[3]
+
+
+def test_window_of_no_width_is_refused() -> None:
+    with pytest.raises(ValueError, match="width must be > 1"):
+        apply_window(np.zeros(3), 40, 1)
+
+
+# ODIR-5K.
+
+
+def write_odir(root: Path, rows: list[tuple[int, str, str]]) -> None:
+    root.mkdir(parents=True)
+    with (root / "full_df.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["ID", "Patient Age", "filename", "labels"])
+        table.writerows([patient, 60, name, labels] for patient, name, labels in rows)
+    for patient, name, _ in rows:
+        drawn = Image.new("RGB", (60, 40))
+        ImageDraw.Draw(drawn).ellipse((10, 2, 45, 37), fill=(50 + 5 * patient, 80, 30))
+        drawn.save(root / name, quality=95)
+
+
+def eyes(patients: int) -> list[tuple[int, str, str]]:
+    return [
+        (patient, f"{patient}_{side}.jpg", "['N']" if (patient + i) % 3 else "['D']")
+        for patient in range(patients)
+        for i, side in enumerate(("left", "right"))
+    ]
+
+
+def test_odir_is_split_by_patient_and_cropped_to_the_field(tmp_path: Path) -> None:
+    write_odir(tmp_path / "set", eyes(20))
+    found = load(tmp_path / "set", "odir", classes=["N", "D"], test_fraction=0.2)
+    train, test = found.train, found.test
+    assert train.groups is not None and test.groups is not None
+    assert len(train) + len(test) == 40 and len(test) == 2 * len(test.groups.unique())
+    assert not set(train.groups.tolist()) & set(test.groups.tolist())
+    # The field fills the image: its middle reaches every edge, and each red is its patient's.
+    assert train.images[:, 0, 4, [0, -1]].min() > 30 and train.images[:, 0, [0, -1], 4].min() > 30
+    patients = sorted(range(20), key=str)
+    expected = [50 + 5 * patients[group] for group in train.groups.tolist()]
+    assert np.abs(train.images[:, 0, 4, 4].numpy().astype(int) - expected).max() <= 4
+
+
+def test_hospital_holds_patients_out_and_not_eyes(tmp_path: Path) -> None:
+    write_odir(tmp_path / "set", eyes(20))
+    config = load_config(["data=odir", "data.classes=[N,D]", "data.val_fraction=0.3"])
+    dataset = load(tmp_path / "set", "odir", classes=["N", "D"])
+    workspace = Workspace(config, *[None] * 4, dataset=dataset, partition=None)  # type: ignore[arg-type]
+    train, held_out = workspace.images(node_context({}, {}))
+    assert len(train) + len(held_out) == 40
+    assert not set(train.groups.tolist()) & set(held_out.groups.tolist())  # type: ignore[union-attr]
+
+
+def test_odir_photographs_are_found_where_the_archive_has_them(tmp_path: Path) -> None:
+    rows = eyes(2)
+    write_odir(tmp_path / "set", rows)
+    (tmp_path / "set" / "preprocessed_images").mkdir()
+    for _, name, _ in rows:
+        (tmp_path / "set" / name).rename(tmp_path / "set" / "preprocessed_images" / name)
+    assert len(load(tmp_path / "set", "odir", classes=["N", "D"]).train) == 4
+
+
+def test_odir_tables_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"data=odir needs .*full_df\.csv"):
+        load(tmp_path / "none", "odir")
+    write_odir(tmp_path / "set", [(1, "1_left.jpg", "['X']")])
+    with pytest.raises(ValueError, match=r"1_left\.jpg must be one of \['N', 'D'\].*\['X'\]"):
+        load(tmp_path / "set", "odir", classes=["N", "D"])
+    (tmp_path / "set" / "full_df.csv").write_text("ID,labels\n1,\"['N']\"\n")
+    with pytest.raises(ValueError, match=r"columns ID, filename, labels, got \['ID', 'labels'\]"):
+        load(tmp_path / "set", "odir")
+
+
+def test_crop_round_field_finds_the_disc_wherever_it_is() -> None:
+    pixels = torch.full((3, 50, 70), 9.0)  # what JPEG leaves of black
+    rows, columns = torch.meshgrid(torch.arange(50), torch.arange(70), indexing="ij")
+    pixels[:, (rows - 20) ** 2 + (columns - 45) ** 2 <= 15**2] = 200
+    assert torch.equal(crop_round_field(pixels), pixels[:, 5:36, 30:61])
+    # A field that the camera has cut off above and below: the square in its middle.
+    assert torch.equal(crop_round_field(pixels[:, 10:31]), pixels[:, 10:31, 35:56])
+
+
+def test_black_photographs_are_refused() -> None:
+    with pytest.raises(ValueError, match="black"):
+        crop_round_field(torch.zeros(3, 4, 4))
+
+
+# The cache and files that cannot be read.
+
+
+def damage(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:60])
+
+
+def test_images_are_decoded_once_and_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tree(tmp_path / "set", {"a": 3, "b": 2})
+    first = load(tmp_path / "set")
+    monkeypatch.setattr(cache, "_write_entry", lambda *_, **__: pytest.fail("decoded again"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = load(tmp_path / "set")
+    assert torch.equal(first.train.images, again.train.images)
+    again.train.images[0] = 0  # stays with this process
+    assert torch.equal(first.train.images, load(tmp_path / "set").train.images)
+
+
+def test_cache_is_for_its_owner_alone_and_holds_nothing_unfinished(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"a": 3})
+    load(tmp_path / "set")
+    (entry,) = (tmp_path / "cache").glob("[!.]*")
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in (entry, entry.parent)] == [0o700] * 2
+    assert np.load(entry / "images.npy").shape == (3, 3, 8, 8)
+    assert not list((tmp_path / "cache").glob("*.building"))
+
+
+def test_cache_key_follows_files_and_settings(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"a": 2})
+    paths = sorted((tmp_path / "set" / "a").iterdir())
+
+    def key(settings: str = "x", root: Path = tmp_path, number: int = 2) -> str:
+        return cache_key(paths[:number], root=root, settings=settings)
+
+    first = key()
+    assert first == key() and len({first, key("y"), key(root=tmp_path / "set"), key(number=1)}) == 4
+    os.utime(paths[0], ns=(0, 5))
+    touched = key()
+    paths[1].unlink()
+    assert len({first, touched, key()}) == 3
+
+
+def test_changed_files_and_settings_are_decoded_anew(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"a": 1})
+    load(tmp_path / "set")
+    Image.fromarray(picture(99)).save(tmp_path / "set" / "a" / "000.png")
+    os.utime(tmp_path / "set" / "a" / "000.png", ns=(1, 1))
+    assert np.array_equal(load(tmp_path / "set").train.images[0], picture(99).transpose(2, 0, 1))
+    assert load(tmp_path / "set", image_size=16).train.images.shape == (1, 3, 16, 16)
+
+
+def count_decoding(root: Path, folder: Path, barrier: object) -> None:
+    def decode(path: Path) -> torch.Tensor:
+        (folder / f"{path.stem}-{os.getpid()}").touch()
+        return fit(decode_picture(path), 8, 3)
+
+    barrier.wait()  # type: ignore[attr-defined]
+    paths = sorted((root / "a").iterdir())
+    images, kept = cached_images(
+        paths,
+        decode,
+        root=root,
+        shape=(3, 8, 8),
+        settings="",
+        cache_dir=root.parent / "cache",
+        on_corrupt="refuse",
+    )
+    assert len(images) == len(kept) == len(paths)
+
+
+def test_processes_that_start_together_decode_once(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"a": 20})
+    (tmp_path / "decoded").mkdir()
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+    arguments = (tmp_path / "set", tmp_path / "decoded", barrier)
+    processes = [context.Process(target=count_decoding, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(list((tmp_path / "decoded").iterdir())) == 20
+
+
+def test_what_a_killed_process_left_behind_is_no_hindrance(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"a": 2})
+    expected = load(tmp_path / "set").train.images.clone()
+    (entry,) = (tmp_path / "cache").glob("[!.]*")
+    entry.rename(entry.with_name(f".{entry.name}.building"))
+    (entry.with_name(f".{entry.name}.building") / "images.npy").write_bytes(b"half")
+    assert torch.equal(load(tmp_path / "set").train.images, expected)
+
+
+def test_corrupt_files_are_refused_by_name_and_nothing_is_cached(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"a": 4})
+    for i in (1, 3):
+        damage(tmp_path / "set" / "a" / f"{i:03}.png")
+    for _ in range(2):
+        with pytest.raises(ValueError) as caught:
+            load(tmp_path / "set")
+        message = str(caught.value)
+        assert "2 image files" in message and "data.on_corrupt=skip" in message
+        assert [name for name in ("000", "001", "002", "003") if f"{name}.png" in message] == [
+            "001",
+            "003",
+        ]
+    assert not list((tmp_path / "cache").glob("[!.]*"))
+
+
+def test_skipped_files_are_listed_every_time_and_labels_stay_with_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tree(tmp_path / "set", {"a": 2, "b": 2})
+    damage(tmp_path / "set" / "a" / "001.png")
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="task.data.cache"):
+            found = load(tmp_path / "set", on_corrupt="skip").train
+        (record,) = caplog.records
+        assert "a/001.png" in record.getMessage() and "1 image files" in record.getMessage()
+        assert found.labels.tolist() == [0, 1, 1]
+        expected = [picture(seed).transpose(2, 0, 1) for seed in (0, 2, 3)]
+        assert np.array_equal(found.images, expected)
+    with pytest.raises(ValueError, match=r"a/001\.png"):
+        load(tmp_path / "set", on_corrupt="refuse")
+
+
+def test_set_of_unreadable_files_alone_is_refused(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"a": 2})
+    for file in (tmp_path / "set" / "a").iterdir():
+        damage(file)
+    with pytest.raises(ValueError, match="none of its 2 images can be read"):
+        load(tmp_path / "set", on_corrupt="skip")
+
+
+def test_long_lists_of_corrupt_files_end_in_a_count() -> None:
+    reasons = {Path(f"{i}.png"): "why" for i in range(23)}
+    with pytest.raises(ValueError, match="23 image files") as caught:
+        report_unreadable(reasons, "refuse")
+    assert "19.png" in str(caught.value) and "20.png" not in str(caught.value)
+    assert "and 3 more" in str(caught.value)
+
+
+def test_folder_that_cannot_hold_the_cache_is_named(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"a": 1})
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"data\.cache_dir must be a folder .*file/cache"):
+        load(tmp_path / "set", cache_dir=tmp_path / "file" / "cache")
+
+
+def test_cached_reasons_are_plain_json(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"a": 2})
+    damage(tmp_path / "set" / "a" / "000.png")
+    load(tmp_path / "set", on_corrupt="skip")
+    (entry,) = (tmp_path / "cache").glob("[!.]*")
+    ((position, reason),) = json.loads((entry / "unreadable.json").read_text())
+    assert position == 0 and "Error" in reason
