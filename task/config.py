@@ -28,6 +28,8 @@ CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 # One word changes the model of a run, so every size fits the deepest of the presets.
 IMAGE_SIZE_DIVISOR = 8
 
+IMAGE_RANGES = ("correct", "paper")
+EXTRACTORS = ("inception", "classifier", "exported")
 DATA_SETS = ("digits", "mnist", "fashion_mnist", "cifar10", "svhn")
 DIFFUSION_CHOICES = {
     "schedule": ("linear", "cosine", "continuous"),
@@ -277,9 +279,23 @@ class EvalConfig:
     images_per_class: int = MISSING
     num_images: int = MISSING
     batch_size: int = MISSING
+    extractor: str = MISSING
+    image_range: str = MISSING
+    inception_weights: str = MISSING
+    exported_program: str = MISSING
+    cache_dir: str = MISSING
 
     def __post_init__(self) -> None:
         require_positive("eval", self, "every", "images_per_class", "batch_size")
+        require_one_of("eval.extractor", self.extractor, EXTRACTORS)
+        require_one_of("eval.image_range", self.image_range, IMAGE_RANGES)
+        require(
+            self.extractor != "exported" or self.exported_program != "",
+            "eval.exported_program",
+            "the file of a program for eval.extractor=exported",
+            self.exported_program,
+        )
+        require(self.cache_dir != "", "eval.cache_dir", "a folder", self.cache_dir)
         require(self.num_images >= 0, "eval.num_images", ">= 0 (0: off)", self.num_images)
 
 
@@ -412,15 +428,24 @@ def load_run_config(run_config: Mapping[str, Any]) -> Config:
 
 
 def anchored(config: Config, folder: Path) -> Config:
-    """Make the folders of a configuration absolute; relative ones count from `folder`."""
+    """Make the paths of a configuration absolute; relative ones count from `folder`."""
 
     def absolute(name: str) -> str:
         return str((folder / Path(name).expanduser()).absolute())
+
+    def absolute_or_empty(name: str) -> str:
+        return absolute(name) if name else ""
 
     return dataclasses.replace(
         config,
         output_dir=absolute(config.output_dir),
         data=dataclasses.replace(config.data, root=absolute(config.data.root)),
+        eval=dataclasses.replace(
+            config.eval,
+            cache_dir=absolute(config.eval.cache_dir),
+            inception_weights=absolute_or_empty(config.eval.inception_weights),
+            exported_program=absolute_or_empty(config.eval.exported_program),
+        ),
     )
 
 

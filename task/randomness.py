@@ -23,6 +23,7 @@ class Stream(IntEnum):
     CLASSIFIER = 7
     TEST_SPLIT = 8
     HOLD_OUT = 9
+    METRICS = 10
 
 
 def numpy_generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:
