@@ -228,6 +228,8 @@ def evaluate_images(
         f"[N, {', '.join(map(str, dataset.train.images.shape[1:]))}] as the real ones",
         tuple(generated.images.shape),
     )
+    if with_classification:
+        _require_every_class(generated, num_classes)
     if real is None:
         real = extract_real(
             dataset,
@@ -303,8 +305,7 @@ def classification_accuracy_score(
 
     Source: Ravuri & Vinyals 2019.
     """
-    missing = sorted(set(range(num_classes)) - set(generated.labels.tolist()))
-    require(not missing, "generated.labels", "of every class", f"none of {missing}")
+    _require_every_class(generated, num_classes)
     model = train_classifier(
         generated,
         num_classes=num_classes,
@@ -313,6 +314,11 @@ def classification_accuracy_score(
         device=device,
     )
     return accuracy(model, test.images, test.labels)
+
+
+def _require_every_class(generated: ImageSet, num_classes: int) -> None:
+    missing = sorted(set(range(num_classes)) - set(generated.labels.tolist()))
+    require(not missing, "generated.labels", "of every class", f"none of {missing}")
 
 
 def _classification(

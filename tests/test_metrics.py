@@ -20,7 +20,6 @@ from task.metrics import (
     squared_mmd,
 )
 
-
 # torchmetrics says that it keeps all features.
 pytestmark = pytest.mark.filterwarnings("ignore:Metric `:UserWarning")
 
