@@ -24,6 +24,7 @@ class Stream(IntEnum):
     TEST_SPLIT = 8
     HOLD_OUT = 9
     METRICS = 10
+    EVALUATED_IMAGES = 11
 
 
 def numpy_generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:
