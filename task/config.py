@@ -38,6 +38,8 @@ FILE_SETS = {
     "odir": "odir",
 }
 DATA_SETS = (*PACKAGED_SETS, *FILE_SETS)
+IMAGE_RANGES = ("correct", "paper")
+EXTRACTORS = ("inception", "classifier", "exported")
 DIFFUSION_CHOICES = {
     "schedule": ("linear", "cosine", "continuous"),
     "prediction_type": ("epsilon", "v_prediction", "sample"),
@@ -336,9 +338,21 @@ class EvalConfig:
     images_per_class: int = MISSING
     num_images: int = MISSING
     batch_size: int = MISSING
+    extractor: str = MISSING
+    image_range: str = MISSING
+    inception_weights: str = MISSING
+    exported_program: str = MISSING
 
     def __post_init__(self) -> None:
         require_positive("eval", self, "every", "images_per_class", "batch_size")
+        require_one_of("eval.extractor", self.extractor, EXTRACTORS)
+        require_one_of("eval.image_range", self.image_range, IMAGE_RANGES)
+        require(
+            self.extractor != "exported" or self.exported_program != "",
+            "eval.exported_program",
+            "the file of a program for eval.extractor=exported",
+            self.exported_program,
+        )
         require(self.num_images >= 0, "eval.num_images", ">= 0 (0: off)", self.num_images)
 
 
@@ -471,10 +485,13 @@ def load_run_config(run_config: Mapping[str, Any]) -> Config:
 
 
 def anchored(config: Config, folder: Path) -> Config:
-    """Make the folders of a configuration absolute; relative ones count from `folder`."""
+    """Make the paths of a configuration absolute; relative ones count from `folder`."""
 
     def absolute(name: str) -> str:
         return str((folder / Path(name).expanduser()).absolute())
+
+    def absolute_or_empty(name: str) -> str:
+        return absolute(name) if name else ""
 
     return dataclasses.replace(
         config,
@@ -483,6 +500,11 @@ def anchored(config: Config, folder: Path) -> Config:
             config.data,
             root=absolute(config.data.root),
             cache_dir=absolute(config.data.cache_dir),
+        ),
+        eval=dataclasses.replace(
+            config.eval,
+            inception_weights=absolute_or_empty(config.eval.inception_weights),
+            exported_program=absolute_or_empty(config.eval.exported_program),
         ),
     )
 

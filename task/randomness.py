@@ -23,6 +23,8 @@ class Stream(IntEnum):
     CLASSIFIER = 7
     TEST_SPLIT = 8
     HOLD_OUT = 9
+    METRICS = 10
+    EVALUATED_IMAGES = 11
 
 
 def numpy_generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

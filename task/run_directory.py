@@ -37,7 +37,8 @@ FREE_TO_CHANGE = frozenset(
         *("federation.min_replies", "federation.node_wait", "federation.round_timeout"),
         *("federation.keep_checkpoints", "federation.cpus_per_client"),
         *("federation.gpus_per_client", "eval.every", "eval.images_per_class"),
-        *("eval.num_images", "eval.batch_size"),
+        *("eval.num_images", "eval.batch_size", "eval.extractor", "eval.image_range"),
+        *("eval.inception_weights", "eval.exported_program"),
     }
 )
 

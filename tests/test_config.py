@@ -423,3 +423,22 @@ def test_stored_values_are_checked_like_given_ones(tmp_path: Path) -> None:
 def test_missing_configuration_file_is_said_to_be_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.yaml"):
         read_config(tmp_path / "config.yaml")
+
+
+def test_files_of_the_extractors_are_absolute_or_empty() -> None:
+    config = anchored(load_config(["eval.inception_weights=w.pth"]), Path("/there"))
+    assert config.eval.inception_weights == "/there/w.pth"
+    assert config.eval.exported_program == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval.extractor=eye", r"eval\.extractor must be one of inception, classifier, exported"),
+        ("eval.image_range=both", r"eval\.image_range must be one of correct, paper"),
+        ("eval.extractor=exported", r"eval\.exported_program must be the file of a program"),
+    ],
+)
+def test_extractors_out_of_range_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config([override])

@@ -1,0 +1,1 @@
+"""The command line `feddm`: what is done with a run after its training."""

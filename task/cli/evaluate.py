@@ -1,0 +1,276 @@
+"""`feddm evaluate`: images from a run's final weights, measured beside real ones."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+from task.checkpoint import load_weights
+from task.config import (
+    Config,
+    anchored,
+    as_hydra,
+    composition_error,
+    config_from_hydra,
+    read_config,
+    require,
+    value_paths,
+)
+from task.data import ImageSet, build_dataset
+from task.evaluate import KID_SUBSETS, MetricReport, evaluate_images
+from task.features import build_extractor
+from task.files import atomic_path
+from task.metrics import Copying
+from task.randomness import Stream, torch_generator
+from task.sampler import build_sampler, sample_batches, to_uint8
+from task.train import select_device
+from task.unet import UNet, build_unet
+
+HASH_DIGITS = 12
+
+Row = tuple[str, str, str]
+
+
+def evaluation_config(
+    run: Path, overrides: Iterable[str], options: Mapping[str, object | None]
+) -> Config:
+    """Read the configuration of a run, with what is to be measured otherwise.
+
+    Args:
+        run: its folder.
+        overrides: `name=value`, of values that say how to measure and not what was trained.
+        options: by name as well; None leaves a value as it is. They win over `overrides`.
+
+    Returns:
+        The configuration with absolute paths; new relative ones count from the working directory.
+
+    Raises:
+        ValueError: there is no run, or a name or value is wrong.
+    """
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"RUN: {run} holds no run (there is no {file})")
+    tree = as_hydra(read_config(file))
+    try:
+        for override in overrides:
+            name, equals, value = override.partition("=")
+            require(
+                bool(equals) and name in _measuring_values(),
+                "an override",
+                f"NAME=VALUE with a name of {', '.join(sorted(_measuring_values()))}",
+                override,
+            )
+            OmegaConf.update(tree, name, value)
+        for name, chosen in options.items():
+            if chosen is not None:
+                OmegaConf.update(tree, name, chosen)
+    except OmegaConfBaseException as error:
+        raise ValueError(composition_error(error)) from error
+    return anchored(config_from_hydra(tree), Path.cwd())
+
+
+def _measuring_values() -> set[str]:
+    used = {"extractor", "image_range", "batch_size"}
+    used |= {"inception_weights", "exported_program"}
+    return {path for path in value_paths() if path.removeprefix("eval.") in used} | {
+        "data.root",
+        "data.cache_dir",
+        "train.device",
+    }
+
+
+def evaluate_run(
+    run: Path, config: Config, *, num_per_class: int | None, say: Callable[[str], object]
+) -> MetricReport:
+    """Draw images from the final weights of a run, measure them, and keep what was found.
+
+    Args:
+        run: the folder of the run; `evaluation-<extractor>-<image_range>.json` is written there.
+        config: see `evaluation_config`.
+        num_per_class: images of each class; None: as many as the test split has.
+        say: takes the text for the reader.
+
+    Raises:
+        FileNotFoundError: files of the data set or of the extractor are missing.
+        ValueError: there are no final weights, or they do not fit, or there are too few images.
+    """
+    device = select_device(config.train.device)
+    model, last = final_model(run, config)
+    dataset = build_dataset(config, download=True)
+    # Before the images, which may take hours: its files may be missing.
+    extractor = build_extractor(config, dataset.train, device)
+    labels = class_labels(dataset.test.labels, len(config.data.classes), num_per_class)
+    say(f"drawing {len(labels):,} images on {device}")
+    images = sample_batches(
+        build_sampler(config),
+        model.to(device),
+        labels.to(device),
+        batch_size=config.eval.batch_size,
+        generator=torch_generator(config.seed, Stream.EVALUATED_IMAGES, device=device),
+    )
+    say("measuring them")
+    report = evaluate_images(
+        ImageSet(to_uint8(images).cpu(), labels),
+        dataset,
+        extractor=extractor,
+        data_name=config.data.name,
+        num_classes=len(config.data.classes),
+        horizontal_flip=config.data.horizontal_flip,
+        seed=config.seed,
+        batch_size=config.eval.batch_size,
+        cache_dir=Path(config.data.cache_dir),
+    )
+    title = f"{run.resolve().name}, round {last} of {config.federation.rounds}"
+    say(f"\n{title}\n\n{format_table(report)}\n")
+    counts = sorted(set(labels.bincount().tolist()))
+    say("\n".join(f"- {line}" for line in caption(report, counts)))
+    file = run / f"evaluation-{config.eval.extractor}-{config.eval.image_range}.json"
+    write_report(file, report, config, last)
+    say(f"\nwritten to {file}")
+    return report
+
+
+def final_model(run: Path, config: Config) -> tuple[UNet, int]:
+    """Build the network of a run with its final weights; returns it and their round.
+
+    Raises:
+        ValueError: there are none, or they are not weights of this network.
+    """
+    file = run / "model.safetensors"
+    if not file.is_file():
+        raise ValueError(
+            f"no final weights in {run}: finish it with feddm-train output_dir={config.output_dir} "
+            f"run_name={config.run_name} resume=true and the words that it was started with"
+        )
+    weights, metadata = load_weights(file)
+    require("round" in metadata, f"the metadata of {file}", "with a round", metadata)
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    require(not broken, str(file), "finite weights", f"NaN or infinity in {broken[:3]}")
+    model = build_unet(config)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{file} does not fit the network of {run}/config.yaml: {error}") from None
+    return model, int(metadata["round"])
+
+
+def class_labels(test_labels: Tensor, num_classes: int, num_per_class: int | None) -> Tensor:
+    """List the classes to draw, [N] int64: of each `num_per_class`, or what the test split has."""
+    counts = test_labels.bincount(minlength=num_classes)
+    if num_per_class is not None:
+        counts = torch.full((num_classes,), num_per_class)
+    return torch.arange(num_classes).repeat_interleave(counts)
+
+
+def write_report(file: Path, report: MetricReport, config: Config, server_round: int) -> None:
+    """Write a report as JSON, atomically, with the round and how its images were drawn."""
+    diffusion = config.diffusion
+    drawn = {
+        "round": server_round,
+        "sampler": diffusion.sampler,
+        "num_inference_steps": diffusion.num_inference_steps or diffusion.num_timesteps,
+        "guidance_scale": diffusion.guidance_scale,
+        "batch_size": config.eval.batch_size,
+    }
+    with atomic_path(file) as aside:
+        content = json.dumps(report.describe() | drawn, indent=1)
+        aside.write_text(content + "\n", encoding="utf-8")
+
+
+def format_table(report: MetricReport) -> str:
+    """Lay a report out: a metric per line, generated images beside real ones."""
+    rows = [("metric", "generated", "real"), *_score_rows(report)]
+    found = report.classification
+    if found is not None:
+        rows += [
+            ("classification accuracy score, same n ^", *_pair(found.cas, found.cas_real_same_n)),
+            ("  trained on all real images ^", "", f"{found.cas_real:.4f}"),
+            ("found in the class asked for ^", f"{found.agreement:.4f}", ""),
+        ]
+    for space, copies in (("pixels", report.pixel_copying), ("features", report.feature_copying)):
+        if copies is not None:
+            rows += _copying_rows(space, copies)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        f"{name:<{widths[0]}}  {generated:>{widths[1]}}  {real:>{widths[2]}}".rstrip()
+        for name, generated, real in rows
+    ]
+    return "\n".join([lines[0], "-" * (sum(widths) + 4), *lines[1:]])
+
+
+def _score_rows(report: MetricReport) -> list[Row]:
+    ours, floor = dataclasses.asdict(report.generated), dataclasses.asdict(report.floor)
+    rows = []
+    for name, title in (
+        ("inception_score", "inception score ^"),
+        ("fid_train", "FID (train) v"),
+        ("fid_test", "FID (test) v"),
+        ("kid_train", "KID (train) v"),
+        ("kid_test", "KID (test) v"),
+        ("precision", "precision ^"),
+        ("recall", "recall ^"),
+        ("density", "density ~1"),
+        ("coverage", "coverage ^"),
+    ):
+        if ours[name] is not None:
+            generated, real = (
+                _with_std(part[name], part.get(f"{name}_std")) for part in (ours, floor)
+            )
+            rows.append((title, generated, real))
+    return rows
+
+
+def _with_std(value: float, std: float | None) -> str:
+    return f"{value:.4f}" if std is None else f"{value:.4f} +- {std:.4f}"
+
+
+def _pair(generated: float, real: float) -> tuple[str, str]:
+    return f"{generated:.4f}", f"{real:.4f}"
+
+
+def _copying_rows(space: str, copies: Copying) -> list[Row]:
+    return [
+        (f"nearest training image, {space}", *_pair(copies.generated, copies.held_out)),
+        (f"  as near as the nearest 1 % of real, {space}", *_pair(copies.copied, 0.01)),
+    ]
+
+
+def caption(report: MetricReport, counts: list[int]) -> list[str]:
+    """Say what a table holds for: what was measured through what, and how many images.
+
+    Args:
+        report: the table's.
+        counts: different numbers of generated images per class, ascending.
+    """
+    label = report.label
+    span = "-".join(f"{number:,}" for number in dict.fromkeys((counts[0], counts[-1])))
+    lines = [
+        f"data {label.data}: {label.n_generated:,} generated images ({span} of each class), "
+        f"{label.n_train:,} training and {label.n_test:,} test images; seed {label.seed}",
+        f"extractor {label.extractor} {label.extractor_sha256[:HASH_DIGITS]}, image range "
+        f"{label.image_range}" + (", real images mirrored at random" * label.real_flipped),
+        f"real: {label.n_floor:,} real images in place of the generated ones, the fewest of the "
+        "three sets (test images against the training images and for the inception score, "
+        "training images against the test images)",
+        f"KID: {KID_SUBSETS} subsets of {label.kid_subset_size:,} images; FID depends on n, "
+        "compare equal n only",
+        "precision, recall, density and coverage: against the test images",
+        "nearest training image: medians, beside those of held-out test images",
+        "^ higher is better, v lower is better",
+    ]
+    if label.n_floor < label.n_generated:
+        lines.insert(
+            3,
+            f"the real column has fewer images than the generated one ({label.n_floor:,} against "
+            f"{label.n_generated:,}), which makes its FID larger",
+        )
+    if label.extractor != "inception":
+        lines.insert(2, "not the scores of the literature, which look through Inception")
+    if label.image_range == "paper":
+        lines.insert(2, "the wrapped range of the published tables: never beside correct figures")
+    return lines

@@ -1,0 +1,100 @@
+"""`feddm`: the commands, their options and how they fail.
+
+A command takes its arguments apart and hands them to a module of its own, which it imports when
+it is called: torch takes seconds, and `feddm --help` needs none of it.
+"""
+
+import errno
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+
+class OneLineErrors(TyperGroup):
+    """Commands that end in one line on stderr and status 1 where an input is at fault."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise  # the reader of a pipe left, which click ends quietly
+            typer.echo(f"feddm: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=OneLineErrors, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+
+@app.callback()
+def feddm() -> None:
+    """Work with the runs that feddm-train left behind."""
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Further values as NAME=VALUE: eval.*, data.root and train.device, for example "
+            "eval.inception_weights=/models/inception.pth.",
+            show_default=False,
+        ),
+    ] = None,
+    extractor: Annotated[
+        str | None,
+        typer.Option(help="inception, classifier or exported; else what the run's config says."),
+    ] = None,
+    image_range: Annotated[
+        str | None,
+        typer.Option(
+            help="correct, or paper for the range of the published tables; else the run's."
+        ),
+    ] = None,
+    num_per_class: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Images to draw of each class; else as many as the test split has."
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images at a time; else the run's eval.batch_size. Another number draws "
+            "other images.",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N; else the run's train.device.")
+    ] = None,
+) -> None:
+    """Measure images of a run's final weights, with real images beside them.
+
+    Prints a table and writes RUN/evaluation-<extractor>-<image range>.json.
+    """
+    from task.cli.evaluate import evaluate_run, evaluation_config
+
+    config = evaluation_config(
+        run,
+        overrides or [],
+        {
+            "eval.extractor": extractor,
+            "eval.image_range": image_range,
+            "eval.batch_size": batch_size,
+            "train.device": device,
+        },
+    )
+    evaluate_run(run, config, num_per_class=num_per_class, say=typer.echo)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="feddm")

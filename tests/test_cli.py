@@ -1,0 +1,160 @@
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from typer.testing import CliRunner
+
+from task.checkpoint import save_weights
+from task.cli.main import app
+from task.config import anchored, load_config, write_config
+from task.unet import build_unet
+
+FILE = "evaluation-classifier-correct.json"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("task.evaluate.KID_SUBSETS", 5)
+        patch.setattr("task.classifier.MAX_STEPS", 20)
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a finished run of a network that learned nothing."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = load_config(
+        [
+            *("data=digits", "data.image_size=8", "data.test_fraction=0.1", "run_name=tiny"),
+            *("model.width=8", "model.num_poolings=1", "diffusion.num_inference_steps=4"),
+            *("train.device=cpu", "federation.rounds=3", f"output_dir={folder}"),
+            f"data.cache_dir={folder / 'cache'}",
+        ]
+    )
+    path = folder / "tiny"
+    path.mkdir()
+    write_config(anchored(config, folder), path / "config.yaml")
+    torch.manual_seed(0)
+    save_weights(path / "model.safetensors", build_unet(config).state_dict(), {"round": "3"})
+    return path
+
+
+def feddm(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def assert_fails_in_one_line(result: Result, *expected: str) -> None:
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith("feddm: ")
+    assert result.stderr.count("\n") == 1
+    for words in expected:
+        assert words in result.stderr
+
+
+def test_help_lists_the_commands() -> None:
+    result = feddm("--help")
+    assert result.exit_code == 0
+    assert "evaluate" in result.stdout
+    assert "--num-per-class" in feddm("evaluate", "--help").stdout
+
+
+def test_evaluate_prints_a_table_and_writes_what_it_holds_for(run: Path) -> None:
+    result = feddm("evaluate", run)
+    assert result.exit_code == 0, result.output
+    found = json.loads((run / FILE).read_text())
+    assert all(math.isfinite(v) for v in found.values() if not isinstance(v, str))
+    # The test split holds a tenth of each class of 1,797 digits.
+    assert found["n_generated"] == found["n_test"] == found["n_floor"]
+    expected = {"round": 3, "data": "digits", "extractor": "classifier", "image_range": "correct"}
+    assert {name: found[name] for name in expected} == expected
+    assert found["fid_train"] > found["floor_fid_train"]
+    for words in (
+        "tiny, round 3 of 3",
+        f"FID (test) v {found['fid_test']:.4f} {found['floor_fid_test']:.4f}",
+        f"classification accuracy score, same n ^ {found['cas']:.4f}",
+        f"extractor classifier {found['extractor_sha256'][:12]}, image range correct",
+        f"{found['n_floor']:,} real images in place of the generated ones",
+        "not the scores of the literature",
+        str(run / FILE),
+    ):
+        assert words in " ".join(result.stdout.split())
+
+
+def test_evaluate_repeats_itself_for_a_seed(run: Path) -> None:
+    texts = []
+    for _ in range(2):
+        assert feddm("evaluate", run, "--num-per-class", 2).exit_code == 0
+        texts.append((run / FILE).read_bytes())
+    assert texts[0] == texts[1]
+    assert json.loads(texts[0])["n_generated"] == 20
+
+
+def test_options_and_overrides_change_how_images_are_measured(run: Path, tmp_path: Path) -> None:
+    options = ("--image-range", "paper", "--num-per-class", 20, "--batch-size", 50)
+    result = feddm("evaluate", run, f"data.cache_dir={tmp_path}", *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads((run / "evaluation-classifier-paper.json").read_text())
+    assert (found["image_range"], found["n_generated"], found["batch_size"]) == ("paper", 200, 50)
+    assert "never beside correct figures" in result.stdout
+    assert f"fewer images than the generated one ({found['n_floor']} against 200)" in result.stdout
+    assert [*tmp_path.glob("classifier-*.safetensors")] != []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--extractor", "vgg"), "eval.extractor must be one of inception, classifier, exported"),
+        (("--extractor", "exported"), "eval.exported_program must be the file of a program"),
+        (("--device", "tpu"), "train.device must be auto, cpu, cuda or cuda:N"),
+        (("partition.beta=1",), "an override must be NAME=VALUE with a name of data.cache_dir"),
+        (("eval.extractor",), "an override must be NAME=VALUE"),
+        (("eval.batch_size=many",), "many"),
+        (("--num-per-class", "1", "eval.batch_size=0"), "eval.batch_size must be > 0"),
+    ],
+)
+def test_wrong_words_are_errors_of_one_line(
+    run: Path, words: tuple[str, ...], expected: str
+) -> None:
+    assert_fails_in_one_line(feddm("evaluate", run, *words), expected)
+
+
+def test_a_folder_that_holds_no_run_is_an_error_of_one_line(tmp_path: Path) -> None:
+    assert_fails_in_one_line(feddm("evaluate", tmp_path), f"{tmp_path} holds no run")
+    assert_fails_in_one_line(feddm("evaluate", tmp_path / "no"), "holds no run")
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    assert_fails_in_one_line(feddm("evaluate", tmp_path), "is not a configuration of this feddm")
+
+
+def test_unusable_weights_are_errors_of_one_line(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    assert_fails_in_one_line(
+        feddm("evaluate", tmp_path),
+        f"no final weights in {tmp_path}: finish it with feddm-train",
+        "resume=true",
+    )
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"nothing of the kind")
+    assert_fails_in_one_line(feddm("evaluate", tmp_path), "not a readable safetensors file")
+    save_weights(file, {"weight": torch.ones(1)}, {"round": "3"})
+    assert_fails_in_one_line(feddm("evaluate", tmp_path), "does not fit the network")
+    save_weights(file, {"weight": torch.full((1,), math.nan)}, {"round": "3"})
+    assert_fails_in_one_line(feddm("evaluate", tmp_path), "finite weights, got", "['weight']")
+
+
+def test_inception_without_weights_fails_before_images_are_drawn(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    result = feddm("evaluate", run, "--extractor", "inception")
+    assert_fails_in_one_line(result, "eval.extractor=inception needs Inception's weights")
+    assert "drawing" not in result.stdout

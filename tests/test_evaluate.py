@@ -1,0 +1,242 @@
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from task.data import Dataset, ImageSet, load_dataset
+from task.evaluate import (
+    MetricReport,
+    classification_accuracy_score,
+    evaluate_images,
+    extract_real,
+)
+from task.features import FeatureExtractor, cached_classifier, classifier_extractor
+from task.metrics import frechet_distance, inception_score
+from task.randomness import Stream, torch_generator
+
+HONEST = 400
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_subsets() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("task.evaluate.KID_SUBSETS", 10)
+        yield
+
+
+@pytest.fixture(scope="module")
+def everything() -> Dataset:
+    return load_dataset(
+        "digits",
+        root=".",
+        image_size=8,
+        channels=1,
+        num_classes=10,
+        test_fraction=0.2,
+        seed=0,
+        download=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def digits(everything: Dataset) -> Dataset:
+    order = torch.randperm(len(everything.train), generator=torch.Generator().manual_seed(0))
+    return Dataset(everything.train.subset(order[HONEST:]), everything.test)
+
+
+@pytest.fixture(scope="module")
+def honest(everything: Dataset) -> ImageSet:
+    """Real images that are in neither split, as a perfect generator would draw them."""
+    order = torch.randperm(len(everything.train), generator=torch.Generator().manual_seed(0))
+    return everything.train.subset(order[:HONEST])
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def extractor(digits: Dataset, cache: Path) -> FeatureExtractor:
+    model = cached_classifier(
+        digits.train,
+        num_classes=10,
+        horizontal_flip=False,
+        seed=0,
+        device="cpu",
+        cache_dir=cache,
+    )
+    return classifier_extractor(model, image_range="correct")
+
+
+def evaluate(
+    generated: ImageSet, digits: Dataset, extractor: FeatureExtractor, **changes: Any
+) -> MetricReport:
+    settings: dict[str, Any] = {
+        "data_name": "digits",
+        "num_classes": 10,
+        "horizontal_flip": False,
+        "seed": 0,
+        "with_classification": False,
+        **changes,
+    }
+    return evaluate_images(generated, digits, extractor=extractor, **settings)
+
+
+@pytest.fixture(scope="module")
+def report(
+    honest: ImageSet, digits: Dataset, extractor: FeatureExtractor, cache: Path
+) -> MetricReport:
+    return evaluate(honest, digits, extractor, with_classification=True, cache_dir=cache)
+
+
+def noise(number: int) -> ImageSet:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (number, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    return ImageSet(images, torch.arange(number) % 10)
+
+
+def test_real_images_in_place_of_generated_ones_reach_the_floor(
+    report: MetricReport, digits: Dataset
+) -> None:
+    found, floor = report.generated, report.floor
+    assert report.label.n_floor == len(digits.test) < report.label.n_generated == HONEST
+    for name in ("fid_train", "fid_test"):
+        assert getattr(found, name) == pytest.approx(getattr(floor, name), rel=1)
+    for name in ("precision", "recall", "density", "coverage"):
+        assert getattr(found, name) == pytest.approx(getattr(floor, name), abs=0.15)
+    assert found.inception_score is not None
+    assert found.inception_score == pytest.approx(floor.inception_score, rel=0.1)
+    assert abs(found.kid_train) < 3 * found.kid_train_std
+    classification = report.classification
+    assert classification is not None
+    assert classification.cas == pytest.approx(classification.cas_real_same_n, abs=0.06)
+    assert min(classification.cas_real, classification.agreement) > 0.93
+    assert report.pixel_copying is not None
+    assert report.pixel_copying.generated == pytest.approx(report.pixel_copying.held_out, rel=0.1)
+    assert report.pixel_copying.copied < 0.06
+
+
+def test_noise_is_far_from_everything(
+    digits: Dataset, honest: ImageSet, extractor: FeatureExtractor
+) -> None:
+    report = evaluate(noise(HONEST), digits, extractor)
+    assert report.generated.fid_train > 20 * report.floor.fid_train
+    assert report.generated.fid_test > 20 * report.floor.fid_test
+    assert report.generated.kid_test > 20 * abs(report.floor.kid_test)
+    assert report.generated.coverage < 0.05
+    assert report.pixel_copying is not None and report.pixel_copying.copied == 0
+
+
+def test_copies_of_training_images_show(digits: Dataset, extractor: FeatureExtractor) -> None:
+    copies = digits.train.subset(torch.arange(HONEST))
+    report = evaluate(copies, digits, extractor)
+    assert report.pixel_copying is not None and report.feature_copying is not None
+    assert (report.pixel_copying.generated, report.pixel_copying.copied) == (0, 1)
+    assert report.feature_copying.generated == pytest.approx(0, abs=1e-5)
+    assert report.feature_copying.copied == 1
+    mirrored = ImageSet(copies.images.flip(-1), copies.labels)
+    seen = evaluate(mirrored, digits, extractor, horizontal_flip=True).pixel_copying
+    unseen = evaluate(mirrored, digits, extractor).pixel_copying
+    assert seen is not None and (seen.generated, seen.copied) == (0, 1)
+    assert unseen is not None and unseen.copied < 0.5
+
+
+def test_pixel_distance_is_the_root_mean_square_of_the_difference(
+    extractor: FeatureExtractor,
+) -> None:
+    def grey(*values: int) -> ImageSet:
+        images = torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+        return ImageSet(images, torch.arange(len(values)) % 10)
+
+    dataset = Dataset(grey(*range(0, 20)), grey(*range(71, 82)))
+    report = evaluate(grey(*range(117, 128)), dataset, extractor)
+    assert report.pixel_copying is not None
+    assert report.pixel_copying.generated == pytest.approx((122 - 19) / 255)
+    assert report.pixel_copying.held_out == pytest.approx((76 - 19) / 255)
+
+
+def test_scores_are_those_of_the_features(
+    digits: Dataset, honest: ImageSet, extractor: FeatureExtractor
+) -> None:
+    settings: dict[str, Any] = {"extractor": extractor, "horizontal_flip": False, "seed": 0}
+    real = extract_real(digits, **settings)
+    seen = extract_real(Dataset(honest, honest), **settings).train
+    report = evaluate(honest, digits, extractor, real=real, with_copying=False)
+    assert report == evaluate(honest, digits, extractor, batch_size=1000, with_copying=False)
+    fid = frechet_distance(seen.features, real.train.features)
+    assert report.generated.fid_train == pytest.approx(fid)
+    floor = frechet_distance(real.test.features, real.train.features)
+    assert report.floor.fid_train == pytest.approx(floor)
+    assert real.test.probabilities is not None
+    generator = torch_generator(0, Stream.METRICS, 5)
+    score = inception_score(real.test.probabilities, generator=generator).mean
+    # The stand-ins are all test images in another order, so other splits.
+    assert report.floor.inception_score == pytest.approx(score, rel=0.05)
+
+
+def test_paper_range_is_another_measure_and_says_so(
+    digits: Dataset, honest: ImageSet, extractor: FeatureExtractor
+) -> None:
+    wrapped = dataclasses.replace(extractor, image_range="paper")
+    correct = evaluate(honest, digits, extractor, horizontal_flip=True, with_copying=False)
+    plain = evaluate(honest, digits, wrapped, with_copying=False)
+    flipped = evaluate(honest, digits, wrapped, horizontal_flip=True, with_copying=False)
+    labels = [(r.label.image_range, r.label.real_flipped) for r in (correct, plain, flipped)]
+    assert labels == [("correct", False), ("paper", False), ("paper", True)]
+    assert len({r.generated.fid_train for r in (correct, plain, flipped)}) == 3
+    assert flipped == evaluate(honest, digits, wrapped, horizontal_flip=True, with_copying=False)
+
+
+def test_describe_holds_plain_values_and_all_that_labels_a_cell(
+    report: MetricReport, digits: Dataset, honest: ImageSet, extractor: FeatureExtractor
+) -> None:
+    found = json.loads(json.dumps(report.describe()))
+    assert found["data"] == "digits"
+    assert (found["extractor"], found["extractor_sha256"]) == ("classifier", extractor.sha256)
+    assert (found["n_train"], found["n_test"]) == (len(digits.train), len(digits.test))
+    assert found["kid_subset_size"] == len(digits.test)
+    assert found["fid_test"] == report.generated.fid_test
+    assert found["floor_fid_test"] == report.floor.fid_test
+    assert report.pixel_copying is not None
+    assert found["pixel_copied"] == report.pixel_copying.copied
+    assert {"cas", "cas_real", "cas_real_same_n", "agreement", "feature_held_out"} <= set(found)
+    unsure = dataclasses.replace(
+        extractor, network=lambda images: (extractor.network(images)[0], None)
+    )
+    less = evaluate(honest, digits, unsure, with_copying=False).describe()
+    left_out = {"inception_score", "floor_inception_score", "cas", "pixel_copied"}
+    assert not left_out & set(less)
+
+
+def test_permuted_classes_bring_cas_to_chance(
+    report: MetricReport, honest: ImageSet, digits: Dataset
+) -> None:
+    settings: dict[str, Any] = {
+        "num_classes": 10,
+        "horizontal_flip": False,
+        "seed": 0,
+        "device": "cpu",
+    }
+    order = torch.randperm(HONEST, generator=torch.Generator().manual_seed(0))
+    permuted = ImageSet(honest.images, honest.labels[order])
+    assert report.classification is not None and report.classification.cas > 0.9
+    assert classification_accuracy_score(permuted, digits.test, **settings) < 0.2
+
+
+def test_wrong_input_is_refused(
+    digits: Dataset, honest: ImageSet, extractor: FeatureExtractor
+) -> None:
+    few = honest.subset(torch.arange(5))
+    with pytest.raises(ValueError, match="of at least 10 images"):
+        evaluate(few, digits, extractor)
+    without = honest.subset(torch.nonzero(honest.labels != 3).flatten())
+    with pytest.raises(ValueError, match=r"generated\.labels must be of every class.* \[3\]"):
+        evaluate(without, digits, extractor, with_classification=True)
+    wide = ImageSet(honest.images.repeat(1, 1, 1, 2), honest.labels)
+    with pytest.raises(ValueError, match=r"generated\.images must be \[N, 1, 8, 8\]"):
+        evaluate(wide, digits, extractor)
