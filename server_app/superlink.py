@@ -56,6 +56,9 @@ def private_superlink() -> Iterator[SuperLink]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": os.environ.get("FLWR_TELEMETRY_ENABLED", "0"),
+        # A proxy is for what lies outside, and Flower's commands would go through it.
+        "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"])),
+        "no_proxy": ",".join(filter(None, [os.environ.get("no_proxy"), "127.0.0.1"])),
         # The commands of this environment come first, whatever the shell has found.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
@@ -132,9 +135,10 @@ def wait_until_healthy(process: "subprocess.Popen[bytes]", port: int, output: Pa
         RuntimeError: it ended, or did not answer in time; with the end of its output.
     """
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+            with direct.open(f"http://127.0.0.1:{port}/health", timeout=1):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)

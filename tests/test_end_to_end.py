@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from server_app.superlink import CONNECTION, free_port, private_superlink
+from server_app.superlink import CONNECTION, free_port, private_superlink, wait_until_healthy
 from task.checkpoint import load_weights
 from tests.processes import CHECKOUT, COMMANDS, SMALL, feddm_train, process, wait_for
 
@@ -214,7 +214,10 @@ def deployment(tmp_path: Path, hospital_folder: Path) -> Iterator[dict[str, str]
         superlink += ["--port", str(port), "--disable-runtime-dependency-installation"]
         log = tmp_path / "superlink.log"
         env = {"PATH": f"{COMMANDS}{os.pathsep}{os.environ['PATH']}"}
-        stack.enter_context(process(superlink, log=log, cwd=tmp_path, env={**home, **env}))
+        started = stack.enter_context(
+            process(superlink, log=log, cwd=tmp_path, env={**home, **env})
+        )
+        wait_until_healthy(started, port, log)
         for i, data in enumerate((hospital_folder, hospital_folder, broken)):
             node_home = {"FLWR_HOME": str(tmp_path / f"node-{i}")}
             node = [COMMANDS / "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
