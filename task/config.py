@@ -37,6 +37,7 @@ FILE_SETS = {
     "sars_cov_2_ct": "image_folder",
     "odir": "odir",
 }
+TRAIN_MODES = ("federated", "centralized")
 DATA_SETS = (*PACKAGED_SETS, *FILE_SETS)
 IMAGE_RANGES = ("correct", "paper")
 EXTRACTORS = ("inception", "classifier", "exported")
@@ -82,6 +83,15 @@ def require_positive(section: str, config: object, *fields: str) -> None:
             require(0 < value < math.inf, f"{section}.{field}", "> 0 and finite", value)
 
 
+def require_seed(name: str, value: int) -> None:
+    """Raise a ValueError unless a seed is in [0, 2^63).
+
+    Raises:
+        ValueError: it is not.
+    """
+    require(0 <= value < 2**63, name, "in [0, 2^63)", value)
+
+
 def class_folders(folder: Path) -> list[str]:
     """Name the folders in a folder, sorted, without hidden ones; none where there is no folder."""
     if not folder.is_dir():
@@ -105,6 +115,7 @@ class DataConfig:
     window: list[float] | None = None
     cache_dir: str = MISSING
     on_corrupt: str = MISSING
+    split_seed: int = MISSING
 
     def __post_init__(self) -> None:
         require_one_of("data.name", self.name, DATA_SETS)
@@ -131,6 +142,7 @@ class DataConfig:
             self.window,
         )
         require_one_of("data.on_corrupt", self.on_corrupt, ("refuse", "skip"))
+        require_seed("data.split_seed", self.split_seed)
 
     def _expected_classes(self) -> str:
         if self.name not in FILE_SETS:
@@ -254,8 +266,9 @@ class DiffusionConfig:
 
 @dataclass
 class TrainConfig:
-    """The local epochs of a hospital."""
+    """The local epochs of a hospital, or the training on the pooled data."""
 
+    mode: str = MISSING
     local_epochs: int = MISSING
     batch_size: int = MISSING
     lr: float = MISSING
@@ -266,6 +279,7 @@ class TrainConfig:
     deterministic: bool = MISSING
 
     def __post_init__(self) -> None:
+        require_one_of("train.mode", self.mode, TRAIN_MODES)
         require_positive("train", self, "local_epochs", "batch_size", "lr", "num_threads")
         require_one_of("train.precision", self.precision, ("auto", "float32", "bfloat16"))
         require(
@@ -292,6 +306,7 @@ class FederationConfig:
     keep_checkpoints: int = MISSING
     cpus_per_client: int = MISSING
     gpus_per_client: float | None = None
+    keep_local_models: list[int] = MISSING
 
     def __post_init__(self) -> None:
         require_positive(
@@ -312,6 +327,12 @@ class FederationConfig:
             "federation.min_replies",
             f"at most {sampled}, the clients that train in a round",
             self.min_replies,
+        )
+        require(
+            all(0 <= client < self.num_supernodes for client in self.keep_local_models),
+            "federation.keep_local_models",
+            f"numbers of clients, 0 to {self.num_supernodes - 1}",
+            self.keep_local_models,
         )
         if self.gpus_per_client is not None:
             require(
@@ -337,6 +358,10 @@ class EvalConfig:
     every: int = MISSING
     images_per_class: int = MISSING
     num_images: int = MISSING
+    metrics_every: int | None = None
+    final_metrics: bool = MISSING
+    num_per_class: int | None = None
+    seed: int = MISSING
     batch_size: int = MISSING
     extractor: str = MISSING
     image_range: str = MISSING
@@ -345,6 +370,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         require_positive("eval", self, "every", "images_per_class", "batch_size")
+        require_positive("eval", self, "metrics_every", "num_per_class")
+        require_seed("eval.seed", self.seed)
         require_one_of("eval.extractor", self.extractor, EXTRACTORS)
         require_one_of("eval.image_range", self.image_range, IMAGE_RANGES)
         require(
@@ -374,7 +401,7 @@ class Config:
     eval: EvalConfig = MISSING
 
     def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**63, "seed", "in [0, 2^63)", self.seed)
+        require_seed("seed", self.seed)
         require(
             self.run_name not in ("", ".", "..") and "/" not in self.run_name,
             "run_name",

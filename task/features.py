@@ -155,7 +155,7 @@ def build_extractor(
             train,
             num_classes=len(config.data.classes),
             horizontal_flip=config.data.horizontal_flip,
-            seed=config.seed,
+            seed=config.eval.seed,
             device=device,
             cache_dir=Path(config.data.cache_dir),
         )

@@ -36,8 +36,10 @@ FREE_TO_CHANGE = frozenset(
         *("federation.rounds", "federation.num_supernodes", "federation.min_nodes"),
         *("federation.min_replies", "federation.node_wait", "federation.round_timeout"),
         *("federation.keep_checkpoints", "federation.cpus_per_client"),
-        *("federation.gpus_per_client", "eval.every", "eval.images_per_class"),
-        *("eval.num_images", "eval.batch_size", "eval.extractor", "eval.image_range"),
+        *("federation.gpus_per_client", "federation.keep_local_models"),
+        *("eval.every", "eval.images_per_class"),
+        *("eval.num_images", "eval.metrics_every", "eval.final_metrics", "eval.num_per_class"),
+        *("eval.seed", "eval.batch_size", "eval.extractor", "eval.image_range"),
         *("eval.inception_weights", "eval.exported_program"),
     }
 )

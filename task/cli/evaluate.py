@@ -1,16 +1,12 @@
 """`feddm evaluate`: images from a run's final weights, measured beside real ones."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor
 
-from task.checkpoint import load_weights
 from task.config import (
     Config,
     anchored,
@@ -21,15 +17,14 @@ from task.config import (
     require,
     value_paths,
 )
-from task.data import ImageSet, build_dataset
-from task.evaluate import KID_SUBSETS, MetricReport, evaluate_images
+from task.data import build_dataset
+from task.evaluate import KID_SUBSETS, MetricReport
 from task.features import build_extractor
-from task.files import atomic_path
+from task.measure import draw_images, evaluation_file, full_labels, measure_images, write_report
 from task.metrics import Copying
-from task.randomness import Stream, torch_generator
-from task.sampler import build_sampler, sample_batches, to_uint8
+from task.randomness import Stream
+from task.runs import final_model
 from task.train import select_device
-from task.unet import UNet, build_unet
 
 HASH_DIGITS = 12
 
@@ -75,7 +70,7 @@ def evaluation_config(
 
 
 def _measuring_values() -> set[str]:
-    used = {"extractor", "image_range", "batch_size"}
+    used = {"extractor", "image_range", "batch_size", "num_per_class", "seed"}
     used |= {"inception_weights", "exported_program"}
     return {path for path in value_paths() if path.removeprefix("eval.") in used} | {
         "data.root",
@@ -84,15 +79,12 @@ def _measuring_values() -> set[str]:
     }
 
 
-def evaluate_run(
-    run: Path, config: Config, *, num_per_class: int | None, say: Callable[[str], object]
-) -> MetricReport:
+def evaluate_run(run: Path, config: Config, *, say: Callable[[str], object]) -> MetricReport:
     """Draw images from the final weights of a run, measure them, and keep what was found.
 
     Args:
         run: the folder of the run; `evaluation-<extractor>-<image_range>.json` is written there.
         config: see `evaluation_config`.
-        num_per_class: images of each class; None: as many as the test split has.
         say: takes the text for the reader.
 
     Raises:
@@ -104,82 +96,19 @@ def evaluate_run(
     dataset = build_dataset(config, download=True)
     # Before the images, which may take hours: its files may be missing.
     extractor = build_extractor(config, dataset.train, device)
-    labels = class_labels(dataset.test.labels, len(config.data.classes), num_per_class)
+    labels = full_labels(config, dataset)
     say(f"drawing {len(labels):,} images on {device}")
-    images = sample_batches(
-        build_sampler(config),
-        model.to(device),
-        labels.to(device),
-        batch_size=config.eval.batch_size,
-        generator=torch_generator(config.seed, Stream.EVALUATED_IMAGES, device=device),
-    )
+    images = draw_images(config, model, labels, device=device, stream=Stream.EVALUATED_IMAGES)
     say("measuring them")
-    report = evaluate_images(
-        ImageSet(to_uint8(images).cpu(), labels),
-        dataset,
-        extractor=extractor,
-        data_name=config.data.name,
-        num_classes=len(config.data.classes),
-        horizontal_flip=config.data.horizontal_flip,
-        seed=config.seed,
-        batch_size=config.eval.batch_size,
-        cache_dir=Path(config.data.cache_dir),
-    )
+    report = measure_images(config, images, dataset, extractor=extractor)
     title = f"{run.resolve().name}, round {last} of {config.federation.rounds}"
     say(f"\n{title}\n\n{format_table(report)}\n")
     counts = sorted(set(labels.bincount().tolist()))
     say("\n".join(f"- {line}" for line in caption(report, counts)))
-    file = run / f"evaluation-{config.eval.extractor}-{config.eval.image_range}.json"
+    file = evaluation_file(run, config)
     write_report(file, report, config, last)
     say(f"\nwritten to {file}")
     return report
-
-
-def final_model(run: Path, config: Config) -> tuple[UNet, int]:
-    """Build the network of a run with its final weights; returns it and their round.
-
-    Raises:
-        ValueError: there are none, or they are not weights of this network.
-    """
-    file = run / "model.safetensors"
-    if not file.is_file():
-        raise ValueError(
-            f"no final weights in {run}: finish it with feddm-train output_dir={config.output_dir} "
-            f"run_name={config.run_name} resume=true and the words that it was started with"
-        )
-    weights, metadata = load_weights(file)
-    require("round" in metadata, f"the metadata of {file}", "with a round", metadata)
-    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-    require(not broken, str(file), "finite weights", f"NaN or infinity in {broken[:3]}")
-    model = build_unet(config)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{file} does not fit the network of {run}/config.yaml: {error}") from None
-    return model, int(metadata["round"])
-
-
-def class_labels(test_labels: Tensor, num_classes: int, num_per_class: int | None) -> Tensor:
-    """List the classes to draw, [N] int64: of each `num_per_class`, or what the test split has."""
-    counts = test_labels.bincount(minlength=num_classes)
-    if num_per_class is not None:
-        counts = torch.full((num_classes,), num_per_class)
-    return torch.arange(num_classes).repeat_interleave(counts)
-
-
-def write_report(file: Path, report: MetricReport, config: Config, server_round: int) -> None:
-    """Write a report as JSON, atomically, with the round and how its images were drawn."""
-    diffusion = config.diffusion
-    drawn = {
-        "round": server_round,
-        "sampler": diffusion.sampler,
-        "num_inference_steps": diffusion.num_inference_steps or diffusion.num_timesteps,
-        "guidance_scale": diffusion.guidance_scale,
-        "batch_size": config.eval.batch_size,
-    }
-    with atomic_path(file) as aside:
-        content = json.dumps(report.describe() | drawn, indent=1)
-        aside.write_text(content + "\n", encoding="utf-8")
 
 
 def format_table(report: MetricReport) -> str:

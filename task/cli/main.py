@@ -61,7 +61,7 @@ def evaluate(
     num_per_class: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Images to draw of each class; else as many as the test split has."
+            min=1, help="Images to draw of each class; else the run's eval.num_per_class."
         ),
     ] = None,
     batch_size: Annotated[
@@ -88,11 +88,12 @@ def evaluate(
         {
             "eval.extractor": extractor,
             "eval.image_range": image_range,
+            "eval.num_per_class": num_per_class,
             "eval.batch_size": batch_size,
             "train.device": device,
         },
     )
-    evaluate_run(run, config, num_per_class=num_per_class, say=typer.echo)
+    evaluate_run(run, config, say=typer.echo)
 
 
 def main() -> None:

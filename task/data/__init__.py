@@ -35,7 +35,7 @@ def build_dataset(config: Config, *, download: bool) -> Dataset:
             channels=data.channels,
             window=None if data.window is None else (data.window[0], data.window[1]),
             test_fraction=data.test_fraction,
-            seed=config.seed,
+            seed=config.data.split_seed,
             cache_dir=data.cache_dir,
             on_corrupt=data.on_corrupt,
         )
@@ -46,6 +46,6 @@ def build_dataset(config: Config, *, download: bool) -> Dataset:
         channels=data.channels,
         num_classes=len(data.classes),
         test_fraction=data.test_fraction,
-        seed=config.seed,
+        seed=config.data.split_seed,
         download=download,
     )

@@ -1,0 +1,125 @@
+"""Draw images from a model and measure them as a run's configuration says."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from task.config import Config
+from task.data import Dataset, ImageSet
+from task.evaluate import MetricReport, RealFeatures, evaluate_images
+from task.features import FeatureExtractor
+from task.files import atomic_path
+from task.randomness import Stream, torch_generator
+from task.sampler import build_sampler, sample_batches, to_uint8
+from task.unet import UNet
+
+
+def draw_images(
+    config: Config, model: UNet, labels: Tensor, *, device: torch.device, stream: Stream
+) -> ImageSet:
+    """Draw an image of each label; the same seed, stream and batch size draw the same ones.
+
+    Args:
+        config: of the run: its sampler, seed and `eval.batch_size`.
+        model: moved to `device`.
+        labels: [N] int64.
+        device: that draws.
+        stream: what the images are for.
+
+    Returns:
+        The images, uint8 on the CPU, with their labels.
+    """
+    images = sample_batches(
+        build_sampler(config),
+        model.to(device),
+        labels.to(device),
+        batch_size=config.eval.batch_size,
+        generator=torch_generator(config.seed, stream, device=device),
+    )
+    return ImageSet(to_uint8(images).cpu(), labels)
+
+
+def balanced_labels(num_images: int, num_classes: int) -> Tensor:
+    """List classes in turn, [num_images] int64."""
+    return torch.arange(num_images) % num_classes
+
+
+def full_labels(config: Config, dataset: Dataset) -> Tensor:
+    """List the classes of the images that full metrics draw, [N] int64.
+
+    Of each class `eval.num_per_class`, or as many as the test split has, or, without a test
+    split, the training images.
+
+    Source: section IV of the paper.
+    """
+    num_classes = len(config.data.classes)
+    if config.eval.num_per_class is None:
+        real = dataset.test if len(dataset.test) > 0 else dataset.train
+        counts = real.labels.bincount(minlength=num_classes)
+    else:
+        counts = torch.full((num_classes,), config.eval.num_per_class)
+    return torch.arange(num_classes).repeat_interleave(counts)
+
+
+def measure_images(
+    config: Config,
+    generated: ImageSet,
+    dataset: Dataset,
+    *,
+    extractor: FeatureExtractor,
+    real: RealFeatures | None = None,
+    full: bool = True,
+) -> MetricReport:
+    """Measure generated images as a configuration says; see `evaluate_images`.
+
+    Args:
+        config: of the run, with absolute folders.
+        generated: the images.
+        dataset: the real ones.
+        extractor: of `build_extractor`.
+        real: of `extract_real`, where it is known.
+        full: whether to train classifiers and to search for copies as well.
+    """
+    return evaluate_images(
+        generated,
+        dataset,
+        extractor=extractor,
+        data_name=config.data.name,
+        num_classes=len(config.data.classes),
+        horizontal_flip=config.data.horizontal_flip,
+        seed=config.eval.seed,
+        batch_size=config.eval.batch_size,
+        cache_dir=Path(config.data.cache_dir),
+        real=real,
+        with_classification=full,
+        with_copying=full,
+    )
+
+
+def evaluation_file(run: Path, config: Config, subject: str = "") -> Path:
+    """Return the file of a run that keeps what an extractor said in an image range.
+
+    Args:
+        run: its folder.
+        config: says which extractor and range.
+        subject: what was measured where it is not the global model, such as "client-3".
+    """
+    parts = ["evaluation", config.eval.extractor, config.eval.image_range, subject]
+    return run / ("-".join(filter(None, parts)) + ".json")
+
+
+def write_report(file: Path, report: MetricReport, config: Config, server_round: int) -> None:
+    """Write a report as JSON, atomically, with the round and how its images were drawn."""
+    diffusion = config.diffusion
+    drawn = {
+        "round": server_round,
+        "sampler": diffusion.sampler,
+        "num_inference_steps": diffusion.num_inference_steps or diffusion.num_timesteps,
+        "guidance_scale": diffusion.guidance_scale,
+        "batch_size": config.eval.batch_size,
+    }
+    with atomic_path(file) as aside:
+        content = json.dumps(report.describe() | drawn, indent=1)
+        aside.write_text(content + "\n", encoding="utf-8")

@@ -1,0 +1,102 @@
+"""Read back what finished runs left behind: configuration, final weights, measurements."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from task.checkpoint import load_weights
+from task.config import Config, read_config, require
+from task.unet import UNet, build_unet
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that has its final weights.
+
+    Attributes:
+        path: its folder.
+        config: as resolved.
+        evaluations: the content of its evaluation-<extractor>-<image range>.json files, sorted
+            by name: `MetricReport.describe()` and how the images were drawn.
+        partition: of partition.json; None for a centralised run.
+    """
+
+    path: Path
+    config: Config
+    evaluations: tuple[dict[str, Any], ...]
+    partition: dict[str, Any] | None
+
+
+def find_runs(folder: Path) -> list[FinishedRun]:
+    """Find every finished run in a folder and below it, sorted by path.
+
+    Raises:
+        ValueError: a run's configuration is of another version of feddm.
+    """
+    return [
+        _read_run(config_file.parent)
+        for config_file in sorted(folder.rglob("config.yaml"))
+        if weights_file(config_file.parent).is_file()
+    ]
+
+
+def _read_run(path: Path) -> FinishedRun:
+    partition = path / "partition.json"
+    return FinishedRun(
+        path=path,
+        config=read_config(path / "config.yaml"),
+        evaluations=tuple(
+            json.loads(file.read_text(encoding="utf-8"))
+            for file in sorted(path.glob("evaluation-*.json"))
+            if "-client-" not in file.name
+        ),
+        partition=json.loads(partition.read_text(encoding="utf-8")) if partition.exists() else None,
+    )
+
+
+def weights_file(run: Path, client: int | None = None) -> Path:
+    """Return the file of a run's final weights, or of those of one of its simulated clients."""
+    return run / ("model.safetensors" if client is None else f"local/client-{client}.safetensors")
+
+
+def kept_clients(run: Path) -> list[int]:
+    """Number the clients whose own final weights a run has kept, ascending."""
+    return sorted(
+        int(file.stem.removeprefix("client-")) for file in run.glob("local/client-*.safetensors")
+    )
+
+
+def final_model(run: Path, config: Config, client: int | None = None) -> tuple[UNet, int]:
+    """Build the network of a run with its final weights; returns it and their round.
+
+    Args:
+        run: its folder.
+        config: of the run.
+        client: the number of a client whose own weights to take; None: the global ones.
+
+    Raises:
+        ValueError: there are none, or they are not weights of this network.
+    """
+    file = weights_file(run, client)
+    if client is not None and not file.is_file():
+        kept = ", ".join(map(str, kept_clients(run))) or "none"
+        raise ValueError(
+            f"client must be one whose weights are in {file.parent} ({kept}), got {client}; a "
+            f"run with federation.keep_local_models=[{client}] keeps them"
+        )
+    if not file.is_file():
+        raise ValueError(
+            f"no final weights in {run}: finish it with feddm-train output_dir={config.output_dir} "
+            f"run_name={config.run_name} resume=true and the words that it was started with"
+        )
+    weights, metadata = load_weights(file)
+    require("round" in metadata, f"the metadata of {file}", "with a round", metadata)
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    require(not broken, str(file), "finite weights", f"NaN or infinity in {broken[:3]}")
+    model = build_unet(config)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{file} does not fit the network of {run}/config.yaml: {error}") from None
+    return model, int(metadata["round"])
