@@ -6,7 +6,7 @@ from flwr.serverapp import Grid, ServerApp
 from server_app.federated_run import FederatedRun
 from server_app.log import log
 from server_app.superlink import end_with_submitter
-from task.config import load_run_config
+from task.config import load_run_config, require
 from task.run_directory import RunDirectory
 
 app = ServerApp()
@@ -16,7 +16,14 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Train one model over all hospitals, or go on where an earlier start of the run ended."""
     end_with_submitter()
-    directory = RunDirectory(load_run_config(context.run_config))
+    config = load_run_config(context.run_config)
+    require(
+        config.train.mode == "federated",
+        "train.mode",
+        "federated under `flwr run` (feddm-train trains the centralized baseline)",
+        config.train.mode,
+    )
+    directory = RunDirectory(config)
     log(f"results: {directory.path}")
     try:
         FederatedRun(grid, directory).run()

@@ -1,74 +1,209 @@
-"""What the server draws and measures itself: the sample grid and the final images."""
+"""What is drawn and measured of the global weights, on the way and at the end."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from server_app.log import log
+from task.checkpoint import load_weights
 from task.classifier import accuracy, train_classifier
 from task.config import Config
-from task.data import Dataset
-from task.randomness import Stream, torch_generator
-from task.sampler import build_sampler, sample_batches, to_uint8
+from task.data import Dataset, ImageSet
+from task.evaluate import MetricReport, RealFeatures, extract_real
+from task.features import FeatureExtractor, build_extractor
+from task.figures import mosaic, save_sample_grid
+from task.measure import (
+    balanced_labels,
+    draw_images,
+    evaluation_file,
+    full_labels,
+    measure_images,
+    write_report,
+)
+from task.randomness import Stream
+from task.run_directory import (
+    PARTITION_FILE,
+    RunDirectory,
+    read_metrics,
+    weights_file,
+)
 from task.unet import UNet
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How far a classifier trained on real images finds in generated ones what was asked for.
-
-    Attributes:
-        generated: share of the generated images that it takes for the class asked for.
-        real: share of the real test images that it gets right, the most one can hope for; None
-            where the data set has no test images.
-        num_images: how many generated images it saw.
-    """
-
-    generated: float
-    real: float | None
-    num_images: int
+def wants_metrics(config: Config) -> bool:
+    """Whether a run is to look through an extractor, so that it must be there."""
+    return config.eval.final_metrics or config.eval.metrics_every is not None
 
 
-def sample_grid(config: Config, model: UNet, device: torch.device) -> Tensor:
-    """Draw the images of a grid: the same noise in every round, so that rounds can be compared.
-
-    Returns:
-        [K * P, C, H, W] uint8 on the CPU, class after class.
-    """
-    labels = torch.arange(len(config.data.classes)).repeat_interleave(config.eval.images_per_class)
-    return _draw(config, model, labels, device, Stream.SAMPLE_GRID)
-
-
-def class_agreement(
-    config: Config, model: UNet, dataset: Dataset, device: torch.device
-) -> Agreement:
-    """Draw `eval.num_images` images, as many of each class, and show them to a classifier."""
-    labels = torch.arange(config.eval.num_images) % len(config.data.classes)
-    images = _draw(config, model, labels, device, Stream.FINAL_IMAGES)
-    classifier = train_classifier(
-        dataset.train,
-        num_classes=len(config.data.classes),
-        horizontal_flip=config.data.horizontal_flip,
-        seed=config.seed,
-        device=device,
-    )
-    return Agreement(
-        generated=accuracy(classifier, images, labels),
-        real=accuracy(classifier, dataset.test.images, dataset.test.labels)
-        if len(dataset.test) > 0
-        else None,
-        num_images=len(images),
+def is_measured(path: Path, config: Config) -> bool:
+    """Whether the final images of the run in a folder were measured, or are not to be."""
+    last = config.federation.rounds
+    if config.train.mode == "federated" and not (path / PARTITION_FILE).exists():
+        return True  # with real nodes, whose images stay with them
+    if config.eval.final_metrics:
+        file = evaluation_file(path, config)
+        return file.exists() and json.loads(file.read_text(encoding="utf-8"))["round"] == last
+    return config.eval.num_images == 0 or any(
+        metric["round"] == last and metric["name"] == "class_agreement"
+        for metric in read_metrics(path)
     )
 
 
-def _draw(
-    config: Config, model: UNet, labels: Tensor, device: torch.device, stream: Stream
-) -> Tensor:
-    images = sample_batches(
-        build_sampler(config),
-        model.to(device),
-        labels.to(device),
-        batch_size=config.eval.batch_size,
-        generator=torch_generator(config.seed, stream, device=device),
-    )
-    return to_uint8(images).cpu()
+def is_complete(path: Path, config: Config) -> bool:
+    """Whether the run in a folder, which has final weights, is done with all that was asked."""
+    _, metadata = load_weights(weights_file(path))
+    return int(metadata["round"]) == config.federation.rounds and is_measured(path, config)
+
+
+class GlobalEvaluation:
+    """Pictures and measurements of the global weights of a run."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        model: UNet,
+        *,
+        dataset: Dataset | None,
+        device: torch.device,
+    ) -> None:
+        """Make ready what the run will look through.
+
+        Args:
+            directory: of the run, open.
+            model: of the run; its weights are replaced for every picture and measurement.
+            dataset: the real images; None where they lie elsewhere, and nothing can be measured.
+            device: that draws and measures.
+
+        Raises:
+            FileNotFoundError: files of the extractor are missing.
+            ValueError: they are not what they should be.
+        """
+        self._directory = directory
+        self._config = directory.config
+        self._model = model
+        self._dataset = dataset
+        self._device = device
+        self._extractor: FeatureExtractor | None = None
+        self._real: RealFeatures | None = None
+        if dataset is not None and wants_metrics(self._config):
+            self._extractor = build_extractor(self._config, dataset.train, device)
+        elif wants_metrics(self._config):
+            log("no metrics: the server of real nodes has no images to compare with")
+
+    def is_due(self, server_round: int) -> bool:
+        """Whether a round is to be evaluated and has not been yet: its picture comes last."""
+        every = self._config.eval.every
+        chosen = server_round % every == 0 or self.is_metrics_due(server_round)
+        last = server_round == self._config.federation.rounds
+        drawn = self._directory.samples_file(server_round).exists()
+        return server_round > 0 and (chosen or last) and not drawn
+
+    def is_metrics_due(self, server_round: int) -> bool:
+        """Whether a round is to be measured at a small size; the full metrics need no second."""
+        every, last = self._config.eval.metrics_every, self._config.federation.rounds
+        if self._extractor is None or every is None or server_round % every != 0:
+            return False
+        return server_round != last or not self._config.eval.final_metrics
+
+    def draw_grid(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
+        """Draw and save the picture of a round: a row per class, in every round of equal noise."""
+        config, columns = self._config, self._config.eval.images_per_class
+        labels = torch.arange(len(config.data.classes)).repeat_interleave(columns)
+        images = self._draw(weights, labels, Stream.SAMPLE_GRID).images
+        save_sample_grid(
+            images,
+            self._directory.samples_file(server_round),
+            classes=config.data.classes,
+            images_per_class=columns,
+            title=f"{config.experiment}, round {server_round}",
+        )
+        pixels = torch.from_numpy(mosaic(images, columns)).permute(2, 0, 1)
+        self._directory.record_picture(server_round, "samples", pixels)
+
+    def measure(self, server_round: int, weights: Mapping[str, Tensor]) -> str:
+        """Measure `eval.num_images` images by what is quick; say the distance in few words."""
+        report = self._report(weights, full=False)
+        self._record(server_round, report)
+        return f"FID (train) {report.generated.fid_train:.2f}"
+
+    def measure_final(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
+        """Measure the final images with all metrics, or with a classifier alone."""
+        if self._dataset is None:
+            return
+        if self._config.eval.final_metrics:
+            report = self._report(weights, full=True)
+            self._record(server_round, report)
+            file = evaluation_file(self._directory.path, self._config)
+            write_report(file, report, self._config, server_round)
+            label = report.label
+            log(
+                f"FID (train) {report.generated.fid_train:.2f} of {label.n_generated} images, "
+                f"{report.floor.fid_train:.2f} of {label.n_floor} real ones (extractor "
+                f"{label.extractor}, image range {label.image_range}); all metrics: {file}"
+            )
+        elif self._config.eval.num_images > 0:
+            self._measure_agreement(server_round, self._dataset, weights)
+
+    def _measure_agreement(
+        self, server_round: int, dataset: Dataset, weights: Mapping[str, Tensor]
+    ) -> None:
+        """Show `eval.num_images` images to a classifier that was trained on the real ones."""
+        config = self._config
+        num_classes = len(config.data.classes)
+        labels = balanced_labels(config.eval.num_images, num_classes)
+        images = self._draw(weights, labels, Stream.FINAL_IMAGES)
+        classifier = train_classifier(
+            dataset.train,
+            num_classes=num_classes,
+            horizontal_flip=config.data.horizontal_flip,
+            seed=config.eval.seed,
+            device=self._device,
+        )
+        found = accuracy(classifier, images.images, labels)
+        measured = {"class_agreement": found, "num_generated_images": len(images)}
+        beside = "there are no real test images"
+        if len(dataset.test) > 0:
+            real = accuracy(classifier, dataset.test.images, dataset.test.labels)
+            measured["classifier_test_accuracy"] = real
+            beside = f"{real:.1%} of the real test images"
+        self._directory.record(server_round, "global", measured)
+        log(
+            f"a classifier trained on the real images finds the asked class in "
+            f"{found:.1%} of {len(images)} generated images ({beside})"
+        )
+
+    def _report(self, weights: Mapping[str, Tensor], *, full: bool) -> MetricReport:
+        config, dataset, extractor = self._config, self._dataset, self._extractor
+        if dataset is None or extractor is None:
+            raise RuntimeError("metrics need real images and an extractor")
+        if self._real is None:
+            self._real = extract_real(
+                dataset,
+                extractor=extractor,
+                horizontal_flip=config.data.horizontal_flip,
+                seed=config.eval.seed,
+                batch_size=config.eval.batch_size,
+            )
+        if full:
+            labels = full_labels(config, dataset)
+        else:
+            labels = balanced_labels(config.eval.num_images, len(config.data.classes))
+        images = self._draw(weights, labels, Stream.EVALUATED_IMAGES)
+        return measure_images(
+            config, images, dataset, extractor=extractor, real=self._real, full=full
+        )
+
+    def _record(self, server_round: int, report: MetricReport) -> None:
+        found = {
+            name: value
+            for name, value in report.describe().items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        self._directory.record(server_round, "global", found)
+
+    def _draw(self, weights: Mapping[str, Tensor], labels: Tensor, stream: Stream) -> ImageSet:
+        self._model.load_state_dict(weights)
+        return draw_images(self._config, self._model, labels, device=self._device, stream=stream)

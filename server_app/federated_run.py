@@ -1,8 +1,7 @@
-"""The rounds of one run, from the first node to the final weights."""
+"""The rounds of a federated run: who trains, what is asked of them, what comes back."""
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,7 +18,6 @@ from flwr.app import (
 from flwr.serverapp import Grid
 
 from server_app.aggregation import StreamingFedAvg
-from server_app.evaluation import class_agreement, sample_grid
 from server_app.exchange import (
     UnusableReply,
     addressed,
@@ -28,19 +26,13 @@ from server_app.exchange import (
     checked_content,
     exchange,
 )
-from server_app.log import duration, log
+from server_app.log import log
 from server_app.roster import Roster, sample_clients
-from server_app.simulation import deal_images, fastest_precision, record_partition
-from task.config import Config
-from task.data import Dataset
-from task.figures import mosaic, save_sample_grid
-from task.randomness import Stream, torch_generator
-from task.run_directory import HOW_TO_RESUME, PARTITION_FILE, RunDirectory
-from task.train import seeded_global_generator, select_device
-from task.unet import UNet, build_unet
+from server_app.simulation import load_images, record_partition
+from server_app.training_run import TrainingRun, Weights
+from task.partition import partition_dataset
+from task.run_directory import HOW_TO_RESUME, RunDirectory
 from task.wire import Key, WeightLayout
-
-Weights = dict[str, torch.Tensor]
 
 # What is written down of a client's training, whatever else it sends.
 TRAIN_METRICS = (Key.NUM_EXAMPLES, Key.LOSS, Key.SECONDS, Key.IMAGES_PER_SECOND)
@@ -49,14 +41,11 @@ TRAIN_METRICS = (Key.NUM_EXAMPLES, Key.LOSS, Key.SECONDS, Key.IMAGES_PER_SECOND)
 POLL_SIMULATION, POLL_NETWORK = 0.1, 2.0
 
 
-class FederatedRun:
+class FederatedRun(TrainingRun):
     """Algorithm 1 of the paper, on the server's side.
 
     Attributes:
-        config: of the run, resolved once the nodes are known.
-        weights: the global weights after the last complete round.
-        ema: their moving average over rounds; None where the run keeps none.
-        dataset: in a simulation, all images; None with real nodes, whose images stay there.
+        ema: the moving average of the weights over rounds; None where the run keeps none.
     """
 
     def __init__(self, grid: Grid, directory: RunDirectory) -> None:
@@ -66,117 +55,64 @@ class FederatedRun:
             grid: Flower's view of the network.
             directory: of the run, open.
         """
-        self.config = directory.config
-        self.dataset: Dataset | None = None
+        super().__init__(directory)
+        self.ema: Weights | None = None
         self._grid = grid
-        self._directory = directory
         self._roster = Roster(grid, known=directory.read_json("nodes.json"))
         self._strategy = StreamingFedAvg()
-        self._device = select_device(self.config.train.device)
-        self._model = initial_model(self.config)
-        self._layout = WeightLayout.of(self._model)
-        self.weights: Weights = {n: t.clone() for n, t in self._model.state_dict().items()}
-        self.ema: Weights | None = None
+        self._layout = WeightLayout.of(self.model)
         self._left_out: set[str] = set()
 
-    def run(self) -> None:
-        """Run every round that is not complete yet, then evaluate and save the final weights.
-
-        Raises:
-            ValueError: the configuration does not fit the federation or the data.
-            TimeoutError: the nodes did not come.
-            RuntimeError: a round had fewer than `federation.min_replies` usable replies.
-        """
-        rounds, done = self.config.federation.rounds, self._directory.last_round
-        if done > rounds:
-            raise ValueError(
-                f"federation.rounds must be at least {done}, the last complete round of "
-                f"{self._directory.path}, got {rounds}"
-            )
-        if self._directory.final_round() == rounds and self.is_measured(rounds):
-            log(f"all {rounds} rounds are complete already; a larger federation.rounds goes on")
-            return
-        self.prepare()
-        if self.is_evaluation_due(done):
-            log(f"round {done}, once more: {self.evaluate_and_draw(done)}")
-        first = done + 1
-        start = time.monotonic()
-        for server_round in range(first, rounds + 1):
-            summary = self.play_round(server_round)
-            spent = time.monotonic() - start
-            left = spent / (server_round - first + 1) * (rounds - server_round)
-            log(f"round {server_round}/{rounds}: {summary}, {duration(left)} left")
-        self.finish()
-
-    def prepare(self) -> None:
-        """Wait for the nodes, settle what depends on them, and load the last complete round."""
+    def gather(self) -> None:
+        """Wait for the nodes, and deal the images out where they are simulated."""
         num_nodes = len(self.gather_nodes())
         if self.simulated:
             federation = dataclasses.replace(self.config.federation, num_supernodes=num_nodes)
             self.config = dataclasses.replace(self.config, federation=federation)
-            self.dataset, partition = deal_images(self.config)
-            record_partition(self.config, partition, self._directory)
-            if self.config.train.precision == "auto":
-                precision = fastest_precision(self.config, self._model, self._device)
-                train = dataclasses.replace(self.config.train, precision=precision)
-                self.config = dataclasses.replace(self.config, train=train)
-        self._directory.write_config(self.config)
-        log(
-            f"{self.config.experiment}: {num_nodes} hospitals, data {self.config.data.name}, "
-            f"{self._layout.size:,} parameters, {self.config.train.precision} on {self._device}"
-        )
-        stored = self._directory.load_checkpoint()
-        if stored is not None:
-            self.weights, self.ema = stored
-            log(f"going on after round {self._directory.last_round}")
-        asked, resumed = self.config.federation.clients_per_round, self.config.resume
-        if asked is not None and asked > num_nodes and not resumed:
+            self.dataset = load_images(self.config)
+            partition = partition_dataset(self.config, self.dataset, num_nodes)
+            record_partition(self.config, partition, self.directory)
+        federation = self.config.federation
+        if federation.keep_local_models and not self.simulated:
+            raise ValueError(
+                "federation.keep_local_models must be [] with real nodes, whose own weights stay "
+                f"with them, got {federation.keep_local_models}"
+            )
+        asked = federation.clients_per_round
+        if asked is not None and asked > num_nodes and not self.config.resume:
             raise ValueError(
                 f"federation.clients_per_round must be at most {num_nodes}, the nodes that are "
                 f"there, got {asked}; federation.min_nodes={asked} waits for as many"
             )
+
+    def describe(self) -> str:
+        """Say how many hospitals train."""
+        return f"{len(self._roster.node_ids)} hospitals"
+
+    def state(self) -> dict[str, Weights]:
+        """Return the moving average, where the run keeps one."""
+        return {} if self.ema is None else {"ema": self.ema}
+
+    def restore(self, state: Mapping[str, Weights]) -> None:
+        """Take the moving average up."""
+        self.ema = state.get("ema")
+
+    def final_weights(self) -> Weights:
+        """Return the moving average, where the run keeps one, or the weights."""
+        return self.weights if self.ema is None else self.ema
 
     def gather_nodes(self) -> list[int]:
         """Wait for `federation.min_nodes` nodes and return the numbers of all that are there."""
         federation = self.config.federation
         self._roster.wait_for(federation.min_nodes, seconds=federation.node_wait)
         if not self.simulated:
-            self._directory.write_json("nodes.json", self._roster.numbers)
+            self.directory.write_json("nodes.json", self._roster.numbers)
         return list(self._roster.node_ids)
 
     @property
     def simulated(self) -> bool:
         """Whether the nodes are shares of one data set on this machine."""
         return self._roster.num_partitions is not None
-
-    def play_round(self, server_round: int) -> str:
-        """Train, average, evaluate where it is time to, and save: a complete round.
-
-        Returns:
-            What happened, in one line.
-        """
-        start = time.monotonic()
-        summary = self.train(server_round)
-        # Before the evaluation, so that no training is lost with it.
-        self._directory.save_checkpoint(server_round, self.weights, self.ema)
-        if self.is_evaluation_due(server_round):
-            summary += f", {self.evaluate_and_draw(server_round)}"
-        seconds = time.monotonic() - start
-        self._directory.record(server_round, "global", {"round_seconds": seconds})
-        return f"{summary}, {duration(seconds)}"
-
-    def is_evaluation_due(self, server_round: int) -> bool:
-        """Whether a round is to be evaluated and has not been yet: its picture comes last."""
-        chosen = server_round % self.config.eval.every == 0
-        last = server_round == self.config.federation.rounds
-        drawn = self._directory.samples_file(server_round).exists()
-        return server_round > 0 and (chosen or last) and not drawn
-
-    def evaluate_and_draw(self, server_round: int) -> str:
-        """Measure the test loss of a round and draw its picture; say the loss in few words."""
-        loss = self.evaluate(server_round)
-        self.draw_grid(server_round)
-        return "no test loss" if loss is None else f"test loss {loss:.4f}"
 
     def train(self, server_round: int) -> str:
         """Let the clients of a round train and average their weights.
@@ -195,6 +131,7 @@ class FederatedRun:
             log(f"round {server_round}: clients {' '.join(map(str, clients))}")
         used: list[int] = []
         self._left_out.clear()
+        kept = self.clients_to_keep(server_round, clients)
 
         def usable_replies() -> Iterator[Message]:
             replies = self.ask(MessageType.TRAIN, server_round, clients, self.weights, check_train)
@@ -203,6 +140,10 @@ class FederatedRun:
                 metrics = reply.content.metric_records[Key.METRICS]
                 told = {name: metrics[name] for name in TRAIN_METRICS if name in metrics}
                 self.record(server_round, client, "train", told)
+                if client in kept:
+                    packed = reply.content.array_records[Key.ARRAYS][Key.PACKED].numpy()
+                    own = self._layout.unpack(packed)
+                    self.directory.save_local_model(server_round, client, own)
                 yield reply
 
         def check_train(content: RecordDict) -> None:
@@ -221,10 +162,20 @@ class FederatedRun:
         self.weights = self._layout.unpack(arrays[Key.PACKED].numpy())
         self.ema = moving_average(self.ema, self.weights, federation.ema_decay)
         loss = float(metrics[Key.LOSS])  # type: ignore[arg-type]
-        self._directory.record(
+        self.directory.record(
             server_round, "global", {"train_loss": loss, "num_clients": len(used)}
         )
         return f"train loss {loss:.4f}, {len(used)} of {len(clients)} clients"
+
+    def clients_to_keep(self, server_round: int, clients: list[int]) -> set[int]:
+        """Choose the clients of the last round whose own weights are kept."""
+        if server_round != self.config.federation.rounds:
+            return set()
+        self.directory.forget_local_models()
+        wanted = set(self.config.federation.keep_local_models)
+        for client in sorted(wanted - set(clients)):
+            log(f"round {server_round}: client {client} does not train, its weights are not kept")
+        return wanted & set(clients)
 
     def evaluate(self, server_round: int) -> float | None:
         """Return the loss of the global weights on what all clients hold out.
@@ -241,7 +192,7 @@ class FederatedRun:
                 check_metrics(content)
 
         clients = list(self._roster.node_ids)
-        weights = self.ema or self.weights
+        weights = self.final_weights()
         for client, reply in self.ask(
             MessageType.EVALUATE, server_round, clients, weights, check_loss
         ):
@@ -256,7 +207,7 @@ class FederatedRun:
         if not losses:
             return None
         mean = math.fsum(losses) / num_examples
-        self._directory.record(server_round, "global", {"test_loss": mean})
+        self.directory.record(server_round, "global", {"test_loss": mean})
         return mean
 
     def ask(
@@ -314,62 +265,7 @@ class FederatedRun:
     ) -> None:
         """Write down what is known of a client's activity in a round."""
         named = {f"{activity}_{name.replace('-', '_')}": value for name, value in values.items()}
-        self._directory.record(server_round, f"client-{client}", named)
-
-    def draw_grid(self, server_round: int) -> None:
-        """Draw and save the picture of a round, a row per class."""
-        self._model.load_state_dict(self.ema or self.weights)
-        images = sample_grid(self.config, self._model, self._device)
-        columns = self.config.eval.images_per_class
-        save_sample_grid(
-            images,
-            self._directory.samples_file(server_round),
-            classes=self.config.data.classes,
-            images_per_class=columns,
-            title=f"{self.config.experiment}, round {server_round}",
-        )
-        pixels = torch.from_numpy(mosaic(images, columns)).permute(2, 0, 1)
-        self._directory.record_picture(server_round, "samples", pixels)
-
-    def is_measured(self, server_round: int) -> bool:
-        """Whether the final images were measured, or are not to be."""
-        wanted = (
-            self.config.eval.num_images > 0 and (self._directory.path / PARTITION_FILE).exists()
-        )
-        return not wanted or any(
-            metric["round"] == server_round and metric["name"] == "class_agreement"
-            for metric in self._directory.metrics()
-        )
-
-    def finish(self) -> None:
-        """Save the final weights, and measure their images where the server has real ones."""
-        last = self._directory.last_round
-        final = self.ema or self.weights
-        self._directory.save_model(last, final)
-        if self.dataset is not None and self.config.eval.num_images > 0:
-            self._model.load_state_dict(final)
-            found = class_agreement(self.config, self._model, self.dataset, self._device)
-            measured = {
-                "class_agreement": found.generated,
-                "num_generated_images": found.num_images,
-            }
-            beside = "there are no real test images"
-            if found.real is not None:
-                measured["classifier_test_accuracy"] = found.real
-                beside = f"{found.real:.1%} of the real test images"
-            self._directory.record(last, "global", measured)
-            log(
-                f"a classifier trained on the real images finds the asked class in "
-                f"{found.generated:.1%} of {found.num_images} generated images ({beside})"
-            )
-        log(f"samples: {self._directory.samples_file(last)}")
-        log(f"weights: {self._directory.model_file}")
-
-
-def initial_model(config: Config) -> UNet:
-    """Build the model with the weights that round 1 starts from, from the seed alone."""
-    with seeded_global_generator(torch_generator(config.seed, Stream.MODEL_INIT)):
-        return build_unet(config)
+        self.directory.record(server_round, f"client-{client}", named)
 
 
 def moving_average(

@@ -1,4 +1,4 @@
-"""What the server of a simulation can do because all images lie on its own machine."""
+"""What can be done because all images of a run lie on its own machine."""
 
 import torch
 
@@ -7,24 +7,24 @@ from task.config import Config, require
 from task.data import Dataset, build_dataset
 from task.diffusion import build_objective
 from task.figures import save_partition_heatmap
-from task.partition import Partition, partition_dataset
+from task.partition import Partition
 from task.run_directory import PARTITION_FILE, RunDirectory
-from task.train import configure_torch, faster_precision
+from task.train import faster_precision, torch_configured
 from task.unet import UNet
 
 
-def deal_images(config: Config) -> tuple[Dataset, Partition]:
-    """Load the data set and deal it out to `federation.num_supernodes` clients.
+def load_images(config: Config) -> Dataset:
+    """Load the data set of a run that has all images on this machine.
 
     Raises:
         FileNotFoundError: the data set is not there.
-        ValueError: it does not fit the configuration, or there are more clients than images.
+        ValueError: it does not fit the configuration.
     """
     dataset = build_dataset(config, download=True)
     present = set(dataset.train.labels.tolist())
     missing = [name for label, name in enumerate(config.data.classes) if label not in present]
     require(not missing, "data.classes", "only classes that have training images, also", missing)
-    return dataset, partition_dataset(config, dataset, config.federation.num_supernodes)
+    return dataset
 
 
 def record_partition(config: Config, partition: Partition, directory: RunDirectory) -> None:
@@ -59,17 +59,14 @@ def described_split(config: Config) -> str:
 
 
 def fastest_precision(config: Config, model: UNet, device: torch.device) -> str:
-    """Time the precisions on this machine, as its clients will train; see `faster_precision`."""
-    own_threads = torch.get_num_threads()
-    configure_torch(num_threads=config.train.num_threads, deterministic=config.train.deterministic)
-    data = config.data
-    precision = faster_precision(
-        model,
-        objective=build_objective(config),
-        image_shape=(data.channels, data.image_size, data.image_size),
-        batch_size=config.train.batch_size,
-        channels_last=config.train.channels_last,
-        device=device,
-    )
-    torch.set_num_threads(own_threads)
-    return precision
+    """Time the precisions on this machine, as it will train; see `faster_precision`."""
+    data, train = config.data, config.train
+    with torch_configured(num_threads=train.num_threads, deterministic=train.deterministic):
+        return faster_precision(
+            model,
+            objective=build_objective(config),
+            image_shape=(data.channels, data.image_size, data.image_size),
+            batch_size=train.batch_size,
+            channels_last=train.channels_last,
+            device=device,
+        )

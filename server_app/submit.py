@@ -1,4 +1,4 @@
-"""`feddm-train`: submit one run, or a sweep of runs, through `flwr run` and follow them."""
+"""`feddm-train`: one run, or a sweep of runs: federated through `flwr run`, or centralised."""
 
 import dataclasses
 import json
@@ -17,7 +17,9 @@ from hydra.errors import OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from server_app.simulation import deal_images
+from server_app.centralized_run import CentralizedRun
+from server_app.evaluation import is_complete, wants_metrics
+from server_app.simulation import load_images
 from server_app.superlink import CONNECTION, SuperLink, private_superlink
 from task.config import (
     CONF_DIR,
@@ -28,7 +30,16 @@ from task.config import (
     register_schema,
     require,
 )
-from task.run_directory import HOW_TO_RESUME, check_startable, run_path
+from task.features import build_extractor
+from task.partition import partition_dataset
+from task.run_directory import (
+    HOW_TO_RESUME,
+    RunDirectory,
+    check_startable,
+    different_values,
+    run_path,
+)
+from task.runs import find_runs
 from task.train import select_device
 
 CHECKOUT = CONF_DIR.parent
@@ -70,10 +81,13 @@ def _hydra_main(composed: DictConfig) -> None:
             config = dataclasses.replace(
                 config, output_dir=job.sweep.dir, run_name=job.sweep.subdir
             )
-            # A sweep that was ended goes on with the runs that it had begun and starts the rest.
-            begun = (run_path(config) / "config.yaml").exists()
-            config = dataclasses.replace(config, resume=config.resume and begun)
-        train(anchored(config, Path.cwd()), list(job.overrides.task))
+        config = anchored(config, Path.cwd())
+        if sweep:
+            config = go_on_with_sweep(config)
+            if (done := equal_finished_run(config)) is not None:
+                print(f"finished already: {done}", flush=True)
+                return
+        train(config, list(job.overrides.task))
     except KeyboardInterrupt:
         print("feddm-train: interrupted; to go on, " + HOW_TO_RESUME, file=sys.stderr)
         sys.exit(130)
@@ -85,8 +99,28 @@ def _hydra_main(composed: DictConfig) -> None:
         sys.exit(1)
 
 
+def go_on_with_sweep(config: Config) -> Config:
+    """Let `resume` of a sweep go on with the runs that it had begun and start the rest."""
+    begun = (run_path(config) / "config.yaml").exists()
+    return dataclasses.replace(config, resume=config.resume and begun)
+
+
+def equal_finished_run(config: Config) -> Path | None:
+    """Find the run of a sweep's folder that a job would only repeat; None if there is none.
+
+    Several tables of the paper share cells, and a sweep that was ended has finished some.
+
+    Args:
+        config: of the job, with absolute folders.
+    """
+    for run in find_runs(Path(config.output_dir)):
+        if not different_values(run.config, config) and is_complete(run.path, run.config):
+            return run.path
+    return None
+
+
 def train(config: Config, overrides: list[str]) -> None:
-    """Submit one run to a SuperLink of its own and follow it to its end.
+    """Run the job of a configuration to its end.
 
     Args:
         config: of the run, with absolute folders.
@@ -109,8 +143,39 @@ def train(config: Config, overrides: list[str]) -> None:
         f"at most federation.num_supernodes={config.federation.num_supernodes} in a simulation",
         config.federation.min_nodes,
     )
-    deal_images(config)
+    dataset = load_images(config)
+    if wants_metrics(config) and config.eval.extractor != "classifier":
+        # The classifier is trained on the images; the others come from files that may be missing.
+        build_extractor(config, dataset.train, "cpu")
     check_startable(config)
+    print(f"results: {run_path(config)}", flush=True)
+    if config.train.mode == "centralized":
+        train_here(config)
+    else:
+        partition_dataset(config, dataset, config.federation.num_supernodes)
+        submit(config, overrides)
+    print(f"results: {run_path(config)}", flush=True)
+
+
+def train_here(config: Config) -> None:
+    """Train the centralised baseline in this process."""
+    directory = RunDirectory(config)
+    try:
+        CentralizedRun(directory).run()
+    finally:
+        directory.close()
+
+
+def submit(config: Config, overrides: list[str]) -> None:
+    """Submit a federated run to a SuperLink of its own and follow it to its end.
+
+    Args:
+        config: of the run, with absolute folders.
+        overrides: the Hydra overrides that it was composed from.
+
+    Raises:
+        RuntimeError: the run failed.
+    """
     # The ServerApp composes the configuration again, in another working directory.
     settled = {
         "output_dir": config.output_dir,
@@ -121,10 +186,8 @@ def train(config: Config, overrides: list[str]) -> None:
     }
     job = [o for o in overrides if o.split("=")[0].lstrip("+") not in settled]
     job += [hydra_override(key, value) for key, value in settled.items()]
-    print(f"results: {run_path(config)}", flush=True)
     with private_superlink() as superlink:
         follow(superlink, config, job)
-    print(f"results: {run_path(config)}", flush=True)
 
 
 def follow(superlink: SuperLink, config: Config, overrides: list[str]) -> None:

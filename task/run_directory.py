@@ -7,6 +7,7 @@
     nodes.json                      client numbers by node id (deployment)
     samples/round_0005.png          a grid, a row per class
     checkpoints/round_0005.safetensors
+    local/client-3.safetensors      the own final weights of a simulated client
     model.safetensors               the final weights
     tensorboard/                    the same metrics and pictures as events
 """
@@ -29,10 +30,15 @@ from task.checkpoint import load_weights, save_weights
 from task.config import Config, as_hydra, flat_values, read_config, write_config
 from task.files import atomic_path
 
+Tensors = Mapping[str, torch.Tensor]
+
+NAMES_AND_PLACES = frozenset(
+    {"experiment", "output_dir", "run_name", "resume", "data.root", "data.cache_dir"}
+)
+
 # A resumed run may change these: none of them touches the weights of a round.
-FREE_TO_CHANGE = frozenset(
+FREE_TO_CHANGE = NAMES_AND_PLACES | frozenset(
     {
-        *("experiment", "output_dir", "run_name", "resume", "data.root", "data.cache_dir"),
         *("federation.rounds", "federation.num_supernodes", "federation.min_nodes"),
         *("federation.min_replies", "federation.node_wait", "federation.round_timeout"),
         *("federation.keep_checkpoints", "federation.cpus_per_client"),
@@ -48,7 +54,7 @@ FREE_TO_CHANGE = frozenset(
 LOCK_PATIENCE_SECONDS = 30.0
 
 PARTITION_FILE = "partition.json"
-EMA_PREFIX = "ema."
+METRICS_FILE = "metrics.jsonl"
 
 HOW_TO_RESUME = "pass the same words again, with run_name=... and resume=true"
 
@@ -94,19 +100,34 @@ def check_same_run(config: Config, path: Path) -> None:
     Raises:
         ValueError: it does not; names every key that differs.
     """
-    stored, asked = flat_values(read_config(path / "config.yaml")), flat_values(config)
-    if asked["train.precision"] == "auto":
-        asked["train.precision"] = stored["train.precision"]
+    different = different_values(read_config(path / "config.yaml"), config)
     differences = [
-        f"{key}={asked[key]} (there: {stored[key]})"
-        for key in stored
-        if key not in FREE_TO_CHANGE and stored[key] != asked[key]
+        f"{key}={asked} (there: {stored})"
+        for key, (stored, asked) in different.items()
+        if key not in FREE_TO_CHANGE
     ]
     if differences:
         raise ValueError(
             f"resume: {path} is a run of another configuration; asked for "
             f"{', '.join(differences)}; pass the words that it was started with"
         )
+
+
+def different_values(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]]:
+    """List the values by which two runs differ, except for their names and places.
+
+    Args:
+        stored: of a run, resolved.
+        asked: of another, which takes the resolved precision where it leaves it open.
+    """
+    resolved, wanted = flat_values(stored), flat_values(asked)
+    if wanted["train.precision"] == "auto":
+        wanted["train.precision"] = resolved["train.precision"]
+    return {
+        key: (value, wanted[key])
+        for key, value in resolved.items()
+        if key not in NAMES_AND_PLACES and value != wanted[key]
+    }
 
 
 class RunDirectory:
@@ -159,12 +180,12 @@ class RunDirectory:
     @property
     def metrics_file(self) -> Path:
         """The file of all metrics."""
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS_FILE
 
     @property
     def model_file(self) -> Path:
         """The file of the final weights."""
-        return self.path / "model.safetensors"
+        return weights_file(self.path)
 
     @property
     def last_round(self) -> int:
@@ -188,9 +209,7 @@ class RunDirectory:
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Read back every recorded metric, in order."""
-        if self.metrics_file.exists():
-            for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-                yield json.loads(line)
+        yield from read_metrics(self.path)
 
     def record_picture(self, server_round: int, name: str, pixels: torch.Tensor) -> None:
         """Hand a picture, uint8 [C, H, W], to TensorBoard."""
@@ -211,28 +230,24 @@ class RunDirectory:
         return self.path / "samples" / f"round_{server_round:04d}.png"
 
     def save_checkpoint(
-        self,
-        server_round: int,
-        weights: Mapping[str, torch.Tensor],
-        ema: Mapping[str, torch.Tensor] | None,
+        self, server_round: int, weights: Tensors, state: Mapping[str, Tensors]
     ) -> None:
         """Save the weights after a round, which is complete with it, and drop old checkpoints.
 
         Args:
             server_round: 1-based.
             weights: the global weights.
-            ema: their moving average, where the run keeps one.
+            state: further groups of tensors that the next round goes on from, by group.
         """
-        averaged = {EMA_PREFIX + name: tensor for name, tensor in (ema or {}).items()}
+        # No name of a weight holds a slash.
+        beside = {f"{group}/{n}": t for group, tensors in state.items() for n, t in tensors.items()}
         file = self.path / "checkpoints" / f"round_{server_round:04d}.safetensors"
-        save_weights(file, {**weights, **averaged}, self._metadata(server_round))
+        save_weights(file, {**weights, **beside}, self._metadata(server_round))
         for old in self._checkpoints()[: -self.config.federation.keep_checkpoints]:
             old.unlink()
 
-    def load_checkpoint(
-        self,
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None] | None:
-        """Load weights and moving average of the last complete round; None before the first.
+    def load_checkpoint(self) -> tuple[Tensors, dict[str, Tensors]] | None:
+        """Load weights and state of the last complete round; None before the first.
 
         Raises:
             ValueError: the file is broken.
@@ -240,16 +255,25 @@ class RunDirectory:
         files = self._checkpoints()
         if not files:
             return None
-        stored, _ = load_weights(files[-1])
-        ema = {
-            name.removeprefix(EMA_PREFIX): tensor
-            for name, tensor in stored.items()
-            if name.startswith(EMA_PREFIX)
-        }
-        weights = {n: tensor for n, tensor in stored.items() if not n.startswith(EMA_PREFIX)}
-        return weights, ema or None
+        groups: dict[str, dict[str, torch.Tensor]] = {"": {}}
+        for name, tensor in load_weights(files[-1])[0].items():
+            group, _, own_name = name.rpartition("/")
+            groups.setdefault(group, {})[own_name] = tensor
+        weights = groups.pop("")
+        return weights, dict(groups)
 
-    def save_model(self, server_round: int, weights: Mapping[str, torch.Tensor]) -> None:
+    def forget_local_models(self) -> None:
+        """Drop the weights of clients that an earlier last round has left."""
+        for file in self.path.glob("local/*"):
+            file.unlink()
+
+    def save_local_model(self, server_round: int, client: int, weights: Tensors) -> None:
+        """Save the own weights of a simulated client after the last round."""
+        file = weights_file(self.path, client)
+        file.parent.mkdir(exist_ok=True)
+        save_weights(file, weights, self._metadata(server_round))
+
+    def save_model(self, server_round: int, weights: Tensors) -> None:
         """Save the final weights with configuration and round in their metadata."""
         save_weights(self.model_file, weights, self._metadata(server_round))
 
@@ -274,6 +298,19 @@ class RunDirectory:
             kept = [line for line in lines if json.loads(line)["round"] <= server_round]
             with atomic_path(self.metrics_file) as aside:
                 aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
+    """Read every recorded metric of the run in a folder, in order."""
+    file = run / METRICS_FILE
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            yield json.loads(line)
+
+
+def weights_file(run: Path, client: int | None = None) -> Path:
+    """Return the file of a run's final weights, or of those of one of its simulated clients."""
+    return run / ("model.safetensors" if client is None else f"local/client-{client}.safetensors")
 
 
 def _round_of(file: Path) -> int:

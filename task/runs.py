@@ -7,6 +7,7 @@ from typing import Any
 
 from task.checkpoint import load_weights
 from task.config import Config, read_config, require
+from task.run_directory import PARTITION_FILE, weights_file
 from task.unet import UNet, build_unet
 
 
@@ -42,7 +43,7 @@ def find_runs(folder: Path) -> list[FinishedRun]:
 
 
 def _read_run(path: Path) -> FinishedRun:
-    partition = path / "partition.json"
+    partition = path / PARTITION_FILE
     return FinishedRun(
         path=path,
         config=read_config(path / "config.yaml"),
@@ -53,11 +54,6 @@ def _read_run(path: Path) -> FinishedRun:
         ),
         partition=json.loads(partition.read_text(encoding="utf-8")) if partition.exists() else None,
     )
-
-
-def weights_file(run: Path, client: int | None = None) -> Path:
-    """Return the file of a run's final weights, or of those of one of its simulated clients."""
-    return run / ("model.safetensors" if client is None else f"local/client-{client}.safetensors")
 
 
 def kept_clients(run: Path) -> list[int]:

@@ -56,6 +56,17 @@ def configure_torch(*, num_threads: int, deterministic: bool) -> None:
 
 
 @contextmanager
+def torch_configured(*, num_threads: int, deterministic: bool) -> Iterator[None]:
+    """Set the process up as `configure_torch` does, with its own number of threads afterwards."""
+    own_threads = torch.get_num_threads()
+    configure_torch(num_threads=num_threads, deterministic=deterministic)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own_threads)
+
+
+@contextmanager
 def seeded_global_generator(generator: torch.Generator) -> Iterator[None]:
     """Fork torch's global generators and seed them with a draw from `generator`.
 
@@ -66,6 +77,11 @@ def seeded_global_generator(generator: torch.Generator) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def new_optimizer(model: nn.Module, lr: float) -> torch.optim.Adam:
+    """Make the Adam of the paper over a model that lies on its device."""
+    return torch.optim.Adam(model.parameters(), lr=lr, fused=True)
 
 
 def train_epochs(
@@ -81,8 +97,9 @@ def train_epochs(
     precision: str,
     channels_last: bool,
     generator: torch.Generator,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> TrainResult:
-    """Run the local epochs of one client with a new Adam.
+    """Run epochs over images, such as the local epochs of one client.
 
     Args:
         model: trained in place, on the device of `generator`, and left in training mode.
@@ -91,11 +108,12 @@ def train_epochs(
         objective: the loss of a batch.
         epochs: passes over the images, each in a new order; the last partial batch counts.
         batch_size: images per step.
-        lr: of Adam.
+        lr: of a new Adam.
         horizontal_flip: mirror each image with probability 1/2.
         precision: "float32", or "bfloat16" for autocast over float32 weights.
         channels_last: memory format of images and weights.
         generator: of every draw; its device is the one that is trained on.
+        optimizer: of the model's parameters; None: a new Adam, as every round of a client has.
 
     Raises:
         ValueError: there are no images, or no such precision.
@@ -108,7 +126,8 @@ def train_epochs(
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     model.to(device, memory_format=memory_format).train()  # type: ignore[call-overload]
     images, labels = images.to(device), labels.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    if optimizer is None:
+        optimizer = new_optimizer(model, lr)
     loss_sum = torch.zeros((), device=device, dtype=torch.float64)
     start = time.perf_counter()
     with seeded_global_generator(generator):

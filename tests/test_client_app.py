@@ -15,7 +15,7 @@ from client_app.app import app
 from client_app.failures import failure_code, failures_stay_local
 from client_app.workspace import choose_precision, open_workspace
 from server_app.exchange import addressed
-from server_app.federated_run import initial_model
+from server_app.training_run import initial_model
 from task.config import Config, load_run_config
 from task.data import ImageSet, build_dataset, split_validation
 from task.diffusion import build_objective

@@ -101,15 +101,26 @@ def test_demo_is_the_default_and_small() -> None:
     assert (config.federation.num_supernodes, config.federation.rounds) == (10, 20)
 
 
-def test_table1_is_the_setting_of_the_paper() -> None:
-    config = load_config(["experiment=table1"])
+@pytest.mark.parametrize("experiment", ["paper", "table1", "table2", "table3", "table4"])
+def test_tables_start_from_the_setting_of_the_paper(experiment: str) -> None:
+    config = load_config([f"experiment={experiment}"])
     federation = config.federation
+    assert config.experiment == experiment
     assert (federation.rounds, federation.num_supernodes) == (300, 10)
-    assert federation.clients_per_round is None
-    assert (config.train.local_epochs, config.partition.beta) == (5, 0.5)
+    assert federation.clients_per_round == 10
+    assert (config.train.local_epochs, config.train.batch_size) == (5, 512)
+    assert (config.train.mode, config.partition.beta) == ("federated", 0.5)
     assert (config.data.name, config.data.image_size, config.data.channels) == ("cifar10", 32, 3)
     assert (config.model.width, config.model.num_poolings, config.model.final_relu) == (64, 3, True)
     assert config.diffusion.schedule == "continuous"
+    assert config.eval.final_metrics
+
+
+def test_table5_deals_the_scans_as_the_paper() -> None:
+    config = load_config(["experiment=table5"])
+    assert (config.data.name, config.data.image_size) == ("sars_cov_2_ct", 64)
+    assert (config.train.batch_size, config.federation.rounds) == (128, 300)
+    assert config.partition.counts is not None and len(config.partition.counts) == 10
 
 
 @pytest.mark.parametrize(

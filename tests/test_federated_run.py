@@ -15,9 +15,10 @@ from flwr.app import Array, Context, Error, Message, MetricRecord, RecordDict
 from PIL import Image
 
 from client_app import workspace
-from server_app import federated_run
+from server_app import training_run
 from server_app.app import app as server_app
-from server_app.federated_run import FederatedRun, initial_model, moving_average
+from server_app.federated_run import FederatedRun, moving_average
+from server_app.training_run import initial_model
 from task.checkpoint import load_weights
 from task.config import load_run_config, read_config
 from task.run_directory import RunDirectory
@@ -185,13 +186,13 @@ def test_final_weights_are_the_moving_average_over_rounds(reference: Path) -> No
     for server_round in (1, 2, 3):
         file = reference / "checkpoints" / f"round_000{server_round}.safetensors"
         stored = load_weights(file)[0]
-        weights = {name: t for name, t in stored.items() if not name.startswith("ema.")}
+        weights = {name: t for name, t in stored.items() if not name.startswith("ema/")}
         expected = {
             name: 0.75 * expected.get(name, tensor) + 0.25 * tensor
             for name, tensor in weights.items()
         }
         for name, tensor in expected.items():
-            torch.testing.assert_close(stored[f"ema.{name}"], tensor)
+            torch.testing.assert_close(stored[f"ema/{name}"], tensor)
     assert len(expected) > 10
     for name, tensor in final_weights(reference).items():
         torch.testing.assert_close(tensor, expected[name])
@@ -550,7 +551,7 @@ def test_start_that_was_interrupted_before_round_1_leaves_the_name_free(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(federated_run, "fastest_precision", interrupted)
+        patch.setattr(training_run, "fastest_precision", interrupted)
         run_config = configured(tmp_path, {"train.precision": "auto"})
         with opened(run_config) as run, pytest.raises(KeyboardInterrupt):
             run.run()

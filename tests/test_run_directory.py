@@ -51,7 +51,7 @@ def started(tmp_path: Path) -> Path:
         directory.write_config(directory.config)
         for server_round in (1, 2):
             directory.record(server_round, "global", {"train_loss": 1 / server_round})
-            directory.save_checkpoint(server_round, weights(server_round), None)
+            directory.save_checkpoint(server_round, weights(server_round), {})
     return tmp_path / "run"
 
 
@@ -75,7 +75,7 @@ def test_run_directory_has_the_documented_layout(tmp_path: Path) -> None:
         directory.write_config(directory.config)
         directory.record(1, "global", {"train_loss": 0.5})
         directory.write_json("partition.json", {"num_clients": 2})
-        directory.save_checkpoint(5, weights(1), None)
+        directory.save_checkpoint(5, weights(1), {})
         directory.save_model(5, weights(1))
         assert directory.path == tmp_path / "run" == run_path(directory.config)
         assert directory.samples_file(5) == tmp_path / "run" / "samples" / "round_0005.png"
@@ -229,7 +229,7 @@ def test_tensorboard_shows_numbers_once_where_a_round_was_repeated(started: Path
 def test_last_checkpoints_are_kept(tmp_path: Path) -> None:
     with opened(tmp_path, "federation.keep_checkpoints=3") as directory:
         for server_round in range(1, 6):
-            directory.save_checkpoint(server_round, weights(server_round), None)
+            directory.save_checkpoint(server_round, weights(server_round), {})
             assert directory.last_round == server_round
         found = sorted(file.name for file in (directory.path / "checkpoints").iterdir())
     assert found == [f"round_000{server_round}.safetensors" for server_round in (3, 4, 5)]
@@ -238,7 +238,7 @@ def test_last_checkpoints_are_kept(tmp_path: Path) -> None:
 def test_rounds_are_ordered_as_numbers(tmp_path: Path) -> None:
     with opened(tmp_path, "federation.keep_checkpoints=2") as directory:
         for server_round in (9998, 9999, 10000):
-            directory.save_checkpoint(server_round, weights(server_round), None)
+            directory.save_checkpoint(server_round, weights(server_round), {})
         assert directory.last_round == 10000
         stored = directory.load_checkpoint()
         assert stored is not None and stored[0]["layer.weight"][0, 0] == 10000
@@ -250,23 +250,28 @@ def test_left_over_temporary_file_is_no_checkpoint(started: Path) -> None:
         assert directory.last_round == 2
 
 
-def test_checkpoint_without_moving_average_loads(started: Path) -> None:
+def test_checkpoint_without_further_state_loads(started: Path) -> None:
     with opened(started.parent, "resume=true") as directory:
         stored = directory.load_checkpoint()
     assert stored is not None
-    loaded, ema = stored
-    assert ema is None
+    loaded, state = stored
+    assert state == {}
     assert set(loaded) == set(weights(2))
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights(2).items())
 
 
-def test_checkpoint_with_moving_average_loads_both_apart(tmp_path: Path) -> None:
+def test_checkpoint_loads_weights_and_groups_of_state_apart(tmp_path: Path) -> None:
+    state = {"ema": weights(0.5), "adam": {"0.step": torch.tensor(3.0)}}
     with opened(tmp_path) as directory:
-        directory.save_checkpoint(1, weights(1), weights(0.5))
+        directory.save_checkpoint(1, weights(1), state)
         stored = directory.load_checkpoint()
-    assert stored is not None and stored[1] is not None
-    for loaded, expected in zip(stored, (weights(1), weights(0.5)), strict=True):
-        assert loaded is not None and set(loaded) == set(expected)
+    assert stored is not None and set(stored[1]) == set(state)
+    for loaded, expected in (
+        (stored[0], weights(1)),
+        (stored[1]["ema"], state["ema"]),
+        (stored[1]["adam"], state["adam"]),
+    ):
+        assert set(loaded) == set(expected)
         assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 

@@ -1,0 +1,116 @@
+"""The paper's baseline: the same training on the pooled data, without clients."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+
+from server_app.simulation import load_images
+from server_app.training_run import TrainingRun, Weights
+from task.data import Dataset
+from task.diffusion import build_objective
+from task.randomness import Stream, torch_generator
+from task.run_directory import RunDirectory
+from task.train import held_out_loss, new_optimizer, torch_configured, train_epochs
+
+
+class CentralizedRun(TrainingRun):
+    """`federation.rounds` times `train.local_epochs` epochs with one Adam.
+
+    What a federated run calls a round is a stretch of `train.local_epochs` epochs here, so that
+    equal rounds have seen equally many images and both are drawn and measured at the same points.
+
+    Source: the row "Centralised" of Tables I and V of the paper.
+    """
+
+    dataset: Dataset
+
+    def __init__(self, directory: RunDirectory) -> None:
+        """Load the images.
+
+        Args:
+            directory: of the run, open.
+
+        Raises:
+            FileNotFoundError: the data set is not there.
+            ValueError: it does not fit the configuration.
+        """
+        super().__init__(directory)
+        self.dataset = load_images(self.config)
+        self._objective = build_objective(self.config)
+        self.model.to(self.device)
+        self._optimizer = new_optimizer(self.model, self.config.train.lr)
+
+    def gather(self) -> None:
+        """Nobody else trains."""
+
+    def describe(self) -> str:
+        """Say how many images are pooled."""
+        return f"centralised on {len(self.dataset.train):,} images"
+
+    def train(self, server_round: int) -> str:
+        """Run `train.local_epochs` epochs."""
+        config = self.config
+        with torch_configured(
+            num_threads=config.train.num_threads, deterministic=config.train.deterministic
+        ):
+            result = train_epochs(
+                self.model,
+                self.dataset.train.images,
+                self.dataset.train.labels,
+                objective=self._objective,
+                epochs=config.train.local_epochs,
+                batch_size=config.train.batch_size,
+                lr=config.train.lr,
+                horizontal_flip=config.data.horizontal_flip,
+                precision=config.train.precision,
+                channels_last=config.train.channels_last,
+                generator=torch_generator(
+                    config.seed, Stream.TRAIN, server_round, device=self.device
+                ),
+                optimizer=self._optimizer,
+            )
+        self.weights = {n: t.detach().cpu().clone() for n, t in self.model.state_dict().items()}
+        told = {"train_loss": result.loss, "images_per_second": result.images_per_second}
+        self.directory.record(server_round, "global", told)
+        epochs = server_round * config.train.local_epochs
+        return f"train loss {result.loss:.4f}, {epochs} epochs"
+
+    def evaluate(self, server_round: int) -> float | None:
+        """Return the loss on the test split, if there is one, drawn alike in every round."""
+        test = self.dataset.test
+        if len(test) == 0:
+            return None
+        loss = held_out_loss(
+            self.model,
+            test.images,
+            test.labels,
+            objective=dataclasses.replace(self._objective, label_dropout=0.0),
+            batch_size=self.config.train.batch_size,
+            precision=self.config.train.precision,
+            channels_last=self.config.train.channels_last,
+            generator=torch_generator(self.config.seed, Stream.EVALUATE, device=self.device),
+        )
+        self.directory.record(server_round, "global", {"test_loss": loss})
+        return loss
+
+    def state(self) -> dict[str, Weights]:
+        """Return what Adam has gathered, by number and name of parameter."""
+        gathered = self._optimizer.state_dict()["state"]
+        return {
+            "adam": {
+                f"{number}.{name}": tensor.cpu()
+                for number, moments in gathered.items()
+                for name, tensor in moments.items()
+            }
+        }
+
+    def restore(self, state: Mapping[str, Weights]) -> None:
+        """Put the weights into the model and what Adam had gathered into Adam."""
+        self.model.load_state_dict(self.weights)
+        gathered: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in state["adam"].items():
+            number, name = key.split(".")
+            gathered.setdefault(int(number), {})[name] = tensor
+        fresh = self._optimizer.state_dict()
+        self._optimizer.load_state_dict({**fresh, "state": gathered})

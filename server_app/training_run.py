@@ -1,0 +1,163 @@
+"""What every run does, with clients or without: rounds, checkpoints, pictures, measurements."""
+
+import dataclasses
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+
+from server_app.evaluation import GlobalEvaluation, is_measured
+from server_app.log import duration, log
+from server_app.simulation import fastest_precision
+from task.config import Config
+from task.data import Dataset
+from task.randomness import Stream, torch_generator
+from task.run_directory import RunDirectory
+from task.train import seeded_global_generator, select_device
+from task.unet import UNet, build_unet
+
+Weights = Mapping[str, torch.Tensor]
+
+
+class TrainingRun(ABC):
+    """The rounds of one run, from the first to the final weights.
+
+    Attributes:
+        config: of the run, resolved by `prepare`.
+        weights: the global weights after the last complete round.
+        dataset: all images; None with real nodes, whose images stay there.
+    """
+
+    def __init__(self, directory: RunDirectory) -> None:
+        """Make the initial weights; nothing is read yet.
+
+        Args:
+            directory: of the run, open.
+        """
+        self.config = directory.config
+        self.dataset: Dataset | None = None
+        self.directory = directory
+        self.device = select_device(self.config.train.device)
+        self.model = initial_model(self.config)
+        self.weights: Weights = {n: t.clone() for n, t in self.model.state_dict().items()}
+
+    @abstractmethod
+    def gather(self) -> None:
+        """Find what trains and, where it is on this machine, the data set; may settle `config`."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Say in a few words who trains."""
+
+    @abstractmethod
+    def train(self, server_round: int) -> str:
+        """Train a round, move `weights`, record it, and say in a few words how it went."""
+
+    @abstractmethod
+    def evaluate(self, server_round: int) -> float | None:
+        """Measure and record the loss on held-out images; None where there is none."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Weights]:
+        """Return what a checkpoint must hold besides the weights, by name."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Weights]) -> None:
+        """Take up what `state` returned, after `weights` are those of the checkpoint."""
+
+    def final_weights(self) -> Weights:
+        """Return the weights that are drawn from, measured and given away."""
+        return self.weights
+
+    def run(self) -> None:
+        """Run every round that is not complete yet, then measure and save the final weights.
+
+        Raises:
+            ValueError: the configuration does not fit the federation or the data.
+            TimeoutError: the nodes did not come.
+            RuntimeError: a round had fewer than `federation.min_replies` usable replies.
+        """
+        rounds, done = self.config.federation.rounds, self.directory.last_round
+        if done > rounds:
+            raise ValueError(
+                f"federation.rounds must be at least {done}, the last complete round of "
+                f"{self.directory.path}, got {rounds}"
+            )
+        if self.directory.final_round() == rounds and is_measured(self.directory.path, self.config):
+            log(f"all {rounds} rounds are complete already; a larger federation.rounds goes on")
+            return
+        self.prepare()
+        if self.evaluation.is_due(done):
+            log(f"round {done}, once more: {self.evaluate_and_draw(done)}")
+        first = done + 1
+        start = time.monotonic()
+        for server_round in range(first, rounds + 1):
+            summary = self.play_round(server_round)
+            spent = time.monotonic() - start
+            left = spent / (server_round - first + 1) * (rounds - server_round)
+            log(f"round {server_round}/{rounds}: {summary}, {duration(left)} left")
+        self.finish()
+
+    def prepare(self) -> None:
+        """Settle what depends on this machine and its nodes, and load the last complete round."""
+        self.gather()
+        if self.dataset is not None and self.config.train.precision == "auto":
+            precision = fastest_precision(self.config, self.model, self.device)
+            train = dataclasses.replace(self.config.train, precision=precision)
+            self.config = dataclasses.replace(self.config, train=train)
+        # Before anything is written: what it looks through may be missing.
+        self.evaluation = GlobalEvaluation(
+            self.directory, self.model, dataset=self.dataset, device=self.device
+        )
+        self.directory.write_config(self.config)
+        log(
+            f"{self.config.experiment}: {self.describe()}, data {self.config.data.name}, "
+            f"{sum(t.numel() for t in self.weights.values()):,} parameters, "
+            f"{self.config.train.precision} on {self.device}"
+        )
+        stored = self.directory.load_checkpoint()
+        if stored is not None:
+            self.weights, state = stored
+            self.restore(state)
+            log(f"going on after round {self.directory.last_round}")
+
+    def play_round(self, server_round: int) -> str:
+        """Train, save, and evaluate where it is time to: a complete round.
+
+        Returns:
+            What happened, in one line.
+        """
+        start = time.monotonic()
+        summary = self.train(server_round)
+        # Before the evaluation, so that no training is lost with it.
+        self.directory.save_checkpoint(server_round, self.weights, self.state())
+        if self.evaluation.is_due(server_round):
+            summary += f", {self.evaluate_and_draw(server_round)}"
+        seconds = time.monotonic() - start
+        self.directory.record(server_round, "global", {"round_seconds": seconds})
+        return f"{summary}, {duration(seconds)}"
+
+    def evaluate_and_draw(self, server_round: int) -> str:
+        """Measure a round and draw its picture; say in few words what was found."""
+        loss = self.evaluate(server_round)
+        found = ["no test loss" if loss is None else f"test loss {loss:.4f}"]
+        if self.evaluation.is_metrics_due(server_round):
+            found.append(self.evaluation.measure(server_round, self.final_weights()))
+        # Last, because it marks the round as evaluated.
+        self.evaluation.draw_grid(server_round, self.final_weights())
+        return ", ".join(found)
+
+    def finish(self) -> None:
+        """Save the final weights, and measure their images where there are real ones."""
+        last = self.directory.last_round
+        self.directory.save_model(last, self.final_weights())
+        self.evaluation.measure_final(last, self.final_weights())
+        log(f"samples: {self.directory.samples_file(last)}")
+        log(f"weights: {self.directory.model_file}")
+
+
+def initial_model(config: Config) -> UNet:
+    """Build the model with the weights that round 1 starts from, from the seed alone."""
+    with seeded_global_generator(torch_generator(config.seed, Stream.MODEL_INIT)):
+        return build_unet(config)
