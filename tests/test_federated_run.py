@@ -15,7 +15,7 @@ from flwr.app import Array, Context, Error, Message, MetricRecord, RecordDict
 from PIL import Image
 
 from client_app import workspace
-from server_app import training_run
+from server_app import federated_run, training_run
 from server_app.app import app as server_app
 from server_app.federated_run import FederatedRun, moving_average
 from server_app.training_run import initial_model
