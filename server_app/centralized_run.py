@@ -11,7 +11,7 @@ from task.data import Dataset
 from task.diffusion import build_objective
 from task.randomness import Stream, torch_generator
 from task.run_directory import RunDirectory
-from task.train import held_out_loss, new_optimizer, torch_configured, train_epochs
+from task.train import held_out_loss, move, new_optimizer, torch_configured, train_epochs
 
 
 class CentralizedRun(TrainingRun):
@@ -38,7 +38,7 @@ class CentralizedRun(TrainingRun):
         super().__init__(directory)
         self.dataset = load_images(self.config)
         self._objective = build_objective(self.config)
-        self.model.to(self.device)
+        move(self.model, self.device, channels_last=self.config.train.channels_last)
         self._optimizer = new_optimizer(self.model, self.config.train.lr)
 
     def gather(self) -> None:
@@ -108,9 +108,13 @@ class CentralizedRun(TrainingRun):
     def restore(self, state: Mapping[str, Weights]) -> None:
         """Put the weights into the model and what Adam had gathered into Adam."""
         self.model.load_state_dict(self.weights)
+        parameters = [*self.model.parameters()]
         gathered: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in state["adam"].items():
             number, name = key.split(".")
+            if tensor.ndim > 0:
+                # The fused Adam pairs values by their place in memory.
+                tensor = torch.empty_like(parameters[int(number)]).copy_(tensor)
             gathered.setdefault(int(number), {})[name] = tensor
         fresh = self._optimizer.state_dict()
         self._optimizer.load_state_dict({**fresh, "state": gathered})

@@ -79,6 +79,12 @@ def seeded_global_generator(generator: torch.Generator) -> Iterator[None]:
         yield
 
 
+def move(model: nn.Module, device: torch.device, *, channels_last: bool) -> None:
+    """Bring a model to a device and its weights into the memory format that it is trained in."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+
+
 def new_optimizer(model: nn.Module, lr: float) -> torch.optim.Adam:
     """Make the Adam of the paper over a model that lies on its device."""
     return torch.optim.Adam(model.parameters(), lr=lr, fused=True)
@@ -124,7 +130,8 @@ def train_epochs(
         raise ValueError("a client needs at least 1 image to train, got 0")
     device = generator.device
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    model.to(device, memory_format=memory_format).train()  # type: ignore[call-overload]
+    move(model, device, channels_last=channels_last)
+    model.train()
     images, labels = images.to(device), labels.to(device)
     if optimizer is None:
         optimizer = new_optimizer(model, lr)
@@ -173,7 +180,8 @@ def held_out_loss(
         raise ValueError("a held-out loss needs at least 1 image, got 0")
     device = generator.device
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    model.to(device, memory_format=memory_format).eval()  # type: ignore[call-overload]
+    move(model, device, channels_last=channels_last)
+    model.eval()
     loss_sum = torch.zeros((), device=device, dtype=torch.float64)
     for batch, batch_labels in zip(
         torch.split(images, batch_size), torch.split(labels, batch_size), strict=True

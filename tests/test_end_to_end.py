@@ -10,14 +10,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from server_app.superlink import CONNECTION, free_port, private_superlink, wait_until_healthy
 from task.checkpoint import load_weights
+from tests.helpers import write_digits_as_mnist
 from tests.processes import CHECKOUT, COMMANDS, SMALL, feddm_train, process, wait_for
 
 pytestmark = pytest.mark.slow
@@ -178,22 +177,11 @@ def test_plain_flwr_run_takes_the_size_of_its_federation(tmp_path: Path) -> None
     assert (run / "model.safetensors").exists()
 
 
-def write_idx(file: Path, array: np.ndarray) -> None:
-    """Write a uint8 array as MNIST's files are written."""
-    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
-    file.write_bytes(header + array.astype(np.uint8).tobytes())
-
-
 @pytest.fixture(scope="module")
 def hospital_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real digits in the format of MNIST, as a hospital's own data."""
     folder = tmp_path_factory.mktemp("hospital")
-    raw = folder / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    digits = load_digits()
-    for split, chosen in (("train", slice(0, 300)), ("t10k", slice(300, 400))):
-        write_idx(raw / f"{split}-images-idx3-ubyte", digits.images[chosen] * 255 / 16)
-        write_idx(raw / f"{split}-labels-idx1-ubyte", digits.target[chosen])
+    write_digits_as_mnist(folder, train=300, test=100)
     return folder
 
 

@@ -21,7 +21,8 @@ from server_app.federated_run import FederatedRun, moving_average
 from server_app.training_run import initial_model
 from task.checkpoint import load_weights
 from task.config import load_run_config, read_config
-from task.run_directory import RunDirectory
+from task.run_directory import RunDirectory, weights_file
+from task.runs import kept_clients
 from task.wire import Key, WeightLayout
 from tests.helpers import SMALL_RUN, ClientNodes, Network, Order, simulated, write_digits_as_mnist
 
@@ -506,6 +507,56 @@ def test_final_images_are_shown_to_a_classifier_of_real_ones(tmp_path: Path) -> 
     assert recorded(folder, "num_generated_images") == {(1, "global"): 20}
     assert 0 <= recorded(folder, "class_agreement")[1, "global"] <= 1
     assert recorded(folder, "classifier_test_accuracy")[1, "global"] > 0.8
+
+
+def test_kept_local_models_are_what_the_clients_sent_in_the_last_round(tmp_path: Path) -> None:
+    sent: dict[int, Weights] = {}
+    layout = WeightLayout.of(initial_model(load_run_config(SMALL_RUN)))
+
+    def alter(asked: Message, reply: Message) -> Message:
+        for client in (0, 2):
+            if is_of_round(asked, 2) and is_train(asked, client):
+                packed = reply.content.array_records[Key.ARRAYS][Key.PACKED].numpy()
+                sent[client] = layout.unpack(packed)
+        return reply
+
+    folder = play(configured(tmp_path, {"federation.keep_local_models": "[0,2]"}), alter=alter)
+    assert kept_clients(folder) == [0, 2]
+    for client, weights in sent.items():
+        found, metadata = load_weights(weights_file(folder, client))
+        assert same_bits(found, weights) and metadata["round"] == "2"
+        assert not same_bits(found, final_weights(folder))
+
+
+def test_chosen_client_that_does_not_train_in_the_last_round_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"federation.keep_local_models": "[0,1,2]", "federation.clients_per_round": 2}
+    (tmp_path / "run" / "local").mkdir(parents=True)
+    (tmp_path / "run" / "local" / "client-9.safetensors").write_bytes(b"of an earlier last round")
+    folder = play(configured(tmp_path, changes))
+    (absent,) = {0, 1, 2} - set(kept_clients(folder))
+    assert len(kept_clients(folder)) == 2
+    assert f"client {absent} does not train, its weights are not kept" in capsys.readouterr().out
+
+
+def test_real_nodes_keep_their_own_models(hospitals: tuple[RunConfig, ClientNodes]) -> None:
+    run_config, nodes = hospitals
+    with (
+        opened({**run_config, "federation.keep_local_models": "[0]"}, nodes=nodes) as run,
+        pytest.raises(ValueError, match=r"keep_local_models must be \[\] with real nodes"),
+    ):
+        run.run()
+
+
+def test_run_over_real_nodes_says_that_it_cannot_measure(
+    hospitals: tuple[RunConfig, ClientNodes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_config, nodes = hospitals
+    changes = {"eval.final_metrics": True, "eval.metrics_every": 1, "federation.rounds": 1}
+    folder = play({**run_config, **changes}, nodes=nodes)
+    assert "no metrics: the server of real nodes has no images" in capsys.readouterr().out
+    assert not [*folder.glob("evaluation-*.json")]
 
 
 def test_precision_auto_is_settled_once_and_written_down(tmp_path: Path) -> None:
