@@ -18,7 +18,7 @@ from task.config import (
     value_paths,
 )
 from task.data import build_dataset
-from task.evaluate import KID_SUBSETS, MetricReport
+from task.evaluate import KID_SUBSETS, Label, MetricReport
 from task.features import build_extractor
 from task.measure import draw_images, evaluation_file, full_labels, measure_images, write_report
 from task.metrics import Copying
@@ -183,13 +183,10 @@ def caption(report: MetricReport, counts: list[int]) -> list[str]:
         f"{label.n_train:,} training and {label.n_test:,} test images; seed {label.seed}",
         f"extractor {label.extractor} {label.extractor_sha256[:HASH_DIGITS]}, image range "
         f"{label.image_range}" + (", real images mirrored at random" * label.real_flipped),
-        f"real: {label.n_floor:,} real images in place of the generated ones, the fewest of the "
-        "three sets (test images against the training images and for the inception score, "
-        "training images against the test images)",
+        f"real: {label.n_floor:,} real images in place of the generated ones, " + _stand_ins(label),
         f"KID: {KID_SUBSETS} subsets of {label.kid_subset_size:,} images; FID depends on n, "
         "compare equal n only",
-        "precision, recall, density and coverage: against the test images",
-        "nearest training image: medians, beside those of held-out test images",
+        *_yardsticks(label),
         "^ higher is better, v lower is better",
     ]
     if label.n_floor < label.n_generated:
@@ -203,3 +200,25 @@ def caption(report: MetricReport, counts: list[int]) -> list[str]:
     if label.image_range == "paper":
         lines.insert(2, "the wrapped range of the published tables: never beside correct figures")
     return lines
+
+
+def _stand_ins(label: Label) -> str:
+    if label.n_test == 0:
+        others = label.n_train - label.n_train // 2
+        return f"training images drawn at random, against {others:,} others of them"
+    return (
+        "the fewest of the three sets (test images against the training images and for the "
+        "inception score, training images against the test images)"
+    )
+
+
+def _yardsticks(label: Label) -> list[str]:
+    if label.n_test == 0:
+        return [
+            "no images are held out: all is measured against the training images, where copies of "
+            "them score best, and there is no classification and no search for copies"
+        ]
+    return [
+        "precision, recall, density and coverage: against the test images",
+        "nearest training image: medians, beside those of held-out test images",
+    ]
