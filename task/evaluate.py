@@ -4,6 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,9 +41,9 @@ class Label:
         real_flipped: whether real images were mirrored at random, as the released code does.
         n_generated: generated images.
         n_train: real training images.
-        n_test: real test images.
+        n_test: real test images; 0 where none are held out.
         n_floor: real images that stand in for generated ones in the floor.
-        kid_subset_size: images of each set in one of KID's subsets; in the floor, n_floor at most.
+        kid_subset_size: images of each set in one of KID's subsets.
         seed: of all that is random in the measuring.
     """
 
@@ -59,20 +60,21 @@ class Label:
     seed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scores:
     """What can be measured of images, generated or real, in the features of an extractor.
 
     `fid` and `kid` are the metrics of the literature only where the extractor is Inception.
+    Without test images, precision to coverage are taken against the training images.
 
     Attributes:
         inception_score: in [1, K], higher is better; None where the extractor has no classes.
         inception_score_std: over 10 splits.
         fid_train: Frechet distance to the training images, lower is better.
-        fid_test: Frechet distance to the test images.
+        fid_test: Frechet distance to the test images; None where there are none.
         kid_train: kernel distance to the training images, about 0 for equal sets.
         kid_train_std: over the subsets.
-        kid_test: kernel distance to the test images.
+        kid_test: kernel distance to the test images; None where there are none.
         kid_test_std: over the subsets.
         precision: share of the images that lie near test images.
         recall: share of the test images that lie near the images.
@@ -83,11 +85,11 @@ class Scores:
     inception_score: float | None
     inception_score_std: float | None
     fid_train: float
-    fid_test: float
+    fid_test: float | None = None
     kid_train: float
     kid_train_std: float
-    kid_test: float
-    kid_test_std: float
+    kid_test: float | None = None
+    kid_test_std: float | None = None
     precision: float
     recall: float
     density: float
@@ -119,12 +121,12 @@ class MetricReport:
         label: what the figures hold for.
         generated: the scores.
         floor: the scores of `label.n_floor` real images in place of the generated ones, the best
-            that a generator can honestly reach at that number: test images for the Inception
-            score and against the training images, training images against the test images.
-        classification: None where it was left out.
+            that a generator can honestly reach at that number; `_meetings` says which images.
+        classification: None where it was left out or no images are held out to test on.
         pixel_copying: nearest training images, by root mean square difference of pixels in
-            [0, 1], mirrored ones included where the data set is trained on mirrored; or None.
-        feature_copying: nearest training images in the extractor's features, or None.
+            [0, 1], mirrored ones included where the data set is trained on mirrored; None where
+            it was left out or no images are held out, whose distance is the yardstick.
+        feature_copying: the same in the extractor's features.
     """
 
     label: Label
@@ -152,10 +154,15 @@ class MetricReport:
 
 @dataclass(frozen=True, eq=False)
 class RealFeatures:
-    """The features of a data set, which need not be extracted anew for each evaluation."""
+    """The features of a data set, which need not be extracted anew for each evaluation.
+
+    Attributes:
+        train: of the training images.
+        test: of the test images; None where there are none.
+    """
 
     train: Features
-    test: Features
+    test: Features | None
 
 
 def extract_real(
@@ -172,13 +179,16 @@ def extract_real(
     random, because the released code measures against its augmented loaders. Generated images are
     never mirrored. (The released code does that too for CT, where the model has seen both.)
     """
-    parts = []
-    for number, part in enumerate((dataset.train, dataset.test)):
-        images = part.images
+
+    def look(images: Tensor, number: int) -> Features:
         if _flips(extractor, horizontal_flip):
             images = random_horizontal_flip(images, torch_generator(seed, Stream.METRICS, number))
-        parts.append(extract(extractor, images, batch_size=batch_size))
-    return RealFeatures(*parts)
+        return extract(extractor, images, batch_size=batch_size)
+
+    return RealFeatures(
+        train=look(dataset.train.images, 0),
+        test=look(dataset.test.images, 1) if len(dataset.test) > 0 else None,
+    )
 
 
 def _flips(extractor: FeatureExtractor, horizontal_flip: bool) -> bool:
@@ -205,7 +215,9 @@ def evaluate_images(
     Args:
         generated: images with the classes that were asked for; in the paper as many of each as
             the test split has.
-        dataset: the real images, in the shape of the generated ones.
+        dataset: the real images, in the shape of the generated ones. Without test images
+            (`_meetings` says what is measured against what) there is no classification and no
+            search for copies.
         extractor: what the metrics look through; it says in which range (`build_extractor`).
         data_name: of the data set, for the label.
         num_classes: of the data set.
@@ -219,8 +231,9 @@ def evaluate_images(
             CPU.
 
     Raises:
-        ValueError: there are too few images for a metric (10 of each set), images of another
-            shape than the real ones, or, with classification, none of some class.
+        ValueError: there are too few images for a metric (10 of each set; 20 training images
+            where there are no test images), images of another shape than the real ones, or, with
+            classification, none of some class.
     """
     require(
         generated.images.shape[1:] == dataset.train.images.shape[1:],
@@ -228,6 +241,8 @@ def evaluate_images(
         f"[N, {', '.join(map(str, dataset.train.images.shape[1:]))}] as the real ones",
         tuple(generated.images.shape),
     )
+    if len(dataset.test) == 0:
+        with_classification = with_copying = False
     if with_classification:
         _require_every_class(generated, num_classes)
     if real is None:
@@ -239,7 +254,8 @@ def evaluate_images(
             batch_size=batch_size,
         )
     seen = extract(extractor, generated.images, batch_size=batch_size)
-    n_floor = min(len(generated), len(dataset.train), len(dataset.test))
+    meetings, floor_meetings = _meetings(seen, real, seed)
+    n_floor = len(floor_meetings["train"].images)
     label = Label(
         data=data_name,
         extractor=extractor.name,
@@ -250,14 +266,13 @@ def evaluate_images(
         n_train=len(dataset.train),
         n_test=len(dataset.test),
         n_floor=n_floor,
-        kid_subset_size=_subset_size(seen, real.train, real.test),
+        kid_subset_size=min(KID_SUBSET_SIZE, n_floor),
         seed=seed,
     )
-    stand_ins = (_some(real.test, n_floor, seed, 2), _some(real.train, n_floor, seed, 3))
     return MetricReport(
         label=label,
-        generated=_scores(seen, seen, real, seed),
-        floor=_scores(*stand_ins, real, seed),
+        generated=_scores(meetings, label.kid_subset_size, seed),
+        floor=_scores(floor_meetings, label.kid_subset_size, seed),
         classification=_classification(
             generated,
             dataset,
@@ -276,7 +291,7 @@ def evaluate_images(
             nearest_distances(seen.features, real.train.features),
             nearest_distances(real.test.features, real.train.features),
         )
-        if with_copying
+        if with_copying and real.test is not None
         else None,
     )
 
@@ -360,42 +375,71 @@ def _classification(
     )
 
 
-def _scores(to_train: Features, to_test: Features, real: RealFeatures, seed: int) -> Scores:
-    """Score images, those that meet the training and those that meet the test images."""
+class _Meeting(NamedTuple):
+    """Images that are scored, and the real ones that they are measured against."""
+
+    images: Features
+    reals: Features
+
+
+def _meetings(
+    seen: Features, real: RealFeatures, seed: int
+) -> tuple[dict[str, _Meeting], dict[str, _Meeting]]:
+    """Decide what is measured against what, by split: generated images, and the floor.
+
+    Generated images meet the training and the test images; in the floor test images meet the
+    training images, and training images the test images, as many of each as the smallest of the
+    three sets has. Without test images one half of the training images, drawn at random, stands
+    in for the generated ones, at most as many, and meets the other half.
+    """
+    train, test = real.train, real.test
+    if test is None:
+        half = len(train) // 2
+        order = _order(len(train), seed, 2)
+        stand_ins = train.subset(order[:half][: len(seen)])
+        return (
+            {"train": _Meeting(seen, train)},
+            {"train": _Meeting(stand_ins, train.subset(order[half:]))},
+        )
+    n_floor = min(len(seen), len(train), len(test))
+    return (
+        {"train": _Meeting(seen, train), "test": _Meeting(seen, test)},
+        {
+            "train": _Meeting(_some(test, n_floor, seed, 2), train),
+            "test": _Meeting(_some(train, n_floor, seed, 3), test),
+        },
+    )
+
+
+def _scores(meetings: dict[str, _Meeting], subset_size: int, seed: int) -> Scores:
+    """Score images: the Inception score of those that meet the training images."""
     score = std = None
-    if to_train.probabilities is not None:
+    probabilities = meetings["train"].images.probabilities
+    if probabilities is not None:
         generator = torch_generator(seed, Stream.METRICS, 5)
-        score, std = inception_score(to_train.probabilities, generator=generator)
-    kids = [
-        kid(
+        score, std = inception_score(probabilities, generator=generator)
+    distances = {}
+    for split, (images, reals) in meetings.items():
+        distances[f"fid_{split}"] = frechet_distance(reals.features, images.features)
+        distances[f"kid_{split}"], distances[f"kid_{split}_std"] = kid(
             reals.features,
-            seen.features,
+            images.features,
             subsets=KID_SUBSETS,
-            subset_size=_subset_size(seen, real.train, real.test),
+            subset_size=subset_size,
             generator=torch_generator(seed, Stream.METRICS, 6),
         )
-        for reals, seen in ((real.train, to_train), (real.test, to_test))
-    ]
-    precision, recall = precision_recall(real.test.features, to_test.features)
-    density, coverage = density_coverage(real.test.features, to_test.features)
+    images, reals = meetings.get("test", meetings["train"])
+    precision, recall = precision_recall(reals.features, images.features)
+    density, coverage = density_coverage(reals.features, images.features)
     return Scores(
         inception_score=score,
         inception_score_std=std,
-        fid_train=frechet_distance(real.train.features, to_train.features),
-        fid_test=frechet_distance(real.test.features, to_test.features),
-        kid_train=kids[0].mean,
-        kid_train_std=kids[0].std,
-        kid_test=kids[1].mean,
-        kid_test_std=kids[1].std,
         precision=precision,
         recall=recall,
         density=density,
         coverage=coverage,
+        **distances,
     )
-
-
-def _subset_size(*sets: Features) -> int:
-    return min(KID_SUBSET_SIZE, *(len(each) for each in sets))
 
 
 def _some(features: Features, number: int, seed: int, purpose: int) -> Features:

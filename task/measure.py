@@ -1,7 +1,9 @@
 """Draw images from a model and measure them as a run's configuration says."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +114,13 @@ def evaluation_file(run: Path, config: Config, subject: str = "") -> Path:
 
 def write_report(file: Path, report: MetricReport, config: Config, server_round: int) -> None:
     """Write a report as JSON, atomically, with the round and how its images were drawn."""
+    write_measurements(file, report.describe(), config, server_round)
+
+
+def write_measurements(
+    file: Path, found: Mapping[str, Any], config: Config, server_round: int
+) -> None:
+    """Write what was found as JSON, atomically, with the round and how the images were drawn."""
     diffusion = config.diffusion
     drawn = {
         "round": server_round,
@@ -121,5 +130,4 @@ def write_report(file: Path, report: MetricReport, config: Config, server_round:
         "batch_size": config.eval.batch_size,
     }
     with atomic_path(file) as aside:
-        content = json.dumps(report.describe() | drawn, indent=1)
-        aside.write_text(content + "\n", encoding="utf-8")
+        aside.write_text(json.dumps({**found, **drawn}, indent=1) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
+from PIL import Image
 from typer.testing import CliRunner
 
 from task.checkpoint import save_weights
@@ -24,13 +25,11 @@ def quick() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(folder: Path, *overrides: str) -> Path:
     """Make a finished run of a network that learned nothing."""
-    folder = tmp_path_factory.mktemp("runs")
     config = load_config(
         [
-            *("data=digits", "data.image_size=8", "data.test_fraction=0.1", "run_name=tiny"),
+            *("data.image_size=8", "run_name=tiny", *overrides),
             *("model.width=8", "model.num_poolings=1", "diffusion.num_inference_steps=4"),
             *("train.device=cpu", "federation.rounds=3", f"output_dir={folder}"),
             f"data.cache_dir={folder / 'cache'}",
@@ -42,6 +41,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     save_weights(path / "model.safetensors", build_unet(config).state_dict(), {"round": "3"})
     return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    return finished_run(folder, "data=digits", "data.test_fraction=0.1")
 
 
 def feddm(*words: object) -> Result:
@@ -104,6 +109,28 @@ def test_options_and_overrides_change_how_images_are_measured(run: Path, tmp_pat
     assert "never beside correct figures" in result.stdout
     assert f"fewer images than the generated one ({found['n_floor']} against 200)" in result.stdout
     assert [*tmp_path.glob("classifier-*.safetensors")] != []
+
+
+def test_a_data_set_without_test_images_is_measured_against_its_training_images(
+    tmp_path: Path,
+) -> None:
+    noise = torch.randint(256, (60, 8, 8), generator=torch.Generator().manual_seed(0))
+    for number, pixels in enumerate(noise.byte().numpy()):
+        file = tmp_path / "scans" / ("COVID", "non-COVID")[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(file)
+    run = finished_run(tmp_path, "data=sars_cov_2_ct", f"data.root={tmp_path / 'scans'}")
+    result = feddm("evaluate", run)
+    assert result.exit_code == 0, result.output
+    found = json.loads((run / FILE).read_text())
+    assert (found["n_generated"], found["n_train"], found["n_test"]) == (60, 60, 0)
+    printed = " ".join(result.stdout.split())
+    assert "real: 30 real images in place of the generated ones, training images drawn" in printed
+    assert "against 30 others of them" in printed
+    assert "no images are held out: all is measured against the training images" in printed
+    assert "FID (train) v" in printed
+    for words in ("FID (test)", "classification accuracy score", "nearest training image"):
+        assert words not in printed
 
 
 @pytest.mark.parametrize(

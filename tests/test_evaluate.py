@@ -170,9 +170,9 @@ def test_scores_are_those_of_the_features(
     assert report == evaluate(honest, digits, extractor, batch_size=1000, with_copying=False)
     fid = frechet_distance(seen.features, real.train.features)
     assert report.generated.fid_train == pytest.approx(fid)
+    assert real.test is not None and real.test.probabilities is not None
     floor = frechet_distance(real.test.features, real.train.features)
     assert report.floor.fid_train == pytest.approx(floor)
-    assert real.test.probabilities is not None
     generator = torch_generator(0, Stream.METRICS, 5)
     score = inception_score(real.test.probabilities, generator=generator).mean
     # The stand-ins are all test images in another order, so other splits.
@@ -228,12 +228,68 @@ def test_permuted_classes_bring_cas_to_chance(
     assert classification_accuracy_score(permuted, digits.test, **settings) < 0.2
 
 
+@pytest.fixture(scope="module")
+def untested(digits: Dataset) -> Dataset:
+    """The training images without a test split, as the paper's CT scans are."""
+    return Dataset(digits.train, digits.test.subset(torch.arange(0)))
+
+
+def test_without_a_test_split_all_is_measured_against_the_training_images(
+    digits: Dataset, untested: Dataset, honest: ImageSet, extractor: FeatureExtractor
+) -> None:
+    found = evaluate(honest, untested, extractor, with_classification=True)
+    assert (found.label.n_test, found.label.n_floor) == (0, HONEST)
+    assert (found.classification, found.pixel_copying, found.feature_copying) == (None, None, None)
+    assert not {"fid_test", "kid_test", "floor_fid_test", "cas"} & found.describe().keys()
+    beside = evaluate(honest, digits, extractor, with_copying=False)
+    assert found.generated.fid_train == beside.generated.fid_train
+    swapped = evaluate(honest, Dataset(honest, digits.train), extractor, with_copying=False)
+    for name in ("precision", "recall", "density", "coverage"):
+        assert getattr(found.generated, name) == getattr(swapped.generated, name)
+
+
+def test_the_floor_without_a_test_split_is_one_half_of_the_images_against_the_other(
+    untested: Dataset, extractor: FeatureExtractor
+) -> None:
+    number = len(untested.train)
+    report = evaluate(untested.train, untested, extractor)
+    assert report.label.n_floor == number // 2 == report.label.kid_subset_size
+    seen = extract_real(untested, extractor=extractor, horizontal_flip=False, seed=0)
+    assert seen.test is None
+    order = torch.randperm(number, generator=torch_generator(0, Stream.METRICS, 2))
+    halves = [seen.train.subset(half).features for half in torch.tensor_split(order, 2)]
+    assert number % 2 == 0
+    assert report.floor.fid_train == pytest.approx(frechet_distance(*halves))
+    # The images are their own best copies, which no other half of them is.
+    assert report.generated.fid_train == pytest.approx(0, abs=1e-6)
+    assert report.generated.precision == report.generated.coverage == 1
+    assert report.floor.fid_train > 0.1 and report.floor.precision < 1
+    few = evaluate(untested.train.subset(torch.arange(30)), untested, extractor)
+    assert few.label.n_floor == few.label.kid_subset_size == 30
+
+
+def test_a_set_that_lacks_classes_is_measured_without_classification(
+    digits: Dataset, untested: Dataset, honest: ImageSet, extractor: FeatureExtractor
+) -> None:
+    part = honest.subset(torch.nonzero(honest.labels < 3).flatten())
+    whole = evaluate(honest, digits, extractor).generated
+    # The second has nothing held out to test a classifier on, so that none is trained.
+    for dataset, asked in ((digits, False), (untested, True)):
+        report = evaluate(part, dataset, extractor, with_classification=asked)
+        assert report.classification is None
+        assert report.generated.fid_train > 2 * whole.fid_train
+        assert report.generated.recall < 0.6
+
+
 def test_wrong_input_is_refused(
     digits: Dataset, honest: ImageSet, extractor: FeatureExtractor
 ) -> None:
     few = honest.subset(torch.arange(5))
     with pytest.raises(ValueError, match="of at least 10 images"):
         evaluate(few, digits, extractor)
+    tiny = Dataset(digits.train.subset(torch.arange(19)), digits.test.subset(torch.arange(0)))
+    with pytest.raises(ValueError, match="of at least 10 images"):
+        evaluate(honest, tiny, extractor)
     without = honest.subset(torch.nonzero(honest.labels != 3).flatten())
     with pytest.raises(ValueError, match=r"generated\.labels must be of every class.* \[3\]"):
         evaluate(without, digits, extractor, with_classification=True)

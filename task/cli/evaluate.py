@@ -1,7 +1,7 @@
 """`feddm evaluate`: images from a run's final weights, measured beside real ones."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -18,7 +18,7 @@ from task.config import (
     value_paths,
 )
 from task.data import build_dataset
-from task.evaluate import KID_SUBSETS, MetricReport
+from task.evaluate import KID_SUBSETS, Label, MetricReport
 from task.features import build_extractor
 from task.measure import draw_images, evaluation_file, full_labels, measure_images, write_report
 from task.metrics import Copying
@@ -27,8 +27,19 @@ from task.runs import final_model
 from task.train import select_device
 
 HASH_DIGITS = 12
+TITLES = {
+    "inception_score": "inception score ^",
+    "fid_train": "FID (train) v",
+    "fid_test": "FID (test) v",
+    "kid_train": "KID (train) v",
+    "kid_test": "KID (test) v",
+    "precision": "precision ^",
+    "recall": "recall ^",
+    "density": "density ~1",
+    "coverage": "coverage ^",
+}
 
-Row = tuple[str, str, str]
+Row = tuple[str, ...]
 
 
 def evaluation_config(
@@ -124,28 +135,23 @@ def format_table(report: MetricReport) -> str:
     for space, copies in (("pixels", report.pixel_copying), ("features", report.feature_copying)):
         if copies is not None:
             rows += _copying_rows(space, copies)
+    return lay_out(rows)
+
+
+def lay_out(rows: Sequence[Row]) -> str:
+    """Align the columns of a table, names to the left and figures to the right; heads first."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        f"{name:<{widths[0]}}  {generated:>{widths[1]}}  {real:>{widths[2]}}".rstrip()
-        for name, generated, real in rows
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
     ]
-    return "\n".join([lines[0], "-" * (sum(widths) + 4), *lines[1:]])
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
 
 
 def _score_rows(report: MetricReport) -> list[Row]:
     ours, floor = dataclasses.asdict(report.generated), dataclasses.asdict(report.floor)
-    rows = []
-    for name, title in (
-        ("inception_score", "inception score ^"),
-        ("fid_train", "FID (train) v"),
-        ("fid_test", "FID (test) v"),
-        ("kid_train", "KID (train) v"),
-        ("kid_test", "KID (test) v"),
-        ("precision", "precision ^"),
-        ("recall", "recall ^"),
-        ("density", "density ~1"),
-        ("coverage", "coverage ^"),
-    ):
+    rows: list[Row] = []
+    for name, title in TITLES.items():
         if ours[name] is not None:
             generated, real = (
                 _with_std(part[name], part.get(f"{name}_std")) for part in (ours, floor)
@@ -177,29 +183,58 @@ def caption(report: MetricReport, counts: list[int]) -> list[str]:
         counts: different numbers of generated images per class, ascending.
     """
     label = report.label
-    span = "-".join(f"{number:,}" for number in dict.fromkeys((counts[0], counts[-1])))
-    lines = [
-        f"data {label.data}: {label.n_generated:,} generated images ({span} of each class), "
-        f"{label.n_train:,} training and {label.n_test:,} test images; seed {label.seed}",
-        f"extractor {label.extractor} {label.extractor_sha256[:HASH_DIGITS]}, image range "
-        f"{label.image_range}" + (", real images mirrored at random" * label.real_flipped),
-        f"real: {label.n_floor:,} real images in place of the generated ones, the fewest of the "
-        "three sets (test images against the training images and for the inception score, "
-        "training images against the test images)",
+    fewer = (
+        f"the real column has fewer images than the generated one ({label.n_floor:,} against "
+        f"{label.n_generated:,}), which makes its FID larger"
+    )
+    return [
+        f"data {label.data}: {label.n_generated:,} generated images ({span(counts)} of each "
+        f"class), {label.n_train:,} training and {label.n_test:,} test images; seed {label.seed}",
+        *looked_through(label),
+        f"real: {stand_ins(label)}",
+        *[fewer] * (label.n_floor < label.n_generated),
         f"KID: {KID_SUBSETS} subsets of {label.kid_subset_size:,} images; FID depends on n, "
         "compare equal n only",
-        "precision, recall, density and coverage: against the test images",
-        "nearest training image: medians, beside those of held-out test images",
+        *_yardsticks(label),
         "^ higher is better, v lower is better",
     ]
-    if label.n_floor < label.n_generated:
-        lines.insert(
-            3,
-            f"the real column has fewer images than the generated one ({label.n_floor:,} against "
-            f"{label.n_generated:,}), which makes its FID larger",
-        )
-    if label.extractor != "inception":
-        lines.insert(2, "not the scores of the literature, which look through Inception")
-    if label.image_range == "paper":
-        lines.insert(2, "the wrapped range of the published tables: never beside correct figures")
-    return lines
+
+
+def span(counts: Sequence[int]) -> str:
+    """Write the range of numbers, "3" or "3-1,200"."""
+    return "-".join(f"{number:,}" for number in sorted({min(counts), max(counts)}))
+
+
+def looked_through(label: Label) -> list[str]:
+    """Say what the metrics looked through, and what must not be compared with it."""
+    paper, inception = label.image_range == "paper", label.extractor == "inception"
+    return [
+        f"extractor {label.extractor} {label.extractor_sha256[:HASH_DIGITS]}, image range "
+        f"{label.image_range}" + (", real images mirrored at random" * label.real_flipped),
+        *["the wrapped range of the published tables: never beside correct figures"] * paper,
+        *["not the scores of the literature, which look through Inception"] * (not inception),
+    ]
+
+
+def stand_ins(label: Label) -> str:
+    """Say which real images stand in for generated ones in the floor."""
+    number = f"{label.n_floor:,} real images in place of the generated ones, "
+    if label.n_test == 0:
+        others = label.n_train - label.n_train // 2
+        return f"{number}training images drawn at random, against {others:,} others of them"
+    return (
+        f"{number}the fewest of the three sets (test images against the training images and for "
+        "the inception score, training images against the test images)"
+    )
+
+
+def _yardsticks(label: Label) -> list[str]:
+    if label.n_test == 0:
+        return [
+            "no images are held out: all is measured against the training images, where copies of "
+            "them score best, and there is no classification and no search for copies"
+        ]
+    return [
+        "precision, recall, density and coverage: against the test images",
+        "nearest training image: medians, beside those of held-out test images",
+    ]

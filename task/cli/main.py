@@ -75,12 +75,23 @@ def evaluate(
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or cuda:N; else the run's train.device.")
     ] = None,
+    client: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Measure this client's own model, which federation.keep_local_models kept, beside "
+            "the global one: against the client's images and against all.",
+        ),
+    ] = None,
 ) -> None:
     """Measure images of a run's final weights, with real images beside them.
 
-    Prints a table and writes RUN/evaluation-<extractor>-<image range>.json.
+    Prints a table and writes RUN/evaluation-<extractor>-<image range>.json, with --client N
+    RUN/evaluation-<extractor>-<image range>-client-N.json. Without a test split all is measured
+    against the training images, without classification and search for copies.
     """
     from task.cli.evaluate import evaluate_run, evaluation_config
+    from task.cli.evaluate_client import evaluate_client
 
     config = evaluation_config(
         run,
@@ -93,7 +104,10 @@ def evaluate(
             "train.device": device,
         },
     )
-    evaluate_run(run, config, say=typer.echo)
+    if client is None:
+        evaluate_run(run, config, say=typer.echo)
+    else:
+        evaluate_client(run, config, client, say=typer.echo)
 
 
 def main() -> None:

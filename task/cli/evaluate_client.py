@@ -1,0 +1,207 @@
+"""`feddm evaluate --client`: a client's own model beside the global one, on its images and on all.
+
+Source: section F of the paper, which shows such images and measures none.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from task.cli.evaluate import TITLES, lay_out, looked_through, span, stand_ins
+from task.config import Config, require
+from task.data import Dataset, build_dataset
+from task.evaluate import KID_SUBSETS, MetricReport, extract_real
+from task.features import build_extractor
+from task.measure import (
+    draw_images,
+    evaluation_file,
+    full_labels,
+    measure_images,
+    write_measurements,
+)
+from task.partition import partition_dataset
+from task.randomness import Stream
+from task.runs import final_model
+from task.train import select_device
+from task.unet import UNet
+
+# The floor takes one half of the images, and the Inception score parts those into 10 splits.
+MIN_IMAGES = 20
+HEADLINES = ("fid_train", "kid_train", "precision", "recall", "coverage")
+
+
+def evaluate_client(
+    run: Path, config: Config, client: int, *, say: Callable[[str], object]
+) -> dict[str, MetricReport]:
+    """Measure a client's own model and the global one, on the client's images and on all.
+
+    Both models draw from the same noise: as many images of each class as the client trained on,
+    to be measured against those, and the images that `evaluate_run` draws, measured as there.
+
+    Args:
+        run: its folder; `evaluation-<extractor>-<image_range>-client-<client>.json` is written
+            there.
+        config: see `evaluation_config`.
+        client: its number in the simulation.
+        say: takes the text for the reader.
+
+    Returns:
+        The reports under "local_own", "global_own", "local_all" and "global_all".
+
+    Raises:
+        FileNotFoundError: files of the data set or of the extractor are missing.
+        ValueError: the run was not federated, did not keep the client's model or was dealt from
+            other data, or the client has too few images.
+    """
+    require(
+        config.train.mode == "federated", "train.mode", "federated for --client", config.train.mode
+    )
+    local, local_round = final_model(run, config, client)
+    shared, last = final_model(run, config)
+    dataset = build_dataset(config, download=True)
+    own = client_images(run, config, dataset, client)
+    sets = {
+        "own": (own, own.train.labels.sort().values),
+        "all": (dataset, full_labels(config, dataset)),
+    }
+    reports = _measure(config, {"local": local, "global": shared}, sets, say=say)
+    say(
+        f"\n{run.resolve().name}, client {client}, local model of round {local_round}, global "
+        f"model of round {last} of {config.federation.rounds}\n\n{format_client_table(reports)}\n"
+    )
+    counts = {
+        whose: labels.bincount(minlength=len(config.data.classes)).tolist()
+        for whose, (_, labels) in sets.items()
+    }
+    say("\n".join(f"- {line}" for line in client_caption(reports, counts)))
+    say(f"\n{verdict(client, reports['local_own'], reports['global_own'])}")
+    file = evaluation_file(run, config, f"client-{client}")
+    found = {name: report.describe() for name, report in reports.items()}
+    write_measurements(file, {"client": client, "local_round": local_round, **found}, config, last)
+    say(f"\nwritten to {file}")
+    return reports
+
+
+def _measure(
+    config: Config,
+    models: Mapping[str, UNet],
+    sets: Mapping[str, tuple[Dataset, Tensor]],
+    *,
+    say: Callable[[str], object],
+) -> dict[str, MetricReport]:
+    """Measure what each model draws of the labels of each set, under "<model>_<set>"."""
+    device = select_device(config.train.device)
+    # Trained on all images for each of the sets, so that their figures share one scale.
+    extractor = build_extractor(config, sets["all"][0].train, device)
+    reports = {}
+    for whose, (dataset, labels) in sets.items():
+        real = extract_real(
+            dataset,
+            extractor=extractor,
+            horizontal_flip=config.data.horizontal_flip,
+            seed=config.eval.seed,
+            batch_size=config.eval.batch_size,
+        )
+        for name, model in models.items():
+            say(f"drawing and measuring {len(labels):,} images of the {name} model on {device}")
+            stream = Stream.EVALUATED_IMAGES
+            images = draw_images(config, model, labels, device=device, stream=stream)
+            reports[f"{name}_{whose}"] = measure_images(
+                config, images, dataset, extractor=extractor, real=real, full=False
+            )
+    return reports
+
+
+def client_images(run: Path, config: Config, dataset: Dataset, client: int) -> Dataset:
+    """Return the training images of a client, as a data set without a test split.
+
+    Its share of the test images is too small to measure against.
+
+    Args:
+        run: its folder; its partition.json, where there is one, must count the same images.
+        config: of the run.
+        dataset: which the run dealt out.
+        client: its number in the simulation.
+
+    Raises:
+        ValueError: the run was dealt from other data, or the client has too few images.
+    """
+    partition = partition_dataset(config, dataset, config.federation.num_supernodes)
+    file = run / "partition.json"
+    require(
+        not file.exists() or json.loads(file.read_text("utf-8")) == partition.describe(),
+        "data.root",
+        f"where the images are that {file} counts",
+        config.data.root,
+    )
+    indices = partition.train_indices[client]
+    require(
+        len(indices) >= MIN_IMAGES,
+        f"client {client}",
+        f"one of at least {MIN_IMAGES} training images to be measured against",
+        len(indices),
+    )
+    return Dataset(dataset.train.subset(indices), dataset.test.subset(indices[:0]))
+
+
+def format_client_table(reports: Mapping[str, MetricReport]) -> str:
+    """Lay the reports of `evaluate_client` out: a metric per line, both models, real images."""
+    heads, columns = ["metric"], []
+    for whose in ("own", "all"):
+        local, shared = reports[f"local_{whose}"], reports[f"global_{whose}"]
+        heads += [f"{name}, {whose}" for name in ("local", "global", "real")]
+        columns += [local.generated, shared.generated, shared.floor]
+    rows = [
+        (TITLES[name], *(f"{getattr(column, name):.4f}" for column in columns))
+        for name in HEADLINES
+    ]
+    return lay_out([tuple(heads), *rows])
+
+
+def client_caption(
+    reports: Mapping[str, MetricReport], counts: Mapping[str, list[int]]
+) -> list[str]:
+    """Say what the table of a client holds for.
+
+    Args:
+        reports: the table's.
+        counts: numbers of generated images per class, of "own" and "all".
+    """
+    own, everything = reports["global_own"].label, reports["global_all"].label
+    neighbours = "test" if everything.n_test > 0 else "training"
+    return [
+        f"own: {own.n_generated:,} generated images of each model ({span(counts['own'])} of each "
+        f"class), measured against the client's {own.n_train:,} training images of the same "
+        "classes, where copies of them score best",
+        f"real, own: {stand_ins(own)}; KID: {KID_SUBSETS} subsets of {own.kid_subset_size:,}",
+        f"all: {everything.n_generated:,} generated images of each model ({span(counts['all'])} "
+        f"of each class), measured against all {everything.n_train:,} training images; precision, "
+        f"recall and coverage against the {neighbours} images",
+        f"real, all: {stand_ins(everything)}; KID: {KID_SUBSETS} subsets of "
+        f"{everything.kid_subset_size:,}",
+        f"data {own.data}; both models drew from the same noise; seed {own.seed}",
+        *looked_through(own),
+        "FID depends on n: compare local with global, never own with all",
+        "^ higher is better, v lower is better",
+    ]
+
+
+def verdict(client: int, local: MetricReport, shared: MetricReport) -> str:
+    """Say which of two models fits a client better, where FID and KID agree on it."""
+    ours, theirs = local.generated, shared.generated
+    gains = (theirs.fid_train - ours.fid_train, theirs.kid_train - ours.kid_train)
+    if min(gains) > 0:
+        found = "the local model fits its client better"
+    elif max(gains) < 0:
+        found = "the global model fits the client better"
+    elif gains == (0, 0):
+        found = "both fit the client alike"
+    else:
+        found = "FID and KID do not agree on which fits the client better"
+    return (
+        f"On the {local.label.n_train:,} images of client {client} the local model's FID is "
+        f"{ours.fid_train:.4g} and its KID {ours.kid_train:.4g}, the global model's "
+        f"{theirs.fid_train:.4g} and {theirs.kid_train:.4g}: {found}."
+    )
