@@ -57,6 +57,11 @@ PUBLISHED_SCALE = (
     "comparable with the measured figures above."
 )
 
+SPREAD = (
+    "±: the sample standard deviation over the seeds, where a cell says how many; of a single seed "
+    "and of real images that of IS over its 10 splits."
+)
+
 Settings = frozenset[tuple[str, str]]
 
 
@@ -148,6 +153,7 @@ class Score:
 
 
 Scores = dict[str, Score]
+Columns = Mapping[str, Sequence[Measurement]]
 
 
 @dataclass(frozen=True)
@@ -258,22 +264,27 @@ def build_tables(measured: Sequence[Measurement]) -> list[Table]:
     """Build every table that measurements give, in the paper's order; published ones at the end.
 
     A table has two rows or more, or is none. Where settings that are equal within a table differ
-    between measurements, there are several tables of a number.
+    between measurements, there are several tables of a number, the fullest first.
     """
-    tables, alone = [], []
+    tables, published = [], []
     for kind in KINDS:
         groups = [
-            (s, columns) for s, m in _groups(kind, measured) if (columns := _columns(kind, m))
+            (key, columns) for key, m in _groups(kind, measured) if (columns := _columns(kind, m))
         ]
-        groups.sort(key=lambda group: -sum(len(column) for column in group[1]))
+        groups.sort(key=lambda group: -sum(map(len, group[1].values())))
         apart = _told_apart([settings for settings, _ in groups])
+        found = []
         for number, (settings, columns) in enumerate(groups, 1):
             count = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
             title = f"Table {kind.number}{count}: {kind.subject}"
-            tables.append(_table(kind, title, settings, columns, apart))
-        if not all(_comparable(kind, *group) for group in groups):
-            alone.append(_published_table(kind))
-    return [*tables, *alone]
+            found.append(_table(kind, title, settings, columns, apart))
+        beside = any(
+            len(table.columns) > len(group[1]) for table, group in zip(found, groups, strict=True)
+        )
+        if found and not beside:
+            published.append(_published_table(kind))
+        tables += found
+    return [*tables, *published]
 
 
 def _groups(
@@ -304,13 +315,25 @@ def _group_settings(kind: Kind, each: Measurement) -> Iterator[Settings]:
         yield frozenset((settings | {"federation.clients_per_round": "all"}).items())
 
 
-def _columns(kind: Kind, members: Sequence[Measurement]) -> list[list[Measurement]]:
-    """Split a group into columns; none where no column compares two rows."""
+def _columns(kind: Kind, members: Sequence[Measurement]) -> Columns:
+    """Split a group into columns, by label; none where no column compares two rows."""
     columns: dict[Settings, list[Measurement]] = {}
     for each in members:
         columns.setdefault(each.column, []).append(each)
     compares = any(len({each.row(kind) for each in column}) > 1 for column in columns.values())
-    return [*columns.values()] if compares else []
+    return dict(zip(_labels([*columns]), columns.values(), strict=True)) if compares else {}
+
+
+def _labels(columns: Sequence[Settings]) -> list[str]:
+    """Name columns by their data sets, and those of one data set by what sets them apart."""
+    values = [dict(column) for column in columns]
+    labels = []
+    for value in values:
+        others = [other for other in values if other["data.name"] == value["data.name"]]
+        apart = [name for name in sorted(value) if len({other[name] for other in others}) > 1]
+        words = ", ".join(f"{name}={value[name]}" for name in apart)
+        labels.append(value["data.name"] + (f" ({words})" if words else ""))
+    return labels
 
 
 def _told_apart(groups: Sequence[Settings]) -> list[str]:
@@ -324,28 +347,24 @@ def _told_apart(groups: Sequence[Settings]) -> list[str]:
 
 
 def _table(
-    kind: Kind,
-    title: str,
-    settings: Settings,
-    columns: Sequence[Sequence[Measurement]],
-    apart: Sequence[str],
+    kind: Kind, title: str, settings: Settings, columns: Columns, apart: Sequence[str]
 ) -> Table:
-    rows = sorted({each.row(kind) for column in columns for each in column})
-    labels = [row_label(kind, row) for row in rows]
-    floor = "real images (floor, n=" + " / ".join(_n_floors(columns)) + ")"
+    members = [each for column in columns.values() for each in column]
+    rows = {row_label(kind, row): row for row in sorted({each.row(kind) for each in members})}
+    sizes = dict.fromkeys(f"{column[0].found['n_floor']:,}" for column in columns.values())
+    floor = f"real images (floor, n={' / '.join(sizes)})"
     laid_out: list[Column] = []
     verdicts: list[str] = []
-    for name, column in zip(_column_labels(columns), columns, strict=True):
-        scores = {label: _cell(kind, row, column) for label, row in zip(labels, rows, strict=True)}
+    for name, column in columns.items():
+        scores = {label: _cell(kind, row, column) for label, row in rows.items()}
         data = column[0].values["data.name"]
         verdicts += _verdicts(kind, name, [*scores.values()], data)
         laid_out.append(Column(name, scores | {floor: _floor(column[0])}))
         if _at_full_scale(kind, settings, column):
             laid_out.append(_published_column(kind, data))
-    members = [each for column in columns for each in column]
     return Table(
         title=title,
-        rows=[*labels, floor],
+        rows=[*rows, floor],
         metrics=[name for name in METRICS if any(name in each.found for each in members)],
         columns=laid_out,
         caption=_caption(kind, settings, columns, apart),
@@ -361,27 +380,11 @@ def row_label(kind: Kind, value: Any) -> str:
     return f"{SCALE[kind.key]}={_text(value)}"
 
 
-def _n_floors(columns: Sequence[Sequence[Measurement]]) -> list[str]:
-    return [*dict.fromkeys(f"{column[0].found['n_floor']:,}" for column in columns)]
-
-
-def _column_labels(columns: Sequence[Sequence[Measurement]]) -> list[str]:
-    """Name columns by their data sets, and those of one data set by what sets them apart."""
-    values = [dict(column[0].column) for column in columns]
-    labels = []
-    for value in values:
-        others = [other for other in values if other["data.name"] == value["data.name"]]
-        apart = [name for name in value if len({other[name] for other in others}) > 1]
-        words = ", ".join(f"{name}={value[name]}" for name in sorted(apart))
-        labels.append(value["data.name"] + (f" ({words})" if words else ""))
-    return labels
-
-
 def _cell(kind: Kind, row: Any, column: Sequence[Measurement]) -> Scores:
-    found = [each.found for each in column if each.row(kind) == row]
     scores = {}
     for name in METRICS:
-        values = [each[name] for each in found if name in each]
+        found = [e.found for e in column if e.row(kind) == row and name in e.found]
+        values = [each[name] for each in found]
         if len(values) == 1:
             scores[name] = Score(values[0], found[0].get(f"{name}_std"))
         elif values:
@@ -397,31 +400,25 @@ def _floor(each: Measurement) -> Scores:
     }
 
 
-def _caption(
-    kind: Kind,
-    settings: Settings,
-    columns: Sequence[Sequence[Measurement]],
-    apart: Sequence[str],
-) -> list[str]:
+def scale(settings: Settings, *further: str) -> str:
+    """Say the settings of `SCALE` in a line, and further ones by their names."""
+    values = {name: value for name, value in settings if value != "null"}
+    words = [f"{symbol}={values[key]}" for key, symbol in SCALE.items() if key in values]
+    return ", ".join(words + [f"{name}={values.get(name, 'null')}" for name in further])
+
+
+def _caption(kind: Kind, settings: Settings, columns: Columns, apart: Sequence[str]) -> list[str]:
     values = dict(settings)
-    scale = [
-        f"{symbol}={values[key]}"
-        for key, symbol in SCALE.items()
-        if values.get(key, "null") != "null"
-    ]
-    lines = [", ".join(scale + [f"{name}={values[name]}" for name in apart]) + "."]
+    lines = [scale(settings, *apart) + "."]
     if kind.key == "train.mode":
         lines.append("Centralised: R x E epochs on the pooled images, without N clients.")
-    lines += [
-        _column_caption(label, column[0])
-        for label, column in zip(_column_labels(columns), columns, strict=True)
-    ]
+    lines += [_column_caption(label, column[0]) for label, column in columns.items()]
     lines.append(f"Image range {values['image_range']}; FID depends on n: compare equal n only.")
     if values["image_range"] == "paper":
         lines.append(WRAPPED)
     if values["extractor"] != "inception":
         lines.append(LITERATURE)
-    return [*lines, *_spread_caption(kind, columns)]
+    return [*lines, SPREAD]
 
 
 def _column_caption(label: str, each: Measurement) -> str:
@@ -434,24 +431,9 @@ def _column_caption(label: str, each: Measurement) -> str:
         f"{found['n_train']:,} training and {found['n_test']:,} test images; floor of "
         f"{found['n_floor']:,} real ones"
         + (", which are fewer and make its FID larger" if fewer else "")
-        * (found["n_floor"] < found["n_generated"])
         + f"; {parameters:,} parameters; extractor {found['extractor']} "
         f"{found['extractor_sha256'][:HASH_DIGITS]}."
     )
-
-
-def _spread_caption(kind: Kind, columns: Sequence[Sequence[Measurement]]) -> list[str]:
-    seeds = {
-        len([each for each in column if each.row(kind) == row])
-        for column in columns
-        for row in {each.row(kind) for each in column}
-    }
-    lines = []
-    if max(seeds) > 1:
-        lines.append("±: sample standard deviation over as many seeds as the cell says.")
-    if min(seeds) == 1:
-        lines.append("±, of a single seed and of real images: of IS over its 10 splits.")
-    return lines
 
 
 def _verdicts(kind: Kind, label: str, rows: Sequence[Scores], data: str) -> Iterator[str]:
@@ -476,16 +458,18 @@ def verdict(scores: Sequence[Score], worst: int, metric: str) -> str:
         scores: two or more.
         worst: index of the one that should be.
         metric: of `METRICS`.
+
+    Returns:
+        The verdict, with the gap to the next worst and the root of the sum of the two's variances.
     """
     gaps = _gaps(scores, worst, metric)
     gap, spread = min(gaps)
     holds = "holds" if gap > 0 else "does not hold"
     if any(score.seeds == 1 for score in scores):
         return f"{holds} (gap {gap:.4g}; a single seed, so no spread is known)"
-    size = f"(gap {gap:.4g}, spread {spread:.4g})"
-    if any(abs(each) <= spread for each, spread in (gaps if gap > 0 else [min(gaps)])):
-        return f"{holds} in the means, within the spread of the seeds {size}"
-    return f"{holds}, by more than the spread of the seeds {size}"
+    clearly = all(g > s for g, s in gaps) if gap > 0 else any(-g > s for g, s in gaps)
+    how = ", by more than" if clearly else " in the means, within"
+    return f"{holds}{how} the spread of the seeds (gap {gap:.4g}, spread {spread:.4g})"
 
 
 def _gaps(scores: Sequence[Score], worst: int, metric: str) -> list[tuple[float, float]]:
@@ -494,13 +478,9 @@ def _gaps(scores: Sequence[Score], worst: int, metric: str) -> list[tuple[float,
     chosen = scores[worst]
     others = [score for score in scores if score is not chosen]
     return [
-        (sign * (chosen.mean - other.mean), math.hypot(chosen.std or 0.0, other.std or 0.0))
+        (sign * (chosen.mean - other.mean) + 0.0, math.hypot(chosen.std or 0.0, other.std or 0.0))
         for other in others
     ]
-
-
-def _comparable(kind: Kind, settings: Settings, columns: Sequence[Sequence[Measurement]]) -> bool:
-    return any(_at_full_scale(kind, settings, column) for column in columns)
 
 
 def _at_full_scale(kind: Kind, settings: Settings, column: Sequence[Measurement]) -> bool:

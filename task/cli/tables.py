@@ -8,22 +8,19 @@ from task.config import flat_values
 from task.files import atomic_path
 from task.run_directory import FREE_TO_CHANGE
 from task.runs import FinishedRun, find_runs, weights_file
-from task.table_formats import Page, Picture, csv_text, html, markdown
-from task.tables import Measurement, Table, build_tables, current_evaluations, measurements
+from task.table_formats import Page, csv_text, html, markdown
+from task.tables import Measurement, Table, build_tables, current_evaluations, measurements, scale
 
 # Of the values that change no weights, those that are of use beside the figures.
 ALSO_RECORDED = {"experiment", "federation.rounds", "federation.num_supernodes"}
 
 
-def write_tables(
-    folder: Path, *, say: Callable[[str], object], pictures: Sequence[Picture] = ()
-) -> None:
+def write_tables(folder: Path, *, say: Callable[[str], object]) -> None:
     """Write tables.md, tables.html and tables.csv of the runs in a folder and below it.
 
     Args:
         folder: of a sweep.
         say: takes the text for the reader.
-        pictures: shown below the tables, with files relative to `folder`.
 
     Raises:
         ValueError: there is no such folder, no measured run in it, or nothing to compare; in the
@@ -49,7 +46,7 @@ def write_tables(
     alone = _alone(measured, tables)
     if alone:
         left_out["measured, with no other run to compare with"] = alone
-    page = Page(f"Tables of {folder.resolve().name}", tables, left_out, pictures)
+    page = Page(f"Tables of {folder.resolve().name}", tables, left_out)
     text = markdown(page)
     say(text)
     if not tables:
@@ -71,7 +68,8 @@ def _unfinished(folder: Path) -> list[str]:
 def _alone(measured: Sequence[Measurement], tables: Sequence[Table]) -> list[str]:
     shown = {each for table in tables for each in table.members}
     return [
-        f"{each.run.path} ({each.found['extractor']}, {each.found['image_range']})"
+        f"{each.run.path}: {each.values['data.name']}, {each.values['train.mode']}, "
+        f"{each.found['extractor']}, {each.found['image_range']}, {scale(each.settings)}"
         for each in measured
         if each not in shown
     ]
@@ -84,7 +82,9 @@ def _records(
     numbers: dict[int, list[str]] = {}
     for table in tables:
         for each in table.members:
-            numbers.setdefault(id(each.found), []).append(table.title.split(":")[0])
+            numbers.setdefault(id(each.found), []).append(
+                table.title.removeprefix("Table ").split(":")[0]
+            )
     return [
         {
             "tables": ", ".join(numbers.get(id(found), [])),
