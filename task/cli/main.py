@@ -110,6 +110,24 @@ def evaluate(
         evaluate_client(run, config, client, say=typer.echo)
 
 
+@app.command()
+def tables(
+    sweep_dir: Annotated[
+        Path, typer.Argument(help="Folder with finished, measured runs.", show_default=False)
+    ],
+) -> None:
+    """Lay the runs of a sweep out as the paper's Tables I to V.
+
+    Reads every run in SWEEP_DIR and below it, prints the tables, and writes tables.md,
+    tables.html and tables.csv there. For example, after
+    feddm-train -m run_name=skew partition.beta=0.1,0.5,5 eval.final_metrics=true:
+    feddm tables runs/skew
+    """
+    from task.cli.tables import write_tables
+
+    write_tables(sweep_dir, say=typer.echo)
+
+
 def main() -> None:
     """Run the command line."""
     app(prog_name="feddm")

@@ -1,0 +1,110 @@
+"""`feddm tables`: the paper's tables from the runs of a sweep."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from task.config import flat_values
+from task.files import atomic_path
+from task.run_directory import FREE_TO_CHANGE
+from task.runs import FinishedRun, find_runs, weights_file
+from task.table_formats import Page, csv_text, html, markdown
+from task.tables import Measurement, Table, build_tables, current_evaluations, measurements, scale
+
+# Of the values that change no weights, those that are of use beside the figures.
+ALSO_RECORDED = {"experiment", "federation.rounds", "federation.num_supernodes"}
+
+
+def write_tables(folder: Path, *, say: Callable[[str], object]) -> None:
+    """Write tables.md, tables.html and tables.csv of the runs in a folder and below it.
+
+    Args:
+        folder: of a sweep.
+        say: takes the text for the reader.
+
+    Raises:
+        ValueError: there is no such folder, no measured run in it, or nothing to compare; in the
+            last case the CSV is written nevertheless.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"SWEEP_DIR: there is no folder {folder}")
+    runs, unfinished = find_runs(folder), _unfinished(folder)
+    if not runs:
+        begun = f" (unfinished: {', '.join(unfinished)})" if unfinished else ""
+        raise ValueError(f"SWEEP_DIR: no finished run in {folder}{begun}")
+    measured, left_out = measurements(runs)
+    if unfinished:
+        left_out["unfinished (feddm-train with run_name=... resume=true)"] = unfinished
+    if not measured:
+        listed = "; ".join(f"{why}: {', '.join(which)}" for why, which in left_out.items())
+        raise ValueError(
+            f"SWEEP_DIR: no measured run in {folder}: call feddm evaluate RUN for each, or train "
+            f"with eval.final_metrics=true ({listed})"
+        )
+    tables = build_tables(measured)
+    _write(folder / "tables.csv", csv_text(_records(folder, runs, tables)))
+    alone = _alone(measured, tables)
+    if alone:
+        left_out["measured, with no other run to compare with"] = alone
+    page = Page(f"Tables of {folder.resolve().name}", tables, left_out)
+    text = markdown(page)
+    say(text)
+    if not tables:
+        raise ValueError(
+            f"SWEEP_DIR: no two runs in {folder} differ in nothing but train.mode, partition.beta, "
+            "federation.num_supernodes or train.local_epochs and are measured alike, so there is "
+            f"no table; what there is stands in {folder / 'tables.csv'}"
+        )
+    _write(folder / "tables.md", text)
+    _write(folder / "tables.html", html(page))
+    say("\n".join(f"written to {folder / f'tables.{ending}'}" for ending in ("md", "html", "csv")))
+
+
+def _unfinished(folder: Path) -> list[str]:
+    files = sorted(folder.rglob("config.yaml"))
+    return [str(file.parent) for file in files if not weights_file(file.parent).is_file()]
+
+
+def _alone(measured: Sequence[Measurement], tables: Sequence[Table]) -> list[str]:
+    shown = {each for table in tables for each in table.members}
+    return [
+        f"{each.run.path}: {each.values['data.name']}, {each.values['train.mode']}, "
+        f"{each.found['extractor']}, {each.found['image_range']}, {scale(each.settings)}"
+        for each in measured
+        if each not in shown
+    ]
+
+
+def _records(
+    folder: Path, runs: Sequence[FinishedRun], tables: Sequence[Table]
+) -> list[dict[str, Any]]:
+    """List every run and evaluation with its settings, whether it is in a table or not."""
+    numbers: dict[int, list[str]] = {}
+    for table in tables:
+        for each in table.members:
+            numbers.setdefault(id(each.found), []).append(
+                table.title.removeprefix("Table ").split(":")[0]
+            )
+    return [
+        {
+            "tables": ", ".join(numbers.get(id(found), [])),
+            "run": run.path.relative_to(folder).as_posix(),
+            **_settings(run),
+            **{"eval.seed" if name == "seed" else name: value for name, value in found.items()},
+        }
+        for run in runs
+        for found in current_evaluations(run) or [{}]
+    ]
+
+
+def _settings(run: FinishedRun) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in flat_values(run.config).items()
+        if name in ALSO_RECORDED or name not in FREE_TO_CHANGE
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_path(path) as aside:
+        aside.write_text(text, encoding="utf-8")

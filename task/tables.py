@@ -1,0 +1,531 @@
+"""The paper's tables from finished runs: which runs stand side by side, and what they show.
+
+Runs belong into one table where all that determines their weights is equal but the value that
+the table varies; seeds are averaged over. Figures belong into one column where, besides, data,
+numbers of images and extractor are equal.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from task.config import FILE_SETS, flat_values, require
+from task.published import PAPER_DATA, PUBLISHED, PublishedScores, paper_settings
+from task.run_directory import FREE_TO_CHANGE
+from task.runs import FinishedRun
+from task.unet import build_unet
+
+HASH_DIGITS = 12
+
+METRICS = {"inception_score": "IS ↑", "fid_train": "FID (train) ↓", "fid_test": "FID (test) ↓"}
+
+# Further than FREE_TO_CHANGE, these change no more than the last bits of the weights.
+WITHOUT_INFLUENCE = (FREE_TO_CHANGE - {"federation.rounds", "federation.num_supernodes"}) | {
+    *("train.device", "train.precision", "train.num_threads", "train.channels_last"),
+    "train.deterministic",
+}
+
+# Measures of unequal ones of these are not put into one column.
+COLUMN_VALUES = ("n_generated", "n_train", "n_test", "n_floor", "extractor_sha256")
+
+# What a caption says of the settings that all runs of a table share.
+SCALE = {
+    "federation.rounds": "R",
+    "train.local_epochs": "E",
+    "federation.num_supernodes": "N",
+    "partition.beta": "beta",
+    "partition.counts": "counts",
+    "federation.clients_per_round": "clients per round",
+    "train.batch_size": "batch",
+    "train.lr": "lr",
+    "model.width": "width",
+    "model.num_poolings": "poolings",
+    "model.bottom_blocks": "bottom blocks",
+    "diffusion.prediction_type": "prediction",
+    "diffusion.num_timesteps": "T",
+    "diffusion.sampler": "sampler",
+}
+
+LITERATURE = "Not the scores of the literature, which look through Inception."
+WRAPPED = "The wrapped range of the published tables: never beside figures in the correct range."
+PUBLISHED_SCALE = (
+    "As published, at the paper's full scale, through Inception, in the wrapped image range: not "
+    "comparable with the measured figures above."
+)
+
+SPREAD = (
+    "±: the sample standard deviation over the seeds, where a cell says how many; of a single seed "
+    "and of real images that of IS over its 10 splits."
+)
+
+Settings = frozenset[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the paper's tables.
+
+    Attributes:
+        number: in Roman figures.
+        key: path of the value that differs between its rows.
+        subject: what it is about.
+        ordering: what the paper concludes from it.
+        worst: index of the row that is worst by that.
+    """
+
+    number: str
+    key: str
+    subject: str
+    ordering: str
+    worst: int
+
+    def takes(self, values: Mapping[str, Any]) -> bool:
+        """Say whether a run of such a configuration can be in this table.
+
+        I and V are one comparison, V of images that lie in files. The others take any data.
+        """
+        if self.key == "train.mode":
+            return (values["data.name"] in FILE_SETS) == (self.number == "V")
+        return values["train.mode"] == "federated" and values[self.key] is not None
+
+
+KINDS = (
+    Kind("I", "train.mode", "centralised and federated", "Centralised better than FedAvg", -1),
+    Kind("II", "partition.beta", "skew of the partition", "the smallest beta worst", 0),
+    Kind("III", "federation.num_supernodes", "number of clients", "the largest N worst", -1),
+    Kind("IV", "train.local_epochs", "local epochs", "the smallest E worst", 0),
+    Kind(
+        "V",
+        "train.mode",
+        "centralised and federated, image files",
+        "Centralised better than FedAvg",
+        -1,
+    ),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """A run, seen through one extractor in one image range.
+
+    Attributes:
+        run: the run.
+        values: its configuration, flat.
+        found: its evaluation.
+        settings: what determined its weights, by path, without data and seed, and through what
+            it was seen; of a centralised run without federation and partition.
+        column: what must be equal for figures to stand in one column.
+    """
+
+    run: FinishedRun
+    values: Mapping[str, Any]
+    found: Mapping[str, Any]
+    settings: Settings
+    column: Settings
+
+    def row(self, kind: Kind) -> Any:
+        """Return the value that a table varies."""
+        return self.values[kind.key]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A cell: of one run, the mean over several seeds, or a published or real one.
+
+    Attributes:
+        mean: the value.
+        std: over the seeds, or, of a single inception score, over its splits; or None.
+        seeds: their number.
+    """
+
+    mean: float
+    std: float | None = None
+    seeds: int = 1
+
+    def __str__(self) -> str:
+        digits = 2 if abs(self.mean) >= 1 else 4
+        spread = "" if self.std is None else f" ± {self.std:.{digits}f}"
+        return f"{self.mean:.{digits}f}{spread}" + f" ({self.seeds} seeds)" * (self.seeds > 1)
+
+
+Scores = dict[str, Score]
+Columns = Mapping[str, Sequence[Measurement]]
+
+
+@dataclass(frozen=True)
+class Column:
+    """The scores of one data set: by row, then by metric."""
+
+    label: str
+    rows: Mapping[str, Scores]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as it is to be laid out.
+
+    Attributes:
+        title: with its number.
+        rows: their labels, from top to bottom.
+        metrics: of each column, of `METRICS`.
+        columns: one per data set, and one more where there are published values to compare with.
+        caption: what it holds for, a sentence per line.
+        verdicts: whether the paper's ordering holds, a line per data set and metric.
+        members: the measurements in it.
+    """
+
+    title: str
+    rows: Sequence[str]
+    metrics: Sequence[str]
+    columns: Sequence[Column]
+    caption: Sequence[str]
+    verdicts: Sequence[str] = ()
+    members: Sequence[Measurement] = ()
+
+
+def current_evaluations(run: FinishedRun) -> list[dict[str, Any]]:
+    """Return what was measured of a run's final weights, and not before it was prolonged."""
+    return [each for each in run.evaluations if each.get("round") == run.config.federation.rounds]
+
+
+def measurements(runs: Iterable[FinishedRun]) -> tuple[list[Measurement], dict[str, list[str]]]:
+    """Take the evaluations of runs apart, without those that must not be in a table.
+
+    Returns:
+        The measurements, and by reason the runs whose evaluations were left out.
+
+    Raises:
+        ValueError: an evaluation lacks what it was measured with.
+    """
+    taken: dict[object, Measurement] = {}
+    unmeasured, stale, repeats = [], [], []
+    for run in runs:
+        current = current_evaluations(run)
+        if not run.evaluations:
+            unmeasured.append(str(run.path))
+        if len(current) < len(run.evaluations):
+            stale.append(f"{run.path} (it now ends after round {run.config.federation.rounds})")
+        for each in (_measurement(run, found) for found in current):
+            same = (each.settings, each.column, each.values["train.mode"], each.values["seed"])
+            twin = taken.setdefault(same, each)
+            if twin is not each:
+                repeats.append(f"{run.path} (of {twin.run.path})")
+    left_out = {
+        "finished, not measured (feddm evaluate RUN)": unmeasured,
+        "measured before the last round (feddm evaluate RUN)": stale,
+        "repeats of another run with its configuration and seed": repeats,
+    }
+    return [*taken.values()], {why: which for why, which in left_out.items() if which}
+
+
+def _measurement(run: FinishedRun, found: Mapping[str, Any]) -> Measurement:
+    needed = {"extractor", "image_range", "seed", *COLUMN_VALUES}
+    missing = sorted(needed - found.keys())
+    require(not missing, f"an evaluation of {run.path}", "whole", f"none of {missing}")
+    values = flat_values(run.config)
+    ignored = {"data.cache_dir", "data.on_corrupt"}
+    if run.config.data.name not in FILE_SETS:
+        ignored.add("data.root")
+    column = {k: v for k, v in values.items() if k.startswith("data.") and k not in ignored}
+    column |= {name: found[name] for name in COLUMN_VALUES} | {"eval.seed": found["seed"]}
+    settings = _weight_settings(values)
+    settings |= {"extractor": found["extractor"], "image_range": found["image_range"]}
+    return Measurement(run, values, found, _as_text(settings), _as_text(column))
+
+
+def _weight_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick what determines weights, but for the mode, the data and the seed."""
+    ignored = WITHOUT_INFLUENCE | {"seed", "train.mode"}
+    found = {k: v for k, v in values.items() if not k.startswith("data.") and k not in ignored}
+    if values["train.mode"] == "centralized":
+        without = {k for k in found if k.startswith(("partition.", "federation."))}
+        return {k: v for k, v in found.items() if k not in without - {"federation.rounds"}}
+    if found["federation.clients_per_round"] is None:
+        found["federation.clients_per_round"] = values["federation.num_supernodes"]
+    return found
+
+
+def _as_text(values: Mapping[str, Any]) -> Settings:
+    return frozenset((name, _text(value)) for name, value in values.items())
+
+
+def _text(value: object) -> str:
+    """Write a value so that equal ones look equal: 5.0 as 5, None as null."""
+    if isinstance(value, float):
+        return str(value).removesuffix(".0")
+    return "null" if value is None else str(value)
+
+
+def build_tables(measured: Sequence[Measurement]) -> list[Table]:
+    """Build every table that measurements give, in the paper's order; published ones at the end.
+
+    A table has two rows or more, or is none. Where settings that are equal within a table differ
+    between measurements, there are several tables of a number, the fullest first.
+    """
+    tables, published = [], []
+    for kind in KINDS:
+        groups = [
+            (key, columns) for key, m in _groups(kind, measured) if (columns := _columns(kind, m))
+        ]
+        groups.sort(key=lambda group: -sum(map(len, group[1].values())))
+        apart = _told_apart([settings for settings, _ in groups])
+        found = []
+        for number, (settings, columns) in enumerate(groups, 1):
+            count = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
+            title = f"Table {kind.number}{count}: {kind.subject}"
+            found.append(_table(kind, title, settings, columns, apart))
+        beside = any(
+            len(table.columns) > len(group[1]) for table, group in zip(found, groups, strict=True)
+        )
+        if found and not beside:
+            published.append(_published_table(kind))
+        tables += found
+    return [*tables, *published]
+
+
+def _groups(
+    kind: Kind, measured: Sequence[Measurement]
+) -> Iterator[tuple[Settings, list[Measurement]]]:
+    """Put measurements together that are equal in all but what a table varies."""
+    groups: dict[Settings, list[Measurement]] = {}
+    centralised = []
+    for each in measured:
+        if not kind.takes(each.values):
+            continue
+        if each.values["train.mode"] == "centralized":
+            centralised.append(each)
+            continue
+        for settings in _group_settings(kind, each):
+            groups.setdefault(settings, []).append(each)
+    for settings, members in groups.items():
+        # It has no federation and no partition, and belongs beside all that agree otherwise.
+        yield settings, members + [each for each in centralised if each.settings <= settings]
+
+
+def _group_settings(kind: Kind, each: Measurement) -> Iterator[Settings]:
+    settings = dict(each.settings)
+    varied = settings.pop(kind.key, None)
+    yield frozenset(settings.items())
+    if kind.number == "III" and settings["federation.clients_per_round"] == varied:
+        # All of N=10 goes with 10 of N=30, as in the paper, and with all of N=30.
+        yield frozenset((settings | {"federation.clients_per_round": "all"}).items())
+
+
+def _columns(kind: Kind, members: Sequence[Measurement]) -> Columns:
+    """Split a group into columns, by label; none where no column compares two rows."""
+    columns: dict[Settings, list[Measurement]] = {}
+    for each in members:
+        columns.setdefault(each.column, []).append(each)
+    compares = any(len({each.row(kind) for each in column}) > 1 for column in columns.values())
+    return dict(zip(_labels([*columns]), columns.values(), strict=True)) if compares else {}
+
+
+def _labels(columns: Sequence[Settings]) -> list[str]:
+    """Name columns by their data sets, and those of one data set by what sets them apart."""
+    values = [dict(column) for column in columns]
+    labels = []
+    for value in values:
+        others = [other for other in values if other["data.name"] == value["data.name"]]
+        apart = [name for name in sorted(value) if len({other[name] for other in others}) > 1]
+        words = ", ".join(f"{name}={value[name]}" for name in apart)
+        labels.append(value["data.name"] + (f" ({words})" if words else ""))
+    return labels
+
+
+def _told_apart(groups: Sequence[Settings]) -> list[str]:
+    """Name the settings, beyond those that every caption says, that differ between groups."""
+    names = {name for settings in groups for name, _ in settings}
+    return sorted(
+        name
+        for name in names - SCALE.keys() - {"extractor", "image_range"}
+        if len({dict(settings).get(name) for settings in groups}) > 1
+    )
+
+
+def _table(
+    kind: Kind, title: str, settings: Settings, columns: Columns, apart: Sequence[str]
+) -> Table:
+    members = [each for column in columns.values() for each in column]
+    rows = {row_label(kind, row): row for row in sorted({each.row(kind) for each in members})}
+    sizes = dict.fromkeys(f"{column[0].found['n_floor']:,}" for column in columns.values())
+    floor = f"real images (floor, n={' / '.join(sizes)})"
+    laid_out: list[Column] = []
+    verdicts: list[str] = []
+    for name, column in columns.items():
+        scores = {label: _cell(kind, row, column) for label, row in rows.items()}
+        data = column[0].values["data.name"]
+        verdicts += _verdicts(kind, name, [*scores.values()], data)
+        laid_out.append(Column(name, scores | {floor: _floor(column[0])}))
+        if _at_full_scale(kind, settings, column):
+            laid_out.append(_published_column(kind, data))
+    return Table(
+        title=title,
+        rows=[*rows, floor],
+        metrics=[name for name in METRICS if any(name in each.found for each in members)],
+        columns=laid_out,
+        caption=_caption(kind, settings, columns, apart),
+        verdicts=verdicts,
+        members=members,
+    )
+
+
+def row_label(kind: Kind, value: Any) -> str:
+    """Name a row as the paper does."""
+    if kind.key == "train.mode":
+        return "Centralised" if value == "centralized" else "FedAvg"
+    return f"{SCALE[kind.key]}={_text(value)}"
+
+
+def _cell(kind: Kind, row: Any, column: Sequence[Measurement]) -> Scores:
+    scores = {}
+    for name in METRICS:
+        found = [e.found for e in column if e.row(kind) == row and name in e.found]
+        values = [each[name] for each in found]
+        if len(values) == 1:
+            scores[name] = Score(values[0], found[0].get(f"{name}_std"))
+        elif values:
+            scores[name] = Score(mean(values), stdev(values), len(values))
+    return scores
+
+
+def _floor(each: Measurement) -> Scores:
+    return {
+        name: Score(each.found[f"floor_{name}"], each.found.get(f"floor_{name}_std"))
+        for name in METRICS
+        if f"floor_{name}" in each.found
+    }
+
+
+def scale(settings: Settings, *further: str) -> str:
+    """Say the settings of `SCALE` in a line, and further ones by their names."""
+    values = {name: value for name, value in settings if value != "null"}
+    words = [f"{symbol}={values[key]}" for key, symbol in SCALE.items() if key in values]
+    return ", ".join(words + [f"{name}={values.get(name, 'null')}" for name in further])
+
+
+def _caption(kind: Kind, settings: Settings, columns: Columns, apart: Sequence[str]) -> list[str]:
+    values = dict(settings)
+    lines = [scale(settings, *apart) + "."]
+    if kind.key == "train.mode":
+        lines.append("Centralised: R x E epochs on the pooled images, without N clients.")
+    lines += [_column_caption(label, column[0]) for label, column in columns.items()]
+    lines.append(f"Image range {values['image_range']}; FID depends on n: compare equal n only.")
+    if values["image_range"] == "paper":
+        lines.append(WRAPPED)
+    if values["extractor"] != "inception":
+        lines.append(LITERATURE)
+    return [*lines, SPREAD]
+
+
+def _column_caption(label: str, each: Measurement) -> str:
+    found, data = each.found, each.run.config.data
+    with torch.device("meta"):
+        parameters = sum(weight.numel() for weight in build_unet(each.run.config).parameters())
+    fewer = found["n_floor"] < found["n_generated"]
+    return (
+        f"{label}: {data.image_size}x{data.image_size}, {found['n_generated']:,} generated, "
+        f"{found['n_train']:,} training and {found['n_test']:,} test images; floor of "
+        f"{found['n_floor']:,} real ones"
+        + (", which are fewer and make its FID larger" if fewer else "")
+        + f"; {parameters:,} parameters; extractor {found['extractor']} "
+        f"{found['extractor_sha256'][:HASH_DIGITS]}."
+    )
+
+
+def _verdicts(kind: Kind, label: str, rows: Sequence[Scores], data: str) -> Iterator[str]:
+    """Say for each metric whether the paper's ordering holds, and whether it held in the paper."""
+    published = [row[data] for row in PUBLISHED[kind.number].values() if data in row]
+    for name, title in METRICS.items():
+        scores = [row[name] for row in rows if name in row]
+        if len(scores) < 2:
+            continue
+        line = f"{kind.ordering}, {label}, {title[:-2]}: {verdict(scores, kind.worst, name)}"
+        theirs = [Score(value) for p in published if (value := getattr(p, name)) is not None]
+        if theirs:
+            holds = min(_gaps(theirs, kind.worst, name))[0] > 0
+            line += "; in the paper it " + ("holds" if holds else "does not hold")
+        yield line
+
+
+def verdict(scores: Sequence[Score], worst: int, metric: str) -> str:
+    """Say whether one score is worse than all others, and by more than the spread of the seeds.
+
+    Args:
+        scores: two or more.
+        worst: index of the one that should be.
+        metric: of `METRICS`.
+
+    Returns:
+        The verdict, with the gap to the next worst and the root of the sum of the two's variances.
+    """
+    gaps = _gaps(scores, worst, metric)
+    gap, spread = min(gaps)
+    holds = "holds" if gap > 0 else "does not hold"
+    if any(score.seeds == 1 for score in scores):
+        return f"{holds} (gap {gap:.4g}; a single seed, so no spread is known)"
+    clearly = all(g > s for g, s in gaps) if gap > 0 else any(-g > s for g, s in gaps)
+    how = ", by more than" if clearly else " in the means, within"
+    return f"{holds}{how} the spread of the seeds (gap {gap:.4g}, spread {spread:.4g})"
+
+
+def _gaps(scores: Sequence[Score], worst: int, metric: str) -> list[tuple[float, float]]:
+    """By how much the worst is worse than each other one, and the two's joint deviation."""
+    sign = -1 if metric == "inception_score" else 1
+    chosen = scores[worst]
+    others = [score for score in scores if score is not chosen]
+    return [
+        (sign * (chosen.mean - other.mean) + 0.0, math.hypot(chosen.std or 0.0, other.std or 0.0))
+        for other in others
+    ]
+
+
+def _at_full_scale(kind: Kind, settings: Settings, column: Sequence[Measurement]) -> bool:
+    """Say whether a column was trained and measured as the paper's was."""
+    found, data = column[0].found, column[0].run.config.data
+    if data.name not in PAPER_DATA:
+        return False
+    paper, values = PAPER_DATA[data.name], dict(settings)
+    asked = paper_settings(data.name) | {"extractor": "inception", "image_range": "paper"}
+    return (data.image_size, found["n_train"], found["n_generated"]) == paper[:3] and all(
+        values.get(key) == _text(value) for key, value in asked.items() if key != kind.key
+    )
+
+
+def _published_column(kind: Kind, data: str) -> Column:
+    return Column(
+        f"{data} (paper)",
+        {
+            row_label(kind, value): _published_scores(row[data])
+            for value, row in PUBLISHED[kind.number].items()
+        },
+    )
+
+
+def _published_scores(published: PublishedScores) -> Scores:
+    scores = {
+        "inception_score": Score(published.inception_score, published.inception_score_std),
+        "fid_train": Score(published.fid_train),
+    }
+    if published.fid_test is not None:
+        scores["fid_test"] = Score(published.fid_test)
+    return scores
+
+
+def _published_table(kind: Kind) -> Table:
+    rows = PUBLISHED[kind.number]
+    columns = [_published_column(kind, data) for data in next(iter(rows.values()))]
+    return Table(
+        title=f"Published values of Table {kind.number}: {kind.subject}",
+        rows=[row_label(kind, value) for value in rows],
+        metrics=[
+            name
+            for name in METRICS
+            if any(name in scores for column in columns for scores in column.rows.values())
+        ],
+        columns=columns,
+        caption=[PUBLISHED_SCALE, "±: as published, of IS."],
+    )
