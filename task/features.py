@@ -27,6 +27,9 @@ INCEPTION_URL = (
 )
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
+# Of a hash, where a person reads it.
+HASH_DIGITS = 12
+
 # network(images [N, C, H, W] uint8 in the range asked for) -> features [N, D], logits [N, K] or
 # None
 Network = Callable[[Tensor], tuple[Tensor, Tensor | None]]

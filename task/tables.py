@@ -14,12 +14,11 @@ from typing import Any
 import torch
 
 from task.config import FILE_SETS, flat_values, require
+from task.features import HASH_DIGITS
 from task.published import PAPER_DATA, PUBLISHED, PublishedScores, paper_settings
 from task.run_directory import FREE_TO_CHANGE
 from task.runs import FinishedRun
 from task.unet import build_unet
-
-HASH_DIGITS = 12
 
 METRICS = {"inception_score": "IS ↑", "fid_train": "FID (train) ↓", "fid_test": "FID (test) ↓"}
 
@@ -117,7 +116,7 @@ class Measurement:
         values: its configuration, flat.
         found: its evaluation.
         settings: what determined its weights, by path, without data and seed, and through what
-            it was seen; of a centralised run without federation and partition.
+            it was seen.
         column: what must be equal for figures to stand in one column.
     """
 
@@ -210,7 +209,9 @@ def measurements(runs: Iterable[FinishedRun]) -> tuple[list[Measurement], dict[s
         if len(current) < len(run.evaluations):
             stale.append(f"{run.path} (it now ends after round {run.config.federation.rounds})")
         for each in (_measurement(run, found) for found in current):
-            same = (each.settings, each.column, each.values["train.mode"], each.values["seed"])
+            mode = each.values["train.mode"]
+            trained = each.settings if mode == "federated" else _without_clients(each.settings)
+            same = (trained, each.column, mode, each.values["seed"])
             twin = taken.setdefault(same, each)
             if twin is not each:
                 repeats.append(f"{run.path} (of {twin.run.path})")
@@ -241,9 +242,6 @@ def _weight_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Pick what determines weights, but for the mode, the data and the seed."""
     ignored = WITHOUT_INFLUENCE | {"seed", "train.mode"}
     found = {k: v for k, v in values.items() if not k.startswith("data.") and k not in ignored}
-    if values["train.mode"] == "centralized":
-        without = {k for k in found if k.startswith(("partition.", "federation."))}
-        return {k: v for k, v in found.items() if k not in without - {"federation.rounds"}}
     if found["federation.clients_per_round"] is None:
         found["federation.clients_per_round"] = values["federation.num_supernodes"]
     return found
@@ -301,9 +299,23 @@ def _groups(
             continue
         for settings in _group_settings(kind, each):
             groups.setdefault(settings, []).append(each)
+    baselines: dict[Settings, list[Measurement]] = {}
+    for each in centralised:
+        # It has no clients, so that it fits any federation; best the one of its own settings.
+        fitting = [s for s in groups if _without_clients(s) == _without_clients(each.settings)]
+        for settings in [each.settings] if each.settings in groups else fitting:
+            baselines.setdefault(settings, []).append(each)
     for settings, members in groups.items():
-        # It has no federation and no partition, and belongs beside all that agree otherwise.
-        yield settings, members + [each for each in centralised if each.settings <= settings]
+        yield settings, members + baselines.get(settings, [])
+
+
+def _without_clients(settings: Settings) -> Settings:
+    kept = {"federation.rounds"}
+    return frozenset(
+        (name, value)
+        for name, value in settings
+        if name in kept or not name.startswith(("partition.", "federation."))
+    )
 
 
 def _group_settings(kind: Kind, each: Measurement) -> Iterator[Settings]:

@@ -19,14 +19,13 @@ from task.config import (
 )
 from task.data import build_dataset
 from task.evaluate import KID_SUBSETS, Label, MetricReport
-from task.features import build_extractor
+from task.features import HASH_DIGITS, build_extractor
 from task.measure import draw_images, evaluation_file, full_labels, measure_images, write_report
 from task.metrics import Copying
 from task.randomness import Stream
 from task.runs import final_model
 from task.train import select_device
 
-HASH_DIGITS = 12
 TITLES = {
     "inception_score": "inception score ^",
     "fid_train": "FID (train) v",

@@ -6,8 +6,8 @@ from typing import Any
 
 from task.config import flat_values
 from task.files import atomic_path
-from task.run_directory import FREE_TO_CHANGE
-from task.runs import FinishedRun, find_runs, weights_file
+from task.run_directory import FREE_TO_CHANGE, weights_file
+from task.runs import FinishedRun, find_runs
 from task.table_formats import Page, csv_text, html, markdown
 from task.tables import Measurement, Table, build_tables, current_evaluations, measurements, scale
 
