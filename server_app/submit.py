@@ -79,7 +79,10 @@ def _hydra_main(composed: DictConfig) -> None:
         if sweep:
             # The runs of a sweep lie side by side in its folder.
             config = dataclasses.replace(
-                config, output_dir=job.sweep.dir, run_name=job.sweep.subdir
+                config,
+                output_dir=job.sweep.dir,
+                # Empty where every value of a preset's sweep was given.
+                run_name=job.sweep.subdir or f"job-{job.job.num}",
             )
         config = anchored(config, Path.cwd())
         if sweep:

@@ -154,6 +154,41 @@ def test_diverging_run_ends_with_status_1_and_names_the_clients(tmp_path: Path) 
     assert left_out == {"client-0", "client-1", "client-2"}
 
 
+def test_table_is_one_line_and_the_tables_of_a_folder_share_their_cells(tmp_path: Path) -> None:
+    words = [*SMALL, "data=digits", "data.image_size=8", "model=tiny", "model.width=8"]
+    words += ["diffusion=fast", "diffusion.num_inference_steps=4", "federation.rounds=1"]
+    words += ["federation.clients_per_round=3", "federation.keep_local_models=[0]"]
+    words += ["eval.num_per_class=3", "run_name=sweep", f"data.cache_dir={tmp_path / 'cache'}"]
+    result = feddm_train("experiment=table1", *words, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    sweep = tmp_path / "runs" / "sweep"
+    baseline, federated = (sweep / f"train.mode={m}" for m in ("centralized", "federated"))
+    for run in (baseline, federated):
+        found = json.loads((run / "evaluation-classifier-correct.json").read_text())
+        assert (found["round"], found["n_generated"]) == (1, 30)
+    written = (federated / "model.safetensors").stat().st_mtime_ns
+
+    # The cell of beta=0.5 is there; the other one cannot be trained and ends no sweep.
+    betas = "partition.beta=0.5,-1"
+    result = feddm_train("experiment=table2", *words, betas, cwd=tmp_path)
+    assert result.returncode == 1
+    assert f"finished already: {federated}" in result.stdout
+    assert "partition.beta must be > 0" in result.stderr
+    assert (federated / "model.safetensors").stat().st_mtime_ns == written
+
+    for command in (["tables", sweep], ["evaluate", federated, "--client", "0"]):
+        result = subprocess.run(
+            [COMMANDS / "feddm", *command], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+    page = (sweep / "tables.md").read_text()
+    assert "## Table I: centralised and federated" in page and "Table II:" not in page
+    for figure in ("figure2-digits.png", "figure4-digits.png", "figure5-digits.png"):
+        with Image.open(sweep / "figures" / figure) as picture:
+            assert picture.width > 200
+    assert "FID" in (federated / "evaluation-classifier-correct-client-0.json").read_text().upper()
+
+
 def test_plain_flwr_run_takes_the_size_of_its_federation(tmp_path: Path) -> None:
     run_config = tmp_path / "run.toml"
     run_config.write_text(
