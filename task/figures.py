@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.text import Text
 from matplotlib.transforms import IdentityTransform
-from sklearn.cluster import KMeans  # type: ignore[import-untyped]
 from torch import Tensor
 
 from task.config import require
@@ -185,6 +184,8 @@ def dominant_colors(images: Tensor, num_colors: int) -> tuple[np.ndarray, np.nda
 
     Source: figures 4 and 5 of the paper.
     """
+    from sklearn.cluster import KMeans  # type: ignore[import-untyped]
+
     colors, counts = np.unique(_rgb(images).reshape(-1, 3), axis=0, return_counts=True)
     clusters = KMeans(min(num_colors, len(colors)), n_init=4, random_state=0)
     clusters.fit(colors, sample_weight=counts)
