@@ -89,7 +89,7 @@ def save_panels(
         rows: the names of the rows.
         columns: of each grid, > 0.
         tile: the least height and width of an image in the picture, in pixels.
-        panels_per_line: as many stand side by side, the rest below; None: all.
+        panels_per_line: at most so many stand side by side, the rest below; None: all.
         num_colors: of the strip of dominant colours on top of each grid; 0: no strip.
 
     Raises:
@@ -101,8 +101,8 @@ def save_panels(
     grid_height = len(grids[0])
     if num_colors:
         grids = [_below_strip(g, p.images, num_colors) for g, p in zip(grids, panels, strict=True)]
-    per_line = min(panels_per_line or len(panels), len(panels))
-    num_lines = -(-len(panels) // per_line)
+    num_lines = -(-len(panels) // (panels_per_line or len(panels)))
+    per_line = -(-len(panels) // num_lines)
     figure = Figure(dpi=GRID_DPI, facecolor="white")
     titles = [_text(figure, panel.title, size=14, weight="bold") for panel in panels]
     names = [[_text(figure, row, size=12, ha="right") for row in rows] for _ in range(num_lines)]
@@ -110,13 +110,14 @@ def save_panels(
     top = TITLE_HEIGHT if any(panel.title for panel in panels) else MARGIN
     height, width = len(grids[0]), max(grids[0].shape[1], _widest(figure, titles))
     total_width = left + per_line * (width + PANEL_GAP) - PANEL_GAP + MARGIN
-    total_height = num_lines * (top + height) + MARGIN
+    line_height = top + height + MARGIN
+    total_height = num_lines * line_height
     figure.set_size_inches(total_width / GRID_DPI, total_height / GRID_DPI)
     for number, (grid, title) in enumerate(zip(grids, titles, strict=True)):
         line, place = divmod(number, per_line)
         x = left + place * (width + PANEL_GAP)
         # matplotlib counts pixels from the lower left corner.
-        y = total_height - (line + 1) * (top + height)
+        y = total_height - (line + 1) * line_height + MARGIN
         figure.figimage(grid, xo=x, yo=y, origin="upper")
         title.set_position((x, y + height + top / 2))
         step = (grid_height + GAP) / len(rows)
@@ -252,7 +253,8 @@ def save_partition_heatmaps(
             counts.shape,
         )
     top = max(1, *(int(counts.max()) for counts in maps.values()))
-    widths = [max((0.55 if _annotated(c) else 0.22) * len(c), 2.5) for c in maps.values()]
+    narrow = 0.22 if len(maps) == 1 else 0.11
+    widths = [max((0.55 if _annotated(c) else narrow) * len(c), 2.5) for c in maps.values()]
     size = (2.3 + sum(widths) + 0.3 * len(maps), 1.3 + 0.42 * len(classes))
     figure = Figure(figsize=size, dpi=MAP_DPI)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)

@@ -23,10 +23,16 @@ NOT_COMPARED = FREE_TO_CHANGE - {"federation.num_supernodes", "federation.rounds
     *("train.mode", "train.precision", "train.device", "train.num_threads")
 }
 
-# Of the pictures with a panel for each client, which may be many.
-CLIENT_TILE = 48
-CLIENTS_PER_LINE = 3
+# Of the pictures of three panels or more.
+SMALL_TILE = 48
+PANELS_PER_LINE = 3
 NUM_COLORS = 5
+
+OF_CLIENTS = (
+    "of the global model and of clients' own models after the last round, before they are "
+    f"averaged; all from the same noise. Above each, the {NUM_COLORS} dominant colours of its "
+    "images by their share."
+)
 
 # Writes one picture from the runs of one data set, and returns its title and its caption.
 Draw = Callable[[Sequence[FinishedRun], Path, torch.device], tuple[str, str]]
@@ -133,8 +139,8 @@ def _draw_partitions(
     }
     save_partition_heatmaps(maps, file, classes=first.config.data.classes)
     return "images of each class at each client", (
-        f"Training images of {first.config.data.name}, dealt out by a Dirichlet distribution of "
-        f"concentration beta: small is skewed. Seed {first.config.seed}."
+        "Training images, dealt out by a Dirichlet distribution of concentration beta: small is "
+        f"skewed. N={len(next(iter(maps.values())))} clients, seed {first.config.seed}."
     )
 
 
@@ -147,9 +153,7 @@ def _draw_clients(runs: Sequence[FinishedRun], file: Path, device: torch.device)
         run, _labels(config, columns), file, rows=config.data.classes, device=device
     )
     return "the models of single clients", (
-        "Samples, a row per class, of the global model and of clients' own models after the "
-        "last round, before they are averaged; all from the same noise. Above each, the "
-        f"{NUM_COLORS} dominant colours of its images by their share. {_described(config)}."
+        f"Samples, a row per class, {OF_CLIENTS} {_described(config)}."
     )
 
 
@@ -165,10 +169,7 @@ def _draw_class(runs: Sequence[FinishedRun], file: Path, device: torch.device) -
     _save_client_panels(run, labels, file, rows=[""] * columns, device=device)
     name = config.data.classes[label]
     return f"class {name} from the models of single clients", (
-        f"Samples of the class {name}, chosen at random, of the global model and of clients' own "
-        "models after the last round, before they are averaged; all from the same noise. Above "
-        f"each, the {NUM_COLORS} dominant colours of its images by their share. "
-        f"{_described(config)}."
+        f"Samples of class {name}, chosen at random, {OF_CLIENTS} {_described(config)}."
     )
 
 
@@ -190,6 +191,7 @@ def _draw_source(runs: Sequence[FinishedRun], file: Path, device: torch.device) 
         file,
         rows=config.data.classes,
         columns=columns,
+        tile=SMALL_TILE,
     )
     return "source, centralised and FedAvg", (
         "Real training images, chosen at random, beside samples; a row per class, both models "
@@ -256,8 +258,8 @@ def _save_client_panels(
         file,
         rows=rows,
         columns=run.config.eval.images_per_class,
-        tile=CLIENT_TILE,
-        panels_per_line=CLIENTS_PER_LINE,
+        tile=SMALL_TILE,
+        panels_per_line=PANELS_PER_LINE,
         num_colors=NUM_COLORS,
     )
 
