@@ -67,6 +67,7 @@ def draw_figures(
     """Draw each figure of the paper, for each data set, that finished runs suffice for.
 
     Of several seeds the lowest is shown. The panels of a picture are drawn from the same noise.
+    Figure 6 shows real images of patients: it is as confidential as the data set.
 
     Args:
         runs: of a sweep, in any order.
@@ -121,26 +122,24 @@ def _draw_partitions(
     runs: Sequence[FinishedRun], file: Path, device: torch.device
 ) -> tuple[str, str]:
     """Figure 3: how the images were dealt out, for each beta."""
-    alike: dict[Any, dict[float, FinishedRun]] = defaultdict(dict)
+    alike: dict[tuple[int, int, tuple[str, ...]], dict[float, np.ndarray]] = defaultdict(dict)
     for run in runs:
-        config = run.config
-        if run.partition is not None and config.partition.beta is not None:
-            key = (run.partition["num_clients"], config.seed, *config.data.classes)
-            alike[key].setdefault(config.partition.beta, run)
+        beta = run.config.partition.beta
+        if run.partition is not None and beta is not None:
+            counts = np.array(run.partition["train_counts"])
+            key = (len(counts), run.config.seed, tuple(run.config.data.classes))
+            alike[key].setdefault(beta, counts)
     if not alike:
         raise NotDrawn("no simulated run dealt its images out by partition.beta")
-    # Of equal lengths the first: the lowest seed.
-    by_beta = max(alike.values(), key=len)
-    first = next(iter(by_beta.values()))
-    maps = {
-        f"beta={beta:g}": np.array(run.partition["train_counts"])
-        for beta, run in sorted(by_beta.items())
-        if run.partition is not None
-    }
-    save_partition_heatmaps(maps, file, classes=first.config.data.classes)
+    # Of equal numbers of betas the first: the lowest seed.
+    num_clients, seed, classes = max(alike, key=lambda key: len(alike[key]))
+    by_beta = sorted(alike[num_clients, seed, classes].items())
+    save_partition_heatmaps(
+        {f"beta={beta:g}": counts for beta, counts in by_beta}, file, classes=classes
+    )
     return "images of each class at each client", (
         "Training images, dealt out by a Dirichlet distribution of concentration beta: small is "
-        f"skewed. N={len(next(iter(maps.values())))} clients, seed {first.config.seed}."
+        f"skewed. N={num_clients} clients, seed {seed}."
     )
 
 
