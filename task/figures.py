@@ -1,22 +1,29 @@
-"""The pictures of a run: sample grids and the heat map of a partition, as PNG files."""
+"""The pictures of runs: grids of images and heat maps of partitions, as PNG files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.text import Text
+from matplotlib.transforms import IdentityTransform
 from torch import Tensor
 
 from task.config import require
 from task.files import atomic_path
 
-# Sizes of the sample grid in pixels; the margin of the names is measured.
+# Sizes of the grids in pixels; the margin of the names is measured.
 TILE = 80
 GAP = 4
 MARGIN = 16
+PANEL_GAP = 2 * MARGIN
 TITLE_HEIGHT = 40
+STRIP_HEIGHT = 24
 GRID_DPI = 100
 
 MAP_DPI = 150
@@ -24,6 +31,19 @@ MAX_ANNOTATED_CLIENTS = 20
 
 INK = "#222222"
 FONT: dict[str, Any] = {"family": "DejaVu Sans", "color": INK}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of the grids that stand side by side in a picture.
+
+    Attributes:
+        images: [rows * columns, C, H, W] uint8 with C in {1, 3}, row after row.
+        title: above the grid; empty: none.
+    """
+
+    images: Tensor
+    title: str = ""
 
 
 def save_sample_grid(
@@ -34,9 +54,7 @@ def save_sample_grid(
     images_per_class: int,
     title: str = "",
 ) -> None:
-    """Write a grid of images, a row per class with its name at the left.
-
-    Every pixel of an image becomes a square of whole pixels, so that nothing is blurred.
+    """Write a grid of images, a row per class with its name at the left; see `save_panels`.
 
     Args:
         images: [K * P, C, H, W] uint8 with C in {1, 3}, class after class.
@@ -48,51 +66,149 @@ def save_sample_grid(
     Raises:
         ValueError: the shape of `images` is another.
     """
-    rows, columns = len(classes), images_per_class
+    save_panels([Panel(images, title)], path, rows=classes, columns=images_per_class)
+
+
+def save_panels(
+    panels: Sequence[Panel],
+    path: Path,
+    *,
+    rows: Sequence[str],
+    columns: int,
+    tile: int = TILE,
+    panels_per_line: int | None = None,
+    num_colors: int = 0,
+) -> None:
+    """Write grids of images side by side, the names of their rows at the left.
+
+    Every pixel of an image becomes a square of whole pixels, so that nothing is blurred.
+
+    Args:
+        panels: at least one, all with images of one size.
+        path: of the PNG file, in a folder that exists.
+        rows: the names of the rows.
+        columns: of each grid, > 0.
+        tile: the least height and width of an image in the picture, in pixels.
+        panels_per_line: at most so many stand side by side, the rest below; None: all.
+        num_colors: of the strip of dominant colours on top of each grid; 0: no strip.
+
+    Raises:
+        ValueError: the shape of a panel's images is another.
+    """
+    for panel in panels:
+        _require_grid(panel.images, len(rows), columns)
+    grids = [mosaic(panel.images, columns, tile=tile) for panel in panels]
+    grid_height = len(grids[0])
+    if num_colors:
+        grids = [_below_strip(g, p.images, num_colors) for g, p in zip(grids, panels, strict=True)]
+    num_lines = -(-len(panels) // (panels_per_line or len(panels)))
+    per_line = -(-len(panels) // num_lines)
+    figure = Figure(dpi=GRID_DPI, facecolor="white")
+    titles = [_text(figure, panel.title, size=14, weight="bold") for panel in panels]
+    names = [[_text(figure, row, size=12, ha="right") for row in rows] for _ in range(num_lines)]
+    left = MARGIN + (_widest(figure, names[0]) + MARGIN if any(rows) else 0)
+    top = TITLE_HEIGHT if any(panel.title for panel in panels) else MARGIN
+    height, width = len(grids[0]), max(grids[0].shape[1], _widest(figure, titles))
+    total_width = left + per_line * (width + PANEL_GAP) - PANEL_GAP + MARGIN
+    line_height = top + height + MARGIN
+    total_height = num_lines * line_height
+    figure.set_size_inches(total_width / GRID_DPI, total_height / GRID_DPI)
+    for number, (grid, title) in enumerate(zip(grids, titles, strict=True)):
+        line, place = divmod(number, per_line)
+        x = left + place * (width + PANEL_GAP)
+        # matplotlib counts pixels from the lower left corner.
+        y = total_height - (line + 1) * line_height + MARGIN
+        figure.figimage(grid, xo=x, yo=y, origin="upper")
+        title.set_position((x, y + height + top / 2))
+        step = (grid_height + GAP) / len(rows)
+        for row, name in enumerate(names[line]):
+            name.set_position((left - MARGIN, y + grid_height - row * step - (step - GAP) / 2))
+    write_png(figure, path, dpi=GRID_DPI)
+
+
+def _text(figure: Figure, text: str, **style: Any) -> Text:
+    return figure.text(0, 0, text, va="center", transform=IdentityTransform(), **style, **FONT)
+
+
+def _widest(figure: Figure, texts: Sequence[Text]) -> int:
+    renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
+    return int(np.ceil(max(text.get_window_extent(renderer).width for text in texts)))
+
+
+def _require_grid(images: Tensor, rows: int, columns: int) -> None:
     require(
         images.ndim == 4 and len(images) == rows * columns > 0 and images.shape[1] in (1, 3),
         "images",
         f"[{rows * columns}, 1 or 3, H, W] ({columns} of each of {rows} classes)",
         tuple(images.shape),
     )
-    grid = mosaic(images, columns)
-    height, width = grid.shape[:2]
-    figure = Figure(dpi=GRID_DPI, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    names = [figure.text(0, 0, name, ha="right", va="center", size=12, **FONT) for name in classes]
-    heading = figure.text(0, 0, title, ha="left", va="center", size=14, weight="bold", **FONT)
-    renderer = canvas.get_renderer()  # type: ignore[no-untyped-call]
-    widths = [text.get_window_extent(renderer).width for text in names]
-    left = MARGIN + int(np.ceil(max(widths))) + MARGIN
-    top = TITLE_HEIGHT if title else MARGIN
-    total = (left + width + MARGIN, top + height + MARGIN)
-    figure.set_size_inches(total[0] / GRID_DPI, total[1] / GRID_DPI)
-    figure.figimage(grid, xo=left, yo=MARGIN, origin="upper")
-    step = (height + GAP) / rows
-    for row, text in enumerate(names):
-        middle = MARGIN + height - row * step - (step - GAP) / 2
-        text.set_position(((left - MARGIN) / total[0], middle / total[1]))
-    heading.set_position((left / total[0], 1 - top / 2 / total[1]))
-    write_png(figure, path, dpi=GRID_DPI)
 
 
-def mosaic(images: Tensor, columns: int) -> np.ndarray:
-    """Lay images out in rows on white, enlarged to tiles of at least `TILE` pixels.
+def mosaic(images: Tensor, columns: int, *, tile: int = TILE) -> np.ndarray:
+    """Lay images out in rows on white, enlarged to tiles of at least `tile` pixels.
 
     Args:
         images: [rows * columns, C, H, W] uint8 with C in {1, 3}.
         columns: > 0.
+        tile: the least height and width of an image, in pixels.
 
     Returns:
         [height, width, 3] uint8, with `GAP` white pixels between the tiles.
     """
-    scale = -(-TILE // min(images.shape[-2:]))
-    tiles = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-    tiles = tiles.repeat(scale, axis=1).repeat(scale, axis=2)
+    scale = -(-tile // min(images.shape[-2:]))
+    tiles = _rgb(images).repeat(scale, axis=1).repeat(scale, axis=2)
     tiles = np.pad(tiles, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
     _, height, width, _ = tiles.shape
     grid = tiles.reshape(-1, columns, height, width, 3).swapaxes(1, 2)
     return grid.reshape(-1, columns * width, 3)[:-GAP, :-GAP]
+
+
+def _rgb(images: Tensor) -> np.ndarray:
+    return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _below_strip(grid: np.ndarray, images: Tensor, num_colors: int) -> np.ndarray:
+    strip = color_strip(*dominant_colors(images, num_colors), width=grid.shape[1])
+    white = np.full((2 * GAP, *grid.shape[1:]), 255, np.uint8)
+    return np.concatenate([strip, white, grid])
+
+
+def dominant_colors(images: Tensor, num_colors: int) -> tuple[np.ndarray, np.ndarray]:
+    """Find the dominant colours of images: the means of k clusters of their pixels.
+
+    Args:
+        images: [N, C, H, W] uint8 with C in {1, 3}, N > 0.
+        num_colors: k > 0; fewer come back where the images have fewer colours.
+
+    Returns:
+        The colours, [k, 3] uint8, and their shares of the pixels, [k] float64, falling.
+
+    Source: figures 4 and 5 of the paper.
+    """
+    from sklearn.cluster import KMeans  # type: ignore[import-untyped]
+
+    colors, counts = np.unique(_rgb(images).reshape(-1, 3), axis=0, return_counts=True)
+    clusters = KMeans(min(num_colors, len(colors)), n_init=4, random_state=0)
+    clusters.fit(colors, sample_weight=counts)
+    shares = np.bincount(clusters.labels_, weights=counts) / counts.sum()
+    order = np.argsort(-shares, kind="stable")
+    return clusters.cluster_centers_.round().astype(np.uint8)[order], shares[order]
+
+
+def color_strip(colors: np.ndarray, shares: np.ndarray, *, width: int) -> np.ndarray:
+    """Lay colours out side by side, each as wide as its share.
+
+    Args:
+        colors: [k, 3] uint8.
+        shares: [k], >= 0, with a sum of 1.
+        width: of the strip, in pixels.
+
+    Returns:
+        [STRIP_HEIGHT, width, 3] uint8.
+    """
+    edges = np.rint(np.cumsum([0, *shares]) * width).astype(int)
+    line = colors.repeat(np.diff(edges), axis=0)
+    return np.tile(line, (STRIP_HEIGHT, 1, 1))
 
 
 def save_partition_heatmap(
@@ -111,42 +227,70 @@ def save_partition_heatmap(
 
     Source: figure 3 of the paper.
     """
-    require(
-        counts.ndim == 2 and counts.shape[1] == len(classes) and len(counts) > 0,
-        "counts",
-        f"[clients, {len(classes)}]",
-        counts.shape,
-    )
-    num_clients = len(counts)
-    annotated = num_clients <= MAX_ANNOTATED_CLIENTS
-    cell = 0.55 if annotated else 0.22
-    figure = Figure(
-        figsize=(2.6 + max(cell * num_clients, 2.5), 1.3 + 0.42 * len(classes)),
-        dpi=MAP_DPI,
-    )
+    save_partition_heatmaps({title: counts}, path, classes=classes)
+
+
+def save_partition_heatmaps(
+    maps: Mapping[str, np.ndarray], path: Path, *, classes: Sequence[str]
+) -> None:
+    """Write heat maps of partitions side by side, with one scale of colours.
+
+    Args:
+        maps: by the title above it, the counts of each, [N, C] integers >= 0.
+        path: of the PNG file, in a folder that exists.
+        classes: C names.
+
+    Raises:
+        ValueError: the shape of a map's counts is another.
+
+    Source: figure 3 of the paper.
+    """
+    for counts in maps.values():
+        require(
+            counts.ndim == 2 and counts.shape[1] == len(classes) and len(counts) > 0,
+            "counts",
+            f"[clients, {len(classes)}]",
+            counts.shape,
+        )
+    top = max(1, *(int(counts.max()) for counts in maps.values()))
+    narrow = 0.22 if len(maps) == 1 else 0.11
+    widths = [max((0.55 if _annotated(c) else narrow) * len(c), 2.5) for c in maps.values()]
+    size = (2.3 + sum(widths) + 0.3 * len(maps), 1.3 + 0.42 * len(classes))
+    figure = Figure(figsize=size, dpi=MAP_DPI)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
-    axes = figure.add_subplot()
-    top = max(int(counts.max()), 1)
+    every = figure.subplots(1, len(maps), sharey=True, squeeze=False, width_ratios=widths)[0]
+    for axes, (title, counts) in zip(every, maps.items(), strict=True):
+        image = _draw_map(axes, counts, top)
+        axes.set_title(title, loc="left", size=12, weight="bold", color=INK, pad=10)
+    every[0].set_yticks(range(len(classes)), list(classes))
+    every[0].set_ylabel("class", color=INK)
+    bar = figure.colorbar(image, ax=every, label="images", pad=0.02 / len(maps), aspect=25)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, colors=INK)
+    write_png(figure, path, dpi=MAP_DPI)
+
+
+def _annotated(counts: np.ndarray) -> bool:
+    return len(counts) <= MAX_ANNOTATED_CLIENTS
+
+
+def _draw_map(axes: Axes, counts: np.ndarray, top: int) -> AxesImage:
+    num_clients, num_classes = counts.shape
+    annotated = _annotated(counts)
     image = axes.imshow(counts.T, cmap="Blues", vmin=0, vmax=top, aspect="auto")
     axes.set_xticks(range(0, num_clients, 1 if annotated else 5))
-    axes.set_yticks(range(len(classes)), list(classes))
     axes.set_xlabel("client", color=INK)
-    axes.set_ylabel("class", color=INK)
-    axes.set_title(title, loc="left", size=12, weight="bold", color=INK, pad=10)
     # White lines between the cells.
     axes.set_xticks(np.arange(1, num_clients) - 0.5, minor=True)
-    axes.set_yticks(np.arange(1, len(classes)) - 0.5, minor=True)
+    axes.set_yticks(np.arange(1, num_classes) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5 if annotated else 0.8)
     axes.tick_params(which="both", length=0, colors=INK)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, label="images", pad=0.02, aspect=25)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0, colors=INK)
     if annotated:
         for (client, label), count in np.ndenumerate(counts):
             color = "white" if count > 0.6 * top else INK if count else "#aaaaaa"
             axes.text(client, label, str(count), ha="center", va="center", size=8, color=color)
-    write_png(figure, path, dpi=MAP_DPI)
+    return image
 
 
 def write_png(figure: Figure, path: Path, *, dpi: int) -> None:

@@ -10,9 +10,16 @@ from torch import Tensor
 from task.figures import (
     GAP,
     MARGIN,
+    PANEL_GAP,
+    STRIP_HEIGHT,
     TITLE_HEIGHT,
+    Panel,
+    color_strip,
+    dominant_colors,
     mosaic,
+    save_panels,
     save_partition_heatmap,
+    save_partition_heatmaps,
     save_sample_grid,
 )
 
@@ -99,3 +106,123 @@ def test_heatmap_of_nothing_can_be_drawn(tmp_path: Path) -> None:
 def test_heatmap_refuses_other_shapes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"counts must be \[clients, 3\], got \(4, 2\)"):
         save_partition_heatmap(np.ones((4, 2)), tmp_path / "map.png", classes=["a", "b", "c"])
+
+
+def test_panels_stand_side_by_side_and_below_with_their_exact_pixels(tmp_path: Path) -> None:
+    panels = [Panel(samples(2, 3) + number, f"client {number}") for number in range(3)]
+    save_panels(panels, tmp_path / "p.png", rows=["", ""], columns=3, panels_per_line=2)
+    picture = pixels(tmp_path / "p.png")
+    height, width, _ = mosaic(panels[0].images, 3).shape
+    line = TITLE_HEIGHT + height + MARGIN
+    assert picture.shape == (2 * line, 2 * MARGIN + 2 * width + PANEL_GAP, 3)
+    for number, panel in enumerate(panels):
+        x = MARGIN + number % 2 * (width + PANEL_GAP)
+        y = TITLE_HEIGHT + number // 2 * line
+        assert np.array_equal(picture[y : y + height, x : x + width], mosaic(panel.images, 3))
+        assert (picture[y - TITLE_HEIGHT : y, x : x + width] < 100).any(), "no title is there"
+    assert (picture[line:, MARGIN + width :] == 255).all()
+
+
+def test_panels_share_lines_evenly(tmp_path: Path) -> None:
+    panels = [Panel(samples(1, 1))] * 4
+    save_panels(panels, tmp_path / "p.png", rows=[""], columns=1, panels_per_line=3)
+    assert pixels(tmp_path / "p.png").shape[:2] == (
+        2 * (MARGIN + 80 + MARGIN),
+        MARGIN + 80 + PANEL_GAP + 80 + MARGIN,
+    )
+
+
+def test_panel_is_as_wide_as_its_title(tmp_path: Path) -> None:
+    panels = [Panel(samples(1, 1), "a title far longer than one tile"), Panel(samples(1, 1), "b")]
+    save_panels(panels, tmp_path / "p.png", rows=[""], columns=1)
+    picture = pixels(tmp_path / "p.png")
+    heading = (picture[:TITLE_HEIGHT] < 200).any(axis=(0, 2))
+    right_tile = picture.shape[1] - MARGIN - (picture.shape[1] - 2 * MARGIN - PANEL_GAP) // 2
+    assert heading[right_tile : right_tile + 20].any(), "the second title is not above its tile"
+    assert not heading[right_tile - PANEL_GAP + 1 : right_tile].any(), "titles run together"
+    assert not heading[-MARGIN:].any()
+
+
+def test_panels_have_their_dominant_colors_on_top(tmp_path: Path) -> None:
+    red, blue = solid((255, 0, 0)), solid((0, 0, 255))
+    panels = [Panel(torch.cat([red, red, red, blue])), Panel(torch.cat([blue, red, blue, blue]))]
+    save_panels(panels, tmp_path / "p.png", rows=["", ""], columns=2, tile=20, num_colors=2)
+    picture = pixels(tmp_path / "p.png")
+    width = 2 * 24 + GAP
+    for number, (most, least) in enumerate(((red, blue), (blue, red))):
+        x = MARGIN + number * (width + PANEL_GAP)
+        strip = picture[MARGIN : MARGIN + STRIP_HEIGHT, x : x + width]
+        assert (strip[:, : width * 3 // 4] == most[0, :, 0, 0].numpy()).all()
+        assert (strip[:, width * 3 // 4 :] == least[0, :, 0, 0].numpy()).all()
+    below = picture[MARGIN + STRIP_HEIGHT :, MARGIN : MARGIN + width]
+    assert (below[: 2 * GAP] == 255).all()
+    assert np.array_equal(below[2 * GAP : -MARGIN], mosaic(panels[0].images, 2, tile=20))
+
+
+def test_panels_refuse_another_number_of_images(tmp_path: Path) -> None:
+    panels = [Panel(samples(2, 2)), Panel(samples(2, 3))]
+    with pytest.raises(ValueError, match=r"images must be \[4, .* got \(6, 3, 16, 16\)"):
+        save_panels(panels, tmp_path / "p.png", rows=["a", "b"], columns=2)
+    assert os.listdir(tmp_path) == []
+
+
+def solid(color: tuple[int, int, int]) -> Tensor:
+    return torch.tensor(color, dtype=torch.uint8).reshape(1, 3, 1, 1).expand(1, 3, 8, 8)
+
+
+def test_dominant_colors_are_the_means_of_clusters_by_share() -> None:
+    near = [(10, 10, 10), (12, 10, 10), (250, 0, 0), (0, 250, 0), (0, 250, 0), (0, 250, 2)]
+    images = torch.cat([solid(color) for color in near])
+    colors, shares = dominant_colors(images, 3)
+    assert colors.tolist() == [[0, 250, 1], [11, 10, 10], [250, 0, 0]]
+    assert shares.tolist() == pytest.approx([3 / 6, 2 / 6, 1 / 6])
+
+
+def test_dominant_colors_of_grey_images_are_grey_and_no_more_than_there_are() -> None:
+    images = torch.tensor([0, 0, 0, 200], dtype=torch.uint8).reshape(1, 1, 2, 2)
+    colors, shares = dominant_colors(images, 5)
+    assert colors.tolist() == [[0, 0, 0], [200, 200, 200]]
+    assert shares.tolist() == [0.75, 0.25]
+
+
+def test_dominant_colors_are_the_same_each_time() -> None:
+    first, second = (dominant_colors(samples(2, 5), 5) for _ in range(2))
+    assert np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
+    assert first[1].sum() == pytest.approx(1) and (np.diff(first[1]) <= 0).all()
+
+
+def test_color_strip_fills_its_width() -> None:
+    colors = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]], np.uint8)
+    strip = color_strip(colors, np.array([1 / 3] * 3), width=100)
+    assert strip.shape == (STRIP_HEIGHT, 100, 3) and strip.dtype == np.uint8
+    assert [int((strip[0, :, 0] == color).sum()) for color in (1, 4, 7)] == [33, 34, 33]
+
+
+def test_heatmaps_share_one_scale(tmp_path: Path) -> None:
+    maps = {"beta=0.1": np.full((3, 2), 500), "beta=5": np.full((3, 2), 1000)}
+    save_partition_heatmaps(maps, tmp_path / "maps.png", classes=["a", "b"])
+    picture = pixels(tmp_path / "maps.png")
+    darkest, middle = (8, 48, 107), (107, 174, 214)  # of Blues at 1000 and at 500 of 1000
+    halves = picture[:, : picture.shape[1] // 2], picture[:, picture.shape[1] // 2 : -300]
+    # The second map begins right of the middle of the picture, which the bar is part of.
+    assert is_there(halves[0], middle) and is_there(halves[1], darkest)
+    assert not is_there(halves[0], darkest)
+
+
+def is_there(picture: np.ndarray, color: tuple[int, int, int]) -> bool:
+    return bool((np.abs(picture.astype(int) - color).max(axis=-1) <= 2).sum() > 5000)
+
+
+@pytest.mark.parametrize("num_clients", [10, 50])
+def test_three_heatmaps_are_no_wider_with_many_clients(tmp_path: Path, num_clients: int) -> None:
+    maps = {f"beta={beta}": np.ones((num_clients, 10), np.int64) for beta in (0.1, 0.5, 5)}
+    save_partition_heatmaps(
+        maps, tmp_path / "maps.png", classes=[str(label) for label in range(10)]
+    )
+    assert pixels(tmp_path / "maps.png").shape[:2] == (825, 2955)
+
+
+def test_heatmaps_refuse_other_shapes(tmp_path: Path) -> None:
+    maps = {"a": np.ones((4, 2)), "b": np.ones((4, 3))}
+    with pytest.raises(ValueError, match=r"counts must be \[clients, 2\], got \(4, 3\)"):
+        save_partition_heatmaps(maps, tmp_path / "map.png", classes=["a", "b"])
