@@ -34,6 +34,21 @@ FONT: dict[str, Any] = {"family": "DejaVu Sans", "color": INK}
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A picture that stands in a text.
+
+    Attributes:
+        file: a PNG file, relative to the folder of the text.
+        title: a few words, read aloud in place of the picture.
+        caption: what it shows, in whole sentences.
+    """
+
+    file: Path
+    title: str
+    caption: str
+
+
+@dataclass(frozen=True)
 class Panel:
     """One of the grids that stand side by side in a picture.
 

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,14 @@ from torch import Tensor
 
 from task.config import FILE_SETS, Config, flat_values
 from task.data import build_dataset
-from task.figures import Panel, save_panels, save_partition_heatmaps
+from task.figures import Panel, Picture, save_panels, save_partition_heatmaps
 from task.measure import draw_images
 from task.randomness import Stream, numpy_generator
-from task.run_directory import FREE_TO_CHANGE
+from task.run_directory import WITHOUT_INFLUENCE
 from task.runs import FinishedRun, final_model, kept_clients
 
 # What may differ between a centralised and a federated run that are shown beside each other.
-NOT_COMPARED = FREE_TO_CHANGE - {"federation.num_supernodes", "federation.rounds"} | {
-    *("train.mode", "train.precision", "train.device", "train.num_threads")
-}
+NOT_COMPARED = WITHOUT_INFLUENCE | {"train.mode"}
 
 # Of the pictures of three panels or more.
 SMALL_TILE = 48
@@ -36,21 +33,6 @@ OF_CLIENTS = (
 
 # Writes one picture from the runs of one data set, and returns its title and its caption.
 Draw = Callable[[Sequence[FinishedRun], Path, torch.device], tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture for a reader.
-
-    Attributes:
-        file: a PNG file.
-        title: some words.
-        caption: what it shows, in whole sentences.
-    """
-
-    file: Path
-    title: str
-    caption: str
 
 
 class NotDrawn(Exception):
@@ -92,9 +74,9 @@ def draw_figures(
         for name in sorted(by_data):
             if draw is _draw_source and name not in FILE_SETS:
                 continue
-            file = folder / "figures" / f"figure{number}-{name}.png"
+            file = Path("figures") / f"figure{number}-{name}.png"
             try:
-                title, caption = draw(by_data[name], file, device)
+                title, caption = draw(by_data[name], folder / file, device)
             except NotDrawn as reason:
                 say(f"figure {number} of {name} is not drawn: {reason}")
             else:
@@ -193,7 +175,8 @@ def _draw_source(runs: Sequence[FinishedRun], file: Path, device: torch.device) 
         tile=SMALL_TILE,
     )
     return "source, centralised and FedAvg", (
-        "Real training images, chosen at random, beside samples; a row per class, both models "
+        "Real training images, chosen at random and as confidential as the data set, beside "
+        "samples; a row per class, both models "
         f"from the same noise. {_described(federated.config)}; the centralised run trained as "
         "many epochs on the pooled images."
     )

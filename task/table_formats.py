@@ -5,10 +5,10 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from task.figures import Picture
 from task.tables import METRICS, Column, Table
 
 MISSING = "-"
@@ -29,21 +29,6 @@ img { max-width: 100%; }
 @media print { body { margin: 0; max-width: none; font-size: 9pt; } .wide { overflow: visible; }
   table, figure { break-inside: avoid; } th, td { padding: .15rem .4rem; } }
 """
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture to show below the tables.
-
-    Attributes:
-        file: relative to the folder of the pages.
-        title: a few words, read aloud in place of the picture.
-        caption: what it shows.
-    """
-
-    file: Path
-    title: str
-    caption: str
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,11 @@ import torch
 from task.config import FILE_SETS, flat_values, require
 from task.features import HASH_DIGITS
 from task.published import PAPER_DATA, PUBLISHED, PublishedScores, paper_settings
-from task.run_directory import FREE_TO_CHANGE
+from task.run_directory import WITHOUT_INFLUENCE
 from task.runs import FinishedRun
 from task.unet import build_unet
 
 METRICS = {"inception_score": "IS ↑", "fid_train": "FID (train) ↓", "fid_test": "FID (test) ↓"}
-
-# Further than FREE_TO_CHANGE, these change no more than the last bits of the weights.
-WITHOUT_INFLUENCE = (FREE_TO_CHANGE - {"federation.rounds", "federation.num_supernodes"}) | {
-    *("train.device", "train.precision", "train.num_threads", "train.channels_last"),
-    "train.deterministic",
-}
 
 # Measures of unequal ones of these are not put into one column.
 COLUMN_VALUES = ("n_generated", "n_train", "n_test", "n_floor", "extractor_sha256")

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,11 +9,11 @@ from PIL import Image
 
 from task.checkpoint import save_weights
 from task.config import load_config, write_config
-from task.figures import GAP, MARGIN, PANEL_GAP, TITLE_HEIGHT, mosaic
+from task.figures import GAP, MARGIN, PANEL_GAP, TITLE_HEIGHT, Picture, mosaic
 from task.measure import draw_images
 from task.randomness import Stream
 from task.runs import FinishedRun, final_model, find_runs, kept_clients, weights_file
-from task.sweep_figures import Picture, draw_figures
+from task.sweep_figures import draw_figures
 from task.unet import build_unet
 
 TINY = [
@@ -52,9 +53,10 @@ def draw(tmp_path: Path) -> tuple[dict[str, Picture], list[str]]:
     said: list[str] = []
     runs = find_runs(tmp_path / "sweep")
     pictures = draw_figures(runs, tmp_path / "out", device=CPU, say=said.append)
-    assert all(picture.file.parent == tmp_path / "out" / "figures" for picture in pictures)
+    assert all(picture.file.parent == Path("figures") for picture in pictures)
     assert all(picture.title and picture.caption.endswith(".") for picture in pictures)
-    return {picture.file.stem: picture for picture in pictures}, said
+    placed = [dataclasses.replace(each, file=tmp_path / "out" / each.file) for each in pictures]
+    return {picture.file.stem: picture for picture in placed}, said
 
 
 def pixels(picture: Picture) -> np.ndarray:
@@ -150,7 +152,11 @@ def test_figure5_shows_one_class_that_the_seed_decides(tmp_path: Path, make_run:
     titles = []
     for run in [*runs, runs[0]]:
         pictures = draw_figures([run], tmp_path / "out", device=CPU, say=str)
-        (figure5,) = (picture for picture in pictures if "figure5" in picture.file.name)
+        (figure5,) = (
+            dataclasses.replace(each, file=tmp_path / "out" / each.file)
+            for each in pictures
+            if "figure5" in each.file.name
+        )
         titles.append(figure5.title)
     assert titles[-1] == titles[0] and len(set(titles)) > 1
     side = 2 * 48 + GAP

@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 from task.checkpoint import save_weights
 from task.cli.main import app
 from task.config import load_config, write_config
+from task.figures import Picture
 from task.published import PUBLISHED
 from task.runs import find_runs
-from task.table_formats import Page, Picture, html, markdown
+from task.table_formats import Page, html, markdown
 from task.tables import KINDS, Score, Table, build_tables, measurements, row_label, verdict
 
 SMALL = ("data=digits", "model.width=8", "model.num_poolings=1", "federation.rounds=3")
@@ -70,8 +71,8 @@ def sweep(tmp_path: Path) -> Sweep:
     return Sweep(tmp_path / "sweep")
 
 
-def feddm_tables(folder: Path) -> Result:
-    return CliRunner().invoke(app, ["tables", str(folder)])
+def feddm_tables(folder: Path, *options: str) -> Result:
+    return CliRunner().invoke(app, ["tables", str(folder), *(options or ["--no-figures"])])
 
 
 def measured(tables: list[Table]) -> list[Table]:
@@ -469,3 +470,24 @@ def test_an_evaluation_that_does_not_say_what_it_holds_for_is_refused(sweep: Swe
     result = feddm_tables(sweep.folder)
     assert result.exit_code == 1
     assert f"an evaluation of {run} must be whole, got" in result.stderr
+
+
+def test_figures_stand_below_the_tables(sweep: Sweep) -> None:
+    for beta in (0.1, 5):
+        run = sweep.add(f"beta-{beta}", f"partition.beta={beta}")
+        (run / "partition.json").write_text(json.dumps({"train_counts": [[3] * 10] * 10}))
+    result = feddm_tables(sweep.folder, "--figures", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "figure 2 of digits is not drawn: it takes a centralised" in result.stdout
+    file = "figures/figure3-digits.png"
+    assert (sweep.folder / file).stat().st_size > 1000
+    assert f"]({file})" in (sweep.folder / "tables.md").read_text(encoding="utf-8")
+    assert f'<img src="{file}"' in (sweep.folder / "tables.html").read_text(encoding="utf-8")
+
+
+def test_weights_that_cannot_be_drawn_from_cost_no_table(sweep: Sweep) -> None:
+    sweep.add("a", "train.mode=centralized")
+    sweep.add("b")
+    result = feddm_tables(sweep.folder, "--figures")
+    assert_fails_in_one_line(result, "does not fit the network")
+    assert "## Table I" in (sweep.folder / "tables.md").read_text(encoding="utf-8")

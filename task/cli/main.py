@@ -115,17 +115,24 @@ def tables(
     sweep_dir: Annotated[
         Path, typer.Argument(help="Folder with finished, measured runs.", show_default=False)
     ],
+    figures: Annotated[
+        bool, typer.Option(help="Draw figures 2 to 6 with the models of the runs, too.")
+    ] = True,
+    device: Annotated[
+        str, typer.Option(help="That draws the figures: auto, cpu, cuda or cuda:N.")
+    ] = "auto",
 ) -> None:
-    """Lay the runs of a sweep out as the paper's Tables I to V.
+    """Lay the runs of a sweep out as the paper's Tables I to V and figures 2 to 6.
 
     Reads every run in SWEEP_DIR and below it, prints the tables, and writes tables.md,
-    tables.html and tables.csv there. For example, after
+    tables.html, tables.csv and figures/ there. For example, after
     feddm-train -m run_name=skew partition.beta=0.1,0.5,5 eval.final_metrics=true:
     feddm tables runs/skew
     """
     from task.cli.tables import write_tables
+    from task.train import select_device
 
-    write_tables(sweep_dir, say=typer.echo)
+    write_tables(sweep_dir, device=select_device(device) if figures else None, say=typer.echo)
 
 
 def main() -> None:

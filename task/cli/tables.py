@@ -1,13 +1,17 @@
 """`feddm tables`: the paper's tables from the runs of a sweep."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from task.config import flat_values
 from task.files import atomic_path
 from task.run_directory import FREE_TO_CHANGE, weights_file
 from task.runs import FinishedRun, find_runs
+from task.sweep_figures import draw_figures
 from task.table_formats import Page, csv_text, html, markdown
 from task.tables import Measurement, Table, build_tables, current_evaluations, measurements, scale
 
@@ -15,11 +19,14 @@ from task.tables import Measurement, Table, build_tables, current_evaluations, m
 ALSO_RECORDED = {"experiment", "federation.rounds", "federation.num_supernodes"}
 
 
-def write_tables(folder: Path, *, say: Callable[[str], object]) -> None:
-    """Write tables.md, tables.html and tables.csv of the runs in a folder and below it.
+def write_tables(
+    folder: Path, *, device: torch.device | None, say: Callable[[str], object]
+) -> None:
+    """Write tables.md, tables.html, tables.csv and figures of the runs in a folder and below it.
 
     Args:
         folder: of a sweep.
+        device: that draws the figures; None: no figures.
         say: takes the text for the reader.
 
     Raises:
@@ -47,17 +54,24 @@ def write_tables(folder: Path, *, say: Callable[[str], object]) -> None:
     if alone:
         left_out["measured, with no other run to compare with"] = alone
     page = Page(f"Tables of {folder.resolve().name}", tables, left_out)
-    text = markdown(page)
-    say(text)
+    say(markdown(page))
     if not tables:
         raise ValueError(
             f"SWEEP_DIR: no two runs in {folder} differ in nothing but train.mode, partition.beta, "
             "federation.num_supernodes or train.local_epochs and are measured alike, so there is "
             f"no table; what there is stands in {folder / 'tables.csv'}"
         )
-    _write(folder / "tables.md", text)
-    _write(folder / "tables.html", html(page))
+    # Before the figures, which may take long or find weights that are broken.
+    _write_pages(folder, page)
+    if device is not None:
+        pictures = draw_figures(runs, folder, device=device, say=say)
+        _write_pages(folder, dataclasses.replace(page, pictures=pictures))
     say("\n".join(f"written to {folder / f'tables.{ending}'}" for ending in ("md", "html", "csv")))
+
+
+def _write_pages(folder: Path, page: Page) -> None:
+    _write(folder / "tables.md", markdown(page))
+    _write(folder / "tables.html", html(page))
 
 
 def _unfinished(folder: Path) -> list[str]:
