@@ -10,7 +10,7 @@ from server_app.training_run import TrainingRun, Weights
 from task.data import Dataset
 from task.diffusion import build_objective
 from task.randomness import Stream, torch_generator
-from task.run_directory import RunDirectory
+from task.run_directory import POOLED_FILE, RunDirectory
 from task.train import held_out_loss, move, new_optimizer, torch_configured, train_epochs
 
 
@@ -42,7 +42,23 @@ class CentralizedRun(TrainingRun):
         self._optimizer = new_optimizer(self.model, self.config.train.lr)
 
     def gather(self) -> None:
-        """Nobody else trains."""
+        """Write down how many images of each class there are.
+
+        Raises:
+            ValueError: a resumed run was trained on others.
+        """
+        num_classes = len(self.config.data.classes)
+        described = {
+            f"{split}_counts": images.labels.bincount(minlength=num_classes).tolist()
+            for split, images in (("train", self.dataset.train), ("test", self.dataset.test))
+        }
+        stored = self.directory.read_json(POOLED_FILE) if self.config.resume else described
+        if stored not in (None, described):
+            raise ValueError(
+                f"resume: {self.directory.path} was trained on other images, {stored}, than those "
+                f"of data.root={self.config.data.root}, {described}; start it with the same data"
+            )
+        self.directory.write_json(POOLED_FILE, described)
 
     def describe(self) -> str:
         """Say how many images are pooled."""

@@ -1,8 +1,10 @@
 """What is drawn and measured of the global weights, on the way and at the end."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from server_app.log import log
 from task.checkpoint import load_weights
 from task.classifier import accuracy, train_classifier
-from task.config import Config
+from task.config import MIN_MEASURED_IMAGES, Config, require
 from task.data import Dataset, ImageSet
 from task.evaluate import MetricReport, RealFeatures, extract_real
 from task.features import FeatureExtractor, build_extractor
@@ -45,11 +47,44 @@ def is_measured(path: Path, config: Config) -> bool:
         return True  # with real nodes, whose images stay with them
     if config.eval.final_metrics:
         file = evaluation_file(path, config)
-        return file.exists() and json.loads(file.read_text(encoding="utf-8"))["round"] == last
+        if not file.exists():
+            return False
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        asked = {
+            "round": last,
+            "seed": config.eval.seed,
+            "num_per_class": config.eval.num_per_class,
+        }
+        return asked.items() <= found.items()
     return config.eval.num_images == 0 or any(
         metric["round"] == last and metric["name"] == "class_agreement"
         for metric in read_metrics(path)
     )
+
+
+def check_numbers(config: Config, dataset: Dataset) -> None:
+    """Check that the metrics that a run is to end with have enough images.
+
+    Raises:
+        ValueError: they have not.
+    """
+    if config.eval.final_metrics:
+        num_generated = len(full_labels(config, dataset))
+        require(
+            num_generated >= MIN_MEASURED_IMAGES,
+            "eval.num_per_class",
+            f"a number that makes {MIN_MEASURED_IMAGES} images or more of all classes",
+            config.eval.num_per_class,
+        )
+    # Without test images one half of the training images is measured against the other.
+    needed = MIN_MEASURED_IMAGES if len(dataset.test) > 0 else 2 * MIN_MEASURED_IMAGES
+    for part, images in (("training", dataset.train), ("test", dataset.test)):
+        require(
+            len(images) >= needed or (part == "test" and len(images) == 0),
+            f"the {part} images",
+            f"at least {needed} for eval.final_metrics and eval.metrics_every",
+            len(images),
+        )
 
 
 def is_complete(path: Path, config: Config) -> bool:
@@ -89,6 +124,7 @@ class GlobalEvaluation:
         self._extractor: FeatureExtractor | None = None
         self._real: RealFeatures | None = None
         if dataset is not None and wants_metrics(self._config):
+            check_numbers(self._config, dataset)
             self._extractor = build_extractor(self._config, dataset.train, device)
         elif wants_metrics(self._config):
             log("no metrics: the server of real nodes has no images to compare with")
@@ -197,11 +233,8 @@ class GlobalEvaluation:
         )
 
     def _record(self, server_round: int, report: MetricReport) -> None:
-        found = {
-            name: value
-            for name, value in report.describe().items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
+        described = dataclasses.asdict(report.label).keys() - {"n_generated"}
+        found = {n: v for n, v in report.describe().items() if n not in described}
         self._directory.record(server_round, "global", found)
 
     def _draw(self, weights: Mapping[str, Tensor], labels: Tensor, stream: Stream) -> ImageSet:

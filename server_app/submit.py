@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from server_app.centralized_run import CentralizedRun
-from server_app.evaluation import is_complete, wants_metrics
+from server_app.evaluation import check_numbers, is_complete, wants_metrics
 from server_app.simulation import load_images
 from server_app.superlink import CONNECTION, SuperLink, private_superlink
 from task.config import (
@@ -40,7 +41,7 @@ from task.run_directory import (
     run_path,
 )
 from task.runs import find_runs
-from task.train import select_device
+from task.train import select_device, torch_configured
 
 CHECKOUT = CONF_DIR.parent
 POLL_SECONDS = 1.0
@@ -51,23 +52,58 @@ def main() -> None:
     # So that a plain `kill` also ends the SuperLink that a job has started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     register_schema()
-    sys.argv += name_by_what_is_swept(sys.argv[1:])
+    OmegaConf.register_new_resolver("one_folder", one_folder, replace=True)
+    try:
+        sys.argv[1:] = name_by_what_is_swept(sys.argv[1:])
+    except ValueError as error:
+        print(f"feddm-train: {error}", file=sys.stderr)
+        sys.exit(1)
     _hydra_main()
 
 
+def one_folder(overrides: str, number: int) -> str:
+    """Name the folder of a job of a sweep by the values that were swept, if any were."""
+    return overrides.replace("/", "_") or f"job-{number}"
+
+
 def name_by_what_is_swept(arguments: list[str]) -> list[str]:
-    """Return the Hydra override that leaves what is the same in all jobs out of their names.
+    """Add the Hydra override that leaves what is the same in all jobs out of their names.
 
     Args:
         arguments: of the command line.
+
+    Raises:
+        ValueError: the presets of tables are swept, whose own sweeps Hydra would leave out.
     """
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException:
-        return []  # Hydra reads them next, and says what is wrong.
-    fixed = [o.get_key_element() for o in parsed if not o.is_sweep_override()]
-    return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"]
+        return arguments  # Hydra reads them next, and says what is wrong.
+    fixed = {o.key_or_group for o in parsed if not o.is_sweep_override() and not o.is_delete()}
+    for override in parsed:
+        if override.key_or_group != "experiment":
+            continue
+        if override.is_sweep_override():
+            swept = [str(choice) for choice in override.sweep_string_iterator()]
+            sweeping = [name for name in swept if preset_sweep(name)]
+            require(not sweeping, "experiment", "one at a time of those that sweep", swept)
+        else:
+            # A value of a preset's sweep that was given stays in the name of its run.
+            fixed -= preset_sweep(str(override.value()))
+    last = max((i for i, a in enumerate(arguments) if not a.startswith("-")), default=-1)
+    own = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(fixed))}]"
+    # Among the other overrides: argparse refuses them on both sides of a flag.
+    return [*arguments[: last + 1], own, *arguments[last + 1 :]]
+
+
+def preset_sweep(experiment: str) -> set[str]:
+    """Return the paths of the values that a preset sweeps by itself; none where it is unknown."""
+    file = CONF_DIR / "experiment" / f"{experiment}.yaml"
+    if not file.is_file():
+        return set()
+    params = OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params")
+    return {str(key) for key in params or {}}
 
 
 @hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
@@ -79,10 +115,7 @@ def _hydra_main(composed: DictConfig) -> None:
         if sweep:
             # The runs of a sweep lie side by side in its folder.
             config = dataclasses.replace(
-                config,
-                output_dir=job.sweep.dir,
-                # Empty where every value of a preset's sweep was given.
-                run_name=job.sweep.subdir or f"job-{job.job.num}",
+                config, output_dir=job.sweep.dir, run_name=job.sweep.subdir
             )
         config = anchored(config, Path.cwd())
         if sweep:
@@ -146,27 +179,45 @@ def train(config: Config, overrides: list[str]) -> None:
         f"at most federation.num_supernodes={config.federation.num_supernodes} in a simulation",
         config.federation.min_nodes,
     )
-    dataset = load_images(config)
-    if wants_metrics(config) and config.eval.extractor != "classifier":
-        # The classifier is trained on the images; the others come from files that may be missing.
-        build_extractor(config, dataset.train, "cpu")
+    check_images(config)
     check_startable(config)
     print(f"results: {run_path(config)}", flush=True)
     if config.train.mode == "centralized":
         train_here(config)
     else:
-        partition_dataset(config, dataset, config.federation.num_supernodes)
         submit(config, overrides)
     print(f"results: {run_path(config)}", flush=True)
+
+
+def check_images(config: Config) -> None:
+    """Check the data set of a run, and what it is to be dealt out to and measured with.
+
+    Raises:
+        FileNotFoundError: the data set, or a file of the extractor, is not there.
+        ValueError: they do not fit the configuration.
+    """
+    dataset = load_images(config)
+    if config.train.mode == "federated":
+        partition_dataset(config, dataset, config.federation.num_supernodes)
+    if wants_metrics(config):
+        check_numbers(config, dataset)
+        # The classifier is trained on the images; the others come from files.
+        if config.eval.extractor != "classifier":
+            build_extractor(config, dataset.train, "cpu")
 
 
 def train_here(config: Config) -> None:
     """Train the centralised baseline in this process."""
     directory = RunDirectory(config)
+    deterministic = config.train.deterministic
     try:
-        CentralizedRun(directory).run()
+        # All of it, because cuBLAS reads once whether it must be deterministic.
+        with torch_configured(num_threads=torch.get_num_threads(), deterministic=deterministic):
+            CentralizedRun(directory).run()
     finally:
         directory.close()
+        # The clients of the next job of a sweep may share the GPU.
+        torch.cuda.empty_cache()
 
 
 def submit(config: Config, overrides: list[str]) -> None:

@@ -39,6 +39,8 @@ FILE_SETS = {
 }
 TRAIN_MODES = ("federated", "centralized")
 DATA_SETS = (*PACKAGED_SETS, *FILE_SETS)
+# The inception score parts the images into 10 splits.
+MIN_MEASURED_IMAGES = 10
 IMAGE_RANGES = ("correct", "paper")
 EXTRACTORS = ("inception", "classifier", "exported")
 DIFFUSION_CHOICES = {
@@ -371,6 +373,12 @@ class EvalConfig:
     def __post_init__(self) -> None:
         require_positive("eval", self, "every", "images_per_class", "batch_size")
         require_positive("eval", self, "metrics_every", "num_per_class")
+        require(
+            self.metrics_every is None or self.num_images >= MIN_MEASURED_IMAGES,
+            "eval.num_images",
+            f">= {MIN_MEASURED_IMAGES} with eval.metrics_every, which measures as many",
+            self.num_images,
+        )
         require_seed("eval.seed", self.seed)
         require_one_of("eval.extractor", self.extractor, EXTRACTORS)
         require_one_of("eval.image_range", self.image_range, IMAGE_RANGES)

@@ -93,6 +93,7 @@ def save_panels(
     tile: int = TILE,
     panels_per_line: int | None = None,
     num_colors: int = 0,
+    private: bool = False,
 ) -> None:
     """Write grids of images side by side, the names of their rows at the left.
 
@@ -106,6 +107,7 @@ def save_panels(
         tile: the least height and width of an image in the picture, in pixels.
         panels_per_line: at most so many stand side by side, the rest below; None: all.
         num_colors: of the strip of dominant colours on top of each grid; 0: no strip.
+        private: whether its owner alone may read the file.
 
     Raises:
         ValueError: the shape of a panel's images is another.
@@ -138,7 +140,7 @@ def save_panels(
         step = (grid_height + GAP) / len(rows)
         for row, name in enumerate(names[line]):
             name.set_position((left - MARGIN, y + grid_height - row * step - (step - GAP) / 2))
-    write_png(figure, path, dpi=GRID_DPI)
+    write_png(figure, path, dpi=GRID_DPI, private=private)
 
 
 def _text(figure: Figure, text: str, **style: Any) -> Text:
@@ -308,7 +310,7 @@ def _draw_map(axes: Axes, counts: np.ndarray, top: int) -> AxesImage:
     return image
 
 
-def write_png(figure: Figure, path: Path, *, dpi: int) -> None:
+def write_png(figure: Figure, path: Path, *, dpi: int, private: bool = False) -> None:
     """Write a figure so that a reader sees the old file or the new one, never a part of it."""
-    with atomic_path(path) as aside:
+    with atomic_path(path, private=private) as aside:
         figure.savefig(aside, format="png", dpi=dpi)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
     """Yield a path to write to, which takes the place of `path` when the block succeeds.
 
     A reader, a crash or a full disk never leaves half a file behind.
 
     Args:
         path: the file to write; its folder exists.
+        private: whether its owner alone may read it.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
@@ -24,9 +25,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with aside.open("rb") as written:
             os.fsync(written.fileno())
         # mkstemp makes files private; results are as readable as any new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        aside.chmod(0o666 & ~umask)
+        if not private:
+            umask = os.umask(0)
+            os.umask(umask)
+            aside.chmod(0o666 & ~umask)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -127,6 +127,7 @@ def write_measurements(
         "sampler": diffusion.sampler,
         "num_inference_steps": diffusion.num_inference_steps or diffusion.num_timesteps,
         "guidance_scale": diffusion.guidance_scale,
+        "num_per_class": config.eval.num_per_class,
         "batch_size": config.eval.batch_size,
     }
     with atomic_path(file) as aside:

@@ -4,11 +4,10 @@ Source: Tun et al. 2023, arXiv 2311.16538, Tables I to V.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
-
-from task.config import CONF_DIR
+from task.config import flat_values, load_config
 
 
 class PublishedScores(NamedTuple):
@@ -20,46 +19,30 @@ class PublishedScores(NamedTuple):
     fid_test: float | None = None
 
 
-class PaperData(NamedTuple):
-    """A data set as the paper trained and measured on it."""
-
-    image_size: int
-    n_train: int
-    n_generated: int
-    batch_size: int = 512
-
-
 Row = Mapping[str, PublishedScores]
 
-PAPER_DATA = {
-    "cifar10": PaperData(32, 50_000, 10_000),
-    "fashion_mnist": PaperData(32, 60_000, 10_000),
-    "svhn": PaperData(32, 73_257, 26_032),
-    "sars_cov_2_ct": PaperData(64, 2_481, 2_481, batch_size=128),
-}
-
-# By path in the configuration. Each table varies one of them.
-PAPER_SETTINGS: dict[str, object] = {
-    "federation.rounds": 300,
-    "federation.num_supernodes": 10,
-    "federation.clients_per_round": 10,
-    "train.local_epochs": 5,
-    "train.lr": 2e-4,
-    "diffusion.num_timesteps": 300,
-    "model.width": 64,
-    "model.num_poolings": 3,
-    "model.bottom_blocks": 4,
-    "model.final_relu": True,
+# Training images, and generated ones, as many as test images (CT: as training images).
+PAPER_SIZES = {
+    "cifar10": (50_000, 10_000),
+    "fashion_mnist": (60_000, 10_000),
+    "svhn": (73_257, 26_032),
+    "sars_cov_2_ct": (2_481, 2_481),
 }
 
 
-def paper_settings(data: str) -> dict[str, object]:
-    """Return the settings of the paper's tables for one of `PAPER_DATA`, by path."""
-    found = PAPER_SETTINGS | {"train.batch_size": PAPER_DATA[data].batch_size}
-    if data == "sars_cov_2_ct":
-        split = OmegaConf.load(CONF_DIR / "partition" / "table5.yaml")
-        return found | {"partition.counts": split.counts}
-    return found | {"partition.beta": 0.5}
+@lru_cache
+def paper_values(data: str) -> list[dict[str, Any]]:
+    """Return the configurations, flat, of the paper's FedAvg on one of `PAPER_SIZES`.
+
+    One is as the released code trained, one as the paper's text says.
+    """
+    experiment = "table5" if data == "sars_cov_2_ct" else "paper"
+    return [
+        flat_values(
+            load_config([f"experiment={experiment}", f"data={data}", f"diffusion={diffusion}"])
+        )
+        for diffusion in ("released", "paper")
+    ]
 
 
 def _row(

@@ -4,6 +4,7 @@
     config.yaml                     the resolved configuration
     metrics.jsonl                   one object per line: round, who, name, value
     partition.json, partition.png   images of each class at each client (simulation)
+    pooled.json                     images of each class (centralised)
     nodes.json                      client numbers by node id (deployment)
     samples/round_0005.png          a grid, a row per class
     checkpoints/round_0005.safetensors
@@ -32,13 +33,12 @@ from task.files import atomic_path
 
 Tensors = Mapping[str, torch.Tensor]
 
-NAMES_AND_PLACES = frozenset(
-    {"experiment", "output_dir", "run_name", "resume", "data.root", "data.cache_dir"}
-)
+NAMES_AND_PLACES = frozenset({"experiment", "output_dir", "run_name", "resume", "data.cache_dir"})
 
 # A resumed run may change these: none of them touches the weights of a round.
 FREE_TO_CHANGE = NAMES_AND_PLACES | frozenset(
     {
+        "data.root",
         *("federation.rounds", "federation.num_supernodes", "federation.min_nodes"),
         *("federation.min_replies", "federation.node_wait", "federation.round_timeout"),
         *("federation.keep_checkpoints", "federation.cpus_per_client"),
@@ -50,7 +50,7 @@ FREE_TO_CHANGE = NAMES_AND_PLACES | frozenset(
     }
 )
 
-# Runs that differ in nothing else have the same final weights, but perhaps for their last bits.
+# Runs that differ in nothing else have the same final weights, but for rounding.
 WITHOUT_INFLUENCE = (FREE_TO_CHANGE - {"federation.rounds", "federation.num_supernodes"}) | {
     *("train.device", "train.precision", "train.num_threads", "train.channels_last"),
     "train.deterministic",
@@ -60,6 +60,7 @@ WITHOUT_INFLUENCE = (FREE_TO_CHANGE - {"federation.rounds", "federation.num_supe
 LOCK_PATIENCE_SECONDS = 30.0
 
 PARTITION_FILE = "partition.json"
+POOLED_FILE = "pooled.json"
 METRICS_FILE = "metrics.jsonl"
 
 HOW_TO_RESUME = "pass the same words again, with run_name=... and resume=true"
@@ -129,11 +130,19 @@ def different_values(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]
     resolved, wanted = flat_values(stored), flat_values(asked)
     if wanted["train.precision"] == "auto":
         wanted["train.precision"] = resolved["train.precision"]
+    without_clients = stored.train.mode == asked.train.mode == "centralized"
     return {
         key: (value, wanted[key])
         for key, value in resolved.items()
-        if key not in NAMES_AND_PLACES and value != wanted[key]
+        if value != wanted[key]
+        and key not in NAMES_AND_PLACES
+        and not (without_clients and is_about_clients(key))
     }
+
+
+def is_about_clients(key: str) -> bool:
+    """Whether a value says something in a federated run only."""
+    return key.startswith(("partition.", "federation.")) and key != "federation.rounds"
 
 
 class RunDirectory:

@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from task.checkpoint import load_weights
-from task.config import Config, read_config, require
+from task.config import FILE_SETS, Config, flat_values, read_config, require
 from task.run_directory import PARTITION_FILE, weights_file
 from task.unet import UNet, build_unet
 
@@ -27,6 +28,19 @@ class FinishedRun:
     config: Config
     evaluations: tuple[dict[str, Any], ...]
     partition: dict[str, Any] | None
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """The configuration by dotted path."""
+        return flat_values(self.config)
+
+    @property
+    def data_values(self) -> dict[str, Any]:
+        """What tells data sets apart: where packaged ones lie does not."""
+        ignored = {"data.cache_dir", "data.on_corrupt"}
+        if self.config.data.name not in FILE_SETS:
+            ignored.add("data.root")
+        return {k: v for k, v in self.values.items() if k.startswith("data.") and k not in ignored}
 
 
 def find_runs(folder: Path) -> list[FinishedRun]:

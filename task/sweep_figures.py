@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from task.config import FILE_SETS, Config, flat_values
+from task.config import FILE_SETS, Config
 from task.data import build_dataset
 from task.figures import Panel, Picture, save_panels, save_partition_heatmaps
 from task.measure import draw_images
 from task.randomness import Stream, numpy_generator
-from task.run_directory import WITHOUT_INFLUENCE
+from task.run_directory import WITHOUT_INFLUENCE, is_about_clients
 from task.runs import FinishedRun, final_model, kept_clients
 
 # What may differ between a centralised and a federated run that are shown beside each other.
@@ -49,7 +49,8 @@ def draw_figures(
     """Draw each figure of the paper, for each data set, that finished runs suffice for.
 
     Of several seeds the lowest is shown. The panels of a picture are drawn from the same noise.
-    Figure 6 shows real images of patients: it is as confidential as the data set.
+    Figure 6 shows real images of patients: it is as confidential as the data set, and readable
+    for its owner alone.
 
     Args:
         runs: of a sweep, in any order.
@@ -66,13 +67,11 @@ def draw_figures(
     Source: figures 2 to 6 of the paper.
     """
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    by_data = defaultdict(list)
-    for run in sorted(runs, key=lambda run: (run.config.seed, run.path)):
-        by_data[run.config.data.name].append(run)
+    by_data = _by_data(runs)
     pictures = []
     for number, draw in FIGURES.items():
         for name in sorted(by_data):
-            if draw is _draw_source and name not in FILE_SETS:
+            if draw is _draw_source and by_data[name][0].config.data.name not in FILE_SETS:
                 continue
             file = Path("figures") / f"figure{number}-{name}.png"
             try:
@@ -80,8 +79,23 @@ def draw_figures(
             except NotDrawn as reason:
                 say(f"figure {number} of {name} is not drawn: {reason}")
             else:
+                if draw is _draw_source:
+                    say(f"{folder / file} shows real images; it is readable for you alone")
                 pictures.append(Picture(file, f"Figure {number}: {name}, {title}", caption))
     return pictures
+
+
+def _by_data(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
+    """Put runs of the same images together, by a name for files; the lowest seed first."""
+    sets: dict[str, list[FinishedRun]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: (run.config.seed, run.path)):
+        sets[repr(run.data_values)].append(run)
+    named: dict[str, list[FinishedRun]] = {}
+    for members in sets.values():
+        name = members[0].config.data.name
+        twins = sum(other.split("-")[0] == name for other in named)
+        named[f"{name}-{twins + 1}" if twins else name] = members
+    return named
 
 
 def _draw_modes(runs: Sequence[FinishedRun], file: Path, device: torch.device) -> tuple[str, str]:
@@ -173,6 +187,7 @@ def _draw_source(runs: Sequence[FinishedRun], file: Path, device: torch.device) 
         rows=config.data.classes,
         columns=columns,
         tile=SMALL_TILE,
+        private=True,
     )
     return "source, centralised and FedAvg", (
         "Real training images, chosen at random and as confidential as the data set, beside "
@@ -192,25 +207,55 @@ FIGURES: dict[int, Draw] = {
 
 
 def _pair(runs: Sequence[FinishedRun]) -> tuple[FinishedRun, FinishedRun]:
-    for central in runs:
-        for federated in runs:
-            modes = (central.config.train.mode, federated.config.train.mode)
-            if modes == ("centralized", "federated") and _settings(central) == _settings(federated):
-                return central, federated
-    raise NotDrawn("it takes a centralised and a federated run with otherwise equal settings")
+    pairs = _pairs(runs)
+    if not pairs:
+        raise NotDrawn("it takes a centralised and a federated run with otherwise equal settings")
+    return pairs[0]
+
+
+def _pairs(runs: Sequence[FinishedRun]) -> list[tuple[FinishedRun, FinishedRun]]:
+    """List baselines with the federated runs that they fit, that of the paper's federation first.
+
+    Next comes the one whose settings for clients the baseline was given, to no effect on it.
+    """
+    pairs = [
+        (central, federated)
+        for central in runs
+        for federated in runs
+        if central.config.train.mode == "centralized"
+        and federated.config.train.mode == "federated"
+        and _settings(central) == _settings(federated)
+    ]
+
+    def rank(pair: tuple[FinishedRun, FinishedRun]) -> tuple[bool, bool]:
+        central, federated = pair
+        own = _settings(central, clients=True) == _settings(federated, clients=True)
+        return not _is_papers_federation(federated.config), not own
+
+    return sorted(pairs, key=rank)
+
+
+def _is_papers_federation(config: Config) -> bool:
+    federation = config.federation
+    sampled = federation.clients_per_round or federation.num_supernodes
+    return (federation.num_supernodes, sampled, config.partition.beta) == (10, 10, 0.5)
 
 
 def _run_with_clients(runs: Sequence[FinishedRun]) -> FinishedRun:
     kept = [run for run in runs if kept_clients(run.path)]
     if not kept:
         raise NotDrawn("no run kept models of its clients (federation.keep_local_models)")
-    central = [_settings(run) for run in runs if run.config.train.mode == "centralized"]
-    # The run that figure 2 shows, where it is among them; of equals the first: the lowest seed.
-    return min(kept, key=lambda run: _settings(run) not in central)
+    # The run that figure 2 shows, where it is among them.
+    shown = [run for _, run in _pairs(runs) if kept_clients(run.path)]
+    return [*shown, *kept][0]
 
 
-def _settings(run: FinishedRun) -> dict[str, Any]:
-    return {key: v for key, v in flat_values(run.config).items() if key not in NOT_COMPARED}
+def _settings(run: FinishedRun, *, clients: bool = False) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in run.values.items()
+        if key not in NOT_COMPARED and (clients or not is_about_clients(key))
+    }
 
 
 def _labels(config: Config, columns: int) -> Tensor:

@@ -13,14 +13,21 @@ from typing import Any
 
 import torch
 
-from task.config import FILE_SETS, flat_values, require
+from task.config import FILE_SETS, require
 from task.features import HASH_DIGITS
-from task.published import PAPER_DATA, PUBLISHED, PublishedScores, paper_settings
-from task.run_directory import WITHOUT_INFLUENCE
+from task.published import PAPER_SIZES, PUBLISHED, PublishedScores, paper_values
+from task.run_directory import WITHOUT_INFLUENCE, is_about_clients
 from task.runs import FinishedRun
 from task.unet import build_unet
 
 METRICS = {"inception_score": "IS ↑", "fid_train": "FID (train) ↓", "fid_test": "FID (test) ↓"}
+
+# Of Table I, where a baseline fits several federations.
+PAPERS_FEDERATION = {
+    ("federation.num_supernodes", "10"),
+    ("federation.clients_per_round", "10"),
+    ("partition.beta", "0.5"),
+}
 
 # Measures of unequal ones of these are not put into one column.
 COLUMN_VALUES = ("n_generated", "n_train", "n_test", "n_floor", "extractor_sha256")
@@ -212,7 +219,7 @@ def measurements(runs: Iterable[FinishedRun]) -> tuple[list[Measurement], dict[s
     left_out = {
         "finished, not measured (feddm evaluate RUN)": unmeasured,
         "measured before the last round (feddm evaluate RUN)": stale,
-        "repeats of another run with its configuration and seed": repeats,
+        "repeats, but for rounding, of another run": repeats,
     }
     return [*taken.values()], {why: which for why, which in left_out.items() if which}
 
@@ -221,11 +228,7 @@ def _measurement(run: FinishedRun, found: Mapping[str, Any]) -> Measurement:
     needed = {"extractor", "image_range", "seed", *COLUMN_VALUES}
     missing = sorted(needed - found.keys())
     require(not missing, f"an evaluation of {run.path}", "whole", f"none of {missing}")
-    values = flat_values(run.config)
-    ignored = {"data.cache_dir", "data.on_corrupt"}
-    if run.config.data.name not in FILE_SETS:
-        ignored.add("data.root")
-    column = {k: v for k, v in values.items() if k.startswith("data.") and k not in ignored}
+    values, column = run.values, run.data_values
     column |= {name: found[name] for name in COLUMN_VALUES} | {"eval.seed": found["seed"]}
     settings = _weight_settings(values)
     settings |= {"extractor": found["extractor"], "image_range": found["image_range"]}
@@ -295,21 +298,16 @@ def _groups(
             groups.setdefault(settings, []).append(each)
     baselines: dict[Settings, list[Measurement]] = {}
     for each in centralised:
-        # It has no clients, so that it fits any federation; best the one of its own settings.
+        # It has no clients, so that it fits any federation; the paper's, where that is there.
         fitting = [s for s in groups if _without_clients(s) == _without_clients(each.settings)]
-        for settings in [each.settings] if each.settings in groups else fitting:
+        for settings in [s for s in fitting if s >= PAPERS_FEDERATION] or fitting:
             baselines.setdefault(settings, []).append(each)
     for settings, members in groups.items():
         yield settings, members + baselines.get(settings, [])
 
 
 def _without_clients(settings: Settings) -> Settings:
-    kept = {"federation.rounds"}
-    return frozenset(
-        (name, value)
-        for name, value in settings
-        if name in kept or not name.startswith(("partition.", "federation."))
-    )
+    return frozenset((name, value) for name, value in settings if not is_about_clients(name))
 
 
 def _group_settings(kind: Kind, each: Measurement) -> Iterator[Settings]:
@@ -364,7 +362,7 @@ def _table(
     for name, column in columns.items():
         scores = {label: _cell(kind, row, column) for label, row in rows.items()}
         data = column[0].values["data.name"]
-        verdicts += _verdicts(kind, name, [*scores.values()], data)
+        verdicts += _verdicts(kind, name, scores, data)
         laid_out.append(Column(name, scores | {floor: _floor(column[0])}))
         if _at_full_scale(kind, settings, column):
             laid_out.append(_published_column(kind, data))
@@ -442,11 +440,14 @@ def _column_caption(label: str, each: Measurement) -> str:
     )
 
 
-def _verdicts(kind: Kind, label: str, rows: Sequence[Scores], data: str) -> Iterator[str]:
+def _verdicts(kind: Kind, label: str, rows: Mapping[str, Scores], data: str) -> Iterator[str]:
     """Say for each metric whether the paper's ordering holds, and whether it held in the paper."""
-    published = [row[data] for row in PUBLISHED[kind.number].values() if data in row]
+    in_paper = {row_label(kind, value): row for value, row in PUBLISHED[kind.number].items()}
+    published = [row[data] for row in in_paper.values() if data in row]
+    if [*rows][kind.worst] != [*in_paper][kind.worst]:
+        published = []  # It speaks of another row.
     for name, title in METRICS.items():
-        scores = [row[name] for row in rows if name in row]
+        scores = [row[name] for row in rows.values() if name in row]
         if len(scores) < 2:
             continue
         line = f"{kind.ordering}, {label}, {title[:-2]}: {verdict(scores, kind.worst, name)}"
@@ -491,13 +492,21 @@ def _gaps(scores: Sequence[Score], worst: int, metric: str) -> list[tuple[float,
 
 def _at_full_scale(kind: Kind, settings: Settings, column: Sequence[Measurement]) -> bool:
     """Say whether a column was trained and measured as the paper's was."""
-    found, data = column[0].found, column[0].run.config.data
-    if data.name not in PAPER_DATA:
+    found, run = column[0].found, column[0].run
+    sizes = PAPER_SIZES.get(run.config.data.name)
+    if sizes != (found["n_train"], found["n_generated"]):
         return False
-    paper, values = PAPER_DATA[data.name], dict(settings)
-    asked = paper_settings(data.name) | {"extractor": "inception", "image_range": "paper"}
-    return (data.image_size, found["n_train"], found["n_generated"]) == paper[:3] and all(
-        values.get(key) == _text(value) for key, value in asked.items() if key != kind.key
+    seen = {"extractor": "inception", "image_range": "paper"}
+    ignored = {kind.key, "data.root", "data.cache_dir", "data.on_corrupt"}
+    return any(
+        _as_text({**_weight_settings(values), **seen}) - {(kind.key, _text(values[kind.key]))}
+        == settings
+        and all(
+            run.values[k] == v
+            for k, v in values.items()
+            if k.startswith("data.") and k not in ignored
+        )
+        for values in paper_values(run.config.data.name)
     )
 
 

@@ -57,13 +57,16 @@ def configure_torch(*, num_threads: int, deterministic: bool) -> None:
 
 @contextmanager
 def torch_configured(*, num_threads: int, deterministic: bool) -> Iterator[None]:
-    """Set the process up as `configure_torch` does, with its own number of threads afterwards."""
+    """Set the process up as `configure_torch` does, and as it was afterwards."""
     own_threads = torch.get_num_threads()
+    own_choice = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     configure_torch(num_threads=num_threads, deterministic=deterministic)
     try:
         yield
     finally:
         torch.set_num_threads(own_threads)
+        torch.use_deterministic_algorithms(own_choice[0])
+        torch.backends.cudnn.benchmark = own_choice[1]
 
 
 @contextmanager

@@ -141,6 +141,30 @@ def test_full_metrics_that_were_not_taken_are_made_up_for(
     assert (path / "evaluation-classifier-correct.json").read_bytes() == written
 
 
+@pytest.mark.parametrize("change", [{"eval__num_per_class": 4}, {"eval__seed": 7}])
+def test_metrics_that_were_taken_otherwise_are_taken_anew(
+    folder: Path, change: dict[str, int]
+) -> None:
+    (name,) = change
+    settings = {"federation__rounds": 1, "eval__final_metrics": True, "eval__num_per_class": 3}
+    path = play(configured(folder, name, **settings))
+    play(configured(folder, name, resume=True, **{**settings, **change}))
+    found = json.loads((path / "evaluation-classifier-correct.json").read_text())
+    asked = {key.removeprefix("eval__"): value for key, value in {**settings, **change}.items()}
+    assert found["num_per_class"] == asked["num_per_class"]
+    assert found["n_generated"] == 10 * asked["num_per_class"]
+    assert found["seed"] == asked.get("seed", 0)
+
+
+def test_other_images_are_no_resumption(tmp_path: Path) -> None:
+    play(configured(tmp_path, federation__rounds=1))
+    counts = json.loads((tmp_path / "run" / "pooled.json").read_text())
+    counts["train_counts"][3] += 1
+    (tmp_path / "run" / "pooled.json").write_text(json.dumps(counts))
+    with pytest.raises(ValueError, match="was trained on other images"):
+        play(configured(tmp_path, federation__rounds=2, resume=True))
+
+
 def test_missing_extractor_ends_the_run_before_it_begins(folder: Path) -> None:
     config = configured(
         folder,

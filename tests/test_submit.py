@@ -1,10 +1,21 @@
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
-from server_app.submit import equal_finished_run, go_on_with_sweep, train
+from server_app.evaluation import check_numbers
+from server_app.submit import (
+    check_images,
+    equal_finished_run,
+    go_on_with_sweep,
+    name_by_what_is_swept,
+    one_folder,
+    train,
+)
 from task.config import Config, load_run_config
+from task.data import Dataset, ImageSet
 from tests.helpers import SMALL_RUN
 
 CENTRALIZED = {"train.mode": "centralized", "federation.rounds": 1, "eval.num_images": 10}
@@ -42,7 +53,14 @@ def test_precision_left_open_takes_what_the_finished_job_settled(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"seed": 1}, {"train": {"lr": 0.5}}, {"federation": {"rounds": 2}}]
+    "changes",
+    [
+        {"seed": 1},
+        {"train": {"lr": 0.5}},
+        {"federation": {"rounds": 2}},
+        {"data": {"root": "/other/images"}},
+        {"train": {"mode": "federated"}},
+    ],
 )
 def test_other_job_is_not_taken_for_the_finished_one(
     sweep: Path, finished: Path, changes: dict
@@ -53,6 +71,16 @@ def test_other_job_is_not_taken_for_the_finished_one(
             value = dataclasses.replace(getattr(config, name), **value)
         config = dataclasses.replace(config, **{name: value})
     assert equal_finished_run(config) is None
+
+
+def test_clients_make_no_difference_to_the_baseline(sweep: Path, finished: Path) -> None:
+    config = job(sweep, "second")
+    config = dataclasses.replace(
+        config,
+        partition=dataclasses.replace(config.partition, beta=5.0),
+        federation=dataclasses.replace(config.federation, num_supernodes=30),
+    )
+    assert equal_finished_run(config) == finished
 
 
 def test_job_whose_measurement_is_missing_is_not_finished(sweep: Path, finished: Path) -> None:
@@ -76,3 +104,68 @@ def test_moved_sweep_is_still_finished(sweep: Path, finished: Path, tmp_path: Pa
     (moved.parent / "aside").rename(moved / "first")
     assert equal_finished_run(job(moved, "second")) == moved / "first"
     (moved / "first").rename(sweep / "first")
+
+
+OWN = "hydra.job.config.override_dirname.exclude_keys="
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", f"{OWN}[]"),
+        ("seed=1 -m", f"seed=1 {OWN}[seed] -m"),
+        ("-m seed=1,2 train.lr=1", f"-m seed=1,2 train.lr=1 {OWN}[train.lr]"),
+        ("-m seed=1 ~data", f"-m seed=1 ~data {OWN}[seed]"),
+        ("experiment=demo partition.beta=1", None),
+        ("experiment=table2 partition.beta=1", f"{{}} {OWN}[experiment]"),
+        ("experiment=table2 seed=1", f"{{}} {OWN}[experiment,seed]"),
+        ("experiment=nonsense seed=1", f"{{}} {OWN}[experiment,seed]"),
+        ("a=[", "a=["),
+    ],
+)
+def test_jobs_are_named_by_what_differs_between_them(words: str, expected: str | None) -> None:
+    expected = (expected or f"{{}} {OWN}[experiment,partition.beta]").format(words)
+    assert name_by_what_is_swept(words.split()) == expected.split()
+
+
+def test_tables_are_not_swept_themselves() -> None:
+    with pytest.raises(ValueError, match=r"experiment must be one at a time .*'table1'"):
+        name_by_what_is_swept(["-m", "experiment=table1,demo"])
+    assert len(name_by_what_is_swept(["-m", "experiment=paper,demo"])) == 3
+
+
+def test_a_job_has_one_folder() -> None:
+    assert one_folder("data.root=/a/b,seed=1", 3) == "data.root=_a_b,seed=1"
+    assert one_folder("", 3) == "job-3"
+
+
+def test_extractor_that_is_missing_is_refused_before_training(sweep: Path) -> None:
+    words = {**SMALL_RUN, **CENTRALIZED, "eval.final_metrics": True, "output_dir": str(sweep)}
+    words |= {"eval.extractor": "exported", "eval.exported_program": "/no.pt2"}
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        check_images(load_run_config(words))
+
+
+@pytest.mark.parametrize(
+    ("num_train", "num_test", "num_per_class", "expected"),
+    [
+        (100, 100, 4, r"eval\.num_per_class must be a number that makes 10 images or more"),
+        (100, 8, 5, "the test images must be at least 10"),
+        (19, 0, 5, "the training images must be at least 20"),
+        (20, 0, 5, None),
+        (10, 10, None, None),
+    ],
+)
+def test_too_few_images_for_metrics_are_refused(
+    num_train: int, num_test: int, num_per_class: int | None, expected: str | None
+) -> None:
+    words: dict[str, str | int | bool] = {"eval.final_metrics": True}
+    words["overrides"] = "data=image_folder data.classes=[a,b]"
+    if num_per_class is not None:
+        words["eval.num_per_class"] = num_per_class
+    sets = [
+        ImageSet(torch.zeros(number, 3, 32, 32, dtype=torch.uint8), torch.arange(number) % 2)
+        for number in (num_train, num_test)
+    ]
+    with pytest.raises(ValueError, match=expected) if expected else nullcontext():
+        check_numbers(load_run_config(words), Dataset(*sets))

@@ -188,7 +188,8 @@ def test_figure6_shows_real_images_beside_samples(
     make_run("central", *medical(tmp_path, scans), CENTRAL)
     pictures, said = draw(tmp_path)
     assert [*pictures] == ["figure2-chest_xray", "figure3-chest_xray", "figure6-chest_xray"]
-    assert len(said) == 2
+    assert len(said) == 3 and "is readable for you alone" in said[-1]
+    assert pictures["figure6-chest_xray"].file.stat().st_mode & 0o077 == 0
     picture = pixels(pictures["figure6-chest_xray"])
     # Two columns, as the smaller class has two images; the first row is of its class alone.
     assert picture.shape[0] == TITLE_HEIGHT + 2 * 48 + GAP + MARGIN
@@ -235,3 +236,16 @@ def test_weights_of_another_network_are_refused(tmp_path: Path, make_run: Maker)
     save_weights(weights_file(run, 0), {"other": torch.zeros(1)}, {"round": "1"})
     with pytest.raises(ValueError, match="does not fit the network"):
         draw(tmp_path)
+
+
+def test_data_sets_of_one_name_get_pictures_of_their_own(
+    tmp_path: Path, make_run: Maker, scans: Path
+) -> None:
+    other = tmp_path / "other"
+    scans.rename(other)
+    scans.symlink_to(other)
+    for number, root in enumerate((scans, other)):
+        make_run(f"fedavg-{number}", *medical(tmp_path, root))
+        make_run(f"central-{number}", *medical(tmp_path, root), CENTRAL)
+    pictures, _ = draw(tmp_path)
+    assert {"figure2-chest_xray", "figure2-chest_xray-2", "figure6-chest_xray-2"} <= set(pictures)

@@ -144,12 +144,12 @@ def test_each_key_makes_its_table_with_rows_in_the_papers_order(sweep: Sweep) ->
     # All of 10 clients are 10 clients per round.
     assert [*tables["Table III"].rows[:-1]] == ["N=10", "N=30", "N=50"]
     assert [*tables["Table IV"].rows[:-1]] == ["E=1", "E=5", "E=10"]
-    # Of the federated runs, the one of the centralised run's own settings is its neighbour.
+    # Of the federated runs that it fits, the paper's cell is the baseline's neighbour.
     assert [*tables["Table I"].rows[:-1]] == ["Centralised", "FedAvg"]
     assert "N=10, beta=0.5," in tables["Table I"].caption[0]
 
 
-def test_baseline_without_a_run_of_its_own_settings_goes_with_all_of_its_length(
+def test_baseline_without_the_papers_federation_goes_with_all_of_its_length(
     sweep: Sweep,
 ) -> None:
     sweep.add("a", "partition.beta=5")
@@ -263,7 +263,10 @@ def test_data_sets_are_columns(sweep: Sweep) -> None:
     (table,) = measured(sweep.tables())
     assert [column.label for column in table.columns] == ["mnist", "svhn"]
     verdicts = " ".join(table.verdicts)
-    assert verdicts.count("in the paper it") == 3  # of svhn
+    assert "in the paper it" not in verdicts  # which has beta=0.1
+    sweep.add("svhn0.1", "data=svhn", "partition.beta=0.1")
+    (table,) = measured(sweep.tables())
+    assert " ".join(table.verdicts).count("in the paper it") == 3  # of svhn
 
 
 def test_published_values_are_the_papers() -> None:
@@ -278,9 +281,13 @@ def test_published_values_are_the_papers() -> None:
     ]
 
 
-def test_published_values_stand_beside_measured_ones_of_the_papers_scale(sweep: Sweep) -> None:
-    sweep.add("a", *FULL, "partition.beta=0.1", **FULL_COUNTS)
-    sweep.add("b", *FULL, "partition.beta=5", **FULL_COUNTS)
+@pytest.mark.parametrize("diffusion", ["released", "paper"])
+def test_published_values_stand_beside_measured_ones_of_the_papers_scale(
+    sweep: Sweep, diffusion: str
+) -> None:
+    for name, beta in (("a", 0.1), ("b", 5)):
+        words = (f"partition.beta={beta}", f"diffusion={diffusion}")
+        sweep.add(name, *FULL, *words, **FULL_COUNTS)
     (table,) = sweep.tables()
     assert [column.label for column in table.columns] == ["cifar10", "cifar10 (paper)"]
     assert cells_of(table, "cifar10 (paper)", "beta=0.1") == ["3.65 ± 0.11", "25.40", "26.74"]
@@ -300,6 +307,11 @@ def cells_of(table: Table, label: str, row: str) -> list[str]:
         (("federation.rounds=299",), {}),
         (("train.lr=1e-4",), {}),
         (("model.width=32",), {}),
+        (("model.dropout=0.5",), {}),
+        (("diffusion=fast",), {}),
+        (("federation.ema_decay=0.999",), {}),
+        (("federation.wire_dtype=float16",), {}),
+        (("data.horizontal_flip=false",), {}),
         (("train.local_epochs=1",), {}),
         (("eval.image_range=correct",), {}),
         (("eval.extractor=classifier",), {}),

@@ -181,7 +181,8 @@ def client_caption(
         f"recall and coverage against the {neighbours} images",
         f"real, all: {stand_ins(everything)}; KID: {KID_SUBSETS} subsets of "
         f"{everything.kid_subset_size:,}",
-        f"data {own.data}; both models drew from the same noise; seed {own.seed}",
+        f"data {own.data}; both models drew from the same noise, once, so that the spread over "
+        f"draws is not known; seed {own.seed}",
         *looked_through(own),
         "FID depends on n: compare local with global, never own with all",
         "^ higher is better, v lower is better",

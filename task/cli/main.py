@@ -125,7 +125,8 @@ def tables(
     """Lay the runs of a sweep out as the paper's Tables I to V and figures 2 to 6.
 
     Reads every run in SWEEP_DIR and below it, prints the tables, and writes tables.md,
-    tables.html, tables.csv and figures/ there. For example, after
+    tables.html, tables.csv and figures/ there. Of medical data, figure 6 shows real images too:
+    keep it as you keep them. For example, after
     feddm-train -m run_name=skew partition.beta=0.1,0.5,5 eval.final_metrics=true:
     feddm tables runs/skew
     """
