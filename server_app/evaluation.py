@@ -69,11 +69,12 @@ def check_numbers(config: Config, dataset: Dataset) -> None:
         ValueError: they have not.
     """
     if config.eval.final_metrics:
-        num_generated = len(full_labels(config, dataset))
+        labels, names = full_labels(config, dataset), config.data.classes
         require(
-            num_generated >= MIN_MEASURED_IMAGES,
+            len(labels) >= MIN_MEASURED_IMAGES and len(labels.unique()) == len(names),
             "eval.num_per_class",
-            f"a number that makes {MIN_MEASURED_IMAGES} images or more of all classes",
+            f"a number that makes {MIN_MEASURED_IMAGES} images or more, or null where the test "
+            "images are as many and of every class",
             config.eval.num_per_class,
         )
     # Without test images one half of the training images is measured against the other.

@@ -149,7 +149,8 @@ def test_extractor_that_is_missing_is_refused_before_training(sweep: Path) -> No
 @pytest.mark.parametrize(
     ("num_train", "num_test", "num_per_class", "expected"),
     [
-        (100, 100, 4, r"eval\.num_per_class must be a number that makes 10 images or more"),
+        (100, 100, 4, r"eval\.num_per_class must be a number that makes 10"),
+        (100, 1, None, r"eval\.num_per_class must be .* and of every class, got None"),
         (100, 8, 5, "the test images must be at least 10"),
         (19, 0, 5, "the training images must be at least 20"),
         (20, 0, 5, None),
