@@ -71,7 +71,7 @@ def check_numbers(config: Config, dataset: Dataset) -> None:
     if config.eval.final_metrics:
         labels, names = full_labels(config, dataset), config.data.classes
         require(
-            len(labels) >= MIN_MEASURED_IMAGES and len(labels.unique()) == len(names),
+            len(labels) >= MIN_MEASURED_IMAGES and len(set(labels.tolist())) == len(names),
             "eval.num_per_class",
             f"a number that makes {MIN_MEASURED_IMAGES} images or more, or null where the test "
             "images are as many and of every class",
