@@ -320,12 +320,16 @@ def _group_settings(kind: Kind, each: Measurement) -> Iterator[Settings]:
 
 
 def _columns(kind: Kind, members: Sequence[Measurement]) -> Columns:
-    """Split a group into columns, by label; none where no column compares two rows."""
+    """Split a group into columns, by label, without those that do not compare two rows."""
     columns: dict[Settings, list[Measurement]] = {}
     for each in members:
         columns.setdefault(each.column, []).append(each)
-    compares = any(len({each.row(kind) for each in column}) > 1 for column in columns.values())
-    return dict(zip(_labels([*columns]), columns.values(), strict=True)) if compares else {}
+    compared = {
+        key: column
+        for key, column in columns.items()
+        if len({each.row(kind) for each in column}) > 1
+    }
+    return dict(zip(_labels([*compared]), compared.values(), strict=True))
 
 
 def _labels(columns: Sequence[Settings]) -> list[str]:

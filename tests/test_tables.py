@@ -246,13 +246,18 @@ def test_unlike_measurements_are_never_in_one_column(sweep: Sweep, found: dict[s
     sweep.add("b", "partition.beta=2", fid_train=30.0)
     sweep.add("c", "partition.beta=5", **found)
     (table,) = measured(sweep.tables())
+    assert len(table.columns) == 1  # alone in its column, it is compared with nothing
+    assert "beta=5" not in table.rows
+    sweep.add("d", "partition.beta=7", **found)
+    (table,) = measured(sweep.tables())
     assert len(table.columns) == 2
     assert not {"beta=1", "beta=2"} & {
         row for row, scores in table.columns[1].rows.items() if scores
     }
     (name, value), *_ = found.items()
     assert f"{name}={value}" in table.columns[1].label
-    (sweep.folder / "b" / "config.yaml").unlink()
+    for name in ("b", "d"):
+        (sweep.folder / name / "config.yaml").unlink()
     assert measured(sweep.tables()) == []
 
 
