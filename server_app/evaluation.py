@@ -55,7 +55,7 @@ def is_measured(path: Path, config: Config) -> bool:
             "seed": config.eval.seed,
             "num_per_class": config.eval.num_per_class,
         }
-        return asked.items() <= found.items()
+        return all(found.get(name) == value for name, value in asked.items())
     return config.eval.num_images == 0 or any(
         metric["round"] == last and metric["name"] == "class_agreement"
         for metric in read_metrics(path)

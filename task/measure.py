@@ -127,8 +127,9 @@ def write_measurements(
         "sampler": diffusion.sampler,
         "num_inference_steps": diffusion.num_inference_steps or diffusion.num_timesteps,
         "guidance_scale": diffusion.guidance_scale,
-        "num_per_class": config.eval.num_per_class,
         "batch_size": config.eval.batch_size,
     }
+    if config.eval.num_per_class is not None:
+        drawn["num_per_class"] = config.eval.num_per_class
     with atomic_path(file) as aside:
         aside.write_text(json.dumps({**found, **drawn}, indent=1) + "\n", encoding="utf-8")
