@@ -45,6 +45,14 @@ def paper_values(data: str) -> list[dict[str, Any]]:
     ]
 
 
+def is_papers_federation(values: Mapping[str, Any]) -> bool:
+    """Say whether a flat configuration has the clients of the cell that Tables I to IV share."""
+    number, sampled = (
+        values[f"federation.{name}"] for name in ("num_supernodes", "clients_per_round")
+    )
+    return (number, sampled or number, values["partition.beta"]) == (10, 10, 0.5)
+
+
 def _row(
     cifar10: tuple[float, ...], fashion_mnist: tuple[float, ...], svhn: tuple[float, ...]
 ) -> Row:

@@ -222,10 +222,6 @@ class RunDirectory:
                 if not isinstance(value, str):
                     self._tensorboard.add_scalar(f"{name}/{who}", value, server_round)
 
-    def metrics(self) -> Iterator[dict[str, Any]]:
-        """Read back every recorded metric, in order."""
-        yield from read_metrics(self.path)
-
     def record_picture(self, server_round: int, name: str, pixels: torch.Tensor) -> None:
         """Hand a picture, uint8 [C, H, W], to TensorBoard."""
         self._tensorboard.add_image(name, pixels, server_round)

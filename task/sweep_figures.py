@@ -13,6 +13,7 @@ from task.config import FILE_SETS, Config
 from task.data import build_dataset
 from task.figures import Panel, Picture, save_panels, save_partition_heatmaps
 from task.measure import draw_images
+from task.published import is_papers_federation
 from task.randomness import Stream, numpy_generator
 from task.run_directory import WITHOUT_INFLUENCE, is_about_clients
 from task.runs import FinishedRun, final_model, kept_clients
@@ -230,15 +231,9 @@ def _pairs(runs: Sequence[FinishedRun]) -> list[tuple[FinishedRun, FinishedRun]]
     def rank(pair: tuple[FinishedRun, FinishedRun]) -> tuple[bool, bool]:
         central, federated = pair
         own = _settings(central, clients=True) == _settings(federated, clients=True)
-        return not _is_papers_federation(federated.config), not own
+        return not is_papers_federation(federated.values), not own
 
     return sorted(pairs, key=rank)
-
-
-def _is_papers_federation(config: Config) -> bool:
-    federation = config.federation
-    sampled = federation.clients_per_round or federation.num_supernodes
-    return (federation.num_supernodes, sampled, config.partition.beta) == (10, 10, 0.5)
 
 
 def _run_with_clients(runs: Sequence[FinishedRun]) -> FinishedRun:

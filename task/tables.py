@@ -15,19 +15,18 @@ import torch
 
 from task.config import FILE_SETS, require
 from task.features import HASH_DIGITS
-from task.published import PAPER_SIZES, PUBLISHED, PublishedScores, paper_values
+from task.published import (
+    PAPER_SIZES,
+    PUBLISHED,
+    PublishedScores,
+    is_papers_federation,
+    paper_values,
+)
 from task.run_directory import WITHOUT_INFLUENCE, is_about_clients
 from task.runs import FinishedRun
 from task.unet import build_unet
 
 METRICS = {"inception_score": "IS ↑", "fid_train": "FID (train) ↓", "fid_test": "FID (test) ↓"}
-
-# Of Table I, where a baseline fits several federations.
-PAPERS_FEDERATION = {
-    ("federation.num_supernodes", "10"),
-    ("federation.clients_per_round", "10"),
-    ("partition.beta", "0.5"),
-}
 
 # Measures of unequal ones of these are not put into one column.
 COLUMN_VALUES = ("n_generated", "n_train", "n_test", "n_floor", "extractor_sha256")
@@ -300,7 +299,9 @@ def _groups(
     for each in centralised:
         # It has no clients, so that it fits any federation; the paper's, where that is there.
         fitting = [s for s in groups if _without_clients(s) == _without_clients(each.settings)]
-        for settings in [s for s in fitting if s >= PAPERS_FEDERATION] or fitting:
+        for settings in [
+            s for s in fitting if is_papers_federation(groups[s][0].values)
+        ] or fitting:
             baselines.setdefault(settings, []).append(each)
     for settings, members in groups.items():
         yield settings, members + baselines.get(settings, [])

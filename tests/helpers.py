@@ -22,6 +22,7 @@ from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 from sklearn.datasets import load_digits
 
 from client_app.app import app
+from task.data import Dataset, load_dataset
 from task.wire import Key
 
 SUPERLINK = 1
@@ -174,6 +175,20 @@ def node_context(run_config: dict, node_config: dict, *, node_id: int = 7) -> Co
 def simulated(number: int) -> list[dict[str, int]]:
     """Node configs of a simulation."""
     return [{Key.PARTITION_ID: i, Key.NUM_PARTITIONS: number} for i in range(number)]
+
+
+def digits_dataset(*, image_size: int, test_fraction: float) -> Dataset:
+    """Load the digits, with a share of them held out."""
+    return load_dataset(
+        "digits",
+        root=".",
+        image_size=image_size,
+        channels=1,
+        num_classes=10,
+        test_fraction=test_fraction,
+        seed=0,
+        download=False,
+    )
 
 
 def write_digits_as_mnist(folder: Path, *, train: int, test: int, classes: int = 10) -> None:

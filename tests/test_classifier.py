@@ -3,21 +3,13 @@ import torch
 from torch import nn
 
 from task.classifier import accuracy, classify, convolutional_network, train_classifier
-from task.data import Dataset, ImageSet, load_dataset, normalize
+from task.data import Dataset, ImageSet, normalize
+from tests.helpers import digits_dataset
 
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    return load_dataset(
-        "digits",
-        root=".",
-        image_size=16,
-        channels=1,
-        num_classes=10,
-        test_fraction=0.1,
-        seed=0,
-        download=False,
-    )
+    return digits_dataset(image_size=16, test_fraction=0.1)
 
 
 def train(images: ImageSet, seed: int = 0, horizontal_flip: bool = False) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from task.data import Dataset, ImageSet, load_dataset
+from task.data import Dataset, ImageSet
 from task.evaluate import (
     MetricReport,
     classification_accuracy_score,
@@ -17,6 +17,7 @@ from task.evaluate import (
 from task.features import FeatureExtractor, cached_classifier, classifier_extractor
 from task.metrics import frechet_distance, inception_score
 from task.randomness import Stream, torch_generator
+from tests.helpers import digits_dataset
 
 HONEST = 400
 
@@ -30,16 +31,7 @@ def few_subsets() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def everything() -> Dataset:
-    return load_dataset(
-        "digits",
-        root=".",
-        image_size=8,
-        channels=1,
-        num_classes=10,
-        test_fraction=0.2,
-        seed=0,
-        download=False,
-    )
+    return digits_dataset(image_size=8, test_fraction=0.2)
 
 
 @pytest.fixture(scope="module")

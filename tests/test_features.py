@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from task import features
 from task.classifier import convolutional_network
 from task.config import load_config
-from task.data import Dataset, ImageSet, load_dataset, normalize
+from task.data import Dataset, ImageSet, normalize
 from task.features import (
     FeatureExtractor,
     build_extractor,
@@ -20,20 +20,12 @@ from task.features import (
     inception_extractor,
     weights_sha256,
 )
+from tests.helpers import digits_dataset
 
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    return load_dataset(
-        "digits",
-        root=".",
-        image_size=8,
-        channels=1,
-        num_classes=10,
-        test_fraction=0.1,
-        seed=0,
-        download=False,
-    )
+    return digits_dataset(image_size=8, test_fraction=0.1)
 
 
 def cached(images: ImageSet, cache_dir: Path | None, **changes: int) -> nn.Sequential:

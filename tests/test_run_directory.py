@@ -16,7 +16,13 @@ from torch import Tensor
 from task import run_directory
 from task.checkpoint import load_weights
 from task.config import Config, anchored, load_config, read_config, value_paths
-from task.run_directory import FREE_TO_CHANGE, RunDirectory, check_startable, run_path
+from task.run_directory import (
+    FREE_TO_CHANGE,
+    RunDirectory,
+    check_startable,
+    read_metrics,
+    run_path,
+)
 
 # Holds a lock file until its input ends; a line names a file to make before.
 HOLD_LOCK = """
@@ -92,7 +98,7 @@ def test_run_directory_has_the_documented_layout(tmp_path: Path) -> None:
 def test_new_run_has_no_rounds_no_metrics_and_no_weights(tmp_path: Path) -> None:
     with opened(tmp_path) as directory:
         assert directory.last_round == 0
-        assert [*directory.metrics()] == []
+        assert [*read_metrics(directory.path)] == []
         assert directory.load_checkpoint() is None
         assert directory.final_round() is None
         assert directory.read_json("partition.json") is None
@@ -184,7 +190,7 @@ def test_metrics_read_back_in_order(tmp_path: Path) -> None:
             {"round": 1, "who": "client-3", "name": "train_left_out", "value": "no reply\n'"},
             {"round": 1, "who": "global", "name": "num_clients", "value": 1},
         ]
-        assert [*directory.metrics()] == expected
+        assert [*read_metrics(directory.path)] == expected
         lines = directory.metrics_file.read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == expected
 
@@ -196,7 +202,7 @@ def test_metrics_of_incomplete_rounds_are_dropped(started: Path) -> None:
         directory.record(3, "client-0", {"train_loss": 9.0})
         directory.record(3, "global", {"train_loss": 9.0})
     with opened(started.parent, "resume=true") as directory:
-        assert {line["round"] for line in directory.metrics()} == {0, 1, 2}
+        assert {line["round"] for line in read_metrics(directory.path)} == {0, 1, 2}
         assert directory.metrics_file.read_text(encoding="utf-8").startswith(kept)
 
 
@@ -208,7 +214,7 @@ def test_half_written_last_line_is_dropped(started: Path, cut: int) -> None:
     with opened(started.parent, "resume=true") as directory:
         assert file.read_text(encoding="utf-8") == whole
         directory.record(3, "global", {"train_loss": 0.1})
-        assert [line["round"] for line in directory.metrics()] == [1, 2, 3]
+        assert [line["round"] for line in read_metrics(directory.path)] == [1, 2, 3]
 
 
 def scalars(path: Path, tag: str) -> list[tuple[int, float]]:
