@@ -9,7 +9,7 @@ from client_app.failures import failures_stay_local
 from client_app.workspace import Workspace, choose_precision, open_workspace
 from task.fingerprint import code_fingerprint
 from task.randomness import Stream, torch_generator
-from task.train import held_out_loss, train_epochs
+from task.train import held_out_loss, new_optimizer, train_epochs
 from task.wire import Key
 
 app = ClientApp()
@@ -40,9 +40,9 @@ def train(message: Message, context: Context) -> Message:
         images.images,
         images.labels,
         objective=workspace.objective,
+        optimizer=new_optimizer(workspace.model, config.train.lr),
         epochs=config.train.local_epochs,
         batch_size=config.train.batch_size,
-        lr=config.train.lr,
         horizontal_flip=config.data.horizontal_flip,
         precision=choose_precision(workspace, context, str(asked[Key.PRECISION])),
         channels_last=config.train.channels_last,

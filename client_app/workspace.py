@@ -15,7 +15,7 @@ from task.data import Dataset, ImageSet, build_dataset, split_validation
 from task.diffusion import DiffusionObjective, build_objective
 from task.partition import Partition, partition_dataset
 from task.randomness import Stream, numpy_generator
-from task.train import configure_torch, faster_precision, select_device
+from task.train import compile_where_wanted, configure_torch, fastest_precision, select_device
 from task.unet import UNet, build_unet
 from task.wire import Key, WeightLayout
 
@@ -81,10 +81,12 @@ def _build_workspace(
         config = with_own_data(config, data_path)
     configure_torch(num_threads=config.train.num_threads, deterministic=config.train.deterministic)
     dataset = build_dataset(config, download=num_partitions is not None)
+    device = select_device(config.train.device)
     model = build_unet(config)
+    compile_where_wanted(model, config.train.compile, device)
     return Workspace(
         config=config,
-        device=select_device(config.train.device),
+        device=device,
         model=model,
         layout=WeightLayout.of(model),
         objective=build_objective(config),
@@ -116,14 +118,6 @@ def choose_precision(workspace: Workspace, context: Context, requested: str) -> 
     if requested != "auto":
         return requested
     if Key.PRECISION not in context.state.config_records:
-        data, train = workspace.config.data, workspace.config.train
-        timed = faster_precision(
-            workspace.model,
-            objective=workspace.objective,
-            image_shape=(data.channels, data.image_size, data.image_size),
-            batch_size=train.batch_size,
-            channels_last=train.channels_last,
-            device=workspace.device,
-        )
+        timed = fastest_precision(workspace.config, workspace.model, workspace.device)
         context.state[Key.PRECISION] = ConfigRecord({Key.PRECISION: timed})
     return str(context.state.config_records[Key.PRECISION][Key.PRECISION])

@@ -11,7 +11,14 @@ from task.data import Dataset
 from task.diffusion import build_objective
 from task.randomness import Stream, torch_generator
 from task.run_directory import POOLED_FILE, RunDirectory
-from task.train import held_out_loss, move, new_optimizer, torch_configured, train_epochs
+from task.train import (
+    compile_where_wanted,
+    held_out_loss,
+    move,
+    new_optimizer,
+    torch_configured,
+    train_epochs,
+)
 
 
 class CentralizedRun(TrainingRun):
@@ -39,6 +46,7 @@ class CentralizedRun(TrainingRun):
         self.dataset = load_images(self.config)
         self._objective = build_objective(self.config)
         move(self.model, self.device, channels_last=self.config.train.channels_last)
+        compile_where_wanted(self.model, self.config.train.compile, self.device)
         self._optimizer = new_optimizer(self.model, self.config.train.lr)
 
     def gather(self) -> None:
@@ -75,16 +83,15 @@ class CentralizedRun(TrainingRun):
                 self.dataset.train.images,
                 self.dataset.train.labels,
                 objective=self._objective,
+                optimizer=self._optimizer,
                 epochs=config.train.local_epochs,
                 batch_size=config.train.batch_size,
-                lr=config.train.lr,
                 horizontal_flip=config.data.horizontal_flip,
                 precision=config.train.precision,
                 channels_last=config.train.channels_last,
                 generator=torch_generator(
                     config.seed, Stream.TRAIN, server_round, device=self.device
                 ),
-                optimizer=self._optimizer,
             )
         self.weights = {n: t.detach().cpu().clone() for n, t in self.model.state_dict().items()}
         told = {"train_loss": result.loss, "images_per_second": result.images_per_second}

@@ -1,16 +1,11 @@
 """What can be done because all images of a run lie on its own machine."""
 
-import torch
-
 from server_app.log import log
 from task.config import Config, require
 from task.data import Dataset, build_dataset
-from task.diffusion import build_objective
 from task.figures import save_partition_heatmap
 from task.partition import Partition
 from task.run_directory import PARTITION_FILE, RunDirectory
-from task.train import faster_precision, torch_configured
-from task.unet import UNet
 
 
 def load_images(config: Config) -> Dataset:
@@ -56,17 +51,3 @@ def described_split(config: Config) -> str:
     """Say in a few words how the images were dealt out."""
     beta = config.partition.beta
     return "given counts" if beta is None else f"beta={beta:g}"
-
-
-def fastest_precision(config: Config, model: UNet, device: torch.device) -> str:
-    """Time the precisions on this machine, as it will train; see `faster_precision`."""
-    data, train = config.data, config.train
-    with torch_configured(num_threads=train.num_threads, deterministic=train.deterministic):
-        return faster_precision(
-            model,
-            objective=build_objective(config),
-            image_shape=(data.channels, data.image_size, data.image_size),
-            batch_size=train.batch_size,
-            channels_last=train.channels_last,
-            device=device,
-        )

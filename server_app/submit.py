@@ -41,7 +41,7 @@ from task.run_directory import (
     run_path,
 )
 from task.runs import find_runs
-from task.train import select_device, torch_configured
+from task.train import is_compiled, select_device, torch_configured
 
 CHECKOUT = CONF_DIR.parent
 POLL_SECONDS = 1.0
@@ -172,7 +172,7 @@ def train(config: Config, overrides: list[str]) -> None:
             f"feddm-train runs from a checkout of feddm, and {CHECKOUT} is none; "
             "clone the repository and install it with `pip install -e .`"
         )
-    select_device(config.train.device)
+    is_compiled(config.train.compile, select_device(config.train.device))
     require(
         config.federation.min_nodes <= config.federation.num_supernodes,
         "federation.min_nodes",

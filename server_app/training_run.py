@@ -9,12 +9,16 @@ import torch
 
 from server_app.evaluation import GlobalEvaluation, is_measured
 from server_app.log import duration, log
-from server_app.simulation import fastest_precision
 from task.config import Config
 from task.data import Dataset
 from task.randomness import Stream, torch_generator
 from task.run_directory import RunDirectory
-from task.train import seeded_global_generator, select_device
+from task.train import (
+    fastest_precision,
+    is_compiled,
+    seeded_global_generator,
+    select_device,
+)
 from task.unet import UNet, build_unet
 
 Weights = Mapping[str, torch.Tensor]
@@ -111,10 +115,11 @@ class TrainingRun(ABC):
             self.directory, self.model, dataset=self.dataset, device=self.device
         )
         self.directory.write_config(self.config)
+        compiled = is_compiled(self.config.train.compile, self.device)
         log(
             f"{self.config.experiment}: {self.describe()}, data {self.config.data.name}, "
             f"{sum(t.numel() for t in self.weights.values()):,} parameters, "
-            f"{self.config.train.precision} on {self.device}"
+            f"{self.config.train.precision} on {self.device}{', compiled' if compiled else ''}"
         )
         stored = self.directory.load_checkpoint()
         if stored is not None:

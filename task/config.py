@@ -277,6 +277,7 @@ class TrainConfig:
     device: str = MISSING
     precision: str = MISSING
     channels_last: bool = MISSING
+    compile: bool | None = None
     num_threads: int = MISSING
     deterministic: bool = MISSING
 

@@ -71,14 +71,13 @@ def test_rounds_are_stretches_of_epochs_with_one_adam(folder: Path, reference: P
                 train.images,
                 train.labels,
                 objective=build_objective(config),
+                optimizer=optimizer if adam_is_kept else new_optimizer(model, config.train.lr),
                 epochs=config.train.local_epochs,
                 batch_size=config.train.batch_size,
-                lr=config.train.lr,
                 horizontal_flip=False,
                 precision="float32",
                 channels_last=True,
                 generator=torch_generator(config.seed, Stream.TRAIN, server_round),
-                optimizer=optimizer if adam_is_kept else None,
             )
         expected[adam_is_kept] = model.state_dict()
     found = final_weights(reference)

@@ -22,7 +22,7 @@ from task.diffusion import build_objective
 from task.fingerprint import code_fingerprint
 from task.partition import build_partition
 from task.randomness import Stream, numpy_generator, torch_generator
-from task.train import held_out_loss, train_epochs
+from task.train import held_out_loss, new_optimizer, train_epochs
 from task.wire import FailureCode, Key, WeightLayout
 from tests.helpers import SMALL_RUN, Network, node_context, simulated, write_digits_as_mnist
 
@@ -122,9 +122,9 @@ def test_train_runs_the_local_epochs_on_the_clients_own_share(context: Context) 
         images.images,
         images.labels,
         objective=build_objective(CONFIG),
+        optimizer=new_optimizer(expected, CONFIG.train.lr),
         epochs=1,
         batch_size=128,
-        lr=CONFIG.train.lr,
         horizontal_flip=False,
         precision="float32",
         channels_last=True,
@@ -426,13 +426,13 @@ def test_precision_auto_is_timed_once_and_kept_by_the_node(
     context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed: list[str] = []
-    really = workspace.faster_precision
+    really = workspace.fastest_precision
 
     def counting(*args: Any, **options: Any) -> str:
         timed.append(really(*args, **options))
         return timed[-1]
 
-    monkeypatch.setattr(workspace, "faster_precision", counting)
+    monkeypatch.setattr(workspace, "fastest_precision", counting)
     replies = [app(message("train", precision="auto"), context)]
     workspace._build_workspace.cache_clear()  # as a new process for the next message
     replies += [app(message(kind, precision="auto"), context) for kind in ("train", "evaluate")]

@@ -1,5 +1,10 @@
 import copy
+import platform
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,15 +18,19 @@ from task.diffusion import DiffusionObjective, build_objective
 from task.train import (
     TrainResult,
     autocast,
+    compile_where_wanted,
     configure_torch,
     faster_precision,
     held_out_loss,
+    is_compiled,
+    new_optimizer,
     seeded_global_generator,
     select_device,
     train_epochs,
 )
 from task.unet import UNet, build_unet
 
+ROOT = Path(__file__).resolve().parent.parent
 CONFIG = load_config(
     [
         *("experiment=demo", "model=tiny", "model.width=8", "model.num_poolings=1"),
@@ -53,11 +62,15 @@ def seeded(seed: int = 1) -> torch.Generator:
 
 def train(model: nn.Module, images: ImageSet, objective: Any, **options: Any) -> TrainResult:
     defaults = {
-        **{"epochs": 1, "batch_size": 64, "lr": 1e-3, "horizontal_flip": False},
+        **{"epochs": 1, "batch_size": 64, "horizontal_flip": False},
         **{"precision": "float32", "channels_last": True, "generator": seeded()},
     }
+    optimizer = new_optimizer(model, options.pop("lr", 1e-3))
     return train_epochs(
-        model, images.images, images.labels, objective=objective, **(defaults | options)
+        *(model, images.images, images.labels),
+        objective=objective,
+        optimizer=optimizer,
+        **(defaults | options),
     )
 
 
@@ -359,6 +372,66 @@ def test_configure_torch_sets_threads_and_determinism(
     assert torch.get_num_threads() == 2
     assert torch.are_deterministic_algorithms_enabled() == deterministic
     assert torch.backends.cudnn.benchmark != deterministic
+
+
+def step_faults() -> str:
+    """Return the code of a process that counts page faults of a buffer used again and again."""
+    return """
+import resource, sys, torch
+from task.train import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def fill():
+    torch.ones(16_000_000)
+for _ in range(10):
+    fill()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    fill()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the switch is glibc's")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    faults = {
+        how: int(subprocess.check_output([sys.executable, "-c", step_faults(), how], cwd=ROOT))
+        for how in ("keep", "return")
+    }
+    assert faults["keep"] * 10 < faults["return"]
+
+
+def test_models_are_compiled_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setenv("CC", sys.executable)  # any program that there is
+    assert [is_compiled(wanted, cpu) for wanted in (None, True, False)] == [False, True, False]
+    assert [is_compiled(wanted, gpu) for wanted in (None, True, False)] == [True, True, False]
+    monkeypatch.setenv("CC", "")
+    monkeypatch.setenv("PATH", "")
+    assert not is_compiled(None, gpu)
+    with pytest.raises(ValueError, match=r"train\.compile must be false .* got true"):
+        is_compiled(True, cpu)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_compiled_model_trains_alike_and_is_compiled_once_for_all_clients(
+    model: UNet, digits: ImageSet, objective: DiffusionObjective
+) -> None:
+    for block in model.modules():
+        if isinstance(block, nn.Dropout2d):
+            block.p = 0.0  # compiled code draws what to drop in its own way
+    compiled = copy.deepcopy(model)
+    compile_where_wanted(compiled, True, torch.device("cpu"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    # Full batches of 64, and last ones of 8, 22, 47, 36, 26 and 5.
+    for client, count in enumerate((200, 150, 111, 100, 90, 69)):
+        images = digits.subset(np.arange(count))
+        for each in (model, compiled):
+            train(each, images, objective, generator=seeded(client))
+    for name, weights in model.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], weights, rtol=1e-3, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
 def test_device_is_the_one_named() -> None:
