@@ -413,6 +413,7 @@ def test_models_are_compiled_where_it_is_asked_for(monkeypatch: pytest.MonkeyPat
         is_compiled(True, cpu)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_compiled_model_trains_alike_and_is_compiled_once_for_all_clients(
     model: UNet, digits: ImageSet, objective: DiffusionObjective
