@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.quasirandom import SobolEngine
 
 from task.config import Config, require
 
 # The largest float64 below 1.
 BELOW_ONE = 1 - 2.0**-53
+
+# As many as torch's own engine has: the first billion points are distinct.
+SOBOL_DIGITS = 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,14 +144,34 @@ def sample_times(num: int, timestep_sampling: str, generator: torch.Generator) -
         draws = torch.rand(num, dtype=torch.float64, generator=generator, device=device)
         times = (strata + draws) / num
     elif timestep_sampling == "sobol":
-        # The engine lives on the CPU: its seed is the one number that has to wait for a GPU.
-        seed = torch.randint(2**63 - 1, (), generator=generator, device=device).item()
-        engine = SobolEngine(1, scramble=True, seed=int(seed))  # type: ignore[no-untyped-call]
-        times = engine.draw(num, dtype=torch.float64)[:, 0].to(device, non_blocking=True)
+        times = scrambled_sobol(num, generator)
     else:
         raise ValueError(
             "diffusion.timestep_sampling must be uniform, stratified or sobol, "
             f"got {timestep_sampling!r}"
         )
-    # The sum of the strata can round up to 1, and so can the engine's first point, a float32.
+    # The sum of the strata can round up to 1.
     return times.clamp(max=BELOW_ONE)
+
+
+def scrambled_sobol(num: int, generator: torch.Generator) -> Tensor:
+    """Draw the first points of a freshly scrambled Sobol sequence of one dimension.
+
+    `torch.quasirandom.SobolEngine` does it on the CPU, from a seed that a GPU would have to be
+    waited for at every batch.
+
+    Returns:
+        [num] float64 in [0, 1), on the generator's device.
+
+    Source: Matousek 1998 (a random lower triangular matrix, then a random shift, of the digits).
+    """
+    device = generator.device
+    places = torch.arange(SOBOL_DIGITS, device=device)
+    index = torch.arange(num, device=device)
+    # In one dimension the digits of a point are those of the Gray code of its number.
+    digits = ((index ^ (index >> 1))[:, None] >> places & 1).double()
+    size = (SOBOL_DIGITS, SOBOL_DIGITS)
+    matrix = torch.randint(2, size, generator=generator, device=device).tril(-1).double()
+    matrix.fill_diagonal_(1)
+    shift = torch.randint(2, size[:1], generator=generator, device=device)
+    return (digits @ matrix.T + shift) % 2 @ 0.5 ** (places + 1).double()

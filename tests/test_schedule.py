@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.quasirandom import SobolEngine
 
 from task.config import load_config
 from task.schedule import (
@@ -13,6 +14,7 @@ from task.schedule import (
     cosine_alphas_cumprod,
     log_snr,
     sample_times,
+    scrambled_sobol,
 )
 
 SCHEDULES = ("linear", "cosine", "continuous")
@@ -120,6 +122,27 @@ def test_sample_times_put_one_in_each_stratum(timestep_sampling: str) -> None:
     strata = (sample_times(64, timestep_sampling, seeded()) * 64).long()
     assert torch.equal(strata.sort().values, torch.arange(64))
     assert not torch.equal(strata, torch.arange(64))
+
+
+def test_unscrambled_sobol_points_are_those_of_torchs_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def zeros(_high: int, size: tuple[int, ...], **_: object) -> torch.Tensor:
+        return torch.zeros(size, dtype=torch.int64)
+
+    monkeypatch.setattr(torch, "randint", zeros)
+    engine = SobolEngine(1, scramble=False)
+    expected = engine.draw(1000, dtype=torch.float64)[:, 0]
+    assert torch.equal(scrambled_sobol(1000, seeded()), expected)
+
+
+def test_scrambling_keeps_every_dyadic_stretch_of_points_spread() -> None:
+    times = scrambled_sobol(256, seeded())
+    for start in range(0, 256, 32):
+        strata = (times[start : start + 32] * 32).long()
+        assert torch.equal(strata.sort().values, torch.arange(32))
+    firsts = torch.stack([scrambled_sobol(1, seeded(seed))[0] for seed in range(400)])
+    assert firsts.mean() == pytest.approx(1 / 2, abs=0.05)
 
 
 def test_sample_times_stay_below_one_when_sum_rounds_up(monkeypatch: pytest.MonkeyPatch) -> None:
