@@ -136,6 +136,20 @@ def tables(
     write_tables(sweep_dir, device=select_device(device) if figures else None, say=typer.echo)
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> None:
+    """Measure this machine's training, sampling and rounds beside the alternatives.
+
+    Needs a checkout; `feddm bench --help` says what is measured and how long it takes.
+    """
+    from task.cli.bench import run_benchmarks
+
+    raise typer.Exit(run_benchmarks(context.args))
+
+
 def main() -> None:
     """Run the command line."""
     app(prog_name="feddm")

@@ -1,0 +1,181 @@
+"""The project's own training and sampling, as a run would have them, to be timed."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from task.config import Config, load_config
+from task.data import build_dataset
+from task.diffusion import build_objective
+from task.measure import balanced_labels, draw_images
+from task.randomness import Stream, torch_generator
+from task.train import (
+    autocast,
+    configure_torch,
+    faster_precision,
+    held_out_loss,
+    move,
+    new_optimizer,
+    seeded_global_generator,
+    select_device,
+    train_epochs,
+)
+from task.unet import UNet, build_unet
+from tests.benchmarks.contestants import peak_mib, timed
+from tests.benchmarks.flops import count_flop, matmul_rate
+
+PAPER = ("experiment=paper",)
+
+
+def random_images(config: Config, count: int) -> tuple[Tensor, Tensor]:
+    """Draw pixels, [count, C, H, W] uint8, and labels, [count] int64."""
+    data = config.data
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, data.channels, data.image_size, data.image_size)
+    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    return pixels, balanced_labels(count, len(data.classes))
+
+
+def new_model(config: Config, seed: int = 0) -> UNet:
+    """Make the network of a configuration, with the weights of a seed."""
+    with seeded_global_generator(torch_generator(seed, Stream.MODEL_INIT)):
+        return build_unet(config)
+
+
+class Feddm:
+    """A process of the project that trains or draws.
+
+    Attributes:
+        precision: what `train.precision` settles to on this machine.
+    """
+
+    def __init__(self, overrides: Sequence[str], device: str, num_threads: int) -> None:
+        """Set the process up as a run does, but with all the threads that the others have."""
+        configure_torch(num_threads=num_threads, deterministic=False)
+        self.config = load_config(overrides)
+        self.device = select_device(device)
+        self.objective = build_objective(self.config)
+        self.model = new_model(self.config)
+        self.precision = self._settled_precision()
+        move(self.model, self.device, channels_last=self.config.train.channels_last)
+        self.optimizer = new_optimizer(self.model, self.config.train.lr)
+        self.generator = torch.Generator(self.device).manual_seed(0)
+
+    def _settled_precision(self) -> str:
+        data, train = self.config.data, self.config.train
+        if train.precision != "auto":
+            return train.precision
+        return faster_precision(
+            self.model,
+            objective=self.objective,
+            image_shape=(data.channels, data.image_size, data.image_size),
+            batch_size=train.batch_size,
+            channels_last=train.channels_last,
+            device=self.device,
+        )
+
+    def settled_precision(self) -> str:
+        """Return `precision`."""
+        return self.precision
+
+    def flop_per_image(self) -> int:
+        """Count what a training step computes for an image."""
+        images, labels = random_images(self.config, 1)
+        model, generator = new_model(self.config), torch.Generator().manual_seed(0)
+        return count_flop(lambda: self.objective(model, images.float(), labels, generator))
+
+    def matmul_rate(self) -> float:
+        """Measure the FLOP/s of bfloat16 matrix products here and now."""
+        return matmul_rate(self.device)
+
+    def peak_mib(self) -> float:
+        """Return the most memory that this process has held, in MiB."""
+        return peak_mib(self.device)
+
+    def train(self, batch_size: int, steps: int, precision: str | None = None) -> float:
+        """Train for some steps and return the images per second."""
+        images, labels = random_images(self.config, batch_size * steps)
+        seconds = timed(self.device, lambda: self._epoch(images, labels, batch_size, precision))
+        return len(images) / seconds
+
+    def _epoch(
+        self, images: Tensor, labels: Tensor, batch_size: int, precision: str | None
+    ) -> None:
+        train = self.config.train
+        train_epochs(
+            self.model,
+            images,
+            labels,
+            objective=self.objective,
+            epochs=1,
+            batch_size=batch_size,
+            lr=train.lr,
+            horizontal_flip=self.config.data.horizontal_flip,
+            precision=precision or self.precision,
+            channels_last=train.channels_last,
+            generator=self.generator,
+            optimizer=self.optimizer,
+        )
+
+    def draw(self, count: int, batch_size: int) -> float:
+        """Draw images as a run does and return the images per second."""
+        config = replace(self.config, eval=replace(self.config.eval, batch_size=batch_size))
+        labels = balanced_labels(count, len(config.data.classes))
+
+        def work() -> None:
+            with autocast(self.device, self.precision):
+                draw_images(
+                    config, self.model, labels, device=self.device, stream=Stream.FINAL_IMAGES
+                )
+
+        return count / timed(self.device, work)
+
+    @torch.inference_mode()
+    def forward(self, batch_size: int, calls: int) -> float:
+        """Call the network alone and return the images per second."""
+        images, labels = (t.to(self.device) for t in random_images(self.config, batch_size))
+        x_t = images.float().div(127.5).sub(1)
+        log_snr = torch.zeros(batch_size, device=self.device)
+        self.model.eval()
+
+        def work() -> None:
+            with autocast(self.device, self.precision):
+                for _ in range(calls):
+                    self.model(x_t, log_snr, labels)
+
+        return calls * batch_size / timed(self.device, work)
+
+    def loss_curve(self, seed: int, precision: str, checkpoints: int, epochs: int) -> list[float]:
+        """Train anew on the data set, and return the held-out loss at every checkpoint.
+
+        Args:
+            seed: of weights and all draws of training.
+            precision: of training; the loss is always measured in float32, on the same draws.
+            checkpoints: losses, from the first `epochs` epochs on.
+            epochs: between two of them.
+        """
+        dataset = build_dataset(self.config, download=False)
+        self.model = new_model(self.config, seed)
+        move(self.model, self.device, channels_last=self.config.train.channels_last)
+        self.optimizer = new_optimizer(self.model, self.config.train.lr)
+        self.generator = torch_generator(seed, Stream.TRAIN, device=self.device)
+        losses = []
+        for _ in range(checkpoints):
+            for _ in range(epochs):
+                images, labels = dataset.train.images, dataset.train.labels
+                self._epoch(images, labels, self.config.train.batch_size, precision)
+            losses.append(
+                held_out_loss(
+                    self.model,
+                    dataset.test.images,
+                    dataset.test.labels,
+                    objective=self.objective,
+                    batch_size=self.config.train.batch_size,
+                    precision="float32",
+                    channels_last=self.config.train.channels_last,
+                    generator=torch.Generator(self.device).manual_seed(0),
+                )
+            )
+        return losses

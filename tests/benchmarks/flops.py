@@ -1,0 +1,38 @@
+"""What a network computes, and what the machine could."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.benchmarks.contestants import timed
+
+# The best of several: the rate of one size depends on caches and tiles.
+MATRIX_SIZES = {"cpu": (2048, 3072, 4096), "cuda": (4096, 8192)}
+
+
+def count_flop(loss: Callable[[], Tensor]) -> int:
+    """Count the floating-point operations of a loss and its gradients, 2 per multiply-add."""
+    # Not every fused attention is known to the counter; matrix products are.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss().backward()
+    return int(counter.get_total_flops())
+
+
+def matmul_rate(device: torch.device) -> float:
+    """Measure the FLOP/s of products of bfloat16 matrices: the best of sizes and repetitions."""
+    return max(_rate(size, device) for size in MATRIX_SIZES[device.type] for _ in range(3))
+
+
+def _rate(size: int, device: torch.device) -> float:
+    left, right, product = torch.randn(3, size, size, device=device).bfloat16()
+    # A GPU is given enough to be busy for longer than a launch takes.
+    products = 20 if device.type == "cuda" else 1
+
+    def multiply() -> None:
+        for _ in range(products):
+            torch.mm(left, right, out=product)
+
+    return products * 2 * size**3 / timed(device, multiply)

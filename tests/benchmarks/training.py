@@ -1,0 +1,160 @@
+"""Local training of the paper's net against the plain recipe, and against the machine's limit."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
+from statistics import median
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from task.config import Config, load_config
+from task.diffusion import build_objective
+from task.train import select_device
+from tests.benchmarks.contestants import Contestant, take_turns, timed
+from tests.benchmarks.feddm import PAPER, Feddm, new_model, random_images
+from tests.benchmarks.loss_curves import measure_loss_curves
+from tests.benchmarks.report import Figures, available_cores
+
+# As many as CIFAR-10 has to train on.
+NUM_PICTURES = 50_000
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """Images as torchvision's data sets give them: one at a time, through its transforms."""
+
+    def __init__(self, config: Config) -> None:
+        images, labels = random_images(config, NUM_PICTURES)
+        self.pixels = images.permute(0, 2, 3, 1).squeeze(-1).numpy()
+        self.labels = labels.tolist()
+        middle = (0.5,) * config.data.channels
+        flip = [transforms.RandomHorizontalFlip()] if config.data.horizontal_flip else []
+        self.transform = transforms.Compose(
+            [*flip, transforms.ToTensor(), transforms.Normalize(middle, middle)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
+
+
+class PlainRecipe:
+    """The training loop that everybody writes first, on the same network and objective.
+
+    float32 (on a GPU autocast to float16 with a scaled loss), NCHW, eager, Adam as torch makes
+    it, a DataLoader with transforms for each image, the loss read in every step.
+    """
+
+    def __init__(
+        self, overrides: Sequence[str], device: str, num_threads: int, batch_size: int
+    ) -> None:
+        torch.set_num_threads(num_threads)
+        config = load_config(overrides)
+        self.device = select_device(device)
+        self.on_gpu = self.device.type == "cuda"
+        self.batch_size = batch_size
+        self.objective = build_objective(config)
+        self.model = new_model(config).to(self.device).train()
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.train.lr)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.on_gpu)
+        self.generator = torch.Generator(self.device).manual_seed(0)
+        # On a CPU loading processes would take the cores that train.
+        workers = 4 if self.on_gpu else 0
+        self.loader = DataLoader(
+            Pictures(config),
+            batch_size,
+            shuffle=True,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+        )
+        self.batches = self._batches()
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield from self.loader
+
+    def train(self, steps: int) -> float:
+        """Train for some steps and return the images per second."""
+        return steps * self.batch_size / timed(self.device, lambda: self._steps(steps))
+
+    def _steps(self, steps: int) -> float:
+        loss_sum = 0.0
+        for images, labels in islice(self.batches, steps):
+            x_start, labels = images.to(self.device), labels.to(self.device)
+            with torch.autocast(self.device.type, torch.float16, enabled=self.on_gpu):
+                loss = self.objective(self.model, x_start, labels, self.generator)
+            self.optimizer.zero_grad()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            loss_sum += loss.item()
+        return loss_sum
+
+
+def measure(
+    *,
+    full: bool,
+    device: str,
+    overrides: Sequence[str] = PAPER,
+    batch_size: int = 128,
+    turns: int = 5,
+    num_threads: int | None = None,
+) -> Figures:
+    """Let the plain recipe and the project train in turns.
+
+    Args:
+        full: whether to compare loss curves of bfloat16 and float32, too.
+        device: auto, cpu, cuda or cuda:N.
+        overrides: of the network; its own batch size is measured as well.
+        batch_size: of the comparison.
+        turns: that count.
+        num_threads: of both; None: a thread per core.
+    """
+    threads = num_threads or available_cores()
+    own_batch = load_config(overrides).train.batch_size
+    # A step takes seconds on a CPU and milliseconds on a GPU.
+    steps = 100 if select_device(device).type == "cuda" else 1
+    with (
+        Contestant(PlainRecipe, overrides, device, threads, batch_size) as plain,
+        Contestant(Feddm, overrides, device, threads) as ours,
+    ):
+        rates = take_turns(
+            {
+                "plain": partial(plain.call, "train", steps),
+                "ours": partial(ours.call, "train", batch_size, steps),
+                "matmul": partial(ours.call, "matmul_rate"),
+            },
+            turns,
+        )
+        # On a CPU a step of the paper's batch takes as long as all of a turn above.
+        rates |= take_turns(
+            {"own_batch": partial(ours.call, "train", own_batch, steps)}, min(turns, 2)
+        )
+        flop = ours.call("flop_per_image")
+        memory, precision = ours.call("peak_mib"), ours.call("settled_precision")
+    middle = {name: median(scores) for name, scores in rates.items()}
+    ratios = [ours / plain for ours, plain in zip(rates["ours"], rates["plain"], strict=True)]
+    figures: Figures = {
+        "train.ratio": middle["ours"] / middle["plain"],
+        "train.ratio_lowest_turn": min(ratios),
+        "train.ratio_highest_turn": max(ratios),
+        "train.images_per_second": middle["ours"],
+        "train.share_of_matmul_peak": middle["ours"] * flop / middle["matmul"],
+        "train.matmul_tflops": middle["matmul"] / 1e12,
+        "train.gflop_per_image": flop / 1e9,
+        "train.precision": precision,
+        "train.peak_mib": memory,
+        "train.batch_size": batch_size,
+        "train.plain.images_per_second": middle["plain"],
+        "train.plain.share_of_matmul_peak": middle["plain"] * flop / middle["matmul"],
+        f"train.batch_{own_batch}.images_per_second": middle["own_batch"],
+        f"train.batch_{own_batch}.share_of_matmul_peak": (
+            middle["own_batch"] * flop / middle["matmul"]
+        ),
+    }
+    return figures | (measure_loss_curves(device=device, num_threads=threads) if full else {})
