@@ -13,6 +13,7 @@ from task.measure import balanced_labels, draw_images
 from task.randomness import Stream, torch_generator
 from task.train import (
     autocast,
+    compile_where_wanted,
     configure_torch,
     faster_precision,
     held_out_loss,
@@ -58,6 +59,7 @@ class Feddm:
         self.device = select_device(device)
         self.objective = build_objective(self.config)
         self.model = new_model(self.config)
+        compile_where_wanted(self.model, self.config.train.compile, self.device)
         self.precision = self._settled_precision()
         move(self.model, self.device, channels_last=self.config.train.channels_last)
         self.optimizer = new_optimizer(self.model, self.config.train.lr)
@@ -109,14 +111,13 @@ class Feddm:
             images,
             labels,
             objective=self.objective,
+            optimizer=self.optimizer,
             epochs=1,
             batch_size=batch_size,
-            lr=train.lr,
             horizontal_flip=self.config.data.horizontal_flip,
             precision=precision or self.precision,
             channels_last=train.channels_last,
             generator=self.generator,
-            optimizer=self.optimizer,
         )
 
     def draw(self, count: int, batch_size: int) -> float:
