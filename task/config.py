@@ -255,7 +255,7 @@ class DiffusionConfig:
                 self.sampler != "ddpm" or steps == self.num_timesteps,
                 "diffusion.num_inference_steps",
                 "null with diffusion.sampler=ddpm, which takes every step "
-                "(the other samplers skip steps)",
+                "(diffusion.sampler=ddim and dpmpp_2m skip steps)",
                 steps,
             )
         require(

@@ -144,12 +144,11 @@ def write_measurements(
     file: Path, found: Mapping[str, Any], config: Config, server_round: int
 ) -> None:
     """Write what was found as JSON, atomically, with the round and how the images were drawn."""
-    diffusion = config.diffusion
+    values, diffusion = flat_values(config), config.diffusion
     drawn = {
         "round": server_round,
-        "sampler": diffusion.sampler,
+        **{name.removeprefix("diffusion."): values[name] for name in DRAWING_VALUES},
         "num_inference_steps": diffusion.num_inference_steps or diffusion.num_timesteps,
-        "guidance_scale": diffusion.guidance_scale,
         "eval.precision": config.eval.precision,
     }
     if config.eval.num_per_class is not None:

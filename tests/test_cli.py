@@ -118,7 +118,8 @@ def test_images_drawn_otherwise_are_kept_apart_from_those_of_the_run(
     run: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
-    (copy / FILE).unlink(missing_ok=True)
+    for file in copy.glob("evaluation-*.json"):
+        file.unlink()
     words = ("diffusion.sampler=dpmpp_2m", "diffusion.num_inference_steps=null", "--batch-size", 7)
     result = feddm("evaluate", copy, "--num-per-class", 2, *words)
     assert result.exit_code == 0, result.output
@@ -127,6 +128,7 @@ def test_images_drawn_otherwise_are_kept_apart_from_those_of_the_run(
     assert file.name.endswith("-correct-sampler=dpmpp_2m,num_inference_steps=None.json")
     found = json.loads(file.read_text())
     assert (found["sampler"], found["num_inference_steps"]) == ("dpmpp_2m", 300)
+    assert (found["clip_x_start"], found["eval.precision"]) == (False, "float32")
     # Nothing that looks for measurements of the run takes this for one.
     assert find_runs(copy)[0].evaluations == ()
     # What the run says itself is no other way of drawing.
