@@ -118,7 +118,6 @@ class GlobalEvaluation:
             ValueError: they are not what they should be.
         """
         self._directory = directory
-        self._config = directory.config
         self._model = model
         self._dataset = dataset
         self._device = device
@@ -129,6 +128,11 @@ class GlobalEvaluation:
             self._extractor = build_extractor(self._config, dataset.train, device)
         elif wants_metrics(self._config):
             log("no metrics: the server of real nodes has no images to compare with")
+
+    @property
+    def _config(self) -> Config:
+        # Not kept: the precision of drawing may be settled later than this object is made.
+        return self._directory.config
 
     def is_due(self, server_round: int) -> bool:
         """Whether a round is to be evaluated and has not been yet: its picture comes last."""

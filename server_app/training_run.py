@@ -1,6 +1,5 @@
 """What every run does, with clients or without: rounds, checkpoints, pictures, measurements."""
 
-import dataclasses
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -9,7 +8,7 @@ import torch
 
 from server_app.evaluation import GlobalEvaluation, is_measured
 from server_app.log import duration, log
-from task.config import Config
+from task.config import Config, settle_precisions
 from task.data import Dataset
 from task.randomness import Stream, torch_generator
 from task.run_directory import RunDirectory
@@ -106,10 +105,11 @@ class TrainingRun(ABC):
     def prepare(self) -> None:
         """Settle what depends on this machine and its nodes, and load the last complete round."""
         self.gather()
-        if self.dataset is not None and self.config.train.precision == "auto":
+        # Real nodes settle the precision of their training themselves.
+        settled_here = ("eval",) if self.dataset is None else ("train", "eval")
+        if any(getattr(self.config, section).precision == "auto" for section in settled_here):
             precision = fastest_precision(self.config, self.model, self.device)
-            train = dataclasses.replace(self.config.train, precision=precision)
-            self.config = dataclasses.replace(self.config, train=train)
+            self.config = settle_precisions(self.config, **dict.fromkeys(settled_here, precision))
         # Before anything is written: what it looks through may be missing.
         self.evaluation = GlobalEvaluation(
             self.directory, self.model, dataset=self.dataset, device=self.device

@@ -42,6 +42,12 @@ DATA_SETS = (*PACKAGED_SETS, *FILE_SETS)
 # The inception score parts the images into 10 splits.
 MIN_MEASURED_IMAGES = 10
 IMAGE_RANGES = ("correct", "paper")
+# They change how images are drawn from weights, and no weights.
+DRAWING_VALUES = (
+    *("diffusion.sampler", "diffusion.num_inference_steps", "diffusion.eta"),
+    *("diffusion.variance", "diffusion.guidance_scale", "diffusion.clip_x_start"),
+)
+PRECISIONS = ("auto", "float32", "bfloat16")
 EXTRACTORS = ("inception", "classifier", "exported")
 DIFFUSION_CHOICES = {
     "schedule": ("linear", "cosine", "continuous"),
@@ -49,7 +55,7 @@ DIFFUSION_CHOICES = {
     "loss_weighting": ("epsilon", "uniform"),
     "loss_reduction": ("mean", "sum"),
     "timestep_sampling": ("uniform", "stratified", "sobol"),
-    "sampler": ("ddpm", "ddim"),
+    "sampler": ("ddpm", "ddim", "dpmpp_2m"),
     "variance": ("beta", "posterior"),
 }
 
@@ -249,7 +255,7 @@ class DiffusionConfig:
                 self.sampler != "ddpm" or steps == self.num_timesteps,
                 "diffusion.num_inference_steps",
                 "null with diffusion.sampler=ddpm, which takes every step "
-                "(diffusion.sampler=ddim skips steps)",
+                "(diffusion.sampler=ddim and dpmpp_2m skip steps)",
                 steps,
             )
         require(
@@ -284,7 +290,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_one_of("train.mode", self.mode, TRAIN_MODES)
         require_positive("train", self, "local_epochs", "batch_size", "lr", "num_threads")
-        require_one_of("train.precision", self.precision, ("auto", "float32", "bfloat16"))
+        require_one_of("train.precision", self.precision, PRECISIONS)
         require(
             re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
             "train.device",
@@ -365,7 +371,8 @@ class EvalConfig:
     final_metrics: bool = MISSING
     num_per_class: int | None = None
     seed: int = MISSING
-    batch_size: int = MISSING
+    batch_size: int | None = None
+    precision: str = MISSING
     extractor: str = MISSING
     image_range: str = MISSING
     inception_weights: str = MISSING
@@ -381,6 +388,7 @@ class EvalConfig:
             self.num_images,
         )
         require_seed("eval.seed", self.seed)
+        require_one_of("eval.precision", self.precision, PRECISIONS)
         require_one_of("eval.extractor", self.extractor, EXTRACTORS)
         require_one_of("eval.image_range", self.image_range, IMAGE_RANGES)
         require(
@@ -543,6 +551,16 @@ def anchored(config: Config, folder: Path) -> Config:
             exported_program=absolute_or_empty(config.eval.exported_program),
         ),
     )
+
+
+def settle_precisions(config: Config, **precisions: str) -> Config:
+    """Replace the precisions that are still "auto", given by section: `train="bfloat16"`."""
+    for section, precision in precisions.items():
+        part = getattr(config, section)
+        if part.precision == "auto":
+            settled = dataclasses.replace(part, precision=precision)
+            config = dataclasses.replace(config, **{section: settled})
+    return config
 
 
 def hydra_override(key: str, value: object) -> str:

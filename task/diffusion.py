@@ -7,6 +7,7 @@ sigma^2 = 1 - alphas_cumprod: "epsilon" is the noise, "sample" is x_start, "v_pr
 alpha * noise - sigma * x_start (Salimans & Ho 2022).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,20 +59,20 @@ def training_target(
 
 
 def predict_x_start(
-    output: Tensor, x_t: Tensor, alphas_cumprod: Tensor, prediction_type: str
+    output: Tensor, x_t: Tensor, alpha_cumprod: float, prediction_type: str
 ) -> Tensor:
     """Turn a model's output into its prediction of the clean images.
 
     Args:
         output: [N, C, H, W] float32, what the model returned for `x_t`.
         x_t: [N, C, H, W] float32.
-        alphas_cumprod: [N] float64 in (0, 1).
+        alpha_cumprod: in (0, 1), the same for all images.
         prediction_type: "epsilon", "v_prediction" or "sample".
 
     Raises:
         ValueError: `prediction_type` is unknown.
     """
-    alpha, sigma = scales(alphas_cumprod, x_t.dtype)
+    alpha, sigma = math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod)
     if prediction_type == "epsilon":
         return (x_t - sigma * output) / alpha
     if prediction_type == "sample":
@@ -82,14 +83,14 @@ def predict_x_start(
 
 
 def predict_noise(
-    output: Tensor, x_t: Tensor, alphas_cumprod: Tensor, prediction_type: str
+    output: Tensor, x_t: Tensor, alpha_cumprod: float, prediction_type: str
 ) -> Tensor:
     """Turn a model's output into its prediction of the noise; see `predict_x_start`.
 
     Raises:
         ValueError: `prediction_type` is unknown.
     """
-    alpha, sigma = scales(alphas_cumprod, x_t.dtype)
+    alpha, sigma = math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod)
     if prediction_type == "epsilon":
         return output
     if prediction_type == "sample":

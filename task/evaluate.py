@@ -171,7 +171,7 @@ def extract_real(
     extractor: FeatureExtractor,
     horizontal_flip: bool,
     seed: int,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> RealFeatures:
     """Look at the real images as `evaluate_images` does.
 
@@ -204,7 +204,7 @@ def evaluate_images(
     num_classes: int,
     horizontal_flip: bool,
     seed: int,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     cache_dir: Path | None = None,
     real: RealFeatures | None = None,
     with_classification: bool = True,
@@ -223,7 +223,7 @@ def evaluate_images(
         num_classes: of the data set.
         horizontal_flip: whether the data set is trained on mirrored images, `data.horizontal_flip`.
         seed: of splits, subsets, stand-ins and classifiers.
-        batch_size: images at a time that the extractor looks at, >= 1.
+        batch_size: images at a time that the extractor looks at, see `extract`.
         cache_dir: where classifiers of real images are kept; None: nowhere.
         real: from `extract_real` with the same arguments, for more than one evaluation.
         with_classification: whether to train classifiers, which takes the longest on a GPU.

@@ -27,6 +27,9 @@ INCEPTION_URL = (
 )
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
+# Images, where nothing says how many.
+LOOKED_AT_ONCE = 256
+
 # Of a hash, where a person reads it.
 HASH_DIGITS = 12
 
@@ -102,13 +105,15 @@ def in_range(images: Tensor, image_range: str) -> Tensor:
 
 
 @torch.no_grad()
-def extract(extractor: FeatureExtractor, images: Tensor, *, batch_size: int) -> Features:
+def extract(
+    extractor: FeatureExtractor, images: Tensor, *, batch_size: int | None = None
+) -> Features:
     """Look at images through an extractor.
 
     Args:
         extractor: see `build_extractor`.
         images: [N, C, H, W] uint8 as they were drawn or loaded; `in_range` is applied here.
-        batch_size: images at a time, >= 1.
+        batch_size: images at a time, >= 1; None: `LOOKED_AT_ONCE`.
 
     Returns:
         Features on the extractor's device.
@@ -116,6 +121,7 @@ def extract(extractor: FeatureExtractor, images: Tensor, *, batch_size: int) -> 
     Raises:
         ValueError: there are no images, or the network returns no [N, D] features.
     """
+    batch_size = LOOKED_AT_ONCE if batch_size is None else batch_size
     require(batch_size >= 1, "batch_size", ">= 1", batch_size)
     require(len(images) > 0, "images", "at least one", 0)
     features, probabilities = [], []

@@ -2,29 +2,32 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from task.config import Config
+from task.config import DRAWING_VALUES, Config, flat_values, read_config
 from task.data import Dataset, ImageSet
 from task.evaluate import MetricReport, RealFeatures, evaluate_images
 from task.features import FeatureExtractor
 from task.files import atomic_path
 from task.randomness import Stream, torch_generator
 from task.sampler import build_sampler, sample_batches, to_uint8
+from task.train import autocast, move
 from task.unet import UNet
 
 
 def draw_images(
     config: Config, model: UNet, labels: Tensor, *, device: torch.device, stream: Stream
 ) -> ImageSet:
-    """Draw an image of each label; the same seed, stream and batch size draw the same ones.
+    """Draw an image of each label; the same seed, stream and place in the list draw the same.
 
     Args:
-        config: of the run: its sampler, seed and `eval.batch_size`.
+        config: of the run: its sampler and its seed, `train.channels_last`, `eval.batch_size` and
+            `eval.precision`, which is settled.
         model: moved to `device`.
         labels: [N] int64.
         device: that draws.
@@ -32,14 +35,21 @@ def draw_images(
 
     Returns:
         The images, uint8 on the CPU, with their labels.
+
+    Raises:
+        ValueError: `eval.precision` is "auto".
     """
-    images = sample_batches(
-        build_sampler(config),
-        model.to(device),
-        labels.to(device),
-        batch_size=config.eval.batch_size,
-        generator=torch_generator(config.seed, stream, device=device),
-    )
+    image_shape = (config.data.channels, config.data.image_size, config.data.image_size)
+    move(model, device, channels_last=config.train.channels_last)
+    with autocast(device, config.eval.precision):
+        images = sample_batches(
+            build_sampler(config),
+            model,
+            labels.to(device),
+            image_shape=image_shape,
+            batch_size=config.eval.batch_size,
+            block_generator=partial(torch_generator, config.seed, stream, device=device),
+        )
     return ImageSet(to_uint8(images).cpu(), labels)
 
 
@@ -100,16 +110,29 @@ def measure_images(
     )
 
 
-def evaluation_file(run: Path, config: Config, subject: str = "") -> Path:
+def evaluation_file(run: Path, config: Config, *subjects: str) -> Path:
     """Return the file of a run that keeps what an extractor said in an image range.
 
     Args:
         run: its folder.
         config: says which extractor and range.
-        subject: what was measured where it is not the global model, such as "client-3".
+        *subjects: what was measured where it is not the global model, such as "client-3", or not
+            as the run draws, see `drawn_otherwise`; empty ones are left out.
     """
-    parts = ["evaluation", config.eval.extractor, config.eval.image_range, subject]
+    parts = ["evaluation", config.eval.extractor, config.eval.image_range, *subjects]
     return run / ("-".join(filter(None, parts)) + ".json")
+
+
+def drawn_otherwise(run: Path, config: Config) -> str:
+    """Name the values by which images are drawn otherwise than a run draws; "" where none are.
+
+    Args:
+        run: its folder.
+        config: of the drawing.
+    """
+    own, asked = flat_values(read_config(run / "config.yaml")), flat_values(config)
+    changed = [name for name in DRAWING_VALUES if own[name] != asked[name]]
+    return ",".join(f"{name.removeprefix('diffusion.')}={asked[name]}" for name in changed)
 
 
 def write_report(file: Path, report: MetricReport, config: Config, server_round: int) -> None:
@@ -121,13 +144,12 @@ def write_measurements(
     file: Path, found: Mapping[str, Any], config: Config, server_round: int
 ) -> None:
     """Write what was found as JSON, atomically, with the round and how the images were drawn."""
-    diffusion = config.diffusion
+    values, diffusion = flat_values(config), config.diffusion
     drawn = {
         "round": server_round,
-        "sampler": diffusion.sampler,
+        **{name.removeprefix("diffusion."): values[name] for name in DRAWING_VALUES},
         "num_inference_steps": diffusion.num_inference_steps or diffusion.num_timesteps,
-        "guidance_scale": diffusion.guidance_scale,
-        "batch_size": config.eval.batch_size,
+        "eval.precision": config.eval.precision,
     }
     if config.eval.num_per_class is not None:
         drawn["num_per_class"] = config.eval.num_per_class

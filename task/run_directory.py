@@ -13,7 +13,6 @@
     tensorboard/                    the same metrics and pictures as events
 """
 
-import dataclasses
 import fcntl
 import json
 import os
@@ -28,7 +27,14 @@ from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 
 from task.checkpoint import load_weights, save_weights
-from task.config import Config, as_hydra, flat_values, read_config, write_config
+from task.config import (
+    Config,
+    as_hydra,
+    flat_values,
+    read_config,
+    settle_precisions,
+    write_config,
+)
 from task.files import atomic_path
 
 Tensors = Mapping[str, torch.Tensor]
@@ -45,7 +51,8 @@ FREE_TO_CHANGE = NAMES_AND_PLACES | frozenset(
         *("federation.gpus_per_client", "federation.keep_local_models"),
         *("eval.every", "eval.images_per_class"),
         *("eval.num_images", "eval.metrics_every", "eval.final_metrics", "eval.num_per_class"),
-        *("eval.seed", "eval.batch_size", "eval.extractor", "eval.image_range"),
+        *("eval.seed", "eval.batch_size", "eval.precision"),
+        *("eval.extractor", "eval.image_range"),
         *("eval.inception_weights", "eval.exported_program"),
     }
 )
@@ -125,11 +132,9 @@ def different_values(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]
 
     Args:
         stored: of a run, resolved.
-        asked: of another, which takes the resolved precision where it leaves it open.
+        asked: of another, which takes the resolved precisions where it leaves them open.
     """
-    resolved, wanted = flat_values(stored), flat_values(asked)
-    if wanted["train.precision"] == "auto":
-        wanted["train.precision"] = resolved["train.precision"]
+    resolved, wanted = flat_values(stored), flat_values(with_precisions_of(stored, asked))
     without_clients = stored.train.mode == asked.train.mode == "centralized"
     return {
         key: (value, wanted[key])
@@ -138,6 +143,11 @@ def different_values(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]
         and key not in NAMES_AND_PLACES
         and not (without_clients and is_about_clients(key))
     }
+
+
+def with_precisions_of(stored: Config, asked: Config) -> Config:
+    """Take over the precisions that a stored run has settled and a configuration leaves open."""
+    return settle_precisions(asked, train=stored.train.precision, eval=stored.eval.precision)
 
 
 def is_about_clients(key: str) -> bool:
@@ -150,7 +160,7 @@ class RunDirectory:
 
     Attributes:
         path: the folder, absolute.
-        config: the configuration of the run; a resumed run keeps its resolved precision.
+        config: the configuration of the run; a resumed run keeps its resolved precisions.
     """
 
     def __init__(self, config: Config) -> None:
@@ -171,11 +181,8 @@ class RunDirectory:
         except ValueError:
             self._lock.close()
             raise
-        if config.resume and config.train.precision == "auto":
-            precision = read_config(path / "config.yaml").train.precision
-            config = dataclasses.replace(
-                config, train=dataclasses.replace(config.train, precision=precision)
-            )
+        if config.resume:
+            config = with_precisions_of(read_config(path / "config.yaml"), config)
         self.config = config
         for folder in ("samples", "checkpoints"):
             (path / folder).mkdir(exist_ok=True)

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from task.checkpoint import load_weights
-from task.config import FILE_SETS, Config, flat_values, read_config, require
+from task.config import (
+    EXTRACTORS,
+    FILE_SETS,
+    IMAGE_RANGES,
+    Config,
+    flat_values,
+    read_config,
+    require,
+)
 from task.run_directory import PARTITION_FILE, weights_file
 from task.unet import UNet, build_unet
 
@@ -63,8 +71,9 @@ def _read_run(path: Path) -> FinishedRun:
         config=read_config(path / "config.yaml"),
         evaluations=tuple(
             json.loads(file.read_text(encoding="utf-8"))
-            for file in sorted(path.glob("evaluation-*.json"))
-            if "-client-" not in file.name
+            for extractor in sorted(EXTRACTORS)
+            for image_range in IMAGE_RANGES
+            if (file := path / f"evaluation-{extractor}-{image_range}.json").exists()
         ),
         partition=json.loads(partition.read_text(encoding="utf-8")) if partition.exists() else None,
     )

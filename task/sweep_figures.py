@@ -260,7 +260,7 @@ def _labels(config: Config, columns: int) -> Tensor:
 def _mode_panels(
     central: FinishedRun, federated: FinishedRun, columns: int, device: torch.device
 ) -> list[Panel]:
-    # One configuration for both: its seed and its batch size decide the noise.
+    # One configuration for both: its seed decides the noise.
     config, labels = central.config, _labels(central.config, columns)
     return [
         Panel(_draw(run, labels, device, config=config), title)

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from task.checkpoint import save_weights
 from task.cli.main import app
 from task.config import anchored, load_config, write_config
+from task.runs import find_runs
 from task.unet import build_unet
 
 FILE = "evaluation-classifier-correct.json"
@@ -31,6 +33,7 @@ def finished_run(folder: Path, *overrides: str) -> Path:
         [
             *("data.image_size=8", "run_name=tiny", *overrides),
             *("model.width=8", "model.num_poolings=1", "diffusion.num_inference_steps=4"),
+            "train.precision=float32",
             *("train.device=cpu", "federation.rounds=3", f"output_dir={folder}"),
             f"data.cache_dir={folder / 'cache'}",
         ]
@@ -105,10 +108,33 @@ def test_options_and_overrides_change_how_images_are_measured(run: Path, tmp_pat
     result = feddm("evaluate", run, f"data.cache_dir={tmp_path}", *options)
     assert result.exit_code == 0, result.output
     found = json.loads((run / "evaluation-classifier-paper.json").read_text())
-    assert (found["image_range"], found["n_generated"], found["batch_size"]) == ("paper", 200, 50)
+    assert (found["image_range"], found["n_generated"]) == ("paper", 200)
     assert "never beside correct figures" in result.stdout
     assert f"fewer images than the generated one ({found['n_floor']} against 200)" in result.stdout
     assert [*tmp_path.glob("classifier-*.safetensors")] != []
+
+
+def test_images_drawn_otherwise_are_kept_apart_from_those_of_the_run(
+    run: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    for file in copy.glob("evaluation-*.json"):
+        file.unlink()
+    words = ("diffusion.sampler=dpmpp_2m", "diffusion.num_inference_steps=null", "--batch-size", 7)
+    result = feddm("evaluate", copy, "--num-per-class", 2, *words)
+    assert result.exit_code == 0, result.output
+    assert "round 3 of 3, drawn with sampler=dpmpp_2m,num_inference_steps=None" in result.stdout
+    [file] = copy.glob("evaluation-*.json")
+    assert file.name.endswith("-correct-sampler=dpmpp_2m,num_inference_steps=None.json")
+    found = json.loads(file.read_text())
+    assert (found["sampler"], found["num_inference_steps"]) == ("dpmpp_2m", 300)
+    assert (found["clip_x_start"], found["eval.precision"]) == (False, "float32")
+    # Nothing that looks for measurements of the run takes this for one.
+    assert find_runs(copy)[0].evaluations == ()
+    # What the run says itself is no other way of drawing.
+    same = feddm("evaluate", copy, "--num-per-class", 2, "diffusion.num_inference_steps=4")
+    assert same.exit_code == 0, same.output
+    assert find_runs(copy)[0].evaluations == (json.loads((copy / FILE).read_text()),)
 
 
 def test_a_data_set_without_test_images_is_measured_against_its_training_images(
@@ -142,6 +168,9 @@ def test_a_data_set_without_test_images_is_measured_against_its_training_images(
         (("partition.beta=1",), "an override must be NAME=VALUE with a name of data.cache_dir"),
         (("eval.extractor",), "an override must be NAME=VALUE"),
         (("eval.batch_size=many",), "many"),
+        (("eval.precision=auto",), "precision must be float32 or bfloat16, got 'auto'"),
+        (("diffusion.sampler=heun",), "diffusion.sampler must be one of ddpm, ddim, dpmpp_2m"),
+        (("diffusion.num_timesteps=20",), "an override must be NAME=VALUE"),
         (("--num-per-class", "1", "eval.batch_size=0"), "eval.batch_size must be > 0"),
     ],
 )

@@ -187,6 +187,7 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
         ("data.classes=abc", ["data.classes", "abc", "list"]),
         ("partition.betta=1", ["partition.betta"]),
         ("nonsense=1", ["nonsense"]),
+        ("eval.precision=fp8", ["eval.precision", "'fp8'", "auto, float32, bfloat16"]),
         ("train.precision=fp8", ["train.precision", "'fp8'", "auto, float32, bfloat16"]),
         ("train.device=tpu", ["train.device", "'tpu'", "auto, cpu, cuda"]),
         ("train.lr=0", ["train.lr", "0.0", "> 0"]),

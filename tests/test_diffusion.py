@@ -56,9 +56,10 @@ def test_predictions_invert_training_target(prediction_type: str) -> None:
     x_start, _, noise, alphas_cumprod = batch()
     x_t = q_sample(x_start, noise, alphas_cumprod)
     target = training_target(x_start, noise, alphas_cumprod, prediction_type)
-    known = (target, x_t, alphas_cumprod, prediction_type)
-    torch.testing.assert_close(predict_x_start(*known), x_start)
-    torch.testing.assert_close(predict_noise(*known), noise)
+    for image, alpha_cumprod in enumerate(alphas_cumprod.tolist()):
+        known = (target[image], x_t[image], alpha_cumprod, prediction_type)
+        torch.testing.assert_close(predict_x_start(*known), x_start[image])
+        torch.testing.assert_close(predict_noise(*known), noise[image])
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

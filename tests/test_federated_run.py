@@ -573,7 +573,8 @@ def test_precision_auto_is_settled_once_and_written_down(tmp_path: Path) -> None
         settled = run.config.train.precision
         run.train(1)
     assert settled in ("float32", "bfloat16") and sent == {None, settled}
-    assert read_config(tmp_path / "run" / "config.yaml").train.precision == settled
+    written = read_config(tmp_path / "run" / "config.yaml")
+    assert (written.train.precision, written.eval.precision) == (settled, settled)
 
 
 def test_federation_of_another_size_cannot_resume_a_simulation(
@@ -632,7 +633,9 @@ def test_hospitals_are_numbered_once_and_keep_their_images(
     assert numbers == {str(node): number for number, node in enumerate(sorted(nodes.contexts))}
     assert not (folder / "partition.json").exists()
     assert recorded(folder, "class_agreement") == {}  # the server holds no images
-    assert read_config(folder / "config.yaml").train.precision == "auto"  # each node's own
+    written = read_config(folder / "config.yaml")
+    assert written.train.precision == "auto"  # each node's own
+    assert written.eval.precision in ("float32", "bfloat16")  # the server draws
 
     play({**run_config, "resume": True}, nodes=nodes)
     assert json.loads((folder / "nodes.json").read_text(encoding="utf-8")) == numbers

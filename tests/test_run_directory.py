@@ -167,7 +167,7 @@ def test_run_may_be_moved_and_resumed(started: Path, tmp_path: Path) -> None:
 
 def test_precision_auto_takes_the_stored_one(started: Path) -> None:
     with opened(started.parent, "resume=true", "train.precision=auto") as directory:
-        assert directory.config.train.precision == "float32"
+        assert directory.config.train.precision == directory.config.eval.precision == "float32"
 
 
 def test_other_precision_than_the_stored_one_is_refused(started: Path) -> None:

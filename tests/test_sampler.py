@@ -12,10 +12,15 @@ from torch import Tensor, nn
 from task.config import load_config
 from task.diffusion import Model
 from task.sampler import (
+    NOISE_BLOCK,
     GuidedModel,
+    NoiseSource,
+    Sampler,
+    block_noise,
     build_sampler,
     ddim_sample,
     ddpm_sample,
+    dpmpp_2m_sample,
     inference_timesteps,
     sample_batches,
     to_uint8,
@@ -32,6 +37,10 @@ LINEAR, COSINE, CONTINUOUS = (
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def noise(num: int, seed: int = 0) -> NoiseSource:
+    return partial(torch.randn, num, *SHAPE, generator=seeded(seed))
 
 
 def gaussian_model(mean: Tensor | float, std: float, prediction_type: str) -> Model:
@@ -52,12 +61,9 @@ def gaussian_model(mean: Tensor | float, std: float, prediction_type: str) -> Mo
     return model
 
 
-ddim = partial(
-    ddim_sample, schedule=LINEAR, image_shape=SHAPE, prediction_type="epsilon", clip_x_start=False
-)
-ddpm = partial(
-    ddpm_sample, schedule=LINEAR, image_shape=SHAPE, prediction_type="epsilon", clip_x_start=False
-)
+ddim = partial(ddim_sample, schedule=LINEAR, prediction_type="epsilon", clip_x_start=False)
+ddpm = partial(ddpm_sample, schedule=LINEAR, prediction_type="epsilon", clip_x_start=False)
+dpmpp_2m = partial(dpmpp_2m_sample, schedule=LINEAR, prediction_type="epsilon", clip_x_start=False)
 LABELS = torch.zeros(512, dtype=torch.int64)
 
 
@@ -74,7 +80,7 @@ def test_ddim_finds_images_the_model_knows(
         prediction_type=prediction_type,
         num_inference_steps=num_inference_steps,
         eta=eta,
-        generator=seeded(),
+        draw_noise=noise(5),
     )
     torch.testing.assert_close(actual, images, atol=1e-3, rtol=0)
 
@@ -83,7 +89,7 @@ def test_ddim_finds_images_the_model_knows(
 def test_ddpm_finds_images_the_model_knows_without_noise_at_last_step(variance: str) -> None:
     images = torch.rand(5, *SHAPE, generator=seeded(1)) * 2 - 1
     model = gaussian_model(images, 0, "epsilon")
-    actual = ddpm(model, LABELS[:5], variance=variance, generator=seeded())
+    actual = ddpm(model, LABELS[:5], variance=variance, draw_noise=noise(5))
     torch.testing.assert_close(actual, images, atol=1e-3, rtol=0)
 
 
@@ -95,18 +101,81 @@ def test_ddpm_finds_images_the_model_knows_without_noise_at_last_step(variance: 
         partial(ddpm, variance="posterior"),
         partial(ddim, num_inference_steps=300, eta=1.0),
         partial(ddim, num_inference_steps=100, eta=0.0),
+        partial(dpmpp_2m, num_inference_steps=20),
     ],
 )
 def test_samplers_draw_the_distribution_of_the_data(
     schedule: NoiseSchedule, sample: Callable[..., Tensor]
 ) -> None:
     images = sample(
-        gaussian_model(0.3, 0.5, "epsilon"), LABELS, schedule=schedule, generator=seeded()
+        gaussian_model(0.3, 0.5, "epsilon"), LABELS, schedule=schedule, draw_noise=noise(512)
     )
     assert images.dtype == torch.float32
     assert images.shape == (512, *SHAPE)
     assert images.mean() == pytest.approx(0.3, abs=0.03)
     assert images.std() == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("sample", "order"), [(partial(ddim, eta=0.0), 1), (dpmpp_2m, 2)], ids=["ddim", "dpmpp_2m"]
+)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_error_against_the_exact_path_falls_with_the_order_of_the_sampler(
+    sample: Callable[..., Tensor], order: int, prediction_type: str
+) -> None:
+    mean, std, start = 0.3, 0.5, noise(64)()
+    even = NoiseSchedule(torch.linspace(8, -8, 960, dtype=torch.float64).sigmoid())
+    errors = []
+    for steps in (20, 40, 80):
+        found = sample(
+            gaussian_model(mean, std, prediction_type),
+            LABELS[:64],
+            schedule=even,
+            prediction_type=prediction_type,
+            num_inference_steps=steps,
+            draw_noise=noise(64),
+        )
+        # On the exact path a Gaussian keeps its place among its own standard deviations; the
+        # last step then returns the best prediction.
+        first, last = even.alphas_cumprod[[-1, 960 // steps - 1]].tolist()
+        place = (start - first**0.5 * mean) / (first * std**2 + 1 - first) ** 0.5
+        exact = mean + place * last**0.5 * std**2 / (last * std**2 + 1 - last) ** 0.5
+        errors.append((found - exact).abs().max().item())
+    for coarse, fine in pairwise(errors):
+        assert coarse / fine == pytest.approx(2**order, rel=0.25)
+
+
+@pytest.mark.parametrize("clip_x_start", [False, True])
+def test_dpmpp_2m_is_ddim_where_no_step_lies_between_the_first_and_the_last(
+    clip_x_start: bool,
+) -> None:
+    model = gaussian_model(0.3, 1.5, "epsilon")
+    for steps in (1, 2):
+        draw = (
+            partial(dpmpp_2m, num_inference_steps=steps),
+            partial(ddim, num_inference_steps=steps, eta=0.0),
+        )
+        found, expected = (
+            each(model, LABELS[:8], draw_noise=noise(8), clip_x_start=clip_x_start) for each in draw
+        )
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_dpmpp_2m_with_one_step_returns_what_the_model_sees_in_the_noise() -> None:
+    known = torch.rand(5, *SHAPE, generator=seeded(1)) * 2 - 1
+
+    def model(x_t: Tensor, log_snr: Tensor, labels: Tensor) -> Tensor:
+        return known
+
+    for steps in (1, 2, 7, 300):
+        found = dpmpp_2m(
+            model,
+            LABELS[:5],
+            prediction_type="sample",
+            num_inference_steps=steps,
+            draw_noise=noise(5),
+        )
+        torch.testing.assert_close(found, known, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE, CONTINUOUS])
@@ -118,9 +187,9 @@ def test_ddim_with_all_steps_is_posterior_ddpm(schedule: NoiseSchedule, clip_x_s
         "clip_x_start": clip_x_start,
         "prediction_type": "v_prediction",
     }
-    ancestral = ddpm(model, LABELS[:8], variance="posterior", generator=seeded(), **changes)
+    ancestral = ddpm(model, LABELS[:8], variance="posterior", draw_noise=noise(8), **changes)
     implicit = ddim(
-        model, LABELS[:8], num_inference_steps=300, eta=1.0, generator=seeded(), **changes
+        model, LABELS[:8], num_inference_steps=300, eta=1.0, draw_noise=noise(8), **changes
     )
     torch.testing.assert_close(ancestral, implicit, atol=1e-4, rtol=0)
 
@@ -128,15 +197,15 @@ def test_ddim_with_all_steps_is_posterior_ddpm(schedule: NoiseSchedule, clip_x_s
 def test_clip_x_start_keeps_images_in_range() -> None:
     model = gaussian_model(0.0, 1.5, "epsilon")
     draw = partial(ddim, model, LABELS[:8], num_inference_steps=20, eta=1.0)
-    assert draw(generator=seeded()).abs().max() > 1.5
-    assert draw(generator=seeded(), clip_x_start=True).abs().max() <= 1
+    assert draw(draw_noise=noise(8)).abs().max() > 1.5
+    assert draw(draw_noise=noise(8), clip_x_start=True).abs().max() <= 1
 
 
 def test_samplers_follow_generator_alone() -> None:
     model, state = gaussian_model(0.3, 0.5, "epsilon"), torch.get_rng_state()
     draw = partial(ddim, model, LABELS[:4], num_inference_steps=5, eta=1.0)
-    assert torch.equal(draw(generator=seeded()), draw(generator=seeded()))
-    assert not torch.equal(draw(generator=seeded()), draw(generator=seeded(1)))
+    assert torch.equal(draw(draw_noise=noise(4)), draw(draw_noise=noise(4)))
+    assert not torch.equal(draw(draw_noise=noise(4)), draw(draw_noise=noise(4, seed=1)))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -183,7 +252,7 @@ def test_build_sampler_guides_only_where_asked(guidance_scale: float, size: int)
             ]
         )
     )
-    assert sampler(model, LABELS[:2], seeded()).shape == (2, 1, 16, 16)
+    assert sampler(model, LABELS[:2], lambda: torch.zeros(2, 1, 16, 16)).shape == (2, 1, 16, 16)
     assert sizes == [size] * 3
 
 
@@ -197,7 +266,7 @@ def test_build_sampler_takes_every_step_by_default(preset: str) -> None:
         return torch.zeros_like(x_t).bfloat16()
 
     config = load_config([f"diffusion={preset}", "diffusion.num_inference_steps=null"])
-    images = build_sampler(config)(model, LABELS[:1], seeded())
+    images = build_sampler(config)(model, LABELS[:1], lambda: torch.zeros(1, 1, 16, 16))
     assert images.dtype == torch.float32
     assert len(seen) == 300
     assert all(before < after for before, after in pairwise(seen))
@@ -206,17 +275,29 @@ def test_build_sampler_takes_every_step_by_default(preset: str) -> None:
 class Counted(nn.Module):
     def forward(self, x_t: Tensor, log_snr: Tensor, labels: Tensor) -> Tensor:
         assert not self.training
-        return torch.zeros_like(x_t)
+        return x_t * 0.5
+
+
+def batches(sampler: Sampler, model: nn.Module, labels: Tensor, batch_size: int | None) -> Tensor:
+    return sample_batches(
+        sampler,
+        model,
+        labels,
+        image_shape=(1, 16, 16),
+        batch_size=batch_size,
+        block_generator=seeded,
+    )
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_sample_batches_covers_all_labels_and_restores_mode(training: bool) -> None:
-    def sampler(model: Model, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def sampler(model: Model, labels: Tensor, draw_noise: NoiseSource) -> Tensor:
         assert len(labels) <= 3
-        return model(labels.float().view(-1, 1, 1, 1), labels, labels) + labels.view(-1, 1, 1, 1)
+        assert draw_noise().shape == (len(labels), 1, 16, 16)
+        return model(torch.zeros(len(labels), 1, 1, 1), labels, labels) + labels.view(-1, 1, 1, 1)
 
     model = Counted().train(training)
-    images = sample_batches(sampler, model, torch.arange(7), batch_size=3, generator=seeded())
+    images = batches(sampler, model, torch.arange(7), 3)
     assert images.flatten().tolist() == list(range(7))
     assert model.training is training
 
@@ -224,15 +305,44 @@ def test_sample_batches_covers_all_labels_and_restores_mode(training: bool) -> N
 def test_sample_batches_restores_mode_after_failure_and_gives_trainable_tensors() -> None:
     model = Counted().train()
     sampler = build_sampler(load_config(["diffusion.num_inference_steps=1"]))
-    images = sample_batches(sampler, model, LABELS[:2], batch_size=4, generator=seeded())
-    assert not images.is_inference()
+    assert not batches(sampler, model, LABELS[:2], 4).is_inference()
 
     def failing(*_: object) -> Tensor:
         raise RuntimeError("lost")
 
     with pytest.raises(RuntimeError, match="lost"):
-        sample_batches(failing, model, LABELS[:2], batch_size=4, generator=seeded())
+        batches(failing, model, LABELS[:2], 4)
     assert model.training
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp_2m"])
+def test_images_depend_on_their_place_and_not_on_the_batch_size(name: str) -> None:
+    steps = "null" if name == "ddpm" else "4"
+    sampler = build_sampler(
+        load_config([f"diffusion.sampler={name}", f"diffusion.num_inference_steps={steps}"])
+    )
+    labels = torch.arange(4 * NOISE_BLOCK + 7) % 10
+    whole = batches(sampler, Counted(), labels, len(labels))
+    for batch_size in (NOISE_BLOCK, 3 * NOISE_BLOCK, NOISE_BLOCK - 13, None):
+        found = batches(sampler, Counted(), labels, batch_size)
+        torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
+    # More labels behind them change nothing, which lets a longer list go on where one stopped.
+    for part in (1, NOISE_BLOCK, 2 * NOISE_BLOCK + 3):
+        found = batches(sampler, Counted(), labels[:part], None)
+        torch.testing.assert_close(found, whole[:part], atol=1e-5, rtol=1e-5)
+    assert len(whole.flatten(1).unique(dim=0)) == len(labels)
+
+
+def test_block_noise_is_standard_normal_and_new_at_every_call() -> None:
+    draw_noise = block_noise(range(20, 220), (3, 8, 8), seeded)
+    first, second = draw_noise(), draw_noise()
+    assert first.shape == (200, 3, 8, 8)
+    for drawn in (first, second):
+        assert drawn.mean() == pytest.approx(0, abs=0.03)
+        assert drawn.std() == pytest.approx(1, abs=0.03)
+    assert (first * second).mean() == pytest.approx(0, abs=0.03)
+    of_block_1 = torch.randn(NOISE_BLOCK, 3, 8, 8, generator=seeded(1))
+    assert torch.equal(first[NOISE_BLOCK - 20 : 2 * NOISE_BLOCK - 20], of_block_1)
 
 
 def test_to_uint8_rounds_and_clamps() -> None:
@@ -246,16 +356,18 @@ def test_samplers_reject_what_they_cannot_do() -> None:
     model = gaussian_model(0.3, 0.5, "epsilon")
     for steps in (0, 301):
         with pytest.raises(ValueError, match=f"num_inference_steps must be .* got {steps}"):
-            ddim(model, LABELS, num_inference_steps=steps, eta=0.0, generator=seeded())
+            ddim(model, LABELS, num_inference_steps=steps, eta=0.0, draw_noise=noise(512))
     with pytest.raises(ValueError, match=r"eta must be in \[0, 1\], got 1.5"):
-        ddim(model, LABELS, num_inference_steps=3, eta=1.5, generator=seeded())
+        ddim(model, LABELS, num_inference_steps=3, eta=1.5, draw_noise=noise(512))
+    with pytest.raises(ValueError, match=r"num_inference_steps must be .* got 301"):
+        dpmpp_2m(model, LABELS, num_inference_steps=301, draw_noise=noise(512))
     with pytest.raises(ValueError, match="variance must be one of beta, posterior, got 'learned'"):
-        ddpm(model, LABELS, variance="learned", generator=seeded())
-    with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
-        sample_batches(lambda *_: LABELS, Counted(), LABELS, batch_size=0, generator=seeded())
+        ddpm(model, LABELS, variance="learned", draw_noise=noise(512))
+    with pytest.raises(ValueError, match="batch_size must be >= 1, or None, got 0"):
+        batches(lambda *_: LABELS, Counted(), LABELS, 0)
     with pytest.raises(TypeError, match=r"images must be floating-point .* got torch.uint8"):
         to_uint8(torch.zeros(1, dtype=torch.uint8))
     config = load_config()
     config.diffusion.sampler = "heun"
-    with pytest.raises(ValueError, match="sampler must be one of ddpm, ddim, got 'heun'"):
+    with pytest.raises(ValueError, match="sampler must be one of ddpm, ddim, dpmpp_2m, got 'heun'"):
         build_sampler(config)

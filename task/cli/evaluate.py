@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from task.config import (
+    DRAWING_VALUES,
     Config,
     anchored,
     as_hydra,
@@ -20,7 +21,14 @@ from task.config import (
 from task.data import build_dataset
 from task.evaluate import KID_SUBSETS, Label, MetricReport
 from task.features import HASH_DIGITS, build_extractor
-from task.measure import draw_images, evaluation_file, full_labels, measure_images, write_report
+from task.measure import (
+    draw_images,
+    drawn_otherwise,
+    evaluation_file,
+    full_labels,
+    measure_images,
+    write_report,
+)
 from task.metrics import Copying
 from task.randomness import Stream
 from task.runs import final_model
@@ -48,7 +56,7 @@ def evaluation_config(
 
     Args:
         run: its folder.
-        overrides: `name=value`, of values that say how to measure and not what was trained.
+        overrides: `name=value`, of values that say how to draw and measure, not what was trained.
         options: by name as well; None leaves a value as it is. They win over `overrides`.
 
     Returns:
@@ -70,7 +78,7 @@ def evaluation_config(
                 f"NAME=VALUE with a name of {', '.join(sorted(_measuring_values()))}",
                 override,
             )
-            OmegaConf.update(tree, name, value)
+            OmegaConf.update(tree, name, None if value == "null" else value)
         for name, chosen in options.items():
             if chosen is not None:
                 OmegaConf.update(tree, name, chosen)
@@ -80,12 +88,13 @@ def evaluation_config(
 
 
 def _measuring_values() -> set[str]:
-    used = {"extractor", "image_range", "batch_size", "num_per_class", "seed"}
+    used = {"extractor", "image_range", "batch_size", "precision", "num_per_class", "seed"}
     used |= {"inception_weights", "exported_program"}
     return {path for path in value_paths() if path.removeprefix("eval.") in used} | {
         "data.root",
         "data.cache_dir",
         "train.device",
+        *DRAWING_VALUES,
     }
 
 
@@ -93,7 +102,8 @@ def evaluate_run(run: Path, config: Config, *, say: Callable[[str], object]) -> 
     """Draw images from the final weights of a run, measure them, and keep what was found.
 
     Args:
-        run: the folder of the run; `evaluation-<extractor>-<image_range>.json` is written there.
+        run: the folder of the run; `evaluation-<extractor>-<image_range>.json` is written there,
+            with another ending where the images are drawn otherwise than the run draws.
         config: see `evaluation_config`.
         say: takes the text for the reader.
 
@@ -111,11 +121,13 @@ def evaluate_run(run: Path, config: Config, *, say: Callable[[str], object]) -> 
     images = draw_images(config, model, labels, device=device, stream=Stream.EVALUATED_IMAGES)
     say("measuring them")
     report = measure_images(config, images, dataset, extractor=extractor)
+    otherwise = drawn_otherwise(run, config)
     title = f"{run.resolve().name}, round {last} of {config.federation.rounds}"
+    title += f", drawn with {otherwise}" if otherwise else ""
     say(f"\n{title}\n\n{format_table(report)}\n")
     counts = sorted(set(labels.bincount().tolist()))
     say("\n".join(f"- {line}" for line in caption(report, counts)))
-    file = evaluation_file(run, config)
+    file = evaluation_file(run, config, otherwise)
     write_report(file, report, config, last)
     say(f"\nwritten to {file}")
     return report

@@ -16,6 +16,7 @@ from task.evaluate import KID_SUBSETS, MetricReport, extract_real
 from task.features import build_extractor
 from task.measure import (
     draw_images,
+    drawn_otherwise,
     evaluation_file,
     full_labels,
     measure_images,
@@ -67,9 +68,12 @@ def evaluate_client(
         "all": (dataset, full_labels(config, dataset)),
     }
     reports = _measure(config, {"local": local, "global": shared}, sets, say=say)
+    otherwise = drawn_otherwise(run, config)
     say(
         f"\n{run.resolve().name}, client {client}, local model of round {local_round}, global "
-        f"model of round {last} of {config.federation.rounds}\n\n{format_client_table(reports)}\n"
+        f"model of round {last} of {config.federation.rounds}"
+        + (f", drawn with {otherwise}" if otherwise else "")
+        + f"\n\n{format_client_table(reports)}\n"
     )
     counts = {
         whose: labels.bincount(minlength=len(config.data.classes)).tolist()
@@ -77,7 +81,7 @@ def evaluate_client(
     }
     say("\n".join(f"- {line}" for line in client_caption(reports, counts)))
     say(f"\n{verdict(client, reports['local_own'], reports['global_own'])}")
-    file = evaluation_file(run, config, f"client-{client}")
+    file = evaluation_file(run, config, f"client-{client}", otherwise)
     found = {name: report.describe() for name, report in reports.items()}
     write_measurements(file, {"client": client, "local_round": local_round, **found}, config, last)
     say(f"\nwritten to {file}")

@@ -43,8 +43,9 @@ def evaluate(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Further values as NAME=VALUE: eval.*, data.root and train.device, for example "
-            "eval.inception_weights=/models/inception.pth.",
+            help="Further values as NAME=VALUE: eval.*, data.root, train.device, and how images "
+            "are drawn, for example eval.inception_weights=/models/inception.pth "
+            "diffusion.sampler=dpmpp_2m diffusion.num_inference_steps=20.",
             show_default=False,
         ),
     ] = None,
@@ -68,8 +69,7 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
-            help="Images at a time; else the run's eval.batch_size. Another number draws "
-            "other images.",
+            help="Images at a time; else the run's eval.batch_size. It changes rounding alone.",
         ),
     ] = None,
     device: Annotated[
@@ -87,7 +87,8 @@ def evaluate(
     """Measure images of a run's final weights, with real images beside them.
 
     Prints a table and writes RUN/evaluation-<extractor>-<image range>.json, with --client N
-    RUN/evaluation-<extractor>-<image range>-client-N.json. Without a test split all is measured
+    RUN/evaluation-<extractor>-<image range>-client-N.json. What was drawn otherwise than the run
+    draws goes into a file of its own, which no table takes up. Without a test split all is measured
     against the training images, without classification and search for copies.
     """
     from task.cli.evaluate import evaluate_run, evaluation_config

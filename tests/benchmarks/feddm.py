@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from task.config import Config, load_config
+from task.config import Config, load_config, settle_precisions
 from task.data import build_dataset
 from task.diffusion import build_objective
 from task.measure import balanced_labels, draw_images
@@ -61,6 +61,7 @@ class Feddm:
         self.model = new_model(self.config)
         compile_where_wanted(self.model, self.config.train.compile, self.device)
         self.precision = self._settled_precision()
+        self.config = settle_precisions(self.config, eval=self.precision)
         move(self.model, self.device, channels_last=self.config.train.channels_last)
         self.optimizer = new_optimizer(self.model, self.config.train.lr)
         self.generator = torch.Generator(self.device).manual_seed(0)
@@ -126,10 +127,7 @@ class Feddm:
         labels = balanced_labels(count, len(config.data.classes))
 
         def work() -> None:
-            with autocast(self.device, self.precision):
-                draw_images(
-                    config, self.model, labels, device=self.device, stream=Stream.FINAL_IMAGES
-                )
+            draw_images(config, self.model, labels, device=self.device, stream=Stream.FINAL_IMAGES)
 
         return count / timed(self.device, work)
 
@@ -142,7 +140,7 @@ class Feddm:
         self.model.eval()
 
         def work() -> None:
-            with autocast(self.device, self.precision):
+            with autocast(self.device, self.config.eval.precision):
                 for _ in range(calls):
                     self.model(x_t, log_snr, labels)
 

@@ -5,6 +5,7 @@ from functools import partial
 from statistics import median
 
 from task.config import load_config
+from task.sampler import CPU_BATCH_SIZE, GPU_BATCH_SIZE
 from task.train import select_device
 from tests.benchmarks.contestants import Contestant, take_turns
 from tests.benchmarks.feddm import PAPER, Feddm
@@ -28,12 +29,12 @@ def measure(
         full: whether to draw 10,000 images in all steps, on a GPU, instead of a batch in a few.
         device: auto, cpu, cuda or cuda:N.
         overrides: of the network and its sampler.
-        batch_size: images side by side; None: 64 on a CPU, `eval.batch_size` on a GPU.
+        batch_size: images side by side; None: as many as a run draws.
         turns: that count.
         num_threads: of the CPU; None: a thread per core.
     """
     config, on_gpu = load_config(overrides), select_device(device).type == "cuda"
-    batch = batch_size or (config.eval.batch_size if on_gpu else 64)
+    batch = batch_size or (GPU_BATCH_SIZE if on_gpu else CPU_BATCH_SIZE)
     all_steps = config.diffusion.num_inference_steps or config.diffusion.num_timesteps
     whole = full and on_gpu
     steps = all_steps if whole else 20 if on_gpu else 4

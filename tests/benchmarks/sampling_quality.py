@@ -1,0 +1,86 @@
+"""How good the images of few steps are beside those of all steps, of one trained model."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+from task.config import Config, read_config
+from task.data import build_dataset
+from task.evaluate import extract_real
+from task.features import build_extractor, extract
+from task.measure import balanced_labels, draw_images
+from task.metrics import frechet_distance
+from task.randomness import Stream
+from task.runs import final_model
+from task.train import select_device
+
+# Each draws from the same noise: sampler, steps (None: all), eta and precision.
+WAYS: dict[str, tuple[str, int | None, float, str]] = {
+    "ancestral": ("ddim", None, 1.0, "float32"),
+    "dpmpp_2m_20": ("dpmpp_2m", 20, 0.0, "float32"),
+    "dpmpp_2m_20_bfloat16": ("dpmpp_2m", 20, 0.0, "bfloat16"),
+    "ddim_20": ("ddim", 20, 0.0, "float32"),
+}
+
+
+def measure(run: Path, *, num_images: int, seeds: Sequence[int]) -> dict[str, float]:
+    """Measure what the final model of a run draws, in the features of the run's extractor.
+
+    Args:
+        run: folder of a finished run on a data set with test images.
+        num_images: images of each way and seed, in equal numbers of each class.
+        seeds: of the noise; more than one shows how much chance there is in a distance.
+
+    Returns:
+        Mean Frechet distances to the training images over the seeds, `sample.fd_<way>` with the
+        number of steps behind "ancestral", the largest less the smallest of the seeds,
+        `sample.fd_<way>_range`, and `sample.fd_floor`: of the real test images, which are fewer.
+
+    Raises:
+        ValueError: there is no test split, or no final model.
+    """
+    config = read_config(run / "config.yaml")
+    device = select_device(config.train.device)
+    model, _ = final_model(run, config)
+    dataset = build_dataset(config, download=False)
+    extractor = build_extractor(config, dataset.train, device)
+    real = extract_real(
+        dataset,
+        extractor=extractor,
+        horizontal_flip=config.data.horizontal_flip,
+        seed=config.eval.seed,
+    )
+    if real.test is None:
+        raise ValueError(f"run must be one on a data set with test images, got {run}")
+    labels = balanced_labels(num_images, len(config.data.classes))
+    found = {"sample.fd_floor": frechet_distance(real.train.features, real.test.features)}
+    for name, way in WAYS.items():
+        steps = f"_{config.diffusion.num_timesteps}" if way[1] is None else ""
+        distances = []
+        for seed in seeds:
+            drawn = draw_images(
+                _drawing(config, seed, *way),
+                model,
+                labels,
+                device=device,
+                stream=Stream.EVALUATED_IMAGES,
+            )
+            features = extract(extractor, drawn.images).features
+            distances.append(frechet_distance(real.train.features, features))
+        found[f"sample.fd_{name}{steps}"] = mean(distances)
+        found[f"sample.fd_{name}{steps}_range"] = max(distances) - min(distances)
+    return found
+
+
+def _drawing(
+    config: Config, seed: int, sampler: str, steps: int | None, eta: float, precision: str
+) -> Config:
+    return dataclasses.replace(
+        config,
+        seed=seed,
+        diffusion=dataclasses.replace(
+            config.diffusion, sampler=sampler, num_inference_steps=steps, eta=eta
+        ),
+        eval=dataclasses.replace(config.eval, precision=precision),
+    )
