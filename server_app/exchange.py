@@ -1,23 +1,29 @@
 """Messages out, replies in: with a deadline, one at a time, and never an endless wait."""
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import SType
 from flwr.serverapp import Grid
 
-from server_app.aggregation import SUM_LIMIT
+from server_app.aggregation import SUM_LIMIT, largest_magnitude, packed_weights
+from server_app.phases import Phases
 from task.wire import Key
 
 # A reply that would come after the deadline is refused by the network with an error of its own,
 # and a node that wakes up late does not work through rounds that are over.
 TTL_SHARE = 0.95
+# Of an exchange's time: a client that has not answered for so long gives its turn away.
+PATIENCE_SHARE = 0.1
 
 # Beyond this no loss or count means anything, and sums over clients could overflow.
 LARGEST_METRIC = 1e15
+DURATIONS_AND_RATES = (Key.SECONDS, Key.SECONDS_BESIDE, Key.IMAGES_PER_SECOND)
 
 
 @dataclass(frozen=True)
@@ -27,10 +33,12 @@ class Reply:
     Attributes:
         client: its number.
         message: its reply; None where none came before the deadline.
+        sent: `time.monotonic()` when its message went out; None where its turn never came.
     """
 
     client: int
     message: Message | None
+    sent: float | None = None
 
 
 def addressed(
@@ -57,33 +65,71 @@ def addressed(
 
 
 def exchange(
-    grid: Grid, messages: Mapping[int, Message], *, timeout: float, poll_seconds: float
+    grid: Grid,
+    messages: Mapping[int, Message],
+    *,
+    timeout: float,
+    poll_seconds: float,
+    at_once: int | None = None,
+    phases: Phases | None = None,
 ) -> Iterator[Reply]:
     """Send a message to each client and yield replies as they arrive, then what never came.
 
+    Where not all go out at once, the next goes out when a reply was pulled and used, so that
+    replies cannot pile up in the network.
+
     Args:
         grid: Flower's view of the network.
-        messages: a new message for each client number.
+        messages: a new message for each client number, sent in this order.
         timeout: seconds until the exchange ends.
         poll_seconds: pause between two looks at what has come.
+        at_once: how many may be unanswered; None for all. A client that is silent for
+            `PATIENCE_SHARE` of the time no longer counts, so that it holds up nobody.
+        phases: are told when this sends, and when it waits.
     """
-    deadline = time.monotonic() + timeout
-    # Flower takes no message to a node that has just left, and leaves its id out.
-    sent = set(grid.push_messages(list(messages.values())))
-    client_of = {message.metadata.message_id: client for client, message in messages.items()}
-    pending = {message_id: c for message_id, c in client_of.items() if message_id in sent}
-    unreachable = [c for message_id, c in client_of.items() if message_id not in sent]
-    while pending:
+    phases = phases or Phases()
+    start = time.monotonic()
+    expiry, deadline = start + TTL_SHARE * timeout, start + timeout
+    queue = deque(messages.items())
+    pending: dict[str, tuple[int, float]] = {}
+    refused: list[Reply] = []
+
+    def send() -> None:
+        patient = time.monotonic() - PATIENCE_SHARE * timeout
+        room = (at_once or len(queue)) - sum(sent > patient for _, sent in pending.values())
+        if room <= 0 or not queue or time.monotonic() >= expiry:
+            return
+        phases.enter("sending")
+        batch = [queue.popleft() for _ in range(min(room, len(queue)))]
+        # Flower takes no message to a node that has just left, and leaves its id out.
+        taken = set(grid.push_messages([message for _, message in batch]))
+        sent = time.monotonic()
+        for client, message in batch:
+            message_id = message.metadata.message_id
+            if message_id in taken:
+                pending[message_id] = client, sent
+            else:
+                refused.append(Reply(client, None, sent))
+
+    while pending or (queue and time.monotonic() < expiry):
+        send()
+        phases.enter("waiting")
+        idle = True
         for message_id in list(pending):
             # One id per call: a pull loads every reply that is ready into memory.
             for message in grid.pull_messages([message_id]):
-                yield Reply(pending.pop(message_id), message)
+                idle = False
+                client, sent = pending.pop(message_id)
+                yield Reply(client, message, sent)
+                send()
+                phases.enter("waiting")
         if time.monotonic() > deadline:
             break
-        if pending:
+        if idle:
             time.sleep(poll_seconds)
-    for client in [*pending.values(), *unreachable]:
-        yield Reply(client, None)
+    yield from (Reply(client, None, sent) for client, sent in pending.values())
+    yield from refused
+    yield from (Reply(client, None) for client, _ in queue)
 
 
 class UnusableReply(ValueError):
@@ -100,6 +146,8 @@ def checked_content(reply: Reply, *, timeout: float) -> RecordDict:
     Raises:
         UnusableReply: it did not reply in time, or replied with an error.
     """
+    if reply.sent is None:
+        raise UnusableReply(f"not asked: its turn did not come within {timeout:g} s")
     if reply.message is None:
         raise UnusableReply(f"no reply within {timeout:g} s")
     if reply.message.has_error():
@@ -117,7 +165,7 @@ def check_metrics(content: RecordDict) -> None:
     metrics = content.metric_records.get(Key.METRICS)
     if metrics is None:
         raise UnusableReply(f"no record {Key.METRICS.value!r} in the reply")
-    given = [name for name in (Key.SECONDS, Key.IMAGES_PER_SECOND) if name in metrics]
+    given = [name for name in DURATIONS_AND_RATES if name in metrics]
     for name in (Key.NUM_EXAMPLES, Key.LOSS, *given):
         value = metrics.get(name)
         if not isinstance(value, int | float) or not np.isfinite(value):
@@ -146,18 +194,18 @@ def check_weights(content: RecordDict, *, size: int, num_clients: int) -> None:
         names = [str(name) for name in arrays]
         raise UnusableReply(f"arrays must be [{Key.PACKED.value!r}], got {names}")
     try:
-        packed = arrays[Key.PACKED].numpy()
+        if arrays[Key.PACKED].stype != SType.NUMPY:
+            raise TypeError("another serialisation")
+        packed = packed_weights(content)
     except Exception as error:
         # NumPy's reader raises nearly anything on bytes that were made to break it.
         raise UnusableReply(f"weights that cannot be read: {type(error).__name__}") from error
-    if not isinstance(packed, np.ndarray):
-        raise UnusableReply("weights that are no array")
     if packed.shape != (size,) or packed.dtype not in (np.float32, np.float16):
         raise UnusableReply(
             f"weights must be float32 or float16 of shape ({size},), "
             f"got {packed.dtype} of shape {packed.shape}"
         )
-    largest = float(np.abs(packed).max(initial=0.0))
+    largest = largest_magnitude(packed)
     if not np.isfinite(largest):
         raise UnusableReply("weights that are not finite")
     num_examples = cast(int, content.metric_records[Key.METRICS][Key.NUM_EXAMPLES])

@@ -33,7 +33,7 @@ Alter = Callable[[Message, Message], Message | None]
 THREE_ROUNDS = {"federation.rounds": 3, "federation.ema_decay": 0.75}
 RECORDED_OF_TRAINING = {
     *("train_num_examples", "train_loss", "train_seconds", "train_images_per_second"),
-    "train_left_out",
+    *("train_left_out", "train_seconds_beside"),
 }
 
 
@@ -155,7 +155,9 @@ def test_metrics_hold_every_client_of_every_round(reference: Path) -> None:
         for client, count in enumerate(counts)
     }
     assert {m["name"] for m in lines(reference) if m["who"] == "global"} == {
-        *("train_loss", "num_clients", "test_loss", "round_seconds")
+        *("train_loss", "num_clients", "test_loss", "round_seconds", "overhead_share"),
+        *("seconds_sending", "seconds_waiting", "seconds_aggregating", "seconds_training"),
+        *("seconds_checkpoint", "seconds_evaluating"),
     }
     assert recorded(reference, "num_clients") == {(r, "global"): 3 for r in (1, 2, 3)}
     # Every second round and the last.
