@@ -64,6 +64,52 @@ def addressed(
     return Message(records, node_id, message_type, ttl=timeout * TTL_SHARE)
 
 
+class Turns:
+    """The messages of an exchange: which wait for their turn, and which are out.
+
+    Attributes:
+        waiting: client and message, in the order of their turns.
+        pending: client and `time.monotonic()` of sending, by id, of messages without a reply.
+        refused: what to say of clients whose node Flower takes no message to.
+    """
+
+    def __init__(
+        self, grid: Grid, messages: Mapping[int, Message], *, timeout: float, at_once: int | None
+    ) -> None:
+        """Line the messages up; see `exchange`."""
+        self.waiting = deque(messages.items())
+        self.pending: dict[str, tuple[int, float]] = {}
+        self.refused: list[Reply] = []
+        self._grid = grid
+        self._at_once = at_once or len(messages)
+        self._patience = PATIENCE_SHARE * timeout
+
+    def send(self) -> None:
+        """Send as many as may be unanswered at once."""
+        while room := min(self._room(), len(self.waiting)):
+            batch = [self.waiting.popleft() for _ in range(room)]
+            # Flower takes no message to a node that has just left, and leaves its id out.
+            taken = set(self._grid.push_messages([message for _, message in batch]))
+            sent = time.monotonic()
+            for client, message in batch:
+                message_id = message.metadata.message_id
+                if message_id in taken:
+                    self.pending[message_id] = client, sent
+                else:
+                    self.refused.append(Reply(client, None, sent))
+
+    def _room(self) -> int:
+        patient = time.monotonic() - self._patience
+        held = sum(sent > patient for _, sent in self.pending.values())
+        return max(self._at_once - held, 0)
+
+    def unanswered(self) -> Iterator[Reply]:
+        """Say of every client without a reply when it was asked, if it was."""
+        yield from (Reply(client, None, sent) for client, sent in self.pending.values())
+        yield from self.refused
+        yield from (Reply(client, None) for client, _ in self.waiting)
+
+
 def exchange(
     grid: Grid,
     messages: Mapping[int, Message],
@@ -89,47 +135,31 @@ def exchange(
     """
     phases = phases or Phases()
     start = time.monotonic()
-    expiry, deadline = start + TTL_SHARE * timeout, start + timeout
-    queue = deque(messages.items())
-    pending: dict[str, tuple[int, float]] = {}
-    refused: list[Reply] = []
+    turns = Turns(grid, messages, timeout=timeout, at_once=at_once)
 
     def send() -> None:
-        patient = time.monotonic() - PATIENCE_SHARE * timeout
-        room = (at_once or len(queue)) - sum(sent > patient for _, sent in pending.values())
-        if room <= 0 or not queue or time.monotonic() >= expiry:
-            return
-        phases.enter("sending")
-        batch = [queue.popleft() for _ in range(min(room, len(queue)))]
-        # Flower takes no message to a node that has just left, and leaves its id out.
-        taken = set(grid.push_messages([message for _, message in batch]))
-        sent = time.monotonic()
-        for client, message in batch:
-            message_id = message.metadata.message_id
-            if message_id in taken:
-                pending[message_id] = client, sent
-            else:
-                refused.append(Reply(client, None, sent))
-
-    while pending or (queue and time.monotonic() < expiry):
-        send()
+        # What would expire on its way is not sent.
+        if turns.waiting and time.monotonic() - start < TTL_SHARE * timeout:
+            phases.enter("sending")
+            turns.send()
         phases.enter("waiting")
+
+    send()
+    while turns.pending:
         idle = True
-        for message_id in list(pending):
+        for message_id in list(turns.pending):
             # One id per call: a pull loads every reply that is ready into memory.
             for message in grid.pull_messages([message_id]):
                 idle = False
-                client, sent = pending.pop(message_id)
+                client, sent = turns.pending.pop(message_id)
                 yield Reply(client, message, sent)
                 send()
-                phases.enter("waiting")
-        if time.monotonic() > deadline:
+        if time.monotonic() - start > timeout:
             break
         if idle:
             time.sleep(poll_seconds)
-    yield from (Reply(client, None, sent) for client, sent in pending.values())
-    yield from refused
-    yield from (Reply(client, None) for client, _ in queue)
+            send()
+    yield from turns.unanswered()
 
 
 class UnusableReply(ValueError):
