@@ -16,7 +16,7 @@ from task.train import faster_precision, torch_configured
 from task.unet import UNet
 
 # Small messages that are handed out together, and bytes of messages that may wait as replies.
-MANY_AT_ONCE, BYTES_AT_ONCE = 32, 1 << 29
+MANY_AT_ONCE, BYTES_AT_ONCE = 32, 1 << 28
 
 
 def load_images(config: Config) -> Dataset:
