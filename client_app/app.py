@@ -1,16 +1,18 @@
 """The ClientApp of feddm: what a hospital does with each message of the server."""
 
 import dataclasses
+import time
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import SType
 
 from client_app.failures import failures_stay_local
 from client_app.workspace import Workspace, choose_precision, open_workspace
 from task.fingerprint import code_fingerprint
 from task.randomness import Stream, torch_generator
 from task.train import held_out_loss, new_optimizer, train_epochs
-from task.wire import Key
+from task.wire import Key, from_npy, to_npy
 
 app = ClientApp()
 
@@ -30,6 +32,7 @@ def introduce(message: Message, context: Context) -> Message:
 @failures_stay_local
 def train(message: Message, context: Context) -> Message:
     """Run the local epochs from the global weights and reply the local weights."""
+    start = time.perf_counter()
     asked = message.content.config_records[Key.CONFIG]
     workspace = open_workspace(context)
     config = workspace.config
@@ -55,15 +58,18 @@ def train(message: Message, context: Context) -> Message:
         ),
     )
     packed = workspace.layout.pack(workspace.model.state_dict(), config.federation.wire_dtype)
+    # As Flower's Array(packed), with fewer copies.
+    array = Array(str(packed.dtype), packed.shape, SType.NUMPY, to_npy(packed))
     metrics = MetricRecord(
         {
             Key.NUM_EXAMPLES: len(images),
             Key.LOSS: result.loss,
             Key.SECONDS: result.seconds,
+            Key.SECONDS_BESIDE: time.perf_counter() - start - result.seconds,
             Key.IMAGES_PER_SECOND: result.images_per_second,
         }
     )
-    arrays = ArrayRecord({Key.PACKED: Array(packed)})
+    arrays = ArrayRecord({Key.PACKED: array})
     return Message(RecordDict({Key.ARRAYS: arrays, Key.METRICS: metrics}), reply_to=message)
 
 
@@ -103,5 +109,5 @@ def load_weights(workspace: Workspace, message: Message) -> None:
     Raises:
         ValueError: they are not the weights of this model.
     """
-    packed = message.content.array_records[Key.ARRAYS][Key.PACKED].numpy()
-    workspace.model.load_state_dict(workspace.layout.unpack(packed))
+    packed = from_npy(message.content.array_records[Key.ARRAYS][Key.PACKED].data)
+    workspace.model.load_state_dict(workspace.layout.unpack(packed, workspace.device))

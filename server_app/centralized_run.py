@@ -1,6 +1,7 @@
 """The paper's baseline: the same training on the pooled data, without clients."""
 
 import dataclasses
+import time
 from collections.abc import Mapping
 
 import torch
@@ -75,6 +76,8 @@ class CentralizedRun(TrainingRun):
     def train(self, server_round: int) -> str:
         """Run `train.local_epochs` epochs."""
         config = self.config
+        self.phases.enter("epochs")
+        start = time.monotonic()
         with torch_configured(
             num_threads=config.train.num_threads, deterministic=config.train.deterministic
         ):
@@ -93,6 +96,7 @@ class CentralizedRun(TrainingRun):
                     config.seed, Stream.TRAIN, server_round, device=self.device
                 ),
             )
+        self.phases.trained(result.seconds, since=start, until=time.monotonic())
         self.weights = {n: t.detach().cpu().clone() for n, t in self.model.state_dict().items()}
         told = {"train_loss": result.loss, "images_per_second": result.images_per_second}
         self.directory.record(server_round, "global", told)

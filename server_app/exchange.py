@@ -1,23 +1,29 @@
 """Messages out, replies in: with a deadline, one at a time, and never an endless wait."""
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import SType
 from flwr.serverapp import Grid
 
-from server_app.aggregation import SUM_LIMIT
+from server_app.aggregation import SUM_LIMIT, largest_magnitude, packed_weights
+from server_app.phases import Phases
 from task.wire import Key
 
 # A reply that would come after the deadline is refused by the network with an error of its own,
 # and a node that wakes up late does not work through rounds that are over.
 TTL_SHARE = 0.95
+# Of an exchange's time: a client that has not answered for so long gives its turn away.
+PATIENCE_SHARE = 0.1
 
 # Beyond this no loss or count means anything, and sums over clients could overflow.
 LARGEST_METRIC = 1e15
+DURATIONS_AND_RATES = (Key.SECONDS, Key.SECONDS_BESIDE, Key.IMAGES_PER_SECOND)
 
 
 @dataclass(frozen=True)
@@ -27,10 +33,12 @@ class Reply:
     Attributes:
         client: its number.
         message: its reply; None where none came before the deadline.
+        sent: `time.monotonic()` when its message went out; None where its turn never came.
     """
 
     client: int
     message: Message | None
+    sent: float | None = None
 
 
 def addressed(
@@ -56,34 +64,102 @@ def addressed(
     return Message(records, node_id, message_type, ttl=timeout * TTL_SHARE)
 
 
+class Turns:
+    """The messages of an exchange: which wait for their turn, and which are out.
+
+    Attributes:
+        waiting: client and message, in the order of their turns.
+        pending: client and `time.monotonic()` of sending, by id, of messages without a reply.
+        refused: what to say of clients whose node Flower takes no message to.
+    """
+
+    def __init__(
+        self, grid: Grid, messages: Mapping[int, Message], *, timeout: float, at_once: int | None
+    ) -> None:
+        """Line the messages up; see `exchange`."""
+        self.waiting = deque(messages.items())
+        self.pending: dict[str, tuple[int, float]] = {}
+        self.refused: list[Reply] = []
+        self._grid = grid
+        self._at_once = at_once or len(messages)
+        self._patience = PATIENCE_SHARE * timeout
+
+    def send(self) -> None:
+        """Send as many as may be unanswered at once."""
+        while room := min(self._room(), len(self.waiting)):
+            batch = [self.waiting.popleft() for _ in range(room)]
+            # Flower takes no message to a node that has just left, and leaves its id out.
+            taken = set(self._grid.push_messages([message for _, message in batch]))
+            sent = time.monotonic()
+            for client, message in batch:
+                message_id = message.metadata.message_id
+                if message_id in taken:
+                    self.pending[message_id] = client, sent
+                else:
+                    self.refused.append(Reply(client, None, sent))
+
+    def _room(self) -> int:
+        patient = time.monotonic() - self._patience
+        held = sum(sent > patient for _, sent in self.pending.values())
+        return max(self._at_once - held, 0)
+
+    def unanswered(self) -> Iterator[Reply]:
+        """Say of every client without a reply when it was asked, if it was."""
+        yield from (Reply(client, None, sent) for client, sent in self.pending.values())
+        yield from self.refused
+        yield from (Reply(client, None) for client, _ in self.waiting)
+
+
 def exchange(
-    grid: Grid, messages: Mapping[int, Message], *, timeout: float, poll_seconds: float
+    grid: Grid,
+    messages: Mapping[int, Message],
+    *,
+    timeout: float,
+    poll_seconds: float,
+    at_once: int | None = None,
+    phases: Phases | None = None,
 ) -> Iterator[Reply]:
     """Send a message to each client and yield replies as they arrive, then what never came.
 
+    Where not all go out at once, the next goes out when a reply was pulled and used, so that
+    replies cannot pile up in the network.
+
     Args:
         grid: Flower's view of the network.
-        messages: a new message for each client number.
+        messages: a new message for each client number, sent in this order.
         timeout: seconds until the exchange ends.
         poll_seconds: pause between two looks at what has come.
+        at_once: how many may be unanswered; None for all. A client that is silent for
+            `PATIENCE_SHARE` of the time no longer counts, so that it holds up nobody.
+        phases: are told when this sends, and when it waits.
     """
-    deadline = time.monotonic() + timeout
-    # Flower takes no message to a node that has just left, and leaves its id out.
-    sent = set(grid.push_messages(list(messages.values())))
-    client_of = {message.metadata.message_id: client for client, message in messages.items()}
-    pending = {message_id: c for message_id, c in client_of.items() if message_id in sent}
-    unreachable = [c for message_id, c in client_of.items() if message_id not in sent]
-    while pending:
-        for message_id in list(pending):
+    phases = phases or Phases()
+    start = time.monotonic()
+    turns = Turns(grid, messages, timeout=timeout, at_once=at_once)
+
+    def send() -> None:
+        # What would expire on its way is not sent.
+        if turns.waiting and time.monotonic() - start < TTL_SHARE * timeout:
+            phases.enter("sending")
+            turns.send()
+        phases.enter("waiting")
+
+    send()
+    while turns.pending:
+        idle = True
+        for message_id in list(turns.pending):
             # One id per call: a pull loads every reply that is ready into memory.
             for message in grid.pull_messages([message_id]):
-                yield Reply(pending.pop(message_id), message)
-        if time.monotonic() > deadline:
+                idle = False
+                client, sent = turns.pending.pop(message_id)
+                yield Reply(client, message, sent)
+                send()
+        if time.monotonic() - start > timeout:
             break
-        if pending:
+        if idle:
             time.sleep(poll_seconds)
-    for client in [*pending.values(), *unreachable]:
-        yield Reply(client, None)
+            send()
+    yield from turns.unanswered()
 
 
 class UnusableReply(ValueError):
@@ -100,6 +176,8 @@ def checked_content(reply: Reply, *, timeout: float) -> RecordDict:
     Raises:
         UnusableReply: it did not reply in time, or replied with an error.
     """
+    if reply.sent is None:
+        raise UnusableReply(f"not asked: its turn did not come within {timeout:g} s")
     if reply.message is None:
         raise UnusableReply(f"no reply within {timeout:g} s")
     if reply.message.has_error():
@@ -117,7 +195,7 @@ def check_metrics(content: RecordDict) -> None:
     metrics = content.metric_records.get(Key.METRICS)
     if metrics is None:
         raise UnusableReply(f"no record {Key.METRICS.value!r} in the reply")
-    given = [name for name in (Key.SECONDS, Key.IMAGES_PER_SECOND) if name in metrics]
+    given = [name for name in DURATIONS_AND_RATES if name in metrics]
     for name in (Key.NUM_EXAMPLES, Key.LOSS, *given):
         value = metrics.get(name)
         if not isinstance(value, int | float) or not np.isfinite(value):
@@ -146,18 +224,18 @@ def check_weights(content: RecordDict, *, size: int, num_clients: int) -> None:
         names = [str(name) for name in arrays]
         raise UnusableReply(f"arrays must be [{Key.PACKED.value!r}], got {names}")
     try:
-        packed = arrays[Key.PACKED].numpy()
+        if arrays[Key.PACKED].stype != SType.NUMPY:
+            raise TypeError("another serialisation")
+        packed = packed_weights(content)
     except Exception as error:
         # NumPy's reader raises nearly anything on bytes that were made to break it.
         raise UnusableReply(f"weights that cannot be read: {type(error).__name__}") from error
-    if not isinstance(packed, np.ndarray):
-        raise UnusableReply("weights that are no array")
     if packed.shape != (size,) or packed.dtype not in (np.float32, np.float16):
         raise UnusableReply(
             f"weights must be float32 or float16 of shape ({size},), "
             f"got {packed.dtype} of shape {packed.shape}"
         )
-    largest = float(np.abs(packed).max(initial=0.0))
+    largest = largest_magnitude(packed)
     if not np.isfinite(largest):
         raise UnusableReply("weights that are not finite")
     num_examples = cast(int, content.metric_records[Key.METRICS][Key.NUM_EXAMPLES])

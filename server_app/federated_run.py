@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from flwr.app import (
-    Array,
-    ArrayRecord,
     ConfigRecord,
     Message,
     MessageType,
@@ -17,7 +17,7 @@ from flwr.app import (
 )
 from flwr.serverapp import Grid
 
-from server_app.aggregation import StreamingFedAvg
+from server_app.aggregation import StreamingFedAvg, packed_record, packed_weights
 from server_app.exchange import (
     UnusableReply,
     addressed,
@@ -27,18 +27,25 @@ from server_app.exchange import (
     exchange,
 )
 from server_app.log import log
+from server_app.phases import Phases
 from server_app.roster import Roster, sample_clients
-from server_app.simulation import load_images, record_partition
+from server_app.simulation import load_images, record_partition, simulated_at_once
 from server_app.training_run import TrainingRun, Weights
 from task.partition import partition_dataset
 from task.run_directory import HOW_TO_RESUME, RunDirectory
 from task.wire import Key, WeightLayout
 
 # What is written down of a client's training, whatever else it sends.
-TRAIN_METRICS = (Key.NUM_EXAMPLES, Key.LOSS, Key.SECONDS, Key.IMAGES_PER_SECOND)
+TRAIN_METRICS = (
+    *(Key.NUM_EXAMPLES, Key.LOSS, Key.SECONDS, Key.SECONDS_BESIDE, Key.IMAGES_PER_SECOND),
+)
 
-# Seconds between two looks for replies: a simulation's network is in memory.
-POLL_SIMULATION, POLL_NETWORK = 0.1, 2.0
+# Seconds between two looks for replies: a simulation's network is in memory, and Flower hands
+# messages out there every 0.1 s, which a client's turn cannot be quicker than.
+POLL_SIMULATION, POLL_NETWORK = 0.02, 2.0
+
+# Of this machine's memory, for replies that arrive at once.
+MEMORY_SHARE = 0.25
 
 
 class FederatedRun(TrainingRun):
@@ -120,6 +127,7 @@ class FederatedRun(TrainingRun):
         Raises:
             RuntimeError: fewer than `federation.min_replies` usable replies came.
         """
+        self.phases.enter("sending")
         federation = self.config.federation
         clients = sample_clients(
             self.gather_nodes(),
@@ -134,15 +142,17 @@ class FederatedRun(TrainingRun):
         kept = self.clients_to_keep(server_round, clients)
 
         def usable_replies() -> Iterator[Message]:
-            replies = self.ask(MessageType.TRAIN, server_round, clients, self.weights, check_train)
-            for client, reply in replies:
+            for client, reply, sent in self.ask(
+                MessageType.TRAIN, server_round, clients, self.weights, check_train, self.phases
+            ):
                 used.append(client)
                 metrics = reply.content.metric_records[Key.METRICS]
+                seconds = float(metrics.get(Key.SECONDS, 0.0))  # type: ignore[arg-type]
+                self.phases.trained(seconds, since=sent, until=time.monotonic())
                 told = {name: metrics[name] for name in TRAIN_METRICS if name in metrics}
                 self.record(server_round, client, "train", told)
                 if client in kept:
-                    packed = reply.content.array_records[Key.ARRAYS][Key.PACKED].numpy()
-                    own = self._layout.unpack(packed)
+                    own = self._layout.unpack(packed_weights(reply.content))
                     self.directory.save_local_model(server_round, client, own)
                 yield reply
 
@@ -151,6 +161,7 @@ class FederatedRun(TrainingRun):
             check_weights(content, size=self._layout.size, num_clients=len(clients))
 
         arrays, metrics = self._strategy.aggregate_train(server_round, usable_replies())
+        self.phases.enter("aggregating")
         if len(used) < federation.min_replies or arrays is None or metrics is None:
             saved = f"; everything up to round {server_round - 1} is saved: to go on, "
             raise RuntimeError(
@@ -193,8 +204,8 @@ class FederatedRun(TrainingRun):
 
         clients = list(self._roster.node_ids)
         weights = self.final_weights()
-        for client, reply in self.ask(
-            MessageType.EVALUATE, server_round, clients, weights, check_loss
+        for client, reply, _ in self.ask(
+            MessageType.EVALUATE, server_round, clients, weights, check_loss, Phases()
         ):
             metrics = reply.content.metric_records[Key.METRICS]
             count = int(metrics[Key.NUM_EXAMPLES])  # type: ignore[arg-type]
@@ -217,8 +228,13 @@ class FederatedRun(TrainingRun):
         clients: list[int],
         weights: Mapping[str, torch.Tensor],
         check: Callable[[RecordDict], None],
-    ) -> Iterator[tuple[int, Message]]:
+        phases: Phases,
+    ) -> Iterator[tuple[int, Message, float]]:
         """Send weights to clients and yield the replies that can be used, as they arrive.
+
+        The weights are packed and serialised once, and all messages share them. A simulation's
+        network is the memory of this process, and keeps them shared; Ray then writes each
+        message into its store for the process that trains, and each reply on its way back.
 
         Args:
             message_type: "train" or "evaluate".
@@ -226,14 +242,17 @@ class FederatedRun(TrainingRun):
             clients: their numbers.
             weights: the ones to start from.
             check: raises UnusableReply; such a client is named in log and metrics, and left out.
+            phases: of the exchange.
+
+        Yields:
+            Client, reply, and `time.monotonic()` when the client was asked.
         """
         federation = self.config.federation
         node_ids = self._roster.node_ids
         packed = self._layout.pack(weights, federation.wire_dtype)
         config = ConfigRecord({Key.SERVER_ROUND: server_round})
         config[Key.PRECISION] = self.config.train.precision
-        arrays = ArrayRecord({Key.PACKED: Array(packed)})
-        content = RecordDict({Key.ARRAYS: arrays, Key.CONFIG: config})
+        content = RecordDict({Key.ARRAYS: packed_record(packed), Key.CONFIG: config})
         messages = {
             client: addressed(
                 content,
@@ -249,7 +268,10 @@ class FederatedRun(TrainingRun):
             messages,
             timeout=federation.round_timeout,
             poll_seconds=POLL_SIMULATION if self.simulated else POLL_NETWORK,
+            at_once=self.at_once(packed.nbytes),
+            phases=phases,
         ):
+            phases.enter("aggregating")
             try:
                 check(checked_content(reply, timeout=federation.round_timeout))
             except UnusableReply as reason:
@@ -257,8 +279,24 @@ class FederatedRun(TrainingRun):
                 log(f"round {server_round}: client {reply.client} is left out: {reason}")
                 self.record(server_round, reply.client, message_type, {"left_out": str(reason)})
                 continue
-            if reply.message is not None:
-                yield reply.client, reply.message
+            if reply.message is not None and reply.sent is not None:
+                yield reply.client, reply.message, reply.sent
+
+    def at_once(self, message_bytes: int) -> int:
+        """Return how many clients may be at work at a time, `federation.max_in_flight`.
+
+        Where it is null, a simulation has as many as keep its processes busy; of real nodes all,
+        or as many as could reply at once into `MEMORY_SHARE` of this machine's memory.
+
+        Args:
+            message_bytes: of the packed weights.
+        """
+        if self.config.federation.max_in_flight is not None:
+            return self.config.federation.max_in_flight
+        if self.simulated:
+            return simulated_at_once(message_bytes)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return max(1, int(memory * MEMORY_SHARE) // message_bytes)
 
     def record(
         self, server_round: int, client: int, activity: str, values: Mapping[Any, Any]

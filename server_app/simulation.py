@@ -1,11 +1,18 @@
 """What can be done because all images of a run lie on its own machine."""
 
+import os
+
+import ray
+
 from server_app.log import log
 from task.config import Config, require
 from task.data import Dataset, build_dataset
 from task.figures import save_partition_heatmap
 from task.partition import Partition
 from task.run_directory import PARTITION_FILE, RunDirectory
+
+# Small messages that are handed out together, and bytes of messages that may wait as replies.
+MANY_AT_ONCE, BYTES_AT_ONCE = 32, 1 << 28
 
 
 def load_images(config: Config) -> Dataset:
@@ -45,6 +52,22 @@ def record_partition(config: Config, partition: Partition, directory: RunDirecto
     )
     sizes = partition.counts.sum(1)
     log(f"{sizes.sum():,} training images, {sizes.min()} to {sizes.max()} at a hospital")
+
+
+def simulated_at_once(message_bytes: int) -> int:
+    """Return how many simulated clients to keep asked, so that no process of Ray's ever idles.
+
+    Flower hands out what waits every 0.1 s, and for it compares each message with each node:
+    many small messages want to go together, but not all of a thousand. Each reserves at least a
+    core, so there are no more processes than cores.
+
+    Args:
+        message_bytes: of one message.
+    """
+    cores = os.cpu_count() or 1
+    if ray.is_initialized():
+        cores = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+    return max(2 * cores, min(MANY_AT_ONCE, BYTES_AT_ONCE // message_bytes))
 
 
 def described_split(config: Config) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from server_app.evaluation import GlobalEvaluation, is_measured
 from server_app.log import duration, log
+from server_app.phases import Phases
 from task.config import Config, settle_precisions
 from task.data import Dataset
 from task.randomness import Stream, torch_generator
@@ -30,6 +31,7 @@ class TrainingRun(ABC):
         config: of the run, resolved by `prepare`.
         weights: the global weights after the last complete round.
         dataset: all images; None with real nodes, whose images stay there.
+        phases: of the round that is going on.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -40,6 +42,7 @@ class TrainingRun(ABC):
         """
         self.config = directory.config
         self.dataset: Dataset | None = None
+        self.phases = Phases()
         self.directory = directory
         self.device = select_device(self.config.train.device)
         self.model = initial_model(self.config)
@@ -55,7 +58,10 @@ class TrainingRun(ABC):
 
     @abstractmethod
     def train(self, server_round: int) -> str:
-        """Train a round, move `weights`, record it, and say in a few words how it went."""
+        """Train a round, move `weights`, record it, and say in a few words how it went.
+
+        Enters the phases of a training and notes there how long was trained.
+        """
 
     @abstractmethod
     def evaluate(self, server_round: int) -> float | None:
@@ -133,15 +139,18 @@ class TrainingRun(ABC):
         Returns:
             What happened, in one line.
         """
-        start = time.monotonic()
+        self.phases = Phases()
         summary = self.train(server_round)
+        self.phases.enter("checkpoint")
         # Before the evaluation, so that no training is lost with it.
         self.directory.save_checkpoint(server_round, self.weights, self.state())
         if self.evaluation.is_due(server_round):
+            self.phases.enter("evaluating")
             summary += f", {self.evaluate_and_draw(server_round)}"
-        seconds = time.monotonic() - start
-        self.directory.record(server_round, "global", {"round_seconds": seconds})
-        return f"{summary}, {duration(seconds)}"
+        spent = self.phases.finish()
+        self.directory.record(server_round, "global", spent)
+        outside = f"{spent['overhead_share']:.0%} outside training"
+        return f"{summary}, {duration(spent['round_seconds'])}, {outside}"
 
     def evaluate_and_draw(self, server_round: int) -> str:
         """Measure a round and draw its picture; say in few words what was found."""

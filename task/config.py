@@ -310,6 +310,7 @@ class FederationConfig:
     min_replies: int = MISSING
     node_wait: float = MISSING
     round_timeout: float = MISSING
+    max_in_flight: int | None = None
     wire_dtype: str = MISSING
     ema_decay: float | None = None
     keep_checkpoints: int = MISSING
@@ -323,6 +324,7 @@ class FederationConfig:
             self,
             *("num_supernodes", "clients_per_round", "rounds", "min_nodes", "min_replies"),
             *("node_wait", "round_timeout", "keep_checkpoints", "cpus_per_client"),
+            "max_in_flight",
         )
         require(
             self.clients_per_round is None or self.clients_per_round <= self.num_supernodes,

@@ -28,6 +28,8 @@ GRID_DPI = 100
 
 MAP_DPI = 150
 MAX_ANNOTATED_CLIENTS = 20
+# A map of more clients is no wider, and has no lines between them.
+MAX_LINED_CLIENTS = 100
 
 INK = "#222222"
 FONT: dict[str, Any] = {"family": "DejaVu Sans", "color": INK}
@@ -271,7 +273,10 @@ def save_partition_heatmaps(
         )
     top = max(1, *(int(counts.max()) for counts in maps.values()))
     narrow = 0.22 if len(maps) == 1 else 0.11
-    widths = [max((0.55 if _annotated(c) else narrow) * len(c), 2.5) for c in maps.values()]
+    widths = [
+        max((0.55 if _annotated(c) else narrow) * min(len(c), MAX_LINED_CLIENTS), 2.5)
+        for c in maps.values()
+    ]
     size = (2.3 + sum(widths) + 0.3 * len(maps), 1.3 + 0.42 * len(classes))
     figure = Figure(figsize=size, dpi=MAP_DPI)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
@@ -295,10 +300,12 @@ def _draw_map(axes: Axes, counts: np.ndarray, top: int) -> AxesImage:
     num_clients, num_classes = counts.shape
     annotated = _annotated(counts)
     image = axes.imshow(counts.T, cmap="Blues", vmin=0, vmax=top, aspect="auto")
-    axes.set_xticks(range(0, num_clients, 1 if annotated else 5))
+    step = 1 if annotated else 5 * -(-num_clients // MAX_LINED_CLIENTS)
+    axes.set_xticks(range(0, num_clients, step))
     axes.set_xlabel("client", color=INK)
     # White lines between the cells.
-    axes.set_xticks(np.arange(1, num_clients) - 0.5, minor=True)
+    if num_clients <= MAX_LINED_CLIENTS:
+        axes.set_xticks(np.arange(1, num_clients) - 0.5, minor=True)
     axes.set_yticks(np.arange(1, num_classes) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5 if annotated else 0.8)
     axes.tick_params(which="both", length=0, colors=INK)

@@ -49,6 +49,7 @@ FREE_TO_CHANGE = NAMES_AND_PLACES | frozenset(
         *("federation.min_replies", "federation.node_wait", "federation.round_timeout"),
         *("federation.keep_checkpoints", "federation.cpus_per_client"),
         *("federation.gpus_per_client", "federation.keep_local_models"),
+        "federation.max_in_flight",
         *("eval.every", "eval.images_per_class"),
         *("eval.num_images", "eval.metrics_every", "eval.final_metrics", "eval.num_per_class"),
         *("eval.seed", "eval.batch_size", "eval.precision"),

@@ -4,12 +4,15 @@ A model crosses the network as one flat array, several times faster in deploymen
 per parameter. Both ends derive its layout from the model that they build, so none is sent.
 """
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import nn
 
@@ -28,6 +31,7 @@ class Key(StrEnum):
     NUM_EXAMPLES = "num-examples"
     LOSS = "loss"
     SECONDS = "seconds"
+    SECONDS_BESIDE = "seconds-beside"
     IMAGES_PER_SECOND = "images-per-second"
     PARTITION_ID = "partition-id"
     NUM_PARTITIONS = "num-partitions"
@@ -79,20 +83,60 @@ class WeightLayout:
             state: tensors with the names and shapes of the layout, on any device.
             dtype: of the result, "float32" or "float16".
         """
-        flat = torch.cat([state[name].detach().cpu().reshape(-1) for name in self.shapes])
-        return flat.numpy().astype(dtype, copy=False)
+        # Joined where they are, so that a GPU sends one block and not one per tensor.
+        flat = torch.cat([state[name].detach().reshape(-1) for name in self.shapes])
+        return flat.to(getattr(torch, dtype)).cpu().numpy()
 
-    def unpack(self, packed: NDArray[np.floating]) -> dict[str, torch.Tensor]:
-        """Cut a flat array into float32 tensors; see `pack`.
+    def unpack(
+        self, packed: NDArray[np.floating], device: torch.device | str = "cpu"
+    ) -> dict[str, torch.Tensor]:
+        """Cut a flat array into float32 tensors with memory of their own; see `pack`.
+
+        Args:
+            packed: [P], float32 or float16.
+            device: of the tensors; the array goes there in one block.
 
         Raises:
             ValueError: the array is not flat or not of the layout's size.
         """
         if packed.shape != (self.size,):
             raise ValueError(f"packed weights must have shape ({self.size},), got {packed.shape}")
-        flat = torch.from_numpy(packed.astype(np.float32))
+        flat = torch.from_numpy(packed.astype(np.float32)).to(device)
         pieces = torch.split(flat, [shape.numel() for shape in self.shapes.values()])
         return {
             name: piece.reshape(shape)
             for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
         }
+
+
+def to_npy(array: NDArray[np.floating]) -> bytes:
+    """Write an array as the bytes of an .npy file, in one copy.
+
+    They are what Flower's `Array(ndarray)` makes, which copies three times on the way.
+
+    Args:
+        array: contiguous.
+    """
+    header = io.BytesIO()
+    npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(array))
+    return b"".join((header.getvalue(), array.data))
+
+
+def from_npy(data: bytes) -> NDArray[Any]:
+    """Read the bytes of an .npy file as an array that cannot be written, without a copy.
+
+    Args:
+        data: of `to_npy` or `np.save`; bytes of a stranger are safe here, objects are refused.
+
+    Raises:
+        ValueError: they are no such file, or are cut. On bytes that were made to break it
+            NumPy's reader of headers raises nearly anything.
+    """
+    file = io.BytesIO(data)
+    if npy.read_magic(file) != (1, 0):
+        raise ValueError("an array must be a file of version 1.0 of NumPy's format")
+    shape, _, dtype = npy.read_array_header_1_0(file)
+    if dtype.hasobject:
+        # Their bytes would be taken for addresses in memory.
+        raise ValueError(f"an array must hold numbers, got {dtype}")
+    return np.ndarray(shape, dtype, buffer=data, offset=file.tell())

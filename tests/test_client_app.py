@@ -31,7 +31,7 @@ HOSPITAL = "data=mnist data.test_fraction=null"
 MODEL = initial_model(CONFIG)
 LAYOUT = WeightLayout.of(MODEL)
 WEIGHTS = LAYOUT.pack(MODEL.state_dict())
-TRAINED_KEYS = {Key.NUM_EXAMPLES, Key.LOSS, Key.SECONDS, Key.IMAGES_PER_SECOND}
+TRAINED_KEYS = {Key.NUM_EXAMPLES, Key.LOSS, Key.SECONDS, Key.SECONDS_BESIDE, Key.IMAGES_PER_SECOND}
 
 
 @pytest.fixture(autouse=True)

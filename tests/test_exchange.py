@@ -40,9 +40,13 @@ def sent_to(nodes: list[int], *, ttl: float = 3600) -> dict[int, Message]:
 
 
 def replies(
-    network: Network, messages: dict[int, Message], *, timeout: float = 20
+    network: Network,
+    messages: dict[int, Message],
+    *,
+    timeout: float = 20,
+    at_once: int | None = None,
 ) -> Iterator[Reply]:
-    return exchange(network.grid, messages, timeout=timeout, poll_seconds=0.01)
+    return exchange(network.grid, messages, timeout=timeout, poll_seconds=0.01, at_once=at_once)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
@@ -134,15 +138,70 @@ def test_error_replies_are_replies() -> None:
     assert all(reply.message is not None and reply.message.has_error() for reply in found)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 5, 9, None])
+def test_no_more_clients_than_allowed_are_asked_at_once_and_all_reply(at_once: int | None) -> None:
+    network = Network()
+    messages = sent_to(network.add_nodes(9))
+    unanswered: list[int] = []
+
+    def watch(message: Message) -> Message:
+        unanswered.append(network.state.num_message_ins())
+        return echo(message)
+
+    with network.answering(watch):
+        found = [*replies(network, messages, at_once=at_once)]
+    assert sorted(reply.client for reply in found) == [*range(9)]
+    assert all(reply.message is not None and not reply.message.has_error() for reply in found)
+    assert max(unanswered) == (at_once or 9)
+
+
+def test_next_client_is_asked_when_a_reply_has_been_used() -> None:
+    network = Network()
+    messages = sent_to(network.add_nodes(3))
+    arriving = replies(network, messages, at_once=1)
+    with network.answering(echo):
+        for asked in (1, 2, 3):
+            next(arriving)
+            time.sleep(0.05)  # in which nobody else is asked
+            assert sum(m.metadata.message_id != "" for m in messages.values()) == asked
+
+
+def test_silent_client_holds_up_nobody_for_long() -> None:
+    network = Network()
+    messages = sent_to(network.add_nodes(4))
+    first = next(iter(messages))
+    silent = messages[first].metadata.dst_node_id
+    with network.answering(lambda m: None if m.metadata.dst_node_id == silent else echo(m)):
+        found = {r.client: r for r in replies(network, messages, timeout=2, at_once=1)}
+    assert [c for c, r in found.items() if r.message is None or r.message.has_error()] == [first]
+    assert found[first].sent is not None
+
+
+def test_clients_whose_turn_never_came_are_named_as_not_asked() -> None:
+    network = Network()
+    messages = sent_to(network.add_nodes(30))
+    found = [*replies(network, messages, timeout=0.5, at_once=1)]  # nobody answers
+    assert sorted(reply.client for reply in found) == [*range(30)]
+    never = [reply for reply in found if reply.sent is None]
+    assert 15 <= len(never) < 30
+    assert all(messages[reply.client].metadata.message_id == "" for reply in never)
+    with pytest.raises(UnusableReply, match=r"^not asked: its turn did not come within 0\.5 s$"):
+        checked_content(never[0], timeout=0.5)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, None])
 @pytest.mark.parametrize("gone", [(1,), (0, 2), (0, 1, 2)])
-def test_nodes_that_have_left_are_accounted_for_and_the_others_reply(gone: tuple[int, ...]) -> None:
+def test_nodes_that_have_left_are_accounted_for_and_the_others_reply(
+    gone: tuple[int, ...], at_once: int | None
+) -> None:
     # Unregistered after the list of nodes was made: Flower takes no message to them.
     network = Network()
     messages = sent_to(network.add_nodes(3))
     for client in gone:
         network.remove_node(messages[client].metadata.dst_node_id)
     with network.answering(echo):
-        found = {reply.client: reply.message for reply in replies(network, messages, timeout=1)}
+        arrived = replies(network, messages, timeout=1, at_once=at_once)
+        found = {reply.client: reply.message for reply in arrived}
     assert sorted(found) == [0, 1, 2]
     for client, message in found.items():
         assert (message is None or message.has_error()) == (client in gone)
@@ -181,7 +240,7 @@ def test_messages_expire_before_the_exchange_ends(timeout: float) -> None:
 
 def test_no_reply_is_unusable() -> None:
     with pytest.raises(UnusableReply, match=r"^no reply within 7200 s$"):
-        checked_content(Reply(3, None), timeout=7200)
+        checked_content(Reply(3, None, sent=1.0), timeout=7200)
 
 
 def said_of(error: Error) -> str:
@@ -189,7 +248,7 @@ def said_of(error: Error) -> str:
     Network()
     asked = addressed(RecordDict(), node_id=7, message_type="train", timeout=60)
     with pytest.raises(UnusableReply) as caught:
-        checked_content(Reply(3, Message(error, reply_to=asked)), timeout=60)
+        checked_content(Reply(3, Message(error, reply_to=asked), sent=1.0), timeout=60)
     return str(caught.value)
 
 

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -18,6 +19,7 @@ from client_app import workspace
 from server_app import federated_run, training_run
 from server_app.app import app as server_app
 from server_app.federated_run import FederatedRun, moving_average
+from server_app.simulation import simulated_at_once
 from server_app.training_run import initial_model
 from task.checkpoint import load_weights
 from task.config import load_run_config, read_config
@@ -33,7 +35,7 @@ Alter = Callable[[Message, Message], Message | None]
 THREE_ROUNDS = {"federation.rounds": 3, "federation.ema_decay": 0.75}
 RECORDED_OF_TRAINING = {
     *("train_num_examples", "train_loss", "train_seconds", "train_images_per_second"),
-    "train_left_out",
+    *("train_left_out", "train_seconds_beside"),
 }
 
 
@@ -155,7 +157,9 @@ def test_metrics_hold_every_client_of_every_round(reference: Path) -> None:
         for client, count in enumerate(counts)
     }
     assert {m["name"] for m in lines(reference) if m["who"] == "global"} == {
-        *("train_loss", "num_clients", "test_loss", "round_seconds")
+        *("train_loss", "num_clients", "test_loss", "round_seconds", "overhead_share"),
+        *("seconds_sending", "seconds_waiting", "seconds_aggregating", "seconds_training"),
+        *("seconds_checkpoint", "seconds_evaluating"),
     }
     assert recorded(reference, "num_clients") == {(r, "global"): 3 for r in (1, 2, 3)}
     # Every second round and the last.
@@ -219,6 +223,47 @@ def test_order_of_arrival_does_not_show_in_the_weights(
     assert same_bits(final_weights(folder), final_weights(reference))
     assert recorded(folder, "train_loss") == recorded(reference, "train_loss")
     assert recorded(folder, "test_loss") == recorded(reference, "test_loss")
+
+
+def test_clients_asked_one_after_the_other_give_the_same_bits(
+    reference: Path, tmp_path: Path
+) -> None:
+    run_config = configured(tmp_path, {**THREE_ROUNDS, "federation.max_in_flight": 1})
+    nodes = ClientNodes(Network(), run_config, *simulated(3))
+    out: list[int] = []
+
+    def count(asked: Message, reply: Message) -> Message:
+        if asked.metadata.message_type != "query":
+            out.append(nodes.network.state.num_message_ins())
+        return reply
+
+    folder = play(run_config, nodes=nodes, alter=count)
+    assert len(out) == 9 + 6 and set(out) == {1}
+    assert same_bits(final_weights(folder), final_weights(reference))
+
+
+def test_phases_of_a_round_add_up_to_it_and_training_lies_within(reference: Path) -> None:
+    for server_round in (1, 2, 3):
+        told = {
+            m["name"]: m["value"]
+            for m in lines(reference)
+            if m["round"] == server_round and m["who"] == "global"
+        }
+        training = told.pop("seconds_training")
+        phases = sum(value for name, value in told.items() if name.startswith("seconds_"))
+        assert phases == pytest.approx(told["round_seconds"])
+        outside = told["round_seconds"] - told.get("seconds_evaluating", 0.0) - training
+        assert training > 0 and outside > 0
+        assert 0 < told["overhead_share"] < 1
+
+
+@pytest.mark.parametrize(("message_bytes", "many"), [(1, True), (10**8, False), (10**12, False)])
+def test_simulation_asks_twice_as_many_clients_as_work_side_by_side(
+    message_bytes: int, many: bool
+) -> None:
+    found = simulated_at_once(message_bytes)
+    cores = os.cpu_count() or 1
+    assert found == (max(2 * cores, 32) if many else max(2 * cores, 2**28 // message_bytes))
 
 
 def test_too_few_replies_end_the_run_and_resume_goes_on_to_the_same_bits(

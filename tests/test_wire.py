@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from task.wire import FailureCode, Key, WeightLayout
+from task.wire import FailureCode, Key, WeightLayout, from_npy, to_npy
 
 
 class Model(nn.Module):
@@ -96,6 +96,28 @@ def test_unpack_reads_an_array_that_must_not_be_written() -> None:
 def test_unpack_refuses_other_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"must have shape \(72,\), got \("):
         WeightLayout.of(Model()).unpack(np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("size", [0, 1, 1000])
+def test_bytes_are_those_of_flowers_own_array(dtype: type, size: int) -> None:
+    from flwr.app import Array
+
+    array = np.random.default_rng(0).standard_normal(size).astype(dtype)
+    flowers = Array(array)
+    assert to_npy(array) == flowers.data
+    found = from_npy(flowers.data)
+    assert found.dtype == dtype and np.array_equal(found, array)
+    assert not found.flags.writeable  # it is the bytes themselves
+
+
+@pytest.mark.parametrize("dtype", ["|O", "[('a', '|O')]"])
+def test_bytes_are_never_taken_for_objects(dtype: str) -> None:
+    descr = dtype if dtype.startswith("[") else f"'{dtype}'"
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': (4,), }}".ljust(117) + "\n"
+    data = b"\x93NUMPY\x01\x00\x76\x00" + header.encode() + b"\1" * 80
+    with pytest.raises(ValueError, match="must hold numbers"):
+        from_npy(data)
 
 
 def test_models_with_counters_are_refused_by_name() -> None:

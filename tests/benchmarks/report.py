@@ -27,6 +27,9 @@ SECTIONS = {
     "GPU only)",
     "peers": "training beside denoising-diffusion-pytorch and diffusers, where the dependency "
     "group `peers` is installed (4 minutes)",
+    "rounds": "what a round costs outside local training, phase by phase (1 minute)",
+    "server_memory": "memory of the server by the number of clients, beside Flower's FedAvg",
+    "scale": "seconds per round and memory for 10 and 100 clients (--full: 1,000 as well)",
 }
 
 # By the words of a name.
