@@ -8,6 +8,7 @@ process with the same batch, but for rounding and for dropout, of which each has
 import copy
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
@@ -216,7 +217,8 @@ def _run(job: _Job) -> None:
             if process.pid is not None:
                 process.kill()
                 process.join()
-    if job.error_file.exists():
+    # Where one was killed, what the others then raise is of no interest.
+    if job.error_file.exists() and -signal.SIGKILL not in codes:
         raise pickle.loads(job.error_file.read_bytes())
     if any(codes):
         raise RuntimeError(
@@ -268,11 +270,12 @@ def _train(rank: int, job: _Job) -> None:
         world_size=job.num_processes,
         timeout=PATIENCE,
     )
+    # Copies, because a CPU would change what the others share.
     model = copy.deepcopy(job.model)
     move(model, device, channels_last=job.options["channels_last"])
     compile_where_wanted(model, job.compiled, device)
     optimizer = new_optimizer(model, lr=0.0)
-    optimizer.load_state_dict(job.optimizer_state)  # with its learning rate
+    optimizer.load_state_dict(copy.deepcopy(job.optimizer_state))  # with its learning rate
     generator = torch.Generator(device)
     generator.set_state(job.generator_state)
     options = dict(job.options)
