@@ -232,10 +232,9 @@ def _work(rank: int, parent: int, job: _Job) -> None:
     end_with_parent()
     if os.getppid() != parent:
         return  # it was gone before
-    # One machine: nothing needs to listen beyond it.
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        if sys.platform == "linux":
-            os.environ.setdefault(variable, "lo")
+    if sys.platform == "linux":
+        # All on one machine: nothing needs to listen beyond it.
+        os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     try:
         _train(rank, job)
     except Exception as error:

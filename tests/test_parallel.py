@@ -142,7 +142,10 @@ def sudden_end() -> None:
     ("failure", "expected", "message"),
     [
         (no_memory, torch.OutOfMemoryError, "no memory left"),
-        (sudden_end, RuntimeError, r"ended without a word, exit codes .*-9.*lower train\.batch"),
+        pytest.param(
+            *(sudden_end, RuntimeError, r"ended without a word, exit codes .*-9.*lower train\.b"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_one_that_fails_ends_all_and_its_exception_is_raised_here(
@@ -177,6 +180,7 @@ def children_of(pid: int) -> list[int]:
     return [child for child, command in commands.items() if b"spawn_main" in command]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing ends them")
 def test_killed_parent_leaves_no_process(tmp_path: Path) -> None:
     script = tmp_path / "main.py"
