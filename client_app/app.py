@@ -10,8 +10,9 @@ from flwr.common.constant import SType
 from client_app.failures import failures_stay_local
 from client_app.workspace import Workspace, choose_precision, open_workspace
 from task.fingerprint import code_fingerprint
+from task.parallel import train_in_processes
 from task.randomness import Stream, torch_generator
-from task.train import held_out_loss, new_optimizer, train_epochs
+from task.train import held_out_loss, new_optimizer
 from task.wire import Key, from_npy, to_npy
 
 app = ClientApp()
@@ -38,10 +39,12 @@ def train(message: Message, context: Context) -> Message:
     config = workspace.config
     images, _ = workspace.images(context)
     load_weights(workspace, message)
-    result = train_epochs(
+    result = train_in_processes(
         workspace.model,
         images.images,
         images.labels,
+        num_processes=workspace.num_processes,
+        compiled=config.train.compile,
         objective=workspace.objective,
         optimizer=new_optimizer(workspace.model, config.train.lr),
         epochs=config.train.local_epochs,

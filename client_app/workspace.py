@@ -13,6 +13,7 @@ from flwr.app import ConfigRecord, Context
 from task.config import Config, anchored, load_run_config
 from task.data import Dataset, ImageSet, build_dataset, split_validation
 from task.diffusion import DiffusionObjective, build_objective
+from task.parallel import count_processes
 from task.partition import Partition, partition_dataset
 from task.randomness import Stream, numpy_generator
 from task.train import compile_where_wanted, configure_torch, fastest_precision, select_device
@@ -27,6 +28,7 @@ class Workspace:
     Attributes:
         config: of the run, with the node's own data folder.
         device: where it trains.
+        num_processes: that train together.
         model: its weights are replaced with every message.
         layout: of the packed weights.
         objective: the loss of a batch.
@@ -36,6 +38,7 @@ class Workspace:
 
     config: Config
     device: torch.device
+    num_processes: int
     model: UNet
     layout: WeightLayout
     objective: DiffusionObjective
@@ -87,6 +90,9 @@ def _build_workspace(
     return Workspace(
         config=config,
         device=device,
+        num_processes=count_processes(
+            config.train.num_processes, device, one_per_gpu=num_partitions is None
+        ),
         model=model,
         layout=WeightLayout.of(model),
         objective=build_objective(config),

@@ -10,6 +10,7 @@ from server_app.simulation import load_images
 from server_app.training_run import TrainingRun, Weights
 from task.data import Dataset
 from task.diffusion import build_objective
+from task.parallel import count_processes, train_in_processes
 from task.randomness import Stream, torch_generator
 from task.run_directory import POOLED_FILE, RunDirectory
 from task.train import (
@@ -18,7 +19,6 @@ from task.train import (
     move,
     new_optimizer,
     torch_configured,
-    train_epochs,
 )
 
 
@@ -48,6 +48,9 @@ class CentralizedRun(TrainingRun):
         self._objective = build_objective(self.config)
         move(self.model, self.device, channels_last=self.config.train.channels_last)
         compile_where_wanted(self.model, self.config.train.compile, self.device)
+        self._num_processes = count_processes(
+            self.config.train.num_processes, self.device, one_per_gpu=False
+        )
         self._optimizer = new_optimizer(self.model, self.config.train.lr)
 
     def gather(self) -> None:
@@ -81,10 +84,12 @@ class CentralizedRun(TrainingRun):
         with torch_configured(
             num_threads=config.train.num_threads, deterministic=config.train.deterministic
         ):
-            result = train_epochs(
+            result = train_in_processes(
                 self.model,
                 self.dataset.train.images,
                 self.dataset.train.labels,
+                num_processes=self._num_processes,
+                compiled=config.train.compile,
                 objective=self._objective,
                 optimizer=self._optimizer,
                 epochs=config.train.local_epochs,

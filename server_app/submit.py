@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shlex
 import signal
 import subprocess
@@ -32,6 +33,7 @@ from task.config import (
     require,
 )
 from task.features import build_extractor
+from task.parallel import count_processes
 from task.partition import partition_dataset
 from task.run_directory import (
     HOW_TO_RESUME,
@@ -172,7 +174,7 @@ def train(config: Config, overrides: list[str]) -> None:
             f"feddm-train runs from a checkout of feddm, and {CHECKOUT} is none; "
             "clone the repository and install it with `pip install -e .`"
         )
-    is_compiled(config.train.compile, select_device(config.train.device))
+    check_machine(config)
     require(
         config.federation.min_nodes <= config.federation.num_supernodes,
         "federation.min_nodes",
@@ -187,6 +189,32 @@ def train(config: Config, overrides: list[str]) -> None:
     else:
         submit(config, overrides)
     print(f"results: {run_path(config)}", flush=True)
+
+
+def check_machine(config: Config) -> None:
+    """Check that what trains is there; a simulation's own processes would say so late.
+
+    Raises:
+        ValueError: a GPU, GPUs enough or a compiler is missing.
+    """
+    device = select_device(config.train.device)
+    is_compiled(config.train.compile, device)
+    count_processes(config.train.num_processes, device, one_per_gpu=False)
+    if config.train.mode == "federated" and device.type == "cuda":
+        require(
+            not device.index,
+            "train.device",
+            "auto, cpu or cuda in a simulation, where Ray shows each client its own GPU as cuda:0 "
+            "(CUDA_VISIBLE_DEVICES=1 feddm-train ... leaves one to all of them)",
+            config.train.device,
+        )
+        share = max(1, math.ceil(gpus_per_client(config)))
+        require(
+            (config.train.num_processes or 1) <= share,
+            "train.num_processes",
+            f"at most {share}, the GPUs that federation.gpus_per_client gives each client",
+            config.train.num_processes,
+        )
 
 
 def check_images(config: Config) -> None:

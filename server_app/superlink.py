@@ -1,6 +1,5 @@
 """A SuperLink of one's own for a simulation, started and stopped with the job."""
 
-import ctypes
 import os
 import shutil
 import signal
@@ -16,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from task.processes import end_with_parent
 
 START_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 3.0
@@ -81,6 +82,7 @@ def private_superlink() -> Iterator[SuperLink]:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # One that is only asked to end waits for its run; its own children watch its pid.
             preexec_fn=end_with_parent,
         )
     try:
@@ -116,16 +118,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def end_with_parent() -> None:
-    """Ask Linux to kill this process when its parent is killed; elsewhere it would stay behind.
-
-    A SuperLink that is only asked to end waits for its run; its own children watch its pid.
-    """
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def wait_until_healthy(process: "subprocess.Popen[bytes]", port: int, output: Path) -> None:

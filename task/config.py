@@ -285,11 +285,13 @@ class TrainConfig:
     channels_last: bool = MISSING
     compile: bool | None = None
     num_threads: int = MISSING
+    num_processes: int | None = None
     deterministic: bool = MISSING
 
     def __post_init__(self) -> None:
         require_one_of("train.mode", self.mode, TRAIN_MODES)
-        require_positive("train", self, "local_epochs", "batch_size", "lr", "num_threads")
+        require_positive("train", self, "local_epochs", "batch_size", "lr")
+        require_positive("train", self, "num_threads", "num_processes")
         require_one_of("train.precision", self.precision, PRECISIONS)
         require(
             re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,

@@ -18,6 +18,8 @@ from task.config import DIFFUSION_CHOICES, Config, require, require_one_of
 from task.schedule import NoiseSchedule, build_schedule, log_snr, sample_times
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Of a model, x_start, labels and the source of all draws: the loss of a batch.
+Objective = Callable[[Model, Tensor, Tensor, torch.Generator], Tensor]
 
 
 def scales(alphas_cumprod: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -209,7 +211,7 @@ class DiffusionObjective:
     def __call__(
         self, model: Model, x_start: Tensor, labels: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Draw times, noise and hidden labels, and return the loss.
+        """Return the loss of a batch at what `draw` draws for it.
 
         Args:
             model: see the module.
@@ -220,6 +222,16 @@ class DiffusionObjective:
         Returns:
             A scalar, see `diffusion_loss`.
         """
+        return self.loss(model, x_start, *self.draw(x_start, labels, generator))
+
+    def draw(
+        self, x_start: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw times and noise, and which labels are hidden; arguments as in `__call__`.
+
+        Returns:
+            alphas_cumprod, [N] float64; noise, [N, C, H, W]; labels, [N] int64.
+        """
         times = sample_times(len(x_start), self.timestep_sampling, generator)
         # Not randn_like: the numbers should not depend on the memory format of x_start.
         noise = torch.randn(
@@ -228,11 +240,17 @@ class DiffusionObjective:
         if self.null_label is not None and self.label_dropout > 0:
             draws = torch.rand(len(labels), device=labels.device, generator=generator)
             labels = labels.masked_fill(draws < self.label_dropout, self.null_label)
+        return self.schedule.alphas_cumprod_at(times), noise, labels
+
+    def loss(
+        self, model: Model, x_start: Tensor, alphas_cumprod: Tensor, noise: Tensor, labels: Tensor
+    ) -> Tensor:
+        """Return the loss of images at what was drawn for them; see `diffusion_loss`."""
         return diffusion_loss(
             model,
             x_start,
             labels,
-            alphas_cumprod=self.schedule.alphas_cumprod_at(times),
+            alphas_cumprod=alphas_cumprod,
             noise=noise,
             prediction_type=self.prediction_type,
             loss_weighting=self.loss_weighting,

@@ -61,7 +61,7 @@ FREE_TO_CHANGE = NAMES_AND_PLACES | frozenset(
 # Runs that differ in nothing else have the same final weights, but for rounding.
 WITHOUT_INFLUENCE = (FREE_TO_CHANGE - {"federation.rounds", "federation.num_supernodes"}) | {
     *("train.device", "train.precision", "train.num_threads", "train.channels_last"),
-    *("train.deterministic", "train.compile"),
+    *("train.deterministic", "train.compile", "train.num_processes"),
 }
 
 # A killed process lets go of its lock; its children may need some seconds to end.

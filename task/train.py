@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from task.config import Config
+from task.config import Config, require
 from task.data import normalize, random_horizontal_flip
-from task.diffusion import DiffusionObjective, build_objective
+from task.diffusion import Objective, build_objective
 
 # bfloat16 must win clearly: a close race would be decided by the noise of the machine.
 BFLOAT16_ADVANTAGE = 1.2
@@ -40,13 +40,21 @@ def select_device(name: str) -> torch.device:
     """Turn `train.device` into a device; "auto" is a GPU where there is one.
 
     Raises:
-        ValueError: CUDA is asked for and not there.
+        ValueError: CUDA is asked for and not there, or a GPU that this process does not see.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"train.device must be auto or cpu where CUDA is missing, got {name!r}")
-    return torch.device(name)
+    device = torch.device(name)
+    require(
+        device.index is None or device.index < torch.cuda.device_count(),
+        "train.device",
+        f"auto, cuda or one of the {torch.cuda.device_count()} GPUs that this process sees, "
+        "numbered from cuda:0 (a simulated client sees its own share of them only)",
+        name,
+    )
+    return device
 
 
 def configure_torch(*, num_threads: int, deterministic: bool) -> None:
@@ -88,15 +96,19 @@ def torch_configured(*, num_threads: int, deterministic: bool) -> Iterator[None]
 
 
 @contextmanager
-def seeded_global_generator(generator: torch.Generator) -> Iterator[None]:
+def seeded_global_generator(generator: torch.Generator, rank: int = 0) -> Iterator[None]:
     """Fork torch's global generators and seed them with a draw from `generator`.
 
     For what takes no generator: the initialisation of layers and channel dropout.
+
+    Args:
+        generator: one and the same draw is taken from it, whatever the rank.
+        rank: processes of other ranks get other seeds.
     """
     device = generator.device
     seed = int(torch.randint(2**62, (), generator=generator, device=device))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + rank)
         yield
 
 
@@ -142,7 +154,7 @@ def train_epochs(
     images: Tensor,
     labels: Tensor,
     *,
-    objective: DiffusionObjective,
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
     epochs: int,
     batch_size: int,
@@ -150,6 +162,7 @@ def train_epochs(
     precision: str,
     channels_last: bool,
     generator: torch.Generator,
+    rank: int = 0,
 ) -> TrainResult:
     """Run epochs over images, such as the local epochs of one client.
 
@@ -166,6 +179,8 @@ def train_epochs(
         precision: "float32", or "bfloat16" for autocast over float32 weights.
         channels_last: memory format of images and weights.
         generator: of every draw; its device is the one that is trained on.
+        rank: of this process among those that train the model together, see `task.parallel`;
+            each drops channels of its own.
 
     Raises:
         ValueError: there are no images, or no such precision.
@@ -181,7 +196,7 @@ def train_epochs(
     images, labels = images.to(device), labels.to(device)
     loss_sum = torch.zeros((), device=device, dtype=torch.float64)
     start = time.perf_counter()
-    with seeded_global_generator(generator):
+    with seeded_global_generator(generator, rank):
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=generator, device=device)
             for batch in torch.split(order, batch_size):
@@ -207,7 +222,7 @@ def held_out_loss(
     images: Tensor,
     labels: Tensor,
     *,
-    objective: DiffusionObjective,
+    objective: Objective,
     batch_size: int,
     precision: str,
     channels_last: bool,
@@ -265,7 +280,7 @@ def fastest_precision(config: Config, model: nn.Module, device: torch.device) ->
 def faster_precision(
     model: nn.Module,
     *,
-    objective: DiffusionObjective,
+    objective: Objective,
     image_shape: tuple[int, int, int],
     batch_size: int,
     channels_last: bool,

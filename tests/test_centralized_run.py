@@ -93,6 +93,16 @@ def test_neither_a_pause_nor_pictures_change_the_weights(folder: Path, reference
     assert recorded(paused, "train_loss") == recorded(reference, "train_loss")
 
 
+@pytest.mark.slow
+def test_two_processes_go_on_with_one_adam(folder: Path) -> None:
+    settings: dict[str, Any] = {"federation__rounds": 2, "model__dropout": 0.0}
+    alone = final_weights(play(configured(folder, "alone", **settings)))
+    together = play(configured(folder, "together", train__num_processes=2, **settings))
+    for name, tensor in final_weights(together).items():
+        torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-5)
+    assert recorded(together, "train_loss")[2] < recorded(together, "train_loss")[1]
+
+
 def test_another_seed_gives_other_weights(folder: Path, reference: Path) -> None:
     other = play(configured(folder, "seed-1", federation__rounds=1, seed=1))
     assert not same_bits(final_weights(other), final_weights(reference))

@@ -1,4 +1,7 @@
 import dataclasses
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from task.train import held_out_loss, new_optimizer, train_epochs
 from task.wire import FailureCode, Key, WeightLayout
 from tests.helpers import SMALL_RUN, Network, node_context, simulated, write_digits_as_mnist
 
+ROOT = Path(__file__).resolve().parent.parent
 CONFIG = load_run_config(SMALL_RUN)
 HOSPITAL = "data=mnist data.test_fraction=null"
 MODEL = initial_model(CONFIG)
@@ -456,3 +460,51 @@ def test_kept_precision_is_the_one_that_trains(context: Context) -> None:
 def test_unknown_precision_is_an_error_reply(context: Context) -> None:
     reply = app(message("train", precision="int8"), context)
     assert (reply.error.code, reply.error.reason) == (FailureCode.BAD_INPUT, "ValueError")
+
+
+def test_processes_of_a_client_reply_what_one_replies(context: Context) -> None:
+    context.run_config["model.dropout"] = 0.0
+    alone = app(message("train"), context)
+    context.run_config["train.num_processes"] = 2
+    together = app(message("train"), context)
+    assert set(metrics(together)) == TRAINED_KEYS
+    assert metrics(together)[Key.LOSS] == pytest.approx(metrics(alone)[Key.LOSS], rel=1e-6)
+    np.testing.assert_allclose(packed(together), packed(alone), atol=1e-5)
+    assert not np.array_equal(packed(together), WEIGHTS)
+
+
+def test_failure_in_one_of_a_clients_processes_is_told_by_its_class(context: Context) -> None:
+    context.run_config["train.num_processes"] = 2
+    reply = app(message("train", precision="int8"), context)
+    assert (reply.error.code, reply.error.reason) == (FailureCode.BAD_INPUT, "ValueError")
+
+
+BUNDLE = """
+import importlib, sys
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])  # as Flower does with what it has unpacked
+    case = importlib.import_module("tests.test_client_app")
+    config = {**case.SMALL_RUN, "train.num_processes": 2}
+    reply = case.app(case.message("train"), case.node_context(config, case.simulated(3)[1]))
+    assert not reply.has_error(), reply.error
+"""
+
+
+@pytest.mark.slow
+def test_processes_run_the_code_of_the_bundle_that_their_parent_runs(tmp_path: Path) -> None:
+    bundle, elsewhere = tmp_path / "bundle", tmp_path / "elsewhere"
+    for package in ("task", "client_app", "server_app", "conf", "tests"):
+        shutil.copytree(ROOT / package, bundle / package)
+    with (bundle / "task" / "unet.py").open("a") as file:
+        file.write("\nimport os\nprint('the bundle in process', os.getpid(), flush=True)\n")
+    (elsewhere / "task").mkdir(parents=True)  # a decoy
+    (elsewhere / "task" / "__init__.py").write_text("raise ImportError")
+    (tmp_path / "main").write_text(BUNDLE)
+    ran = subprocess.run(
+        [sys.executable, tmp_path / "main", bundle],
+        cwd=elsewhere,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len({*filter(lambda line: "the bundle" in line, ran.stdout.splitlines())}) == 3

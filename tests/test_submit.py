@@ -8,6 +8,7 @@ import torch
 from server_app.evaluation import check_numbers
 from server_app.submit import (
     check_images,
+    check_machine,
     equal_finished_run,
     go_on_with_sweep,
     name_by_what_is_swept,
@@ -144,6 +145,40 @@ def test_extractor_that_is_missing_is_refused_before_training(sweep: Path) -> No
     words |= {"eval.extractor": "exported", "eval.exported_program": "/no.pt2"}
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         check_images(load_run_config(words))
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "GPU")
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"train.device": "cuda:2"}, r"train\.device must be .* 2 GPUs .* got 'cuda:2'"),
+        ({"train.device": "cuda:1"}, r"train\.device must be .* cuda in a simulation.*'cuda:1'"),
+        ({"train.num_processes": 3}, r"train\.num_processes must be at most 2, .* got 3"),
+        ({"train.num_processes": 2}, r"must be at most 1, .*federation\.gpus_per_client.* got 2"),
+        (
+            {"train.num_processes": 2, "federation.gpus_per_client": 0.5},
+            r"must be at most 1, .*federation\.gpus_per_client.* got 2",
+        ),
+        ({"train.num_processes": 2, "federation.gpus_per_client": 2}, None),
+        ({"train.num_processes": 2, "train.mode": "centralized"}, None),
+        ({"train.device": "cuda:1", "train.mode": "centralized"}, None),
+        ({"train.device": "cuda:0", "federation.gpus_per_client": 0.25}, None),
+        ({"train.device": "cpu", "train.num_processes": 3}, None),
+    ],
+)
+def test_gpus_that_a_run_would_not_get_are_refused_before_it_starts(
+    words: dict[str, str | int | float], message: str | None
+) -> None:
+    config = load_run_config({**SMALL_RUN, "train.device": "auto", "train.compile": False, **words})
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        check_machine(config)
 
 
 @pytest.mark.parametrize(
