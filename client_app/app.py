@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from typing import cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -34,7 +35,7 @@ def introduce(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Run the local epochs from the global weights and reply the local weights."""
     start = time.perf_counter()
-    asked = message.content.config_records[Key.CONFIG]
+    asked = cast(ConfigRecord, message.content[Key.CONFIG])
     workspace = open_workspace(context)
     config = workspace.config
     images, _ = workspace.images(context)
@@ -80,7 +81,7 @@ def train(message: Message, context: Context) -> Message:
 @failures_stay_local
 def evaluate(message: Message, context: Context) -> Message:
     """Reply the loss of the global weights on held-out images, drawn alike in every round."""
-    asked = message.content.config_records[Key.CONFIG]
+    asked = cast(ConfigRecord, message.content[Key.CONFIG])
     workspace = open_workspace(context)
     config = workspace.config
     _, held_out = workspace.images(context)
@@ -112,5 +113,7 @@ def load_weights(workspace: Workspace, message: Message) -> None:
     Raises:
         ValueError: they are not the weights of this model.
     """
-    packed = from_npy(message.content.array_records[Key.ARRAYS][Key.PACKED].data)
+    # Flower's view `content.array_records` would keep the array in memory, in a circle.
+    arrays = cast(ArrayRecord, message.content[Key.ARRAYS])
+    packed = from_npy(arrays[Key.PACKED].data)
     workspace.model.load_state_dict(workspace.layout.unpack(packed, workspace.device))

@@ -16,7 +16,13 @@ from task.diffusion import DiffusionObjective, build_objective
 from task.parallel import count_processes
 from task.partition import Partition, partition_dataset
 from task.randomness import Stream, numpy_generator
-from task.train import compile_where_wanted, configure_torch, fastest_precision, select_device
+from task.train import (
+    compile_where_wanted,
+    configure_torch,
+    fastest_precision,
+    keep_freed_memory,
+    select_device,
+)
 from task.unet import UNet, build_unet
 from task.wire import Key, WeightLayout
 
@@ -82,6 +88,7 @@ def _build_workspace(
     config = load_run_config(given)
     if num_partitions is None:
         config = with_own_data(config, data_path)
+    keep_freed_memory()
     configure_torch(num_threads=config.train.num_threads, deterministic=config.train.deterministic)
     dataset = build_dataset(config, download=num_partitions is not None)
     device = select_device(config.train.device)

@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
-from flwr.common.constant import SType
+from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
-from task.wire import Key, from_npy, to_npy
+from server_app.records import packed_record, packed_weights, record_of
+from task.wire import Key
 
 # Steps of 2^-32 are finer than float32 needs for a mean of weights; int64 holds the sum.
 FRACTION_BITS = 32
@@ -84,17 +84,6 @@ def largest_magnitude(weights: NDArray[np.floating]) -> float:
     return float(np.max(largest, initial=0.0))
 
 
-def packed_record(packed: NDArray[np.floating]) -> ArrayRecord:
-    """Make the record of packed weights that travels."""
-    shape = (len(packed),)
-    return ArrayRecord({Key.PACKED: Array(str(packed.dtype), shape, SType.NUMPY, to_npy(packed))})
-
-
-def packed_weights(content: RecordDict) -> NDArray[np.floating]:
-    """Return the packed weights of a reply that was checked, without a copy."""
-    return from_npy(content.array_records[Key.ARRAYS][Key.PACKED].data)
-
-
 class StreamingFedAvg(FedAvg):
     """Flower's FedAvg over a lazy iterable of replies, weighted by the images of each client.
 
@@ -112,7 +101,7 @@ class StreamingFedAvg(FedAvg):
         """
         total, losses = FixedPointSum(), []
         for reply in replies:
-            metrics = reply.content.metric_records[Key.METRICS]
+            metrics = record_of(reply.content, Key.METRICS, MetricRecord)
             num_examples = int(metrics[Key.NUM_EXAMPLES])  # type: ignore[arg-type]
             total.add(packed_weights(reply.content), num_examples)
             losses.append(float(metrics[Key.LOSS]) * num_examples)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from task.run_directory import POOLED_FILE, RunDirectory
 from task.train import (
     compile_where_wanted,
     held_out_loss,
+    keep_freed_memory,
     move,
     new_optimizer,
     torch_configured,
@@ -44,6 +45,7 @@ class CentralizedRun(TrainingRun):
             ValueError: it does not fit the configuration.
         """
         super().__init__(directory)
+        keep_freed_memory()
         self.dataset = load_images(self.config)
         self._objective = build_objective(self.config)
         move(self.model, self.device, channels_last=self.config.train.channels_last)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import SType
 from flwr.serverapp import Grid
 
-from server_app.aggregation import SUM_LIMIT, largest_magnitude, packed_weights
+from server_app.aggregation import SUM_LIMIT, largest_magnitude
 from server_app.phases import Phases
+from server_app.records import packed_weights, record_of
 from task.wire import Key
 
 # A reply that would come after the deadline is refused by the network with an error of its own,
@@ -59,7 +60,7 @@ def addressed(
         entries: of the config record, for this node alone.
     """
     records = RecordDict(dict(content.items()))
-    shared = content.config_records.get(Key.CONFIG, ConfigRecord())
+    shared = record_of(content, Key.CONFIG, ConfigRecord)
     records[Key.CONFIG] = ConfigRecord({**shared, **(entries or {})})
     return Message(records, node_id, message_type, ttl=timeout * TTL_SHARE)
 
@@ -192,8 +193,8 @@ def check_metrics(content: RecordDict) -> None:
         UnusableReply: loss or number of images is missing, one is no number that a metric can
             be, or there are no images.
     """
-    metrics = content.metric_records.get(Key.METRICS)
-    if metrics is None:
+    metrics = record_of(content, Key.METRICS, MetricRecord)
+    if not metrics:
         raise UnusableReply(f"no record {Key.METRICS.value!r} in the reply")
     given = [name for name in DURATIONS_AND_RATES if name in metrics]
     for name in (Key.NUM_EXAMPLES, Key.LOSS, *given):
@@ -219,7 +220,7 @@ def check_weights(content: RecordDict, *, size: int, num_clients: int) -> None:
         UnusableReply: they are missing, of another shape or type, not finite, or so large that
             the sum could overflow.
     """
-    arrays = content.array_records.get(Key.ARRAYS, ArrayRecord())
+    arrays = record_of(content, Key.ARRAYS, ArrayRecord)
     if list(arrays) != [Key.PACKED]:
         names = [str(name) for name in arrays]
         raise UnusableReply(f"arrays must be [{Key.PACKED.value!r}], got {names}")
@@ -238,7 +239,7 @@ def check_weights(content: RecordDict, *, size: int, num_clients: int) -> None:
     largest = largest_magnitude(packed)
     if not np.isfinite(largest):
         raise UnusableReply("weights that are not finite")
-    num_examples = cast(int, content.metric_records[Key.METRICS][Key.NUM_EXAMPLES])
+    num_examples = cast(int, record_of(content, Key.METRICS, MetricRecord)[Key.NUM_EXAMPLES])
     if largest * num_examples > SUM_LIMIT / num_clients:
         raise UnusableReply(f"weights of up to {largest:.3g} from {num_examples} images: diverged")
 

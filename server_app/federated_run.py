@@ -17,7 +17,7 @@ from flwr.app import (
 )
 from flwr.serverapp import Grid
 
-from server_app.aggregation import StreamingFedAvg, packed_record, packed_weights
+from server_app.aggregation import StreamingFedAvg
 from server_app.exchange import (
     UnusableReply,
     addressed,
@@ -28,6 +28,7 @@ from server_app.exchange import (
 )
 from server_app.log import log
 from server_app.phases import Phases
+from server_app.records import packed_record, packed_weights, record_of
 from server_app.roster import Roster, sample_clients
 from server_app.simulation import load_images, record_partition, simulated_at_once
 from server_app.training_run import TrainingRun, Weights
@@ -146,7 +147,7 @@ class FederatedRun(TrainingRun):
                 MessageType.TRAIN, server_round, clients, self.weights, check_train, self.phases
             ):
                 used.append(client)
-                metrics = reply.content.metric_records[Key.METRICS]
+                metrics = record_of(reply.content, Key.METRICS, MetricRecord)
                 seconds = float(metrics.get(Key.SECONDS, 0.0))  # type: ignore[arg-type]
                 self.phases.trained(seconds, since=sent, until=time.monotonic())
                 told = {name: metrics[name] for name in TRAIN_METRICS if name in metrics}
@@ -197,7 +198,7 @@ class FederatedRun(TrainingRun):
         num_examples = 0
 
         def check_loss(content: RecordDict) -> None:
-            metrics = content.metric_records.get(Key.METRICS, MetricRecord())
+            metrics = record_of(content, Key.METRICS, MetricRecord)
             # A client without held-out images has no loss, and that is no failure.
             if metrics.get(Key.NUM_EXAMPLES) != 0:
                 check_metrics(content)
@@ -207,7 +208,7 @@ class FederatedRun(TrainingRun):
         for client, reply, _ in self.ask(
             MessageType.EVALUATE, server_round, clients, weights, check_loss, Phases()
         ):
-            metrics = reply.content.metric_records[Key.METRICS]
+            metrics = record_of(reply.content, Key.METRICS, MetricRecord)
             count = int(metrics[Key.NUM_EXAMPLES])  # type: ignore[arg-type]
             if count > 0:
                 loss = float(metrics[Key.LOSS])  # type: ignore[arg-type]

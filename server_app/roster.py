@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 
 from server_app.exchange import Reply, UnusableReply, addressed, checked_content, exchange
 from server_app.log import log
+from server_app.records import record_of
 from task.fingerprint import code_fingerprint
 from task.randomness import Stream, numpy_generator
 from task.wire import Key
@@ -130,8 +131,7 @@ class Roster:
         if reply.message is None or reply.message.has_error():
             self._excuse(node, reply, timeout=timeout)
             return
-        records = reply.message.content.config_records
-        said = records.get(Key.CONFIG, ConfigRecord())
+        said = record_of(reply.message.content, Key.CONFIG, ConfigRecord)
         if Key.FINGERPRINT not in said:
             self._refuse(node, f"no {Key.FINGERPRINT.value} in {Key.CONFIG.value!r} of its reply")
             return

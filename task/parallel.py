@@ -32,6 +32,7 @@ from task.train import (
     TrainResult,
     compile_where_wanted,
     configure_torch,
+    keep_freed_memory,
     move,
     new_optimizer,
     train_epochs,
@@ -257,6 +258,7 @@ def _leave_error(error: Exception, file: Path) -> None:
 
 
 def _train(rank: int, job: _Job) -> None:
+    keep_freed_memory()
     configure_torch(num_threads=job.num_threads, deterministic=job.deterministic)
     device, backend = torch.device("cpu"), "gloo"
     if job.device_type == "cuda":

@@ -58,8 +58,7 @@ def select_device(name: str) -> torch.device:
 
 
 def configure_torch(*, num_threads: int, deterministic: bool) -> None:
-    """Set the process up so that equal seeds give equal weights, and soon."""
-    keep_freed_memory()
+    """Set the process up so that equal seeds give equal weights."""
     torch.set_num_threads(num_threads)
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
@@ -68,22 +67,9 @@ def configure_torch(*, num_threads: int, deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def keep_freed_memory() -> None:
-    """Let the process reuse freed memory instead of returning it to the system at every step.
-
-    A step frees and asks for gigabytes, and fetching them page by page costs a CPU a fifth of
-    its speed at a batch of 512. Only glibc has the switch; elsewhere nothing changes.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_mmap_max = -1, -4
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, -1)
-
-
 @contextmanager
 def torch_configured(*, num_threads: int, deterministic: bool) -> Iterator[None]:
-    """Set the process up as `configure_torch` does, and torch as it was afterwards."""
+    """Set the process up as `configure_torch` does, and as it was afterwards."""
     own_threads = torch.get_num_threads()
     own_choice = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     configure_torch(num_threads=num_threads, deterministic=deterministic)
@@ -93,6 +79,20 @@ def torch_configured(*, num_threads: int, deterministic: bool) -> Iterator[None]
         torch.set_num_threads(own_threads)
         torch.use_deterministic_algorithms(own_choice[0])
         torch.backends.cudnn.benchmark = own_choice[1]
+
+
+def keep_freed_memory() -> None:
+    """Let this process reuse freed memory from now on instead of returning it to the system.
+
+    For a process that trains on a CPU: a step frees and asks for gigabytes, and fetching them
+    page by page takes a quarter of its time at a batch of 512. Not for a server, whose peak would
+    stay. Only glibc has the switch; elsewhere nothing changes.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_max = -1, -4
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
 
 
 @contextmanager

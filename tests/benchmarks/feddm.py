@@ -17,6 +17,7 @@ from task.train import (
     configure_torch,
     faster_precision,
     held_out_loss,
+    keep_freed_memory,
     move,
     new_optimizer,
     seeded_global_generator,
@@ -54,6 +55,7 @@ class Feddm:
 
     def __init__(self, overrides: Sequence[str], device: str, num_threads: int) -> None:
         """Set the process up as a run does, but with all the threads that the others have."""
+        keep_freed_memory()
         configure_torch(num_threads=num_threads, deterministic=False)
         self.config = load_config(overrides)
         self.device = select_device(device)

@@ -11,8 +11,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
-from server_app.aggregation import packed_record
 from server_app.federated_run import FederatedRun
+from server_app.records import packed_record
 from task.config import load_run_config
 from task.fingerprint import code_fingerprint
 from task.run_directory import RunDirectory
