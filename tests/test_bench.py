@@ -1,8 +1,10 @@
+import inspect
 import json
 import math
 import os
 import subprocess
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,13 +14,15 @@ import torch
 from torch import nn
 
 from task.cli.bench import run_benchmarks
-from tests.benchmarks import peers, sampling, training
+from tests.benchmarks import loss_curves, peers, sampling, training
 from tests.benchmarks.__main__ import chosen_sections, main, run_section
 from tests.benchmarks.contestants import Contestant, take_turns
 from tests.benchmarks.feddm import PAPER, Feddm
 from tests.benchmarks.flops import count_flop, matmul_rate
-from tests.benchmarks.loss_curves import compare, measure_loss_curves
+from tests.benchmarks.loss_curves import compare
 from tests.benchmarks.report import (
+    LONGER,
+    SECTIONS,
     Figures,
     available_cores,
     describe_machine,
@@ -158,8 +162,8 @@ def test_loss_curves_are_compared_with_the_spread_of_seeds() -> None:
 
 
 def test_loss_curves_come_from_training_on_digits() -> None:
-    found = measure_loss_curves(
-        device="cpu", num_threads=1, further=TINY, seeds=2, checkpoints=2, epochs=1
+    found = loss_curves.measure(
+        full=False, device="cpu", num_threads=1, further=TINY, seeds=2, checkpoints=2, epochs=1
     )
     assert_finite_and_positive(found)
 
@@ -264,8 +268,16 @@ def test_machine_and_figures_are_written_as_one_flat_object(tmp_path: Path) -> N
 
 
 def test_sections_are_chosen_by_name_and_run_in_their_order() -> None:
-    assert chosen_sections("sampling, training") == ["training", "sampling"]
-    assert chosen_sections(None)[:3] == ["training", "sampling", "peers"]
+    assert chosen_sections("sampling, training", full=False) == ["training", "sampling"]
+    assert chosen_sections(None, full=True) == list(SECTIONS)
+    assert set(SECTIONS) - set(chosen_sections(None, full=False)) == set(LONGER)
+    assert chosen_sections("loss_curves", full=False) == ["loss_curves"]
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_every_section_is_a_module_with_a_measure(name: str) -> None:
+    module = import_module(f"tests.benchmarks.{name}")
+    assert {"full", "device"} <= set(inspect.signature(module.measure).parameters)
 
 
 def test_failure_of_a_section_is_its_figure() -> None:

@@ -92,7 +92,7 @@ def test_sampling_quality_measures_every_way_on_one_scale(
     run = finished_run(
         tmp_path, "data=digits", "data.test_fraction=0.1", "diffusion.num_timesteps=30"
     )
-    found = sampling_quality.measure(run, num_images=20, seeds=(0, 1))
+    found = sampling_quality.compare(run, num_images=20, seeds=(0, 1))
     assert {f"sample.fd_{name}" for name in ("ancestral_30", "dpmpp_2m_20", "floor")} <= set(found)
     assert all(math.isfinite(value) for value in found.values())
     # The network has learned nothing, so that all it draws is further away than any real image.

@@ -2,12 +2,14 @@
 
 import argparse
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
 from task.config import load_config, require
 from task.train import select_device
 from tests.benchmarks.report import (
+    LONGER,
     SECTIONS,
     Figures,
     check_writable,
@@ -21,7 +23,7 @@ def main(words: list[str]) -> int:
     """Run the sections that a command line asks for; returns the exit status."""
     options = parse(words)
     try:
-        sections = chosen_sections(options.only)
+        sections = chosen_sections(options.only, full=options.full)
         device = select_device(load_config([f"train.device={options.device}"]).train.device)
         if options.json is not None:
             check_writable(options.json)
@@ -63,25 +65,30 @@ def parse(words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def chosen_sections(only: str | None) -> list[str]:
-    """Return the sections that `--only` names, in the order of `SECTIONS`; all without it.
+def chosen_sections(only: str | None, *, full: bool) -> list[str]:
+    """Return the sections that `--only` names, in the order of `SECTIONS`.
+
+    Without it all, the longer ones only where `full` asks for them.
 
     Raises:
         ValueError: there is no such section.
     """
-    names = list(SECTIONS) if only is None else [name.strip() for name in only.split(",")]
+    if only is None:
+        return [name for name in SECTIONS if full or name not in LONGER]
+    names = [name.strip() for name in only.split(",")]
     for name in names:
         require(name in SECTIONS, "--only", f"of {', '.join(SECTIONS)}", name)
     return [name for name in SECTIONS if name in names]
 
 
 def run_section(name: str, *, full: bool, device: str) -> Figures:
-    """Measure a section; where it fails, its one figure is why, and the others go on."""
+    """Measure a section; where it fails, that is its figure, and the others go on."""
+    start = time.monotonic()
     try:
         found: Figures = import_module(f"tests.benchmarks.{name}").measure(full=full, device=device)
     except Exception as error:
         return {f"{name}.failed": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-    return found
+    return found | {f"{name}.took_seconds": time.monotonic() - start}
 
 
 if __name__ == "__main__":

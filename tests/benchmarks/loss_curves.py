@@ -7,17 +7,18 @@ import numpy as np
 from task.train import select_device
 from tests.benchmarks.contestants import Contestant
 from tests.benchmarks.feddm import Feddm
-from tests.benchmarks.report import Figures
+from tests.benchmarks.report import Figures, available_cores
 
 # Digits, which come with a library; a GPU trains the paper's net, a CPU a narrow one of its kind.
 DIGITS = ("experiment=paper", "data=digits", "train.precision=float32", "train.batch_size=64")
 NETWORK = {"cpu": ("model.width=16",), "cuda": ("data.image_size=32",)}
 
 
-def measure_loss_curves(
+def measure(
     *,
+    full: bool,
     device: str,
-    num_threads: int,
+    num_threads: int | None = None,
     further: Sequence[str] = (),
     seeds: int = 3,
     checkpoints: int = 8,
@@ -26,15 +27,16 @@ def measure_loss_curves(
     """Train in both precisions from the same seeds and compare the held-out losses.
 
     Args:
+        full: not used.
         device: auto, cpu, cuda or cuda:N.
-        num_threads: of the CPU.
+        num_threads: of the CPU; None: a thread per core.
         further: overrides of the configuration.
         seeds: of each precision, at least 2.
         checkpoints: of each curve.
         epochs: between two of them.
     """
     overrides = (*DIGITS, *NETWORK[select_device(device).type], *further)
-    with Contestant(Feddm, overrides, device, num_threads) as feddm:
+    with Contestant(Feddm, overrides, device, num_threads or available_cores()) as feddm:
         curves = {
             precision: np.array(
                 [

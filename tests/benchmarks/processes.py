@@ -14,38 +14,44 @@ from tests.processes import CHECKOUT, COMMANDS
 
 Rounds = dict[int, dict[str, float]]
 TIMEOUT_SECONDS = 1200.0
+RUN_NAME = "run"
 
 
-def feddm_train(*overrides: str) -> tuple[Rounds, float]:
-    """Run `feddm-train` to its end.
+def feddm_train(folder: str, *overrides: str) -> float:
+    """Run `feddm-train` to its end, into the run `RUN_NAME` of a folder.
 
     Returns:
-        The metrics of the whole federation by round, and the peak memory of all its processes
-        together in MiB.
+        The peak memory of all its processes together in MiB.
 
     Raises:
         RuntimeError: it failed; with the end of what it said.
     """
+    process = subprocess.Popen(
+        [COMMANDS / "feddm-train", *overrides, f"output_dir={folder}", f"run_name={RUN_NAME}"],
+        cwd=CHECKOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        with Peak(lambda: tree_memory(process.pid)) as peak:
+            said, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    finally:
+        process.kill()  # all that it has started ends with it
+    if process.returncode != 0:
+        raise RuntimeError(f"feddm-train failed: {said[-500:]}")
+    return peak.mib
+
+
+def rounds_of(*overrides: str) -> tuple[Rounds, float]:
+    """Run `feddm-train`; returns the federation's metrics by round and the peak memory in MiB."""
     with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [COMMANDS / "feddm-train", *overrides, f"output_dir={folder}", "run_name=run"],
-            cwd=CHECKOUT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        try:
-            with Peak(lambda: tree_memory(process.pid)) as peak:
-                said, _ = process.communicate(timeout=TIMEOUT_SECONDS)
-        finally:
-            process.kill()  # all that it has started ends with it
-        if process.returncode != 0:
-            raise RuntimeError(f"feddm-train failed: {said[-500:]}")
+        peak = feddm_train(folder, *overrides)
         rounds: Rounds = defaultdict(dict)
-        for line in read_metrics(Path(folder) / "run"):
+        for line in read_metrics(Path(folder) / RUN_NAME):
             if line["who"] == "global":
                 rounds[line["round"]][line["name"]] = line["value"]
-        return rounds, peak.mib
+        return rounds, peak
 
 
 def after_the_first(rounds: Rounds, name: str) -> float:

@@ -21,16 +21,21 @@ Figures = dict[str, float | str]
 
 # By name of a module of this package: what it measures, and how long on 2 cores.
 SECTIONS = {
-    "training": "local training against the plain recipe and bf16 matrix products (3 minutes; "
-    "--full: loss curves of bfloat16 and float32 as well, 8 minutes)",
-    "sampling": "drawing images against the network alone (1 minute; --full: 10,000 images, on a "
-    "GPU only)",
+    "training": "local training against the plain recipe and bf16 matrix products (2 minutes)",
+    "sampling": "drawing images against the network alone (1 minute; --full on a GPU: 10,000 "
+    "images)",
     "peers": "training beside denoising-diffusion-pytorch and diffusers, where the dependency "
-    "group `peers` is installed (4 minutes)",
+    "group `peers` is installed (3 minutes)",
     "rounds": "what a round costs outside local training, phase by phase (1 minute)",
-    "server_memory": "memory of the server by the number of clients, beside Flower's FedAvg",
-    "scale": "seconds per round and memory for 10 and 100 clients (--full: 1,000 as well)",
+    "server_memory": "memory of the server by the number of clients, beside Flower's FedAvg "
+    "(2 minutes; --full: FedAvg with 50 clients as well)",
+    "scale": "seconds per round and memory for 10 and 100 clients (2 minutes; --full: 1,000 as "
+    "well, 4 minutes)",
+    "loss_curves": "loss curves of bfloat16 and float32 (only with --full or by name)",
+    "sampling_quality": "Frechet distance of 20 steps against 300 on a model that is trained for "
+    "it (only with --full or by name)",
 }
+LONGER = ("loss_curves", "sampling_quality")
 
 # By the words of a name.
 UNITS = {

@@ -1,7 +1,7 @@
 """Where the time of a round goes: a real run of the paper's network, phase by phase."""
 
 from task.train import select_device
-from tests.benchmarks.processes import after_the_first, feddm_train
+from tests.benchmarks.processes import after_the_first, rounds_of
 
 # A client of the paper trains 5 epochs on 5,000 images between two messages.
 IMAGES_OF_THE_PAPER = 25_000
@@ -33,7 +33,7 @@ def measure(*, full: bool, device: str = "auto") -> dict[str, float]:
     """
     on_gpu = select_device(device).type == "cuda"
     clients, epochs = (2, 31) if on_gpu else (40, 1)
-    rounds, _ = feddm_train(
+    rounds, _ = rounds_of(
         *PAPERS_NET,
         f"federation.num_supernodes={clients}",
         "federation.clients_per_round=2",

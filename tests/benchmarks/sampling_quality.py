@@ -1,6 +1,7 @@
 """How good the images of few steps are beside those of all steps, of one trained model."""
 
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -14,6 +15,8 @@ from task.metrics import frechet_distance
 from task.randomness import Stream
 from task.runs import final_model
 from task.train import select_device
+from tests.benchmarks.processes import RUN_NAME, feddm_train
+from tests.benchmarks.report import Figures
 
 # Each draws from the same noise: sampler, steps (None: all), eta and precision.
 WAYS: dict[str, tuple[str, int | None, float, str]] = {
@@ -24,7 +27,29 @@ WAYS: dict[str, tuple[str, int | None, float, str]] = {
 }
 
 
-def measure(run: Path, *, num_images: int, seeds: Sequence[int]) -> dict[str, float]:
+def measure(
+    *,
+    full: bool,
+    device: str,
+    overrides: Sequence[str] = (),
+    num_images: int = 1000,
+    seeds: Sequence[int] = (0, 1, 2),
+) -> Figures:
+    """Train the demonstration's model on digits and compare the ways to draw from it.
+
+    Args:
+        full: not used.
+        device: auto, cpu, cuda or cuda:N.
+        overrides: further ones of the run.
+        num_images: see `compare`.
+        seeds: see `compare`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        feddm_train(folder, f"train.device={device}", "eval.num_images=0", *overrides)
+        return compare(Path(folder) / RUN_NAME, num_images=num_images, seeds=seeds)
+
+
+def compare(run: Path, *, num_images: int, seeds: Sequence[int]) -> Figures:
     """Measure what the final model of a run draws, in the features of the run's extractor.
 
     Args:
@@ -54,7 +79,7 @@ def measure(run: Path, *, num_images: int, seeds: Sequence[int]) -> dict[str, fl
     if real.test is None:
         raise ValueError(f"run must be one on a data set with test images, got {run}")
     labels = balanced_labels(num_images, len(config.data.classes))
-    found = {"sample.fd_floor": frechet_distance(real.train.features, real.test.features)}
+    found: Figures = {"sample.fd_floor": frechet_distance(real.train.features, real.test.features)}
     for name, way in WAYS.items():
         steps = f"_{config.diffusion.num_timesteps}" if way[1] is None else ""
         distances = []

@@ -1,6 +1,6 @@
 """Seconds per round and memory of real runs of a tiny network by the number of clients."""
 
-from tests.benchmarks.processes import after_the_first, feddm_train
+from tests.benchmarks.processes import after_the_first, rounds_of
 
 SAMPLED = 10
 
@@ -29,7 +29,7 @@ def measure(*, full: bool, device: str = "auto") -> dict[str, float]:
     found = {}
     for clients in (10, 100, 1000) if full else (10, 100):
         for training, name in {SAMPLED: "sampled", clients: "all"}.items():
-            rounds, peak = feddm_train(
+            rounds, peak = rounds_of(
                 f"federation.num_supernodes={clients}",
                 f"federation.clients_per_round={training}",
                 *TINY,

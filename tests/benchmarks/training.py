@@ -16,7 +16,6 @@ from task.diffusion import build_objective
 from task.train import select_device
 from tests.benchmarks.contestants import Contestant, take_turns, timed
 from tests.benchmarks.feddm import PAPER, Feddm, new_model, random_images
-from tests.benchmarks.loss_curves import measure_loss_curves
 from tests.benchmarks.report import Figures, available_cores
 
 # As many as CIFAR-10 has to train on.
@@ -108,7 +107,7 @@ def measure(
     """Let the plain recipe and the project train in turns.
 
     Args:
-        full: whether to compare loss curves of bfloat16 and float32, too.
+        full: not used.
         device: auto, cpu, cuda or cuda:N.
         overrides: of the network; its own batch size is measured as well.
         batch_size: of the comparison.
@@ -139,7 +138,7 @@ def measure(
         memory, precision = ours.call("peak_mib"), ours.call("settled_precision")
     middle = {name: median(scores) for name, scores in rates.items()}
     ratios = [ours / plain for ours, plain in zip(rates["ours"], rates["plain"], strict=True)]
-    figures: Figures = {
+    return {
         "train.ratio": middle["ours"] / middle["plain"],
         "train.ratio_lowest_turn": min(ratios),
         "train.ratio_highest_turn": max(ratios),
@@ -157,4 +156,3 @@ def measure(
             middle["own_batch"] * flop / middle["matmul"]
         ),
     }
-    return figures | (measure_loss_curves(device=device, num_threads=threads) if full else {})
