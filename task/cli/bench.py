@@ -1,16 +1,16 @@
-"""`feddm bench`: the benchmarks of a checkout, in a process of their own."""
+"""`feddm bench`: the benchmarks of a checkout, which take the place of the command."""
 
 import os
-import subprocess
 import sys
+from typing import NoReturn
 
 from task.config import CONF_DIR
 
 CHECKOUT = CONF_DIR.parent
 
 
-def run_benchmarks(arguments: list[str]) -> int:
-    """Run `python -m tests.benchmarks` of the checkout and return its exit status.
+def run_benchmarks(arguments: list[str]) -> NoReturn:
+    """Become `python -m tests.benchmarks` of the checkout.
 
     Args:
         arguments: of its command line; paths count from the working directory.
@@ -26,4 +26,4 @@ def run_benchmarks(arguments: list[str]) -> int:
     # -P: no other package `tests`, that of the working directory, is taken for it.
     command = [sys.executable, "-P", "-m", "tests.benchmarks", *arguments]
     path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
+    os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": path})

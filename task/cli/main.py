@@ -148,7 +148,7 @@ def bench(context: typer.Context) -> None:
     """
     from task.cli.bench import run_benchmarks
 
-    raise typer.Exit(run_benchmarks(context.args))
+    run_benchmarks(context.args)
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """Contestants in processes of their own, and the turns that they take."""
 
-import resource
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -9,6 +8,8 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
+
+from task.processes import end_with_parent
 
 _contestant: Any = None
 
@@ -31,6 +32,7 @@ class Contestant(AbstractContextManager["Contestant"]):
 
 def _make(make: Callable[..., object], arguments: Iterable[object]) -> None:
     global _contestant
+    end_with_parent()
     _contestant = make(*arguments)
 
 
@@ -67,10 +69,3 @@ def timed(device: torch.device, work: Callable[[], object]) -> float:
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def peak_mib(device: torch.device) -> float:
-    """Return the most memory that this process has held, in MiB, of the GPU where it uses one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts in KiB

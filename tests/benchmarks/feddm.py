@@ -25,7 +25,7 @@ from task.train import (
     train_epochs,
 )
 from task.unet import UNet, build_unet
-from tests.benchmarks.contestants import peak_mib, timed
+from tests.benchmarks.contestants import timed
 from tests.benchmarks.flops import count_flop, matmul_rate
 
 PAPER = ("experiment=paper",)
@@ -95,10 +95,6 @@ class Feddm:
         """Measure the FLOP/s of bfloat16 matrix products here and now."""
         return matmul_rate(self.device)
 
-    def peak_mib(self) -> float:
-        """Return the most memory that this process has held, in MiB."""
-        return peak_mib(self.device)
-
     def train(self, batch_size: int, steps: int, precision: str | None = None) -> float:
         """Train for some steps and return the images per second."""
         images, labels = random_images(self.config, batch_size * steps)
@@ -159,6 +155,7 @@ class Feddm:
         """
         dataset = build_dataset(self.config, download=False)
         self.model = new_model(self.config, seed)
+        compile_where_wanted(self.model, self.config.train.compile, self.device)
         move(self.model, self.device, channels_last=self.config.train.channels_last)
         self.optimizer = new_optimizer(self.model, self.config.train.lr)
         self.generator = torch_generator(seed, Stream.TRAIN, device=self.device)

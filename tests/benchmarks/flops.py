@@ -10,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.benchmarks.contestants import timed
 
 # The best of several: the rate of one size depends on caches and tiles.
-MATRIX_SIZES = {"cpu": (2048, 3072, 4096), "cuda": (4096, 8192)}
+MATRIX_SIZES = {"cpu": (512, 1024, 2048, 4096), "cuda": (4096, 8192)}
+# Enough of a size to be timed; on a GPU, to be busy for longer than a launch takes.
+FLOP_AT_ONCE = {"cpu": 4e10, "cuda": 2e13}
 
 
 def count_flop(loss: Callable[[], Tensor]) -> int:
@@ -28,8 +30,7 @@ def matmul_rate(device: torch.device) -> float:
 
 def _rate(size: int, device: torch.device) -> float:
     left, right, product = torch.randn(3, size, size, device=device).bfloat16()
-    # A GPU is given enough to be busy for longer than a launch takes.
-    products = 20 if device.type == "cuda" else 1
+    products = max(1, round(FLOP_AT_ONCE[device.type] / (2 * size**3)))
 
     def multiply() -> None:
         for _ in range(products):

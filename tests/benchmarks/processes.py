@@ -34,7 +34,7 @@ def feddm_train(folder: str, *overrides: str) -> float:
         text=True,
     )
     try:
-        with Peak(lambda: tree_memory(process.pid)) as peak:
+        with Peak(lambda: tree_memory(process.pid), every=1.0) as peak:
             said, _ = process.communicate(timeout=TIMEOUT_SECONDS)
     finally:
         process.kill()  # all that it has started ends with it
@@ -60,11 +60,11 @@ def after_the_first(rounds: Rounds, name: str) -> float:
 
 
 class Peak:
-    """The largest of a quantity's values, looked at ten times a second while the block runs."""
+    """The largest of a quantity's values, looked at `every` so many seconds in the block."""
 
-    def __init__(self, look: Callable[[], float]) -> None:
+    def __init__(self, look: Callable[[], float], *, every: float) -> None:
         self.mib = 0.0
-        self._look = look
+        self._look, self._every = look, every
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -77,7 +77,7 @@ class Peak:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.1):
+        while not self._stop.wait(self._every):
             self.mib = max(self.mib, self._look())
 
 

@@ -20,7 +20,7 @@ def measure(
     device: str,
     overrides: Sequence[str] = PAPER,
     batch_size: int | None = None,
-    turns: int = 5,
+    turns: int = 3,
     num_threads: int | None = None,
 ) -> Figures:
     """Draw images and call the network alone, in turns.
@@ -54,7 +54,7 @@ def measure(
     return {
         "sample.images_per_second": drawn * steps / all_steps,
         "sample.share_of_forward_rate": drawn * steps / forward,
-        "sample.network_calls_per_second": forward,
+        "sample.forward_images_per_second": forward,
         "sample.steps": all_steps,
         "sample.taken": taken if whole else f"{taken}, extrapolated to {all_steps}",
         "sample.batch_size": batch,

@@ -95,6 +95,8 @@ def compare(run: Path, *, num_images: int, seeds: Sequence[int]) -> Figures:
             distances.append(frechet_distance(real.train.features, features))
         found[f"sample.fd_{name}{steps}"] = mean(distances)
         found[f"sample.fd_{name}{steps}_range"] = max(distances) - min(distances)
+    ancestral = float(found[f"sample.fd_ancestral_{config.diffusion.num_timesteps}"])
+    found["sample.fd_dpmpp_2m_20_ratio"] = float(found["sample.fd_dpmpp_2m_20"]) / ancestral
     return found
 
 
