@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +26,8 @@ from task.train import (
 )
 from task.unet import UNet, build_unet
 from task.wire import Key, WeightLayout
+
+logger = logging.getLogger("feddm.client")
 
 
 @dataclass(frozen=True)
@@ -93,13 +96,16 @@ def _build_workspace(
     dataset = build_dataset(config, download=num_partitions is not None)
     device = select_device(config.train.device)
     model = build_unet(config)
-    compile_where_wanted(model, config.train.compile, device)
+    deterministic = config.train.deterministic
+    compile_where_wanted(model, config.train.compile, device, deterministic=deterministic)
+    num_processes = count_processes(
+        config.train.num_processes, device, one_per_gpu=num_partitions is None
+    )
+    logger.info("trains on %s in %d processes", device, num_processes)
     return Workspace(
         config=config,
         device=device,
-        num_processes=count_processes(
-            config.train.num_processes, device, one_per_gpu=num_partitions is None
-        ),
+        num_processes=num_processes,
         model=model,
         layout=WeightLayout.of(model),
         objective=build_objective(config),

@@ -49,7 +49,10 @@ class CentralizedRun(TrainingRun):
         self.dataset = load_images(self.config)
         self._objective = build_objective(self.config)
         move(self.model, self.device, channels_last=self.config.train.channels_last)
-        compile_where_wanted(self.model, self.config.train.compile, self.device)
+        train = self.config.train
+        compile_where_wanted(
+            self.model, train.compile, self.device, deterministic=train.deterministic
+        )
         self._num_processes = count_processes(
             self.config.train.num_processes, self.device, one_per_gpu=False
         )

@@ -20,7 +20,7 @@ from task.wire import Key
 # and a node that wakes up late does not work through rounds that are over.
 TTL_SHARE = 0.95
 # Of an exchange's time: a client that has not answered for so long gives its turn away.
-PATIENCE_SHARE = 0.1
+PATIENCE_SHARE = 0.5
 
 # Beyond this no loss or count means anything, and sums over clients could overflow.
 LARGEST_METRIC = 1e15

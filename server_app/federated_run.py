@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,11 @@ from task.wire import Key, WeightLayout
 
 # What is written down of a client's training, whatever else it sends.
 TRAIN_METRICS = (
-    *(Key.NUM_EXAMPLES, Key.LOSS, Key.SECONDS, Key.SECONDS_BESIDE, Key.IMAGES_PER_SECOND),
+    Key.NUM_EXAMPLES,
+    Key.LOSS,
+    Key.SECONDS,
+    Key.SECONDS_BESIDE,
+    Key.IMAGES_PER_SECOND,
 )
 
 # Seconds between two looks for replies: a simulation's network is in memory, and Flower hands
@@ -296,8 +301,7 @@ class FederatedRun(TrainingRun):
             return self.config.federation.max_in_flight
         if self.simulated:
             return simulated_at_once(message_bytes)
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return max(1, int(memory * MEMORY_SHARE) // message_bytes)
+        return max(1, int(available_memory() * MEMORY_SHARE) // message_bytes)
 
     def record(
         self, server_round: int, client: int, activity: str, values: Mapping[Any, Any]
@@ -305,6 +309,13 @@ class FederatedRun(TrainingRun):
         """Write down what is known of a client's activity in a round."""
         named = {f"{activity}_{name.replace('-', '_')}": value for name, value in values.items()}
         self.directory.record(server_round, f"client-{client}", named)
+
+
+def available_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """Return the bytes of this machine's memory, or of its container's, whose limit is a file."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    said = limit.read_text().strip() if limit.is_file() else "max"
+    return memory if said == "max" else min(memory, int(said))
 
 
 def moving_average(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import math
+import os
 import shlex
 import signal
 import subprocess
@@ -198,7 +198,7 @@ def check_machine(config: Config) -> None:
         ValueError: a GPU, GPUs enough or a compiler is missing.
     """
     device = select_device(config.train.device)
-    is_compiled(config.train.compile, device)
+    is_compiled(config.train.compile, device, deterministic=config.train.deterministic)
     count_processes(config.train.num_processes, device, one_per_gpu=False)
     if config.train.mode == "federated" and device.type == "cuda":
         require(
@@ -208,11 +208,25 @@ def check_machine(config: Config) -> None:
             "(CUDA_VISIBLE_DEVICES=1 feddm-train ... leaves one to all of them)",
             config.train.device,
         )
-        share = max(1, math.ceil(gpus_per_client(config)))
+        share = gpus_per_client(config)
+        # Ray hides every GPU from a client that reserves none, and would train it on the CPU.
         require(
-            (config.train.num_processes or 1) <= share,
+            0 < share <= 1 or share == int(share) > 0,
+            "federation.gpus_per_client",
+            "a fraction > 0 of a GPU or a whole number of them, or train.device=cpu",
+            share,
+        )
+        num_gpus = torch.cuda.device_count()
+        require(
+            share <= num_gpus or "RAY_ADDRESS" in os.environ,
+            "federation.gpus_per_client",
+            f"at most {num_gpus}, the GPUs of this machine (or RAY_ADDRESS that of a cluster)",
+            share,
+        )
+        require(
+            (config.train.num_processes or 1) <= max(1, share),
             "train.num_processes",
-            f"at most {share}, the GPUs that federation.gpus_per_client gives each client",
+            f"at most {max(1, int(share))}, the GPUs of a client's federation.gpus_per_client",
             config.train.num_processes,
         )
 

@@ -16,6 +16,7 @@ from task.run_directory import RunDirectory
 from task.train import (
     fastest_precision,
     is_compiled,
+    missing_for_compiling,
     seeded_global_generator,
     select_device,
 )
@@ -121,7 +122,11 @@ class TrainingRun(ABC):
             self.directory, self.model, dataset=self.dataset, device=self.device
         )
         self.directory.write_config(self.config)
-        compiled = is_compiled(self.config.train.compile, self.device)
+        train = self.config.train
+        compiled = is_compiled(train.compile, self.device, deterministic=train.deterministic)
+        if self.device.type == "cuda" and train.compile is None and not compiled:
+            why = missing_for_compiling(self.device) or "code that is not train.deterministic"
+            log(f"not compiled, which would train faster: no {why}")
         log(
             f"{self.config.experiment}: {self.describe()}, data {self.config.data.name}, "
             f"{sum(t.numel() for t in self.weights.values()):,} parameters, "

@@ -294,6 +294,13 @@ class TrainConfig:
         require_positive("train", self, "num_threads", "num_processes")
         require_one_of("train.precision", self.precision, PRECISIONS)
         require(
+            not (self.compile and self.deterministic),
+            "train.compile",
+            "null or false with train.deterministic=true: its code depends on which size of batch "
+            "comes first",
+            self.compile,
+        )
+        require(
             re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
             "train.device",
             "auto, cpu, cuda or cuda:N",

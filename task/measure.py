@@ -50,7 +50,10 @@ def draw_images(
             batch_size=config.eval.batch_size,
             block_generator=partial(torch_generator, config.seed, stream, device=device),
         )
-    return ImageSet(to_uint8(images).cpu(), labels)
+    drawn = to_uint8(images).cpu()
+    # Clients in other processes may train on the same GPU.
+    torch.cuda.empty_cache()
+    return ImageSet(drawn, labels)
 
 
 def balanced_labels(num_images: int, num_classes: int) -> Tensor:

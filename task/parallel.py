@@ -11,7 +11,6 @@ import pickle
 import signal
 import sys
 import tempfile
-import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
@@ -137,7 +136,6 @@ def train_in_processes(
         return train_epochs(
             model, images, labels, optimizer=optimizer, generator=generator, **options
         )
-    start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="feddm-") as folder:
         job = _Job(
             folder=Path(folder),
@@ -162,7 +160,8 @@ def train_in_processes(
     model.train()
     optimizer.load_state_dict(done["optimizer"])
     generator.set_state(done["generator"])
-    seconds = time.perf_counter() - start
+    # Of the training alone: starting the processes is none of it.
+    seconds = done["seconds"]
     return TrainResult(done["loss"], seconds, options["epochs"] * len(images) / seconds)
 
 
@@ -224,7 +223,8 @@ def _run(job: _Job) -> None:
     if any(codes):
         raise RuntimeError(
             f"a training process ended without a word, exit codes {codes}; -9 is what Linux "
-            "gives where memory runs out: lower train.batch_size or train.num_processes"
+            "gives where memory runs out: lower train.batch_size or train.num_processes; -7 where "
+            "/dev/shm does, which must hold images and weights: docker run --shm-size"
         )
 
 
@@ -274,7 +274,7 @@ def _train(rank: int, job: _Job) -> None:
     # Copies, because a CPU would change what the others share.
     model = copy.deepcopy(job.model)
     move(model, device, channels_last=job.options["channels_last"])
-    compile_where_wanted(model, job.compiled, device)
+    compile_where_wanted(model, job.compiled, device, deterministic=job.deterministic)
     optimizer = new_optimizer(model, lr=0.0)
     optimizer.load_state_dict(copy.deepcopy(job.optimizer_state))  # with its learning rate
     generator = torch.Generator(device)
@@ -293,12 +293,15 @@ def _train(rank: int, job: _Job) -> None:
     )
     loss = torch.tensor(result.loss, dtype=torch.float64, device=device)
     distributed.all_reduce(loss)
+    slowest = torch.tensor(result.seconds, dtype=torch.float64, device=device)
+    distributed.all_reduce(slowest, distributed.ReduceOp.MAX)
     if rank == 0:
         done = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "generator": generator.get_state(),
             "loss": loss.item() / job.num_processes,
+            "seconds": slowest.item(),
         }
         torch.save(done, job.done_file)
     distributed.destroy_process_group()

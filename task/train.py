@@ -5,10 +5,13 @@ import ctypes
 import os
 import platform
 import shutil
+import sysconfig
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -123,29 +126,48 @@ def new_optimizer(model: nn.Module, lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(model.parameters(), lr=lr, fused=True)
 
 
-def is_compiled(wanted: bool | None, device: torch.device) -> bool:
+def is_compiled(wanted: bool | None, device: torch.device, *, deterministic: bool) -> bool:
     """Turn `train.compile` into whether a model is compiled.
 
     Args:
-        wanted: None: on a GPU, if there is a C compiler. A CPU is near its limit without.
+        wanted: None: on a GPU, if what it takes is there. A CPU is near its limit without.
         device: that trains.
+        deterministic: whether bits are to be equal; then None is no, because the code depends on
+            which size of batch comes first.
 
     Raises:
-        ValueError: it is wanted and there is no C compiler.
+        ValueError: it is wanted and something is missing.
     """
-    compiler = next(filter(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")), None)
-    if wanted and compiler is None:
-        raise ValueError("train.compile must be false where there is no C compiler, got true")
-    return device.type == "cuda" and compiler is not None if wanted is None else wanted
+    if wanted is None:
+        possible = device.type == "cuda" and not deterministic
+        return possible and not missing_for_compiling(device)
+    if wanted and (missing := missing_for_compiling(device)):
+        raise ValueError(f"train.compile must be null or false without {missing}, got true")
+    return wanted
 
 
-def compile_where_wanted(model: nn.Module, wanted: bool | None, device: torch.device) -> None:
+def missing_for_compiling(device: torch.device) -> str:
+    """Name what torch.compile would not find at the first step; empty where all is there."""
+    names = ("CC", "cc", "gcc", "clang") if device.type == "cuda" else ("CXX", "c++", "g++")
+    if not any(map(shutil.which, (os.environ.get(names[0], ""), *names[1:]))):
+        return "a C compiler" if device.type == "cuda" else "a C++ compiler"
+    if device.type == "cuda":
+        if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 0):
+            return "Triton and a GPU of capability 7.0 or more"
+        if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+            return f"Python's header files in {sysconfig.get_path('include')}"
+    return ""
+
+
+def compile_where_wanted(
+    model: nn.Module, wanted: bool | None, device: torch.device, *, deterministic: bool
+) -> None:
     """Compile a model in place, once for all clients and rounds of a process; see `is_compiled`.
 
     It happens at the model's first call. The last batch of every client has a size of its own:
     what is compiled for the second size that comes fits nearly all others.
     """
-    if is_compiled(wanted, device):
+    if is_compiled(wanted, device, deterministic=deterministic):
         model.compile()
 
 
@@ -264,14 +286,13 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def fastest_precision(config: Config, model: nn.Module, device: torch.device) -> str:
-    """Time the precisions as a run will train on this machine; see `faster_precision`."""
+    """Name the faster precision for a run on this machine; see `faster_precision`."""
     data, train = config.data, config.train
     with torch_configured(num_threads=train.num_threads, deterministic=train.deterministic):
         return faster_precision(
             model,
             objective=build_objective(config),
             image_shape=(data.channels, data.image_size, data.image_size),
-            batch_size=train.batch_size,
             channels_last=train.channels_last,
             device=device,
         )
@@ -282,25 +303,26 @@ def faster_precision(
     *,
     objective: Objective,
     image_shape: tuple[int, int, int],
-    batch_size: int,
     channels_last: bool,
     device: torch.device,
 ) -> str:
-    """Time training steps in float32 and in bfloat16 and name the faster.
+    """Name the faster of float32 and bfloat16.
+
+    On a GPU it is bfloat16 where the GPU computes in it; a CPU is timed, because there it
+    depends on the network as well.
 
     Args:
         model: copied, so left as it is.
         objective: the loss of a batch.
         image_shape: channels, height, width.
-        batch_size: images per step; on a CPU at most 32 are timed.
         channels_last: as it will be trained.
         device: where it will be trained.
     """
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        return "float32"
-    # On a CPU 32 images say as much and take seconds; a GPU is timed under its real load.
-    count = batch_size if device.type == "cuda" else min(batch_size, 32)
-    images = torch.zeros((count, *image_shape), dtype=torch.uint8)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if native else "float32"
+    # 32 images say as much as a whole batch and take seconds.
+    images = torch.zeros((32, *image_shape), dtype=torch.uint8)
     labels = torch.zeros(len(images), dtype=torch.int64)
     best = {"float32": float("inf"), "bfloat16": float("inf")}
     # The first of four interleaved turns warms up, the best of the others counts.
@@ -314,7 +336,7 @@ def faster_precision(
                 objective=objective,
                 optimizer=new_optimizer(trial, lr=1e-4),
                 epochs=2,
-                batch_size=batch_size,
+                batch_size=len(images),
                 horizontal_flip=False,
                 precision=precision,
                 channels_last=channels_last,

@@ -18,7 +18,7 @@ from PIL import Image
 from client_app import workspace
 from server_app import federated_run, training_run
 from server_app.app import app as server_app
-from server_app.federated_run import FederatedRun, moving_average
+from server_app.federated_run import FederatedRun, available_memory, moving_average
 from server_app.simulation import simulated_at_once
 from server_app.training_run import initial_model
 from task.checkpoint import load_weights
@@ -257,13 +257,24 @@ def test_phases_of_a_round_add_up_to_it_and_training_lies_within(reference: Path
         assert 0 < told["overhead_share"] < 1
 
 
-@pytest.mark.parametrize(("message_bytes", "many"), [(1, True), (10**8, False), (10**12, False)])
-def test_simulation_asks_twice_as_many_clients_as_work_side_by_side(
-    message_bytes: int, many: bool
+def test_memory_is_that_of_the_container_where_it_has_a_limit(tmp_path: Path) -> None:
+    limit = tmp_path / "memory.max"
+    whole = available_memory(limit)
+    limit.write_text("max\n")
+    assert available_memory(limit) == whole > 2**28
+    limit.write_text(f"{2**28}\n")
+    assert available_memory(limit) == 2**28
+
+
+@pytest.mark.parametrize(
+    ("cores", "message_bytes", "expected"),
+    [(2, 1_000, 32), (2, 93_000_000, 4), (64, 93_000_000, 128), (2, 40_000_000, 6)],
+)
+def test_simulation_asks_twice_as_many_clients_as_cores_and_more_small_ones(
+    cores: int, message_bytes: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = simulated_at_once(message_bytes)
-    cores = os.cpu_count() or 1
-    assert found == (max(2 * cores, 32) if many else max(2 * cores, 2**28 // message_bytes))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert simulated_at_once(message_bytes) == expected
 
 
 def test_too_few_replies_end_the_run_and_resume_goes_on_to_the_same_bits(

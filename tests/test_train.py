@@ -3,6 +3,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -298,7 +299,6 @@ def test_faster_precision_names_one_and_leaves_model_and_generator(
         model,
         objective=objective,
         image_shape=(1, 8, 8),
-        batch_size=8,
         channels_last=True,
         device=torch.device("cpu"),
     )
@@ -329,7 +329,6 @@ def test_faster_precision_names_the_faster(
         Slow(slow),
         objective=objective,
         image_shape=(1, 8, 8),
-        batch_size=8,
         channels_last=False,
         device=torch.device("cpu"),
     )
@@ -401,16 +400,56 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     assert faults["keep"] * 10 < faults["return"]
 
 
-def test_models_are_compiled_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setenv("CC", sys.executable)  # any program that there is
-    assert [is_compiled(wanted, cpu) for wanted in (None, True, False)] == [False, True, False]
-    assert [is_compiled(wanted, gpu) for wanted in (None, True, False)] == [True, True, False]
-    monkeypatch.setenv("CC", "")
-    monkeypatch.setenv("PATH", "")
-    assert not is_compiled(None, gpu)
-    with pytest.raises(ValueError, match=r"train\.compile must be false .* got true"):
-        is_compiled(True, cpu)
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def everything_to_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with compilers, headers and a GPU; returns the folder of the headers."""
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, sys.executable)  # any program that there is
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr("task.train.find_spec", lambda _: True)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    (tmp_path / "Python.h").touch()
+    return tmp_path
+
+
+@pytest.mark.usefixtures("everything_to_compile")
+def test_models_are_compiled_where_it_is_asked_for() -> None:
+    choices = (None, True, False)
+    on_cpu = [is_compiled(wanted, CPU, deterministic=False) for wanted in choices]
+    on_gpu = [is_compiled(wanted, GPU, deterministic=False) for wanted in choices]
+    assert (on_cpu, on_gpu) == ([False, True, False], [True, True, False])
+    assert not is_compiled(None, GPU, deterministic=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "taken", "missing"),
+    [
+        (CPU, "compilers", r"a C\+\+ compiler"),
+        (GPU, "compilers", "a C compiler"),
+        (GPU, "headers", r"Python's header files in /"),
+        (GPU, "capability", r"Triton and a GPU of capability 7\.0"),
+    ],
+)
+def test_model_is_not_compiled_where_something_is_missing(
+    device: torch.device,
+    taken: str,
+    missing: str,
+    everything_to_compile: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if taken == "compilers":
+        for name in ("CC", "CXX", "PATH"):
+            monkeypatch.setenv(name, "")
+    elif taken == "headers":
+        (everything_to_compile / "Python.h").unlink()
+    else:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
+    assert not is_compiled(None, device, deterministic=False)
+    with pytest.raises(ValueError, match=rf"train\.compile must be .* without {missing}.*got true"):
+        is_compiled(True, device, deterministic=False)
 
 
 @pytest.mark.slow
@@ -422,7 +461,7 @@ def test_compiled_model_trains_alike_and_is_compiled_once_for_all_clients(
         if isinstance(block, nn.Dropout2d):
             block.p = 0.0  # compiled code draws what to drop in its own way
     compiled = copy.deepcopy(model)
-    compile_where_wanted(compiled, True, torch.device("cpu"))
+    compile_where_wanted(compiled, True, torch.device("cpu"), deterministic=False)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     # Full batches of 64, and last ones of 8, 22, 47, 36, 26 and 5.

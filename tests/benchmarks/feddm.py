@@ -61,7 +61,9 @@ class Feddm:
         self.device = select_device(device)
         self.objective = build_objective(self.config)
         self.model = new_model(self.config)
-        compile_where_wanted(self.model, self.config.train.compile, self.device)
+        compile_where_wanted(
+            self.model, self.config.train.compile, self.device, deterministic=False
+        )
         self.precision = self._settled_precision()
         self.config = settle_precisions(self.config, eval=self.precision)
         move(self.model, self.device, channels_last=self.config.train.channels_last)
@@ -76,7 +78,6 @@ class Feddm:
             self.model,
             objective=self.objective,
             image_shape=(data.channels, data.image_size, data.image_size),
-            batch_size=train.batch_size,
             channels_last=train.channels_last,
             device=self.device,
         )
@@ -155,7 +156,9 @@ class Feddm:
         """
         dataset = build_dataset(self.config, download=False)
         self.model = new_model(self.config, seed)
-        compile_where_wanted(self.model, self.config.train.compile, self.device)
+        compile_where_wanted(
+            self.model, self.config.train.compile, self.device, deterministic=False
+        )
         move(self.model, self.device, channels_last=self.config.train.channels_last)
         self.optimizer = new_optimizer(self.model, self.config.train.lr)
         self.generator = torch_generator(seed, Stream.TRAIN, device=self.device)
