@@ -191,6 +191,10 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
         ("train.precision=fp8", ["train.precision", "'fp8'", "auto, float32, bfloat16"]),
         ("train.device=tpu", ["train.device", "'tpu'", "auto, cpu, cuda"]),
         ("train.lr=0", ["train.lr", "0.0", "> 0"]),
+        (
+            "train.compile=true train.deterministic=true",
+            ["train.compile", "null or false", "True"],
+        ),
         ("train.local_epochs=0", ["train.local_epochs", "0", "> 0"]),
         ("model.dropout=1", ["model.dropout", "1.0", "[0, 1)"]),
         ("model.bottom_blocks=1", ["model.bottom_blocks", "1", ">= 2"]),
