@@ -249,14 +249,14 @@ def test_table5_counts_are_those_of_the_paper() -> None:
 @pytest.mark.parametrize("override", ["partition.betta=1", "nonsense=1"])
 def test_unknown_keys_are_not_answered_with_advice_to_force_them_in(override: str) -> None:
     with pytest.raises(ValueError) as caught:
-        load_config(override.split())
+        load_config([override])
     assert f"+{override}" not in str(caught.value)
 
 
 @pytest.mark.parametrize("override", ["+partition.betta=1", "++nonsense=1", "+model.depth=3"])
 def test_unknown_keys_are_refused_with_a_plus_as_well(override: str) -> None:
     with pytest.raises(ValueError, match=r"betta|nonsense|depth"):
-        load_config(override.split())
+        load_config([override])
 
 
 @pytest.mark.parametrize("field", ["train.lr", "federation.node_wait", "federation.round_timeout"])
@@ -457,4 +457,4 @@ def test_files_of_the_extractors_are_absolute_or_empty() -> None:
 )
 def test_extractors_out_of_range_are_refused(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_config(override.split())
+        load_config([override])
