@@ -193,9 +193,9 @@ def check_metrics(content: RecordDict) -> None:
         UnusableReply: loss or number of images is missing, one is no number that a metric can
             be, or there are no images.
     """
-    metrics = record_of(content, Key.METRICS, MetricRecord)
-    if not metrics:
+    if Key.METRICS not in content:
         raise UnusableReply(f"no record {Key.METRICS.value!r} in the reply")
+    metrics = record_of(content, Key.METRICS, MetricRecord)
     given = [name for name in DURATIONS_AND_RATES if name in metrics]
     for name in (Key.NUM_EXAMPLES, Key.LOSS, *given):
         value = metrics.get(name)
