@@ -5,6 +5,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from server_app.federated_run import FederatedRun
 from server_app.log import log
+from server_app.submission import write_submission
 from server_app.superlink import end_with_submitter
 from task.config import load_run_config, require
 from task.run_directory import RunDirectory
@@ -26,6 +27,7 @@ def main(grid: Grid, context: Context) -> None:
     directory = RunDirectory(config)
     log(f"results: {directory.path}")
     try:
+        write_submission(directory, context.run_id, context.run_config)
         FederatedRun(grid, directory).run()
     finally:
         directory.close()

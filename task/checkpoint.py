@@ -1,5 +1,7 @@
 """Weights on disk: safetensors with the configuration and the round in their metadata."""
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,10 +15,21 @@ from task.files import atomic_path
 def save_weights(
     path: Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write tensors and metadata to a safetensors file, atomically."""
+    """Write tensors and metadata to a safetensors file, atomically.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with atomic_path(path) as aside:
-        save_file(contiguous, aside, dict(metadata))
+        try:
+            save_file(contiguous, aside, dict(metadata))
+        except SafetensorError as error:
+            # It says what the system said in words alone.
+            if (number := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

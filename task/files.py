@@ -1,5 +1,7 @@
 """Files that are either whole or not there."""
 
+import errno
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -11,19 +13,24 @@ from pathlib import Path
 def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
     """Yield a path to write to, which takes the place of `path` when the block succeeds.
 
-    A reader, a crash or a full disk never leaves half a file behind.
+    A reader, an error or a full disk never leaves half a file behind; a process that is killed
+    leaves a hidden one, see `remove_left_overs`.
 
     Args:
         path: the file to write; its folder exists.
         private: whether its owner alone may read it.
+
+    Raises:
+        OSError: it cannot be written; see `naming_full_disk`.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
     aside = Path(name)
     try:
-        yield aside
-        with aside.open("rb") as written:
-            os.fsync(written.fileno())
+        with naming_full_disk(path.parent):
+            yield aside
+            with aside.open("rb") as written:
+                os.fsync(written.fileno())
         # mkstemp makes files private; results are as readable as any new file.
         if not private:
             umask = os.umask(0)
@@ -32,3 +39,41 @@ def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming_full_disk(folder: Path) -> Iterator[None]:
+    """Say of a disk that is full, or a quota that is used up, which it is and what to do.
+
+    Args:
+        folder: that the block writes to.
+
+    Raises:
+        OSError: there is no room left.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            error.errno,
+            f"no room left on the disk of {folder}: make some there and start this again; "
+            "what was whole before is whole still",
+        ) from error
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a small JSON file, atomically."""
+    with atomic_path(path) as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def remove_left_overs(path: Path) -> None:
+    """Remove what `atomic_path` left of writers of a file that were killed.
+
+    Args:
+        path: the file, which nobody writes now; its name may be a pattern.
+    """
+    for aside in path.parent.glob(f".{path.stem}-*{path.suffix}"):
+        aside.unlink()

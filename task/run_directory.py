@@ -6,6 +6,8 @@
     partition.json, partition.png   images of each class at each client (simulation)
     pooled.json                     images of each class (centralised)
     nodes.json                      client numbers by node id (deployment)
+    submission.json                 what `flwr run` was given, to be given again
+    supervision.json                what feddm-supervise did
     samples/round_0005.png          a grid, a row per class
     checkpoints/round_0005.safetensors
     local/client-3.safetensors      the own final weights of a simulated client
@@ -35,7 +37,7 @@ from task.config import (
     settle_precisions,
     write_config,
 )
-from task.files import atomic_path
+from task.files import atomic_path, naming_full_disk, remove_left_overs, write_json
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -70,6 +72,7 @@ LOCK_PATIENCE_SECONDS = 30.0
 PARTITION_FILE = "partition.json"
 POOLED_FILE = "pooled.json"
 METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".lock"
 
 HOW_TO_RESUME = "pass the same words again, with run_name=... and resume=true"
 
@@ -88,7 +91,7 @@ def check_startable(config: Config) -> None:
     """
     path = run_path(config)
     try:
-        exists = (path / "config.yaml").exists()
+        exists = is_begun(path)
     except OSError as error:
         raise ValueError(f"run_name: {path} is no possible folder ({error.strerror})") from error
     if exists and not config.resume:
@@ -175,7 +178,7 @@ class RunDirectory:
         """
         check_startable(config)
         self.path = path = run_path(config)
-        self._lock = _lock(path / ".lock")
+        self._lock = _lock(path / LOCK_FILE)
         try:
             # Another run may have begun here while this one waited.
             check_startable(config)
@@ -187,6 +190,7 @@ class RunDirectory:
         self.config = config
         for folder in ("samples", "checkpoints"):
             (path / folder).mkdir(exist_ok=True)
+        self._remove_left_overs()
         self._forget_after(self.last_round)
         self._tensorboard = SummaryWriter(str(path / "tensorboard"), purge_step=self.last_round + 1)
 
@@ -197,8 +201,10 @@ class RunDirectory:
 
     def close(self) -> None:
         """Write what is buffered and let go of the folder."""
-        self._tensorboard.close()
-        self._lock.close()
+        try:
+            self._tensorboard.close()
+        finally:
+            self._lock.close()
 
     @property
     def metrics_file(self) -> Path:
@@ -213,7 +219,7 @@ class RunDirectory:
     @property
     def last_round(self) -> int:
         """The last complete round, 0 before the first."""
-        return max((_round_of(file) for file in self._checkpoints()), default=0)
+        return last_complete_round(self.path)
 
     def record(self, server_round: int, who: str, values: Mapping[str, float | str]) -> None:
         """Append metrics of a round, and hand the numbers to TensorBoard.
@@ -222,13 +228,22 @@ class RunDirectory:
             server_round: 1-based; 0 before the first round.
             who: "global", or "client-3".
             values: by name.
+
+        Raises:
+            OSError: they cannot be written; a half line at the end is dropped by a resumed run.
         """
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            for name, value in values.items():
-                line = {"round": server_round, "who": who, "name": name, "value": value}
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-                if not isinstance(value, str):
-                    self._tensorboard.add_scalar(f"{name}/{who}", value, server_round)
+        lines = [
+            {"round": server_round, "who": who, "name": name, "value": value}
+            for name, value in values.items()
+        ]
+        with (
+            naming_full_disk(self.path),
+            self.metrics_file.open("a", encoding="utf-8") as file,
+        ):
+            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        for name, value in values.items():
+            if not isinstance(value, str):
+                self._tensorboard.add_scalar(f"{name}/{who}", value, server_round)
 
     def record_picture(self, server_round: int, name: str, pixels: torch.Tensor) -> None:
         """Hand a picture, uint8 [C, H, W], to TensorBoard."""
@@ -236,8 +251,7 @@ class RunDirectory:
 
     def write_json(self, name: str, content: object) -> None:
         """Write a small JSON file, atomically."""
-        with atomic_path(self.path / name) as aside:
-            aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(self.path / name, content)
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file of the run; None where it is not there."""
@@ -262,7 +276,7 @@ class RunDirectory:
         beside = {f"{group}/{n}": t for group, tensors in state.items() for n, t in tensors.items()}
         file = self.path / "checkpoints" / f"round_{server_round:04d}.safetensors"
         save_weights(file, {**weights, **beside}, self._metadata(server_round))
-        for old in self._checkpoints()[: -self.config.federation.keep_checkpoints]:
+        for old in checkpoints(self.path)[: -self.config.federation.keep_checkpoints]:
             old.unlink()
 
     def load_checkpoint(self) -> tuple[Tensors, dict[str, Tensors]] | None:
@@ -271,7 +285,7 @@ class RunDirectory:
         Raises:
             ValueError: the file is broken.
         """
-        files = self._checkpoints()
+        files = checkpoints(self.path)
         if not files:
             return None
         groups: dict[str, dict[str, torch.Tensor]] = {"": {}}
@@ -306,8 +320,11 @@ class RunDirectory:
         config = json.dumps(OmegaConf.to_container(as_hydra(self.config)))
         return {"round": str(server_round), "config": config}
 
-    def _checkpoints(self) -> list[Path]:
-        return sorted((self.path / "checkpoints").glob("round_*.safetensors"), key=_round_of)
+    def _remove_left_overs(self) -> None:
+        for file in ("checkpoints/round_*.safetensors", "samples/round_*.png", "local/*"):
+            remove_left_overs(self.path / file)
+        for path in (self.path / "config.yaml", self.metrics_file, self.model_file):
+            remove_left_overs(path)
 
     def _forget_after(self, server_round: int) -> None:
         """Drop the metrics of rounds that were not completed; they are about to be repeated."""
@@ -330,6 +347,34 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
 def weights_file(run: Path, client: int | None = None) -> Path:
     """Return the file of a run's final weights, or of those of one of its simulated clients."""
     return run / ("model.safetensors" if client is None else f"local/client-{client}.safetensors")
+
+
+def is_begun(run: Path) -> bool:
+    """Whether the folder of a run holds one that can be resumed."""
+    return (run / "config.yaml").exists()
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """List the checkpoints in the folder of a run, by round."""
+    return sorted((run / "checkpoints").glob("round_*.safetensors"), key=_round_of)
+
+
+def last_complete_round(run: Path) -> int:
+    """Return the last complete round of the run in a folder, 0 before the first."""
+    return max((_round_of(file) for file in checkpoints(run)), default=0)
+
+
+def holder(run: Path) -> str | None:
+    """Return the number of the process that has the folder of a run open; None where none has."""
+    try:
+        with (run / LOCK_FILE).open("r", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "of unknown number"
+    except FileNotFoundError:
+        pass
+    return None
 
 
 def _round_of(file: Path) -> int:
