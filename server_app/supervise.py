@@ -73,7 +73,9 @@ def supervise(
     attempts: Annotated[
         int,
         typer.Option(
-            min=1, help="Submissions in a row without a further complete round, then give up."
+            min=1,
+            max=100,
+            help="Submissions in a row without a further complete round, then give up.",
         ),
     ] = 3,
     poll: Annotated[float, typer.Option(min=1, help="Seconds between two looks.")] = 10,
