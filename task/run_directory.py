@@ -202,7 +202,8 @@ class RunDirectory:
     def close(self) -> None:
         """Write what is buffered and let go of the folder."""
         try:
-            self._tensorboard.close()
+            with naming_full_disk(self.path):
+                self._tensorboard.close()
         finally:
             self._lock.close()
 
@@ -236,14 +237,12 @@ class RunDirectory:
             {"round": server_round, "who": who, "name": name, "value": value}
             for name, value in values.items()
         ]
-        with (
-            naming_full_disk(self.path),
-            self.metrics_file.open("a", encoding="utf-8") as file,
-        ):
-            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        for name, value in values.items():
-            if not isinstance(value, str):
-                self._tensorboard.add_scalar(f"{name}/{who}", value, server_round)
+        with naming_full_disk(self.path):
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+            for name, value in values.items():
+                if not isinstance(value, str):
+                    self._tensorboard.add_scalar(f"{name}/{who}", value, server_round)
 
     def record_picture(self, server_round: int, name: str, pixels: torch.Tensor) -> None:
         """Hand a picture, uint8 [C, H, W], to TensorBoard."""

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -34,6 +35,47 @@ with open(sys.argv[1], "w") as file:
     print("held", flush=True)
     for line in sys.stdin:
         open(line.strip(), "w").close()
+"""
+
+
+# Saves a checkpoint that fits its disk and one that does not, then records until the disk is full.
+FILL_DISK = """
+import sys, torch
+from pathlib import Path
+from task.run_directory import RunDirectory
+from tests.test_run_directory import configured, weights
+
+directory = RunDirectory(configured(Path(sys.argv[1])))
+directory.write_config(directory.config)
+directory.record(1, "global", {"train_loss": 1.0})
+directory.save_checkpoint(1, weights(1.0), {})
+try:
+    directory.save_checkpoint(2, {"large": torch.zeros(2**20)}, {})
+except OSError as error:
+    print(f"checkpoint: {error}")
+print(sorted(file.name for file in (directory.path / "checkpoints").iterdir()))
+try:
+    for i in range(2**20):
+        directory.record(2, f"client-{i}", {"train_left_out": "x" * 1000, "train_loss": 1.0})
+except OSError as error:
+    print(f"metrics: {error}")
+directory.metrics_file.read_bytes().endswith(b"\\n") or print("half a line")
+try:
+    directory.close()
+except OSError as error:
+    print(f"close: {error}")
+# A person makes room.
+(Path(sys.argv[1]) / "ballast").unlink()
+resumed = RunDirectory(configured(Path(sys.argv[1]), "resume=true"))
+stored = resumed.load_checkpoint()
+print(resumed.last_round, stored[0]["layer.weight"][0, 0].item(), len(
+    resumed.metrics_file.read_text().splitlines()))
+"""
+
+IN_A_SMALL_DISK = """
+mount -t tmpfs -o size=1m none "$1"
+head -c 300000 /dev/zero > "$1/ballast"
+exec "$2" -c "$3" "$1"
 """
 
 
@@ -254,6 +296,45 @@ def test_left_over_temporary_file_is_no_checkpoint(started: Path) -> None:
     (started / "checkpoints" / ".round_0003-x1y2z3.safetensors").write_bytes(b"half")
     with opened(started.parent, "resume=true") as directory:
         assert directory.last_round == 2
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(started: Path) -> None:
+    left = [
+        *("checkpoints/.round_0003-x1y2z3.safetensors", "samples/.round_0002-a.png"),
+        *("local/.client-3-abc.safetensors", ".model-abc.safetensors", ".metrics-abc.jsonl"),
+    ]
+    kept = ["checkpoints/round_0002.safetensors", ".supervision-abc.json", ".lock", "notes.txt"]
+    (started / "local").mkdir()
+    for name in (*left, *kept[1:]):
+        (started / name).touch()
+    with opened(started.parent, "resume=true"):
+        assert not [name for name in left if (started / name).exists()]
+        assert all((started / name).exists() for name in kept)
+
+
+def test_full_disk_is_named_and_what_was_saved_before_goes_on(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "-rm", "true"], check=False).returncode != 0:
+        pytest.skip("no small disk can be mounted here: unshare -rm is refused")
+    result = subprocess.run(
+        [unshare, "-rm", "sh", "-ec", IN_A_SMALL_DISK, "-", disk, sys.executable, FILL_DISK],
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    way_out = "make some there and start this again; what was whole before is whole still"
+    checkpoint, found, metrics, *rest, resumed = result.stdout.splitlines()
+    folder = f"no room left on the disk of {disk}/run"
+    assert checkpoint == f"checkpoint: [Errno 28] {folder}/checkpoints: {way_out}"
+    assert found == "['round_0001.safetensors']"
+    assert metrics == f"metrics: [Errno 28] {folder}: {way_out}"
+    # Where the last bytes went decides whether a line was cut and TensorBoard's are lost.
+    assert set(rest) <= {"half a line", metrics.replace("metrics", "close")}
+    assert resumed == "1 1.0 1"
 
 
 def test_checkpoint_without_further_state_loads(started: Path) -> None:
