@@ -1,3 +1,4 @@
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -5,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from task.files import atomic_path
+from task.files import atomic_path, naming_full_disk, remove_left_overs
 
 
 @pytest.fixture
@@ -92,3 +93,31 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: int) -> No
 def test_missing_folder_is_said_to_be_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"), atomic_path(tmp_path / "nowhere" / "x"):
         pytest.fail("the block must not run")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_is_named_with_the_way_out(tmp_path: Path, number: int) -> None:
+    with pytest.raises(OSError, match=f"disk of {tmp_path}: make some") as caught:  # noqa: SIM117
+        with naming_full_disk(tmp_path):
+            raise OSError(number, os.strerror(number))
+    assert caught.value.errno == number
+
+
+def test_other_errors_of_a_disk_stay_as_they_are(tmp_path: Path) -> None:
+    refused = PermissionError(errno.EACCES, "no", "file")
+    with pytest.raises(PermissionError) as caught, naming_full_disk(tmp_path):
+        raise refused
+    assert caught.value is refused
+
+
+def test_left_overs_of_one_file_are_removed_and_others_stay(tmp_path: Path) -> None:
+    file = tmp_path / "round_0001.png"
+    with pytest.raises(KeyboardInterrupt), atomic_path(file) as aside:
+        kept_by_a_kill = tmp_path / aside.name.replace("-", "-killed")
+        kept_by_a_kill.write_text("half")
+        raise KeyboardInterrupt
+    others = [file, tmp_path / ".round_0002-x.png", tmp_path / ".round_0001-x.json"]
+    for other in others:
+        other.touch()
+    remove_left_overs(file)
+    assert sorted(tmp_path.iterdir()) == sorted(others)
