@@ -22,7 +22,7 @@ from server_app.submission import (
     write_submission,
 )
 from server_app.superlink import free_port, wait_until_healthy
-from server_app.supervise import list_runs
+from server_app.supervise import Supervisor, list_runs
 from server_app.supervision import (
     LONGEST_PAUSE,
     SUPERVISION_FILE,
@@ -238,6 +238,30 @@ def test_damaged_files_are_named(tmp_path: Path, content: str) -> None:
     (tmp_path / SUPERVISION_FILE).write_text(content)
     with pytest.raises(ValueError, match=r"supervision\.json must be of this feddm's supervisor"):
         read_folder(tmp_path)
+
+
+def test_giving_up_is_loud_and_remembered_by_the_next_supervisor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "night"
+    path.mkdir()
+    gone = replace(folder().submission, app=str(tmp_path / "gone"))
+    (path / SUBMISSION_FILE).write_text(json.dumps(vars(gone)))
+    runs = listed(r1=FAILED)
+    expected = [Verdict.RESUBMIT, Verdict.HOPELESS, Verdict.GIVEN_UP]
+    for verdict_now in expected:
+        supervisor = Supervisor("night", tmp_path, attempts=1)
+        folders = supervisor.read_folders()
+        assert [supervisor.handle(found, runs, folders) for found in folders] == [verdict_now]
+    assert supervisor.status([Verdict.GIVEN_UP], runs, folders) == 1
+    said = capsys.readouterr().out
+    assert f"could not be submitted: its code is not at {gone.app}" in said
+    assert f"GIVING UP {path} after 1 attempts without a further complete round" in said
+    assert f"given up before: {path}: why" in said
+    completed = listed(r1="finished:completed")
+    assert supervisor.status([Verdict.COMPLETED], completed, folders) == 0
+    assert supervisor.status([Verdict.GOING], listed(r1="running"), folders) is None
+    assert supervisor.status([Verdict.STOPPED], listed(r1="finished:stopped"), folders) == 1
 
 
 def home(tmp_path: Path, port: int) -> dict[str, str]:
