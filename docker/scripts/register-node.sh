@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Tells the SuperLink behind CONNECTION to let in the node that holds PUBLIC_KEY's private key.
+set -euo pipefail
+shopt -s inherit_errexit
+
+fail() {
+    echo "$0: $*" >&2
+    exit 1
+}
+
+if [[ $# -ne 3 ]]; then
+    echo "usage: $0 PUBLIC_KEY CONNECTION NAME" >&2
+    exit 2
+fi
+readonly PUBLIC_KEY=$1 CONNECTION=$2 NAME=$3
+here=$(dirname "$0")
+flwr=$(command -v flwr) || fail "flwr is not on the PATH; activate the environment that feddm is installed in"
+python=$(dirname "$flwr")/python
+
+# A private key would be accepted by ssh-keygen, and has no business here.
+[[ -r $PUBLIC_KEY && $(head -c 20 "$PUBLIC_KEY") == "ecdsa-sha2-nistp384 " ]] ||
+    fail "$PUBLIC_KEY is not a public key by make-node-key.sh (ecdsa-sha2-nistp384 ...)"
+fingerprint=$(ssh-keygen -l -f "$PUBLIC_KEY" | cut -d' ' -f2)
+
+# Prints the id of the node with this key and leaves out those that were unregistered.
+registered_id() {
+    local nodes
+    nodes=$("$python" "$here/list_nodes.py" "$CONNECTION")
+    awk -v key="$fingerprint" '$2 != "unregistered" && $3 == key { print $1 }' <<<"$nodes"
+}
+
+id=$(registered_id)
+if [[ -n $id ]]; then
+    echo "$NAME was registered before as node $id ($fingerprint)"
+    exit 0
+fi
+"$flwr" supernode register "$PUBLIC_KEY" "$CONNECTION" --name "$NAME"
+id=$(registered_id)
+[[ -n $id ]] || fail "$CONNECTION said yes, but lists no node with the key $fingerprint"
+echo "$NAME is registered as node $id ($fingerprint)"
