@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes a certificate authority of the federation's own: DIR/ca.key and DIR/ca.crt.
 set -euo pipefail
+shopt -s inherit_errexit
 umask 077
 
 if [[ $# -ne 1 ]]; then

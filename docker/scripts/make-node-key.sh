@@ -2,6 +2,7 @@
 # Makes the key by which a hospital's node is known: DIR/NAME (never leaves the hospital) and
 # DIR/NAME.pub (goes to the coordinator).
 set -euo pipefail
+shopt -s inherit_errexit
 umask 077
 
 fail() {

@@ -3,6 +3,7 @@
 # DIR/server.key and DIR/server.pem. With --renew a new certificate for the same key replaces an
 # old one, which is kept beside it under the day on which it expires.
 set -euo pipefail
+shopt -s inherit_errexit
 umask 077
 
 usage() {
@@ -32,7 +33,7 @@ done
 
 names=()
 for host in "$@"; do
-    if [[ $host =~ ^[0-9]+(\.[0-9]+){3}$ || $host == *:* ]]; then
+    if [[ $host =~ ^[0-9]+(\.[0-9]+){3}$ || $host =~ ^[0-9A-Fa-f]*:[0-9A-Fa-f:]+$ ]]; then
         names+=("IP:$host")
     elif [[ $host =~ ^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$ ]]; then
         names+=("DNS:$host")
@@ -68,11 +69,12 @@ fi
 
 new=$(mktemp -d "$DIR/.server.XXXXXX")
 trap 'rm -rf "$new"' EXIT
+key=$KEY
 if [[ ! -e $KEY ]]; then
-    openssl genpkey -quiet -algorithm EC -pkeyopt ec_paramgen_curve:P-384 -out "$new/server.key"
-    mv -n "$new/server.key" "$KEY"
+    key=$new/server.key
+    openssl genpkey -quiet -algorithm EC -pkeyopt ec_paramgen_curve:P-384 -out "$key"
 fi
-openssl req -new -key "$KEY" -sha384 -subj "/CN=${names[0]#*:}" -out "$new/server.csr"
+openssl req -new -key "$key" -sha384 -subj "/CN=feddm server" -out "$new/server.csr"
 cat >"$new/extensions" <<END
 basicConstraints = critical, CA:FALSE
 keyUsage = critical, digitalSignature
@@ -92,6 +94,7 @@ if [[ -e $CERTIFICATE ]]; then
     ln "$CERTIFICATE" "$old"
     echo "kept the old certificate as $old"
 fi
+[[ $key == "$KEY" ]] || mv -n "$key" "$KEY"
 mv "$new/server.pem" "$CERTIFICATE"
 echo "made $CERTIFICATE for $* (key: $KEY)"
 openssl x509 -in "$CERTIFICATE" -noout -enddate -fingerprint -sha256

@@ -2,6 +2,7 @@
 # Adds [superlink.NAME] to Flower's configuration ($FLWR_HOME/config.toml), so that
 # `flwr run APP NAME` and its like reach the SuperLink. Other connections stay as they are.
 set -euo pipefail
+shopt -s inherit_errexit
 umask 077
 
 fail() {
