@@ -22,19 +22,11 @@ python=$(dirname "$flwr")/python
     fail "$PUBLIC_KEY is not a public key by make-node-key.sh (ecdsa-sha2-nistp384 ...)"
 fingerprint=$(ssh-keygen -l -f "$PUBLIC_KEY" | cut -d' ' -f2)
 
-# Prints the id of the node with this key and leaves out those that were unregistered.
-registered_id() {
-    local nodes
-    nodes=$("$python" "$here/list_nodes.py" "$CONNECTION")
-    awk -v key="$fingerprint" '$2 != "unregistered" && $3 == key { print $1 }' <<<"$nodes"
-}
-
-id=$(registered_id)
+nodes=$("$python" "$here/list_nodes.py" "$CONNECTION")
+id=$(awk -v key="$fingerprint" '$2 != "unregistered" && $3 == key { print $1 }' <<<"$nodes")
 if [[ -n $id ]]; then
-    echo "$NAME was registered before as node $id ($fingerprint)"
+    echo "SuperNode $id was registered before: $NAME with $fingerprint"
     exit 0
 fi
 "$flwr" supernode register "$PUBLIC_KEY" "$CONNECTION" --name "$NAME"
-id=$(registered_id)
-[[ -n $id ]] || fail "$CONNECTION said yes, but lists no node with the key $fingerprint"
-echo "$NAME is registered as node $id ($fingerprint)"
+echo "it is $NAME with $fingerprint"
