@@ -43,7 +43,7 @@ class Federation:
             env={**os.environ, **self.environment},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=check,
         )
 
@@ -52,23 +52,18 @@ class Federation:
         return next(line.split()[1] for line in listed.splitlines() if line.endswith(f" {name}"))
 
     @contextmanager
-    def node(self, name: str, *arguments: str | Path, port: int) -> Iterator[tuple[Path, object]]:
-        log = self.folder / f"{name}-{port}.log"
+    def node(
+        self, name: str, *arguments: str | Path, port: int
+    ) -> Iterator[tuple["subprocess.Popen[bytes]", Path]]:
+        """Run a SuperNode; give its process and its log."""
+        log = self.folder / f"node-{name}.log"
         command = ["flower-supernode", "--superlink", f"127.0.0.1:{port}"]
         command += ["--port", str(free_port()), *map(str, arguments)]
-        home = {"FLWR_HOME": str(self.folder / f"home-{name}")}
-        environment = {**self.environment, **home}
+        environment = {**self.environment, "FLWR_HOME": str(self.folder / f"home-{name}")}
         with process(
             [COMMANDS / command[0], *command[1:]], log=log, cwd=self.folder, env=environment
         ) as started:
-            yield log, started
-
-    def refused(self, *arguments: str | Path, port: int | None = None) -> tuple[int, str]:
-        """Start a node that is expected to end by itself; return its exit status and output."""
-        with self.node("refused", *arguments, port=port or self.port) as (log, started):
-            assert isinstance(started, subprocess.Popen)
-            status = started.wait(40)
-        return status, log.read_text(errors="replace")
+            yield started, log
 
 
 def free_port() -> int:
@@ -117,7 +112,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     ):
         wait_for(
             lambda: healthy(f"https://{address}", folder / "ca.crt"),
-            seconds=60,
+            seconds=120,
             what="the SuperLink's health",
         )
         yield federation
@@ -179,44 +174,68 @@ def test_registering_twice_names_the_same_node(federation: Federation, registere
     assert again == f"SuperNode {node} was registered before: hospital-a with {fingerprint}\n"
 
 
-def test_stranger_key_is_refused(federation: Federation, registered: str) -> None:
-    key = ["--auth-supernode-private-key", "stranger"]
-    status, output = federation.refused("--root-certificates", "ca.crt", *key)
-    assert status == 1 and "[code: 2004] Failed to activate SuperNode" in output
+@pytest.fixture(scope="module")
+def refusals(federation: Federation, registered: str) -> dict[str, tuple[int, str]]:
+    """Start all that must be refused at once; return exit status and output of each."""
+    folder = federation.folder
+    expired = expire(folder)
+    (folder / "elsewhere").mkdir()
+    for name in ("ca.key", "ca.crt"):
+        shutil.copy(folder / name, folder / "elsewhere")
+    federation.run(SCRIPTS / "make-server-certificate.sh", folder / "elsewhere", "other.test")
+    ours, key = ["--root-certificates", "ca.crt"], "--auth-supernode-private-key"
+    with ExitStack() as stack:
+        late = stack.enter_context(presenting(expired, folder / "server.key"))
+        elsewhere = stack.enter_context(
+            presenting(folder / "elsewhere" / "server.pem", folder / "elsewhere" / "server.key")
+        )
+        started = {
+            name: stack.enter_context(federation.node(name, *arguments, port=port))
+            for name, arguments, port in [
+                ("stranger", [*ours, key, "stranger"], federation.port),
+                ("keyless", ours, federation.port),
+                (
+                    "wrong-ca",
+                    ["--root-certificates", "other/ca.crt", key, "hospital-a"],
+                    federation.port,
+                ),
+                ("expired", [*ours, key, "hospital-a"], late),
+                ("other-name", [*ours, key, "hospital-a"], elsewhere),
+            ]
+        }
+        return {
+            name: (node.wait(120), log.read_text(errors="replace"))
+            for name, (node, log) in started.items()
+        }
+
+
+@pytest.mark.parametrize(
+    ("node", "cause"),
+    [
+        ("stranger", "[code: 2004] Failed to activate SuperNode"),
+        ("wrong-ca", "unable to get local issuer certificate"),
+        ("expired", "certificate has expired"),
+        ("other-name", "certificate is not valid for '127.0.0.1'"),
+    ],
+)
+def test_refused_node_ends_with_its_cause(
+    refusals: dict[str, tuple[int, str]], node: str, cause: str
+) -> None:
+    status, output = refusals[node]
+    assert status == 1 and cause in output
+
+
+def test_superlink_says_what_a_strangers_node_does_not(
+    federation: Federation, refusals: dict[str, tuple[int, str]]
+) -> None:
+    assert refusals["stranger"][0] == 1
     log = (federation.folder / "superlink.log").read_text()
     assert "No SuperNode found with the given public key" in log
 
 
-@pytest.mark.parametrize(
-    ("authority", "certificate", "cause"),
-    [
-        ("other/ca.crt", "server.pem", "unable to get local issuer certificate"),
-        ("ca.crt", "expired.pem", "certificate has expired"),
-        ("ca.crt", "elsewhere/server.pem", "certificate is not valid for '127.0.0.1'"),
-    ],
-)
-def test_wrong_certificate_ends_the_node_with_its_cause(
-    federation: Federation, authority: str, certificate: str, cause: str
-) -> None:
-    folder = federation.folder
-    expire(folder)
-    elsewhere = folder / "elsewhere"
-    elsewhere.mkdir(exist_ok=True)
-    for name in ("ca.key", "ca.crt"):
-        shutil.copy(folder / name, elsewhere)
-    federation.run(SCRIPTS / "make-server-certificate.sh", elsewhere, "other.test")
-    server_key = (folder / certificate).parent / "server.key"
-
-    with presenting(folder / certificate, server_key) as port:
-        key = ["--auth-supernode-private-key", "hospital-a"]
-        status, output = federation.refused("--root-certificates", authority, *key, port=port)
-
-    assert status == 1 and cause in output
-
-
-def test_node_without_a_key_never_gets_in(federation: Federation) -> None:
-    status, output = federation.refused("--root-certificates", "ca.crt")
-    assert status == 1 and "SuperNode ID" not in output
+def test_node_without_a_key_never_gets_in(refusals: dict[str, tuple[int, str]]) -> None:
+    status, output = refusals["keyless"]
+    assert status != 0 and "SuperNode ID" not in output
 
 
 @contextmanager
@@ -239,7 +258,7 @@ def gateway(federation: Federation) -> Iterator[int]:
     ):
         wait_for(
             lambda: healthy(f"http://127.0.0.1:{health}", federation.folder / "ca.crt"),
-            seconds=20,
+            seconds=60,
             what="the gateway's health",
         )
         yield port
@@ -270,8 +289,8 @@ def test_gateway_lets_nodes_in_and_nothing_else(federation: Federation, register
         assert listed.returncode == 1 and "403 Forbidden" in listed.stdout + listed.stderr
 
         arguments = ["--root-certificates", "ca.crt", "--auth-supernode-private-key", "hospital-a"]
-        log, _ = stack.enter_context(federation.node("hospital-a", *arguments, port=port))
-        wait_for(lambda: "SuperNode ID" in log.read_text(), seconds=40, what="the node's start")
+        _, log = stack.enter_context(federation.node("hospital-a", *arguments, port=port))
+        wait_for(lambda: "SuperNode ID" in log.read_text(), seconds=120, what="the node's start")
         assert federation.status_of("hospital-a") == "online"
 
 

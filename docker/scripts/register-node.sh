@@ -23,8 +23,10 @@ python=$(dirname "$flwr")/python
 fingerprint=$(ssh-keygen -l -f "$PUBLIC_KEY" | cut -d' ' -f2)
 
 nodes=$("$python" "$here/list_nodes.py" "$CONNECTION")
-id=$(awk -v key="$fingerprint" '$2 != "unregistered" && $3 == key { print $1 }' <<<"$nodes")
-if [[ -n $id ]]; then
+read -r id status < <(awk -v key="$fingerprint" '$3 == key { print $1, $2 }' <<<"$nodes") || true
+if [[ ${status-} == unregistered ]]; then
+    fail "this key was unregistered (node $id), and Flower takes none twice; make-node-key.sh makes a new one under a new name"
+elif [[ -n ${id-} ]]; then
     echo "SuperNode $id was registered before: $NAME with $fingerprint"
     exit 0
 fi
