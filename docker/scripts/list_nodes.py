@@ -1,0 +1,59 @@
+"""Lists the nodes that a SuperLink knows: id, status, fingerprint of the key, name.
+
+`flwr supernode list` shows neither names nor keys, and a fingerprint is what a hospital and its
+coordinator can compare over the telephone. A node's status is Flower's: registered, online,
+offline or unregistered.
+"""
+
+import sys
+from base64 import b64decode, b64encode
+from contextlib import redirect_stdout
+from hashlib import sha256
+
+import click
+from cryptography.hazmat.primitives import serialization
+from flwr.cli.flower_config import read_superlink_connection
+from flwr.cli.utils import flwr_cli_exc_handler, init_http_client_from_connection
+from flwr.proto.control_pb2 import ListNodesRequest
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key
+
+
+def registered_nodes(connection: str) -> list[NodeInfo]:
+    """Ask the SuperLink behind a connection of Flower's configuration for its nodes."""
+    client = init_http_client_from_connection(read_superlink_connection(connection))
+    try:
+        with flwr_cli_exc_handler():
+            return list(client.ListNodes(ListNodesRequest()).nodes_info)
+    finally:
+        client.close()
+
+
+def fingerprint(public_key: bytes) -> str:
+    """Return the fingerprint of a node's public key as `ssh-keygen -l` writes it."""
+    openssh = bytes_to_public_key(public_key).public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    digest = sha256(b64decode(openssh.split()[1])).digest()
+    return "SHA256:" + b64encode(digest).decode().rstrip("=")
+
+
+def main(arguments: list[str]) -> int:
+    """Print a line per node."""
+    if len(arguments) != 1:
+        print("usage: list_nodes.py CONNECTION", file=sys.stderr)
+        return 2
+    try:
+        # Flower prints which connection it uses, which is no line of the list.
+        with redirect_stdout(sys.stderr):
+            nodes = registered_nodes(arguments[0])
+    except click.ClickException as error:
+        print(f"list_nodes.py: {error.format_message()}", file=sys.stderr)
+        return 1
+    for node in nodes:
+        print(node.node_id, node.status, fingerprint(node.public_key), node.name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,305 @@
+"""Who is refused: real SuperLink, gateway and nodes on 127.0.0.1, with keys by docker/scripts."""
+
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.x509.oid import NameOID
+
+from tests.processes import CHECKOUT, COMMANDS, process, wait_for
+
+SCRIPTS = CHECKOUT / "docker" / "scripts"
+GATEWAY = CHECKOUT / "docker" / "gateway" / "Caddyfile"
+CADDY = shutil.which("caddy", path=str(COMMANDS))
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Federation:
+    folder: Path
+    port: int
+    environment: dict[str, str]
+
+    def run(self, *command: str | Path, check: bool = True) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            command,
+            cwd=self.folder,
+            env={**os.environ, **self.environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=check,
+        )
+
+    def status_of(self, name: str) -> str:
+        listed = self.run(sys.executable, SCRIPTS / "list_nodes.py", "hospitals").stdout
+        return next(line.split()[1] for line in listed.splitlines() if line.endswith(f" {name}"))
+
+    @contextmanager
+    def node(
+        self, name: str, *arguments: str | Path, port: int
+    ) -> Iterator[tuple["subprocess.Popen[bytes]", Path]]:
+        """Run a SuperNode; give its process and its log."""
+        log = self.folder / f"node-{name}.log"
+        command = ["flower-supernode", "--superlink", f"127.0.0.1:{port}"]
+        command += ["--port", str(free_port()), *map(str, arguments)]
+        environment = {**self.environment, "FLWR_HOME": str(self.folder / f"home-{name}")}
+        with process(
+            [COMMANDS / command[0], *command[1:]], log=log, cwd=self.folder, env=environment
+        ) as started:
+            yield started, log
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def healthy(url: str, ca: Path) -> bool:
+    with suppress(urllib.error.URLError, OSError):
+        context = ssl.create_default_context(cafile=ca) if url.startswith("https") else None
+        proxy = urllib.request.ProxyHandler({})
+        opener = urllib.request.build_opener(proxy, urllib.request.HTTPSHandler(context=context))
+        with opener.open(f"{url}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    return False
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    folder = tmp_path_factory.mktemp("federation")
+    port = free_port()
+    environment = {
+        "FLWR_HOME": str(folder / "home"),
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+        "PATH": f"{COMMANDS}{os.pathsep}{os.environ['PATH']}",
+    }
+    federation = Federation(folder, port, environment)
+    federation.run(SCRIPTS / "make-ca.sh", folder)
+    federation.run(SCRIPTS / "make-ca.sh", folder / "other")
+    federation.run(SCRIPTS / "make-server-certificate.sh", folder, "127.0.0.1")
+    for name in ("hospital-a", "stranger"):
+        federation.run(SCRIPTS / "make-node-key.sh", folder, name)
+    address = f"127.0.0.1:{port}"
+    federation.run(SCRIPTS / "write-connection.sh", "hospitals", address, folder / "ca.crt")
+    command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key"]
+    command += ["--ssl-ca-certfile", "ca.crt", "--enable-supernode-auth"]
+    command += ["--disable-runtime-dependency-installation", "--database", "state.db"]
+    with process(
+        [COMMANDS / command[0], *command[1:]],
+        log=folder / "superlink.log",
+        cwd=folder,
+        env=environment,
+    ):
+        wait_for(
+            lambda: healthy(f"https://{address}", folder / "ca.crt"),
+            seconds=120,
+            what="the SuperLink's health",
+        )
+        yield federation
+
+
+@pytest.fixture(scope="module")
+def registered(federation: Federation) -> str:
+    """Register hospital-a; return what the script said."""
+    return federation.run(
+        SCRIPTS / "register-node.sh", "hospital-a.pub", "hospitals", "hospital-a"
+    ).stdout
+
+
+@contextmanager
+def presenting(certificate: Path, key: Path) -> Iterator[int]:
+    """Serve TLS with a certificate on a free port."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with suppress(OSError):
+                        context.wrap_socket(connection, server_side=True).close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield int(listener.getsockname()[1])
+
+
+def expire(folder: Path) -> Path:
+    """Sign a certificate for 127.0.0.1 that ended yesterday; openssl 3.0 makes none."""
+    authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+    current = x509.load_pem_x509_certificate((folder / "server.pem").read_bytes())
+    signer = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(
+        issuer_name=authority.subject,
+        subject_name=x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "expired")]),
+        public_key=current.public_key(),
+        serial_number=x509.random_serial_number(),
+        not_valid_before=now - timedelta(days=2),
+        not_valid_after=now - timedelta(days=1),
+        extensions=list(current.extensions),
+    )
+    expired = builder.sign(signer, hashes.SHA384())  # type: ignore[arg-type]
+    path = folder / "expired.pem"
+    path.write_bytes(expired.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+def test_registering_twice_names_the_same_node(federation: Federation, registered: str) -> None:
+    again = federation.run(
+        SCRIPTS / "register-node.sh", "hospital-a.pub", "hospitals", "hospital-a"
+    ).stdout
+    fingerprint = federation.run("ssh-keygen", "-l", "-f", "hospital-a.pub").stdout.split()[1]
+    (node,) = re.findall(r"SuperNode (\d+) registered successfully", registered)
+    assert again == f"SuperNode {node} was registered before: hospital-a with {fingerprint}\n"
+
+
+@pytest.fixture(scope="module")
+def refusals(federation: Federation, registered: str) -> dict[str, tuple[int, str]]:
+    """Start all that must be refused at once; return exit status and output of each."""
+    folder = federation.folder
+    expired = expire(folder)
+    (folder / "elsewhere").mkdir()
+    for name in ("ca.key", "ca.crt"):
+        shutil.copy(folder / name, folder / "elsewhere")
+    federation.run(SCRIPTS / "make-server-certificate.sh", folder / "elsewhere", "other.test")
+    ours, key = ["--root-certificates", "ca.crt"], "--auth-supernode-private-key"
+    with ExitStack() as stack:
+        late = stack.enter_context(presenting(expired, folder / "server.key"))
+        elsewhere = stack.enter_context(
+            presenting(folder / "elsewhere" / "server.pem", folder / "elsewhere" / "server.key")
+        )
+        started = {
+            name: stack.enter_context(federation.node(name, *arguments, port=port))
+            for name, arguments, port in [
+                ("stranger", [*ours, key, "stranger"], federation.port),
+                ("keyless", ours, federation.port),
+                (
+                    "wrong-ca",
+                    ["--root-certificates", "other/ca.crt", key, "hospital-a"],
+                    federation.port,
+                ),
+                ("expired", [*ours, key, "hospital-a"], late),
+                ("other-name", [*ours, key, "hospital-a"], elsewhere),
+            ]
+        }
+        return {
+            name: (node.wait(120), log.read_text(errors="replace"))
+            for name, (node, log) in started.items()
+        }
+
+
+@pytest.mark.parametrize(
+    ("node", "cause"),
+    [
+        ("stranger", "[code: 2004] Failed to activate SuperNode"),
+        ("wrong-ca", "unable to get local issuer certificate"),
+        ("expired", "certificate has expired"),
+        ("other-name", "certificate is not valid for '127.0.0.1'"),
+    ],
+)
+def test_refused_node_ends_with_its_cause(
+    refusals: dict[str, tuple[int, str]], node: str, cause: str
+) -> None:
+    status, output = refusals[node]
+    assert status == 1 and cause in output
+
+
+def test_superlink_says_what_a_strangers_node_does_not(
+    federation: Federation, refusals: dict[str, tuple[int, str]]
+) -> None:
+    assert refusals["stranger"][0] == 1
+    log = (federation.folder / "superlink.log").read_text()
+    assert "No SuperNode found with the given public key" in log
+
+
+def test_node_without_a_key_never_gets_in(refusals: dict[str, tuple[int, str]]) -> None:
+    status, output = refusals["keyless"]
+    assert status != 0 and "SuperNode ID" not in output
+
+
+@contextmanager
+def gateway(federation: Federation) -> Iterator[int]:
+    if CADDY is None:
+        pytest.skip("the gateway's program is not installed: uv sync --group deployment")
+    port, health = free_port(), free_port()
+    environment = {
+        "SUPERLINK": f"127.0.0.1:{federation.port}",
+        "CERTIFICATES": str(federation.folder),
+        "GATEWAY_HOST": "127.0.0.1",
+        "GATEWAY_PORT": str(port),
+        "HEALTH_PORT": str(health),
+    }
+    with process(
+        [CADDY, "run", "--adapter", "caddyfile", "--config", GATEWAY],
+        log=federation.folder / "gateway.log",
+        cwd=federation.folder,
+        env=environment,
+    ):
+        wait_for(
+            lambda: healthy(f"http://127.0.0.1:{health}", federation.folder / "ca.crt"),
+            seconds=60,
+            what="the gateway's health",
+        )
+        yield port
+
+
+def test_gateway_lets_nodes_in_and_nothing_else(federation: Federation, registered: str) -> None:
+    with ExitStack() as stack:
+        port = stack.enter_context(gateway(federation))
+        context = ssl.create_default_context(cafile=federation.folder / "ca.crt")
+        for path in [
+            "/v1/control/list-runs",
+            "/v1/fleet/../control/list-runs",
+            "/v1/fleet/%2e%2e/control/list-runs",
+            "/v1/fleet/..%2fcontrol/list-runs",
+            "//v1/control/list-runs",
+            "/v1/runtime/acquire-task",
+            "/health",
+        ]:
+            assert answer_to(path, port, context) == 403, path
+        # The SuperLink's own answer to a request of no known type.
+        assert answer_to("/v1/fleet/pull-messages", port, context) == 415
+        assert answer_to("/v1/control/list-runs", federation.port, context) == 415
+
+        address = f"127.0.0.1:{port}"
+        authority = federation.folder / "ca.crt"
+        federation.run(SCRIPTS / "write-connection.sh", "through-gateway", address, authority)
+        listed = federation.run(COMMANDS / "flwr", "list", "through-gateway", check=False)
+        assert listed.returncode == 1 and "403 Forbidden" in listed.stdout + listed.stderr
+
+        arguments = ["--root-certificates", "ca.crt", "--auth-supernode-private-key", "hospital-a"]
+        _, log = stack.enter_context(federation.node("hospital-a", *arguments, port=port))
+        wait_for(lambda: "SuperNode ID" in log.read_text(), seconds=120, what="the node's start")
+        assert federation.status_of("hospital-a") == "online"
+
+
+def answer_to(path: str, port: int, context: ssl.SSLContext) -> int:
+    """Post to a path as it is written, dots and slashes included; return the status."""
+    request = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\n\r\n"
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1") as secure,
+    ):
+        secure.sendall(request.encode())
+        return int(secure.recv(64).split()[1])
