@@ -82,6 +82,10 @@ class Introductions:
                 found[node] = answer
         return found
 
+    def unanswered(self) -> list[int]:
+        """Return the nodes whose queries are out, sorted."""
+        return sorted(self._out)
+
     def do_not_wait_for(self, node: int) -> None:
         """Let nobody wait for the next answer of a node, which may be long in coming."""
         self._tardy.add(node)
@@ -284,6 +288,8 @@ class Roster:
             for number, node in missing
         ]
         reasons += [reason for reason, _ in self._refused.values()]
+        silent = [node for node in self._introductions.unanswered() if node not in self._refused]
+        reasons += [f"node {node} has not introduced itself yet" for node in silent]
         return "; ".join(reasons) or "no other node connected"
 
 
