@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import (
     ConfigRecord,
@@ -17,6 +18,7 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 
 from server_app.exchange import (
     UnusableReply,
@@ -216,6 +218,7 @@ class FederatedRun(TrainingRun):
         told: list[tuple[int, Mapping[Any, Any]]] = []
         kept = self.clients_to_keep(server_round, clients)
         packed = self._layout.pack(self.weights, federation.wire_dtype)
+        check_train = self.training_check(packed, len(clients))
 
         def usable_replies() -> Iterator[tuple[int, Message]]:
             for client, reply, sent in self.ask(
@@ -231,12 +234,6 @@ class FederatedRun(TrainingRun):
                     own = self._layout.unpack(packed_weights(reply.content))
                     self.directory.save_local_model(server_round, client, own)
                 yield client, reply
-
-        def check_train(content: RecordDict) -> None:
-            check_metrics(content)
-            check_weights(content, size=self._layout.size, num_clients=len(clients))
-            norm = check_update(content, packed, limit=federation.max_update_norm)
-            record_of(content, Key.METRICS, MetricRecord)[UPDATE_NORM] = norm
 
         arrays, metrics = self._aggregate(usable_replies(), packed)
         self.phases.enter("aggregating")
@@ -255,6 +252,25 @@ class FederatedRun(TrainingRun):
             server_round, "global", {"train_loss": loss, "num_clients": len(used)}
         )
         return f"train loss {loss:.4f}, {len(used)} of {len(clients)} clients"
+
+    def training_check(
+        self, packed: NDArray[np.floating], num_clients: int
+    ) -> Callable[[RecordDict], None]:
+        """Make the check of a training's replies, which also measures their updates.
+
+        Args:
+            packed: [P], the weights that the clients are sent.
+            num_clients: how many are asked.
+        """
+
+        def check(content: RecordDict) -> None:
+            check_metrics(content)
+            check_weights(content, size=self._layout.size, num_clients=num_clients)
+            norm = check_update(content, packed, limit=self.config.federation.max_update_norm)
+            # Whatever a client says under this name, it is measured here.
+            record_of(content, Key.METRICS, MetricRecord)[UPDATE_NORM] = norm
+
+        return check
 
     def clients_to_keep(self, server_round: int, clients: list[int]) -> set[int]:
         """Choose the clients of the last round whose own weights are kept."""

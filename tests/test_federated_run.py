@@ -4,6 +4,7 @@ import os
 import random
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -397,6 +398,11 @@ BAD_REPLIES: list[tuple[str, Alter, str]] = [
         changed(arrays={Key.PACKED: Array("float32", (SIZE,), "numpy.ndarray", OPEN_BRACKET)}),
         "^weights that cannot be read",
     ),
+    (
+        "far",
+        changed(arrays={Key.PACKED: Array(GOOD + np.float32(10))}),
+        r"^weights at a distance of 4\d\d.* from .* federation\.max_update_norm=400$",
+    ),
     # Finite, and still nothing that a model can be made of.
     (
         "absurd weights",
@@ -434,7 +440,8 @@ class Spoiled:
 
 @pytest.fixture(scope="module")
 def spoiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spoiled]:
-    run_config = configured(tmp_path_factory.mktemp("spoiled"))
+    changes = {"federation.max_update_norm": 400.0}
+    run_config = configured(tmp_path_factory.mktemp("spoiled"), changes)
     rounds: list[Spoiled] = []
 
     def alter(asked: Message, reply: Message) -> Message | None:
@@ -701,6 +708,157 @@ def test_hospitals_are_numbered_once_and_keep_their_images(
     assert recorded(folder, "train_num_examples") == {
         (r, f"client-{client}"): 180 for r in (1, 2) for client in (0, 1)
     }
+
+
+def test_round_that_fails_is_tried_again_and_leaves_nothing_of_the_failure(
+    hospitals: tuple[RunConfig, ClientNodes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_config, nodes = hospitals
+    asked_again = []
+
+    def fail_twice(asked: Message, reply: Message) -> Message:
+        if is_train(asked, 1) and is_of_round(asked, 1):
+            asked_again.append(asked)
+            return failure(asked) if len(asked_again) < 3 else reply
+        return reply
+
+    folder = play({**run_config, "federation.min_replies": 2}, nodes=nodes, alter=fail_twice)
+    assert len(asked_again) == 3
+    said = capsys.readouterr().out
+    for attempt in (1, 2):
+        assert (
+            "round 1: 1 of 2 clients sent usable weights, federation.min_replies=2 (client 1: "
+            f"FileNotFoundError (code 102)); attempt {attempt} of 3, nothing of it is kept"
+        ) in said
+    names = [(m["round"], m["who"], m["name"]) for m in lines(folder)]
+    assert len(names) == len(set(names)) and recorded(folder, "train_left_out") == {}
+    assert recorded(folder, "num_clients") == {(1, "global"): 2, (2, "global"): 2}
+
+
+def test_round_that_fails_every_time_ends_the_run_and_names_each_clients_reason(
+    hospitals: tuple[RunConfig, ClientNodes],
+) -> None:
+    run_config, nodes = hospitals
+    asked_again = []
+
+    def fail(asked: Message, reply: Message) -> Message:
+        for client, error in ((0, "MemoryError"), (1, "FileNotFoundError")):
+            if is_train(asked, client):
+                asked_again.append(client)
+                return Message(Error(code=100, reason=error), reply_to=asked)
+        return reply
+
+    changes = {"federation.round_attempts": 2}
+    message = (
+        r"round 1: 0 of 2 clients .*\(client 0: MemoryError \(code 100\); "
+        r"client 1: FileNotFoundError \(code 100\)\)$"
+    )
+    with (
+        opened({**run_config, **changes}, nodes=nodes, alter=fail) as run,
+        pytest.raises(RuntimeError, match=message),
+    ):
+        run.run()
+    assert sorted(asked_again) == [0, 0, 1, 1]
+
+
+def test_nodes_that_stay_away_end_the_run_and_are_named_with_the_way_on(
+    hospitals: tuple[RunConfig, ClientNodes],
+) -> None:
+    run_config, nodes = hospitals
+    gone = max(nodes.contexts)
+
+    def leave(asked: Message, reply: Message) -> Message:
+        if is_of_round(asked, 1) and is_train(asked, 1):
+            # After its reply is handed over.
+            threading.Timer(0.3, nodes.network.state.deactivate_node, [gone]).start()
+        return reply
+
+    changes = {"federation.min_nodes": 2, "federation.node_wait": 2.0, "eval.every": 1}
+    message = (
+        rf"1 of 2 nodes .*: client 1 \(node {gone}\) is missing since .*; everything up to round 1 "
+        "is saved: to go on, pass the same words again"
+    )
+    with (
+        opened({**run_config, **changes}, nodes=nodes, alter=leave) as run,
+        pytest.raises(TimeoutError, match=message),
+    ):
+        run.run()
+
+
+def test_class_counts_of_hospitals_are_written_down_and_outlive_a_resume(
+    hospitals: tuple[RunConfig, ClientNodes], tmp_path: Path
+) -> None:
+    run_config, nodes = hospitals
+    counts = [*range(10)]
+
+    def say(asked: Message, reply: Message) -> Message:
+        said = reply.content.config_records.get(Key.CONFIG)
+        if asked.metadata.message_type == "query":
+            said.pop(Key.CLASS_COUNTS, None)
+            if asked.metadata.dst_node_id == min(nodes.contexts):
+                said[Key.CLASS_COUNTS] = counts
+        return reply
+
+    with opened(run_config, nodes=nodes, alter=say) as run:
+        run.prepare()
+        classes = run.config.data.classes
+    found = json.loads((tmp_path / "run" / "class_counts.json").read_text(encoding="utf-8"))
+    assert found == {"classes": classes, "clients": {"0": counts, "1": None}}
+    nodes.network.state.deactivate_node(min(nodes.contexts))
+    with opened({**run_config, "resume": True}, nodes=nodes, alter=say) as run:
+        run.prepare()
+    again = json.loads((tmp_path / "run" / "class_counts.json").read_text(encoding="utf-8"))
+    assert again == found
+
+
+def test_kill_after_the_checkpoint_leaves_no_round_without_its_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    run_config = configured(tmp_path, {"eval.every": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(FederatedRun, "evaluate", killed)
+        with opened(run_config) as run, pytest.raises(KeyboardInterrupt):
+            run.run()
+    folder = play({**run_config, "resume": True})
+    for name in ("round_seconds", "overhead_share", "seconds_checkpoint", "seconds_evaluating"):
+        assert set(recorded(folder, name)) == {(1, "global"), (2, "global")}
+
+
+def test_update_norms_are_how_far_clients_moved(tmp_path: Path) -> None:
+    moved: dict[int, float] = {}
+
+    def watch(asked: Message, reply: Message) -> Message:
+        for client in (0, 1, 2):
+            if is_train(asked, client) and is_of_round(asked, 1):
+                sent, trained = (
+                    message.content.array_records[Key.ARRAYS][Key.PACKED].numpy()
+                    for message in (asked, reply)
+                )
+                moved[client] = float(np.linalg.norm(trained.astype(np.float64) - sent))
+                reply.content.metric_records[Key.METRICS]["update-norm"] = 1e9  # a false claim
+        return reply
+
+    folder = play(configured(tmp_path, {"federation.rounds": 1}), alter=watch)
+    found = recorded(folder, "train_update_norm")
+    assert found == {(1, f"client-{c}"): pytest.approx(norm) for c, norm in moved.items()}
+    assert len(moved) == 3 and all(norm > 0 for norm in moved.values())
+
+
+def test_run_by_the_median_bears_a_hospital_that_sends_anything(tmp_path: Path) -> None:
+    spoil = changed(arrays={Key.PACKED: Array(GOOD + np.float32(1e4))})
+    folders = []
+    for name, aggregation in (("robust", "median"), ("believing", "fedavg")):
+        changes = {"run_name": name, "federation.rounds": 1, "federation.min_replies": 3}
+        changes["federation.aggregation"] = aggregation
+        run_config = configured(tmp_path, changes)
+        folders.append(play(run_config, alter=lambda a, r: spoil(a, r) if is_train(a, 1) else r))
+    robust, believing = (
+        max(float(t.abs().max()) for t in final_weights(folder).values()) for folder in folders
+    )
+    assert robust < 100 < believing
 
 
 def server_context(run_config: RunConfig) -> Context:
