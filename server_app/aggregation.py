@@ -1,10 +1,10 @@
 """Weighted FedAvg that adds replies up as they come, in memory that does not grow with them."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
@@ -84,6 +84,29 @@ def largest_magnitude(weights: NDArray[np.floating]) -> float:
     return float(np.max(largest, initial=0.0))
 
 
+def distance(weights: NDArray[np.floating], other: NDArray[np.floating]) -> float:
+    """Return the L2 norm of the difference of two [P], summed in float64."""
+    squares = 0.0
+    for chunk in chunks(weights):
+        difference = weights[chunk].astype(np.float64) - other[chunk]
+        squares += float(difference @ difference)
+    return math.sqrt(squares)
+
+
+def counted_loss(content: RecordDict) -> tuple[int, float]:
+    """Return the images and the loss of a reply that was checked."""
+    metrics = record_of(content, Key.METRICS, MetricRecord)
+    return int(metrics[Key.NUM_EXAMPLES]), float(metrics[Key.LOSS])  # type: ignore[arg-type]
+
+
+def mean_loss(losses: Sequence[tuple[int, float]]) -> MetricRecord:
+    """Average the losses of clients, weighted by their images; see `counted_loss`."""
+    num_examples = sum(count for count, _ in losses)
+    # fsum is exact, so the order of arrival does not show here either.
+    loss = math.fsum(loss * count for count, loss in losses) / num_examples
+    return MetricRecord({Key.LOSS: loss, Key.NUM_EXAMPLES: num_examples})
+
+
 class StreamingFedAvg(FedAvg):
     """Flower's FedAvg over a lazy iterable of replies, weighted by the images of each client.
 
@@ -101,15 +124,8 @@ class StreamingFedAvg(FedAvg):
         """
         total, losses = FixedPointSum(), []
         for reply in replies:
-            metrics = record_of(reply.content, Key.METRICS, MetricRecord)
-            num_examples = int(metrics[Key.NUM_EXAMPLES])  # type: ignore[arg-type]
-            total.add(packed_weights(reply.content), num_examples)
-            losses.append(float(metrics[Key.LOSS]) * num_examples)  # type: ignore[arg-type]
+            losses.append(counted_loss(reply.content))
+            total.add(packed_weights(reply.content), losses[-1][0])
         if not losses:
             return None, None
-        # fsum is exact, so the order of arrival does not show here either.
-        loss = math.fsum(losses) / total.num_examples
-        return (
-            packed_record(total.mean()),
-            MetricRecord({Key.LOSS: loss, Key.NUM_EXAMPLES: total.num_examples}),
-        )
+        return packed_record(total.mean()), mean_loss(losses)

@@ -10,8 +10,9 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import SType
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 
-from server_app.aggregation import SUM_LIMIT, largest_magnitude
+from server_app.aggregation import SUM_LIMIT, distance, largest_magnitude
 from server_app.phases import Phases
 from server_app.records import packed_weights, record_of
 from task.wire import Key
@@ -242,6 +243,26 @@ def check_weights(content: RecordDict, *, size: int, num_clients: int) -> None:
     num_examples = cast(int, record_of(content, Key.METRICS, MetricRecord)[Key.NUM_EXAMPLES])
     if largest * num_examples > SUM_LIMIT / num_clients:
         raise UnusableReply(f"weights of up to {largest:.3g} from {num_examples} images: diverged")
+
+
+def check_update(content: RecordDict, sent: NDArray[np.floating], *, limit: float | None) -> float:
+    """Return how far the weights of a reply lie from those that were sent, as an L2 norm.
+
+    Args:
+        content: the reply; its weights were checked already.
+        sent: [P], the packed weights that the client started from.
+        limit: `federation.max_update_norm`; None for any.
+
+    Raises:
+        UnusableReply: they lie further than the limit.
+    """
+    norm = distance(packed_weights(content), sent)
+    if limit is not None and norm > limit:
+        raise UnusableReply(
+            f"weights at a distance of {norm:.4g} from those that were sent, "
+            f"federation.max_update_norm={limit:g}"
+        )
+    return norm
 
 
 def describe_error(error: Error) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import (
     ConfigRecord,
@@ -17,12 +18,13 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 
-from server_app.aggregation import StreamingFedAvg
 from server_app.exchange import (
     UnusableReply,
     addressed,
     check_metrics,
+    check_update,
     check_weights,
     checked_content,
     exchange,
@@ -30,11 +32,17 @@ from server_app.exchange import (
 from server_app.log import log
 from server_app.phases import Phases
 from server_app.records import packed_record, packed_weights, record_of
-from server_app.roster import Roster, sample_clients
-from server_app.simulation import load_images, record_partition, simulated_at_once
+from server_app.robust import build_aggregation
+from server_app.roster import GRACE_SECONDS, QUERY_TIMEOUT_SECONDS, Roster, sample_clients
+from server_app.simulation import (
+    is_simulation,
+    load_images,
+    record_partition,
+    simulated_at_once,
+)
 from server_app.training_run import TrainingRun, Weights
 from task.partition import partition_dataset
-from task.run_directory import HOW_TO_RESUME, RunDirectory
+from task.run_directory import CLASS_COUNTS_FILE, HOW_TO_RESUME, NODES_FILE, RunDirectory
 from task.wire import Key, WeightLayout
 
 # What is written down of a client's training, whatever else it sends.
@@ -45,6 +53,8 @@ TRAIN_METRICS = (
     Key.SECONDS_BESIDE,
     Key.IMAGES_PER_SECOND,
 )
+# How far the weights of a client lie from those that it was sent; the server's own measurement.
+UPDATE_NORM = "update-norm"
 
 # Seconds between two looks for replies: a simulation's network is in memory, and Flower hands
 # messages out there every 0.1 s, which a client's turn cannot be quicker than.
@@ -54,10 +64,15 @@ POLL_SIMULATION, POLL_NETWORK = 0.02, 2.0
 MEMORY_SHARE = 0.25
 
 
+class TooFewRepliesError(RuntimeError):
+    """An attempt at a round that had fewer than `federation.min_replies` usable replies."""
+
+
 class FederatedRun(TrainingRun):
     """Algorithm 1 of the paper, on the server's side.
 
     Attributes:
+        simulated: whether the nodes are shares of one data set on this machine.
         ema: the moving average of the weights over rounds; None where the run keeps none.
     """
 
@@ -71,14 +86,20 @@ class FederatedRun(TrainingRun):
         super().__init__(directory)
         self.ema: Weights | None = None
         self._grid = grid
-        self._roster = Roster(grid, known=directory.read_json("nodes.json"))
-        self._strategy = StreamingFedAvg()
+        self.simulated = is_simulation(grid)
+        self._roster = Roster(
+            grid,
+            simulated=self.simulated,
+            num_classes=len(self.config.data.classes),
+            known=directory.read_json(NODES_FILE),
+        )
+        self._aggregate = build_aggregation(self.config.federation)
         self._layout = WeightLayout.of(self.model)
-        self._left_out: set[str] = set()
+        self._left_out: dict[int, str] = {}
 
     def gather(self) -> None:
         """Wait for the nodes, and deal the images out where they are simulated."""
-        num_nodes = len(self.gather_nodes())
+        num_nodes = len(self.gather_nodes(patience=QUERY_TIMEOUT_SECONDS))
         if self.simulated:
             federation = dataclasses.replace(self.config.federation, num_supernodes=num_nodes)
             self.config = dataclasses.replace(self.config, federation=federation)
@@ -114,29 +135,79 @@ class FederatedRun(TrainingRun):
         """Return the moving average, where the run keeps one, or the weights."""
         return self.weights if self.ema is None else self.ema
 
-    def gather_nodes(self) -> list[int]:
-        """Wait for `federation.min_nodes` nodes and return the numbers of all that are there."""
+    def gather_nodes(self, *, patience: float) -> list[int]:
+        """Wait for enough nodes and return the numbers of all that are there.
+
+        Args:
+            patience: see `Roster.wait_for`.
+
+        Raises:
+            TimeoutError: fewer than `federation.min_nodes` nodes came, or, of real ones, fewer
+                than could send `federation.min_replies`.
+        """
         federation = self.config.federation
-        self._roster.wait_for(federation.min_nodes, seconds=federation.node_wait)
+        minimum = federation.min_nodes
         if not self.simulated:
-            self.directory.write_json("nodes.json", self._roster.numbers)
+            minimum = max(minimum, federation.min_replies)
+        try:
+            self._roster.wait_for(minimum, seconds=federation.node_wait, patience=patience)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}{self.what_is_saved()}") from error
+        if not self.simulated:
+            self.directory.write_json(NODES_FILE, self._roster.numbers)
+            self.record_class_counts()
         return list(self._roster.node_ids)
 
-    @property
-    def simulated(self) -> bool:
-        """Whether the nodes are shares of one data set on this machine."""
-        return self._roster.num_partitions is not None
+    def record_class_counts(self) -> None:
+        """Write down the images of each class of every client that this run has seen."""
+        classes = self.config.data.classes
+        stored = self.directory.read_json(CLASS_COUNTS_FILE) or {"classes": classes, "clients": {}}
+        told = {str(client): counts for client, counts in self._roster.class_counts.items()}
+        clients = {**(stored["clients"] if stored["classes"] == classes else {}), **told}
+        ordered = {client: clients[client] for client in sorted(clients, key=int)}
+        found = {"classes": classes, "clients": ordered}
+        self.directory.write_json(CLASS_COUNTS_FILE, found)
+
+    def what_is_saved(self) -> str:
+        """Say how to go on after a failure, where a round is complete."""
+        last = self.directory.last_round
+        if last == 0:
+            return ""
+        return f"; everything up to round {last} is saved: to go on, {HOW_TO_RESUME}"
 
     def train(self, server_round: int) -> str:
         """Let the clients of a round train and average their weights.
 
+        With real nodes a round that fails is tried again, with those that are there then. Clients
+        of a simulation would send the same again.
+
         Raises:
-            RuntimeError: fewer than `federation.min_replies` usable replies came.
+            TimeoutError: the nodes for it did not come.
+            RuntimeError: `federation.round_attempts` times fewer than `federation.min_replies`
+                usable replies came.
+        """
+        attempts = 1 if self.simulated else self.config.federation.round_attempts
+        for attempt in range(1, attempts):
+            try:
+                return self.train_once(server_round)
+            except TooFewRepliesError as error:
+                log(f"{error}; attempt {attempt} of {attempts}, nothing of it is kept")
+        try:
+            return self.train_once(server_round)
+        except TooFewRepliesError as error:
+            raise RuntimeError(f"{error}{self.what_is_saved()}") from error
+
+    def train_once(self, server_round: int) -> str:
+        """Try a round; nothing is recorded, and no weights change, unless it succeeds.
+
+        Raises:
+            TimeoutError: the nodes for it did not come.
+            TooFewRepliesError: there were fewer than `federation.min_replies` usable replies.
         """
         self.phases.enter("sending")
         federation = self.config.federation
         clients = sample_clients(
-            self.gather_nodes(),
+            self.gather_nodes(patience=GRACE_SECONDS),
             federation.clients_per_round,
             seed=self.config.seed,
             server_round=server_round,
@@ -144,10 +215,12 @@ class FederatedRun(TrainingRun):
         if federation.clients_per_round is not None:
             log(f"round {server_round}: clients {' '.join(map(str, clients))}")
         used: list[int] = []
-        self._left_out.clear()
+        told: list[tuple[int, Mapping[Any, Any]]] = []
         kept = self.clients_to_keep(server_round, clients)
+        packed = self._layout.pack(self.weights, federation.wire_dtype)
+        check_train = self.training_check(packed, len(clients))
 
-        def usable_replies() -> Iterator[Message]:
+        def usable_replies() -> Iterator[tuple[int, Message]]:
             for client, reply, sent in self.ask(
                 MessageType.TRAIN, server_round, clients, self.weights, check_train, self.phases
             ):
@@ -155,27 +228,23 @@ class FederatedRun(TrainingRun):
                 metrics = record_of(reply.content, Key.METRICS, MetricRecord)
                 seconds = float(metrics.get(Key.SECONDS, 0.0))  # type: ignore[arg-type]
                 self.phases.trained(seconds, since=sent, until=time.monotonic())
-                told = {name: metrics[name] for name in TRAIN_METRICS if name in metrics}
-                self.record(server_round, client, "train", told)
+                names = [name for name in (*TRAIN_METRICS, UPDATE_NORM) if name in metrics]
+                told.append((client, {name: metrics[name] for name in names}))
                 if client in kept:
                     own = self._layout.unpack(packed_weights(reply.content))
                     self.directory.save_local_model(server_round, client, own)
-                yield reply
+                yield client, reply
 
-        def check_train(content: RecordDict) -> None:
-            check_metrics(content)
-            check_weights(content, size=self._layout.size, num_clients=len(clients))
-
-        arrays, metrics = self._strategy.aggregate_train(server_round, usable_replies())
+        arrays, metrics = self._aggregate(usable_replies(), packed)
         self.phases.enter("aggregating")
         if len(used) < federation.min_replies or arrays is None or metrics is None:
-            saved = f"; everything up to round {server_round - 1} is saved: to go on, "
-            raise RuntimeError(
+            raise TooFewRepliesError(
                 f"round {server_round}: {len(used)} of {len(clients)} clients sent usable weights, "
-                f"federation.min_replies={federation.min_replies} "
-                f"({'; '.join(sorted(self._left_out))})"
-                + (saved + HOW_TO_RESUME if server_round > 1 else "")
+                f"federation.min_replies={federation.min_replies} ({described(self._left_out)})"
             )
+        told += [(client, {"left_out": reason}) for client, reason in self._left_out.items()]
+        for client, values in told:
+            self.record(server_round, client, "train", values)
         self.weights = self._layout.unpack(arrays[Key.PACKED].numpy())
         self.ema = moving_average(self.ema, self.weights, federation.ema_decay)
         loss = float(metrics[Key.LOSS])  # type: ignore[arg-type]
@@ -183,6 +252,25 @@ class FederatedRun(TrainingRun):
             server_round, "global", {"train_loss": loss, "num_clients": len(used)}
         )
         return f"train loss {loss:.4f}, {len(used)} of {len(clients)} clients"
+
+    def training_check(
+        self, packed: NDArray[np.floating], num_clients: int
+    ) -> Callable[[RecordDict], None]:
+        """Make the check of a training's replies, which also measures their updates.
+
+        Args:
+            packed: [P], the weights that the clients are sent.
+            num_clients: how many are asked.
+        """
+
+        def check(content: RecordDict) -> None:
+            check_metrics(content)
+            check_weights(content, size=self._layout.size, num_clients=num_clients)
+            norm = check_update(content, packed, limit=self.config.federation.max_update_norm)
+            # Whatever a client says under this name, it is measured here.
+            record_of(content, Key.METRICS, MetricRecord)[UPDATE_NORM] = norm
+
+        return check
 
     def clients_to_keep(self, server_round: int, clients: list[int]) -> set[int]:
         """Choose the clients of the last round whose own weights are kept."""
@@ -247,7 +335,8 @@ class FederatedRun(TrainingRun):
             server_round: 1-based.
             clients: their numbers.
             weights: the ones to start from.
-            check: raises UnusableReply; such a client is named in log and metrics, and left out.
+            check: raises UnusableReply; such a client is named in the log and left out, and in the
+                metrics too, those of a training once it has succeeded.
             phases: of the exchange.
 
         Yields:
@@ -256,6 +345,7 @@ class FederatedRun(TrainingRun):
         federation = self.config.federation
         node_ids = self._roster.node_ids
         packed = self._layout.pack(weights, federation.wire_dtype)
+        self._left_out.clear()
         config = ConfigRecord({Key.SERVER_ROUND: server_round})
         config[Key.PRECISION] = self.config.train.precision
         content = RecordDict({Key.ARRAYS: packed_record(packed), Key.CONFIG: config})
@@ -281,9 +371,11 @@ class FederatedRun(TrainingRun):
             try:
                 check(checked_content(reply, timeout=federation.round_timeout))
             except UnusableReply as reason:
-                self._left_out.add(str(reason))
+                self._left_out[reply.client] = str(reason)
                 log(f"round {server_round}: client {reply.client} is left out: {reason}")
-                self.record(server_round, reply.client, message_type, {"left_out": str(reason)})
+                if message_type != MessageType.TRAIN:
+                    told = {"left_out": str(reason)}
+                    self.record(server_round, reply.client, message_type, told)
                 continue
             if reply.message is not None and reply.sent is not None:
                 yield reply.client, reply.message, reply.sent
@@ -309,6 +401,17 @@ class FederatedRun(TrainingRun):
         """Write down what is known of a client's activity in a round."""
         named = {f"{activity}_{name.replace('-', '_')}": value for name, value in values.items()}
         self.directory.record(server_round, f"client-{client}", named)
+
+
+def described(left_out: Mapping[int, str]) -> str:
+    """Say which clients were left out for which reason, each reason once."""
+    by_reason: dict[str, list[int]] = {}
+    for client, reason in sorted(left_out.items()):
+        by_reason.setdefault(reason, []).append(client)
+    return "; ".join(
+        f"{'client' if len(clients) == 1 else 'clients'} {' '.join(map(str, clients))}: {reason}"
+        for reason, clients in by_reason.items()
+    )
 
 
 def available_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:

@@ -48,14 +48,13 @@ class Phases:
 
         Returns:
             `seconds_` of each phase and of training, `round_seconds`, and `overhead_share`: of
-            the round, evaluation apart, what is outside local training.
+            the round, what is outside local training.
         """
         self.enter("")
         training, total = self.training(), sum(self._seconds.values())
-        working = total - self._seconds.get("evaluating", 0.0)
         return {
             **{f"seconds_{name}": spent for name, spent in self._seconds.items()},
             "seconds_training": training,
             "round_seconds": total,
-            "overhead_share": 1 - training / working,
+            "overhead_share": 1 - training / total,
         }

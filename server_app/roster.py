@@ -1,13 +1,13 @@
 """Which node is which client, and which of them train in a round."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from flwr.app import ConfigRecord, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from server_app.exchange import Reply, UnusableReply, addressed, checked_content, exchange
+from server_app.exchange import Reply, UnusableReply, addressed, checked_content
 from server_app.log import log
 from server_app.records import record_of
 from task.fingerprint import code_fingerprint
@@ -15,12 +15,85 @@ from task.randomness import Stream, numpy_generator
 from task.wire import Key
 
 QUERY_TIMEOUT_SECONDS = 120.0
-POLL_SECONDS = 0.05
+# What a round waits for nodes that have just come: the server and a node look every 3 s, and a
+# node takes about as long to start the process that answers.
+GRACE_SECONDS = 15.0
+# A node that was refused is asked again after so long: its disk may be back.
+REFUSED_SECONDS = 600.0
+# Between two looks at a simulation, whose network is in memory, and at a real network.
+POLL_SIMULATION, POLL_NETWORK = 0.05, 1.0
 # A simulation compares each message that is out with each node, ten times a second.
 QUERIES_AT_ONCE = 64
 
 # Flower's words for "the message was not answered in time" and "the node is not there".
 SLOW_CODES = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
+# More images of a class than any node has.
+MAX_COUNT = 10**12
+
+
+class Introductions:
+    """Queries to nodes that are out, each until it is answered or has expired."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._out: dict[int, tuple[str, float]] = {}
+        self._tardy: set[int] = set()
+
+    def forget_all_but(self, connected: set[int]) -> None:
+        """Drop what was asked of nodes that have left: they are asked anew when they return."""
+        self._out = {node: asked for node, asked in self._out.items() if node in connected}
+        self._tardy &= connected
+
+    def ask(self, nodes: Iterable[int]) -> None:
+        """Ask nodes to introduce themselves, unless they are asked already or too many are."""
+        recent = sum(sent > time.monotonic() - GRACE_SECONDS for _, sent in self._out.values())
+        new = [node for node in sorted(nodes) if node not in self._out]
+        messages = {
+            node: addressed(
+                RecordDict(),
+                node_id=node,
+                message_type=MessageType.QUERY,
+                timeout=QUERY_TIMEOUT_SECONDS,
+            )
+            for node in new[: max(QUERIES_AT_ONCE - recent, 0)]
+        }
+        if not messages:
+            return
+        # Flower takes no message to a node that has just left, and leaves its id out.
+        taken = set(self._grid.push_messages([*messages.values()]))
+        for node, message in messages.items():
+            if message.metadata.message_id in taken:
+                self._out[node] = message.metadata.message_id, time.monotonic()
+
+    def answers(self) -> dict[int, Message]:
+        """Take the answers that have come, by node, sorted; a node that was slow has none."""
+        found: dict[int, Message] = {}
+        for node, (message_id, sent) in sorted(self._out.items()):
+            answer = next(iter(self._grid.pull_messages([message_id])), None)
+            expired = time.monotonic() - sent > QUERY_TIMEOUT_SECONDS
+            slow = answer is not None and answer.has_error() and answer.error.code in SLOW_CODES
+            if answer is None and not expired:
+                continue
+            del self._out[node]
+            if answer is None or slow:
+                self.do_not_wait_for(node)
+                log(f"node {node} has not introduced itself yet")
+            else:
+                found[node] = answer
+        return found
+
+    def unanswered(self) -> list[int]:
+        """Return the nodes whose queries are out, sorted."""
+        return sorted(self._out)
+
+    def do_not_wait_for(self, node: int) -> None:
+        """Let nobody wait for the next answer of a node, which may be long in coming."""
+        self._tardy.add(node)
+
+    def are_awaited(self, patience: float) -> bool:
+        """Whether a node that has answered in time so far was asked less than `patience` ago."""
+        since = time.monotonic() - patience
+        return any(sent > since for node, (_, sent) in self._out.items() if node not in self._tardy)
 
 
 class Roster:
@@ -30,21 +103,41 @@ class Roster:
     is first seen, and keeps it: Flower gives it the same node id for the same key.
 
     Attributes:
-        num_partitions: number of shares of a simulation; None with real nodes.
+        num_partitions: number of shares of a simulation, once a node has said it; None with
+            real nodes.
+        class_counts: images of each class that a client says it has, by its number; None where
+            it does not say.
     """
 
-    def __init__(self, grid: Grid, *, known: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        simulated: bool,
+        num_classes: int,
+        known: Mapping[str, int] | None = None,
+    ) -> None:
         """Start without nodes.
 
         Args:
             grid: Flower's view of the network.
+            simulated: whether the nodes are shares of a simulation; what they claim is held
+                against it.
+            num_classes: of the data.
             known: client numbers by node id, from an earlier start of the same run.
         """
         self.num_partitions: int | None = None
+        self.class_counts: dict[int, list[int] | None] = {}
         self._grid = grid
+        self._simulated = simulated
+        self._num_classes = num_classes
         self._numbers = {int(node): number for node, number in (known or {}).items()}
         self._present: dict[int, int] = {}
-        self._refused: dict[int, str] = {}
+        self._introductions = Introductions(grid)
+        # They have introduced themselves and get their numbers together.
+        self._newcomers: dict[int, list[int] | None] = {}
+        self._refused: dict[int, tuple[str, float]] = {}
+        self._left: dict[int, str] = {}
 
     @property
     def node_ids(self) -> dict[int, int]:
@@ -56,132 +149,169 @@ class Roster:
         """Client numbers by node id, of every real node ever seen; for the run directory."""
         return {str(node): number for node, number in self._numbers.items()}
 
-    def wait_for(self, minimum: int, *, seconds: float) -> None:
+    def wait_for(
+        self, minimum: int, *, seconds: float, patience: float = QUERY_TIMEOUT_SECONDS
+    ) -> None:
         """Wait until enough nodes are there and have introduced themselves.
 
         Args:
             minimum: nodes; a simulation waits for all of its nodes.
-            seconds: how long to wait.
+            seconds: how long to wait for them.
+            patience: how long to wait, once they are there, for others that have just come.
+                Whoever answers later is there at the next call.
 
         Raises:
-            TimeoutError: they did not come; says why nodes that came were refused.
+            TimeoutError: they did not come; says who is missing, and who was refused and why.
             ValueError: a simulation has fewer nodes than `minimum`.
             RuntimeError: the simulated clients run other code than the server.
         """
+        poll_seconds = POLL_SIMULATION if self._simulated else POLL_NETWORK
         deadline = time.monotonic() + seconds
         announced = 0.0
         while True:
-            remaining = max(deadline - time.monotonic(), POLL_SECONDS)
-            self.refresh(timeout=min(remaining, QUERY_TIMEOUT_SECONDS))
-            if self.num_partitions is not None and self.num_partitions < minimum:
-                raise ValueError(
-                    "federation.min_nodes must be at most the number of simulated nodes, "
-                    f"{self.num_partitions}, got {minimum}"
-                )
-            wanted = max(minimum, self.num_partitions or 0)
-            if len(self._present) >= wanted:
+            self._look()
+            wanted = self._wanted(minimum)
+            ready = len(self._present) + len(self._newcomers)
+            late = time.monotonic() > deadline
+            if ready >= wanted and (late or not self._introductions.are_awaited(patience)):
+                self._admit_newcomers()
                 return
-            if time.monotonic() > deadline:
-                reasons = "; ".join(self._refused.values()) or "no other node connected"
+            if late:
                 raise TimeoutError(
-                    f"{len(self._present)} of {wanted} nodes are ready after "
-                    f"federation.node_wait={seconds:g} s: {reasons}"
+                    f"{ready} of {wanted} nodes are ready after "
+                    f"federation.node_wait={seconds:g} s: {self._described_absence()}"
                 )
-            if time.monotonic() - announced > 30:
+            if ready < wanted and time.monotonic() - announced > 30:
                 announced = time.monotonic()
-                log(f"waiting for nodes: {len(self._present)} of {wanted} are there")
-            time.sleep(POLL_SECONDS)
+                log(f"waiting for nodes: {ready} of {wanted} are there")
+            time.sleep(min(poll_seconds, max(deadline - time.monotonic(), 0.01)))
 
-    def refresh(self, *, timeout: float = QUERY_TIMEOUT_SECONDS) -> None:
-        """Look which nodes are there, and ask new ones to introduce themselves.
+    def _wanted(self, minimum: int) -> int:
+        if self.num_partitions is not None and self.num_partitions < minimum:
+            raise ValueError(
+                "federation.min_nodes must be at most the number of simulated nodes, "
+                f"{self.num_partitions}, got {minimum}"
+            )
+        return max(minimum, self.num_partitions or 0)
 
-        A node that was refused is asked again when it has left and comes back.
+    def _look(self) -> None:
+        """Look which nodes are there, ask new ones to introduce themselves and hear who did."""
+        connected = set(self._grid.get_node_ids())
+        self._note_departures(connected)
+        self._introductions.forget_all_but(connected)
+        again = time.monotonic() - REFUSED_SECONDS
+        refused = {node for node, (_, since) in self._refused.items() if since > again}
+        known = refused | set(self._present.values()) | set(self._newcomers)
+        self._introductions.ask(connected - known)
+        for node, answer in self._introductions.answers().items():
+            try:
+                self._welcome(node, checked_content(Reply(node, answer, sent=0.0), timeout=0.0))
+            except UnusableReply as reason:
+                self._refuse(node, str(reason))
 
-        Args:
-            timeout: seconds that they have to answer.
+    def _note_departures(self, connected: set[int]) -> None:
+        for client, node in self.node_ids.items():
+            if node not in connected:
+                del self._present[client]
+                self._left[client] = time.strftime("%Y-%m-%d %H:%M:%S")
+                log(f"client {client} (node {node}) has left")
+        self._refused = {node: why for node, why in self._refused.items() if node in connected}
+        self._newcomers = {node: n for node, n in self._newcomers.items() if node in connected}
+
+    def _welcome(self, node: int, content: RecordDict) -> None:
+        """Take a node up that has introduced itself.
 
         Raises:
+            UnusableReply: what it says is not what a node of this run says.
             RuntimeError: the simulated clients run other code than the server.
         """
-        connected = set(self._grid.get_node_ids())
-        self._present = {c: node for c, node in self._present.items() if node in connected}
-        self._refused = {node: why for node, why in self._refused.items() if node in connected}
-        new = sorted(connected - set(self._present.values()) - set(self._refused))
-        messages = {
-            node: addressed(
-                RecordDict(),
-                node_id=node,
-                message_type=MessageType.QUERY,
-                timeout=timeout,
-            )
-            for node in new
-        }
-        replies = exchange(
-            self._grid,
-            messages,
-            timeout=timeout,
-            poll_seconds=POLL_SECONDS,
-            at_once=QUERIES_AT_ONCE,
-        )
-        # Sorted, so that numbers do not depend on who answers first.
-        for reply in sorted(replies, key=lambda reply: reply.client):
-            self._welcome(reply.client, reply, timeout=timeout)
-
-    def _welcome(self, node: int, reply: Reply, *, timeout: float) -> None:
-        if reply.message is None or reply.message.has_error():
-            self._excuse(node, reply, timeout=timeout)
-            return
-        said = record_of(reply.message.content, Key.CONFIG, ConfigRecord)
+        said = record_of(content, Key.CONFIG, ConfigRecord)
         if Key.FINGERPRINT not in said:
-            self._refuse(node, f"no {Key.FINGERPRINT.value} in {Key.CONFIG.value!r} of its reply")
-            return
+            raise UnusableReply(f"no {Key.FINGERPRINT.value} in {Key.CONFIG.value!r} of its reply")
         same_code = said[Key.FINGERPRINT] == code_fingerprint()
-        if Key.PARTITION_ID in said or Key.NUM_PARTITIONS in said:
-            share = self._share_of(said)
-            if share is None:
-                self._refuse(node, "it claims a share of a simulation that there is not")
-                return
-            if not same_code:
-                raise RuntimeError(
-                    "the simulated clients run other code than the server: Flower's SuperLink was "
-                    "started in another checkout of feddm; end it, or use feddm-train"
-                )
+        claims_share = Key.PARTITION_ID in said or Key.NUM_PARTITIONS in said
+        if claims_share and not self._simulated:
+            raise UnusableReply(
+                "it claims a share of a simulation that there is not; start it without "
+                f"{Key.PARTITION_ID.value} and {Key.NUM_PARTITIONS.value} in its --node-config"
+            )
+        if not same_code and self._simulated:
+            raise RuntimeError(
+                "the simulated clients run other code than the server: Flower's SuperLink was "
+                "started in another checkout of feddm; end it, or use feddm-train"
+            )
+        if not same_code:
+            raise UnusableReply("it runs other code than the server")
+        counts = checked_counts(said, num_classes=self._num_classes)
+        self._refused.pop(node, None)
+        if self._simulated:
             # Node ids of a simulation are new at every start, partition-ids are not.
-            number, self.num_partitions = share
-            self._present[number] = node
-        elif self.num_partitions is not None:
-            self._refuse(node, "it is no share of the simulation that the others are of")
-        elif same_code:
-            number = self._numbers.get(node, max(self._numbers.values(), default=-1) + 1)
-            self._numbers[node] = number
-            self._present[number] = node
+            number, self.num_partitions = self._share_of(said)
+            self._present[number], self.class_counts[number] = node, counts
         else:
-            self._refuse(node, "it runs other code than the server")
+            self._newcomers[node] = counts
 
-    def _share_of(self, said: ConfigRecord) -> tuple[int, int] | None:
-        """Return number and count of shares that a node claims, where they can be true."""
+    def _share_of(self, said: ConfigRecord) -> tuple[int, int]:
+        """Return number and count of shares that a simulated node claims."""
         share, shares = said.get(Key.PARTITION_ID), said.get(Key.NUM_PARTITIONS)
         if not isinstance(share, int) or not isinstance(shares, int):
-            return None
-        real_nodes = bool(self._numbers)
-        if real_nodes or self.num_partitions not in (None, shares):
-            return None
-        return (share, shares) if 0 <= share < shares and share not in self._present else None
+            raise UnusableReply("it does not say which share of the simulation it is")
+        consistent = self.num_partitions in (None, shares) and share not in self._present
+        if not consistent or not 0 <= share < shares:
+            raise UnusableReply("it claims a share of a simulation that there is not")
+        return share, shares
 
-    def _excuse(self, node: int, reply: Reply, *, timeout: float) -> None:
-        """Refuse a node that failed; one that was only slow is asked again."""
-        slow = reply.message is None or reply.message.error.code in SLOW_CODES
-        try:
-            checked_content(reply, timeout=timeout)
-        except UnusableReply as error:
-            if slow:
-                log(f"node {node} has not introduced itself yet: {error}")
-            else:
-                self._refuse(node, str(error))
+    def _admit_newcomers(self) -> None:
+        """Give numbers; sorted, so that they do not depend on who answered first."""
+        for node, counts in sorted(self._newcomers.items()):
+            number = self._numbers.get(node, max(self._numbers.values(), default=-1) + 1)
+            returns = node in self._numbers
+            self._numbers[node] = number
+            self._present[number], self.class_counts[number] = node, counts
+            self._left.pop(number, None)
+            log(f"client {number} (node {node}) {'is back' if returns else 'has joined'}")
+        self._newcomers.clear()
 
     def _refuse(self, node: int, reason: str) -> None:
-        self._refused[node] = f"node {node} was refused: {reason}"
-        log(self._refused[node])
+        self._refused[node] = f"node {node} was refused: {reason}", time.monotonic()
+        # It is asked again, but no round waits for what it says then.
+        self._introductions.do_not_wait_for(node)
+        log(self._refused[node][0])
+
+    def _described_absence(self) -> str:
+        """Say which clients are missing and since when, and which nodes were refused and why."""
+        there = set(self._present.values()) | set(self._newcomers)
+        missing = sorted((n, node) for node, n in self._numbers.items() if node not in there)
+        reasons = [
+            f"client {number} (node {node}) is missing "
+            + (f"since {self._left[number]}" if number in self._left else "since this start")
+            for number, node in missing
+        ]
+        reasons += [reason for reason, _ in self._refused.values()]
+        silent = [node for node in self._introductions.unanswered() if node not in self._refused]
+        reasons += [f"node {node} has not introduced itself yet" for node in silent]
+        return "; ".join(reasons) or "no other node connected"
+
+
+def checked_counts(said: ConfigRecord, *, num_classes: int) -> list[int] | None:
+    """Return how many images of each class a node says it has; None where it does not say.
+
+    Raises:
+        UnusableReply: they are no counts of the classes of this run.
+    """
+    counts = said.get(Key.CLASS_COUNTS)
+    if counts is None:
+        return None
+    if (
+        not isinstance(counts, list)
+        or len(counts) != num_classes
+        or not all(type(count) is int and 0 <= count <= MAX_COUNT for count in counts)
+    ):
+        raise UnusableReply(
+            f"{Key.CLASS_COUNTS.value} must be {num_classes} whole numbers from 0 to "
+            f"{MAX_COUNT:g}, one for each of data.classes, got {counts!r:.80}"
+        )
+    return [int(count) for count in counts]
 
 
 def sample_clients(

@@ -3,6 +3,8 @@
 import os
 
 import ray
+from flwr.serverapp import Grid
+from flwr.superlink.grid import InMemoryGrid
 
 from server_app.log import log
 from task.config import Config, require
@@ -13,6 +15,15 @@ from task.run_directory import PARTITION_FILE, RunDirectory
 
 # Small messages that are handed out together, and bytes of messages that may wait as replies.
 MANY_AT_ONCE, BYTES_AT_ONCE = 32, 1 << 28
+
+
+def is_simulation(grid: Grid) -> bool:
+    """Whether the nodes of a run are simulated in this process, whatever they say of themselves.
+
+    Flower gives the ServerApp of a simulation a view of this process's memory, under `flwr run` as
+    under `feddm-train`, and that of a deployment one of the network.
+    """
+    return isinstance(grid, InMemoryGrid)
 
 
 def load_images(config: Config) -> Dataset:

@@ -147,24 +147,31 @@ class TrainingRun(ABC):
         self.phases = Phases()
         summary = self.train(server_round)
         self.phases.enter("checkpoint")
+        spent: dict[str, float] = {}
+
+        def numbers() -> dict[str, float]:
+            spent.update(self.phases.finish())
+            return spent
+
         # Before the evaluation, so that no training is lost with it.
-        self.directory.save_checkpoint(server_round, self.weights, self.state())
+        self.directory.save_checkpoint(server_round, self.weights, self.state(), numbers=numbers)
+        summary += f", {duration(spent['round_seconds'])}"
+        summary += f", {spent['overhead_share']:.0%} outside training"
         if self.evaluation.is_due(server_round):
-            self.phases.enter("evaluating")
             summary += f", {self.evaluate_and_draw(server_round)}"
-        spent = self.phases.finish()
-        self.directory.record(server_round, "global", spent)
-        outside = f"{spent['overhead_share']:.0%} outside training"
-        return f"{summary}, {duration(spent['round_seconds'])}, {outside}"
+        return summary
 
     def evaluate_and_draw(self, server_round: int) -> str:
         """Measure a round and draw its picture; say in few words what was found."""
+        start = time.monotonic()
         loss = self.evaluate(server_round)
         found = ["no test loss" if loss is None else f"test loss {loss:.4f}"]
         if self.evaluation.is_metrics_due(server_round):
             found.append(self.evaluation.measure(server_round, self.final_weights()))
         # Last, because it marks the round as evaluated.
         self.evaluation.draw_grid(server_round, self.final_weights())
+        spent = time.monotonic() - start
+        self.directory.record(server_round, "global", {"seconds_evaluating": spent})
         return ", ".join(found)
 
     def finish(self) -> None:

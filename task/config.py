@@ -42,6 +42,7 @@ DATA_SETS = (*PACKAGED_SETS, *FILE_SETS)
 # The inception score parts the images into 10 splits.
 MIN_MEASURED_IMAGES = 10
 IMAGE_RANGES = ("correct", "paper")
+AGGREGATIONS = ("fedavg", "median", "trimmed_mean", "krum")
 # They change how images are drawn from weights, and no weights.
 DRAWING_VALUES = (
     *("diffusion.sampler", "diffusion.num_inference_steps", "diffusion.eta"),
@@ -317,6 +318,12 @@ class FederationConfig:
     rounds: int = MISSING
     min_nodes: int = MISSING
     min_replies: int = MISSING
+    round_attempts: int = MISSING
+    aggregation: str = MISSING
+    trim_fraction: float = MISSING
+    num_malicious: int = MISSING
+    num_selected: int = MISSING
+    max_update_norm: float | None = None
     node_wait: float = MISSING
     round_timeout: float = MISSING
     max_in_flight: int | None = None
@@ -333,7 +340,7 @@ class FederationConfig:
             self,
             *("num_supernodes", "clients_per_round", "rounds", "min_nodes", "min_replies"),
             *("node_wait", "round_timeout", "keep_checkpoints", "cpus_per_client"),
-            "max_in_flight",
+            *("max_in_flight", "round_attempts", "num_selected", "max_update_norm"),
         )
         require(
             self.clients_per_round is None or self.clients_per_round <= self.num_supernodes,
@@ -369,6 +376,49 @@ class FederationConfig:
                 "in (0, 1), or null for off",
                 self.ema_decay,
             )
+        self._check_aggregation()
+
+    def _check_aggregation(self) -> None:
+        require_one_of("federation.aggregation", self.aggregation, AGGREGATIONS)
+        require(
+            0 < self.trim_fraction < 0.5,
+            "federation.trim_fraction",
+            "between 0 and 0.5, exclusive, so that something is cut off and something left",
+            self.trim_fraction,
+        )
+        require(self.num_malicious >= 0, "federation.num_malicious", ">= 0", self.num_malicious)
+        require(
+            self.min_replies >= self._replies_needed(),
+            "federation.min_replies",
+            f"at least {self._replies_needed()} with federation.aggregation={self.aggregation} "
+            f"{self._why_needed()}",
+            self.min_replies,
+        )
+        honest = self.min_replies - self.num_malicious
+        require(
+            self.aggregation != "krum" or self.num_selected <= honest,
+            "federation.num_selected",
+            f"at most {honest}, federation.min_replies without federation.num_malicious",
+            self.num_selected,
+        )
+
+    def _replies_needed(self) -> int:
+        if self.aggregation == "median":
+            return 3
+        if self.aggregation == "trimmed_mean":
+            at_least = math.ceil(1 / self.trim_fraction)
+            # As Flower rounds: of 49 replies a 49th is none in floating point.
+            return at_least + (int(self.trim_fraction * at_least) < 1)
+        return 2 * self.num_malicious + 3 if self.aggregation == "krum" else 1
+
+    def _why_needed(self) -> str:
+        return {
+            "median": "(the median of two is their mean)",
+            "trimmed_mean": f"and federation.trim_fraction={self.trim_fraction:g}, or none is "
+            "cut off (or a larger federation.trim_fraction)",
+            "krum": f"and federation.num_malicious={self.num_malicious} (or a smaller "
+            "federation.num_malicious)",
+        }.get(self.aggregation, "")
 
 
 @dataclass

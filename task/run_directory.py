@@ -6,6 +6,8 @@
     partition.json, partition.png   images of each class at each client (simulation)
     pooled.json                     images of each class (centralised)
     nodes.json                      client numbers by node id (deployment)
+    class_counts.json               classes, and images of each at each client that says so, null
+                                    where one does not (deployment)
     submission.json                 what `flwr run` was given, to be given again
     supervision.json                what feddm-supervise did
     samples/round_0005.png          a grid, a row per class
@@ -20,7 +22,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,7 +53,7 @@ FREE_TO_CHANGE = NAMES_AND_PLACES | frozenset(
         *("federation.min_replies", "federation.node_wait", "federation.round_timeout"),
         *("federation.keep_checkpoints", "federation.cpus_per_client"),
         *("federation.gpus_per_client", "federation.keep_local_models"),
-        "federation.max_in_flight",
+        *("federation.max_in_flight", "federation.round_attempts"),
         *("eval.every", "eval.images_per_class"),
         *("eval.num_images", "eval.metrics_every", "eval.final_metrics", "eval.num_per_class"),
         *("eval.seed", "eval.batch_size", "eval.precision"),
@@ -71,6 +73,8 @@ LOCK_PATIENCE_SECONDS = 30.0
 
 PARTITION_FILE = "partition.json"
 POOLED_FILE = "pooled.json"
+NODES_FILE = "nodes.json"
+CLASS_COUNTS_FILE = "class_counts.json"
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".lock"
 
@@ -262,7 +266,12 @@ class RunDirectory:
         return self.path / "samples" / f"round_{server_round:04d}.png"
 
     def save_checkpoint(
-        self, server_round: int, weights: Tensors, state: Mapping[str, Tensors]
+        self,
+        server_round: int,
+        weights: Tensors,
+        state: Mapping[str, Tensors],
+        *,
+        numbers: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         """Save the weights after a round, which is complete with it, and drop old checkpoints.
 
@@ -270,11 +279,15 @@ class RunDirectory:
             server_round: 1-based.
             weights: the global weights.
             state: further groups of tensors that the next round goes on from, by group.
+            numbers: returns global metrics of the round. They are recorded when the file is
+                written and not yet in its place, so that no round is complete without them.
         """
         # No name of a weight holds a slash.
         beside = {f"{group}/{n}": t for group, tensors in state.items() for n, t in tensors.items()}
         file = self.path / "checkpoints" / f"round_{server_round:04d}.safetensors"
-        save_weights(file, {**weights, **beside}, self._metadata(server_round))
+        with atomic_path(file) as aside:
+            save_weights(aside, {**weights, **beside}, self._metadata(server_round))
+            self.record(server_round, "global", numbers())
         for old in checkpoints(self.path)[: -self.config.federation.keep_checkpoints]:
             old.unlink()
 

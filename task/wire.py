@@ -35,6 +35,7 @@ class Key(StrEnum):
     IMAGES_PER_SECOND = "images-per-second"
     PARTITION_ID = "partition-id"
     NUM_PARTITIONS = "num-partitions"
+    CLASS_COUNTS = "class-counts"
 
 
 class FailureCode(IntEnum):

@@ -5,14 +5,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.task_pb2 import Task
 from flwr.server.superlink.fleet.vce.vce_api import _register_nodes
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.server.superlink.linkstate.in_memory_linkstate import RunRecord
+from flwr.serverapp import Grid
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run
@@ -52,18 +55,46 @@ Handler = Callable[[Message], Message | None]
 Order = Callable[[list[Message]], list[Message]]
 
 
-class DeploymentGrid(InMemoryGrid):
-    """Flower's grid in memory, which says "" for a message refused, as `HttpGrid` does."""
+class DeploymentGrid(Grid):
+    """What a ServerApp sees of real nodes: says "" for a message refused, as `HttpGrid` does."""
+
+    def __init__(self, inner: InMemoryGrid) -> None:
+        self._inner = inner
+
+    def set_run(self, run: Run) -> None:
+        self._inner.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        return self._inner.run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        return self._inner.create_message(*args, **kwargs)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._inner.get_node_ids()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return self._inner.get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        return ["".join(super(DeploymentGrid, self).push_messages([m])) for m in messages]
+        return ["".join(self._inner.push_messages([message])) for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self._inner.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        return self._inner.send_and_receive(messages, timeout=timeout)
 
 
 class Network:
     """A SuperLink without a network, made as `flwr.simulation` makes it, and its nodes.
 
     Attributes:
-        grid: what a ServerApp sees of it.
+        grid: what a ServerApp sees of it where the nodes are real.
+        simulation: the same where they are simulated.
         state: what the SuperLink knows.
     """
 
@@ -78,8 +109,9 @@ class Network:
         self.state.task_store[1] = Task(task_id=1, run_id=RUN_ID)
         # What Flower sets in the process of a ServerApp; messages are made with it.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SUPERLINK
-        self.grid = DeploymentGrid(factory)
-        self.grid.set_run(run)
+        self.simulation = InMemoryGrid(factory)
+        self.simulation.set_run(run)
+        self.grid = DeploymentGrid(self.simulation)
         self._factory = factory
 
     def add_nodes(self, number: int) -> list[int]:
@@ -162,6 +194,8 @@ class ClientNodes:
             node: node_context(run_config, node_config, node_id=node)
             for node, node_config in zip(nodes, node_configs, strict=True)
         }
+        simulated = any(Key.PARTITION_ID in node_config for node_config in node_configs)
+        self.grid: Grid = network.simulation if simulated else network.grid
 
     def __call__(self, message: Message) -> Message:
         return app(message, self.contexts[message.metadata.dst_node_id])

@@ -9,8 +9,16 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
-from server_app.aggregation import FRACTION_BITS, SUM_LIMIT, FixedPointSum, StreamingFedAvg
+from server_app.aggregation import (
+    FRACTION_BITS,
+    SUM_LIMIT,
+    FixedPointSum,
+    StreamingFedAvg,
+    distance,
+)
 from server_app.exchange import addressed
+from server_app.robust import build_aggregation
+from task.config import load_config
 from task.wire import Key
 from tests.helpers import Network
 
@@ -189,3 +197,134 @@ def test_replies_are_consumed_one_at_a_time() -> None:
 
 def test_no_replies_give_no_weights() -> None:
     assert StreamingFedAvg().aggregate_train(1, iter(())) == (None, None)
+
+
+ROBUST = {
+    "median": "federation.min_replies=3",
+    "trimmed_mean": "federation.min_replies=4 federation.trim_fraction=0.25",
+    "krum": "federation.min_replies=5 federation.num_malicious=1",
+}
+SENT = np.random.default_rng(9).standard_normal(SIZE).astype(np.float32)
+
+
+def aggregated(
+    aggregation: str, weights: list[NDArray[np.floating]], *, settings: str = "", order: int = 1
+) -> NDArray[np.float32]:
+    """Aggregate weights of clients 0, 1, ..., which arrive in this order or the other way round."""
+    overrides = [f"federation.aggregation={aggregation}", *ROBUST.get(aggregation, "").split()]
+    aggregate = build_aggregation(load_config([*overrides, *settings.split()]).federation)
+    replies = [(c, reply(w, 10 + c, loss=0.5 + c)) for c, w in enumerate(weights)]
+    arrays, metrics = aggregate(iter(replies[::order]), SENT)
+    assert arrays is not None and metrics is not None and list(arrays) == [Key.PACKED]
+    counts = [10 + c for c in range(len(weights))]
+    losses = [0.5 + c for c in range(len(weights))]
+    assert metrics[Key.LOSS] == pytest.approx(np.average(losses, weights=counts), rel=1e-12)
+    assert metrics[Key.NUM_EXAMPLES] == sum(counts)
+    found = arrays[Key.PACKED].numpy()
+    assert found.dtype == np.float32
+    return found
+
+
+def trained(number: int, *, scale: float = 0.1, seed: int = 0) -> list[NDArray[np.float32]]:
+    """Weights of clients that have moved a little from what was sent, no two as far."""
+    generator = np.random.default_rng(seed)
+    together = generator.standard_normal(SIZE)
+    return [
+        (SENT + scale * (together + (1 + 0.05 * c) * generator.standard_normal(SIZE))).astype(
+            np.float32
+        )
+        for c in range(number)
+    ]
+
+
+def by_hand(aggregation: str, weights: list[NDArray[np.floating]]) -> NDArray[np.float64]:
+    """Aggregate as the papers say, value by value, in float64."""
+    rows = [[float(value) for value in client] for client in weights]
+    if aggregation == "krum":
+        gaps = [[sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) for y in rows] for x in rows]
+        # The n - f - 2 nearest of the others: the client itself, at 0, comes first.
+        scores = [sum(sorted(gap)[1 : len(rows) - 1 - 2 + 1]) for gap in gaps]
+        return np.array(rows[int(np.argmin(scores))])
+    found = []
+    for column in zip(*rows, strict=True):
+        ordered, n = sorted(column), len(column)
+        cut = (n - 1) // 2 if aggregation == "median" else n // 4
+        kept = ordered[cut : n - cut]
+        found.append(sum(kept) / len(kept))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("number", [5, 8])
+@pytest.mark.parametrize("aggregation", ROBUST)
+def test_robust_aggregation_is_what_its_paper_says(
+    aggregation: str, number: int, dtype: type
+) -> None:
+    weights = [w.astype(dtype) for w in trained(number)]
+    expected = by_hand(aggregation, weights)
+    for order in (1, -1):
+        found = aggregated(aggregation, weights, order=order)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("aggregation", ROBUST)
+def test_robust_aggregation_does_not_depend_on_the_order_of_arrival_or_on_pieces(
+    aggregation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = trained(7)
+    expected = aggregated(aggregation, weights)
+    assert np.array_equal(aggregated(aggregation, weights, order=-1), expected)
+    monkeypatch.setattr("server_app.aggregation.CHUNK", 7)
+    assert np.allclose(aggregated(aggregation, weights), expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("aggregation", ROBUST)
+def test_robust_aggregation_bears_an_attacker_that_moves_the_mean_anywhere(
+    aggregation: str,
+) -> None:
+    honest = trained(6)
+    attacked = [*honest[:3], np.full(SIZE, 1e5, np.float32), *honest[3:]]
+    furthest = max(distance(w, SENT) for w in honest)
+    assert distance(aggregated(aggregation, attacked), SENT) <= furthest
+    assert distance(aggregated("fedavg", attacked), SENT) > 1e4
+
+
+def test_krum_tells_clients_apart_that_differ_by_little_beside_their_weights() -> None:
+    # Of the weights themselves, the distances in float32 would be rounding.
+    generator = np.random.default_rng(3)
+    weights = [
+        (SENT + 1e-5 * (1 + c % 3) * generator.standard_normal(SIZE)).astype(np.float32)
+        for c in range(7)
+    ]
+    found = aggregated("krum", weights)
+    np.testing.assert_allclose(found, by_hand("krum", weights), rtol=0, atol=1e-7)
+
+
+def test_multi_krum_is_the_plain_mean_of_those_that_krum_likes_best() -> None:
+    weights = trained(6)
+    rows = np.stack(weights).astype(np.float64)
+    gaps = ((rows[:, None] - rows[None]) ** 2).sum(2)
+    scores = np.sort(gaps, axis=1)[:, 1 : 6 - 1 - 2 + 1].sum(1)
+    expected = rows[np.argsort(scores)[:3]].mean(0)
+    found = aggregated("krum", weights, settings="federation.num_selected=3")
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("aggregation", ["fedavg", *ROBUST])
+def test_surplus_of_a_client_does_not_end_the_aggregation(aggregation: str) -> None:
+    overrides = [f"federation.aggregation={aggregation}", *ROBUST.get(aggregation, "").split()]
+    aggregate = build_aggregation(load_config(overrides).federation)
+    replies = [(c, reply(w, 5, loss=1.0)) for c, w in enumerate(trained(5))]
+    replies[2][1].content["more"] = MetricRecord({"x": [1.0, 2.0]})
+    replies[3][1].content["arrays 2"] = ArrayRecord({"y": Array(np.ones(2))})
+    replies[4][1].content.metric_records[Key.METRICS]["surplus"] = [1.0]
+    arrays, _ = aggregate(iter(replies), SENT)
+    assert arrays is not None and arrays[Key.PACKED].shape == (SIZE,)
+    assert aggregate(iter(()), SENT) == (None, None)
+
+
+def test_distance_is_the_norm_of_the_difference() -> None:
+    one, other = clients(2)[0][0], clients(2)[1][0]
+    expected = np.linalg.norm(one.astype(np.float64) - other)
+    assert distance(one, other) == pytest.approx(expected, rel=1e-12)
+    assert distance(one, one) == 0

@@ -211,6 +211,31 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
             ["diffusion.num_inference_steps", "100", "null", "diffusion.sampler=ddim"],
         ),
         ("diffusion.guidance_scale=2", ["guidance_scale", "2.0", "diffusion.label_dropout > 0"]),
+        (
+            "federation.aggregation=mean",
+            ["federation.aggregation", "'mean'", "median, trimmed_mean"],
+        ),
+        (
+            "federation.aggregation=median",
+            ["federation.min_replies", "at least 3", "aggregation=median", "got 1"],
+        ),
+        (
+            "federation.aggregation=trimmed_mean federation.min_replies=4",
+            ["federation.min_replies", "at least 5", "trim_fraction=0.2", "got 4"],
+        ),
+        (
+            "federation.aggregation=krum federation.min_replies=6 federation.num_malicious=2",
+            ["federation.min_replies", "at least 7", "num_malicious=2", "got 6"],
+        ),
+        (
+            "federation.aggregation=krum federation.min_replies=5 federation.num_selected=5",
+            ["federation.num_selected", "at most 4", "got 5"],
+        ),
+        ("federation.trim_fraction=0.5", ["federation.trim_fraction", "0.5", "something left"]),
+        ("federation.trim_fraction=0", ["federation.trim_fraction", "0.0", "something is cut"]),
+        ("federation.num_malicious=-1", ["federation.num_malicious", "-1", ">= 0"]),
+        ("federation.max_update_norm=0", ["federation.max_update_norm", "0.0", "> 0"]),
+        ("federation.round_attempts=0", ["federation.round_attempts", "0", "> 0"]),
         ("federation.wire_dtype=int8", ["federation.wire_dtype", "'int8'", "float32, float16"]),
         ("federation.ema_decay=1", ["federation.ema_decay", "1.0", "(0, 1)", "null"]),
         ("federation.gpus_per_client=-1", ["federation.gpus_per_client", "-1.0", ">= 0"]),

@@ -13,6 +13,7 @@ from server_app.exchange import (
     UnusableReply,
     addressed,
     check_metrics,
+    check_update,
     check_weights,
     checked_content,
     exchange,
@@ -316,6 +317,19 @@ def test_bad_metrics_are_unusable(changes: dict[str, object], message: str) -> N
 def test_missing_metrics_are_unusable() -> None:
     with pytest.raises(UnusableReply, match=r"^no record 'metrics' in the reply$"):
         check_metrics(RecordDict())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_update_is_measured_by_its_norm_and_refused_beyond_the_limit(dtype: type) -> None:
+    sent = np.full(SIZE, 1000, np.float32)
+    moved = content(packed=Array((sent + np.array([3, 0, 0, -4])).astype(dtype)))
+    assert check_update(moved, sent, limit=None) == 5
+    assert check_update(moved, sent, limit=5.0) == 5
+    message = (
+        r"^weights at a distance of 5 from those that were sent, federation\.max_update_norm=4\.9$"
+    )
+    with pytest.raises(UnusableReply, match=message):
+        check_update(moved, sent, limit=4.9)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -18,12 +18,21 @@ Handler = Callable[[Message], Message | None]
 
 @pytest.fixture(autouse=True)
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roster, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(roster, "POLL_SIMULATION", 0.02)
+    monkeypatch.setattr(roster, "POLL_NETWORK", 0.02)
 
 
 @pytest.fixture
 def network() -> Network:
     return Network()
+
+
+def real(network: Network, *, known: Mapping[str, int] | None = None) -> Roster:
+    return Roster(network.grid, simulated=False, num_classes=3, known=known)
+
+
+def simulation(network: Network) -> Roster:
+    return Roster(network.simulation, simulated=True, num_classes=3)
 
 
 def introduced(message: Message) -> Message:
@@ -45,7 +54,7 @@ def by_node(handlers: dict[int, Handler]) -> Handler:
 
 def test_simulated_clients_are_numbered_by_their_partition(network: Network) -> None:
     nodes = ClientNodes(network, {}, *reversed(simulated(4)))
-    known = Roster(network.grid)
+    known = simulation(network)
     with network.answering(nodes, order=lambda messages: messages[::-1]):
         known.wait_for(1, seconds=20)
     assert known.num_partitions == 4
@@ -59,7 +68,7 @@ def test_simulated_clients_are_numbered_by_their_partition(network: Network) -> 
 def test_simulation_waits_for_all_of_its_nodes(network: Network) -> None:
     # Two of three have connected when the roster looks for the first time.
     nodes = ClientNodes(network, {}, *simulated(3)[:2])
-    known = Roster(network.grid)
+    known = simulation(network)
     with network.answering(nodes), pytest.raises(TimeoutError, match=r"^2 of 3 nodes are ready"):
         known.wait_for(1, seconds=0.8)
     (late,) = network.add_nodes(1)
@@ -73,7 +82,7 @@ def test_simulation_smaller_than_min_nodes_is_refused(network: Network) -> None:
     nodes = ClientNodes(network, {}, *simulated(2))
     message = r"federation\.min_nodes must be at most the number of simulated nodes, 2, got 3"
     with network.answering(nodes), pytest.raises(ValueError, match=message):
-        Roster(network.grid).wait_for(3, seconds=20)
+        simulation(network).wait_for(3, seconds=20)
 
 
 def test_simulation_of_other_code_ends_the_run(network: Network) -> None:
@@ -85,11 +94,11 @@ def test_simulation_of_other_code_ends_the_run(network: Network) -> None:
         return reply
 
     with network.answering(decoy), pytest.raises(RuntimeError, match=r"other code .*feddm-train"):
-        Roster(network.grid).wait_for(1, seconds=20)
+        simulation(network).wait_for(1, seconds=20)
 
 
 def test_real_nodes_are_numbered_by_their_first_appearance(network: Network) -> None:
-    known = Roster(network.grid)
+    known = real(network)
     appeared = []
     with network.answering(introduced):
         for number in (1, 2, 3):
@@ -106,7 +115,7 @@ def test_numbers_of_nodes_that_appear_together_do_not_depend_on_who_answers_firs
     nodes = network.add_nodes(5)
     found = []
     for step in (1, -1):
-        known = Roster(network.grid)
+        known = real(network)
         with network.answering(introduced, order=lambda messages, step=step: messages[::step]):
             known.wait_for(5, seconds=20)
         found.append(known.node_ids)
@@ -116,11 +125,11 @@ def test_numbers_of_nodes_that_appear_together_do_not_depend_on_who_answers_firs
 def test_numbers_are_kept_across_a_restart(network: Network) -> None:
     first, second, third = network.add_nodes(3)
     # The third is new; the number of one that has left is not given to another.
-    known = Roster(network.grid, known={str(first): 2, str(second): 0, "4711": 5})
+    known = real(network, known={str(first): 2, str(second): 0, "4711": 5})
     with network.answering(introduced):
         known.wait_for(3, seconds=20)
     assert known.node_ids == {0: second, 2: first, 6: third}
-    again = Roster(network.grid, known=known.numbers)
+    again = real(network, known=known.numbers)
     with network.answering(introduced):
         again.wait_for(3, seconds=20)
     assert again.node_ids == known.node_ids and again.numbers == known.numbers
@@ -128,11 +137,11 @@ def test_numbers_are_kept_across_a_restart(network: Network) -> None:
 
 def test_node_that_leaves_keeps_its_number_for_its_return(network: Network) -> None:
     first, second = network.add_nodes(2)
-    known = Roster(network.grid)
+    known = real(network)
     with network.answering(introduced):
         known.wait_for(2, seconds=20)
         network.state.deactivate_node(first)
-        known.refresh()
+        known.wait_for(1, seconds=5)
         assert known.node_ids == {1: second}
         (third,) = network.add_nodes(1)
         network.state.activate_node(first, heartbeat_interval=60)
@@ -148,7 +157,7 @@ def test_nodes_introduce_themselves_once(network: Network) -> None:
         asked.append(message.metadata.dst_node_id)
         return introduced(message)
 
-    known = Roster(network.grid)
+    known = real(network)
     with network.answering(counting):
         for _ in range(3):
             known.wait_for(2, seconds=20)
@@ -159,7 +168,7 @@ def test_node_with_other_code_is_refused_and_named(
     network: Network, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad = network.add_nodes(2)
-    known = Roster(network.grid)
+    known = real(network)
     with network.answering(by_node({bad: other_code})):
         known.wait_for(1, seconds=20)
         assert known.node_ids == {0: good} and known.numbers == {str(good): 0}
@@ -177,7 +186,7 @@ def test_node_that_fails_is_refused_with_its_words(network: Network) -> None:
 
     reason = rf"node {bad} was refused: ImportError \(code 100\)$"
     with network.answering(failing), pytest.raises(TimeoutError, match=reason):
-        Roster(network.grid).wait_for(1, seconds=0.8)
+        real(network).wait_for(1, seconds=0.8)
 
 
 @pytest.mark.parametrize("missing", [Key.CONFIG, Key.FINGERPRINT])
@@ -198,18 +207,19 @@ def test_node_that_says_nothing_of_its_code_is_refused_in_words(
         network.answering(silent_about_its_code),
         pytest.raises(TimeoutError, match=rf"node {bad} was refused: .*{missing.value}") as caught,
     ):
-        Roster(network.grid).wait_for(1, seconds=0.8)
+        real(network).wait_for(1, seconds=0.8)
     assert "Key." not in str(caught.value)  # words for a person, not Python's
 
 
 def test_refused_node_may_come_back(network: Network) -> None:
     # Its operator sees why it was refused, mends it and starts it again, under the same key.
     (node,) = network.add_nodes(1)
-    known = Roster(network.grid)
+    known = real(network)
     with network.answering(other_code), pytest.raises(TimeoutError, match="other code"):
         known.wait_for(1, seconds=0.8)
     network.state.deactivate_node(node)
-    known.refresh()
+    with pytest.raises(TimeoutError, match="no other node connected"):
+        known.wait_for(1, seconds=0.1)
     network.state.activate_node(node, heartbeat_interval=60)
     with network.answering(introduced):
         known.wait_for(1, seconds=2)
@@ -219,41 +229,162 @@ def test_refused_node_may_come_back(network: Network) -> None:
 def test_slow_node_is_asked_again(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roster, "QUERY_TIMEOUT_SECONDS", 0.5)
     (node,) = network.add_nodes(1)
-    known = Roster(network.grid)
-    with pytest.raises(TimeoutError, match="no other node connected"):
+    known = real(network)
+    with pytest.raises(TimeoutError, match=rf"node {node} has not introduced itself yet$"):
         known.wait_for(1, seconds=0.6)
     with network.answering(introduced):
         known.wait_for(1, seconds=5)
     assert known.node_ids == {0: node}
 
 
+def saying(counts: object) -> Handler:
+    """Answer as a real node does that says how many images of each class it has."""
+
+    def answer(message: Message) -> Message:
+        reply = introduced(message)
+        reply.content.config_records[Key.CONFIG][Key.CLASS_COUNTS] = counts
+        return reply
+
+    return answer
+
+
+def test_silent_newcomer_holds_a_round_up_for_the_patience_once_and_joins_when_it_answers(
+    network: Network, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = real(network)
+    (first,) = network.add_nodes(1)
+    with network.answering(introduced):
+        known.wait_for(1, seconds=20)
+    (late,) = network.add_nodes(1)
+    waited = []
+    for _ in range(2):
+        start = time.monotonic()
+        known.wait_for(1, seconds=20, patience=0.5)
+        waited.append(time.monotonic() - start)
+        assert known.node_ids == {0: first}
+    assert 0.5 <= waited[0] < 5 and waited[1] < 0.5
+    # What it was asked first is still out: the answer is taken whenever it comes.
+    (asked,) = network.waiting()
+    network.store_reply(introduced(asked))
+    known.wait_for(2, seconds=5, patience=0.5)
+    assert known.node_ids == {0: first, 1: late}
+    assert f"client 1 (node {late}) has joined" in capsys.readouterr().out
+
+
+def test_node_that_let_a_query_expire_is_asked_anew_and_not_waited_for(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster, "QUERY_TIMEOUT_SECONDS", 0.4)
+    first, silent = network.add_nodes(2)
+    asked = []
+
+    def answer(message: Message) -> Message | None:
+        asked.append(message.metadata.dst_node_id)
+        return None if asked[-1] == silent else introduced(message)
+
+    known = real(network)
+    with network.answering(answer):
+        known.wait_for(1, seconds=20)  # as long as the first query is out
+        start = time.monotonic()
+        known.wait_for(1, seconds=20)
+        assert time.monotonic() - start < 0.3
+        deadline = time.monotonic() + 5
+        while asked.count(silent) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert known.node_ids == {0: first} and asked.count(silent) == 2
+
+
+def test_refused_node_is_asked_again_after_a_while(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster, "REFUSED_SECONDS", 0.6)
+    (node,) = network.add_nodes(1)
+    asked = []
+
+    def mended(message: Message) -> Message:
+        asked.append(message)
+        return introduced(message) if len(asked) > 1 else other_code(message)
+
+    known = real(network)
+    with network.answering(mended):
+        with pytest.raises(TimeoutError, match="other code"):
+            known.wait_for(1, seconds=0.3)
+        assert len(asked) == 1
+        known.wait_for(1, seconds=5)
+    assert known.node_ids == {0: node}
+
+
+def test_leaving_and_returning_are_told_and_a_missing_client_is_named(
+    network: Network, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = network.add_nodes(2)
+    known = real(network, known={"4711": 5})
+    with network.answering(introduced):
+        known.wait_for(2, seconds=20)
+        network.state.deactivate_node(first)
+        missing = (
+            r"1 of 2 nodes .*client 5 \(node 4711\) is missing since this start; "
+            rf"client 6 \(node {first}\) is missing since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d$"
+        )
+        with pytest.raises(TimeoutError, match=missing):
+            known.wait_for(2, seconds=0.3)
+        assert f"client 6 (node {first}) has left" in capsys.readouterr().out
+        network.state.activate_node(first, heartbeat_interval=60)
+        known.wait_for(2, seconds=20)
+    assert f"client 6 (node {first}) is back" in capsys.readouterr().out
+    assert known.node_ids == {6: first, 7: second}
+
+
+def test_class_counts_are_kept_by_client_where_a_node_says_them(network: Network) -> None:
+    _, second = network.add_nodes(2)
+    known = real(network)
+    with network.answering(by_node({second: saying([3, 0, 12])})):
+        known.wait_for(2, seconds=20)
+    assert known.class_counts == {0: None, 1: [3, 0, 12]}
+
+
+@pytest.mark.parametrize(
+    "counts", [[1, 2], [1, -2, 3], [1.0, 2.0, 3.0], [10**15, 0, 0], [True, False, True], "123", 3]
+)
+def test_class_counts_that_cannot_be_are_refused(network: Network, counts: object) -> None:
+    network.add_nodes(1)
+    message = r"class-counts must be 3 whole numbers from 0 to 1e\+12, one for each .*, got "
+    with network.answering(saying(counts)), pytest.raises(TimeoutError, match=message):
+        real(network).wait_for(1, seconds=0.2)
+
+
 @pytest.mark.parametrize(
     "claim",
-    [{Key.PARTITION_ID: 0}, {Key.PARTITION_ID: 3, Key.NUM_PARTITIONS: 3}, {Key.PARTITION_ID: "0"}],
+    [
+        {Key.PARTITION_ID: 0},
+        {Key.PARTITION_ID: 0, Key.NUM_PARTITIONS: 2},
+        {Key.PARTITION_ID: 3, Key.NUM_PARTITIONS: 3},
+        {Key.PARTITION_ID: "0"},
+    ],
 )
 def test_false_claim_of_a_share_is_refused_and_the_others_go_on(
     network: Network, claim: dict[Key, int | str]
 ) -> None:
-    honest, liar = network.add_nodes(2)
+    liar, honest = network.add_nodes(2)  # the liar's answer is heard first
 
     def claiming(message: Message) -> Message:
         reply = introduced(message)
         reply.content.config_records[Key.CONFIG].update(claim)
         return reply
 
-    known = Roster(network.grid)
+    known = real(network)
     with network.answering(by_node({honest: introduced, liar: claiming})):
         known.wait_for(1, seconds=5)
         with pytest.raises(TimeoutError, match="share of a simulation that there is not"):
             known.wait_for(2, seconds=0.6)
-    assert list(known.node_ids.values()) == [honest]
+    assert list(known.node_ids.values()) == [honest] and known.num_partitions is None
 
 
 def test_node_of_a_simulation_among_real_ones_does_not_turn_them_into_one(
     network: Network,
 ) -> None:
     (real,) = network.add_nodes(1)
-    known = Roster(network.grid)
+    known = real(network)
     with network.answering(introduced):
         known.wait_for(1, seconds=5)
     (late,) = network.add_nodes(1)
@@ -262,7 +393,7 @@ def test_node_of_a_simulation_among_real_ones_does_not_turn_them_into_one(
         return app(message, node_context({}, {"partition-id": 0, "num-partitions": 5}))
 
     with network.answering(simulated):
-        known.refresh(timeout=5)
+        known.wait_for(1, seconds=5)
     assert known.num_partitions is None
     assert known.node_ids == {0: real} and late not in known.node_ids.values()
 
@@ -270,7 +401,7 @@ def test_node_of_a_simulation_among_real_ones_does_not_turn_them_into_one(
 def test_missing_nodes_end_the_wait(network: Network) -> None:
     start = time.monotonic()
     with pytest.raises(TimeoutError) as caught:
-        Roster(network.grid).wait_for(2, seconds=0.5)
+        real(network).wait_for(2, seconds=0.5)
     assert str(caught.value) == (
         "0 of 2 nodes are ready after federation.node_wait=0.5 s: no other node connected"
     )
@@ -284,12 +415,12 @@ def test_silent_node_does_not_prolong_the_wait(
     network.add_nodes(1)
     start = time.monotonic()
     with pytest.raises(TimeoutError, match=r"^0 of 1 nodes are ready"):
-        Roster(network.grid).wait_for(1, seconds=0.5)
+        real(network).wait_for(1, seconds=0.5)
     assert time.monotonic() - start < 3
 
 
 def test_nodes_that_come_late_are_waited_for(network: Network) -> None:
-    known = Roster(network.grid)
+    known = real(network)
     threading.Timer(0.5, network.add_nodes, [1]).start()
     with network.answering(introduced):
         known.wait_for(1, seconds=20)
@@ -306,7 +437,7 @@ def test_real_code_has_one_fingerprint_on_both_sides(network: Network) -> None:
         return reply
 
     with network.answering(listening):
-        Roster(network.grid).wait_for(1, seconds=20)
+        real(network).wait_for(1, seconds=20)
     assert heard == [{Key.FINGERPRINT: code_fingerprint()}]  # and no path of the hospital
 
 

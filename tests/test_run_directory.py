@@ -195,7 +195,11 @@ def test_free_keys_are_paths_of_the_configuration_and_not_of_the_training() -> N
     sections = {path.split(".")[0] for path in FREE_TO_CHANGE}
     assert sections.isdisjoint({"model", "diffusion", "train", "partition", "seed"})
     assert FREE_TO_CHANGE.isdisjoint(
-        {"federation.clients_per_round", "federation.wire_dtype", "federation.ema_decay"}
+        {
+            *("federation.clients_per_round", "federation.wire_dtype", "federation.ema_decay"),
+            *("federation.aggregation", "federation.trim_fraction", "federation.num_malicious"),
+            *("federation.num_selected", "federation.max_update_norm"),
+        }
     )
 
 
