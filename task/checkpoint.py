@@ -1,22 +1,38 @@
 """Weights on disk: safetensors with the configuration and the round in their metadata."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from task.config import Config, as_hydra
 from task.files import atomic_path
 
 
 def save_weights(
     path: Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write tensors and metadata to a safetensors file, atomically."""
+    """Write tensors and metadata to a safetensors file, atomically.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with atomic_path(path) as aside:
-        save_file(contiguous, aside, dict(metadata))
+        try:
+            save_file(contiguous, aside, dict(metadata))
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def weights_metadata(config: Config, server_round: int) -> dict[str, str]:
+    """Describe weights by the configuration and the round that they are of."""
+    described = json.dumps(OmegaConf.to_container(as_hydra(config)))
+    return {"round": str(server_round), "config": described}
 
 
 def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
