@@ -287,8 +287,8 @@ def test_too_few_replies_end_the_run_and_resume_goes_on_to_the_same_bits(
 
     message = (
         r"round 2: 2 of 3 clients sent usable weights, federation\.min_replies=3 "
-        r"\(FileNotFoundError \(code 102\): .*\); everything up to round 1 is saved: to go on, pass "
-        r"the same words again, with run_name=\.\.\. and resume=true"
+        r"\(FileNotFoundError \(code 102\): .*\); everything up to round 1 is saved: to go on, "
+        r"pass the same words again, with run_name=\.\.\. and resume=true"
     )
     with (
         opened(run_config, alter=break_round_2) as run,

@@ -5,7 +5,7 @@ comes with a library; what lies in files goes `listing` -> `decode` -> `cache`, 
 """
 
 from task.config import FILE_SETS, Config
-from task.data.files import list_files, load_files
+from task.data.files import list_files, load_files, original_size
 from task.data.images import Dataset, ImageSet, normalize, random_horizontal_flip, resize
 from task.data.listing import Listing, UnknownClassError
 from task.data.packaged import load_dataset
@@ -22,6 +22,7 @@ __all__ = [
     "load_dataset",
     "load_files",
     "normalize",
+    "original_size",
     "random_horizontal_flip",
     "resize",
     "split_validation",

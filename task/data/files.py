@@ -9,7 +9,14 @@ from torch import Tensor
 
 from task.config import FILE_SETS, require, require_one_of
 from task.data.cache import cached_images
-from task.data.decode import crop_round_field, decode_dicom, decode_picture, fit
+from task.data.decode import (
+    crop_round_field,
+    decode_dicom,
+    decode_picture,
+    dicom_size,
+    fit,
+    picture_size,
+)
 from task.data.images import Dataset, ImageSet
 from task.data.listing import DICOM, PICTURES, Listing, list_class_folders, list_odir
 from task.data.split import split_validation
@@ -100,6 +107,16 @@ def list_files(
     """
     require_one_of("data.name", name, tuple(FILE_SETS))
     return _split(*_list(FILE_SETS[name], Path(root), classes), test_fraction, seed)
+
+
+def original_size(name: str, path: Path) -> tuple[int, int] | None:
+    """Read width and height of a file of a data set; None where its header cannot be read."""
+    size = dicom_size if FILE_SETS[name] == "dicom_folder" else picture_size
+    try:
+        return size(path)
+    # Damaged files make Pillow and pydicom raise nearly anything; whoever decodes them says what.
+    except Exception:
+        return None
 
 
 def _list(kind: str, root: Path, classes: Sequence[str]) -> tuple[Listing, Listing | None]:
