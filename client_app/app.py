@@ -44,7 +44,7 @@ def introduce(message: Message, context: Context) -> Message:
             config.run_name,
             sum(counts.train),
             sum(counts.held_out),
-            ", ".join(f"{n} {c}" for n, c in zip(config.data.classes, counts.train, strict=True)),
+            ", ".join(f"{c}: {n}" for c, n in zip(config.data.classes, counts.train, strict=True)),
             "told to the server" if place.report_class_counts else "kept here",
         )
     else:
@@ -99,8 +99,8 @@ def train(message: Message, context: Context) -> Message:
         }
     )
     logger.info(
-        "round %d: trained on %d images, %d epochs in %.1f s of %.1f s: loss %.5g, %.0f images/s "
-        "on %s in %s, processes: %d",
+        "round %d: trained on %d images (epochs: %d) in %.1f s, with all around it %.1f s: "
+        "loss %.5g, %.0f images/s on %s in %s (processes: %d)",
         server_round,
         len(images),
         config.train.local_epochs,

@@ -3,12 +3,12 @@
 import functools
 from collections.abc import Callable
 
-import torch
 from flwr.app import Context, Error, Message
 
 from client_app.log import logger, show_log
 from task.data import UnknownClassError
 from task.node import TooFewImagesError
+from task.train import is_out_of_memory
 from task.wire import FailureCode, Key
 
 Handler = Callable[[Message, Context], Message]
@@ -43,7 +43,7 @@ def failures_stay_local(handler: Handler) -> Handler:
 
 def failure_code(error: Exception) -> FailureCode:
     """Sort an exception into the few kinds that a server needs to tell apart."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return FailureCode.OUT_OF_MEMORY
     if isinstance(error, UnknownClassError):
         return FailureCode.UNKNOWN_CLASS

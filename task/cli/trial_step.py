@@ -17,6 +17,7 @@ from task.train import (
     compile_where_wanted,
     configure_torch,
     fastest_precision,
+    is_out_of_memory,
     keep_freed_memory,
     new_optimizer,
     select_device,
@@ -57,7 +58,9 @@ def try_step(config: Config) -> Trial:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(_try_step, config).result()
-        except (BrokenProcessPool, torch.OutOfMemoryError) as error:
+        except Exception as error:
+            if not (isinstance(error, BrokenProcessPool) or is_out_of_memory(error)):
+                raise
             raise MemoryError(
                 f"train.batch_size={config.train.batch_size}: a training step does not fit into "
                 "the memory; end what else runs here, or ask the coordinator for a smaller one"
