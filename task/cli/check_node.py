@@ -102,18 +102,7 @@ class Check:
         trial = try_step(self._config)
         yield "a training step", describe_trial(trial)
         if self._counts is not None:
-            yield from self._round(trial, sum(self._counts.train))
-
-    def _round(self, trial: Trial, num_images: int) -> Iterator[Finding]:
-        epochs, patience = self._config.train.local_epochs, self._config.federation.round_timeout
-        seconds = epochs * num_images / trial.batch_size * trial.seconds
-        yield "a round, about", f"{seconds:.0f} s: {epochs} epochs of {num_images} images"
-        if seconds > patience:
-            raise ValueError(
-                f"federation.round_timeout={patience:g} s is over before this node has trained, "
-                f"which takes about {seconds:.0f} s; ask the coordinator for more time, fewer "
-                "train.local_epochs or a smaller model"
-            )
+            yield from expected_round(self._config, trial, sum(self._counts.train))
 
 
 def check_node(
@@ -187,6 +176,23 @@ def describe_trial(trial: Trial) -> str:
         f"{trial.seconds:.3g} s for {trial.batch_size} images in {trial.precision}, processes: "
         f"{trial.num_processes}; it fits, {trial.peak_memory / GIB:.1f} GiB at its peak"
     )
+
+
+def expected_round(config: Config, trial: Trial, num_images: int) -> Iterator[Finding]:
+    """Say how long a round takes on so many training images.
+
+    Raises:
+        ValueError: longer than the server waits.
+    """
+    epochs, patience = config.train.local_epochs, config.federation.round_timeout
+    seconds = epochs * num_images / trial.batch_size * trial.seconds
+    yield "a round, about", f"{seconds:.0f} s: {epochs} epochs of {num_images} images"
+    if seconds > patience:
+        raise ValueError(
+            f"federation.round_timeout={patience:g} s is over before this node has trained, which "
+            f"takes about {seconds:.0f} s; ask the coordinator for more time, fewer "
+            "train.local_epochs or a smaller model"
+        )
 
 
 def free_disk(folder: Path) -> str:
