@@ -9,11 +9,15 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import SType
 
 from client_app.failures import failures_stay_local
-from client_app.workspace import Workspace, choose_precision, open_workspace
+from client_app.local_model import keep_local_model
+from client_app.log import logger
+from client_app.workspace import Workspace, choose_precision, named_run, open_workspace
+from task.config import compose_run_config
 from task.fingerprint import code_fingerprint
+from task.node import NodeConfig, check_node, own_config, read_node_config
 from task.parallel import train_in_processes
 from task.randomness import Stream, torch_generator
-from task.train import held_out_loss, new_optimizer
+from task.train import device_name, held_out_loss, new_optimizer
 from task.wire import Key, from_npy, to_npy
 
 app = ClientApp()
@@ -22,11 +26,29 @@ app = ClientApp()
 @app.query()
 @failures_stay_local
 def introduce(message: Message, context: Context) -> Message:
-    """Say which share of a simulation this is, if it is one, and which code it runs."""
+    """Say which code this runs, and which share of a simulation this is, if it is one.
+
+    A real node looks through its data first, as far as that goes without decoding it. Where its
+    hospital allows it, it says how many training images of each class of `data.classes` it has,
+    without the held-out ones: they add up to the number of examples that it trains on.
+    """
     said = ConfigRecord({Key.FINGERPRINT: code_fingerprint()})
-    if Key.PARTITION_ID in context.node_config:
-        said[Key.PARTITION_ID] = int(context.node_config[Key.PARTITION_ID])
-        said[Key.NUM_PARTITIONS] = int(context.node_config[Key.NUM_PARTITIONS])
+    place = read_node_config(context.node_config)
+    if isinstance(place, NodeConfig):
+        config = own_config(compose_run_config(named_run(context)), place)
+        counts = check_node(config, place)
+        if place.report_class_counts:
+            said[Key.CLASS_COUNTS] = list(counts.train)
+        logger.info(
+            "ready for %s: %d training images and %d held out, of %s; class counts are %s",
+            config.run_name,
+            sum(counts.train),
+            sum(counts.held_out),
+            ", ".join(f"{c}: {n}" for c, n in zip(config.data.classes, counts.train, strict=True)),
+            "told to the server" if place.report_class_counts else "kept here",
+        )
+    else:
+        said[Key.PARTITION_ID], said[Key.NUM_PARTITIONS] = place.number, place.shares
     return Message(RecordDict({Key.CONFIG: said}), reply_to=message)
 
 
@@ -36,10 +58,12 @@ def train(message: Message, context: Context) -> Message:
     """Run the local epochs from the global weights and reply the local weights."""
     start = time.perf_counter()
     asked = cast(ConfigRecord, message.content[Key.CONFIG])
+    server_round = int(asked[Key.SERVER_ROUND])  # type: ignore[arg-type]
     workspace = open_workspace(context)
     config = workspace.config
     images, _ = workspace.images(context)
     load_weights(workspace, message)
+    precision = choose_precision(workspace, context, str(asked[Key.PRECISION]))
     result = train_in_processes(
         workspace.model,
         images.images,
@@ -51,16 +75,17 @@ def train(message: Message, context: Context) -> Message:
         epochs=config.train.local_epochs,
         batch_size=config.train.batch_size,
         horizontal_flip=config.data.horizontal_flip,
-        precision=choose_precision(workspace, context, str(asked[Key.PRECISION])),
+        precision=precision,
         channels_last=config.train.channels_last,
         generator=torch_generator(
             config.seed,
             Stream.TRAIN,
-            int(asked[Key.SERVER_ROUND]),  # type: ignore[arg-type]
+            server_round,
             int(asked[Key.CLIENT]),  # type: ignore[arg-type]
             device=workspace.device,
         ),
     )
+    keep_local_model(workspace, server_round, precision)
     packed = workspace.layout.pack(workspace.model.state_dict(), config.federation.wire_dtype)
     # As Flower's Array(packed), with fewer copies.
     array = Array(str(packed.dtype), packed.shape, SType.NUMPY, to_npy(packed))
@@ -73,6 +98,20 @@ def train(message: Message, context: Context) -> Message:
             Key.IMAGES_PER_SECOND: result.images_per_second,
         }
     )
+    logger.info(
+        "round %d: trained on %d images (epochs: %d) in %.1f s, with all around it %.1f s: "
+        "loss %.5g, %.0f images/s on %s in %s (processes: %d)",
+        server_round,
+        len(images),
+        config.train.local_epochs,
+        result.seconds,
+        time.perf_counter() - start,
+        result.loss,
+        result.images_per_second,
+        device_name(workspace.device),
+        precision,
+        workspace.num_processes,
+    )
     arrays = ArrayRecord({Key.PACKED: array})
     return Message(RecordDict({Key.ARRAYS: arrays, Key.METRICS: metrics}), reply_to=message)
 
@@ -81,6 +120,7 @@ def train(message: Message, context: Context) -> Message:
 @failures_stay_local
 def evaluate(message: Message, context: Context) -> Message:
     """Reply the loss of the global weights on held-out images, drawn alike in every round."""
+    start = time.perf_counter()
     asked = cast(ConfigRecord, message.content[Key.CONFIG])
     workspace = open_workspace(context)
     config = workspace.config
@@ -104,6 +144,14 @@ def evaluate(message: Message, context: Context) -> Message:
                 device=workspace.device,
             ),
         )
+    logger.info(
+        "round %s: evaluated %d held-out images in %.1f s: loss %s on %s",
+        asked.get(Key.SERVER_ROUND, "?"),
+        len(held_out),
+        time.perf_counter() - start,
+        f"{metrics[Key.LOSS]:.5g}" if len(held_out) > 0 else "unknown",
+        device_name(workspace.device),
+    )
     return Message(RecordDict({Key.METRICS: metrics}), reply_to=message)
 
 

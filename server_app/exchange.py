@@ -15,13 +15,26 @@ from numpy.typing import NDArray
 from server_app.aggregation import SUM_LIMIT, distance, largest_magnitude
 from server_app.phases import Phases
 from server_app.records import packed_weights, record_of
-from task.wire import Key
+from task.wire import FailureCode, Key
 
 # A reply that would come after the deadline is refused by the network with an error of its own,
 # and a node that wakes up late does not work through rounds that are over.
 TTL_SHARE = 0.95
 # Of an exchange's time: a client that has not answered for so long gives its turn away.
 PATIENCE_SHARE = 0.5
+
+# What the coordinator asks the hospital: its own log has the cause, which stays there.
+ADVICE = {
+    FailureCode.BAD_INPUT: "the node's configuration or data does not fit the run's configuration; "
+    "its own log says what",
+    FailureCode.DATA_UNREADABLE: "its data cannot be read; its own log names the file or folder",
+    FailureCode.OUT_OF_MEMORY: "its memory is too small: lower train.batch_size, or ask what else "
+    "runs there",
+    FailureCode.UNKNOWN_CLASS: "it has images of a class that is not in data.classes; its own log "
+    "names it",
+    FailureCode.TOO_FEW_IMAGES: "it has fewer images than its hospital takes part with "
+    "(min-images); its own log counts them",
+}
 
 # Beyond this no loss or count means anything, and sums over clients could overflow.
 LARGEST_METRIC = 1e15
@@ -266,6 +279,7 @@ def check_update(content: RecordDict, sent: NDArray[np.floating], *, limit: floa
 
 
 def describe_error(error: Error) -> str:
-    """Say what an error reply says, in one line of bounded length."""
-    reason = " ".join((error.reason or "no reason given").split())[:200]
-    return f"{reason} (code {error.code})"
+    """Say what an error reply says and what to ask its hospital, in one line of bounded length."""
+    reason = " ".join((error.reason or "no reason given").split())[:150]
+    advice = ADVICE.get(error.code)  # type: ignore[call-overload]
+    return f"{reason} (code {error.code})" + (f": {advice}" if advice else "")

@@ -1,14 +1,17 @@
 """Weights on disk: safetensors with the configuration and the round in their metadata."""
 
+import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from task.config import Config, as_hydra
 from task.files import atomic_path
 
 
@@ -30,6 +33,12 @@ def save_weights(
                 raise
             code = int(number[1])
             raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def weights_metadata(config: Config, server_round: int) -> dict[str, str]:
+    """Describe weights by the configuration and the round that they are of."""
+    described = json.dumps(OmegaConf.to_container(as_hydra(config)))
+    return {"round": str(server_round), "config": described}
 
 
 def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -562,7 +562,17 @@ def composition_error(error: Exception) -> str:
 
 
 def load_run_config(run_config: Mapping[str, Any]) -> Config:
-    """Compose the configuration that Flower's run config asks for.
+    """Compose the configuration of a run, with the paths of this machine; see `compose_run_config`.
+
+    Raises:
+        ValueError: see `load_config`.
+    """
+    # The working directory is that of whichever process runs the app, so nothing counts from it.
+    return anchored(compose_run_config(run_config), Path.home())
+
+
+def compose_run_config(run_config: Mapping[str, Any]) -> Config:
+    """Compose the configuration that Flower's run config asks for, with its paths as they stand.
 
     An empty string means "what conf/ says". `experiment` names a preset, `overrides` is one
     string of further Hydra overrides; every other key is the path of one value.
@@ -585,8 +595,7 @@ def load_run_config(run_config: Mapping[str, Any]) -> Config:
             f"got {run_config['overrides']}"
         ) from error
     overrides += [hydra_override(key, value) for key, value in given.items()]
-    # The working directory is that of whichever process runs the app, so nothing counts from it.
-    return anchored(load_config(overrides + further), Path.home())
+    return load_config(overrides + further)
 
 
 def anchored(config: Config, folder: Path) -> Config:

@@ -27,13 +27,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 
-from task.checkpoint import load_weights, save_weights
+from task.checkpoint import load_weights, save_weights, weights_metadata
 from task.config import (
     Config,
-    as_hydra,
     flat_values,
     read_config,
     settle_precisions,
@@ -329,8 +327,7 @@ class RunDirectory:
         return int(load_weights(self.model_file)[1]["round"])
 
     def _metadata(self, server_round: int) -> dict[str, str]:
-        config = json.dumps(OmegaConf.to_container(as_hydra(self.config)))
-        return {"round": str(server_round), "config": config}
+        return weights_metadata(self.config, server_round)
 
     def _remove_left_overs(self) -> None:
         for file in ("checkpoints/round_*.safetensors", "samples/round_*.png", "local/*"):

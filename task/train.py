@@ -60,6 +60,21 @@ def select_device(name: str) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """Name a device for a reader, a GPU with its model."""
+    if device.type != "cuda":
+        return str(device)
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory has run out, that of a CPU or of a GPU."""
+    # For the memory of a CPU torch has no exception of its own.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
 def configure_torch(*, num_threads: int, deterministic: bool) -> None:
     """Set the process up so that equal seeds give equal weights."""
     torch.set_num_threads(num_threads)

@@ -45,6 +45,8 @@ class FailureCode(IntEnum):
     BAD_INPUT = 101
     DATA_UNREADABLE = 102
     OUT_OF_MEMORY = 103
+    UNKNOWN_CLASS = 104
+    TOO_FEW_IMAGES = 105
 
 
 @dataclass(frozen=True)

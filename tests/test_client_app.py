@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -10,28 +12,36 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from numpy.typing import NDArray
 from torchvision import datasets
 
 from client_app import workspace
 from client_app.app import app
 from client_app.failures import failure_code, failures_stay_local
+from client_app.log import logger
 from client_app.workspace import choose_precision, open_workspace
 from server_app.exchange import addressed
 from server_app.training_run import initial_model
+from task.checkpoint import load_weights
 from task.config import Config, load_run_config
-from task.data import ImageSet, build_dataset, split_validation
+from task.data import ImageSet, UnknownClassError, build_dataset, split_validation
 from task.diffusion import build_objective
 from task.fingerprint import code_fingerprint
+from task.node import TooFewImagesError
 from task.partition import build_partition
 from task.randomness import Stream, numpy_generator, torch_generator
 from task.train import held_out_loss, new_optimizer, train_epochs
 from task.wire import FailureCode, Key, WeightLayout
 from tests.helpers import SMALL_RUN, Network, node_context, simulated, write_digits_as_mnist
+from tests.test_data_files import write_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = load_run_config(SMALL_RUN)
 HOSPITAL = "data=mnist data.test_fraction=null"
+FOLDER_RUN = {"data.test_fraction": "null", "overrides": "data=image_folder data.classes=[a,b]"}
 MODEL = initial_model(CONFIG)
 LAYOUT = WeightLayout.of(MODEL)
 WEIGHTS = LAYOUT.pack(MODEL.state_dict())
@@ -44,6 +54,10 @@ def new_process() -> Iterator[None]:
     workspace._build_workspace.cache_clear()
     yield
     workspace._build_workspace.cache_clear()
+    for handler in [*logger.handlers]:
+        logger.removeHandler(handler)
+        logging.getLogger("task").removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture
@@ -335,7 +349,135 @@ def test_workspace_is_built_once_for_all_messages_of_a_process(context: Context)
     assert open_workspace(node_context({**SMALL_RUN, "seed": 1}, simulated(3)[2])) is not built
 
 
-@pytest.mark.parametrize("message_type", ["train", "evaluate"])
+def test_class_counts_are_told_only_where_the_hospital_says_so(hospital: Context) -> None:
+    hospital.node_config["report-class-counts"] = True
+    said = app(message("query"), hospital).content.config_records[Key.CONFIG]
+    assert set(said) == {Key.FINGERPRINT, Key.CLASS_COUNTS}
+    images, _ = open_workspace(hospital).images(hospital)
+    assert said[Key.CLASS_COUNTS] == images.labels.bincount(minlength=10).tolist()
+    hospital.node_config["report-class-counts"] = False
+    said = app(message("query"), hospital).content.config_records[Key.CONFIG]
+    assert set(said) == {Key.FINGERPRINT}
+
+
+@pytest.mark.parametrize(
+    ("folders", "node_config", "code", "reason"),
+    [
+        ({"a": 2, "odd": 1}, {}, FailureCode.UNKNOWN_CLASS, "UnknownClassError"),
+        ({"a": 5}, {"min-images": 5}, FailureCode.TOO_FEW_IMAGES, "TooFewImagesError"),
+        ({}, {}, FailureCode.DATA_UNREADABLE, "FileNotFoundError"),
+        ({"a": 2}, {"output-path": "/dev/null"}, FailureCode.BAD_INPUT, "ValueError"),
+        ({"a": 2}, {"min-imags": 1}, FailureCode.BAD_INPUT, "ValueError"),
+        ({"a": 2}, {"min-images": "1"}, FailureCode.BAD_INPUT, "TypeError"),
+    ],
+)
+def test_introduction_says_early_what_keeps_a_hospital_out(
+    folders: dict[str, int],
+    node_config: dict[str, object],
+    code: FailureCode,
+    reason: str,
+    tmp_path: Path,
+) -> None:
+    write_tree(tmp_path / "set", folders)
+    run_config = {**SMALL_RUN, **FOLDER_RUN, "data.cache_dir": str(tmp_path / "cache")}
+    context = node_context(run_config, {"data-path": str(tmp_path / "set"), **node_config})
+    reply = app(message("query"), context)
+    assert (reply.error.code, reply.error.reason) == (code, reason)
+    assert not (tmp_path / "cache").exists()  # nothing was decoded
+
+
+def test_every_reply_of_a_hospital_is_free_of_paths_and_names(tmp_path: Path) -> None:
+    home = tmp_path / "hospital-secret"
+    write_tree(home / "patients-secret", {"a": 12, "b": 8})
+    (home / "patients-secret" / "a" / "000.png").rename(
+        home / "patients-secret" / "a" / "jane-doe-secret.png"
+    )
+    (home / "out-secret").mkdir()
+    run_config = {**SMALL_RUN, **FOLDER_RUN, "data.cache_dir": str(home / "cache")}
+    node_config = {
+        "data-path": str(home / "patients-secret"),
+        "output-path": str(home / "out-secret"),
+        "report-class-counts": True,
+    }
+    config = load_run_config(run_config)
+    model = initial_model(config)
+    weights = WeightLayout.of(model).pack(model.state_dict())
+    agreed = {
+        "query": {Key.CONFIG: {Key.FINGERPRINT, Key.CLASS_COUNTS}},
+        "train": {Key.ARRAYS: {Key.PACKED}, Key.METRICS: TRAINED_KEYS},
+        "evaluate": {Key.METRICS: {Key.NUM_EXAMPLES, Key.LOSS}},
+    }
+    for kind, records in agreed.items():
+        reply = app(message(kind, weights=weights), node_context(run_config, node_config))
+        assert not reply.has_error(), reply.error
+        assert {name: set(record) for name, record in reply.content.items()} == records
+        assert b"secret" not in sent(reply)
+    (home / "patients-secret" / "odd-secret").mkdir()
+    workspace._build_workspace.cache_clear()
+    for kind in agreed:
+        reply = app(message(kind, weights=weights), node_context(run_config, node_config))
+        assert reply.has_error() and not reply.has_content()
+        assert b"UnknownClassError" in sent(reply) and b"secret" not in sent(reply)
+
+
+def sent(reply: Message) -> bytes:
+    """Return all bytes of a reply that Flower sends to the server."""
+    objects = [found.deflate() for found in get_all_nested_objects(reply).values()]
+    envelope = message_to_proto(remove_content_from_message(reply)).SerializeToString()
+    return b"".join([*objects, envelope])
+
+
+def test_hospital_keeps_its_newest_own_weights(hospital: Context, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    hospital.node_config["output-path"] = str(tmp_path / "out")
+    hospital.run_config["run_name"] = "lungs"
+    file = tmp_path / "out" / "lungs" / "local-model.safetensors"
+    for server_round in (1, 2):
+        reply = app(message("train", server_round=server_round), hospital)
+        weights, metadata = load_weights(file)
+        assert np.array_equal(LAYOUT.pack(weights), packed(reply))
+        assert metadata["round"] == str(server_round)
+    config = json.loads(metadata["config"])
+    assert (config["run_name"], config["data"]["name"]) == ("lungs", "mnist")
+    assert str(tmp_path) not in metadata["config"]
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["lungs", file.name]
+    assert file.parent.stat().st_mode & 0o077 == 0
+
+
+def test_run_without_a_name_is_kept_under_flowers_number(hospital: Context, tmp_path: Path) -> None:
+    hospital.node_config["output-path"] = str(tmp_path)
+    app(message("train"), hospital)
+    assert (tmp_path / f"run-{hospital.run_id}" / "local-model.safetensors").is_file()
+
+
+def test_local_model_that_cannot_be_written_costs_no_round(
+    hospital: Context, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hospital.node_config["output-path"] = str(tmp_path)
+    (tmp_path / f"run-{hospital.run_id}").write_text("in the way")
+    reply = app(message("train"), hospital)
+    assert not reply.has_error() and metrics(reply)[Key.NUM_EXAMPLES] == 180
+    [said] = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "round 1: the local model is NOT kept" in said.getMessage() and said.exc_info
+
+
+def test_log_of_a_hospital_has_a_line_per_message(
+    hospital: Context, context: Context, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app(message("train"), context)
+    assert capsys.readouterr().err == ""  # a simulation's clients would flood it
+    for kind in ("query", "train", "evaluate"):
+        app(message(kind, server_round=3), hospital)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" feddm INFO: ")[1][:30] for line in lines] == [
+        "ready for run-4711: 180 traini",
+        "round 3: trained on 180 images",
+        "round 3: evaluated 20 held-out",
+    ]
+    assert "loss 0." in lines[1] and "on cpu in float32" in lines[1] and "loss 0." in lines[2]
+
+
+@pytest.mark.parametrize("message_type", ["query", "train", "evaluate"])
 def test_failing_hospital_says_a_class_and_a_code_and_no_path(
     message_type: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -388,6 +530,9 @@ def test_incomplete_message_is_an_error_reply(context: Context) -> None:
     [
         (torch.OutOfMemoryError("CUDA"), FailureCode.OUT_OF_MEMORY),
         (MemoryError(), FailureCode.OUT_OF_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: not enough memory"), FailureCode.OUT_OF_MEMORY),
+        (UnknownClassError("x"), FailureCode.UNKNOWN_CLASS),
+        (TooFewImagesError("x"), FailureCode.TOO_FEW_IMAGES),
         (FileNotFoundError("/secret"), FailureCode.DATA_UNREADABLE),
         (PermissionError("/secret"), FailureCode.DATA_UNREADABLE),
         (ValueError("x"), FailureCode.BAD_INPUT),

@@ -257,7 +257,7 @@ def test_hospital_that_fails_is_left_out_and_says_no_path(
     run_config = tmp_path / "run.toml"
     run_config.write_text(
         f'output_dir = "{tmp_path}"\nrun_name = "hospitals"\nfederation.rounds = 2\n'
-        "federation.min_nodes = 3\nfederation.min_replies = 2\nmodel.width = 8\n"
+        "federation.min_nodes = 2\nfederation.min_replies = 2\nmodel.width = 8\n"
         f'train.local_epochs = 1\ntrain.precision = "float32"\noverrides = "{overrides}"\n'
     )
     result = subprocess.run(
@@ -274,12 +274,16 @@ def test_hospital_that_fails_is_left_out_and_says_no_path(
     )
     run = tmp_path / "hospitals"
     assert (run / "model.safetensors").exists(), result.stdout + result.stderr
-    left_out = {line["value"] for line in metrics(run) if line["name"] == "train_left_out"}
-    assert left_out == {"FileNotFoundError (code 102)"}
+    assert "was refused: FileNotFoundError (code 102)" in result.stdout
+    for log in (tmp_path / "node-0.log", tmp_path / "node-1.log"):
+        assert "feddm INFO: round 2: trained on 270 images" in log.read_text()
+    failed = (tmp_path / "node-2.log").read_text()
+    assert "query failed; the server is told FileNotFoundError" in failed
+    assert "patient-4711" in failed and "Traceback" in failed
     assert "patient-4711" not in result.stdout + (run / "metrics.jsonl").read_text()
     trained = [line for line in metrics(run) if line["name"] == "train_num_examples"]
     # A tenth of the 300 images, class by class, is held out.
     assert {line["value"] for line in trained} == {270}
     assert len({line["who"] for line in trained}) == 2
     assert not (run / "partition.json").exists()
-    assert len(json.loads((run / "nodes.json").read_text())) == 3
+    assert len(json.loads((run / "nodes.json").read_text())) == 2

@@ -256,7 +256,17 @@ def said_of(error: Error) -> str:
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (Error(102, "FileNotFoundError"), "FileNotFoundError (code 102)"),
+        (
+            Error(102, "FileNotFoundError"),
+            "FileNotFoundError (code 102): its data cannot be read; its own log names the file or "
+            "folder",
+        ),
+        (
+            Error(104, "UnknownClassError"),
+            "UnknownClassError (code 104): it has images of a class that is not in data.classes; "
+            "its own log names it",
+        ),
+        (Error(100, "KeyError"), "KeyError (code 100)"),
         (Error(2, "a\n  b\tc\r\n"), "a b c (code 2)"),
         (Error(5, None), "no reason given (code 5)"),
         (Error(5, ""), "no reason given (code 5)"),

@@ -34,7 +34,7 @@ app = typer.Typer(
 
 @app.callback()
 def feddm() -> None:
-    """Work with the runs that feddm-train left behind."""
+    """Work with the runs that feddm-train left behind, and check a hospital's node."""
 
 
 @app.command()
@@ -135,6 +135,58 @@ def tables(
     from task.train import select_device
 
     write_tables(sweep_dir, device=select_device(device) if figures else None, say=typer.echo)
+
+
+@app.command()
+def check_node(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="The words of the run, as the coordinator passes them: data=image_folder "
+            "'data.classes=[normal,pneumonia]' model=tiny train.batch_size=64.",
+            show_default=False,
+        ),
+    ] = None,
+    data_path: Annotated[
+        Path | None, typer.Option(help="The node's data-path: the hospital's own images.")
+    ] = None,
+    output_path: Annotated[
+        Path | None, typer.Option(help="The node's output-path, where its local model stays.")
+    ] = None,
+    min_images: Annotated[
+        int, typer.Option(min=1, help="The node's min-images: training images to take part with.")
+    ] = 1,
+    superlink: Annotated[
+        str | None, typer.Option(help="HOST:PORT to connect to, as the node is going to.")
+    ] = None,
+    root_certificates: Annotated[
+        Path | None,
+        typer.Option(help="The coordinator's file of its CA, else the system's."),
+    ] = None,
+    private_key: Annotated[
+        Path | None, typer.Option(help="The node's key; prints its fingerprint to compare.")
+    ] = None,
+) -> None:
+    """Check on a hospital's machine whether its node can take part in a run.
+
+    Looks at the images as the node itself does, trains a step of the run's model, and tries the
+    connection. Status 0: it can; 1: it cannot, and the last line says why.
+    """
+    from task.cli.check_node import check_node
+    from task.node import NodeConfig
+
+    check_node(
+        overrides or [],
+        NodeConfig(
+            data_path=None if data_path is None else str(data_path.expanduser().absolute()),
+            output_path=None if output_path is None else str(output_path.expanduser().absolute()),
+            min_images=min_images,
+        ),
+        superlink=superlink,
+        root_certificates=root_certificates,
+        private_key=private_key,
+        say=typer.echo,
+    )
 
 
 @app.command(

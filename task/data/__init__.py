@@ -5,18 +5,24 @@ comes with a library; what lies in files goes `listing` -> `decode` -> `cache`, 
 """
 
 from task.config import FILE_SETS, Config
-from task.data.files import load_files
+from task.data.files import list_files, load_files, original_size
 from task.data.images import Dataset, ImageSet, normalize, random_horizontal_flip, resize
+from task.data.listing import Listing, UnknownClassError
 from task.data.packaged import load_dataset
 from task.data.split import split_validation
 
 __all__ = [
     "Dataset",
     "ImageSet",
+    "Listing",
+    "UnknownClassError",
     "build_dataset",
+    "list_dataset",
+    "list_files",
     "load_dataset",
     "load_files",
     "normalize",
+    "original_size",
     "random_horizontal_flip",
     "resize",
     "split_validation",
@@ -49,3 +55,21 @@ def build_dataset(config: Config, *, download: bool) -> Dataset:
         seed=config.data.split_seed,
         download=download,
     )
+
+
+def list_dataset(config: Config) -> tuple[Listing, Listing]:
+    """List the training and the test split that `build_dataset` would load, decoding no file.
+
+    Nothing is downloaded. See `list_files` and `load_dataset`.
+    """
+    data = config.data
+    if data.name in FILE_SETS:
+        return list_files(
+            data.name,
+            root=data.root,
+            classes=data.classes,
+            test_fraction=data.test_fraction,
+            seed=data.split_seed,
+        )
+    dataset = build_dataset(config, download=False)
+    return Listing([], dataset.train.labels.numpy()), Listing([], dataset.test.labels.numpy())

@@ -49,6 +49,21 @@ def decode_picture(path: Path) -> Tensor:
         return _planes(np.asarray(picture.convert("L" if grey else "RGB"), dtype=np.float32))
 
 
+def picture_size(path: Path) -> tuple[int, int]:
+    """Read width and height of a picture from its header; errors as in `decode_picture`."""
+    with Image.open(path, formats=PICTURE_FORMATS) as opened:
+        return opened.size
+
+
+def dicom_size(path: Path) -> tuple[int, int]:
+    """Read width and height of a DICOM file from its header; errors as in `decode_dicom`."""
+    # Imported here because only DICOM folders need it.
+    from pydicom import dcmread
+
+    file = dcmread(path, stop_before_pixels=True)
+    return int(file.Columns), int(file.Rows)
+
+
 def decode_dicom(path: Path, window: tuple[float, float] | None = None) -> Tensor:
     """Decode a single-frame DICOM file: rescale, window, and black where MONOCHROME1 has white.
 

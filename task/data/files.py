@@ -9,7 +9,14 @@ from torch import Tensor
 
 from task.config import FILE_SETS, require, require_one_of
 from task.data.cache import cached_images
-from task.data.decode import crop_round_field, decode_dicom, decode_picture, fit
+from task.data.decode import (
+    crop_round_field,
+    decode_dicom,
+    decode_picture,
+    dicom_size,
+    fit,
+    picture_size,
+)
 from task.data.images import Dataset, ImageSet
 from task.data.listing import DICOM, PICTURES, Listing, list_class_folders, list_odir
 from task.data.split import split_validation
@@ -49,6 +56,7 @@ def load_files(
 
     Raises:
         FileNotFoundError: the files are not there.
+        UnknownClassError: there are images of a class that `classes` does not name.
         ValueError: an option does not fit the set, or files cannot be read.
     """
     require_one_of("data.name", name, tuple(FILE_SETS))
@@ -60,7 +68,9 @@ def load_files(
         window,
     )
     root = Path(root)
-    train, test = _split(*_list(kind, root, classes), test_fraction, seed)
+    train, test = list_files(
+        name, root=root, classes=classes, test_fraction=test_fraction, seed=seed
+    )
     decode = partial(_decode, kind, window=window, image_size=image_size, channels=channels)
 
     def opened(listing: Listing) -> ImageSet:
@@ -81,6 +91,32 @@ def load_files(
     if len(dataset.train) == 0:
         raise ValueError(f"data.root={root}: none of its {len(train)} images can be read")
     return dataset
+
+
+def list_files(
+    name: str,
+    *,
+    root: str | Path,
+    classes: Sequence[str],
+    test_fraction: float | None,
+    seed: int,
+) -> tuple[Listing, Listing]:
+    """List the training and the test split of a data set of files, without opening an image.
+
+    Arguments and errors are those of `load_files`.
+    """
+    require_one_of("data.name", name, tuple(FILE_SETS))
+    return _split(*_list(FILE_SETS[name], Path(root), classes), test_fraction, seed)
+
+
+def original_size(name: str, path: Path) -> tuple[int, int] | None:
+    """Read width and height of a file of a data set; None where its header cannot be read."""
+    size = dicom_size if FILE_SETS[name] == "dicom_folder" else picture_size
+    try:
+        return size(path)
+    # Damaged files make Pillow and pydicom raise nearly anything; whoever decodes them says what.
+    except Exception:
+        return None
 
 
 def _list(kind: str, root: Path, classes: Sequence[str]) -> tuple[Listing, Listing | None]:

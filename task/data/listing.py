@@ -19,12 +19,17 @@ ODIR_COLUMNS = ("ID", "filename", "labels")
 ODIR_FOLDERS = ("ODIR-5K/ODIR-5K/Training Images", "ODIR-5K/Training Images", "preprocessed_images")
 
 
+class UnknownClassError(ValueError):
+    """There are images of a class that `data.classes` does not name."""
+
+
 @dataclass(frozen=True)
 class Listing:
-    """The files of one split, in a fixed order.
+    """The images of one split, in a fixed order.
 
     Attributes:
-        paths: of the files, which may turn out to be missing or damaged.
+        paths: of the files, which may turn out to be missing or damaged; empty for a set that
+            comes with a library.
         labels: [N] int64, the class of each.
         groups: [N] int64, equal for the files of one patient; None where patients are not known.
     """
@@ -34,7 +39,7 @@ class Listing:
     groups: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.labels)
 
     def subset(self, indices: np.ndarray) -> "Listing":
         """Return the files at `indices` ([M] int64), in that order."""
@@ -63,7 +68,7 @@ def list_class_folders(
 
     Raises:
         FileNotFoundError: there is no such tree, or no image in it.
-        ValueError: a folder is of no class.
+        UnknownClassError: a folder is of no class.
     """
     train, test = root / "train", root / "test"
     listing = _list_classes(train if train.is_dir() else root, classes, suffixes)
@@ -84,7 +89,7 @@ def _list_classes(folder: Path, classes: Sequence[str], suffixes: tuple[str, ...
     for name in class_folders(folder):
         label = class_label(name, classes)
         if label is None:
-            raise ValueError(
+            raise UnknownClassError(
                 f"data.classes must name every folder in {folder}, which holds {name!r}, "
                 f"got {list(classes)}"
             )
@@ -98,11 +103,11 @@ def _list_classes(folder: Path, classes: Sequence[str], suffixes: tuple[str, ...
     return Listing(paths, np.array(labels, dtype=np.int64))
 
 
-def class_label(folder: str, classes: Sequence[str]) -> int | None:
-    """Return which class a folder is of: the one of its very name, or the only one like it."""
-    if folder in classes:
-        return list(classes).index(folder)
-    alike = [label for label, name in enumerate(classes) if _plain(name) == _plain(folder)]
+def class_label(found: str, classes: Sequence[str]) -> int | None:
+    """Return which class a name is of: the one of that very name, or the only one like it."""
+    if found in classes:
+        return list(classes).index(found)
+    alike = [label for label, name in enumerate(classes) if _plain(name) == _plain(found)]
     return alike[0] if len(alike) == 1 else None
 
 
@@ -121,7 +126,8 @@ def list_odir(root: Path, classes: Sequence[str]) -> Listing:
 
     Raises:
         FileNotFoundError: the table is not there.
-        ValueError: the table lacks a column, or a row names none or several of the classes.
+        ValueError: the table lacks a column, or a row names no or several classes.
+        UnknownClassError: a row names another class.
     """
     table = root / ODIR_TABLE
     if not table.is_file():
@@ -150,11 +156,15 @@ def list_odir(root: Path, classes: Sequence[str]) -> Listing:
 
 
 def _odir_label(row: dict[str, str], classes: Sequence[str], table: Path) -> int:
+    refusal = (
+        f"{table}: labels of {row['filename']} must be one of {list(classes)}, as \"['N']\", "
+        f"got {row['labels']!r}"
+    )
     try:
         (name,) = ast.literal_eval(row["labels"])
-        return list(classes).index(name)
     except (ValueError, SyntaxError, TypeError) as error:
-        raise ValueError(
-            f"{table}: labels of {row['filename']} must be one of {list(classes)}, as \"['N']\", "
-            f"got {row['labels']!r}"
-        ) from error
+        raise ValueError(refusal) from error
+    label = class_label(str(name), classes)
+    if label is None:
+        raise UnknownClassError(refusal)
+    return label

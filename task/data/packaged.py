@@ -9,6 +9,7 @@ import torch
 
 from task.config import PACKAGED_SETS, require, require_one_of
 from task.data.images import Dataset, ImageSet, reshape
+from task.data.listing import UnknownClassError
 from task.data.split import split_validation
 from task.randomness import Stream, numpy_generator
 
@@ -59,6 +60,7 @@ def load_dataset(
     Raises:
         FileNotFoundError: the files are not below `root` and are not, or cannot be, downloaded.
         ValueError: an option is out of range or does not fit the set.
+        UnknownClassError: the set has more classes.
     """
     require_one_of("data.name", name, PACKAGED_SETS)
     if name == "digits":
@@ -76,9 +78,10 @@ def load_dataset(
         )
     found = 1 + int(max(train.labels.max(), test.labels.max()))
     # Fewer are welcome: a hospital need not have every class of a run.
-    require(
-        found <= num_classes, "data.classes", f"at least {found} names for data={name}", num_classes
-    )
+    if found > num_classes:
+        raise UnknownClassError(
+            f"data.classes must be at least {found} names for data={name}, got {num_classes}"
+        )
     return Dataset(*(reshape(part, image_size, channels) for part in (train, test)))
 
 
