@@ -383,7 +383,7 @@ def test_false_claim_of_a_share_is_refused_and_the_others_go_on(
 def test_node_of_a_simulation_among_real_ones_does_not_turn_them_into_one(
     network: Network,
 ) -> None:
-    (real,) = network.add_nodes(1)
+    (first,) = network.add_nodes(1)
     known = real(network)
     with network.answering(introduced):
         known.wait_for(1, seconds=5)
@@ -395,7 +395,7 @@ def test_node_of_a_simulation_among_real_ones_does_not_turn_them_into_one(
     with network.answering(simulated):
         known.wait_for(1, seconds=5)
     assert known.num_partitions is None
-    assert known.node_ids == {0: real} and late not in known.node_ids.values()
+    assert known.node_ids == {0: first} and late not in known.node_ids.values()
 
 
 def test_missing_nodes_end_the_wait(network: Network) -> None:
