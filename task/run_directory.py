@@ -69,6 +69,7 @@ LOCK_PATIENCE_SECONDS = 30.0
 
 PARTITION_FILE = "partition.json"
 POOLED_FILE = "pooled.json"
+NODES_FILE = "nodes.json"
 METRICS_FILE = "metrics.jsonl"
 
 HOW_TO_RESUME = "pass the same words again, with run_name=... and resume=true"
