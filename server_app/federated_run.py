@@ -5,11 +5,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.app import (
+    ArrayRecord,
     ConfigRecord,
     Message,
     MessageType,
@@ -19,6 +21,7 @@ from flwr.app import (
 from flwr.serverapp import Grid
 
 from server_app.aggregation import StreamingFedAvg
+from server_app.evaluation import GlobalEvaluation, HospitalEvaluation
 from server_app.exchange import (
     UnusableReply,
     addressed,
@@ -29,13 +32,21 @@ from server_app.exchange import (
 )
 from server_app.log import log
 from server_app.phases import Phases
-from server_app.records import packed_record, packed_weights, record_of
+from server_app.quality import QUALITY_TYPE, Scores, check_scores, scores_of
+from server_app.records import (
+    images_record,
+    packed_record,
+    packed_weights,
+    record_of,
+    recorded_name,
+)
 from server_app.roster import Roster, sample_clients
 from server_app.simulation import load_images, record_partition, simulated_at_once
 from server_app.training_run import TrainingRun, Weights
+from task.data import ImageSet
 from task.partition import partition_dataset
-from task.run_directory import HOW_TO_RESUME, RunDirectory
-from task.wire import Key, WeightLayout
+from task.run_directory import HOW_TO_RESUME, NODES_FILE, RunDirectory
+from task.wire import QUALITY, Key, WeightLayout
 
 # What is written down of a client's training, whatever else it sends.
 TRAIN_METRICS = (
@@ -52,6 +63,23 @@ POLL_SIMULATION, POLL_NETWORK = 0.02, 2.0
 
 # Of this machine's memory, for replies that arrive at once.
 MEMORY_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Question:
+    """What clients are asked in an exchange.
+
+    Attributes:
+        message_type: Flower's, such as "train" or "evaluate.quality".
+        content: the records that all messages share.
+        check: raises UnusableReply; such a client is named in log and metrics, and left out.
+        activity: what it is called there.
+    """
+
+    message_type: str
+    content: RecordDict
+    check: Callable[[RecordDict], None]
+    activity: str
 
 
 class FederatedRun(TrainingRun):
@@ -71,7 +99,7 @@ class FederatedRun(TrainingRun):
         super().__init__(directory)
         self.ema: Weights | None = None
         self._grid = grid
-        self._roster = Roster(grid, known=directory.read_json("nodes.json"))
+        self._roster = Roster(grid, known=directory.read_json(NODES_FILE))
         self._strategy = StreamingFedAvg()
         self._layout = WeightLayout.of(self.model)
         self._left_out: set[str] = set()
@@ -119,7 +147,7 @@ class FederatedRun(TrainingRun):
         federation = self.config.federation
         self._roster.wait_for(federation.min_nodes, seconds=federation.node_wait)
         if not self.simulated:
-            self.directory.write_json("nodes.json", self._roster.numbers)
+            self.directory.write_json(NODES_FILE, self._roster.numbers)
         return list(self._roster.node_ids)
 
     @property
@@ -148,9 +176,10 @@ class FederatedRun(TrainingRun):
         kept = self.clients_to_keep(server_round, clients)
 
         def usable_replies() -> Iterator[Message]:
-            for client, reply, sent in self.ask(
-                MessageType.TRAIN, server_round, clients, self.weights, check_train, self.phases
-            ):
+            question = self.about_weights(
+                MessageType.TRAIN, server_round, self.weights, check_train
+            )
+            for client, reply, sent in self.ask(question, server_round, clients, self.phases):
                 used.append(client)
                 metrics = record_of(reply.content, Key.METRICS, MetricRecord)
                 seconds = float(metrics.get(Key.SECONDS, 0.0))  # type: ignore[arg-type]
@@ -209,10 +238,10 @@ class FederatedRun(TrainingRun):
                 check_metrics(content)
 
         clients = list(self._roster.node_ids)
-        weights = self.final_weights()
-        for client, reply, _ in self.ask(
-            MessageType.EVALUATE, server_round, clients, weights, check_loss, Phases()
-        ):
+        question = self.about_weights(
+            MessageType.EVALUATE, server_round, self.final_weights(), check_loss
+        )
+        for client, reply, _ in self.ask(question, server_round, clients, Phases()):
             metrics = record_of(reply.content, Key.METRICS, MetricRecord)
             count = int(metrics[Key.NUM_EXAMPLES])  # type: ignore[arg-type]
             if count > 0:
@@ -227,27 +256,61 @@ class FederatedRun(TrainingRun):
         self.directory.record(server_round, "global", {"test_loss": mean})
         return mean
 
-    def ask(
+    def open_evaluation(self) -> GlobalEvaluation:
+        """Let the hospitals score images where they alone have real ones."""
+        if self.simulated:
+            return super().open_evaluation()
+        return HospitalEvaluation(
+            self.directory, self.model, device=self.device, ask=self.ask_for_scores
+        )
+
+    def ask_for_scores(self, server_round: int, generated: ImageSet) -> list[Scores]:
+        """Let every hospital that is there score images; returns what they could say."""
+        config = ConfigRecord({Key.SERVER_ROUND: server_round})
+        content = RecordDict({Key.ARRAYS: images_record(generated), Key.CONFIG: config})
+        question = Question(QUALITY_TYPE, content, check_scores, QUALITY)
+        answers = []
+        clients = list(self._roster.node_ids)
+        for client, reply, _ in self.ask(question, server_round, clients, Phases()):
+            scores = scores_of(reply.content)
+            self.record(server_round, client, QUALITY, scores)
+            answers.append(scores)
+        return answers
+
+    def about_weights(
         self,
         message_type: str,
         server_round: int,
-        clients: list[int],
-        weights: Mapping[str, torch.Tensor],
+        weights: Weights,
         check: Callable[[RecordDict], None],
-        phases: Phases,
-    ) -> Iterator[tuple[int, Message, float]]:
-        """Send weights to clients and yield the replies that can be used, as they arrive.
-
-        The weights are packed and serialised once, and all messages share them. A simulation's
-        network is the memory of this process, and keeps them shared; Ray then writes each
-        message into its store for the process that trains, and each reply on its way back.
+    ) -> Question:
+        """Make the question about weights, packed and serialised once for all messages.
 
         Args:
             message_type: "train" or "evaluate".
             server_round: 1-based.
-            clients: their numbers.
             weights: the ones to start from.
-            check: raises UnusableReply; such a client is named in log and metrics, and left out.
+            check: of the replies.
+        """
+        packed = self._layout.pack(weights, self.config.federation.wire_dtype)
+        config = ConfigRecord({Key.SERVER_ROUND: server_round})
+        config[Key.PRECISION] = self.config.train.precision
+        content = RecordDict({Key.ARRAYS: packed_record(packed), Key.CONFIG: config})
+        return Question(message_type, content, check, message_type)
+
+    def ask(
+        self, question: Question, server_round: int, clients: list[int], phases: Phases
+    ) -> Iterator[tuple[int, Message, float]]:
+        """Ask clients and yield the replies that can be used, as they arrive.
+
+        The messages share their arrays. A simulation's network is the memory of this process, and
+        keeps them shared; Ray then writes each message into its store for the process that
+        trains, and each reply on its way back.
+
+        Args:
+            question: to each of them.
+            server_round: 1-based.
+            clients: their numbers.
             phases: of the exchange.
 
         Yields:
@@ -255,15 +318,12 @@ class FederatedRun(TrainingRun):
         """
         federation = self.config.federation
         node_ids = self._roster.node_ids
-        packed = self._layout.pack(weights, federation.wire_dtype)
-        config = ConfigRecord({Key.SERVER_ROUND: server_round})
-        config[Key.PRECISION] = self.config.train.precision
-        content = RecordDict({Key.ARRAYS: packed_record(packed), Key.CONFIG: config})
+        arrays = record_of(question.content, Key.ARRAYS, ArrayRecord)
         messages = {
             client: addressed(
-                content,
+                question.content,
                 node_id=node_ids[client],
-                message_type=message_type,
+                message_type=question.message_type,
                 timeout=federation.round_timeout,
                 entries={Key.CLIENT: client},
             )
@@ -274,16 +334,17 @@ class FederatedRun(TrainingRun):
             messages,
             timeout=federation.round_timeout,
             poll_seconds=POLL_SIMULATION if self.simulated else POLL_NETWORK,
-            at_once=self.at_once(packed.nbytes),
+            at_once=self.at_once(sum(len(array.data) for array in arrays.values())),
             phases=phases,
         ):
             phases.enter("aggregating")
             try:
-                check(checked_content(reply, timeout=federation.round_timeout))
+                question.check(checked_content(reply, timeout=federation.round_timeout))
             except UnusableReply as reason:
                 self._left_out.add(str(reason))
                 log(f"round {server_round}: client {reply.client} is left out: {reason}")
-                self.record(server_round, reply.client, message_type, {"left_out": str(reason)})
+                told = {"left_out": str(reason)}
+                self.record(server_round, reply.client, question.activity, told)
                 continue
             if reply.message is not None and reply.sent is not None:
                 yield reply.client, reply.message, reply.sent
@@ -295,7 +356,7 @@ class FederatedRun(TrainingRun):
         or as many as could reply at once into `MEMORY_SHARE` of this machine's memory.
 
         Args:
-            message_bytes: of the packed weights.
+            message_bytes: of the arrays of a message, as many as a reply may hold.
         """
         if self.config.federation.max_in_flight is not None:
             return self.config.federation.max_in_flight
@@ -307,7 +368,7 @@ class FederatedRun(TrainingRun):
         self, server_round: int, client: int, activity: str, values: Mapping[Any, Any]
     ) -> None:
         """Write down what is known of a client's activity in a round."""
-        named = {f"{activity}_{name.replace('-', '_')}": value for name, value in values.items()}
+        named = {recorded_name(activity, name): value for name, value in values.items()}
         self.directory.record(server_round, f"client-{client}", named)
 
 

@@ -605,17 +605,6 @@ def test_real_nodes_keep_their_own_models(hospitals: tuple[RunConfig, ClientNode
         run.run()
 
 
-def test_run_over_real_nodes_says_that_it_cannot_measure(
-    hospitals: tuple[RunConfig, ClientNodes], capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_config, nodes = hospitals
-    changes = {"eval.final_metrics": True, "eval.metrics_every": 1, "eval.num_images": 10}
-    changes |= {"federation.rounds": 1}
-    folder = play({**run_config, **changes}, nodes=nodes)
-    assert "no metrics: the server of real nodes has no images" in capsys.readouterr().out
-    assert not [*folder.glob("evaluation-*.json")]
-
-
 def test_precision_auto_is_settled_once_and_written_down(tmp_path: Path) -> None:
     run_config = configured(tmp_path, {"train.precision": "auto"})
     sent = set()
