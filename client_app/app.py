@@ -11,14 +11,17 @@ from flwr.common.constant import SType
 from client_app.failures import failures_stay_local
 from client_app.local_model import keep_local_model
 from client_app.log import logger
+from client_app.quality import images_of, with_own_extractor
 from client_app.workspace import Workspace, choose_precision, named_run, open_workspace
 from task.config import compose_run_config
+from task.data import Dataset
 from task.fingerprint import code_fingerprint
 from task.node import NodeConfig, check_node, own_config, read_node_config
 from task.parallel import train_in_processes
+from task.quality import score_images
 from task.randomness import Stream, torch_generator
 from task.train import device_name, held_out_loss, new_optimizer
-from task.wire import Key, from_npy, to_npy
+from task.wire import QUALITY, Key, from_npy, to_npy
 
 app = ClientApp()
 
@@ -152,6 +155,19 @@ def evaluate(message: Message, context: Context) -> Message:
         f"{metrics[Key.LOSS]:.5g}" if len(held_out) > 0 else "unknown",
         device_name(workspace.device),
     )
+    return Message(RecordDict({Key.METRICS: metrics}), reply_to=message)
+
+
+@app.evaluate(QUALITY)
+@failures_stay_local
+def score(message: Message, context: Context) -> Message:
+    """Reply how images that the server drew compare with the node's own, and nothing else."""
+    workspace = open_workspace(context)
+    weights = context.node_config.get("inception-weights")
+    config = with_own_extractor(workspace.config, None if weights is None else str(weights))
+    own = Dataset(*workspace.images(context))
+    scores = score_images(config, images_of(message), own, device=workspace.device)
+    metrics = MetricRecord({str(name): value for name, value in scores.items()})
     return Message(RecordDict({Key.METRICS: metrics}), reply_to=message)
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,18 @@ import torch
 from torch import Tensor
 
 from server_app.log import log
+from server_app.quality import (
+    SCORED,
+    Scores,
+    check_scoring,
+    describe_means,
+    describe_scoring,
+    is_scored,
+    mean_scores,
+    scored_labels,
+    wants_scores,
+)
+from server_app.records import recorded_name
 from task.checkpoint import load_weights
 from task.classifier import accuracy, train_classifier
 from task.config import MIN_MEASURED_IMAGES, Config, require
@@ -27,12 +40,13 @@ from task.measure import (
 )
 from task.randomness import Stream
 from task.run_directory import (
-    PARTITION_FILE,
+    NODES_FILE,
     RunDirectory,
     read_metrics,
     weights_file,
 )
 from task.unet import UNet
+from task.wire import QUALITY, Key
 
 
 def wants_metrics(config: Config) -> bool:
@@ -43,8 +57,8 @@ def wants_metrics(config: Config) -> bool:
 def is_measured(path: Path, config: Config) -> bool:
     """Whether the final images of the run in a folder were measured, or are not to be."""
     last = config.federation.rounds
-    if config.train.mode == "federated" and not (path / PARTITION_FILE).exists():
-        return True  # with real nodes, whose images stay with them
+    if (path / NODES_FILE).exists():
+        return is_scored(path, config)  # by real nodes, whose images stay with them
     if config.eval.final_metrics:
         file = evaluation_file(path, config)
         if not file.exists():
@@ -94,40 +108,32 @@ def is_complete(path: Path, config: Config) -> bool:
     return int(metadata["round"]) == config.federation.rounds and is_measured(path, config)
 
 
-class GlobalEvaluation:
+class GlobalEvaluation(ABC):
     """Pictures and measurements of the global weights of a run."""
 
-    def __init__(
-        self,
-        directory: RunDirectory,
-        model: UNet,
-        *,
-        dataset: Dataset | None,
-        device: torch.device,
-    ) -> None:
-        """Make ready what the run will look through.
+    def __init__(self, directory: RunDirectory, model: UNet, *, device: torch.device) -> None:
+        """Make ready to draw.
 
         Args:
             directory: of the run, open.
             model: of the run; its weights are replaced for every picture and measurement.
-            dataset: the real images; None where they lie elsewhere, and nothing can be measured.
             device: that draws and measures.
-
-        Raises:
-            FileNotFoundError: files of the extractor are missing.
-            ValueError: they are not what they should be.
         """
         self._directory = directory
         self._model = model
-        self._dataset = dataset
         self._device = device
-        self._extractor: FeatureExtractor | None = None
-        self._real: RealFeatures | None = None
-        if dataset is not None and wants_metrics(self._config):
-            check_numbers(self._config, dataset)
-            self._extractor = build_extractor(self._config, dataset.train, device)
-        elif wants_metrics(self._config):
-            log("no metrics: the server of real nodes has no images to compare with")
+
+    @abstractmethod
+    def is_metrics_due(self, server_round: int) -> bool:
+        """Whether a round is to be measured at a small size; the full metrics need no second."""
+
+    @abstractmethod
+    def measure(self, server_round: int, weights: Mapping[str, Tensor]) -> str:
+        """Measure `eval.num_images` images by what is quick; say the distance in few words."""
+
+    @abstractmethod
+    def measure_final(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
+        """Measure the final images as the configuration asks, record and log what is found."""
 
     @property
     def _config(self) -> Config:
@@ -141,13 +147,6 @@ class GlobalEvaluation:
         last = server_round == self._config.federation.rounds
         drawn = self._directory.samples_file(server_round).exists()
         return server_round > 0 and (chosen or last) and not drawn
-
-    def is_metrics_due(self, server_round: int) -> bool:
-        """Whether a round is to be measured at a small size; the full metrics need no second."""
-        every, last = self._config.eval.metrics_every, self._config.federation.rounds
-        if self._extractor is None or every is None or server_round % every != 0:
-            return False
-        return server_round != last or not self._config.eval.final_metrics
 
     def draw_grid(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
         """Draw and save the picture of a round: a row per class, in every round of equal noise."""
@@ -164,6 +163,49 @@ class GlobalEvaluation:
         pixels = torch.from_numpy(mosaic(images, columns)).permute(2, 0, 1)
         self._directory.record_picture(server_round, "samples", pixels)
 
+    def _draw(self, weights: Mapping[str, Tensor], labels: Tensor, stream: Stream) -> ImageSet:
+        self._model.load_state_dict(weights)
+        return draw_images(self._config, self._model, labels, device=self._device, stream=stream)
+
+
+class PooledEvaluation(GlobalEvaluation):
+    """Measurements against real images that lie on this machine."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        model: UNet,
+        *,
+        dataset: Dataset,
+        device: torch.device,
+    ) -> None:
+        """Make ready what the run will look through; see `GlobalEvaluation`.
+
+        Args:
+            directory: of the run, open.
+            model: of the run.
+            dataset: the real images.
+            device: that draws and measures.
+
+        Raises:
+            FileNotFoundError: files of the extractor are missing.
+            ValueError: they are not what they should be.
+        """
+        super().__init__(directory, model, device=device)
+        self._dataset = dataset
+        self._extractor: FeatureExtractor | None = None
+        self._real: RealFeatures | None = None
+        if wants_metrics(self._config):
+            check_numbers(self._config, dataset)
+            self._extractor = build_extractor(self._config, dataset.train, device)
+
+    def is_metrics_due(self, server_round: int) -> bool:
+        """Whether a round is to be measured at a small size; the full metrics need no second."""
+        every, last = self._config.eval.metrics_every, self._config.federation.rounds
+        if every is None or server_round % every != 0:
+            return False
+        return server_round != last or not self._config.eval.final_metrics
+
     def measure(self, server_round: int, weights: Mapping[str, Tensor]) -> str:
         """Measure `eval.num_images` images by what is quick; say the distance in few words."""
         report = self._report(weights, full=False)
@@ -172,8 +214,6 @@ class GlobalEvaluation:
 
     def measure_final(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
         """Measure the final images with all metrics, or with a classifier alone."""
-        if self._dataset is None:
-            return
         if self._config.eval.final_metrics:
             report = self._report(weights, full=True)
             self._record(server_round, report)
@@ -186,13 +226,11 @@ class GlobalEvaluation:
                 f"{label.extractor}, image range {label.image_range}); all metrics: {file}"
             )
         elif self._config.eval.num_images > 0:
-            self._measure_agreement(server_round, self._dataset, weights)
+            self._measure_agreement(server_round, weights)
 
-    def _measure_agreement(
-        self, server_round: int, dataset: Dataset, weights: Mapping[str, Tensor]
-    ) -> None:
+    def _measure_agreement(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
         """Show `eval.num_images` images to a classifier that was trained on the real ones."""
-        config = self._config
+        config, dataset = self._config, self._dataset
         num_classes = len(config.data.classes)
         labels = balanced_labels(config.eval.num_images, num_classes)
         images = self._draw(weights, labels, Stream.FINAL_IMAGES)
@@ -218,8 +256,8 @@ class GlobalEvaluation:
 
     def _report(self, weights: Mapping[str, Tensor], *, full: bool) -> MetricReport:
         config, dataset, extractor = self._config, self._dataset, self._extractor
-        if dataset is None or extractor is None:
-            raise RuntimeError("metrics need real images and an extractor")
+        if extractor is None:
+            raise RuntimeError("metrics need an extractor")
         if self._real is None:
             self._real = extract_real(
                 dataset,
@@ -242,6 +280,77 @@ class GlobalEvaluation:
         found = {n: v for n, v in report.describe().items() if n not in described}
         self._directory.record(server_round, "global", found)
 
-    def _draw(self, weights: Mapping[str, Tensor], labels: Tensor, stream: Stream) -> ImageSet:
-        self._model.load_state_dict(weights)
-        return draw_images(self._config, self._model, labels, device=self._device, stream=stream)
+
+class HospitalEvaluation(GlobalEvaluation):
+    """Measurements by hospitals, each against its own images, which stay there."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        model: UNet,
+        *,
+        device: torch.device,
+        ask: Callable[[int, ImageSet], list[Scores]],
+    ) -> None:
+        """Make ready to draw; see `GlobalEvaluation`.
+
+        Args:
+            directory: of the run, open.
+            model: of the run.
+            device: that draws.
+            ask: lets the hospitals score the images of a round.
+
+        Raises:
+            ValueError: they cannot do what the configuration asks.
+        """
+        super().__init__(directory, model, device=device)
+        self._ask = ask
+        check_scoring(self._config)
+
+    def is_metrics_due(self, server_round: int) -> bool:
+        """Whether a round is to be scored; the final images are scored in any case."""
+        every, last = self._config.eval.metrics_every, self._config.federation.rounds
+        return every is not None and server_round % every == 0 and server_round != last
+
+    def measure(self, server_round: int, weights: Mapping[str, Tensor]) -> str:
+        """Let the hospitals score `eval.num_images` images; say the distance in few words."""
+        means, num_hospitals = self._score(server_round, weights, last=False)
+        if means is None:
+            return "scored at no hospital"
+        return (
+            f"FID {means[Key.FID]:.2f} at {num_hospitals} hospitals "
+            f"(their own floor {means[Key.FLOOR_FID]:.2f})"
+        )
+
+    def measure_final(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
+        """Let the hospitals score the final images, and log what they find together."""
+        if not wants_scores(self._config):
+            return
+        means, num_hospitals = self._score(server_round, weights, last=True)
+        if means is not None:
+            log(describe_means(means, num_hospitals, self._config))
+        else:
+            log("no images are scored: no hospital said how they compare with its own")
+
+    def _score(
+        self, server_round: int, weights: Mapping[str, Tensor], *, last: bool
+    ) -> tuple[Scores | None, int]:
+        """Return the means over hospitals, None where there are none, and of how many."""
+        labels = scored_labels(self._config, last=last)
+        images = self._draw(weights, labels, Stream.EVALUATED_IMAGES)
+        answers = self._ask(server_round, images)
+        scores = [answer for answer in answers if answer[Key.NUM_EXAMPLES] > 0]
+        if len(scores) < len(answers):
+            too_few = len(answers) - len(scores)
+            log(f"round {server_round}: {too_few} hospitals have too few images to score others")
+        means = mean_scores(scores) if scores else None
+        told: dict[str, str | int | float] = {
+            recorded_name(QUALITY, name): value for name, value in (means or {}).items()
+        }
+        # Without any answer the scoring is still to be done: a resumed run asks again.
+        if answers:
+            told["quality_num_hospitals"] = len(scores)
+            if last:
+                told[SCORED] = describe_scoring(self._config)
+        self._directory.record(server_round, "global", told)
+        return means, len(scores)

@@ -211,12 +211,26 @@ def check_metrics(content: RecordDict) -> None:
         raise UnusableReply(f"no record {Key.METRICS.value!r} in the reply")
     metrics = record_of(content, Key.METRICS, MetricRecord)
     given = [name for name in DURATIONS_AND_RATES if name in metrics]
-    for name in (Key.NUM_EXAMPLES, Key.LOSS, *given):
+    check_numbers(metrics, dict.fromkeys((Key.LOSS, *given), (0.0, LARGEST_METRIC)))
+
+
+def check_numbers(metrics: MetricRecord, bounds: Mapping[str, tuple[float, float]]) -> None:
+    """Check the number of images of a reply, and that each number is there and within bounds.
+
+    Args:
+        metrics: of the reply.
+        bounds: the least and the largest that a number may be, by name.
+
+    Raises:
+        UnusableReply: one is not.
+    """
+    for name in (Key.NUM_EXAMPLES, *bounds):
         value = metrics.get(name)
         if not isinstance(value, int | float) or not np.isfinite(value):
             raise UnusableReply(f"{name} must be a finite number, got {value!r}")
-        if name != Key.NUM_EXAMPLES and not 0 <= value <= LARGEST_METRIC:
-            raise UnusableReply(f"{name} must be from 0 to {LARGEST_METRIC:g}, got {value!r}")
+        least, most = bounds.get(name, (-np.inf, np.inf))
+        if not least <= value <= most:
+            raise UnusableReply(f"{name} must be from {least:g} to {most:g}, got {value!r}")
     num_examples = metrics[Key.NUM_EXAMPLES]
     if not isinstance(num_examples, int) or not 0 < num_examples <= LARGEST_METRIC:
         raise UnusableReply(f"{Key.NUM_EXAMPLES} must be a whole number > 0, got {num_examples}")

@@ -5,12 +5,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import (
+    ArrayRecord,
     ConfigRecord,
     Message,
     MessageType,
@@ -20,6 +22,7 @@ from flwr.app import (
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from server_app.evaluation import GlobalEvaluation, HospitalEvaluation
 from server_app.exchange import (
     UnusableReply,
     addressed,
@@ -31,7 +34,14 @@ from server_app.exchange import (
 )
 from server_app.log import log
 from server_app.phases import Phases
-from server_app.records import packed_record, packed_weights, record_of
+from server_app.quality import QUALITY_TYPE, Scores, check_scores, scores_of
+from server_app.records import (
+    images_record,
+    packed_record,
+    packed_weights,
+    record_of,
+    recorded_name,
+)
 from server_app.robust import build_aggregation
 from server_app.roster import GRACE_SECONDS, QUERY_TIMEOUT_SECONDS, Roster, sample_clients
 from server_app.simulation import (
@@ -41,9 +51,10 @@ from server_app.simulation import (
     simulated_at_once,
 )
 from server_app.training_run import TrainingRun, Weights
+from task.data import ImageSet
 from task.partition import partition_dataset
 from task.run_directory import CLASS_COUNTS_FILE, HOW_TO_RESUME, NODES_FILE, RunDirectory
-from task.wire import Key, WeightLayout
+from task.wire import QUALITY, Key, WeightLayout
 
 # What is written down of a client's training, whatever else it sends.
 TRAIN_METRICS = (
@@ -66,6 +77,23 @@ MEMORY_SHARE = 0.25
 
 class TooFewRepliesError(RuntimeError):
     """An attempt at a round that had fewer than `federation.min_replies` usable replies."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What clients are asked in an exchange.
+
+    Attributes:
+        message_type: Flower's, such as "train" or "evaluate.quality".
+        content: the records that all messages share.
+        check: raises UnusableReply; such a client is named in log and metrics, and left out.
+        activity: what it is called there.
+    """
+
+    message_type: str
+    content: RecordDict
+    check: Callable[[RecordDict], None]
+    activity: str
 
 
 class FederatedRun(TrainingRun):
@@ -221,9 +249,8 @@ class FederatedRun(TrainingRun):
         check_train = self.training_check(packed, len(clients))
 
         def usable_replies() -> Iterator[tuple[int, Message]]:
-            for client, reply, sent in self.ask(
-                MessageType.TRAIN, server_round, clients, self.weights, check_train, self.phases
-            ):
+            question = self.about_weights(MessageType.TRAIN, server_round, packed, check_train)
+            for client, reply, sent in self.ask(question, server_round, clients, self.phases):
                 used.append(client)
                 metrics = record_of(reply.content, Key.METRICS, MetricRecord)
                 seconds = float(metrics.get(Key.SECONDS, 0.0))  # type: ignore[arg-type]
@@ -297,10 +324,9 @@ class FederatedRun(TrainingRun):
                 check_metrics(content)
 
         clients = list(self._roster.node_ids)
-        weights = self.final_weights()
-        for client, reply, _ in self.ask(
-            MessageType.EVALUATE, server_round, clients, weights, check_loss, Phases()
-        ):
+        packed = self._layout.pack(self.final_weights(), self.config.federation.wire_dtype)
+        question = self.about_weights(MessageType.EVALUATE, server_round, packed, check_loss)
+        for client, reply, _ in self.ask(question, server_round, clients, Phases()):
             metrics = record_of(reply.content, Key.METRICS, MetricRecord)
             count = int(metrics[Key.NUM_EXAMPLES])  # type: ignore[arg-type]
             if count > 0:
@@ -315,28 +341,60 @@ class FederatedRun(TrainingRun):
         self.directory.record(server_round, "global", {"test_loss": mean})
         return mean
 
-    def ask(
+    def open_evaluation(self) -> GlobalEvaluation:
+        """Let the hospitals score images where they alone have real ones."""
+        if self.simulated:
+            return super().open_evaluation()
+        return HospitalEvaluation(
+            self.directory, self.model, device=self.device, ask=self.ask_for_scores
+        )
+
+    def ask_for_scores(self, server_round: int, generated: ImageSet) -> list[Scores]:
+        """Let every hospital that is there score images; returns what they could say."""
+        config = ConfigRecord({Key.SERVER_ROUND: server_round})
+        content = RecordDict({Key.ARRAYS: images_record(generated), Key.CONFIG: config})
+        question = Question(QUALITY_TYPE, content, check_scores, QUALITY)
+        answers = []
+        clients = list(self._roster.node_ids)
+        for client, reply, _ in self.ask(question, server_round, clients, Phases()):
+            scores = scores_of(reply.content)
+            self.record(server_round, client, QUALITY, scores)
+            answers.append(scores)
+        return answers
+
+    def about_weights(
         self,
         message_type: str,
         server_round: int,
-        clients: list[int],
-        weights: Mapping[str, torch.Tensor],
+        packed: NDArray[np.floating],
         check: Callable[[RecordDict], None],
-        phases: Phases,
-    ) -> Iterator[tuple[int, Message, float]]:
-        """Send weights to clients and yield the replies that can be used, as they arrive.
-
-        The weights are packed and serialised once, and all messages share them. A simulation's
-        network is the memory of this process, and keeps them shared; Ray then writes each
-        message into its store for the process that trains, and each reply on its way back.
+    ) -> Question:
+        """Make the question about packed weights, which all messages share.
 
         Args:
             message_type: "train" or "evaluate".
             server_round: 1-based.
+            packed: [P], the weights to start from.
+            check: of the replies.
+        """
+        config = ConfigRecord({Key.SERVER_ROUND: server_round})
+        config[Key.PRECISION] = self.config.train.precision
+        content = RecordDict({Key.ARRAYS: packed_record(packed), Key.CONFIG: config})
+        return Question(message_type, content, check, message_type)
+
+    def ask(
+        self, question: Question, server_round: int, clients: list[int], phases: Phases
+    ) -> Iterator[tuple[int, Message, float]]:
+        """Ask clients and yield the replies that can be used, as they arrive.
+
+        The messages share their arrays. A simulation's network is the memory of this process, and
+        keeps them shared; Ray then writes each message into its store for the process that
+        trains, and each reply on its way back.
+
+        Args:
+            question: to each of them.
+            server_round: 1-based.
             clients: their numbers.
-            weights: the ones to start from.
-            check: raises UnusableReply; such a client is named in the log and left out, and in the
-                metrics too, those of a training once it has succeeded.
             phases: of the exchange.
 
         Yields:
@@ -344,16 +402,13 @@ class FederatedRun(TrainingRun):
         """
         federation = self.config.federation
         node_ids = self._roster.node_ids
-        packed = self._layout.pack(weights, federation.wire_dtype)
         self._left_out.clear()
-        config = ConfigRecord({Key.SERVER_ROUND: server_round})
-        config[Key.PRECISION] = self.config.train.precision
-        content = RecordDict({Key.ARRAYS: packed_record(packed), Key.CONFIG: config})
+        arrays = record_of(question.content, Key.ARRAYS, ArrayRecord)
         messages = {
             client: addressed(
-                content,
+                question.content,
                 node_id=node_ids[client],
-                message_type=message_type,
+                message_type=question.message_type,
                 timeout=federation.round_timeout,
                 entries={Key.CLIENT: client},
             )
@@ -364,18 +419,19 @@ class FederatedRun(TrainingRun):
             messages,
             timeout=federation.round_timeout,
             poll_seconds=POLL_SIMULATION if self.simulated else POLL_NETWORK,
-            at_once=self.at_once(packed.nbytes),
+            at_once=self.at_once(sum(len(array.data) for array in arrays.values())),
             phases=phases,
         ):
             phases.enter("aggregating")
             try:
-                check(checked_content(reply, timeout=federation.round_timeout))
+                question.check(checked_content(reply, timeout=federation.round_timeout))
             except UnusableReply as reason:
                 self._left_out[reply.client] = str(reason)
                 log(f"round {server_round}: client {reply.client} is left out: {reason}")
-                if message_type != MessageType.TRAIN:
+                # Those of a training are recorded once it has succeeded.
+                if question.message_type != MessageType.TRAIN:
                     told = {"left_out": str(reason)}
-                    self.record(server_round, reply.client, message_type, told)
+                    self.record(server_round, reply.client, question.activity, told)
                 continue
             if reply.message is not None and reply.sent is not None:
                 yield reply.client, reply.message, reply.sent
@@ -387,7 +443,7 @@ class FederatedRun(TrainingRun):
         or as many as could reply at once into `MEMORY_SHARE` of this machine's memory.
 
         Args:
-            message_bytes: of the packed weights.
+            message_bytes: of the arrays of a message, as many as a reply may hold.
         """
         if self.config.federation.max_in_flight is not None:
             return self.config.federation.max_in_flight
@@ -399,7 +455,7 @@ class FederatedRun(TrainingRun):
         self, server_round: int, client: int, activity: str, values: Mapping[Any, Any]
     ) -> None:
         """Write down what is known of a client's activity in a round."""
-        named = {f"{activity}_{name.replace('-', '_')}": value for name, value in values.items()}
+        named = {recorded_name(activity, name): value for name, value in values.items()}
         self.directory.record(server_round, f"client-{client}", named)
 
 

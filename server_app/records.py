@@ -7,6 +7,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.constant import SType
 from numpy.typing import NDArray
 
+from task.data import ImageSet
 from task.wire import Key, from_npy, to_npy
 
 Record = TypeVar("Record", ArrayRecord, MetricRecord, ConfigRecord)
@@ -22,10 +23,26 @@ def record_of(content: RecordDict, name: str, kind: type[Record]) -> Record:
     return found if isinstance(found, kind) else kind()
 
 
+def recorded_name(activity: str, name: str) -> str:
+    """Name a number of a reply as it is written down: "num-examples" of "train" and so on."""
+    return f"{activity}_{name.replace('-', '_')}"
+
+
 def packed_record(packed: NDArray[np.floating]) -> ArrayRecord:
     """Make the record of packed weights that travels."""
     shape = (len(packed),)
     return ArrayRecord({Key.PACKED: Array(str(packed.dtype), shape, SType.NUMPY, to_npy(packed))})
+
+
+def images_record(images: ImageSet) -> ArrayRecord:
+    """Make the record of images that travels, with their labels."""
+    arrays = {Key.IMAGES: images.images.numpy(), Key.LABELS: images.labels.numpy()}
+    return ArrayRecord(
+        {
+            str(name): Array(str(array.dtype), array.shape, SType.NUMPY, to_npy(array))
+            for name, array in arrays.items()
+        }
+    )
 
 
 def packed_weights(content: RecordDict) -> NDArray[np.floating]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from server_app.evaluation import GlobalEvaluation, is_measured
+from server_app.evaluation import GlobalEvaluation, PooledEvaluation, is_measured
 from server_app.log import duration, log
 from server_app.phases import Phases
 from task.config import Config, settle_precisions
@@ -118,9 +118,7 @@ class TrainingRun(ABC):
             precision = fastest_precision(self.config, self.model, self.device)
             self.config = settle_precisions(self.config, **dict.fromkeys(settled_here, precision))
         # Before anything is written: what it looks through may be missing.
-        self.evaluation = GlobalEvaluation(
-            self.directory, self.model, dataset=self.dataset, device=self.device
-        )
+        self.evaluation = self.open_evaluation()
         self.directory.write_config(self.config)
         train = self.config.train
         compiled = is_compiled(train.compile, self.device, deterministic=train.deterministic)
@@ -137,6 +135,14 @@ class TrainingRun(ABC):
             self.weights, state = stored
             self.restore(state)
             log(f"going on after round {self.directory.last_round}")
+
+    def open_evaluation(self) -> GlobalEvaluation:
+        """Make ready what the run will measure its images by."""
+        if self.dataset is None:
+            raise RuntimeError("a run without images of its own must say who measures")
+        return PooledEvaluation(
+            self.directory, self.model, dataset=self.dataset, device=self.device
+        )
 
     def play_round(self, server_round: int) -> str:
         """Train, save, and evaluate where it is time to: a complete round.
@@ -175,7 +181,7 @@ class TrainingRun(ABC):
         return ", ".join(found)
 
     def finish(self) -> None:
-        """Save the final weights, and measure their images where there are real ones."""
+        """Save the final weights, and have their images measured."""
         last = self.directory.last_round
         self.directory.save_model(last, self.final_weights())
         self.evaluation.measure_final(last, self.final_weights())

@@ -12,7 +12,13 @@ from torch import Tensor
 from task.classifier import accuracy, train_classifier
 from task.config import require
 from task.data import Dataset, ImageSet, random_horizontal_flip
-from task.features import FeatureExtractor, Features, cached_classifier, extract
+from task.features import (
+    FeatureExtractor,
+    Features,
+    cached_classifier,
+    cached_features,
+    extract,
+)
 from task.metrics import (
     Copying,
     copying,
@@ -172,17 +178,22 @@ def extract_real(
     horizontal_flip: bool,
     seed: int,
     batch_size: int | None = None,
+    cache_dir: Path | None = None,
 ) -> RealFeatures:
     """Look at the real images as `evaluate_images` does.
 
     In the paper's range, the images of a set that is trained on mirrored images are mirrored at
     random, because the released code measures against its augmented loaders. Generated images are
     never mirrored. (The released code does that too for CT, where the model has seen both.)
+
+    What was found is kept in `cache_dir`; None: nowhere.
     """
 
     def look(images: Tensor, number: int) -> Features:
         if _flips(extractor, horizontal_flip):
             images = random_horizontal_flip(images, torch_generator(seed, Stream.METRICS, number))
+        if cache_dir is not None:
+            return cached_features(extractor, images, batch_size=batch_size, cache_dir=cache_dir)
         return extract(extractor, images, batch_size=batch_size)
 
     return RealFeatures(
@@ -284,13 +295,12 @@ def evaluate_images(
         )
         if with_classification
         else None,
-        pixel_copying=_pixel_copying(generated, dataset, horizontal_flip, extractor.device)
+        pixel_copying=pixel_copying(
+            generated, dataset, horizontal_flip=horizontal_flip, device=extractor.device
+        )
         if with_copying
         else None,
-        feature_copying=copying(
-            nearest_distances(seen.features, real.train.features),
-            nearest_distances(real.test.features, real.train.features),
-        )
+        feature_copying=feature_copying(seen, real.train, real.test)
         if with_copying and real.test is not None
         else None,
     )
@@ -450,9 +460,24 @@ def _order(number: int, seed: int, purpose: int) -> Tensor:
     return torch.randperm(number, generator=torch_generator(seed, Stream.METRICS, purpose))
 
 
-def _pixel_copying(
-    generated: ImageSet, dataset: Dataset, horizontal_flip: bool, device: torch.device
+def feature_copying(seen: Features, train: Features, test: Features) -> Copying:
+    """Compare how near images come to the training images, in features; see `copying`.
+
+    Args:
+        seen: of the generated images.
+        train: of the training images.
+        test: of real images that were not trained on.
+    """
+    return copying(
+        nearest_distances(seen.features, train.features),
+        nearest_distances(test.features, train.features),
+    )
+
+
+def pixel_copying(
+    generated: ImageSet, dataset: Dataset, *, horizontal_flip: bool, device: torch.device
 ) -> Copying:
+    """Compare how near images come to the training images, in pixels; see `MetricReport`."""
     train = dataset.train.images.flatten(1).to(device)
 
     def distances(images: Tensor) -> Tensor:

@@ -175,6 +175,11 @@ def build_extractor(
     raise ValueError(f"eval.extractor must be a known extractor, got {chosen.extractor!r}")
 
 
+def hub_inception_file() -> Path:
+    """Return where torch.hub keeps Inception's weights, whether they are there or not."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+
+
 def inception_extractor(
     weights: Path | None, *, image_range: str, device: str | torch.device
 ) -> FeatureExtractor:
@@ -230,7 +235,7 @@ def _inception_file(weights: Path | None) -> Path:
     Raises:
         FileNotFoundError: it is not there and cannot be downloaded.
     """
-    file = weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    file = weights or hub_inception_file()
     if file.is_file():
         return file
     reason = "there is no such file"
@@ -306,23 +311,61 @@ def cached_classifier(
     file = cache_dir / f"classifier-{key[:32]}.safetensors"
     if not file.exists():
         model = _train(train, settings)
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        state = model.state_dict()
-        save_weights(file, state, {"key": key, "sha256": weights_sha256(state)})
+        _store(file, model.state_dict(), key)
         return model
-    weights, metadata = load_weights(file)
-    require(
-        metadata.get("sha256") == weights_sha256(weights),
-        "data.cache_dir",
-        "a folder of whole files",
-        f"{file} with other weights than were stored; delete it",
-    )
+    weights = _stored(file)
     _, channels, image_size, _ = train.images.shape
     # Modules draw their first weights, of no use here, from the global generator.
     with torch.random.fork_rng(devices=[]):
         model = classifier.convolutional_network(channels, image_size, num_classes)
     model.load_state_dict(weights)
     return model.to(device).eval()
+
+
+def cached_features(
+    extractor: FeatureExtractor,
+    images: Tensor,
+    *,
+    batch_size: int | None = None,
+    cache_dir: Path,
+) -> Features:
+    """Look at images through an extractor, or take what it found in them before from the cache.
+
+    Args:
+        extractor: see `build_extractor`.
+        images: [N, C, H, W] uint8.
+        batch_size: images at a time, see `extract`.
+        cache_dir: folder of the cache, made if need be.
+
+    Raises:
+        ValueError: see `extract`; or a file of the cache is broken.
+    """
+    told = (extractor.name, extractor.sha256, extractor.image_range, extractor.device.type)
+    key = _key(told, images)
+    file = cache_dir / f"features-{key[:32]}.safetensors"
+    if not file.exists():
+        found = extract(extractor, images, batch_size=batch_size)
+        seen = {"features": found.features, "probabilities": found.probabilities}
+        _store(file, {name: t for name, t in seen.items() if t is not None}, key)
+        return found
+    tensors = {name: tensor.to(extractor.device) for name, tensor in _stored(file).items()}
+    return Features(tensors["features"], tensors.get("probabilities"))
+
+
+def _store(file: Path, tensors: Mapping[str, Tensor], key: str) -> None:
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    save_weights(file, tensors, {"key": key, "sha256": weights_sha256(tensors)})
+
+
+def _stored(file: Path) -> dict[str, Tensor]:
+    tensors, metadata = load_weights(file)
+    require(
+        metadata.get("sha256") == weights_sha256(tensors),
+        "data.cache_dir",
+        "a folder of whole files",
+        f"{file} with other values than were stored; delete it",
+    )
+    return tensors
 
 
 def _train(train: ImageSet, settings: Mapping[str, Any]) -> nn.Sequential:
@@ -338,8 +381,12 @@ def _training_key(train: ImageSet, settings: Mapping[str, Any]) -> str:
         *(classifier.MAX_EPOCHS, classifier.MAX_STEPS),
     )
     kinds = {**settings, "device": torch.device(settings["device"]).type}
-    digest = hashlib.sha256(repr((recipe, sorted(kinds.items()))).encode())
-    for tensor in (train.images, train.labels):
+    return _key((recipe, sorted(kinds.items())), train.images, train.labels)
+
+
+def _key(told: object, *tensors: Tensor) -> str:
+    digest = hashlib.sha256(repr(told).encode())
+    for tensor in tensors:
         digest.update(repr(tuple(tensor.shape)).encode())
         digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()

@@ -36,6 +36,20 @@ class Key(StrEnum):
     PARTITION_ID = "partition-id"
     NUM_PARTITIONS = "num-partitions"
     CLASS_COUNTS = "class-counts"
+    IMAGES = "images"
+    LABELS = "labels"
+    FID = "fid"
+    FLOOR_FID = "floor-fid"
+    KID = "kid"
+    FLOOR_KID = "floor-kid"
+    CLASS_AGREEMENT = "class-agreement"
+    HELD_OUT_ACCURACY = "held-out-accuracy"
+    PIXEL_COPIED = "pixel-copied"
+    FEATURE_COPIED = "feature-copied"
+
+
+# Of the evaluate messages that ask how images compare with a hospital's own.
+QUALITY = "quality"
 
 
 class FailureCode(IntEnum):
@@ -112,7 +126,7 @@ class WeightLayout:
         }
 
 
-def to_npy(array: NDArray[np.floating]) -> bytes:
+def to_npy(array: NDArray[Any]) -> bytes:
     """Write an array as the bytes of an .npy file, in one copy.
 
     They are what Flower's `Array(ndarray)` makes, which copies three times on the way.

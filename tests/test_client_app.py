@@ -24,14 +24,17 @@ from client_app.failures import failure_code, failures_stay_local
 from client_app.log import logger
 from client_app.workspace import choose_precision, open_workspace
 from server_app.exchange import addressed
+from server_app.quality import QUALITY_TYPE, SCORES
+from server_app.records import images_record
 from server_app.training_run import initial_model
 from task.checkpoint import load_weights
 from task.config import Config, load_run_config
-from task.data import ImageSet, UnknownClassError, build_dataset, split_validation
+from task.data import Dataset, ImageSet, UnknownClassError, build_dataset, split_validation
 from task.diffusion import build_objective
 from task.fingerprint import code_fingerprint
 from task.node import TooFewImagesError
 from task.partition import build_partition
+from task.quality import score_images
 from task.randomness import Stream, numpy_generator, torch_generator
 from task.train import held_out_loss, new_optimizer, train_epochs
 from task.wire import FailureCode, Key, WeightLayout
@@ -91,6 +94,15 @@ def message(
         timeout=60,
         entries={Key.CLIENT: client},
     )
+    made.metadata.__dict__["_message_id"] = "asked"
+    return made
+
+
+def drawn_message(generated: ImageSet) -> Message:
+    """Make the message by which a node is to score images, as the server does."""
+    Network()
+    content = RecordDict({Key.ARRAYS: images_record(generated)})
+    made = addressed(content, node_id=7, message_type=QUALITY_TYPE, timeout=60)
     made.metadata.__dict__["_message_id"] = "asked"
     return made
 
@@ -293,6 +305,82 @@ def test_hospital_that_has_never_seen_the_last_class_trains(tmp_path: Path) -> N
     reply = app(message("train"), context)
     assert not reply.has_error(), reply.error
     assert metrics(reply)[Key.NUM_EXAMPLES] == 180
+
+
+@pytest.fixture
+def scoring(hospital: Context, tmp_path: Path) -> Context:
+    """The hospital, with a cache of its own."""
+    hospital.run_config["data.cache_dir"] = str(tmp_path / "cache")
+    return hospital
+
+
+def other_digits(number: int = 100) -> ImageSet:
+    return build_dataset(CONFIG, download=False).test.subset(torch.arange(number))
+
+
+def test_node_scores_the_images_of_a_message_against_its_own(scoring: Context) -> None:
+    reply = app(drawn_message(other_digits()), scoring)
+    assert not reply.has_error(), reply.error
+    assert set(reply.content) == {Key.METRICS}
+    assert set(metrics(reply)) == {Key.NUM_EXAMPLES, *SCORES}
+    opened = open_workspace(scoring)
+    own = Dataset(*opened.images(scoring))
+    expected = score_images(opened.config, other_digits(), own, device=torch.device("cpu"))
+    assert dict(metrics(reply)) == expected
+    assert expected[Key.NUM_EXAMPLES] == 20
+    workspace._build_workspace.cache_clear()  # as a new process for the next message
+    assert metrics(app(drawn_message(other_digits()), scoring)) == metrics(reply)
+
+
+def test_node_with_too_few_images_to_score_says_that_alone(scoring: Context) -> None:
+    scoring.run_config["data.val_fraction"] = 0.01  # one of each class
+    few = app(drawn_message(other_digits(3)), scoring)
+    assert dict(metrics(few)) == {Key.NUM_EXAMPLES: 0}
+
+
+@pytest.mark.parametrize(
+    ("run_config", "node_config", "code", "reason"),
+    [
+        (
+            {"eval.extractor": "exported", "eval.exported_program": "/program.pt2"},
+            {},
+            FailureCode.BAD_INPUT,
+            "ValueError",
+        ),
+        ({"eval.extractor": "inception"}, {}, FailureCode.DATA_UNREADABLE, "FileNotFoundError"),
+        (
+            {"eval.extractor": "inception", "eval.inception_weights": __file__},
+            {"inception-weights": "missing"},
+            FailureCode.DATA_UNREADABLE,
+            "FileNotFoundError",
+        ),
+        # A file that is there is read, and found to be another.
+        (
+            {"eval.extractor": "inception"},
+            {"inception-weights": __file__},
+            FailureCode.BAD_INPUT,
+            "ValueError",
+        ),
+        ({"data.image_size": 16}, {}, FailureCode.BAD_INPUT, "ValueError"),
+    ],
+)
+def test_node_scores_through_files_of_its_own_alone(
+    run_config: dict[str, Any],
+    node_config: dict[str, str],
+    code: FailureCode,
+    reason: str,
+    scoring: Context,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    fetched: list[object] = []
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args, **_: fetched.append(args))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    scoring.run_config.update(run_config)
+    scoring.node_config.update(node_config)
+    reply = app(drawn_message(other_digits()), scoring)
+    assert (reply.error.code, reply.error.reason) == (code, reason)
+    assert fetched == []
 
 
 @pytest.fixture

@@ -254,6 +254,7 @@ def test_hospital_that_fails_is_left_out_and_says_no_path(
     deployment: dict[str, str], tmp_path: Path
 ) -> None:
     overrides = "data=mnist data.image_size=16 diffusion.num_inference_steps=4"
+    overrides += f" data.cache_dir={tmp_path / 'cache'}"
     run_config = tmp_path / "run.toml"
     run_config.write_text(
         f'output_dir = "{tmp_path}"\nrun_name = "hospitals"\nfederation.rounds = 2\n'

@@ -19,7 +19,9 @@ from PIL import Image
 from client_app import workspace
 from server_app import federated_run, roster, training_run
 from server_app.app import app as server_app
+from server_app.evaluation import is_measured
 from server_app.federated_run import FederatedRun, available_memory, moving_average
+from server_app.quality import QUALITY_TYPE
 from server_app.simulation import simulated_at_once
 from server_app.training_run import initial_model
 from task.checkpoint import load_weights
@@ -615,17 +617,6 @@ def test_real_nodes_keep_their_own_models(hospitals: tuple[RunConfig, ClientNode
         run.run()
 
 
-def test_run_over_real_nodes_says_that_it_cannot_measure(
-    hospitals: tuple[RunConfig, ClientNodes], capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_config, nodes = hospitals
-    changes = {"eval.final_metrics": True, "eval.metrics_every": 1, "eval.num_images": 10}
-    changes |= {"federation.rounds": 1}
-    folder = play({**run_config, **changes}, nodes=nodes)
-    assert "no metrics: the server of real nodes has no images" in capsys.readouterr().out
-    assert not [*folder.glob("evaluation-*.json")]
-
-
 def test_precision_auto_is_settled_once_and_written_down(tmp_path: Path) -> None:
     run_config = configured(tmp_path, {"train.precision": "auto"})
     sent = set()
@@ -680,14 +671,19 @@ def test_start_that_was_interrupted_before_round_1_leaves_the_name_free(
     assert read_config(tmp_path / "run" / "config.yaml").partition.beta == 5.0
 
 
+def real_nodes(folder: Path, changes: RunConfig) -> tuple[RunConfig, ClientNodes]:
+    """Make two real nodes with images of their own, and the configuration of a run over them."""
+    write_digits_as_mnist(folder / "images", train=200, test=50)
+    changes = {"overrides": "data=mnist data.test_fraction=null", **changes}
+    run_config = configured(folder, {**changes, "data.cache_dir": str(folder / "cache")})
+    node = {"data-path": str(folder / "images")}
+    return run_config, ClientNodes(Network(), run_config, node, node)
+
+
 @pytest.fixture
-def hospitals(tmp_path: Path) -> Iterator[tuple[RunConfig, ClientNodes]]:
-    """Two real nodes with images of their own."""
-    write_digits_as_mnist(tmp_path / "images", train=200, test=50)
-    changes = {"overrides": "data=mnist data.test_fraction=null", "train.precision": "auto"}
-    run_config = configured(tmp_path, changes)
-    node = {"data-path": str(tmp_path / "images")}
-    yield run_config, ClientNodes(Network(), run_config, node, node)
+def hospitals(tmp_path: Path) -> tuple[RunConfig, ClientNodes]:
+    """Two real nodes."""
+    return real_nodes(tmp_path, {"train.precision": "auto"})
 
 
 def test_hospitals_are_numbered_once_and_keep_their_images(
@@ -855,6 +851,158 @@ def test_run_by_the_median_bears_a_hospital_that_sends_anything(tmp_path: Path) 
         max(float(t.abs().max()) for t in final_weights(folder).values()) for folder in folders
     )
     assert robust < 100 < believing
+
+
+SCORED_HOSPITALS = {"eval.num_images": 100, "eval.metrics_every": 1}
+
+
+def is_quality(asked: Message, client: int | None = None) -> bool:
+    """Whether this is the message by which a client is to score images."""
+    told = asked.content.config_records[Key.CONFIG].get(Key.CLIENT)
+    return asked.metadata.message_type == QUALITY_TYPE and client in (None, told)
+
+
+def spoiled_quality(client: int, change: Alter) -> Alter:
+    return lambda asked, reply: change(asked, reply) if is_quality(asked, client) else reply
+
+
+def test_hospitals_score_the_same_images_and_their_means_are_weighted(
+    hospitals: tuple[RunConfig, ClientNodes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_config, nodes = hospitals
+    asked_for: list[bytes] = []
+
+    def alter(asked: Message, reply: Message) -> Message:
+        if is_quality(asked):
+            arrays = asked.content.array_records[Key.ARRAYS]
+            asked_for.append(arrays[Key.IMAGES].data + arrays[Key.LABELS].data)
+            assert arrays[Key.IMAGES].numpy().shape == (100, 1, 8, 8)
+            assert np.bincount(arrays[Key.LABELS].numpy()).tolist() == [10] * 10
+        if is_quality(asked, 1):
+            reply.content[Key.METRICS].update({Key.NUM_EXAMPLES: 60, Key.FID: 1.0, "more": 1.0})
+        return reply
+
+    folder = play({**run_config, **SCORED_HOSPITALS}, nodes=nodes, alter=alter)
+    first, second = {*asked_for[:2]}, {*asked_for[2:]}
+    assert len(asked_for) == 4 and len(first) == len(second) == 1 and first != second
+    fid = recorded(folder, "quality_fid")
+    assert fid.keys() == {(r, who) for r in (1, 2) for who in ("client-0", "client-1", "global")}
+    for server_round in (1, 2):
+        expected = (20 * fid[server_round, "client-0"] + 60 * 1.0) / 80
+        assert fid[server_round, "global"] == pytest.approx(expected, rel=1e-12)
+        assert recorded(folder, "quality_num_examples")[server_round, "global"] == 80
+        assert recorded(folder, "quality_num_hospitals")[server_round, "global"] == 2
+    assert recorded(folder, "quality_more") == {}
+    said = capsys.readouterr().out
+    mean, floor = fid[2, "global"], recorded(folder, "quality_floor_fid")[2, "global"]
+    assert (
+        "images scored at 2 hospitals on 80 held-out images: "
+        f"FID {mean:.2f} (their own floor {floor:.2f}), KID " in said
+    )
+    assert "(extractor: each hospital's own classifier, image range correct)" in said
+    assert f"FID {fid[1, 'global']:.2f} at 2 hospitals" in said
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (changed(metrics={Key.FID: math.nan}), "^fid must be a finite number, got nan$"),
+        (changed(metrics={Key.FLOOR_FID: -1.0}), r"^floor-fid must be from 0 to 1e\+15, got -1.0$"),
+        (changed(metrics={Key.PIXEL_COPIED: 1.5}), "^pixel-copied must be from 0 to 1, got 1.5$"),
+        (changed(metrics={Key.KID: [1.0]}), "^kid must be a finite number"),
+        (changed(metrics={Key.NUM_EXAMPLES: -4}), "^num-examples must be .* got -4$"),
+        (changed(metrics={}), "^num-examples must be "),
+        (without(Key.METRICS), "^no record 'metrics' in the reply$"),
+        (lambda asked, _: failure(asked), r"^FileNotFoundError \(code 102\)$"),
+    ],
+)
+def test_scores_that_cannot_be_used_are_left_out_and_named(
+    spoil: Alter, reason: str, scored: tuple[FederatedRun, list[Alter], Path]
+) -> None:
+    run, alter, folder = scored
+    alter[:] = [spoiled_quality(1, spoil)]
+    before = len(lines(folder))
+    run.evaluation.measure(1, run.weights)
+    told = {(m["who"], m["name"]): m["value"] for m in lines(folder)[before:]}
+    assert re.search(reason, told["client-1", "quality_left_out"])
+    assert ("client-1", "quality_fid") not in told
+    assert told["global", "quality_fid"] == told["client-0", "quality_fid"]
+    assert told["global", "quality_num_hospitals"] == 1
+
+
+@pytest.fixture(scope="module")
+def scored(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[FederatedRun, list[Alter], Path]]:
+    """A run over two real nodes that has begun, and what is done to their replies."""
+    folder = tmp_path_factory.mktemp("scored")
+    run_config, nodes = real_nodes(folder, {"eval.num_images": 100, "train.precision": "float32"})
+    alter: list[Alter] = [lambda asked, reply: reply]
+    with opened(run_config, nodes=nodes, alter=lambda asked, reply: alter[0](asked, reply)) as run:
+        run.prepare()
+        run.directory.record(0, "global", {})
+        yield run, alter, folder / "run"
+
+
+def test_run_makes_up_for_a_scoring_that_nobody_answered(
+    hospitals: tuple[RunConfig, ClientNodes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_config, nodes = hospitals
+    run_config = {**run_config, "eval.num_images": 100, "federation.rounds": 1}
+
+    def unanswered(asked: Message, reply: Message) -> Message:
+        return failure(asked) if is_quality(asked) else reply
+
+    folder = play(run_config, nodes=nodes, alter=unanswered)
+    assert "no images are scored: no hospital said" in capsys.readouterr().out
+    assert recorded(folder, "quality_left_out").keys() == {(1, "client-0"), (1, "client-1")}
+    assert recorded(folder, "quality_fid") == {} == recorded(folder, "quality_num_hospitals")
+    trained = recorded(folder, "train_loss")
+    resumed = {**run_config, "resume": True}
+    play(resumed, nodes=nodes)
+    assert (1, "global") in recorded(folder, "quality_fid")
+    assert recorded(folder, "train_loss") == trained
+    play(resumed, nodes=ClientNodes(Network(), run_config))  # there are no nodes to ask
+    assert "all 1 rounds are complete already" in capsys.readouterr().out
+    assert not is_measured(folder, load_run_config({**resumed, "eval.num_images": 50}))
+
+
+def test_hospitals_with_too_few_images_are_no_failure(
+    hospitals: tuple[RunConfig, ClientNodes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_config, nodes = hospitals
+
+    def alter(asked: Message, reply: Message) -> Message:
+        if is_quality(asked):
+            reply.content[Key.METRICS] = MetricRecord({Key.NUM_EXAMPLES: 0})
+        return reply
+
+    changes = {"eval.num_images": 10, "federation.rounds": 1}
+    folder = play({**run_config, **changes}, nodes=nodes, alter=alter)
+    assert "2 hospitals have too few images to score others" in capsys.readouterr().out
+    assert recorded(folder, "quality_left_out") == {} == recorded(folder, "quality_fid")
+    assert is_measured(folder, load_run_config({**run_config, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"eval.extractor": "exported", "eval.exported_program": "/x", "eval.num_images": 10},
+            r"eval\.extractor must be classifier or inception with real nodes.*got 'exported'",
+        ),
+        ({"eval.final_metrics": True}, r"eval\.num_images must be at least 10.*got 0"),
+    ],
+)
+def test_scoring_that_hospitals_cannot_do_is_refused_before_any_training(
+    hospitals: tuple[RunConfig, ClientNodes], changes: RunConfig, message: str
+) -> None:
+    run_config, nodes = hospitals
+    with (
+        opened({**run_config, **changes}, nodes=nodes) as run,
+        pytest.raises(ValueError, match=message),
+    ):
+        run.run()
 
 
 def server_context(run_config: RunConfig) -> Context:
