@@ -162,11 +162,20 @@ def evaluate(message: Message, context: Context) -> Message:
 @failures_stay_local
 def score(message: Message, context: Context) -> Message:
     """Reply how images that the server drew compare with the node's own, and nothing else."""
+    start = time.perf_counter()
     workspace = open_workspace(context)
-    weights = context.node_config.get("inception-weights")
-    config = with_own_extractor(workspace.config, None if weights is None else str(weights))
+    node = workspace.node
+    config = with_own_extractor(workspace.config, node.inception_weights if node else None)
     own = Dataset(*workspace.images(context))
-    scores = score_images(config, images_of(message), own, device=workspace.device)
+    generated = images_of(message)
+    scores = score_images(config, generated, own, device=workspace.device)
+    logger.info(
+        "scored %d generated images against %d held-out ones in %.1f s: %s",
+        len(generated),
+        len(own.test),
+        time.perf_counter() - start,
+        ", ".join(f"{name} {value:.4g}" for name, value in scores.items()),
+    )
     metrics = MetricRecord({str(name): value for name, value in scores.items()})
     return Message(RecordDict({Key.METRICS: metrics}), reply_to=message)
 

@@ -25,6 +25,7 @@ class NodeKey(StrEnum):
     OUTPUT_PATH = "output-path"
     MIN_IMAGES = "min-images"
     REPORT_CLASS_COUNTS = "report-class-counts"
+    INCEPTION_WEIGHTS = "inception-weights"
 
 
 class TooFewImagesError(ValueError):
@@ -41,6 +42,8 @@ class NodeConfig:
         output_path: folder of what stays at the hospital; None: nothing is kept.
         min_images: training images below which the node takes no part; at least 1.
         report_class_counts: whether the server learns how many images of each class there are.
+        inception_weights: the file of Inception's weights, for runs that score images with them;
+            None: the one in torch.hub's folder.
 
     Raises:
         ValueError: a value is out of range.
@@ -50,11 +53,12 @@ class NodeConfig:
     output_path: str | None = None
     min_images: int = 1
     report_class_counts: bool = False
+    inception_weights: str | None = None
 
     def __post_init__(self) -> None:
-        for key in (NodeKey.DATA_PATH, NodeKey.OUTPUT_PATH):
+        for key in (NodeKey.DATA_PATH, NodeKey.OUTPUT_PATH, NodeKey.INCEPTION_WEIGHTS):
             value = getattr(self, _field(key))
-            require(value != "", key, "a folder", value)
+            require(value != "", key, "a path", value)
         require(self.min_images >= 1, NodeKey.MIN_IMAGES, ">= 1", self.min_images)
 
 
@@ -92,6 +96,7 @@ def read_node_config(given: Mapping[str, object]) -> NodeConfig | Share:
         NodeKey.OUTPUT_PATH: str,
         NodeKey.MIN_IMAGES: int,
         NodeKey.REPORT_CLASS_COUNTS: bool,
+        NodeKey.INCEPTION_WEIGHTS: str,
     }
     _check(given, types, "a node")
     return NodeConfig(**{_field(key): value for key, value in given.items()})  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -62,11 +62,12 @@ def process(
     finally:
         if started.poll() is None:
             started.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 started.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(started.pid, signal.SIGKILL)
-                started.wait()
+        # What it has started is of its session, and may have outlived it.
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
 
 
 def wait_for(condition: Callable[[], bool], *, seconds: float, what: str) -> None:

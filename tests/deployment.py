@@ -1,0 +1,233 @@
+"""A deployment as hospitals have it, on 127.0.0.1: TLS, authenticated nodes, a database."""
+
+import json
+import os
+import signal
+import ssl
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from server_app.superlink import free_port
+from tests.processes import CHECKOUT, COMMANDS, process, wait_for
+
+SCRIPTS = CHECKOUT / "docker" / "scripts"
+CONNECTION = "hospitals"
+
+# Digits of 8x8 and a network of 2,000 parameters: rounds as long as Flower's own pace.
+RUN_CONFIG: dict[str, Any] = {
+    "model.width": 4,
+    "model.num_poolings": 1,
+    "diffusion.num_timesteps": 20,
+    "diffusion.num_inference_steps": 2,
+    "train.local_epochs": 1,
+    "train.precision": "float32",
+    "eval.images_per_class": 1,
+    "eval.num_images": 0,
+    "overrides": "data=image_folder data.classes=[0,1,2,3,4,5,6,7,8,9] data.image_size=8 "
+    "data.channels=1",
+}
+
+
+class Deployment:
+    """A SuperLink with TLS, authentication and a database, and SuperNodes with keys of their own.
+
+    Attributes:
+        folder: of everything; `results/` is where runs lie.
+        environment: with which `flwr` talks to the SuperLink, under the name `CONNECTION`.
+    """
+
+    def __init__(self, folder: Path, stack: ExitStack, *, variables: Mapping[str, str]) -> None:
+        """Make keys and certificates and start the SuperLink; `variables` are for it alone."""
+        self.folder = folder
+        self.results = folder / "results"
+        self.results.mkdir()
+        self._stack = stack
+        self._port = free_port()
+        self._variables = dict(variables)
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._log_numbers: dict[str, int] = {}
+        secrets = folder / "secrets"
+        script("make-ca.sh", secrets)
+        script("make-server-certificate.sh", secrets, "127.0.0.1", "localhost")
+        home = folder / "home"
+        home.mkdir()
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{CONNECTION}"\n[superlink.{CONNECTION}]\n'
+            f'address = "127.0.0.1:{self._port}"\nroot-certificates = "{secrets / "ca.crt"}"\n'
+        )
+        self.environment = {
+            **os.environ,
+            "PATH": f"{COMMANDS}{os.pathsep}{os.environ['PATH']}",
+            "FLWR_HOME": str(home),
+        }
+        self.start_superlink()
+
+    def start_superlink(self) -> None:
+        """Start the SuperLink, also where it was killed, and wait until it answers."""
+        secrets = self.folder / "secrets"
+        command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(self._port)]
+        command += ["--ssl-certfile", secrets / "server.pem", "--ssl-keyfile"]
+        command += [secrets / "server.key", "--ssl-ca-certfile", secrets / "ca.crt"]
+        command += ["--enable-supernode-auth", "--database", self.folder / "state.db"]
+        command += ["--disable-runtime-dependency-installation"]
+        started = self._start("superlink", command, self._variables)
+        trusted = ssl.create_default_context(cafile=str(secrets / "ca.crt"))
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusted)
+        )
+
+        def is_healthy() -> bool:
+            assert started.poll() is None, self.log("superlink")
+            try:
+                with opener.open(f"https://127.0.0.1:{self._port}/health", timeout=2):
+                    return True
+            except (urllib.error.URLError, OSError):
+                return False
+
+        wait_for(is_healthy, seconds=60, what="the SuperLink's start")
+
+    def add_node(
+        self, name: str, *, data: Path, variables: Mapping[str, str] | None = None
+    ) -> None:
+        """Make a key for a hospital, register it and start its SuperNode."""
+        keys = self.folder / "keys"
+        script("make-node-key.sh", keys, name)
+        public_key = keys / f"{name}.pub"
+        script("register-node.sh", public_key, CONNECTION, name, env=self.environment)
+        self.start_node(name, data=data, variables=variables)
+
+    def start_node(
+        self, name: str, *, data: Path, variables: Mapping[str, str] | None = None
+    ) -> None:
+        """Start the SuperNode of a hospital that is registered."""
+        command = ["flower-supernode", "--superlink", f"127.0.0.1:{self._port}"]
+        command += ["--root-certificates", self.folder / "secrets" / "ca.crt"]
+        command += ["--auth-supernode-private-key", self.folder / "keys" / name]
+        command += ["--port", str(free_port())]
+        command += ["--node-config", f'data-path="{data}" output-path="{self.output(name)}"']
+        self.output(name).mkdir(exist_ok=True)
+        home = {"FLWR_HOME": str(self.folder / f"home-{name}")}
+        self._start(name, command, {**home, **(variables or {})})
+
+    def output(self, name: str) -> Path:
+        """The folder of what stays at a hospital."""
+        return self.folder / f"output-{name}"
+
+    def kill(self, name: str) -> None:
+        """End a process at once, without its children, as the kernel does for want of memory."""
+        self._processes[name].send_signal(signal.SIGKILL)
+        self._processes[name].wait()
+
+    def is_running(self, name: str) -> bool:
+        """Whether a process that was started has not ended."""
+        return self._processes[name].poll() is None
+
+    def log(self, name: str) -> str:
+        """What a process printed, over all of its starts."""
+        logs = sorted(self.folder.glob(f"{name}.*.log"))
+        return "".join(log.read_text(errors="replace") for log in logs)
+
+    def submit(self, run_name: str, *, app: Path = CHECKOUT, **values: Any) -> None:
+        """Submit a run with `flwr run`, without waiting for it."""
+        config = {"output_dir": str(self.results), "run_name": run_name, **RUN_CONFIG, **values}
+        file = self.folder / f"{run_name}.toml"
+        # JSON's scalars are TOML's.
+        file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()))
+        self.flwr("run", app, CONNECTION, "--run-config", file)
+
+    def supervise(self) -> None:
+        """Start the supervisor, which submits failed runs again."""
+        command = ["feddm-supervise", CONNECTION, "--runs", self.results, "--until-done"]
+        self._start("supervisor", command, {})
+
+    def wait_for_supervisor(self, *, seconds: float) -> int:
+        """Wait until the supervisor has ended and return its exit status."""
+        return self._processes["supervisor"].wait(seconds)
+
+    def flwr(self, *arguments: str | Path) -> str:
+        """Run `flwr` to its end and return what it printed."""
+        result = subprocess.run(
+            ["flwr", *arguments],
+            env=self.environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    def statuses(self) -> list[str]:
+        """What Flower says of each run, oldest first."""
+        runs = json.loads(self.flwr("list", CONNECTION, "--format", "json"))["runs"]
+        return [run["status"] for run in sorted(runs, key=lambda run: run["pending-at"])]
+
+    def run_log(self) -> str:
+        """What the newest run has said, as whoever follows it sees it."""
+        runs = json.loads(self.flwr("list", CONNECTION, "--format", "json"))["runs"]
+        newest = max(runs, key=lambda run: run["pending-at"])
+        return self.flwr("log", str(newest["run-id"]), CONNECTION, "--show")
+
+    def wait_for_round(self, run_name: str, server_round: int, *, seconds: float = 120) -> None:
+        """Wait until a round is complete, which it is when its checkpoint is there."""
+        name = f"round_{server_round:04d}.safetensors"
+        checkpoint = self.results / run_name / "checkpoints" / name
+        wait_for(checkpoint.exists, seconds=seconds, what=f"round {server_round} of {run_name}")
+
+    def wait_for_end(self, *, seconds: float = 240) -> str:
+        """Wait until the newest run has ended and return its status."""
+        wait_for(
+            lambda: self.statuses()[-1].startswith("finished"),
+            seconds=seconds,
+            what="the end of the run",
+        )
+        return self.statuses()[-1]
+
+    def _start(self, name: str, command: list[Any], variables: Mapping[str, str]) -> Any:
+        number = self._log_numbers[name] = self._log_numbers.get(name, 0) + 1
+        log = self.folder / f"{name}.{number}.log"
+        words = [str(word) for word in command]
+        words[0] = str(COMMANDS / words[0])
+        environment = {**self.environment, **variables}
+        started = process(words, log=log, cwd=self.folder, env=environment)
+        self._processes[name] = self._stack.enter_context(started)
+        return self._processes[name]
+
+
+@contextmanager
+def deployed(folder: Path, **variables: str) -> Iterator[Deployment]:
+    """Start a deployment without nodes in an empty folder, and end all of it with the block."""
+    with ExitStack() as stack:
+        yield Deployment(folder, stack, variables=variables)
+
+
+def script(name: str, *arguments: str | Path, env: Mapping[str, str] | None = None) -> str:
+    """Run one of the deployment's scripts and return what it printed."""
+    result = subprocess.run(
+        [SCRIPTS / name, *arguments], env=env, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def write_digit_folders(folder: Path, *, classes: Iterable[int], share: int, shares: int) -> Path:
+    """Write every so-and-so-many-th real digit as a picture, in a folder of its class."""
+    digits = load_digits()
+    for label in classes:
+        (folder / str(label)).mkdir(parents=True)
+    for i in range(share, len(digits.images), shares):
+        target = folder / str(digits.target[i])
+        if target.is_dir():
+            pixels = (digits.images[i] * (255 / 16)).astype(np.uint8)
+            Image.fromarray(pixels).save(target / f"patient-4711-scan-{i}.png")
+    return folder
