@@ -104,9 +104,17 @@ def test_flop_of_a_linear_layer_are_two_products_beside_the_forward_one() -> Non
 def test_matmul_rate_is_that_of_its_best_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.benchmarks.flops.MATRIX_SIZES", {"cpu": (8, 256)})
     monkeypatch.setattr("tests.benchmarks.flops.FLOP_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr("tests.benchmarks.flops.LONGEST_SECONDS", 1e6)
     seconds = iter([4.0, 2.0, 4.0, 512.0, 512.0, 512.0])
     monkeypatch.setattr("tests.benchmarks.flops.timed", lambda _, work: (work(), next(seconds))[1])
     assert matmul_rate(CPU) == 2 * 256**3 / 512
+
+
+def test_matmul_rate_leaves_sizes_out_that_would_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.benchmarks.flops.MATRIX_SIZES", {"cpu": (8, 256)})
+    seconds = iter([4.0, 2.0, 4.0])
+    monkeypatch.setattr("tests.benchmarks.flops.timed", lambda _, work: (work(), next(seconds))[1])
+    assert matmul_rate(CPU) == 2 * 8**3 / 2
 
 
 def test_training_measures_ours_against_the_plain_recipe() -> None:

@@ -13,6 +13,8 @@ from tests.benchmarks.contestants import timed
 MATRIX_SIZES = {"cpu": (512, 1024, 2048, 4096), "cuda": (4096, 8192)}
 # Enough of a size to be timed; on a GPU, to be busy for longer than a launch takes.
 FLOP_AT_ONCE = {"cpu": 4e10, "cuda": 2e13}
+# A processor without instructions for bfloat16 is fifty times slower, at every size.
+LONGEST_SECONDS = 0.5
 
 
 def count_flop(loss: Callable[[], Tensor]) -> int:
@@ -25,12 +27,18 @@ def count_flop(loss: Callable[[], Tensor]) -> int:
 
 def matmul_rate(device: torch.device) -> float:
     """Measure the FLOP/s of products of bfloat16 matrices: the best of sizes and repetitions."""
-    return max(_rate(size, device) for size in MATRIX_SIZES[device.type] for _ in range(3))
+    best = 0.0
+    for size in MATRIX_SIZES[device.type]:
+        if best > 0 and 2 * size**3 / best > LONGEST_SECONDS:
+            break
+        for _ in range(3):
+            best = max(best, _rate(size, device, flop=best * LONGEST_SECONDS))
+    return best
 
 
-def _rate(size: int, device: torch.device) -> float:
+def _rate(size: int, device: torch.device, *, flop: float) -> float:
     left, right, product = torch.randn(3, size, size, device=device).bfloat16()
-    products = max(1, round(FLOP_AT_ONCE[device.type] / (2 * size**3)))
+    products = max(1, round(min(flop, FLOP_AT_ONCE[device.type]) / (2 * size**3)))
 
     def multiply() -> None:
         for _ in range(products):
