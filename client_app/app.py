@@ -163,9 +163,16 @@ def evaluate(message: Message, context: Context) -> Message:
 def score(message: Message, context: Context) -> Message:
     """Reply how images that the server drew compare with the node's own, and nothing else."""
     start = time.perf_counter()
+    place = read_node_config(context.node_config)
+    if not isinstance(place, NodeConfig):
+        raise ValueError("images are scored by real nodes; a simulation's server has all images")
+    if not place.score_images:
+        logger.info("the server asked to score images, and score-images=false declines")
+        return Message(
+            RecordDict({Key.METRICS: MetricRecord({Key.NUM_EXAMPLES: 0})}), reply_to=message
+        )
     workspace = open_workspace(context)
-    node = workspace.node
-    config = with_own_extractor(workspace.config, node.inception_weights if node else None)
+    config = with_own_extractor(workspace.config, place.inception_weights)
     own = Dataset(*workspace.images(context))
     generated = images_of(message)
     scores = score_images(config, generated, own, device=workspace.device)

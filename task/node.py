@@ -25,6 +25,7 @@ class NodeKey(StrEnum):
     OUTPUT_PATH = "output-path"
     MIN_IMAGES = "min-images"
     REPORT_CLASS_COUNTS = "report-class-counts"
+    SCORE_IMAGES = "score-images"
     INCEPTION_WEIGHTS = "inception-weights"
 
 
@@ -42,6 +43,7 @@ class NodeConfig:
         output_path: folder of what stays at the hospital; None: nothing is kept.
         min_images: training images below which the node takes no part; at least 1.
         report_class_counts: whether the server learns how many images of each class there are.
+        score_images: whether the node compares images that the server sends with its own.
         inception_weights: the file of Inception's weights, for runs that score images with them;
             None: the one in torch.hub's folder.
 
@@ -53,6 +55,7 @@ class NodeConfig:
     output_path: str | None = None
     min_images: int = 1
     report_class_counts: bool = False
+    score_images: bool = True
     inception_weights: str | None = None
 
     def __post_init__(self) -> None:
@@ -96,6 +99,7 @@ def read_node_config(given: Mapping[str, object]) -> NodeConfig | Share:
         NodeKey.OUTPUT_PATH: str,
         NodeKey.MIN_IMAGES: int,
         NodeKey.REPORT_CLASS_COUNTS: bool,
+        NodeKey.SCORE_IMAGES: bool,
         NodeKey.INCEPTION_WEIGHTS: str,
     }
     _check(given, types, "a node")

@@ -338,6 +338,12 @@ def test_node_with_too_few_images_to_score_says_that_alone(scoring: Context) -> 
     assert dict(metrics(few)) == {Key.NUM_EXAMPLES: 0}
 
 
+def test_node_whose_hospital_declines_scores_no_images(scoring: Context) -> None:
+    scoring.node_config["score-images"] = False
+    declined = app(drawn_message(other_digits()), scoring)
+    assert dict(metrics(declined)) == {Key.NUM_EXAMPLES: 0}
+
+
 @pytest.mark.parametrize(
     ("run_config", "node_config", "code", "reason"),
     [

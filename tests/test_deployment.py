@@ -13,7 +13,7 @@ import pytest
 
 from task.checkpoint import load_weights
 from tests.deployment import Deployment, deployed, write_digit_folders
-from tests.processes import CHECKOUT
+from tests.processes import CHECKOUT, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -77,6 +77,7 @@ def test_faulty_hospitals_are_left_out_and_named(
         "broken", data=images["south"], variables={"FEDDM_FAULTS": "raise memory norm"}
     )
     deployment.add_node("sick", data=images["west"], variables={"FEDDM_FAULTS": "nan shape hang"})
+    deployment.add_node("unmounted", data=deployment.folder / "patient-4711")
     timeout = 75.0
     deployment.submit(
         "faults",
@@ -108,9 +109,10 @@ def test_faulty_hospitals_are_left_out_and_named(
     assert values(run, "round_seconds")[3, "global"] < timeout + 15
     printed = deployment.run_log() + deployment.log("superlink")
     assert f"client {broken.removeprefix('client-')} is left out" in printed
+    assert "was refused: FileNotFoundError (code 102)" in printed
     told = printed + "".join(file.read_text() for file in run.glob("*.json*"))
     assert "patient-4711" not in told and "patient-4711" in deployment.log("broken")
-    for name in ("broken", "sick"):
+    for name in ("broken", "sick", "unmounted"):
         deployment.kill(name)
 
 
@@ -154,15 +156,19 @@ def test_run_survives_a_hospital_that_is_killed_and_one_that_comes_late(
 
 
 def test_run_goes_on_when_its_server_and_the_superlink_are_killed(deployment: Deployment) -> None:
-    deployment.submit("reboot", **{"federation.rounds": 4, "federation.min_nodes": 3})
+    # A name that would be another one when the same words are given again.
+    name = "reboot-${now:%H%M%S}"
+    deployment.submit("reboot", **{"run_name": name, "federation.rounds": 4})
     deployment.supervise()
-    run = deployment.results / "reboot"
-    deployment.wait_for_round("reboot", 1)
+    wait_for(lambda: [*deployment.results.glob("reboot-*")] != [], seconds=120, what="its folder")
+    (run,) = deployment.results.glob("reboot-*")
+    deployment.wait_for_round(run.name, 1)
     os.kill(int((run / ".lock").read_text()), signal.SIGKILL)
-    deployment.wait_for_round("reboot", 2, seconds=240)
+    deployment.wait_for_round(run.name, 2, seconds=240)
     deployment.kill("superlink")
     deployment.start_superlink()
     assert deployment.wait_for_supervisor(seconds=400) == 0, deployment.log("supervisor")
     assert deployment.statuses()[-3:] == ["finished:failed"] * 2 + ["finished:completed"]
+    assert [*deployment.results.glob("reboot-*")] == [run]
     complete = sorted(r for r, who in values(run, "train_loss") if who == "global")
     assert complete == [1, 2, 3, 4]

@@ -5,8 +5,6 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from server_app.superlink import CONNECTION, free_port, private_superlink, wait_until_healthy
+from server_app.superlink import CONNECTION, private_superlink
 from task.checkpoint import load_weights
-from tests.helpers import write_digits_as_mnist
 from tests.processes import CHECKOUT, COMMANDS, SMALL, feddm_train, process, wait_for
 
 pytestmark = pytest.mark.slow
@@ -210,81 +207,3 @@ def test_plain_flwr_run_takes_the_size_of_its_federation(tmp_path: Path) -> None
     run = tmp_path / "plain"
     assert json.loads((run / "partition.json").read_text())["num_clients"] == 2
     assert (run / "model.safetensors").exists()
-
-
-@pytest.fixture(scope="module")
-def hospital_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real digits in the format of MNIST, as a hospital's own data."""
-    folder = tmp_path_factory.mktemp("hospital")
-    write_digits_as_mnist(folder, train=300, test=100)
-    return folder
-
-
-@pytest.fixture
-def deployment(tmp_path: Path, hospital_folder: Path) -> Iterator[dict[str, str]]:
-    """A SuperLink and three SuperNodes on 127.0.0.1, the last with unreadable data."""
-    port = free_port()
-    home = {"FLWR_HOME": str(tmp_path / "home")}
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "config.toml").write_text(
-        f'[superlink]\ndefault = "test"\n[superlink.test]\naddress = "127.0.0.1:{port}"\n'
-        "insecure = true\n"
-    )
-    broken = tmp_path / "patient-4711-scans"
-    broken.write_text("not a folder")
-    with ExitStack() as stack:
-        superlink = [COMMANDS / "flower-superlink", "--insecure", "--host", "127.0.0.1"]
-        superlink += ["--port", str(port), "--disable-runtime-dependency-installation"]
-        log = tmp_path / "superlink.log"
-        env = {"PATH": f"{COMMANDS}{os.pathsep}{os.environ['PATH']}"}
-        started = stack.enter_context(
-            process(superlink, log=log, cwd=tmp_path, env={**home, **env})
-        )
-        wait_until_healthy(started, port, log)
-        for i, data in enumerate((hospital_folder, hospital_folder, broken)):
-            node_home = {"FLWR_HOME": str(tmp_path / f"node-{i}")}
-            node = [COMMANDS / "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
-            node += ["--port", str(free_port()), "--node-config", f'data-path="{data}"']
-            log = tmp_path / f"node-{i}.log"
-            stack.enter_context(process(node, log=log, cwd=tmp_path, env={**node_home, **env}))
-        yield {**os.environ, **home, **env}
-
-
-def test_hospital_that_fails_is_left_out_and_says_no_path(
-    deployment: dict[str, str], tmp_path: Path
-) -> None:
-    overrides = "data=mnist data.image_size=16 diffusion.num_inference_steps=4"
-    overrides += f" data.cache_dir={tmp_path / 'cache'}"
-    run_config = tmp_path / "run.toml"
-    run_config.write_text(
-        f'output_dir = "{tmp_path}"\nrun_name = "hospitals"\nfederation.rounds = 2\n'
-        "federation.min_nodes = 2\nfederation.min_replies = 2\nmodel.width = 8\n"
-        f'train.local_epochs = 1\ntrain.precision = "float32"\noverrides = "{overrides}"\n'
-    )
-    result = subprocess.run(
-        [
-            *(COMMANDS / "flwr", "run", CHECKOUT, "test", "--stream"),
-            *("--run-config", run_config),
-        ],
-        env=deployment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    run = tmp_path / "hospitals"
-    assert (run / "model.safetensors").exists(), result.stdout + result.stderr
-    assert "was refused: FileNotFoundError (code 102)" in result.stdout
-    for log in (tmp_path / "node-0.log", tmp_path / "node-1.log"):
-        assert "feddm INFO: round 2: trained on 270 images" in log.read_text()
-    failed = (tmp_path / "node-2.log").read_text()
-    assert "query failed; the server is told FileNotFoundError" in failed
-    assert "patient-4711" in failed and "Traceback" in failed
-    assert "patient-4711" not in result.stdout + (run / "metrics.jsonl").read_text()
-    trained = [line for line in metrics(run) if line["name"] == "train_num_examples"]
-    # A tenth of the 300 images, class by class, is held out.
-    assert {line["value"] for line in trained} == {270}
-    assert len({line["who"] for line in trained}) == 2
-    assert not (run / "partition.json").exists()
-    assert len(json.loads((run / "nodes.json").read_text())) == 2

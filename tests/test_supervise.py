@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import tomllib
-from collections import Counter
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,8 @@ from server_app.submission import (
     settled_words,
     write_submission,
 )
-from server_app.superlink import free_port, wait_until_healthy
-from server_app.supervise import Supervisor, list_runs
+from server_app.superlink import free_port
+from server_app.supervise import Supervisor
 from server_app.supervision import (
     LONGEST_PAUSE,
     SUPERVISION_FILE,
@@ -42,8 +40,7 @@ from server_app.supervision import (
 from task.config import anchored, load_config, load_run_config
 from task.fingerprint import ROOT, code_fingerprint
 from task.run_directory import RunDirectory
-from tests.helpers import write_digits_as_mnist
-from tests.processes import CHECKOUT, COMMANDS, process, wait_for
+from tests.processes import COMMANDS, process, wait_for
 
 FAILED = "finished:failed"
 
@@ -292,60 +289,3 @@ def test_supervisor_waits_for_its_superlink_is_alone_and_ends_when_asked(tmp_pat
         started.send_signal(signal.SIGTERM)
         assert started.wait(60) == 0
     assert log.read_text().count("no answer") == 1
-
-
-@pytest.mark.slow
-def test_run_whose_serverapp_is_killed_is_submitted_again_and_completes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    port = free_port()
-    env = home(tmp_path, port)
-    monkeypatch.setenv("FLWR_HOME", env["FLWR_HOME"])
-    write_digits_as_mnist(tmp_path / "hospital", train=300, test=100)
-    words = tmp_path / "run.toml"
-    words.write_text(
-        'output_dir = "runs"\nrun_name = "${experiment}-${now:%Y%m%d-%H%M%S}"\n'
-        "federation.rounds = 3\nfederation.num_supernodes = 1\nfederation.min_nodes = 1\n"
-        'train.local_epochs = 1\ntrain.precision = "float32"\nmodel.width = 8\n'
-        "eval.every = 3\neval.num_images = 0\n"
-        'overrides = "data=mnist data.image_size=8 diffusion.num_inference_steps=2"\n'
-    )
-    superlink = [COMMANDS / "flower-superlink", "--insecure", "--host", "127.0.0.1"]
-    superlink += ["--port", str(port), "--database", tmp_path / "state.db"]
-    superlink += ["--disable-runtime-dependency-installation"]
-    node = [COMMANDS / "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
-    node += ["--port", str(free_port()), "--node-config", f'data-path="{tmp_path / "hospital"}"']
-    # Where a relative output_dir counts from.
-    server_env = {**env, "HOME": str(tmp_path)}
-    runs = tmp_path / "runs"
-    runs.mkdir()
-    supervisor = [COMMANDS / "feddm-supervise", "night", "--runs", runs, "--until-done"]
-    log = tmp_path / "supervisor.log"
-    with ExitStack() as stack:
-        superlink_log = tmp_path / "superlink.log"
-        started = stack.enter_context(
-            process(superlink, log=superlink_log, cwd=tmp_path, env=server_env)
-        )
-        wait_until_healthy(started, port, superlink_log)
-        node_env = {**env, "FLWR_HOME": str(tmp_path / "node")}
-        stack.enter_context(process(node, log=tmp_path / "node.log", cwd=tmp_path, env=node_env))
-        run = [COMMANDS / "flwr", "run", CHECKOUT, "night", "--run-config", words]
-        subprocess.run(run, env=env, cwd=tmp_path, check=True, timeout=180)
-        supervising = stack.enter_context(process(supervisor, log=log, cwd=tmp_path, env=env))
-        wait_for(
-            lambda: [*runs.glob("*/checkpoints/round_0001.safetensors")] != [],
-            seconds=300,
-            what="round 1",
-        )
-        (path,) = runs.glob("demo-*")
-        os.kill(int((path / ".lock").read_text()), signal.SIGKILL)
-        assert supervising.wait(600) == 0, log.read_text()
-        statuses = Counter(run.status for run in list_runs("night").values())
-    assert statuses == {FAILED: 1, "finished:completed": 1}
-    assert "(No heartbeat received from the task) after round" in log.read_text()
-    assert [*runs.glob("demo-*")] == [path]
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    told = Counter((line["round"], line["who"]) for line in lines if line["name"] == "train_loss")
-    assert told == {(r, who): 1 for r in (1, 2, 3) for who in ("client-0", "global")}
-    assert (path / "model.safetensors").exists()
-    assert read_folder(path).submission.run_config["run_name"] == path.name
