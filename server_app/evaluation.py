@@ -341,8 +341,10 @@ class HospitalEvaluation(GlobalEvaluation):
         answers = self._ask(server_round, images)
         scores = [answer for answer in answers if answer[Key.NUM_EXAMPLES] > 0]
         if len(scores) < len(answers):
-            too_few = len(answers) - len(scores)
-            log(f"round {server_round}: {too_few} hospitals have too few images to score others")
+            without = len(answers) - len(scores)
+            log(
+                f"round {server_round}: {without} hospitals decline to score or have too few images"
+            )
         means = mean_scores(scores) if scores else None
         told: dict[str, str | int | float] = {
             recorded_name(QUALITY, name): value for name, value in (means or {}).items()

@@ -8,7 +8,7 @@ from typing import cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.common.constant import SType
+from flwr.common.constant import ErrorCode, SType
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
@@ -39,6 +39,17 @@ ADVICE = {
 # Beyond this no loss or count means anything, and sums over clients could overflow.
 LARGEST_METRIC = 1e15
 DURATIONS_AND_RATES = (Key.SECONDS, Key.SECONDS_BESIDE, Key.IMAGES_PER_SECOND)
+
+# What Flower's own errors come to, without the texts that they carry.
+FLOWERS_ERRORS = {
+    ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "its Flower could not load the app; its own log says why",
+    ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "its ClientApp could not start; its own log says why",
+    ErrorCode.MESSAGE_UNAVAILABLE: "no reply in time",
+    ErrorCode.NODE_UNAVAILABLE: "the node is gone",
+    ErrorCode.CLIENT_APP_CRASHED: "its ClientApp was killed, perhaps for want of memory",
+}
+# Flower's words for "the message was not answered in time" and "the node is not there".
+SLOW_CODES = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
 
 
 @dataclass(frozen=True)
@@ -292,8 +303,21 @@ def check_update(content: RecordDict, sent: NDArray[np.floating], *, limit: floa
     return norm
 
 
+def is_silent(reply: Reply) -> bool:
+    """Whether a client was asked and let the time pass, or is not there any more."""
+    if reply.message is None:
+        return reply.sent is not None
+    return reply.message.has_error() and reply.message.error.code in SLOW_CODES
+
+
 def describe_error(error: Error) -> str:
-    """Say what an error reply says and what to ask its hospital, in one line of bounded length."""
+    """Say what an error reply says and what to ask its hospital, in one line of bounded length.
+
+    Only the ClientApp's own errors are repeated: Flower's may carry texts and paths of the node.
+    """
+    if error.code not in [*FailureCode]:
+        what = FLOWERS_ERRORS.get(error.code, "Flower failed on the node; its own log says how")
+        return f"{what} (code {error.code})"
     reason = " ".join((error.reason or "no reason given").split())[:150]
-    advice = ADVICE.get(error.code)  # type: ignore[call-overload]
+    advice = ADVICE.get(FailureCode(error.code))
     return f"{reason} (code {error.code})" + (f": {advice}" if advice else "")

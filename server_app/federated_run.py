@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from server_app.exchange import (
     check_weights,
     checked_content,
     exchange,
+    is_silent,
 )
 from server_app.log import log
 from server_app.phases import Phases
@@ -215,18 +216,25 @@ class FederatedRun(TrainingRun):
                 usable replies came.
         """
         attempts = 1 if self.simulated else self.config.federation.round_attempts
+        failed: set[int] = set()
         for attempt in range(1, attempts):
             try:
-                return self.train_once(server_round)
+                return self.train_once(server_round, failed)
             except TooFewRepliesError as error:
+                failed |= self._left_out.keys()
                 log(f"{error}; attempt {attempt} of {attempts}, nothing of it is kept")
         try:
-            return self.train_once(server_round)
+            return self.train_once(server_round, failed)
         except TooFewRepliesError as error:
             raise RuntimeError(f"{error}{self.what_is_saved()}") from error
 
-    def train_once(self, server_round: int) -> str:
+    def train_once(self, server_round: int, failed: Collection[int]) -> str:
         """Try a round; nothing is recorded, and no weights change, unless it succeeds.
+
+        Args:
+            server_round: 1-based.
+            failed: clients that were left out of earlier attempts; others are drawn where there
+                are as many as are wanted.
 
         Raises:
             TimeoutError: the nodes for it did not come.
@@ -234,13 +242,16 @@ class FederatedRun(TrainingRun):
         """
         self.phases.enter("sending")
         federation = self.config.federation
+        available = self.gather_nodes(patience=GRACE_SECONDS)
+        others = [client for client in available if client not in failed]
+        wanted = federation.clients_per_round
         clients = sample_clients(
-            self.gather_nodes(patience=GRACE_SECONDS),
-            federation.clients_per_round,
+            others if wanted is not None and len(others) >= wanted else available,
+            wanted,
             seed=self.config.seed,
             server_round=server_round,
         )
-        if federation.clients_per_round is not None:
+        if wanted is not None:
             log(f"round {server_round}: clients {' '.join(map(str, clients))}")
         used: list[int] = []
         told: list[tuple[int, Mapping[Any, Any]]] = []
@@ -428,6 +439,8 @@ class FederatedRun(TrainingRun):
             except UnusableReply as reason:
                 self._left_out[reply.client] = str(reason)
                 log(f"round {server_round}: client {reply.client} is left out: {reason}")
+                if is_silent(reply) and not self.simulated:
+                    self._roster.doubt(reply.client)
                 # Those of a training are recorded once it has succeeded.
                 if question.message_type != MessageType.TRAIN:
                     told = {"left_out": str(reason)}

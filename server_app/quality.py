@@ -111,11 +111,9 @@ def is_scored(path: Path, config: Config) -> bool:
 def scores_of(content: RecordDict) -> Scores:
     """Return what was asked for of a reply that was checked, and nothing else."""
     metrics = record_of(content, Key.METRICS, MetricRecord)
-    return {
-        name: cast(int | float, metrics[name])
-        for name in (Key.NUM_EXAMPLES, *SCORES)
-        if name in metrics
-    }
+    if metrics[Key.NUM_EXAMPLES] == 0:
+        return {Key.NUM_EXAMPLES: 0}
+    return {name: cast(int | float, metrics[name]) for name in (Key.NUM_EXAMPLES, *SCORES)}
 
 
 def mean_scores(scores: Sequence[Scores]) -> Scores:

@@ -4,10 +4,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from server_app.exchange import Reply, UnusableReply, addressed, checked_content
+from server_app.exchange import SLOW_CODES, Reply, UnusableReply, addressed, checked_content
 from server_app.log import log
 from server_app.records import record_of
 from task.fingerprint import code_fingerprint
@@ -25,8 +24,8 @@ POLL_SIMULATION, POLL_NETWORK = 0.05, 1.0
 # A simulation compares each message that is out with each node, ten times a second.
 QUERIES_AT_ONCE = 64
 
-# Flower's words for "the message was not answered in time" and "the node is not there".
-SLOW_CODES = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
+
 # More images of a class than any node has.
 MAX_COUNT = 10**12
 
@@ -186,6 +185,13 @@ class Roster:
                 log(f"waiting for nodes: {ready} of {wanted} are there")
             time.sleep(min(poll_seconds, max(deadline - time.monotonic(), 0.01)))
 
+    def doubt(self, client: int) -> None:
+        """Take a client that did not answer for absent until it introduces itself again."""
+        node = self._present.pop(client)
+        self._left[client] = time.strftime(TIME_FORMAT)
+        self._introductions.do_not_wait_for(node)
+        log(f"client {client} (node {node}) is silent; it is asked again what it is")
+
     def _wanted(self, minimum: int) -> int:
         if self.num_partitions is not None and self.num_partitions < minimum:
             raise ValueError(
@@ -213,7 +219,7 @@ class Roster:
         for client, node in self.node_ids.items():
             if node not in connected:
                 del self._present[client]
-                self._left[client] = time.strftime("%Y-%m-%d %H:%M:%S")
+                self._left[client] = time.strftime(TIME_FORMAT)
                 log(f"client {client} (node {node}) has left")
         self._refused = {node: why for node, why in self._refused.items() if node in connected}
         self._newcomers = {node: n for node, n in self._newcomers.items() if node in connected}

@@ -23,16 +23,27 @@ def save_weights(
     Raises:
         OSError: it cannot be written.
     """
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with atomic_path(path) as aside:
-        try:
-            save_file(contiguous, aside, dict(metadata))
-        except SafetensorError as error:
-            # It says what the system said in words alone.
-            if (number := re.search(r"os error (\d+)", str(error))) is None:
-                raise
-            code = int(number[1])
-            raise OSError(code, os.strerror(code), str(path)) from error
+        write_weights(aside, weights, metadata)
+
+
+def write_weights(
+    path: Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write tensors and metadata to a safetensors file in place, as part of something larger.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    try:
+        save_file(contiguous, path, dict(metadata))
+    except SafetensorError as error:
+        # It says what the system said in words alone.
+        if (number := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def weights_metadata(config: Config, server_round: int) -> dict[str, str]:

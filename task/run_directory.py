@@ -29,7 +29,7 @@ from typing import IO, Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from task.checkpoint import load_weights, save_weights, weights_metadata
+from task.checkpoint import load_weights, save_weights, weights_metadata, write_weights
 from task.config import (
     Config,
     flat_values,
@@ -284,7 +284,7 @@ class RunDirectory:
         beside = {f"{group}/{n}": t for group, tensors in state.items() for n, t in tensors.items()}
         file = self.path / "checkpoints" / f"round_{server_round:04d}.safetensors"
         with atomic_path(file) as aside:
-            save_weights(aside, {**weights, **beside}, self._metadata(server_round))
+            write_weights(aside, {**weights, **beside}, self._metadata(server_round))
             self.record(server_round, "global", numbers())
         for old in checkpoints(self.path)[: -self.config.federation.keep_checkpoints]:
             old.unlink()

@@ -5,6 +5,7 @@ import os
 import signal
 import ssl
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
@@ -139,7 +140,7 @@ class Deployment:
     def submit(self, run_name: str, *, app: Path = CHECKOUT, **values: Any) -> None:
         """Submit a run with `flwr run`, without waiting for it."""
         config = {"output_dir": str(self.results), "run_name": run_name, **RUN_CONFIG, **values}
-        file = self.folder / f"{run_name}.toml"
+        file = self.folder / "run-config.toml"
         # JSON's scalars are TOML's.
         file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()))
         self.flwr("run", app, CONNECTION, "--run-config", file)
@@ -171,6 +172,11 @@ class Deployment:
         """What Flower says of each run, oldest first."""
         runs = json.loads(self.flwr("list", CONNECTION, "--format", "json"))["runs"]
         return [run["status"] for run in sorted(runs, key=lambda run: run["pending-at"])]
+
+    def node_ids(self) -> dict[str, str]:
+        """Flower's number of each hospital that is registered."""
+        listed = script("list_nodes.py", CONNECTION, env=self.environment).splitlines()
+        return {line.split()[3]: line.split()[0] for line in listed}
 
     def run_log(self) -> str:
         """What the newest run has said, as whoever follows it sees it."""
@@ -213,8 +219,9 @@ def deployed(folder: Path, **variables: str) -> Iterator[Deployment]:
 
 def script(name: str, *arguments: str | Path, env: Mapping[str, str] | None = None) -> str:
     """Run one of the deployment's scripts and return what it printed."""
+    shell = [sys.executable] if name.endswith(".py") else []
     result = subprocess.run(
-        [SCRIPTS / name, *arguments], env=env, capture_output=True, text=True, check=False
+        [*shell, SCRIPTS / name, *arguments], env=env, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

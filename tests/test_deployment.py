@@ -49,9 +49,8 @@ def values(run: Path, name: str) -> dict[tuple[int, str], Any]:
 
 def number_of(deployment: Deployment, run: Path, name: str) -> str:
     """Find out which client a hospital is, as a coordinator does."""
-    listed = json.loads(deployment.flwr("supernode", "list", "hospitals", "--format", "json"))
-    (node,) = [node["node-id"] for node in listed["nodes"] if node["name"] == name]
-    return f"client-{json.loads((run / 'nodes.json').read_text())[str(node)]}"
+    numbers = json.loads((run / "nodes.json").read_text())
+    return f"client-{numbers[deployment.node_ids()[name]]}"
 
 
 @pytest.fixture(scope="module")
@@ -74,46 +73,52 @@ def test_faulty_hospitals_are_left_out_and_named(
     deployment: Deployment, images: dict[str, Path], faulty_app: Path
 ) -> None:
     deployment.add_node(
-        "broken", data=images["south"], variables={"FEDDM_FAULTS": "raise memory norm"}
+        "broken", data=images["south"], variables={"FEDDM_FAULTS": "raise memory shape killed"}
     )
-    deployment.add_node("sick", data=images["west"], variables={"FEDDM_FAULTS": "nan shape hang"})
+    deployment.add_node(
+        "sick", data=images["west"], variables={"FEDDM_FAULTS": "nan norm none hang"}
+    )
     deployment.add_node("unmounted", data=deployment.folder / "patient-4711")
     timeout = 75.0
     deployment.submit(
         "faults",
         app=faulty_app,
         **{
-            "federation.rounds": 3,
+            "federation.rounds": 4,
             "federation.min_nodes": 3,
             "federation.round_attempts": 1,
             "federation.round_timeout": timeout,
             "federation.max_update_norm": 50.0,
         },
     )
-    assert deployment.wait_for_end() == "finished:completed"
+    status = deployment.wait_for_end()
+    for name in ("broken", "sick", "unmounted"):
+        deployment.kill(name)
+    assert status == "finished:completed"
     run = deployment.results / "faults"
     broken, sick = (number_of(deployment, run, name) for name in ("broken", "sick"))
     reasons = values(run, "train_left_out")
     expected = {
         (1, broken): "ValueError (code 101)",
-        (2, broken): "(code 103)",
-        (3, broken): "federation.max_update_norm=50",
+        (2, broken): "RuntimeError (code 103)",
+        (3, broken): "of shape",
+        (4, broken): "its ClientApp was killed",
         (1, sick): "not finite",
-        (2, sick): "of shape",
-        (3, sick): "",
+        (2, sick): "federation.max_update_norm=50",
+        (4, sick): "no reply in time",
     }
     assert reasons.keys() == expected.keys()
     for who, words in expected.items():
         assert words in reasons[who], who
-    assert set(values(run, "num_clients").values()) == {1}
-    assert values(run, "round_seconds")[3, "global"] < timeout + 15
+    assert [*values(run, "num_clients").values()] == [1, 1, 2, 1]
+    assert values(run, "round_seconds")[4, "global"] < timeout + 15
+    # Who has let a round's time pass is not waited for a second time in it.
+    assert (4, sick) not in values(run, "evaluate_left_out")
     printed = deployment.run_log() + deployment.log("superlink")
     assert f"client {broken.removeprefix('client-')} is left out" in printed
     assert "was refused: FileNotFoundError (code 102)" in printed
     told = printed + "".join(file.read_text() for file in run.glob("*.json*"))
     assert "patient-4711" not in told and "patient-4711" in deployment.log("broken")
-    for name in ("broken", "sick", "unmounted"):
-        deployment.kill(name)
 
 
 def test_run_survives_a_hospital_that_is_killed_and_one_that_comes_late(
@@ -140,6 +145,7 @@ def test_run_survives_a_hospital_that_is_killed_and_one_that_comes_late(
         time.sleep(10)
         if deployment.is_running("south"):
             break
+    assert deployment.is_running("south"), deployment.log("south")
     assert deployment.wait_for_end() == "finished:completed"
     run = deployment.results / "night"
     south, west = (number_of(deployment, run, name) for name in ("south", "west"))
@@ -157,12 +163,12 @@ def test_run_survives_a_hospital_that_is_killed_and_one_that_comes_late(
 
 def test_run_goes_on_when_its_server_and_the_superlink_are_killed(deployment: Deployment) -> None:
     # A name that would be another one when the same words are given again.
-    name = "reboot-${now:%H%M%S}"
-    deployment.submit("reboot", **{"run_name": name, "federation.rounds": 4})
+    deployment.submit("reboot-${now:%H%M%S}", **{"federation.rounds": 4})
     deployment.supervise()
     wait_for(lambda: [*deployment.results.glob("reboot-*")] != [], seconds=120, what="its folder")
     (run,) = deployment.results.glob("reboot-*")
     deployment.wait_for_round(run.name, 1)
+    first = values(run, "round_seconds")[1, "global"]
     os.kill(int((run / ".lock").read_text()), signal.SIGKILL)
     deployment.wait_for_round(run.name, 2, seconds=240)
     deployment.kill("superlink")
@@ -172,3 +178,4 @@ def test_run_goes_on_when_its_server_and_the_superlink_are_killed(deployment: De
     assert [*deployment.results.glob("reboot-*")] == [run]
     complete = sorted(r for r, who in values(run, "train_loss") if who == "global")
     assert complete == [1, 2, 3, 4]
+    assert values(run, "round_seconds")[1, "global"] == first
