@@ -267,9 +267,16 @@ def said_of(error: Error) -> str:
             "its own log names it",
         ),
         (Error(100, "KeyError"), "KeyError (code 100)"),
-        (Error(2, "a\n  b\tc\r\n"), "a b c (code 2)"),
-        (Error(5, None), "no reason given (code 5)"),
-        (Error(5, ""), "no reason given (code 5)"),
+        (Error(100, "a\n  b\tc\r\n"), "a b c (code 100)"),
+        (Error(100, None), "no reason given (code 100)"),
+        (Error(100, ""), "no reason given (code 100)"),
+        # Flower's own texts may name a file of the node.
+        (
+            Error(2, "[Errno 28] No space left: '/home/dr-x/.flwr/apps'"),
+            "its ClientApp could not start; its own log says why (code 2)",
+        ),
+        (Error(5, "Node Unavailable"), "the node is gone (code 5)"),
+        (Error(4711, "/scans"), "Flower failed on the node; its own log says how (code 4711)"),
     ],
 )
 def test_errors_are_described_in_one_line(error: Error, expected: str) -> None:
@@ -277,7 +284,7 @@ def test_errors_are_described_in_one_line(error: Error, expected: str) -> None:
 
 
 def test_long_errors_are_cut() -> None:
-    said = said_of(Error(2, "Traceback\n" * 10_000))
+    said = said_of(Error(100, "Traceback\n" * 10_000))
     assert said.startswith("Traceback Traceback") and len(said) < LINE_LENGTH
 
 

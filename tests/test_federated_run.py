@@ -21,7 +21,7 @@ from server_app import federated_run, roster, training_run
 from server_app.app import app as server_app
 from server_app.evaluation import is_measured
 from server_app.federated_run import FederatedRun, available_memory, moving_average
-from server_app.quality import QUALITY_TYPE
+from server_app.quality import QUALITY_TYPE, check_scores, scores_of
 from server_app.simulation import simulated_at_once
 from server_app.training_run import initial_model
 from task.checkpoint import load_weights
@@ -731,6 +731,22 @@ def test_round_that_fails_is_tried_again_and_leaves_nothing_of_the_failure(
     assert recorded(folder, "num_clients") == {(1, "global"): 2, (2, "global"): 2}
 
 
+def test_round_that_is_tried_again_draws_hospitals_that_have_not_failed_in_it(
+    hospitals: tuple[RunConfig, ClientNodes],
+) -> None:
+    run_config, nodes = hospitals
+    drawn: list[int] = []
+
+    def fail_first_drawn(asked: Message, reply: Message) -> Message:
+        if asked.metadata.message_type != "train" or not is_of_round(asked, 1):
+            return reply
+        drawn.append(int(asked.content.config_records[Key.CONFIG][Key.CLIENT]))
+        return failure(asked) if drawn[-1] == drawn[0] else reply
+
+    play({**run_config, "federation.clients_per_round": 1}, nodes=nodes, alter=fail_first_drawn)
+    assert sorted(drawn) == [0, 1]
+
+
 def test_round_that_fails_every_time_ends_the_run_and_names_each_clients_reason(
     hospitals: tuple[RunConfig, ClientNodes],
 ) -> None:
@@ -928,6 +944,13 @@ def test_scores_that_cannot_be_used_are_left_out_and_named(
     assert ("client-1", "quality_fid") not in told
     assert told["global", "quality_fid"] == told["client-0", "quality_fid"]
     assert told["global", "quality_num_hospitals"] == 1
+
+
+def test_scores_beside_a_count_of_0_are_not_taken_up() -> None:
+    metrics = MetricRecord({Key.NUM_EXAMPLES: 0, Key.FID: math.nan})
+    content = RecordDict({Key.METRICS: metrics})
+    check_scores(content)
+    assert scores_of(content) == {Key.NUM_EXAMPLES: 0}
 
 
 @pytest.fixture(scope="module")

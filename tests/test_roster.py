@@ -70,7 +70,7 @@ def test_simulation_waits_for_all_of_its_nodes(network: Network) -> None:
     nodes = ClientNodes(network, {}, *simulated(3)[:2])
     known = simulation(network)
     with network.answering(nodes), pytest.raises(TimeoutError, match=r"^2 of 3 nodes are ready"):
-        known.wait_for(1, seconds=0.8)
+        known.wait_for(1, seconds=2.5)
     (late,) = network.add_nodes(1)
     nodes.contexts[late] = node_context({}, simulated(3)[2], node_id=late)
     with network.answering(nodes):
@@ -141,7 +141,7 @@ def test_node_that_leaves_keeps_its_number_for_its_return(network: Network) -> N
     with network.answering(introduced):
         known.wait_for(2, seconds=20)
         network.state.deactivate_node(first)
-        known.wait_for(1, seconds=5)
+        known.wait_for(1, seconds=20)
         assert known.node_ids == {1: second}
         (third,) = network.add_nodes(1)
         network.state.activate_node(first, heartbeat_interval=60)
@@ -175,7 +175,7 @@ def test_node_with_other_code_is_refused_and_named(
         refused = f"node {bad} was refused: it runs other code than the server"
         assert refused in capsys.readouterr().out
         with pytest.raises(TimeoutError, match=rf"1 of 2 nodes .*federation\.node_wait.*{refused}"):
-            known.wait_for(2, seconds=0.8)
+            known.wait_for(2, seconds=2.5)
 
 
 def test_node_that_fails_is_refused_with_its_words(network: Network) -> None:
@@ -186,7 +186,7 @@ def test_node_that_fails_is_refused_with_its_words(network: Network) -> None:
 
     reason = rf"node {bad} was refused: ImportError \(code 100\)$"
     with network.answering(failing), pytest.raises(TimeoutError, match=reason):
-        real(network).wait_for(1, seconds=0.8)
+        real(network).wait_for(1, seconds=2.5)
 
 
 @pytest.mark.parametrize("missing", [Key.CONFIG, Key.FINGERPRINT])
@@ -207,7 +207,7 @@ def test_node_that_says_nothing_of_its_code_is_refused_in_words(
         network.answering(silent_about_its_code),
         pytest.raises(TimeoutError, match=rf"node {bad} was refused: .*{missing.value}") as caught,
     ):
-        real(network).wait_for(1, seconds=0.8)
+        real(network).wait_for(1, seconds=2.5)
     assert "Key." not in str(caught.value)  # words for a person, not Python's
 
 
@@ -216,24 +216,35 @@ def test_refused_node_may_come_back(network: Network) -> None:
     (node,) = network.add_nodes(1)
     known = real(network)
     with network.answering(other_code), pytest.raises(TimeoutError, match="other code"):
-        known.wait_for(1, seconds=0.8)
+        known.wait_for(1, seconds=2.5)
     network.state.deactivate_node(node)
     with pytest.raises(TimeoutError, match="no other node connected"):
         known.wait_for(1, seconds=0.1)
     network.state.activate_node(node, heartbeat_interval=60)
     with network.answering(introduced):
-        known.wait_for(1, seconds=2)
+        known.wait_for(1, seconds=20)
     assert known.node_ids == {0: node}
 
 
 def test_slow_node_is_asked_again(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roster, "QUERY_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(roster, "QUERY_TIMEOUT_SECONDS", 2.0)
     (node,) = network.add_nodes(1)
     known = real(network)
     with pytest.raises(TimeoutError, match=rf"node {node} has not introduced itself yet$"):
-        known.wait_for(1, seconds=0.6)
+        known.wait_for(1, seconds=2.5)
     with network.answering(introduced):
-        known.wait_for(1, seconds=5)
+        known.wait_for(1, seconds=20)
+    assert known.node_ids == {0: node}
+
+
+def test_client_in_doubt_is_absent_until_it_introduces_itself_again(network: Network) -> None:
+    (node,) = network.add_nodes(1)
+    known = real(network)
+    with network.answering(introduced):
+        known.wait_for(1, seconds=20)
+        known.doubt(0)
+        assert known.node_ids == {} and known.numbers == {str(node): 0}
+        known.wait_for(1, seconds=20)
     assert known.node_ids == {0: node}
 
 
@@ -266,7 +277,7 @@ def test_silent_newcomer_holds_a_round_up_for_the_patience_once_and_joins_when_i
     # What it was asked first is still out: the answer is taken whenever it comes.
     (asked,) = network.waiting()
     network.store_reply(introduced(asked))
-    known.wait_for(2, seconds=5, patience=0.5)
+    known.wait_for(2, seconds=20, patience=0.5)
     assert known.node_ids == {0: first, 1: late}
     assert f"client 1 (node {late}) has joined" in capsys.readouterr().out
 
@@ -297,7 +308,7 @@ def test_node_that_let_a_query_expire_is_asked_anew_and_not_waited_for(
 def test_refused_node_is_asked_again_after_a_while(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roster, "REFUSED_SECONDS", 0.6)
+    monkeypatch.setattr(roster, "REFUSED_SECONDS", 4.0)
     (node,) = network.add_nodes(1)
     asked = []
 
@@ -308,9 +319,9 @@ def test_refused_node_is_asked_again_after_a_while(
     known = real(network)
     with network.answering(mended):
         with pytest.raises(TimeoutError, match="other code"):
-            known.wait_for(1, seconds=0.3)
+            known.wait_for(1, seconds=2.5)
         assert len(asked) == 1
-        known.wait_for(1, seconds=5)
+        known.wait_for(1, seconds=20)
     assert known.node_ids == {0: node}
 
 
@@ -327,7 +338,7 @@ def test_leaving_and_returning_are_told_and_a_missing_client_is_named(
             rf"client 6 \(node {first}\) is missing since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d$"
         )
         with pytest.raises(TimeoutError, match=missing):
-            known.wait_for(2, seconds=0.3)
+            known.wait_for(2, seconds=1)
         assert f"client 6 (node {first}) has left" in capsys.readouterr().out
         network.state.activate_node(first, heartbeat_interval=60)
         known.wait_for(2, seconds=20)
@@ -350,7 +361,7 @@ def test_class_counts_that_cannot_be_are_refused(network: Network, counts: objec
     network.add_nodes(1)
     message = r"class-counts must be 3 whole numbers from 0 to 1e\+12, one for each .*, got "
     with network.answering(saying(counts)), pytest.raises(TimeoutError, match=message):
-        real(network).wait_for(1, seconds=0.2)
+        real(network).wait_for(1, seconds=2.5)
 
 
 @pytest.mark.parametrize(
@@ -374,9 +385,9 @@ def test_false_claim_of_a_share_is_refused_and_the_others_go_on(
 
     known = real(network)
     with network.answering(by_node({honest: introduced, liar: claiming})):
-        known.wait_for(1, seconds=5)
+        known.wait_for(1, seconds=20)
         with pytest.raises(TimeoutError, match="share of a simulation that there is not"):
-            known.wait_for(2, seconds=0.6)
+            known.wait_for(2, seconds=2.5)
     assert list(known.node_ids.values()) == [honest] and known.num_partitions is None
 
 
@@ -386,14 +397,14 @@ def test_node_of_a_simulation_among_real_ones_does_not_turn_them_into_one(
     (first,) = network.add_nodes(1)
     known = real(network)
     with network.answering(introduced):
-        known.wait_for(1, seconds=5)
+        known.wait_for(1, seconds=20)
     (late,) = network.add_nodes(1)
 
     def simulated(message: Message) -> Message:
         return app(message, node_context({}, {"partition-id": 0, "num-partitions": 5}))
 
     with network.answering(simulated):
-        known.wait_for(1, seconds=5)
+        known.wait_for(1, seconds=20)
     assert known.num_partitions is None
     assert known.node_ids == {0: first} and late not in known.node_ids.values()
 
