@@ -148,7 +148,7 @@ def test_run_that_a_person_resumed_counts_anew_even_when_it_was_given_up() -> No
     by_hand = replace(given_up, submission=replace(given_up.submission, run_id=5))
     assert by_hand.run_id == 5
     assert verdict(by_hand, listed(r2=FAILED, r5="running")) is Verdict.GOING
-    assert verdict(by_hand, listed(r2=FAILED, r5=FAILED), now=0.0) is Verdict.RESUBMIT
+    assert verdict(by_hand, listed(r2=FAILED, r5=FAILED), now=1.0) is Verdict.RESUBMIT
 
 
 def test_pauses_grow_up_to_an_hour_and_outlast_a_night() -> None:
