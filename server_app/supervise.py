@@ -1,7 +1,7 @@
 """`feddm-supervise`: submit runs that failed again, beside a SuperLink, for as long as it helps."""
 
-import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -9,20 +9,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from server_app.log import log
 from server_app.submission import SUBMISSION_FILE, as_toml
 from server_app.supervision import (
+    ATTEMPTS,
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
     ListedRun,
     RunFolder,
     Verdict,
+    all_pauses,
     attempt,
+    earliest,
     failed_without_folder,
     fruitless,
     giving_up,
@@ -32,12 +39,16 @@ from server_app.supervision import (
     remember,
 )
 from task.config import require
-from task.run_directory import HOW_TO_RESUME
+from task.fingerprint import fingerprint_of
+from task.run_directory import HOW_TO_RESUME, hold
 
 LOCK_FILE = ".supervisor.lock"
 # Flower's commands take seconds, and a minute on a machine that is out of breath.
 COMMAND_TIMEOUT_SECONDS = 180.0
 NAP_SECONDS = 0.2
+# What may need a person's hand is said again.
+REPEAT_SECONDS = 600.0
+MOST_RUNS = 1_000_000
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -63,10 +74,9 @@ def supervise(
     runs: Annotated[
         Path,
         typer.Option(
-            exists=True,
             file_okay=False,
             resolve_path=True,
-            help="The folder with the run directories, at any depth.",
+            help="The folder with the run directories, at any depth; made where there is none.",
             show_default=False,
         ),
     ],
@@ -75,26 +85,33 @@ def supervise(
         typer.Option(
             min=1,
             max=100,
-            help="Submissions in a row without a further complete round, then give up.",
+            help="Submissions in a row without a further complete round, then give up. The pauses "
+            f"between them grow from {FIRST_PAUSE:g} s to {LONGEST_PAUSE / 60:g} min; those of "
+            f"{ATTEMPTS} sum to about {all_pauses(ATTEMPTS) / 3600:.0f} hours.",
         ),
-    ] = 3,
+    ] = ATTEMPTS,
     poll: Annotated[float, typer.Option(min=1, help="Seconds between two looks.")] = 10,
     until_done: Annotated[
-        bool, typer.Option(help="End when no run is going: 0 if all completed, else 1.")
+        bool,
+        typer.Option(
+            help="End when no run is going: 0 if all completed that were going at the start, came "
+            "later or were submitted again; 1 if one of them did not, or there were none.",
+        ),
     ] = False,
 ) -> None:
     """Submit runs that failed again, with resume=true, until they complete.
 
     It runs on the SuperLink's host and reads its run directories. A run that a person stopped
-    with `flwr stop` is left alone. It ends with status 1 when it gives a run up, and with 0 when
-    it is asked to end (SIGTERM).
+    with `flwr stop` is left alone. A run that it gives up it names, and goes on with the others.
+    Without --until-done it ends only when it is asked to (SIGTERM), with 0.
     """
     # Never in the midst of a submission.
     ending = [False]
     signal.signal(signal.SIGTERM, lambda *_: ending.__setitem__(0, True))
     try:
-        lock = hold(runs / LOCK_FILE)
-    except ValueError as error:
+        runs.mkdir(parents=True, exist_ok=True)
+        lock = hold(runs / LOCK_FILE, "--runs", patience=0.0)
+    except (OSError, ValueError) as error:
         typer.echo(f"feddm-supervise: {error}", err=True)
         raise typer.Exit(1) from error
     with lock:
@@ -119,7 +136,9 @@ class Supervisor:
         self._runs = runs
         self._attempts = attempts
         self._answered = True
-        self._said: set[tuple[object, ...]] = set()
+        self._said: dict[tuple[object, ...], float] = {}
+        # The runs that were over at the first look; None before it.
+        self._history: set[int] | None = None
 
     def look(self, *, until_done: bool = False) -> int | None:
         """Look once at what Flower lists and at the folders, and do what is to be done.
@@ -128,7 +147,7 @@ class Supervisor:
             The status to end with; None to go on.
         """
         # The folders first: what is listed then is at least as new as what they say.
-        folders = self.read_folders()
+        folders, all_read = self.read_folders()
         try:
             listed = list_runs(self._connection)
         except NoAnswer as reason:
@@ -139,74 +158,137 @@ class Supervisor:
         if not self._answered:
             log("the SuperLink answers again")
         self._answered = True
+        if self._history is None:
+            self._history = {run.run_id for run in listed.values() if run.is_over}
         self.say_what_has_no_folder(listed, folders)
-        verdicts = [self.handle(folder, listed, folders) for folder in folders]
-        if Verdict.HOPELESS in verdicts:
-            return 1
-        return self.status(verdicts, listed, folders) if until_done else None
+        verdicts = {folder.run_id: self.handle(folder, listed, folders) for folder in folders}
+        return self.status(verdicts, listed, folders) if until_done and all_read else None
 
-    def read_folders(self) -> list[RunFolder]:
-        """Read every run directory that names its run, and say which cannot be read."""
-        folders = []
-        for file in sorted(self._runs.rglob(SUBMISSION_FILE)):
+    def read_folders(self) -> tuple[list[RunFolder], bool]:
+        """Read every run directory that names its run, and say which cannot be read.
+
+        Returns:
+            What was read, and whether nothing is left that may be readable later.
+        """
+        folders, all_read = [], True
+        try:
+            files = sorted(self._runs.rglob(SUBMISSION_FILE))
+        except OSError as error:
+            self.say_trouble(self._runs, error)
+            return [], False
+        for file in files:
             try:
                 folders.append(read_folder(file.parent))
             except ValueError as error:
                 self.say_once(f"left alone: {error}", file)
-        return folders
+            except OSError as error:
+                self.say_trouble(file.parent, error)
+                all_read = False
+        return folders, all_read
 
     def handle(
         self, folder: RunFolder, listed: Mapping[int, ListedRun], folders: Collection[RunFolder]
     ) -> Verdict:
-        """Judge a run and do what it asks for."""
-        starting = any(is_unnamed_start(run, folders) for run in listed.values())
+        """Judge a run and do what it asks for; what cannot be done now waits."""
         now = time.time()
-        verdict = judge(folder, listed, attempts=self._attempts, starting=starting, now=now)
-        run = listed.get(folder.run_id)
-        why = run.details if run is not None else ""
-        match verdict:
-            case Verdict.RESUBMIT:
-                self.submit_again(folder, why, now=now)
-            case Verdict.HOPELESS:
-                remember(folder.path, giving_up(folder))
-                log(
-                    f"GIVING UP {folder.path} after {fruitless(folder)} attempts without a further "
-                    f"complete round; complete: {folder.last_round}; run {folder.run_id} failed: "
-                    f"{why}. Remove the cause; then {HOW_TO_RESUME}"
-                )
-            case Verdict.GIVEN_UP:
-                self.say_once(f"given up before: {folder.path}: {why}", folder.run_id, verdict)
-            case Verdict.HELD:
-                self.say_once(
-                    f"{folder.path}: run {folder.run_id} failed, but process {folder.holder} "
-                    "holds its folder; waiting for its end",
-                    folder.run_id,
-                    verdict,
-                )
-            case Verdict.COMPLETED | Verdict.STOPPED | Verdict.GOING:
-                self.say_once(
-                    f"{folder.path}: run {folder.run_id} is {verdict.value}",
-                    folder.run_id,
-                    verdict,
-                )
+        starting = any(is_unnamed_start(run, folders, now=now) for run in listed.values())
+        try:
+            verdict = judge(folder, listed, attempts=self._attempts, starting=starting, now=now)
+            run = listed.get(folder.run_id)
+            if run is None:
+                self.say_foreign(folder)
+            elif verdict is Verdict.RESUBMIT:
+                self.submit_again(folder, run, now=now)
+            elif verdict is Verdict.HOPELESS:
+                self.give_up(folder, run)
+            else:
+                self.say_verdict(folder, run, verdict)
+        except (OSError, ValueError) as error:
+            self.say_trouble(folder.path, error)
+            return Verdict.WAITING
         return verdict
 
-    def submit_again(self, folder: RunFolder, why: str, *, now: float) -> None:
-        """Submit a run once more, and remember the attempt whatever becomes of it."""
+    def submit_again(self, folder: RunFolder, run: ListedRun, *, now: float) -> None:
+        """Submit a run once more, and remember the attempt unless the disk hindered it.
+
+        Raises:
+            OSError: the words or what is remembered cannot be written.
+        """
         this_attempt = attempt(folder, now=now)
-        log(
-            f"{folder.path}: run {folder.run_id} failed ({why}) after round {folder.last_round}; "
-            f"submitting it again, attempt {this_attempt.attempts} of {self._attempts}"
+        self.say_once(
+            f"{folder.path}: run {run.run_id} failed ({run.details}) after round "
+            f"{folder.last_round}; submitting it again, attempt {this_attempt.attempts} of "
+            f"{self._attempts}",
+            *(run.run_id, Verdict.RESUBMIT, this_attempt.attempts),
         )
-        # Before, so that a crash in between cannot make attempts endless.
-        remember(folder.path, this_attempt)
         try:
-            run_id = submit(folder, self._connection)
+            with submittable(folder) as arguments:
+                # Before, so that a crash in between cannot make attempts endless.
+                remember(folder.path, this_attempt)
+                self.make_present(run)
+                run_id = submit(*arguments, connection=self._connection)
         except NoAnswer as reason:
+            remember(folder.path, this_attempt)
+            self.make_present(run)
             log(f"{folder.path}: could not be submitted: {reason}")
             return
-        remember(folder.path, replace(this_attempt, run_id=run_id))
         log(f"{folder.path}: goes on as run {run_id}")
+        remember(folder.path, replace(this_attempt, run_id=run_id))
+
+    def give_up(self, folder: RunFolder, run: ListedRun) -> None:
+        """Say that a run is given up, and remember it.
+
+        Raises:
+            OSError: it cannot be remembered.
+        """
+        self.make_present(run)
+        self.say_once(
+            f"GIVING UP {folder.path} after {fruitless(folder)} attempts without a further "
+            f"complete round; complete: {folder.last_round}; run {run.run_id} failed: "
+            f"{run.details}. Remove the cause; then {HOW_TO_RESUME}",
+            # And not once more in the words of a later supervisor.
+            *(run.run_id, Verdict.GIVEN_UP, fruitless(folder)),
+        )
+        remember(folder.path, giving_up(folder))
+
+    def make_present(self, run: ListedRun) -> None:
+        """Count a run in for the status, which was over at the first look."""
+        if self._history is not None:
+            self._history.discard(run.run_id)
+
+    def say_verdict(self, folder: RunFolder, run: ListedRun, verdict: Verdict) -> None:
+        """Say where a run stands, which asks for nothing now."""
+        text, again = f"run {run.run_id} is {verdict.value}", math.inf
+        if verdict is Verdict.GIVEN_UP:
+            text = f"run {run.run_id} was given up before: {run.details}"
+        elif verdict is Verdict.HELD:
+            text = (
+                f"run {run.run_id} failed, but process {folder.holder} holds its folder; "
+                "waiting for its end"
+            )
+            again = REPEAT_SECONDS
+        elif verdict is Verdict.WAITING:
+            due = datetime.fromtimestamp(earliest(folder, run)).astimezone()
+            text = (
+                f"run {run.run_id} failed ({run.details}); to be submitted again after "
+                f"{due.isoformat(' ', 'seconds')}, and not while another run starts"
+            )
+        about = (run.run_id, verdict, fruitless(folder))
+        self.say_once(f"{folder.path}: {text}", *about, again=again)
+
+    def say_foreign(self, folder: RunFolder) -> None:
+        """Say of a run that the SuperLink does not know it."""
+        self.say_once(
+            f"{folder.path}: left alone, this SuperLink does not list its run {folder.run_id}",
+            folder.run_id,
+            Verdict.FOREIGN,
+        )
+
+    def say_trouble(self, path: Path, error: OSError | ValueError) -> None:
+        """Say that nothing can be done for a folder now."""
+        # Not its text, which may hold the name of a temporary file.
+        kind = getattr(error, "errno", None)
+        self.say_once(f"{path}: waiting, it is tried again: {error}", path, type(error), kind)
 
     def say_what_has_no_folder(
         self, listed: Mapping[int, ListedRun], folders: Collection[RunFolder]
@@ -222,75 +304,84 @@ class Supervisor:
 
     def status(
         self,
-        verdicts: Collection[Verdict],
+        verdicts: Mapping[int, Verdict],
         listed: Mapping[int, ListedRun],
         folders: Collection[RunFolder],
     ) -> int | None:
         """Return the status to end with when nothing is going any more; None before.
 
-        Without any run it is 1: who waits for runs expects one.
+        Args:
+            verdicts: by the number of the run.
+            listed: what Flower lists.
+            folders: what is on the disk.
         """
-        going = any(not run.status.startswith("finished") for run in listed.values())
         open_cases = {Verdict.GOING, Verdict.HELD, Verdict.WAITING, Verdict.RESUBMIT}
-        if going or not open_cases.isdisjoint(verdicts):
+        going = any(not run.is_over for run in listed.values())
+        if going or not open_cases.isdisjoint(verdicts.values()):
             return None
-        ours = [verdict for verdict in verdicts if verdict is not Verdict.FOREIGN]
-        completed = bool(ours) and all(verdict is Verdict.COMPLETED for verdict in ours)
-        done = completed and failed_without_folder(listed, folders) is None
+        present = listed.keys() - (self._history or set())
+        ours = {verdict for run_id, verdict in verdicts.items() if run_id in present}
+        lost = failed_without_folder(listed, folders)
+        if not ours and (lost is None or lost.run_id not in present):
+            log(f"no run of {self._runs} was going since the start; nothing to wait for")
+            return 1
+        done = ours == {Verdict.COMPLETED} and (lost is None or lost.run_id not in present)
         log("all runs completed" if done else "no run is going, and not all completed")
         return 0 if done else 1
 
-    def say_once(self, text: str, *about: object) -> None:
-        """Print a line, unless it was printed before about the same."""
-        if about not in self._said:
-            self._said.add(about)
+    def say_once(self, text: str, *about: object, again: float = math.inf) -> None:
+        """Print a line, unless it was printed before about the same.
+
+        Args:
+            text: the line.
+            about: what it is about.
+            again: seconds after which it is printed again.
+        """
+        now, before = time.monotonic(), self._said.get(about)
+        if before is None or now - before >= again:
+            self._said[about] = now
             log(text)
-
-
-def hold(path: Path) -> IO[str]:
-    """Lock a file until it is closed.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    file = path.open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        owner = file.read().strip()
-        file.close()
-        raise ValueError(
-            f"--runs: {path.parent} has a supervisor already, process {owner}; end it first"
-        ) from error
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
 
 
 def list_runs(connection: str) -> dict[int, ListedRun]:
     """Ask the SuperLink for its runs, by number.
 
     Raises:
-        NoAnswer: it does not answer.
+        NoAnswer: it does not answer, or not as Flower does.
     """
-    answer = flwr("list", connection)
-    runs = [
-        ListedRun(int(run["run-id"]), run["status"], run["status-details"], run["pending-at"])
-        for run in answer["runs"]
-    ]
+    # Without a limit it lists the newest 20.
+    answer = flwr("list", connection, "--limit", str(MOST_RUNS))
+    try:
+        runs = [listed_run(run) for run in answer["runs"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise NoAnswer(f"`flwr list` gave a list that is none of Flower's: {error!r}") from error
     return {run.run_id: run for run in runs}
 
 
-def submit(folder: RunFolder, connection: str) -> int:
-    """Submit a run with the words and the code that it was started with.
-
-    Returns:
-        The number of the new run.
+def listed_run(said: Mapping[str, str]) -> ListedRun:
+    """Read what `flwr list` says of a run.
 
     Raises:
-        NoAnswer: the code is not there, or the SuperLink does not take the run.
+        KeyError, TypeError, ValueError: it is not what Flower says.
+    """
+    times = [
+        datetime.fromisoformat(said[step]).timestamp()
+        for step in ("pending-at", "starting-at", "running-at", "finished-at")
+        if said[step] != "N/A"
+    ]
+    require(bool(times), "the times of a run", "there", said)
+    return ListedRun(
+        int(said["run-id"]), str(said["status"]), str(said["status-details"]), times[0], times[-1]
+    )
+
+
+@contextmanager
+def submittable(folder: RunFolder) -> Iterator[tuple[Path, Path]]:
+    """Yield the code that a run was started with, and a file with its words.
+
+    Raises:
+        NoAnswer: the code is not there any more.
+        OSError: the disk does not allow it.
     """
     code = Path(folder.submission.app)
     if not (code / "pyproject.toml").is_file():
@@ -298,12 +389,38 @@ def submit(folder: RunFolder, connection: str) -> int:
             f"its code is not at {code}: keep the FLWR_HOME of the SuperLink's host, "
             "and let the supervisor see it under the same path"
         )
+    found, started_with = fingerprint_of(code), folder.submission.fingerprint
+    if found != started_with:
+        raise NoAnswer(
+            f"the code at {code} has the fingerprint {found}, and the run was started with "
+            f"{started_with}: put that code back"
+        )
     with tempfile.TemporaryDirectory(prefix="feddm-") as aside:
         words = Path(aside) / "run-config.toml"
         run_config = {**folder.submission.run_config, "resume": folder.begun}
         words.write_text(as_toml(run_config), encoding="utf-8")
-        answer = flwr("run", str(code), connection, "--run-config", str(words))
-    return int(answer["run-id"])
+        yield code, words
+
+
+def submit(code: Path, words: Path, *, connection: str) -> int:
+    """Submit a run.
+
+    Args:
+        code: folder of the app.
+        words: TOML file with its run config.
+        connection: name of the SuperLink's.
+
+    Returns:
+        The number of the new run.
+
+    Raises:
+        NoAnswer: the SuperLink does not take it.
+    """
+    answer = flwr("run", str(code), connection, "--run-config", str(words))
+    try:
+        return int(answer["run-id"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise NoAnswer(f"`flwr run` gave no number of a run: {answer}") from error
 
 
 def flwr(*arguments: str) -> dict[str, Any]:
@@ -315,17 +432,21 @@ def flwr(*arguments: str) -> dict[str, Any]:
     # That of this environment comes first, whatever the shell has found.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     command = [shutil.which("flwr", path=path) or "flwr", *arguments, "--format", "json"]
+    name = f"`flwr {arguments[0]}`"
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT_SECONDS
         )
-        answer: dict[str, Any] = json.loads(done.stdout)
+        answer = json.loads(done.stdout)
     except subprocess.TimeoutExpired as error:
-        raise NoAnswer(f"`flwr {arguments[0]}` took over {COMMAND_TIMEOUT_SECONDS:g} s") from error
+        raise NoAnswer(f"{name} took over {COMMAND_TIMEOUT_SECONDS:g} s") from error
+    except OSError as error:
+        raise NoAnswer(f"{name} could not be run: {error}") from error
     except ValueError as error:
         said = " ".join(f"{done.stdout} {done.stderr}".split())
-        raise NoAnswer(f"`flwr {arguments[0]}` said: {said[-500:]}") from error
-    require(isinstance(answer, dict), f"the answer of `flwr {arguments[0]}`", "an object", answer)
+        raise NoAnswer(f"{name} said: {said[-500:]}") from error
+    if not isinstance(answer, dict):
+        raise NoAnswer(f"{name} said: {done.stdout[-500:]}")
     # Flower ends with status 0 and says here that it failed.
     if not answer.get("success"):
         raise NoAnswer(" ".join(str(answer.get("error-message", answer)).split()))

@@ -15,11 +15,14 @@ from task.run_directory import holder, is_begun, last_complete_round
 
 SUPERVISION_FILE = "supervision.json"
 
-# Seconds from an attempt that did not help to the next, doubled with each; some causes, such as a
-# hospital that is restarted, go away by themselves.
-FIRST_PAUSE, LONGEST_PAUSE = 30.0, 900.0
+# Seconds from the failure of an attempt to the next, doubled with each; many causes, such as a
+# hospital that is restarted, go away by themselves. All together they outlast a night.
+FIRST_PAUSE, LONGEST_PAUSE = 30.0, 3600.0
+ATTEMPTS = 14
 
 STARTING = ("pending", "starting")
+# A run's process imports its libraries before it names its folder.
+NAMING_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,20 @@ class ListedRun:
         status: "pending", "starting", "running" or "finished:" with "completed", "failed" or
             "stopped".
         details: why it ended so.
-        submitted_at: ISO 8601 in UTC.
+        submitted_at: seconds since the epoch.
+        changed_at: when it took this status, in seconds since the epoch.
     """
 
     run_id: int
     status: str
     details: str
-    submitted_at: str
+    submitted_at: float
+    changed_at: float
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self.status.startswith("finished")
 
 
 @dataclass(frozen=True)
@@ -144,7 +154,7 @@ def judge(
         return Verdict.HELD
     if fruitless(folder) >= attempts:
         return Verdict.HOPELESS
-    return Verdict.WAITING if starting or now < earliest(folder) else Verdict.RESUBMIT
+    return Verdict.WAITING if starting or now < earliest(folder, run) else Verdict.RESUBMIT
 
 
 def fruitless(folder: RunFolder) -> int:
@@ -153,13 +163,28 @@ def fruitless(folder: RunFolder) -> int:
     return 0 if done is None or folder.last_round > done.since_round else done.attempts
 
 
-def earliest(folder: RunFolder) -> float:
-    """Return when a run may be submitted again, in seconds since the epoch."""
+def earliest(folder: RunFolder, run: ListedRun) -> float:
+    """Return when a run may be submitted again, in seconds since the epoch.
+
+    Args:
+        folder: what is on the disk.
+        run: that holds the folder, and failed.
+    """
     count = fruitless(folder)
     if folder.supervised is None or count == 0:
-        return 0.0
-    pause = min(math.ldexp(FIRST_PAUSE, count - 1), LONGEST_PAUSE)
-    return folder.supervised.submitted_at + pause
+        return run.changed_at
+    # A submission that was not taken has left no run that could fail.
+    return max(folder.supervised.submitted_at, run.changed_at) + pause_after(count)
+
+
+def pause_after(count: int) -> float:
+    """Return the seconds from the failure of the attempt of this number, from 1, to the next."""
+    return min(math.ldexp(FIRST_PAUSE, count - 1), LONGEST_PAUSE)
+
+
+def all_pauses(attempts: int) -> float:
+    """Return the seconds of all pauses between so many attempts."""
+    return sum(pause_after(count) for count in range(1, attempts))
 
 
 def attempt(folder: RunFolder, *, now: float) -> Supervision:
@@ -180,9 +205,11 @@ def giving_up(folder: RunFolder) -> Supervision:
     return replace(folder.supervised, given_up=True)
 
 
-def is_unnamed_start(run: ListedRun, folders: Collection[RunFolder]) -> bool:
-    """Whether a run starts and no folder names it yet."""
-    return run.status in STARTING and run.run_id not in {folder.run_id for folder in folders}
+def is_unnamed_start(run: ListedRun, folders: Collection[RunFolder], *, now: float) -> bool:
+    """Whether a run starts, or has just begun to run, and no folder names it yet."""
+    new = run.status == "running" and now < run.changed_at + NAMING_SECONDS
+    named = {folder.run_id for folder in folders}
+    return (new or run.status in STARTING) and run.run_id not in named
 
 
 def failed_without_folder(
@@ -200,6 +227,7 @@ def read_folder(path: Path) -> RunFolder:
 
     Raises:
         ValueError: a file is no file of this version of feddm.
+        OSError: a file cannot be read.
     """
     return RunFolder(
         path=path,
@@ -212,7 +240,11 @@ def read_folder(path: Path) -> RunFolder:
 
 
 def remember(path: Path, supervision: Supervision) -> None:
-    """Write down, in the folder of a run, what was done for it."""
+    """Write down, in the folder of a run, what was done for it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     write_json(path / SUPERVISION_FILE, asdict(supervision))
 
 

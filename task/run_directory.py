@@ -180,7 +180,7 @@ class RunDirectory:
         """
         check_startable(config)
         self.path = path = run_path(config)
-        self._lock = _lock(path / LOCK_FILE)
+        self._lock = hold(path / LOCK_FILE, "run_name", patience=LOCK_PATIENCE_SECONDS)
         try:
             # Another run may have begun here while this one waited.
             check_startable(config)
@@ -373,6 +373,39 @@ def last_complete_round(run: Path) -> int:
     return max((_round_of(file) for file in checkpoints(run)), default=0)
 
 
+def hold(path: Path, field: str, *, patience: float) -> IO[str]:
+    """Lock a file, and write this process's number into it, until it is closed.
+
+    Args:
+        path: the file; made where there is none.
+        field: what names its folder, for the error.
+        patience: seconds to wait for another process to let go of it.
+
+    Raises:
+        ValueError: another process holds it.
+        OSError: it cannot be written.
+    """
+    file = path.open("a+", encoding="utf-8")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                owner = file.read().strip()
+                file.close()
+                raise ValueError(
+                    f"{field}: {path.parent} is in use by process {owner}; end it first"
+                ) from error
+            time.sleep(0.5)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
 def holder(run: Path) -> str | None:
     """Return the number of the process that has the folder of a run open; None where none has."""
     try:
@@ -388,25 +421,3 @@ def holder(run: Path) -> str | None:
 
 def _round_of(file: Path) -> int:
     return int(file.stem.removeprefix("round_"))
-
-
-def _lock(path: Path) -> IO[str]:
-    file = path.open("a+", encoding="utf-8")
-    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                file.seek(0)
-                owner = file.read().strip()
-                file.close()
-                raise ValueError(
-                    f"run_name: {path.parent} is in use by process {owner}; end it first"
-                ) from error
-            time.sleep(0.5)
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file

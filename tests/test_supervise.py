@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import tomllib
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from server_app import supervise
 from server_app.submission import (
     SUBMISSION_FILE,
     Submission,
@@ -22,24 +24,27 @@ from server_app.submission import (
 from server_app.superlink import free_port
 from server_app.supervise import Supervisor
 from server_app.supervision import (
+    ATTEMPTS,
     LONGEST_PAUSE,
+    NAMING_SECONDS,
     SUPERVISION_FILE,
     ListedRun,
     RunFolder,
     Supervision,
     Verdict,
+    all_pauses,
     attempt,
-    earliest,
     failed_without_folder,
     giving_up,
     is_unnamed_start,
     judge,
+    pause_after,
     read_folder,
     remember,
 )
 from task.config import anchored, load_config, load_run_config
 from task.fingerprint import ROOT, code_fingerprint
-from task.run_directory import RunDirectory
+from task.run_directory import RunDirectory, hold
 from tests.processes import COMMANDS, process, wait_for
 
 FAILED = "finished:failed"
@@ -54,8 +59,8 @@ def folder(**values: Any) -> RunFolder:
 def listed(**statuses: str) -> dict[int, ListedRun]:
     """Runs by status, `r1="running"`, submitted in this order."""
     return {
-        int(name[1:]): ListedRun(int(name[1:]), status, "why", f"2026-01-0{day} 00:00:00Z")
-        for day, (name, status) in enumerate(statuses.items(), start=1)
+        int(name[1:]): ListedRun(int(name[1:]), status, "why", float(second), float(second))
+        for second, (name, status) in enumerate(statuses.items())
     }
 
 
@@ -101,9 +106,13 @@ def test_folder_that_a_process_holds_is_never_submitted_for() -> None:
 
 def test_nothing_is_submitted_while_a_run_starts_whose_folder_is_unknown() -> None:
     runs = listed(r1=FAILED, r9="starting")
-    assert is_unnamed_start(runs[9], [folder()])
-    assert not is_unnamed_start(replace(runs[9], status="running"), [folder()])
-    assert not is_unnamed_start(listed(r1="pending")[1], [folder()])
+    assert is_unnamed_start(runs[9], [folder()], now=1e6)
+    # Its process may have begun, and not have come to its folder yet.
+    running = replace(runs[9], status="running", changed_at=1e6)
+    assert is_unnamed_start(running, [folder()], now=1e6 + NAMING_SECONDS - 1)
+    assert not is_unnamed_start(running, [folder()], now=1e6 + NAMING_SECONDS)
+    assert not is_unnamed_start(listed(r1="pending")[1], [folder()], now=1e6)
+    assert not is_unnamed_start(listed(r1="running")[1], [folder()], now=1.0)
     assert verdict(folder(), runs, starting=True) is Verdict.WAITING
 
 
@@ -139,18 +148,26 @@ def test_run_that_a_person_resumed_counts_anew_even_when_it_was_given_up() -> No
     by_hand = replace(given_up, submission=replace(given_up.submission, run_id=5))
     assert by_hand.run_id == 5
     assert verdict(by_hand, listed(r2=FAILED, r5="running")) is Verdict.GOING
-    assert verdict(by_hand, listed(r2=FAILED, r5=FAILED), now=0.0) is Verdict.RESUBMIT
+    assert verdict(by_hand, listed(r2=FAILED, r5=FAILED), now=1.0) is Verdict.RESUBMIT
 
 
-def test_pauses_grow_between_fruitless_attempts_and_end_at_a_quarter_of_an_hour() -> None:
-    pauses = [
-        earliest(folder(supervision=replace(TRIED, attempts=n))) - TRIED.submitted_at
-        for n in (1, 2, 3, 20, 100)
-    ]
-    assert pauses == [30, 60, 120, 900, 900]
+def test_pauses_grow_up_to_an_hour_and_outlast_a_night() -> None:
+    assert [pause_after(n) for n in (1, 2, 3, 20, 100)] == [30, 60, 120, 3600, 3600]
+    assert all_pauses(1) == 0 and all_pauses(4) == 210
+    assert 6 < all_pauses(ATTEMPTS) / 3600 < 12
+
+
+def test_pause_counts_from_the_failure_and_not_from_the_submission() -> None:
     waiting = folder(supervision=TRIED)
-    assert verdict(waiting, listed(r2=FAILED), now=1059.9) is Verdict.WAITING
-    assert verdict(waiting, listed(r2=FAILED), now=1060.1) is Verdict.RESUBMIT
+    (failed,) = listed(r2=FAILED).values()
+    # The attempt ran for an hour before it failed.
+    late = {2: replace(failed, changed_at=4600.0)}
+    assert verdict(waiting, late, now=4659.9) is Verdict.WAITING
+    assert verdict(waiting, late, now=4660.1) is Verdict.RESUBMIT
+    # The submission was not taken: what is listed failed before it.
+    early = {2: replace(failed, changed_at=900.0)}
+    assert verdict(waiting, early, now=1059.9) is Verdict.WAITING
+    assert verdict(waiting, early, now=1060.1) is Verdict.RESUBMIT
 
 
 def test_giving_up_without_an_attempt_is_an_error() -> None:
@@ -237,28 +254,152 @@ def test_damaged_files_are_named(tmp_path: Path, content: str) -> None:
         read_folder(tmp_path)
 
 
+def on_disk(path: Path, **values: Any) -> RunFolder:
+    """Write the submission of a run into a new folder."""
+    path.mkdir()
+    submission = replace(folder().submission, **values)
+    (path / SUBMISSION_FILE).write_text(json.dumps(vars(submission)))
+    return read_folder(path)
+
+
+def handled(supervisor: Supervisor, runs: dict[int, ListedRun]) -> list[Verdict]:
+    folders, _ = supervisor.read_folders()
+    return [supervisor.handle(found, runs, folders) for found in folders]
+
+
 def test_giving_up_is_loud_and_remembered_by_the_next_supervisor(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "night"
-    path.mkdir()
-    gone = replace(folder().submission, app=str(tmp_path / "gone"))
-    (path / SUBMISSION_FILE).write_text(json.dumps(vars(gone)))
-    runs = listed(r1=FAILED)
-    expected = [Verdict.RESUBMIT, Verdict.HOPELESS, Verdict.GIVEN_UP]
-    for verdict_now in expected:
+    path, gone = tmp_path / "night", tmp_path / "gone"
+    on_disk(path, app=str(gone))
+    on_disk(tmp_path / "other", run_id=7)
+    runs = listed(r1=FAILED, r7="running")
+    for expected in (Verdict.RESUBMIT, Verdict.HOPELESS, Verdict.GIVEN_UP):
         supervisor = Supervisor("night", tmp_path, attempts=1)
-        folders = supervisor.read_folders()
-        assert [supervisor.handle(found, runs, folders) for found in folders] == [verdict_now]
-    assert supervisor.status([Verdict.GIVEN_UP], runs, folders) == 1
+        # The other run is supervised all the same.
+        assert handled(supervisor, runs) == [expected, Verdict.GOING]
     said = capsys.readouterr().out
-    assert f"could not be submitted: its code is not at {gone.app}" in said
+    assert f"could not be submitted: its code is not at {gone}" in said
     assert f"GIVING UP {path} after 1 attempts without a further complete round" in said
-    assert f"given up before: {path}: why" in said
-    completed = listed(r1="finished:completed")
-    assert supervisor.status([Verdict.COMPLETED], completed, folders) == 0
-    assert supervisor.status([Verdict.GOING], listed(r1="running"), folders) is None
-    assert supervisor.status([Verdict.STOPPED], listed(r1="finished:stopped"), folders) == 1
+    assert f"{path}: run 1 was given up before: why" in said
+
+
+def test_status_is_that_of_the_runs_that_were_going_or_were_submitted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_disk(tmp_path / "old", run_id=1)
+    on_disk(tmp_path / "new", run_id=2)
+    old = {"r1": "finished:stopped"}
+
+    def statuses(*answers: dict[str, str]) -> list[int | None]:
+        supervisor = Supervisor("night", tmp_path, attempts=1)
+        found = []
+        for answer in answers:
+            monkeypatch.setattr(supervise, "list_runs", lambda _, a=answer: listed(**a))
+            found.append(supervisor.look(until_done=True))
+        return found
+
+    going = {**old, "r2": "running"}
+    assert statuses(going, {**old, "r2": "finished:completed"}) == [None, 0]
+    assert statuses(going, {**old, "r2": "finished:stopped"}) == [None, 1]
+    assert statuses(going, {**old, "r2": "finished:completed", "r9": FAILED}) == [None, 1]
+    assert statuses({**old, "r2": "finished:completed"}) == [1]
+    assert "was going since the start; nothing to wait for" in capsys.readouterr().out
+    # What failed before is submitted again, in vain here, and then given up.
+    assert statuses({**old, "r2": FAILED}, {**old, "r2": FAILED}) == [None, 1]
+    assert "GIVING UP" in capsys.readouterr().out
+
+
+def test_run_of_other_code_is_not_submitted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_disk(tmp_path / "night", app=str(ROOT), fingerprint="0" * 16)
+    handled(Supervisor("night", tmp_path, attempts=3), listed(r1=FAILED))
+    said = capsys.readouterr().out
+    assert (
+        f"has the fingerprint {code_fingerprint()}, and the run was started with {'0' * 16}" in said
+    )
+
+
+def test_unwritable_disk_waits_and_counts_no_attempt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = on_disk(tmp_path / "night", app=str(ROOT), fingerprint=code_fingerprint())
+    supervisor = Supervisor("night", tmp_path, attempts=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        assert [handled(supervisor, listed(r1=FAILED)) for _ in range(2)] == [[Verdict.WAITING]] * 2
+        stuck = replace(found, supervision=replace(TRIED, instead_of=1, attempts=3))
+        assert supervisor.handle(stuck, listed(r2=FAILED), [stuck]) is Verdict.WAITING
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert read_folder(found.path).supervision is None
+    assert [file.name for file in found.path.iterdir()] == [SUBMISSION_FILE]
+    assert capsys.readouterr().out.count("waiting, it is tried again: [Errno 27]") == 1
+
+
+def test_folder_that_moved_or_cannot_be_read_waits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = on_disk(tmp_path / "moved", app=str(tmp_path / "gone"))
+    (tmp_path / "broken" / SUBMISSION_FILE).mkdir(parents=True)
+    supervisor = Supervisor("night", tmp_path, attempts=3)
+    folders, all_read = supervisor.read_folders()
+    assert folders == [moved] and not all_read
+    moved.path.rename(tmp_path / "elsewhere")
+    assert supervisor.handle(moved, listed(r1=FAILED), folders) is Verdict.WAITING
+    said = capsys.readouterr().out
+    assert said.count(f"{tmp_path / 'broken'}: waiting") == 1
+    assert said.count(f"{moved.path}: waiting") == 1
+
+
+def test_each_wait_is_said_once_and_a_held_folder_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = on_disk(tmp_path / "night", app=str(tmp_path / "gone")).path
+    supervisor = Supervisor("night", tmp_path, attempts=3)
+    for _ in range(3):
+        handled(supervisor, listed(r1=FAILED))
+        handled(supervisor, listed(r7=FAILED))
+    said = capsys.readouterr().out
+    assert said.count("could not be submitted") == said.count("to be submitted again after") == 1
+    assert said.count(f"{path}: left alone, this SuperLink does not list its run 1") == 1
+    with hold(path / ".lock", "run_name", patience=0.0):
+        for _ in range(2):
+            assert handled(supervisor, listed(r1=FAILED)) == [Verdict.HELD]
+        assert capsys.readouterr().out.count("holds its folder") == 1
+        monkeypatch.setattr(supervise, "REPEAT_SECONDS", 0.0)
+        handled(supervisor, listed(r1=FAILED))
+        assert capsys.readouterr().out.count("holds its folder") == 1
+
+
+def test_what_is_no_answer_of_flower_is_said_to_be_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = {"run-id": "7", "status": "running", "status-details": "N/A", "finished-at": "N/A"}
+    run |= dict.fromkeys(["pending-at", "starting-at"], "1970-01-01 00:00:05Z")
+    run |= {"running-at": "1970-01-01 00:01:00Z"}
+    command = tmp_path / "flwr"
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+
+    def answered(answer: object) -> dict[int, ListedRun]:
+        command.write_text(f"#!/bin/sh\ncat <<'END'\n{json.dumps(answer)}\nEND\n")
+        command.chmod(0o755)
+        return supervise.list_runs("night")
+
+    assert answered({"success": True, "runs": [run]}) == {
+        7: ListedRun(7, "running", "N/A", 5.0, 60.0)
+    }
+    for runs in (None, [{}], ["7"], [{**run, "run-id": "x"}], [{**run, "running-at": "noon"}]):
+        with pytest.raises(supervise.NoAnswer, match="a list that is none of Flower's"):
+            answered({"success": True, "runs": runs})
+    for answer in ([], {"success": False, "error-message": "away"}):
+        with pytest.raises(supervise.NoAnswer):
+            answered(answer)
+    with pytest.raises(supervise.NoAnswer, match="gave no number of a run"):
+        command.write_text("#!/bin/sh\necho '{\"success\": true}'\n")
+        supervise.submit(tmp_path, tmp_path, connection="night")
 
 
 def home(tmp_path: Path, port: int) -> dict[str, str]:
@@ -276,8 +417,8 @@ def home(tmp_path: Path, port: int) -> dict[str, str]:
 
 def test_supervisor_waits_for_its_superlink_is_alone_and_ends_when_asked(tmp_path: Path) -> None:
     env = home(tmp_path, free_port())
-    (tmp_path / "runs").mkdir()
-    command: list[str | Path] = [COMMANDS / "feddm-supervise", "night", "--runs", tmp_path / "runs"]
+    runs = tmp_path / "new" / "runs"
+    command: list[str | Path] = [COMMANDS / "feddm-supervise", "night", "--runs", runs]
     log = tmp_path / "log"
     with process(command, log=log, cwd=tmp_path, env=env) as started:
         wait_for(lambda: "no answer from the SuperLink" in log.read_text(), seconds=120, what="it")
@@ -285,7 +426,9 @@ def test_supervisor_waits_for_its_superlink_is_alone_and_ends_when_asked(tmp_pat
             command, env=env, capture_output=True, text=True, timeout=120, check=False
         )
         assert second.returncode == 1
-        assert f"has a supervisor already, process {started.pid}; end it first" in second.stderr
+        assert f"{runs} is in use by process {started.pid}; end it first" in second.stderr
         started.send_signal(signal.SIGTERM)
         assert started.wait(60) == 0
     assert log.read_text().count("no answer") == 1
+    # It asked; `flwr list` has not refused the words it was given.
+    assert "No such option" not in log.read_text() and "Invalid value" not in log.read_text()
