@@ -482,7 +482,7 @@ def test_introduction_says_early_what_keeps_a_hospital_out(
 
 def test_every_reply_of_a_hospital_is_free_of_paths_and_names(tmp_path: Path) -> None:
     home = tmp_path / "hospital-secret"
-    write_tree(home / "patients-secret", {"a": 12, "b": 8})
+    write_tree(home / "patients-secret", {"a": 120, "b": 110})
     (home / "patients-secret" / "a" / "000.png").rename(
         home / "patients-secret" / "a" / "jane-doe-secret.png"
     )
@@ -500,16 +500,21 @@ def test_every_reply_of_a_hospital_is_free_of_paths_and_names(tmp_path: Path) ->
         "query": {Key.CONFIG: {Key.FINGERPRINT, Key.CLASS_COUNTS}},
         "train": {Key.ARRAYS: {Key.PACKED}, Key.METRICS: TRAINED_KEYS},
         "evaluate": {Key.METRICS: {Key.NUM_EXAMPLES, Key.LOSS}},
+        QUALITY_TYPE: {Key.METRICS: {Key.NUM_EXAMPLES, *SCORES}},
     }
+    shape = (60, config.data.channels, config.data.image_size, config.data.image_size)
+    generated = ImageSet(torch.zeros(shape, dtype=torch.uint8), torch.arange(60) % 2)
+    asked = {kind: message(kind, weights=weights) for kind in agreed if kind != QUALITY_TYPE}
+    asked[QUALITY_TYPE] = drawn_message(generated)
     for kind, records in agreed.items():
-        reply = app(message(kind, weights=weights), node_context(run_config, node_config))
+        reply = app(asked[kind], node_context(run_config, node_config))
         assert not reply.has_error(), reply.error
         assert {name: set(record) for name, record in reply.content.items()} == records
         assert b"secret" not in sent(reply)
     (home / "patients-secret" / "odd-secret").mkdir()
     workspace._build_workspace.cache_clear()
     for kind in agreed:
-        reply = app(message(kind, weights=weights), node_context(run_config, node_config))
+        reply = app(asked[kind], node_context(run_config, node_config))
         assert reply.has_error() and not reply.has_content()
         assert b"UnknownClassError" in sent(reply) and b"secret" not in sent(reply)
 

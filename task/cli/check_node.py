@@ -54,7 +54,8 @@ class Check:
         try:
             for name, found in findings:
                 self._say("  " + f"{name:<18} {found}".replace("\n", "\n  ").strip())
-        except (ValueError, OSError, MemoryError) as error:
+        # torch says with a RuntimeError what a device or a compiler lacks.
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
             self.problems.append(str(error))
             self._say("  PROBLEM            " + str(error).replace("\n", "\n  "))
 
