@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -99,17 +100,18 @@ def test_faulty_hospitals_are_left_out_and_named(
     broken, sick = (number_of(deployment, run, name) for name in ("broken", "sick"))
     reasons = values(run, "train_left_out")
     expected = {
-        (1, broken): "ValueError (code 101)",
-        (2, broken): "RuntimeError (code 103)",
+        (1, broken): r"ValueError \(code 101\)",
+        (2, broken): r"RuntimeError \(code 103\)",
         (3, broken): "of shape",
-        (4, broken): "its ClientApp was killed",
+        # Flower notices after a minute, about when the round's time is over.
+        (4, broken): "its ClientApp was killed|no reply in time",
         (1, sick): "not finite",
         (2, sick): "federation.max_update_norm=50",
         (4, sick): "no reply in time",
     }
     assert reasons.keys() == expected.keys()
     for who, words in expected.items():
-        assert words in reasons[who], who
+        assert re.search(words, reasons[who]), who
     assert [*values(run, "num_clients").values()] == [1, 1, 2, 1]
     assert values(run, "round_seconds")[4, "global"] < timeout + 15
     # Who has let a round's time pass is not waited for a second time in it.
