@@ -184,13 +184,13 @@ class Deployment:
         newest = max(runs, key=lambda run: run["pending-at"])
         return self.flwr("log", str(newest["run-id"]), CONNECTION, "--show")
 
-    def wait_for_round(self, run_name: str, server_round: int, *, seconds: float = 120) -> None:
+    def wait_for_round(self, run_name: str, server_round: int, *, seconds: float = 600) -> None:
         """Wait until a round is complete, which it is when its checkpoint is there."""
         name = f"round_{server_round:04d}.safetensors"
         checkpoint = self.results / run_name / "checkpoints" / name
         wait_for(checkpoint.exists, seconds=seconds, what=f"round {server_round} of {run_name}")
 
-    def wait_for_end(self, *, seconds: float = 240) -> str:
+    def wait_for_end(self, *, seconds: float = 900) -> str:
         """Wait until the newest run has ended and return its status."""
         wait_for(
             lambda: self.statuses()[-1].startswith("finished"),
