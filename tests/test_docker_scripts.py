@@ -35,7 +35,7 @@ def mode(path: Path) -> int:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     assert script("make-ca.sh", tmp_path).returncode == 0
-    assert script("make-server-certificate.sh", tmp_path, "fl.test", "127.0.0.1").returncode == 0
+    assert script("make-server-certificate.sh", tmp_path, "fl.test").returncode == 0
     return tmp_path
 
 
@@ -44,6 +44,7 @@ def test_certificates_verify_for_their_names_and_for_no_other(folder: Path) -> N
     verify: list[str | Path] = ["openssl", "verify", "-x509_strict", "-CAfile", ca]
 
     run(*verify, "-purpose", "sslserver", "-verify_hostname", "fl.test", certificate)
+    run(*verify, "-verify_hostname", "localhost", certificate)
     run(*verify, "-verify_ip", "127.0.0.1", certificate)
     with pytest.raises(subprocess.CalledProcessError):
         run(*verify, "-verify_hostname", "other.test", certificate)
@@ -63,7 +64,7 @@ def test_second_calls_change_nothing(folder: Path) -> None:
 
     again = [
         script("make-ca.sh", folder),
-        script("make-server-certificate.sh", folder, "127.0.0.1"),
+        script("make-server-certificate.sh", folder, "fl.test"),
         script("make-node-key.sh", folder, "hospital-a"),
     ]
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
@@ -144,24 +145,30 @@ def presenting(certificate: Path, key: Path) -> Iterator[int]:
         yield int(listener.getsockname()[1])
 
 
-def expire(folder: Path) -> Path:
-    """Sign a certificate for 127.0.0.1 that ended yesterday; openssl 3.0 makes none."""
+def sign(folder: Path, name: str, *, host: x509.GeneralName, ended: bool) -> Path:
+    """Sign a certificate for the server's key that the script would not make."""
     authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
-    current = x509.load_pem_x509_certificate((folder / "server.pem").read_bytes())
     signer = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    key = serialization.load_pem_private_key((folder / "server.key").read_bytes(), None)
     now = datetime.now(UTC)
     builder = x509.CertificateBuilder(
         issuer_name=authority.subject,
-        subject_name=x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "expired")]),
-        public_key=current.public_key(),
+        subject_name=x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]),
+        public_key=key.public_key(),
         serial_number=x509.random_serial_number(),
         not_valid_before=now - timedelta(days=2),
-        not_valid_after=now - timedelta(days=1),
-        extensions=list(current.extensions),
+        not_valid_after=now + timedelta(days=-1 if ended else 1),
+        extensions=[
+            x509.Extension(extension.oid, False, extension)
+            for extension in (
+                x509.SubjectAlternativeName([host]),
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()),
+            )
+        ],
     )
-    expired = builder.sign(signer, hashes.SHA384())  # type: ignore[arg-type]
-    path = folder / "expired.pem"
-    path.write_bytes(expired.public_bytes(serialization.Encoding.PEM))
+    certificate = builder.sign(signer, hashes.SHA384())  # type: ignore[arg-type]
+    path = folder / f"{name}.pem"
+    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     return path
 
 
@@ -178,17 +185,13 @@ def test_registering_twice_names_the_same_node(federation: Federation, registere
 def refusals(federation: Federation, registered: str) -> dict[str, tuple[int, str]]:
     """Start all that must be refused at once; return exit status and output of each."""
     folder = federation.folder
-    expired = expire(folder)
-    (folder / "elsewhere").mkdir()
-    for name in ("ca.key", "ca.crt"):
-        shutil.copy(folder / name, folder / "elsewhere")
-    federation.run(SCRIPTS / "make-server-certificate.sh", folder / "elsewhere", "other.test")
+    here, there = x509.IPAddress(IPv4Address("127.0.0.1")), x509.DNSName("other.test")
+    expired = sign(folder, "expired", host=here, ended=True)
+    other = sign(folder, "other", host=there, ended=False)
     ours, key = ["--root-certificates", "ca.crt"], "--auth-supernode-private-key"
     with ExitStack() as stack:
         late = stack.enter_context(presenting(expired, folder / "server.key"))
-        elsewhere = stack.enter_context(
-            presenting(folder / "elsewhere" / "server.pem", folder / "elsewhere" / "server.key")
-        )
+        elsewhere = stack.enter_context(presenting(other, folder / "server.key"))
         started = {
             name: stack.enter_context(federation.node(name, *arguments, port=port))
             for name, arguments, port in [

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes the server's key and a certificate for its names, signed by DIR/ca.key:
-# DIR/server.key and DIR/server.pem. With --renew a new certificate for the same key replaces an
+# DIR/server.key and DIR/server.pem. It is for localhost and 127.0.0.1 as well, where the SuperLink
+# reaches itself: without them a run stays pending and nobody says why. With --renew a new certificate for the same key replaces an
 # old one, which is kept beside it under the day on which it expires.
 set -euo pipefail
 shopt -s inherit_errexit
@@ -32,7 +33,7 @@ for file in "$CA" "$CA_KEY"; do
 done
 
 names=()
-for host in "$@"; do
+for host in "$@" localhost 127.0.0.1; do
     if [[ $host =~ ^[0-9]+(\.[0-9]+){3}$ || $host =~ ^[0-9A-Fa-f]*:[0-9A-Fa-f:]+$ ]]; then
         names+=("IP:$host")
     elif [[ $host =~ ^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$ ]]; then

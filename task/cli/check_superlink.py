@@ -52,7 +52,7 @@ def _parted(address: str) -> tuple[str, int]:
     require(
         host != "" and port.isdecimal() and 0 < int(port) < 2**16,
         "--superlink",
-        "HOST:PORT, such as superlink.example.org:8000",
+        "HOST:PORT, such as fl.example.org:8443",
         address,
     )
     return host.strip("[]"), int(port)
