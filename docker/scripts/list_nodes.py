@@ -6,17 +6,16 @@ offline or unregistered.
 """
 
 import sys
-from base64 import b64decode, b64encode
 from contextlib import redirect_stdout
-from hashlib import sha256
 
 import click
-from cryptography.hazmat.primitives import serialization
 from flwr.cli.flower_config import read_superlink_connection
 from flwr.cli.utils import flwr_cli_exc_handler, init_http_client_from_connection
 from flwr.proto.control_pb2 import ListNodesRequest
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key
+
+from task.cli.check_key import fingerprint
 
 
 def registered_nodes(connection: str) -> list[NodeInfo]:
@@ -27,15 +26,6 @@ def registered_nodes(connection: str) -> list[NodeInfo]:
             return list(client.ListNodes(ListNodesRequest()).nodes_info)
     finally:
         client.close()
-
-
-def fingerprint(public_key: bytes) -> str:
-    """Return the fingerprint of a node's public key as `ssh-keygen -l` writes it."""
-    openssh = bytes_to_public_key(public_key).public_bytes(
-        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    )
-    digest = sha256(b64decode(openssh.split()[1])).digest()
-    return "SHA256:" + b64encode(digest).decode().rstrip("=")
 
 
 def main(arguments: list[str]) -> int:
@@ -51,7 +41,9 @@ def main(arguments: list[str]) -> int:
         print(f"list_nodes.py: {error.format_message()}", file=sys.stderr)
         return 1
     for node in nodes:
-        print(node.node_id, node.status, fingerprint(node.public_key), node.name)
+        print(
+            node.node_id, node.status, fingerprint(bytes_to_public_key(node.public_key)), node.name
+        )
     return 0
 
 

@@ -31,9 +31,7 @@ def check_private_key(file: Path) -> Iterator[tuple[str, str]]:
         ValueError: it is no key that Flower takes, or others can read it.
     """
     key = _load(file)
-    blob = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).split()[1]
-    digest = base64.b64encode(hashlib.sha256(base64.b64decode(blob)).digest()).decode()
-    yield "private key", f"{key.curve.key_size} SHA256:{digest.rstrip('=')} (ECDSA)"
+    yield "private key", f"{key.curve.key_size} {fingerprint(key.public_key())} (ECDSA)"
     yield "", "read this fingerprint to the coordinator, whose file of the key must have the same"
     mode = file.stat().st_mode & 0o777
     require(
@@ -42,6 +40,13 @@ def check_private_key(file: Path) -> Iterator[tuple[str, str]]:
         f"readable for its owner alone: chmod 600 {file}",
         f"mode {mode:o}",
     )
+
+
+def fingerprint(key: ec.EllipticCurvePublicKey) -> str:
+    """Return a public key's fingerprint as `ssh-keygen -l` writes it."""
+    blob = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).split()[1]
+    digest = base64.b64encode(hashlib.sha256(base64.b64decode(blob)).digest()).decode()
+    return f"SHA256:{digest.rstrip('=')}"
 
 
 def _load(file: Path) -> ec.EllipticCurvePrivateKey:
