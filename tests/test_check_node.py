@@ -14,7 +14,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from task.cli.check_key import check_private_key
-from task.cli.check_node import Check, expected_round, free_memory
+from task.cli.check_node import Check, describe_trial, expected_round, free_memory
 from task.cli.check_superlink import check_superlink
 from task.cli.main import app
 from task.cli.trial_step import Trial
@@ -263,6 +263,17 @@ def test_round_that_takes_too_long_is_a_problem() -> None:
     assert said == "60 s: 3 epochs of 100 images"
     with pytest.raises(ValueError, match=r"round_timeout=60 s is over before .* about 61 s"):
         list(expected_round(config, trial, 101))
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "peak_memory", "said"),
+    [(1, 3 * 2**30, "it fits, 3.0 GiB at its peak"), (2, None, "processes: 2; it fits")],
+)
+def test_peak_memory_is_said_only_of_one_process(
+    num_processes: int, peak_memory: int | None, said: str
+) -> None:
+    trial = Trial(2.0, 10, "float32", num_processes, peak_memory)
+    assert describe_trial(trial).endswith(said)
 
 
 def test_free_memory_is_that_of_the_container_where_it_has_less(tmp_path: Path) -> None:

@@ -173,9 +173,10 @@ def describe_sizes(config: Config, listing: Listing) -> str:
 
 def describe_trial(trial: Trial) -> str:
     """Say what a training step took."""
+    peak = "" if trial.peak_memory is None else f", {trial.peak_memory / GIB:.1f} GiB at its peak"
     return (
         f"{trial.seconds:.3g} s for {trial.batch_size} images in {trial.precision}, processes: "
-        f"{trial.num_processes}; it fits, {trial.peak_memory / GIB:.1f} GiB at its peak"
+        f"{trial.num_processes}; it fits{peak}"
     )
 
 

@@ -38,14 +38,14 @@ class Trial:
         batch_size: images in it.
         precision: as `train.precision`, settled.
         num_processes: that train together.
-        peak_memory: bytes of the process, or of one GPU where GPUs train.
+        peak_memory: bytes of the process, or of the GPU, that trained; None where several did.
     """
 
     seconds: float
     batch_size: int
     precision: str
     num_processes: int
-    peak_memory: int
+    peak_memory: int | None
 
 
 def try_step(config: Config) -> Trial:
@@ -105,7 +105,10 @@ def _try_step(config: Config) -> Trial:
     step = seconds(1)
     if step < SLOW_SECONDS:
         step = seconds(TIMED_STEPS) / TIMED_STEPS
-    if device.type == "cuda":
+    peak: int | None
+    if num_processes > 1:
+        peak = None
+    elif device.type == "cuda":
         peak = torch.cuda.max_memory_reserved(device)
     else:
         unit = 1 if sys.platform == "darwin" else 1024
