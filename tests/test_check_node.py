@@ -14,8 +14,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from task.cli.check_key import check_private_key
-from task.cli.check_node import Check, describe_trial, expected_round, free_memory
+from task.cli.check_node import Check, describe_trial, expected_round
 from task.cli.check_superlink import check_superlink
+from task.cli.findings import free_memory
 from task.cli.main import app
 from task.cli.trial_step import Trial
 from task.config import load_config

@@ -1,13 +1,18 @@
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import Result
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from task.checkpoint import save_weights
@@ -70,6 +75,30 @@ def test_help_lists_the_commands() -> None:
     assert result.exit_code == 0
     assert "evaluate" in result.stdout
     assert "--num-per-class" in feddm("evaluate", "--help").stdout
+
+
+def test_every_command_teaches_by_example() -> None:
+    command = get_command(app)
+    assert isinstance(command, click.Group)
+    for name in command.commands:
+        if name != "bench":  # whose help is that of the benchmarks
+            assert f"  feddm {name} " in feddm(name, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("feddm tab", "tables"), ("feddm evaluate --extractor i", "inception")],
+)
+def test_tab_completes_commands_and_values(typed: str, offered: str) -> None:
+    environment = {
+        **os.environ,
+        "_FEDDM_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(len(typed.split()) - 1),
+    }
+    command = [sys.executable, "-c", "from task.cli.main import main; main()"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [offered]
 
 
 def test_evaluate_prints_a_table_and_writes_what_it_holds_for(run: Path) -> None:

@@ -1,16 +1,12 @@
 """`feddm check-node`: whether a hospital's machine can take part in a run, told on the spot."""
 
-import platform
-import shutil
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import version
 from pathlib import Path
-
-import torch
 
 from task.cli.check_superlink import check_superlink
 from task.cli.evaluate import Row, lay_out
+from task.cli.findings import GIB, Finding, Findings, free_disk, gpu_memory, memory, versions
 from task.cli.trial_step import Trial, try_step
 from task.config import Config, load_config
 from task.data import Listing, build_dataset, list_dataset, original_size
@@ -25,16 +21,9 @@ from task.node import (
 )
 from task.train import device_name, select_device
 
-Finding = tuple[str, str]
-GIB = 2**30
 
-
-class Check:
-    """A check of one node; what is wrong is gathered, so that one call tells all of it.
-
-    Attributes:
-        problems: that keep the node from taking part.
-    """
+class Check(Findings):
+    """A check of one node; its problems keep the node from taking part."""
 
     def __init__(self, config: Config, node: NodeConfig, say: Callable[[str], object]) -> None:
         """Start without findings.
@@ -44,27 +33,9 @@ class Check:
             node: what the node is going to be started with.
             say: takes the text for the reader.
         """
-        self.problems: list[str] = []
-        self._config, self._node, self._say = config, node, say
+        super().__init__(say)
+        self._config, self._node = config, node
         self._counts: ImageCounts | None = None
-
-    def section(self, title: str, findings: Iterable[Finding]) -> None:
-        """Say what a part of the check finds, up to what is wrong."""
-        self._say(f"\n{title}")
-        try:
-            for name, found in findings:
-                self._say("  " + f"{name:<18} {found}".replace("\n", "\n  ").strip())
-        # torch says with a RuntimeError what a device or a compiler lacks.
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            self.problems.append(str(error))
-            self._say("  PROBLEM            " + str(error).replace("\n", "\n  "))
-
-    def versions(self) -> Iterator[Finding]:
-        """Name the versions of what runs."""
-        yield "feddm", version("feddm")
-        yield "flwr", version("flwr")
-        yield "torch", torch.__version__ + (f", CUDA {torch.version.cuda}" if _has_gpu() else "")
-        yield "python", platform.python_version()
 
     def data(self) -> Iterator[Finding]:
         """Count the images of each class, read their sizes, and decode all of them."""
@@ -95,11 +66,8 @@ class Check:
         """Look at device and memory, and train a step."""
         device = select_device(self._config.train.device)
         yield "device", device_name(device)
-        free = free_memory()
-        yield "free memory", "unknown on this system" if free is None else f"{free / GIB:.1f} GiB"
-        if device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(device)
-            yield "free GPU memory", f"{free / GIB:.1f} of {total / GIB:.1f} GiB"
+        yield from memory()
+        yield from gpu_memory(device)
         trial = try_step(self._config)
         yield "a training step", describe_trial(trial)
         if self._counts is not None:
@@ -130,7 +98,7 @@ def check_node(
             first reason and the way out.
     """
     check = Check(own_config(load_config(overrides), node), node, say)
-    check.section("versions", check.versions())
+    check.section("versions", versions())
     check.section("images", check.data())
     check.section("disks", check.places())
     check.section("training", check.training())
@@ -197,37 +165,7 @@ def expected_round(config: Config, trial: Trial, num_images: int) -> Iterator[Fi
         )
 
 
-def free_disk(folder: Path) -> str:
-    """Say how much room there is where a folder is, or would be made."""
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
-    return f"{shutil.disk_usage(existing).free / GIB:.1f} GiB at {folder}"
-
-
-def free_memory(
-    machine: Path = Path("/proc/meminfo"), container: Path = Path("/sys/fs/cgroup")
-) -> int | None:
-    """Return the bytes that programs can still get, of this machine or its container.
-
-    Args:
-        machine: Linux's file; None is returned where there is none.
-        container: folder of its limits, of version 2.
-    """
-    if not machine.is_file():
-        return None
-    lines = dict(line.split(":", 1) for line in machine.read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    limit = container / "memory.max"
-    said = limit.read_text().strip() if limit.is_file() else "max"
-    if said == "max":
-        return free
-    return min(free, int(said) - int((container / "memory.current").read_text()))
-
-
 def in_one_line(problem: str) -> str:
     """Shorten a problem that lists files to what it is and the way out."""
     lines = problem.splitlines()
     return problem if len(lines) == 1 else f"{lines[0]} see above. {lines[-1]}"
-
-
-def _has_gpu() -> bool:
-    return torch.cuda.is_available()

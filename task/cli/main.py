@@ -5,6 +5,7 @@ it is called: torch takes seconds, and `feddm --help` needs none of it.
 """
 
 import errno
+import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,16 @@ from typer.core import TyperGroup
 
 class OneLineErrors(TyperGroup):
     """Commands that end in one line on stderr and status 1 where an input is at fault."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Find a command; its help is wrapped to the terminal, and not to the source."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None and command.help:
+            paragraphs = inspect.cleandoc(command.help).split("\n\n")
+            # A paragraph behind \b, of examples, keeps its lines.
+            kept = [p if p.startswith("\b") else " ".join(p.split()) for p in paragraphs]
+            command.help = "\n\n".join(kept)
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that was asked for."""
@@ -28,13 +39,25 @@ class OneLineErrors(TyperGroup):
 
 
 app = typer.Typer(
-    cls=OneLineErrors, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
 )
 
 
 @app.callback()
 def feddm() -> None:
-    """Work with the runs that feddm-train left behind, and check a hospital's node."""
+    """Work with the runs that feddm-train left behind, and check a hospital's node.
+
+    Status 0: done; 1: not, and a line on stderr says why and the way out; 2: called wrongly.
+
+    \b
+    Examples:
+      feddm doctor                  what this machine has and lacks
+      feddm report runs/demo        a page about a run
+      feddm generate --help         more examples of a command
+      feddm --install-completion    the Tab key completes
+    """
 
 
 @app.command()
@@ -44,19 +67,22 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             help="Further values as NAME=VALUE: eval.*, data.root, train.device, and how images "
-            "are drawn, for example eval.inception_weights=/models/inception.pth "
-            "diffusion.sampler=dpmpp_2m diffusion.num_inference_steps=20.",
+            "are drawn, for example diffusion.sampler=dpmpp_2m diffusion.num_inference_steps=20.",
             show_default=False,
         ),
     ] = None,
     extractor: Annotated[
         str | None,
-        typer.Option(help="inception, classifier or exported; else what the run's config says."),
+        typer.Option(
+            help="inception, classifier or exported; else what the run's config says.",
+            autocompletion=lambda: ["inception", "classifier", "exported"],
+        ),
     ] = None,
     image_range: Annotated[
         str | None,
         typer.Option(
-            help="correct, or paper for the range of the published tables; else the run's."
+            help="correct, or paper for the range of the published tables; else the run's.",
+            autocompletion=lambda: ["correct", "paper"],
         ),
     ] = None,
     num_per_class: Annotated[
@@ -90,6 +116,13 @@ def evaluate(
     RUN/evaluation-<extractor>-<image range>-client-N.json. What was drawn otherwise than the run
     draws goes into a file of its own, which no table takes up. Without a test split all is measured
     against the training images, without classification and search for copies.
+
+    \b
+    Examples:
+      feddm evaluate runs/demo
+      feddm evaluate runs/demo --num-per-class 100 diffusion.sampler=dpmpp_2m
+      feddm evaluate runs/demo --extractor inception
+      feddm evaluate runs/demo --client 0
     """
     from task.cli.evaluate import evaluate_run, evaluation_config
     from task.cli.evaluate_client import evaluate_client
@@ -127,9 +160,12 @@ def tables(
 
     Reads every run in SWEEP_DIR and below it, prints the tables, and writes tables.md,
     tables.html, tables.csv and figures/ there. Of medical data, figure 6 shows real images too:
-    keep it as you keep them. For example, after
-    feddm-train -m run_name=skew partition.beta=0.1,0.5,5 eval.final_metrics=true:
-    feddm tables runs/skew
+    keep it as you keep them.
+
+    \b
+    Examples:
+      feddm-train -m run_name=skew partition.beta=0.1,0.5,5 eval.final_metrics=true
+      feddm tables runs/skew
     """
     from task.cli.tables import write_tables
     from task.train import select_device
@@ -171,6 +207,12 @@ def check_node(
 
     Looks at the images as the node itself does, trains a step of the run's model, and tries the
     connection. Status 0: it can; 1: it cannot, and the last line says why.
+
+    \b
+    Examples:
+      feddm check-node --data-path images data=image_folder 'data.classes=[normal,pneumonia]'
+      feddm check-node --superlink fl.example.org:8443 --root-certificates ca.crt \\
+          --private-key keys/hospital-a data=digits
     """
     from task.cli.check_node import check_node
     from task.node import NodeConfig
@@ -187,6 +229,29 @@ def check_node(
         private_key=private_key,
         say=typer.echo,
     )
+
+
+@app.command()
+def doctor(
+    data_root: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the data sets; else where each preset of conf/data looks."),
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
+) -> None:
+    """Say what this machine has for training, and what is missing.
+
+    Versions, devices, disks, data sets, what metrics and exports need, runs. Status 0: it can
+    train; 1: it cannot, and the last line says why.
+
+    \b
+    Examples:
+      feddm doctor
+      feddm doctor --data-root /data --runs /srv/runs
+    """
+    from task.cli.doctor import examine
+
+    examine(data_root=data_root, runs=runs, say=typer.echo)
 
 
 @app.command(

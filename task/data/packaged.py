@@ -107,6 +107,14 @@ def read_digits(test_fraction: float | None, seed: int) -> tuple[ImageSet, Image
     return everything.subset(train), everything.subset(test)
 
 
+def missing_files(name: str, root: Path) -> list[str]:
+    """Name the files of a packaged data set that are not below `root`; none where all are."""
+    if name == "digits":
+        return []
+    _, folder, files = TORCHVISION_SETS[name]
+    return [file for file in files if not (root / folder / file).is_file()]
+
+
 def read_torchvision(name: str, root: Path, *, train: bool, download: bool) -> ImageSet:
     """Read the training or the test split of one of torchvision's sets, whole.
 

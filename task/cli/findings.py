@@ -1,0 +1,90 @@
+"""What a look at a machine finds, said line by line; what is wrong is gathered."""
+
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+# A name and what was found, for a line.
+Finding = tuple[str, str]
+GIB = 2**30
+
+
+class Findings:
+    """Sections of findings.
+
+    Attributes:
+        problems: that were found, so that one call tells all of them.
+    """
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        """Start without findings; `say` takes the text for the reader."""
+        self.problems: list[str] = []
+        self._say = say
+
+    def section(self, title: str, findings: Iterable[Finding]) -> None:
+        """Say what a part finds, up to what is wrong."""
+        self._say(f"\n{title}")
+        try:
+            for name, found in findings:
+                self._say("  " + f"{name:<18} {found}".replace("\n", "\n  ").strip())
+        # torch says with a RuntimeError what a device or a compiler lacks.
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            self.problems.append(str(error))
+            self._say("  PROBLEM            " + str(error).replace("\n", "\n  "))
+
+
+def versions() -> Iterator[Finding]:
+    """Name the versions of what runs."""
+    cuda = f", CUDA {torch.version.cuda}" if torch.cuda.is_available() else ""
+    yield "feddm", version("feddm")
+    yield "flwr", version("flwr")
+    yield "torch", torch.__version__ + cuda
+    yield "python", platform.python_version()
+
+
+def memory() -> Iterator[Finding]:
+    """Say how much memory programs can still get."""
+    free = free_memory()
+    yield "free memory", "unknown on this system" if free is None else f"{free / GIB:.1f} GiB"
+
+
+def gpu_memory(device: torch.device) -> Iterator[Finding]:
+    """Say how much memory of a device can still be had, where it is a GPU."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        yield "free GPU memory", f"{free / GIB:.1f} of {total / GIB:.1f} GiB"
+
+
+def free_disk(folder: Path) -> str:
+    """Say how much room there is where a folder is, or would be made."""
+    return f"{shutil.disk_usage(nearest_folder(folder)).free / GIB:.1f} GiB at {folder}"
+
+
+def nearest_folder(folder: Path) -> Path:
+    """Return a folder, or the nearest above it that is there."""
+    absolute = folder.absolute()
+    return next(place for place in (absolute, *absolute.parents) if place.exists())
+
+
+def free_memory(
+    machine: Path = Path("/proc/meminfo"), container: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """Return the bytes that programs can still get, of this machine or its container.
+
+    Args:
+        machine: Linux's file; None is returned where there is none.
+        container: folder of its limits, of version 2.
+    """
+    if not machine.is_file():
+        return None
+    lines = dict(line.split(":", 1) for line in machine.read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit = container / "memory.max"
+    said = limit.read_text().strip() if limit.is_file() else "max"
+    if said == "max":
+        return free
+    return min(free, int(said) - int((container / "memory.current").read_text()))
