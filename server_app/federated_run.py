@@ -2,11 +2,9 @@
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,6 +51,7 @@ from server_app.simulation import (
 )
 from server_app.training_run import TrainingRun, Weights
 from task.data import ImageSet
+from task.memory import total_memory
 from task.partition import partition_dataset
 from task.run_directory import CLASS_COUNTS_FILE, HOW_TO_RESUME, NODES_FILE, RunDirectory
 from task.wire import QUALITY, Key, WeightLayout
@@ -462,7 +461,7 @@ class FederatedRun(TrainingRun):
             return self.config.federation.max_in_flight
         if self.simulated:
             return simulated_at_once(message_bytes)
-        return max(1, int(available_memory() * MEMORY_SHARE) // message_bytes)
+        return max(1, int(total_memory() * MEMORY_SHARE) // message_bytes)
 
     def record(
         self, server_round: int, client: int, activity: str, values: Mapping[Any, Any]
@@ -481,13 +480,6 @@ def described(left_out: Mapping[int, str]) -> str:
         f"{'client' if len(clients) == 1 else 'clients'} {' '.join(map(str, clients))}: {reason}"
         for reason, clients in by_reason.items()
     )
-
-
-def available_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
-    """Return the bytes of this machine's memory, or of its container's, whose limit is a file."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    said = limit.read_text().strip() if limit.is_file() else "max"
-    return memory if said == "max" else min(memory, int(said))
 
 
 def moving_average(

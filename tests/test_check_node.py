@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 from task.cli.check_key import check_private_key
 from task.cli.check_node import Check, describe_trial, expected_round
 from task.cli.check_superlink import check_superlink
-from task.cli.findings import free_memory
 from task.cli.main import app
 from task.cli.trial_step import Trial
 from task.config import load_config
@@ -275,15 +274,3 @@ def test_peak_memory_is_said_only_of_one_process(
 ) -> None:
     trial = Trial(2.0, 10, "float32", num_processes, peak_memory)
     assert describe_trial(trial).endswith(said)
-
-
-def test_free_memory_is_that_of_the_container_where_it_has_less(tmp_path: Path) -> None:
-    machine = tmp_path / "meminfo"
-    assert free_memory(machine, tmp_path) is None
-    machine.write_text("MemTotal:  8 kB\nMemAvailable:  4 kB\n")
-    assert free_memory(machine, tmp_path) == 4096
-    (tmp_path / "memory.max").write_text("3000\n")
-    (tmp_path / "memory.current").write_text("1000\n")
-    assert free_memory(machine, tmp_path) == 2000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory(machine, tmp_path) == 4096

@@ -20,7 +20,7 @@ from client_app import workspace
 from server_app import federated_run, roster, training_run
 from server_app.app import app as server_app
 from server_app.evaluation import is_measured
-from server_app.federated_run import FederatedRun, available_memory, moving_average
+from server_app.federated_run import FederatedRun, moving_average
 from server_app.quality import QUALITY_TYPE, check_scores, scores_of
 from server_app.simulation import simulated_at_once
 from server_app.training_run import initial_model
@@ -261,15 +261,6 @@ def test_phases_of_a_round_add_up_to_it_and_training_lies_within(reference: Path
         outside = told["round_seconds"] - training
         assert training > 0 and outside > 0
         assert 0 < told["overhead_share"] < 1
-
-
-def test_memory_is_that_of_the_container_where_it_has_a_limit(tmp_path: Path) -> None:
-    limit = tmp_path / "memory.max"
-    whole = available_memory(limit)
-    limit.write_text("max\n")
-    assert available_memory(limit) == whole > 2**28
-    limit.write_text(f"{2**28}\n")
-    assert available_memory(limit) == 2**28
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from task.memory import free_memory
+
 # A name and what was found, for a line.
 Finding = tuple[str, str]
 GIB = 2**30
@@ -68,23 +70,3 @@ def nearest_folder(folder: Path) -> Path:
     """Return a folder, or the nearest above it that is there."""
     absolute = folder.absolute()
     return next(place for place in (absolute, *absolute.parents) if place.exists())
-
-
-def free_memory(
-    machine: Path = Path("/proc/meminfo"), container: Path = Path("/sys/fs/cgroup")
-) -> int | None:
-    """Return the bytes that programs can still get, of this machine or its container.
-
-    Args:
-        machine: Linux's file; None is returned where there is none.
-        container: folder of its limits, of version 2.
-    """
-    if not machine.is_file():
-        return None
-    lines = dict(line.split(":", 1) for line in machine.read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    limit = container / "memory.max"
-    said = limit.read_text().strip() if limit.is_file() else "max"
-    if said == "max":
-        return free
-    return min(free, int(said) - int((container / "memory.current").read_text()))
