@@ -7,7 +7,6 @@ sigma^2 = 1 - alphas_cumprod: "epsilon" is the noise, "sample" is x_start, "v_pr
 alpha * noise - sigma * x_start (Salimans & Ho 2022).
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -57,48 +56,6 @@ def training_target(
     if prediction_type == "v_prediction":
         alpha, sigma = scales(alphas_cumprod, x_start.dtype)
         return alpha * noise - sigma * x_start
-    raise unknown_choice("prediction_type", prediction_type)
-
-
-def predict_x_start(
-    output: Tensor, x_t: Tensor, alpha_cumprod: float, prediction_type: str
-) -> Tensor:
-    """Turn a model's output into its prediction of the clean images.
-
-    Args:
-        output: [N, C, H, W] float32, what the model returned for `x_t`.
-        x_t: [N, C, H, W] float32.
-        alpha_cumprod: in (0, 1), the same for all images.
-        prediction_type: "epsilon", "v_prediction" or "sample".
-
-    Raises:
-        ValueError: `prediction_type` is unknown.
-    """
-    alpha, sigma = math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod)
-    if prediction_type == "epsilon":
-        return (x_t - sigma * output) / alpha
-    if prediction_type == "sample":
-        return output
-    if prediction_type == "v_prediction":
-        return alpha * x_t - sigma * output
-    raise unknown_choice("prediction_type", prediction_type)
-
-
-def predict_noise(
-    output: Tensor, x_t: Tensor, alpha_cumprod: float, prediction_type: str
-) -> Tensor:
-    """Turn a model's output into its prediction of the noise; see `predict_x_start`.
-
-    Raises:
-        ValueError: `prediction_type` is unknown.
-    """
-    alpha, sigma = math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod)
-    if prediction_type == "epsilon":
-        return output
-    if prediction_type == "sample":
-        return (x_t - alpha * output) / sigma
-    if prediction_type == "v_prediction":
-        return sigma * x_t + alpha * output
     raise unknown_choice("prediction_type", prediction_type)
 
 

@@ -3,18 +3,24 @@
 They compute in float32, whatever the model computes in under the caller's autocast.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from task.config import DIFFUSION_CHOICES, Config, require, require_one_of
-from task.diffusion import Model, predict_noise, predict_x_start, unknown_choice
+from task.config import Config, require
+from task.diffusion import Model
 from task.schedule import NoiseSchedule, build_schedule
+from task.steps import (
+    Step,
+    ddim_steps,
+    ddpm_steps,
+    dpmpp_2m_steps,
+    guide,
+    sampling_steps,
+    walk,
+)
 
 # draw_noise() -> standard normal noise beside N labels, [N, C, H, W] float32, new at every call
 NoiseSource = Callable[[], Tensor]
@@ -51,46 +57,47 @@ class GuidedModel:
         both = torch.cat([labels, torch.full_like(labels, self.null_label)])
         output = self.model(torch.cat([x_t, x_t]), torch.cat([log_snr, log_snr]), both)
         conditional, unconditional = output.to(x_t.dtype).chunk(2)
-        return unconditional + self.guidance_scale * (conditional - unconditional)
-
-
-def denoise(
-    model: Model,
-    x_t: Tensor,
-    labels: Tensor,
-    *,
-    alpha_cumprod: float,
-    prediction_type: str,
-    clip_x_start: bool,
-) -> tuple[Tensor, Tensor]:
-    """Split noisy images into the images and the noise that a model sees in them.
-
-    Args:
-        model: see `task.diffusion`.
-        x_t: [N, C, H, W] float32.
-        labels: [N] int64.
-        alpha_cumprod: in (0, 1), the same for all images.
-        prediction_type: "epsilon", "v_prediction" or "sample".
-        clip_x_start: whether to clamp the images to [-1, 1] and let the noise follow.
-
-    Returns:
-        x_start and noise, both [N, C, H, W] float32.
-    """
-    log_snr = labels.new_full((len(labels),), 2 * half_log_snr(alpha_cumprod), dtype=torch.float32)
-    output = model(x_t, log_snr, labels).to(x_t.dtype)
-    x_start = predict_x_start(output, x_t, alpha_cumprod, prediction_type)
-    if not clip_x_start:
-        return x_start, predict_noise(output, x_t, alpha_cumprod, prediction_type)
-    x_start = x_start.clamp(-1, 1)
-    return x_start, predict_noise(x_start, x_t, alpha_cumprod, "sample")
-
-
-def half_log_snr(alpha_cumprod: float) -> float:
-    """Return log(alpha / sigma) of an alpha_cumprod in (0, 1), the lambda of the literature."""
-    return (math.log(alpha_cumprod) - math.log1p(-alpha_cumprod)) / 2
+        guided: Tensor = guide(conditional, unconditional, self.guidance_scale)
+        return guided
 
 
 @torch.inference_mode()
+def draw_along(
+    steps: Sequence[Step],
+    model: Model,
+    labels: Tensor,
+    *,
+    prediction_type: str,
+    clip_x_start: bool,
+    draw_noise: NoiseSource,
+) -> Tensor:
+    """Draw images along the steps of a sampler.
+
+    Args:
+        steps: see `task.steps`.
+        model: see `task.diffusion`.
+        labels: [N] int64, what to draw.
+        prediction_type: what the model returns.
+        clip_x_start: whether to clamp each prediction of x_start to [-1, 1].
+        draw_noise: source of all noise, beside `labels`.
+
+    Returns:
+        [N, C, H, W] float32, about [-1, 1].
+
+    Raises:
+        ValueError: `prediction_type` is unknown.
+    """
+
+    def predict(x_t: Tensor, log_snr: float) -> Tensor:
+        log_snrs = labels.new_full((len(labels),), log_snr, dtype=torch.float32)
+        return model(x_t, log_snrs, labels).to(x_t.dtype)
+
+    images: Tensor = walk(
+        steps, predict, draw_noise, prediction_type=prediction_type, clip_x_start=clip_x_start
+    )
+    return images
+
+
 def ddpm_sample(
     model: Model,
     labels: Tensor,
@@ -120,28 +127,16 @@ def ddpm_sample(
 
     Source: the paper, equation 3 (Ho et al. 2020, Algorithm 2).
     """
-    require_one_of("variance", variance, DIFFUSION_CHOICES["variance"])
-    alphas_cumprod, betas = schedule.alphas_cumprod.tolist(), schedule.betas.tolist()
-    x_t = draw_noise()
-    for timestep in reversed(range(schedule.num_timesteps)):
-        alpha_cumprod, beta = alphas_cumprod[timestep], betas[timestep]
-        _, noise = denoise(
-            model,
-            x_t,
-            labels,
-            alpha_cumprod=alpha_cumprod,
-            prediction_type=prediction_type,
-            clip_x_start=clip_x_start,
-        )
-        x_t = (x_t - beta / math.sqrt(1 - alpha_cumprod) * noise) / math.sqrt(1 - beta)
-        if timestep > 0:
-            posterior = (1 - alphas_cumprod[timestep - 1]) / (1 - alpha_cumprod) * beta
-            std = math.sqrt(beta if variance == "beta" else posterior)
-            x_t = x_t + std * draw_noise()
-    return x_t
+    return draw_along(
+        ddpm_steps(schedule.alphas_cumprod.tolist(), variance),
+        model,
+        labels,
+        prediction_type=prediction_type,
+        clip_x_start=clip_x_start,
+        draw_noise=draw_noise,
+    )
 
 
-@torch.inference_mode()
 def ddim_sample(
     model: Model,
     labels: Tensor,
@@ -176,27 +171,16 @@ def ddim_sample(
 
     Source: Song et al. 2021 (DDIM), equations 12 and 16.
     """
-    require(0 <= eta <= 1, "eta", "in [0, 1]", eta)
-    timesteps = inference_timesteps(schedule.num_timesteps, num_inference_steps)
-    path = [*schedule.alphas_cumprod[timesteps].tolist(), 1.0]
-    x_t = draw_noise()
-    for here, after in pairwise(path):
-        x_start, noise = denoise(
-            model,
-            x_t,
-            labels,
-            alpha_cumprod=here,
-            prediction_type=prediction_type,
-            clip_x_start=clip_x_start,
-        )
-        std = eta * math.sqrt((1 - after) / (1 - here) * (1 - here / after))
-        x_t = math.sqrt(after) * x_start + math.sqrt(1 - after - std**2) * noise
-        if std > 0:
-            x_t = x_t + std * draw_noise()
-    return x_t
+    return draw_along(
+        ddim_steps(schedule.alphas_cumprod.tolist(), num_inference_steps, eta=eta),
+        model,
+        labels,
+        prediction_type=prediction_type,
+        clip_x_start=clip_x_start,
+        draw_noise=draw_noise,
+    )
 
 
-@torch.inference_mode()
 def dpmpp_2m_sample(
     model: Model,
     labels: Tensor,
@@ -226,47 +210,14 @@ def dpmpp_2m_sample(
 
     Source: Lu et al. 2022 (arXiv 2211.01095), Algorithm 2.
     """
-    # Evenly in time: 20 steps that were even in log-SNR drew worse digits.
-    timesteps = inference_timesteps(schedule.num_timesteps, num_inference_steps)
-    path = [*schedule.alphas_cumprod[timesteps].tolist(), 1.0]
-    widths = [half_log_snr(b) - half_log_snr(a) for a, b in pairwise(path[:-1])]
-    x_t = draw_noise()
-    previous = x_t
-    for step, (here, after) in enumerate(pairwise(path)):
-        x_start, _ = denoise(
-            model,
-            x_t,
-            labels,
-            alpha_cumprod=here,
-            prediction_type=prediction_type,
-            clip_x_start=clip_x_start,
-        )
-        ahead = x_start
-        # Nothing lies before the first step, and the last one is endless in log-SNR.
-        if 0 < step < len(widths):
-            ahead = x_start + widths[step] / (2 * widths[step - 1]) * (x_start - previous)
-        shrink = math.sqrt((1 - after) / (1 - here))
-        x_t = shrink * x_t + (math.sqrt(after) - shrink * math.sqrt(here)) * ahead
-        previous = x_start
-    return x_t
-
-
-def inference_timesteps(num_timesteps: int, num_inference_steps: int) -> list[int]:
-    """Spread steps evenly over the timesteps, falling, the first at T - 1, where noise is all.
-
-    Raises:
-        ValueError: `num_inference_steps` is not in 1 to `num_timesteps`.
-
-    Source: Lin et al. 2024 (arXiv 2305.08891), "trailing".
-    """
-    require(
-        1 <= num_inference_steps <= num_timesteps,
-        "num_inference_steps",
-        f"between 1 and {num_timesteps}",
-        num_inference_steps,
+    return draw_along(
+        dpmpp_2m_steps(schedule.alphas_cumprod.tolist(), num_inference_steps),
+        model,
+        labels,
+        prediction_type=prediction_type,
+        clip_x_start=clip_x_start,
+        draw_noise=draw_noise,
     )
-    steps = range(num_inference_steps, 0, -1)
-    return [num_timesteps * step // num_inference_steps - 1 for step in steps]
 
 
 def build_sampler(config: Config) -> Sampler:
@@ -279,25 +230,21 @@ def build_sampler(config: Config) -> Sampler:
         ValueError: `diffusion.sampler` is unknown.
     """
     diffusion = config.diffusion
-    schedule = build_schedule(config)
-    steps = diffusion.num_inference_steps or diffusion.num_timesteps
-    draw: Callable[..., Tensor]
-    if diffusion.sampler == "ddpm":
-        draw = partial(ddpm_sample, variance=diffusion.variance)
-    elif diffusion.sampler == "ddim":
-        draw = partial(ddim_sample, num_inference_steps=steps, eta=diffusion.eta)
-    elif diffusion.sampler == "dpmpp_2m":
-        draw = partial(dpmpp_2m_sample, num_inference_steps=steps)
-    else:
-        raise unknown_choice("sampler", diffusion.sampler)
+    steps = sampling_steps(
+        build_schedule(config).alphas_cumprod.tolist(),
+        sampler=diffusion.sampler,
+        num_inference_steps=diffusion.num_inference_steps or diffusion.num_timesteps,
+        eta=diffusion.eta,
+        variance=diffusion.variance,
+    )
 
     def sampler(model: Model, labels: Tensor, draw_noise: NoiseSource) -> Tensor:
         if diffusion.guidance_scale != 1:
             model = GuidedModel(model, diffusion.guidance_scale, len(config.data.classes))
-        return draw(
+        return draw_along(
+            steps,
             model,
             labels,
-            schedule=schedule,
             prediction_type=diffusion.prediction_type,
             clip_x_start=diffusion.clip_x_start,
             draw_noise=draw_noise,

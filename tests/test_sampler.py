@@ -21,11 +21,11 @@ from task.sampler import (
     ddim_sample,
     ddpm_sample,
     dpmpp_2m_sample,
-    inference_timesteps,
     sample_batches,
     to_uint8,
 )
 from task.schedule import NoiseSchedule, build_schedule
+from task.steps import inference_timesteps
 
 SHAPE = (1, 4, 4)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from task.config import load_config
-from task.unet import FourierFeatures, UNet, build_unet, load_weights_by_position
+from task.network import FourierFeatures
+from task.unet import UNet, build_unet, load_weights_by_position
 
 RELEASED = ["model=feddm", "data=cifar10"]
 TINY = ["model=tiny", "data=digits"]
