@@ -1,10 +1,12 @@
 """All measures of one set of generated images, with the floor of real images beside them."""
 
 import dataclasses
+import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +32,8 @@ from task.metrics import (
     precision_recall,
 )
 from task.randomness import Stream, torch_generator
+
+T = TypeVar("T")
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
@@ -88,8 +92,8 @@ class Scores:
         coverage: share of the test images whose neighbourhood holds one of the images.
     """
 
-    inception_score: float | None
-    inception_score_std: float | None
+    inception_score: float | None = None
+    inception_score_std: float | None = None
     fid_train: float
     fid_test: float | None = None
     kid_train: float
@@ -156,6 +160,34 @@ class MetricReport:
             if copies is not None:
                 found |= {f"{space}_{name}": value for name, value in copies._asdict().items()}
         return {name: value for name, value in found.items() if value is not None}
+
+    @classmethod
+    def from_description(cls, found: Mapping[str, Any]) -> "MetricReport":
+        """Make the report that `describe` has flattened; further values are left aside.
+
+        Raises:
+            ValueError: it is no such description.
+        """
+
+        def part(kind: type[T], prefix: str = "") -> T | None:
+            names = inspect.signature(kind).parameters
+            known = {name: found[prefix + name] for name in names if prefix + name in found}
+            return kind(**known) if known else None
+
+        try:
+            label, generated, floor = part(Label), part(Scores), part(Scores, "floor_")
+            if label is None or generated is None or floor is None:
+                raise TypeError("no scores")
+            return cls(
+                label=label,
+                generated=generated,
+                floor=floor,
+                classification=part(Classification),
+                pixel_copying=part(Copying, "pixel_"),
+                feature_copying=part(Copying, "feature_"),
+            )
+        except TypeError as error:
+            raise ValueError(f"no measurements of this version of feddm: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)

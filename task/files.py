@@ -42,6 +42,27 @@ def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which takes the place of `folder` when the block succeeds.
+
+    Args:
+        folder: the one to write, and to replace where it exists; made with those above it.
+
+    Raises:
+        OSError: it cannot be written; see `naming_full_disk`.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as room:
+        aside = Path(room) / "new"
+        aside.mkdir()
+        with naming_full_disk(folder.parent):
+            yield aside
+        if folder.exists():
+            folder.rename(Path(room) / "old")
+        aside.rename(folder)
+
+
+@contextmanager
 def naming_full_disk(folder: Path) -> Iterator[None]:
     """Say of a disk that is full, or a quota that is used up, which it is and what to do.
 

@@ -64,6 +64,19 @@ def find_runs(folder: Path) -> list[FinishedRun]:
     ]
 
 
+def load_run(path: Path) -> FinishedRun:
+    """Read the finished run in a folder.
+
+    Raises:
+        ValueError: there is none, it has no final weights, or it is of another version of feddm.
+    """
+    require((path / "config.yaml").is_file(), "RUN", "the folder of a run", str(path))
+    run = _read_run(path)
+    if not weights_file(path).is_file():
+        raise no_final_weights(run.config, path)
+    return run
+
+
 def _read_run(path: Path) -> FinishedRun:
     partition = path / PARTITION_FILE
     return FinishedRun(
@@ -105,10 +118,7 @@ def final_model(run: Path, config: Config, client: int | None = None) -> tuple[U
             f"run with federation.keep_local_models=[{client}] keeps them"
         )
     if not file.is_file():
-        raise ValueError(
-            f"no final weights in {run}: finish it with feddm-train output_dir={config.output_dir} "
-            f"run_name={config.run_name} resume=true and the words that it was started with"
-        )
+        raise no_final_weights(config, run)
     weights, metadata = load_weights(file)
     require("round" in metadata, f"the metadata of {file}", "with a round", metadata)
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
@@ -119,3 +129,11 @@ def final_model(run: Path, config: Config, client: int | None = None) -> tuple[U
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit the network of {run}/config.yaml: {error}") from None
     return model, int(metadata["round"])
+
+
+def no_final_weights(config: Config, run: Path) -> ValueError:
+    """Make the error that says how to get the final weights of a run."""
+    return ValueError(
+        f"no final weights in {run}: finish it with feddm-train output_dir={config.output_dir} "
+        f"run_name={config.run_name} resume=true and the words that it was started with"
+    )

@@ -5,7 +5,7 @@ nothing of feddm, because `feddm export` ships this file beside the weights.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -200,7 +200,7 @@ def walk(
     Raises:
         ValueError: `prediction_type` is unknown.
     """
-    x_t, previous = draw_noise(), None
+    x_t = previous = draw_noise()
     for step in steps:
         output = predict(x_t, step.log_snr)
         x_start = predict_x_start(output, x_t, step.alpha_cumprod, prediction_type)
@@ -251,3 +251,49 @@ def guide(conditional: Array, unconditional: Array, guidance_scale: float) -> Ar
     Source: Ho & Salimans 2022, equation 6, whose w is `guidance_scale` - 1.
     """
     return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def draw_by_settings(
+    settings: Mapping[str, Any],
+    predict: Predict,
+    predict_unconditional: Predict | None,
+    draw_noise: Callable[[], Array],
+    **sampling: Any,
+) -> Array:
+    """Draw images as the config.json of an export says.
+
+    Args:
+        settings: with "alphas_cumprod", "prediction_type" and "sampling".
+        predict: the model, for the labels of the images.
+        predict_unconditional: the model for "no class"; None where it knows none.
+        draw_noise: see `walk`.
+        **sampling: what to change of `settings["sampling"]`: sampler, num_inference_steps, eta,
+            variance, clip_x_start, guidance_scale.
+
+    Returns:
+        [N, C, H, W] float32, about [-1, 1].
+
+    Raises:
+        ValueError: a word is unknown or a number out of range, or guidance is asked of a model
+            that knows no "no class".
+    """
+    chosen = {**settings["sampling"], **sampling}
+    clip_x_start, scale = chosen.pop("clip_x_start"), chosen.pop("guidance_scale")
+    if scale != 1 and predict_unconditional is None:
+        raise ValueError(
+            f"guidance_scale must be 1 for a model without a null label, got {scale!r}"
+        )
+
+    def guided(x_t: Array, log_snr: float) -> Array:
+        output = predict(x_t, log_snr)
+        if scale == 1 or predict_unconditional is None:
+            return output
+        return guide(output, predict_unconditional(x_t, log_snr), scale)
+
+    return walk(
+        sampling_steps(settings["alphas_cumprod"], **chosen),
+        guided,
+        draw_noise,
+        prediction_type=settings["prediction_type"],
+        clip_x_start=clip_x_start,
+    )

@@ -174,6 +174,49 @@ def tables(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="diffusers, onnx, torch-export or safetensors.",
+            autocompletion=lambda: ["diffusers", "onnx", "torch-export", "safetensors"],
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write, or an earlier export to replace; else RUN/export/TO."),
+    ] = None,
+    client: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="This client's own weights, which federation.keep_local_models kept."
+        ),
+    ] = None,
+) -> None:
+    """Write a run's final weights in a format that other libraries load, with a model card.
+
+    The folder holds all that drawing images needs, without feddm: python sample.py in it draws
+    some. What was written is loaded again and compared with the run's own network.
+
+    \b
+    Examples:
+      feddm export runs/demo --to safetensors
+      feddm export runs/demo --to onnx --out models/digits
+      feddm export runs/demo --to diffusers --client 0
+    """
+    from task.export.folder import export_run
+    from task.runs import load_run
+
+    written = export_run(load_run(run), to, out=out, client=client)
+    typer.echo(
+        f"written to {written.folder}: loaded again, its predictions of up to "
+        f"{written.largest:.3g} differ from the run's by at most {written.difference:.2g}"
+    )
+
+
+@app.command()
 def check_node(
     overrides: Annotated[
         list[str] | None,

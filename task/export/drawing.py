@@ -1,0 +1,119 @@
+"""Draw images with an exported model, and write them as PNG files.
+
+Needs NumPy and Pillow. The same seed draws the same images from every format, but for rounding.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from task.steps import draw_by_settings
+
+# model(x_t [N, C, H, W] float32, log_snr [N] float32, labels [N] int64) -> [N, C, H, W] float32
+Model = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+Settings = dict[str, Any]
+
+DRAWN_AT_ONCE = 100
+
+
+def read_settings(folder: Path | str) -> Settings:
+    """Read the config.json of an export."""
+    settings: Settings = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return settings
+
+
+def draw(
+    model: Model,
+    labels: np.ndarray,
+    settings: Settings,
+    draw_noise: Callable[[], np.ndarray],
+    **sampling: Any,
+) -> np.ndarray:
+    """Draw an image of each label.
+
+    Args:
+        model: see `Model`.
+        labels: [N] int64.
+        settings: see `read_settings`.
+        draw_noise: returns standard normal noise, [N, C, H, W] float32, new at every call.
+        **sampling: what to change of `settings["sampling"]`, see `draw_by_settings`.
+
+    Returns:
+        [N, C, H, W] float32, about [-1, 1].
+
+    Raises:
+        ValueError: see `draw_by_settings`.
+    """
+
+    def predict(x_t: np.ndarray, log_snr: float, labels: np.ndarray) -> np.ndarray:
+        return model(x_t, np.full(len(labels), log_snr, np.float32), labels)
+
+    null_label = settings["null_label"]
+    images: np.ndarray = draw_by_settings(
+        settings,
+        partial(predict, labels=labels),
+        None if null_label is None else partial(predict, labels=np.full_like(labels, null_label)),
+        draw_noise,
+        **sampling,
+    )
+    return images
+
+
+def to_pixels(images: np.ndarray) -> np.ndarray:
+    """Turn images in [-1, 1], [N, C, H, W], into uint8 [N, H, W] or [N, H, W, 3]."""
+    pixels = ((images.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+
+
+def main(
+    load_model: Callable[[Path], Model], folder: Path, words: Sequence[str] | None = None
+) -> None:
+    """Draw images as the command line asks.
+
+    Args:
+        load_model: loads the model of a folder.
+        folder: of the export.
+        words: of the command line; None: those of the process.
+    """
+    settings = read_settings(folder)
+    classes = settings["classes"]
+    parser = argparse.ArgumentParser(description="Draw images with this model.")
+    parser.add_argument("--class", dest="drawn", choices=classes, help="to draw; else every class")
+    parser.add_argument("--num", type=int, default=4, help="images of each class (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    parser.add_argument("--steps", type=int, help="fewer are faster, with ddim and dpmpp_2m")
+    parser.add_argument("--guidance-scale", type=float, help="of a model with a null label")
+    parser.add_argument("--out", type=Path, default=Path("images"), help="folder (%(default)s)")
+    chosen = parser.parse_args(words)
+    sampling = {"num_inference_steps": chosen.steps, "guidance_scale": chosen.guidance_scale}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    model, rng = load_model(folder), np.random.default_rng(chosen.seed)
+    for name in [chosen.drawn] if chosen.drawn else classes:
+        (chosen.out / name).mkdir(parents=True, exist_ok=True)
+        for start in range(0, chosen.num, DRAWN_AT_ONCE):
+            labels = np.full(min(DRAWN_AT_ONCE, chosen.num - start), classes.index(name), np.int64)
+            draw_noise = noise_source((len(labels), *image_shape(settings)), rng)
+            images = draw(model, labels, settings, draw_noise, **sampling)
+            for number, pixels in enumerate(to_pixels(images), start):
+                Image.fromarray(pixels).save(chosen.out / name / f"{number:05d}.png")
+
+
+def noise_source(shape: tuple[int, ...], rng: np.random.Generator) -> Callable[[], np.ndarray]:
+    """Make what draws standard normal noise of a shape, float32, new at every call."""
+
+    def draw_noise() -> np.ndarray:
+        return rng.standard_normal(shape, np.float32)
+
+    return draw_noise
+
+
+def image_shape(settings: Settings) -> tuple[int, int, int]:
+    """Return (C, H, W) of the images."""
+    size = settings["image_size"]
+    return settings["channels"], size, size

@@ -1,0 +1,242 @@
+"""The formats of `feddm export`: what each needs, writes, and tells its reader."""
+
+import importlib
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from task.config import require
+from task.export.drawing import Model, Settings, image_shape
+from task.export.sources import ship
+from task.network import UNet
+
+# Of the example that the graph is traced with. One image would be taken for a constant.
+EXAMPLE_BATCH = 2
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format that a model can be exported to.
+
+    Attributes:
+        library: the name of the library that loads it, as Hugging Face calls it.
+        needs: libraries that write and check it beyond those that feddm always has.
+        write: writes the model's own files into a folder.
+        loader: the module whose `load_model` loads a folder; shipped as sample.py.
+        snippet: Python that loads an export and calls it, run in its folder; {channels},
+            {image_size} and {a_class} stand for what config.json says.
+    """
+
+    library: str
+    needs: tuple[str, ...]
+    write: Callable[[UNet, Settings, Path], None]
+    loader: str
+    snippet: str
+
+    def check_installed(self) -> None:
+        """Check that all libraries are there.
+
+        Raises:
+            ValueError: one is missing.
+        """
+        missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
+        require(
+            not missing,
+            "--to",
+            f"a format whose libraries are installed ({', '.join(missing)}: pip install "
+            "'feddm[export]', in a checkout uv sync --extra export)",
+            self.library,
+        )
+
+    def usage(self, settings: Settings) -> str:
+        """Say in Markdown how to draw with an export of these settings."""
+        known = {**settings, "a_class": settings["classes"][0]}
+        # Not str.format, which would take the braces of Python for its own.
+        return re.sub(
+            r"\{(channels|image_size|a_class|prediction_type|null_label)\}",
+            lambda place: str(known[place[1]]),
+            USAGE.replace("{snippet}", self.snippet),
+        )
+
+    def load_model(self, folder: Path) -> Model:
+        """Load an export as its own sample.py does."""
+        model: Model = importlib.import_module(f"task.export.{self.loader}").load_model(folder)
+        return model
+
+
+def write_safetensors(unet: UNet, settings: Settings, folder: Path) -> None:
+    """Write the weights, and the network as a file of Python."""
+    save_file(_contiguous(unet), folder / "model.safetensors", {"format": "pt"})
+    ship("network.py", folder / "network.py")
+
+
+def write_torch_export(unet: UNet, settings: Settings, folder: Path) -> None:
+    """Write the graph of the network with its weights, for any number of images of one size."""
+    torch.export.save(traced(unet, settings), folder / "model.pt2")
+
+
+def write_onnx(unet: UNet, settings: Settings, folder: Path) -> None:
+    """Write the graph of the network with its weights, and what config.json says as metadata.
+
+    Raises:
+        RuntimeError: the exporter returned nothing.
+    """
+    import onnx
+
+    program = torch.onnx.export(
+        traced(unet, settings),
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+        input_names=["x_t", "log_snr", "labels"],
+        output_names=["prediction"],
+        dynamic_shapes={"x_t": {0: "batch"}, "log_snr": None, "labels": None},
+    )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    proto = program.model_proto
+    onnx.helper.set_model_props(proto, {name: json.dumps(v) for name, v in settings.items()})
+    onnx.checker.check_model(proto, full_check=True)
+    onnx.save(proto, folder / "model.onnx")
+
+
+def write_diffusers(unet: UNet, settings: Settings, folder: Path) -> None:
+    """Write a pipeline with a network of its own, which `DiffusionPipeline` loads."""
+    import diffusers
+
+    from task.export.diffusers_pipeline import ClassConditionalPipeline
+    from task.export.diffusers_unet import ClassConditionalUNet
+
+    model = ClassConditionalUNet(**settings["network"])
+    model.load_state_dict(unet.state_dict())
+    model.save_pretrained(folder / "unet")
+    index = {
+        "_class_name": ["pipeline", ClassConditionalPipeline.__name__],
+        "_diffusers_version": diffusers.__version__,
+        "unet": ["diffusers_unet", ClassConditionalUNet.__name__],
+        "settings": settings,
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    ship("export/diffusers_pipeline.py", folder / "pipeline.py", in_package=True)
+    ship("export/diffusers_unet.py", folder / "unet" / "diffusers_unet.py", in_package=True)
+    ship("network.py", folder / "unet" / "network.py")
+
+
+def _contiguous(unet: UNet) -> dict[str, torch.Tensor]:
+    return {name: weight.contiguous() for name, weight in unet.state_dict().items()}
+
+
+def traced(unet: UNet, settings: Settings) -> torch.export.ExportedProgram:
+    """Trace a network, in eval mode, for any number of images of the size of the settings."""
+    x_t = torch.zeros(EXAMPLE_BATCH, *image_shape(settings))
+    log_snr = x_t.new_zeros(EXAMPLE_BATCH)
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(
+        unet,
+        (x_t, log_snr, log_snr.long()),
+        dynamic_shapes={"x_t": batch, "log_snr": batch, "labels": batch},
+    )
+    # They hold the paths of this machine, and would travel with the file.
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
+    return program
+
+
+USAGE = """\
+In this folder, with the libraries that `sample.py` names at its top:
+
+```bash
+python sample.py --class {a_class} --num 4 --out images
+```
+
+From Python:
+
+```python
+{snippet}```
+
+The network is a function of
+
+- `x_t`: noisy images, float32 `[N, {channels}, {image_size}, {image_size}]`, about [-1, 1];
+- `log_snr`: of their noise, float32 `[N]`, log(alphas_cumprod / (1 - alphas_cumprod));
+- `labels`: int64 `[N]`, positions in `classes`; `null_label` ({null_label}) stands for "no class".
+
+It returns what `prediction_type` says ({prediction_type}), in the shape of `x_t`. Images are drawn
+from noise along the steps of a sampler: `config.json` holds `classes`, `alphas_cumprod` and the
+sampler's arguments, `steps.py` makes steps of them and walks them with NumPy or PyTorch, and
+`drawing.py` is the rest of `sample.py`. Guidance needs a null label; `None`: there is none.
+"""
+
+FORMATS = {
+    "safetensors": Format(
+        library="pytorch",
+        needs=(),
+        write=write_safetensors,
+        loader="sample_safetensors",
+        snippet="""\
+import torch
+from drawing import read_settings
+from network import UNet
+from safetensors.torch import load_file
+
+unet = UNet(**read_settings(".")["network"]).eval()
+unet.load_state_dict(load_file("model.safetensors"))
+x_t, log_snr = torch.randn(2, {channels}, {image_size}, {image_size}), torch.full((2,), -9.0)
+with torch.inference_mode():
+    prediction = unet(x_t, log_snr, torch.tensor([0, 0]))
+""",
+    ),
+    "torch-export": Format(
+        library="pytorch",
+        needs=(),
+        write=write_torch_export,
+        loader="sample_torch_export",
+        snippet="""\
+import torch
+
+program = torch.export.load("model.pt2").module()  # trust the file as you trust code
+x_t, log_snr = torch.randn(2, {channels}, {image_size}, {image_size}), torch.full((2,), -9.0)
+with torch.inference_mode():
+    prediction = program(x_t, log_snr, torch.tensor([0, 0]))
+""",
+    ),
+    "onnx": Format(
+        library="onnx",
+        needs=("onnx", "onnxscript", "onnxruntime"),
+        write=write_onnx,
+        loader="sample_onnx",
+        snippet="""\
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+shape = (2, {channels}, {image_size}, {image_size})
+x_t = np.random.default_rng(0).standard_normal(shape, np.float32)
+log_snr, labels = np.full(2, -9.0, np.float32), np.array([0, 0])
+[prediction] = session.run(None, {"x_t": x_t, "log_snr": log_snr, "labels": labels})
+""",
+    ),
+    "diffusers": Format(
+        library="diffusers",
+        needs=("diffusers",),
+        write=write_diffusers,
+        loader="sample_diffusers",
+        snippet="""\
+import torch
+from diffusers import DiffusionPipeline
+
+# Runs pipeline.py and unet/*.py of this folder: read them first.
+pipe = DiffusionPipeline.from_pretrained(".", trust_remote_code=True)
+generator = torch.Generator().manual_seed(0)
+images = pipe(classes=["{a_class}"], num_images=2, generator=generator).images
+images[0].save("image.png")
+""",
+    ),
+}

@@ -1,0 +1,261 @@
+"""The model card of an export: what the model is, was trained on, can do and must not be used for.
+
+It speaks of images in numbers only. Names and paths of runs, nodes and files stay out of it.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from task.config import Config
+from task.evaluate import MetricReport
+from task.metric_table import caption, metric_rows
+from task.run_directory import CLASS_COUNTS_FILE, NODES_FILE, POOLED_FILE, read_metrics
+from task.runs import FinishedRun
+
+# The hospitals' own scores of generated images, by the name of the recorded mean.
+HOSPITAL_SCORES = {
+    "test_loss": "loss on held-out images",
+    "quality_fid": "FID to held-out images",
+    "quality_floor_fid": "FID of their training images, for comparison",
+    "quality_kid": "KID to held-out images",
+    "quality_floor_kid": "KID of their training images, for comparison",
+    "quality_class_agreement": "generated images found in the class asked for",
+    "quality_held_out_accuracy": "the same of held-out images",
+    "quality_pixel_copied": "as near to a training image as the nearest 1 % of real, pixels",
+    "quality_feature_copied": "as near to a training image as the nearest 1 % of real, features",
+}
+
+# A sum over fewer would be the counts of one of them.
+MIN_COUNTED = 2
+
+LIMITS = """\
+## Intended use
+
+Research on generative models and on training them over several sites: figures, ablations, and
+images to try out software on. Look at the results above, and at images, before any use.
+
+## Out of scope
+
+- Diagnosis, treatment, or any other decision about a person. This is no medical device.
+- Images presented as real ones, or as evidence.
+- Standing in for real data in a study without a check that the conclusions hold on real data.
+
+## Limits
+
+- It draws {size}x{size} images of the classes above and nothing else; a class with few training
+  images is drawn worse.
+- It has learned the biases of its data: whom the images show, the devices, the labels' errors.
+- Distances between sets of images, such as FID, say little about a single image.
+
+## Privacy
+
+Weights are made from images and can hold some of them. In training, no images left their site
+unless the training was centralised; but the weights came without secure aggregation, and
+**without differential privacy: there is no formal guarantee** that a training image cannot be
+drawn again, or that nobody can tell whether an image was trained on. The measured shares of copied
+images above, where there are any, are evidence and no proof. Whoever holds the data decides
+whether this model may be passed on.
+"""
+
+
+def write_model_card(
+    run: FinishedRun,
+    folder: Path,
+    *,
+    usage: str,
+    library: str,
+    exported: Mapping[str, Any],
+) -> None:
+    """Write README.md, a model card in Hugging Face's format.
+
+    Args:
+        run: that the weights are of.
+        folder: of the export.
+        usage: how to draw with the export, in Markdown.
+        library: that loads it, in Hugging Face's words.
+        exported: "round", "client" (None: the global weights), "weights_sha256", "format", "by".
+
+    Raises:
+        ValueError: an evaluation of the run is of another version of feddm.
+    """
+    config = run.config
+    measured = exported["client"] is None  # the evaluations are of the global weights
+    parts = [
+        front_matter(library),
+        heading(config, exported),
+        f"## How to use\n\n{usage}",
+        data_section(run),
+        training_section(run, exported),
+        results_section(run)
+        if measured
+        else "## Results\n\nOf these weights nothing was measured.\n",
+        LIMITS.replace("{size}", str(config.data.image_size)),
+        origin_section(exported),
+    ]
+    (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def front_matter(library: str) -> str:
+    """Return what Hugging Face reads of a card."""
+    return f"""\
+---
+# Choose a license before you publish this; the data may limit the choice.
+license: unknown
+library_name: {library}
+pipeline_tag: unconditional-image-generation
+tags:
+- diffusion
+- class-conditional-image-generation
+- federated-learning
+- feddm
+---
+"""
+
+
+def heading(config: Config, exported: Mapping[str, Any]) -> str:
+    """Say in a paragraph what the model is."""
+    data = config.data
+    colour = "grey" if data.channels == 1 else "colour"
+    trained = (
+        "on all images in one place"
+        if config.train.mode == "centralized"
+        else "over sites that shared weights and never images"
+    )
+    whose = (
+        "These are the global weights"
+        if exported["client"] is None
+        else "These are the weights of a single client, after its own epochs on the global ones,"
+    )
+    return f"""\
+# Diffusion model of {data.name} images
+
+Draws {colour} images of {data.image_size}x{data.image_size} pixels of {len(data.classes)} classes:
+{", ".join(data.classes)}. Trained with feddm {trained}. {whose} after round {exported["round"]} of
+{config.federation.rounds}.
+"""
+
+
+def data_section(run: FinishedRun) -> str:
+    """Say how many images of each class there were, over all clients together."""
+    counts, clients, silent = training_counts(run)
+    told = [] if clients is None else [f"Clients: {clients}."]
+    if silent:
+        told.append(f"{silent} of them did not say how many images they hold.")
+    if counts is None:
+        told.append("How many images of each class they hold together is not known.")
+        return "## Data\n\n" + " ".join(told) + "\n"
+    rows = list(zip(run.config.data.classes, map("{:,}".format, counts), strict=True))
+    table = markdown_table(["class", "training images"], [*rows, ("all", f"{sum(counts):,}")])
+    return "\n".join(["## Data\n", *([" ".join(told) + "\n"] if told else []), table])
+
+
+def training_counts(run: FinishedRun) -> tuple[list[int] | None, int | None, int]:
+    """Count the training images of each class over all clients.
+
+    Returns:
+        The counts, None where they are not known or would be those of a single site; the number
+        of clients, None for a centralised run; how many of them did not say.
+    """
+    if run.partition is not None:
+        return _summed(run.partition["train_counts"]), run.partition["num_clients"], 0
+    pooled = _read(run.path / POOLED_FILE)
+    if pooled is not None:
+        return pooled["train_counts"], None, 0
+    told = (_read(run.path / CLASS_COUNTS_FILE) or {"clients": {}})["clients"]
+    known = [counts for counts in told.values() if counts is not None]
+    num_clients = len(_read(run.path / NODES_FILE) or told)
+    counts = _summed(known) if len(known) >= MIN_COUNTED else None
+    return counts, num_clients or None, num_clients - len(known)
+
+
+def _summed(counts: Iterable[Sequence[int]]) -> list[int]:
+    return [sum(of_class) for of_class in zip(*counts, strict=True)]
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def training_section(run: FinishedRun, exported: Mapping[str, Any]) -> str:
+    """List how the model was trained."""
+    config = run.config
+    train, diffusion, federation = config.train, config.diffusion, config.federation
+    federated = train.mode == "federated"
+    rows = [
+        ("algorithm", federation.aggregation if federated else "centralised training"),
+        ("rounds" if federated else "times the local epochs", exported["round"]),
+        *[("clients per round", federation.clients_per_round or "all")] * federated,
+        ("local epochs", train.local_epochs),
+        ("batch size", train.batch_size),
+        ("learning rate (Adam)", train.lr),
+        ("precision", train.precision),
+        *[("partition.beta (Dirichlet)", config.partition.beta)] * (run.partition is not None),
+        *[("ema_decay", federation.ema_decay)] * (federation.ema_decay is not None),
+        ("schedule", f"{diffusion.schedule}, {diffusion.num_timesteps} timesteps"),
+        ("prediction type", diffusion.prediction_type),
+        ("loss weighting", f"{diffusion.loss_weighting}, {diffusion.loss_reduction} over pixels"),
+        ("label dropout", diffusion.label_dropout),
+        ("network", ", ".join(f"{k} {v}" for k, v in vars(config.model).items())),
+        ("seed", config.seed),
+    ]
+    return f"## Training\n\n{markdown_table(['', ''], rows)}"
+
+
+def results_section(run: FinishedRun) -> str:
+    """Show what was measured of the run, with the same of real images beside it."""
+    parts = [_evaluation(found) for found in run.evaluations]
+    parts += _hospital_scores(run)
+    if not parts:
+        parts = ["Nothing was measured: assume nothing about quality or copied images.\n"]
+    return "\n".join(["## Results and memorisation\n", *parts])
+
+
+def _evaluation(found: Mapping[str, Any]) -> str:
+    report = MetricReport.from_description(found)
+    title = f"### Through {report.label.extractor}, image range {report.label.image_range}\n"
+    table = markdown_table(["metric", "generated", "real"], metric_rows(report))
+    drawn = f"after round {found['round']}, drawn by {found['sampler']} in "
+    drawn += f"{found['num_inference_steps']} steps"
+    held = "\n".join(f"- {line}" for line in [drawn, *caption(report)])
+    searched = report.pixel_copying is not None
+    missing = "" if searched else "- no search for copies was made: assume that there are some\n"
+    return f"{title}\n{table}\n{held}\n{missing}"
+
+
+def _hospital_scores(run: FinishedRun) -> list[str]:
+    last: dict[str, tuple[int, Any]] = {
+        line["name"]: (line["round"], line["value"])
+        for line in read_metrics(run.path)
+        if line["who"] == "global" and line["name"] in HOSPITAL_SCORES
+    }
+    rows = [
+        (title, f"{last[name][1]:.4f}", last[name][0])
+        for name, title in HOSPITAL_SCORES.items()
+        if name in last
+    ]
+    if not rows:
+        return []
+    return [
+        "### By the clients, on their own images\n",
+        markdown_table(["mean over the clients", "", "after round"], rows),
+    ]
+
+
+def origin_section(exported: Mapping[str, Any]) -> str:
+    """Say which weights these are, and what wrote the export."""
+    return f"""\
+## How this was made
+
+Written by {exported["by"]} with torch {version("torch")} as {exported["format"]}; the run does not
+say with which versions it was trained. SHA-256 of the run's file of weights, which
+`sha256sum` compares: `{exported["weights_sha256"]}`.
+"""
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Lay rows out as a table of Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
