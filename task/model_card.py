@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from task.config import Config
 from task.evaluate import MetricReport
 from task.metric_table import caption, metric_rows
 from task.run_directory import CLASS_COUNTS_FILE, NODES_FILE, POOLED_FILE, read_metrics
@@ -52,12 +51,11 @@ images to try out software on. Look at the results above, and at images, before 
 
 ## Privacy
 
-Weights are made from images and can hold some of them. In training, no images left their site
-unless the training was centralised; but the weights came without secure aggregation, and
-**without differential privacy: there is no formal guarantee** that a training image cannot be
-drawn again, or that nobody can tell whether an image was trained on. The measured shares of copied
-images above, where there are any, are evidence and no proof. Whoever holds the data decides
-whether this model may be passed on.
+Weights are made from images and can hold some of them. This model was trained {trained_where},
+**without differential privacy and without secure aggregation: there is no formal guarantee** that
+a training image cannot be drawn again, or that nobody can tell whether an image was trained on.
+The shares of copied images above, where there are any, are evidence and no proof. Whoever holds
+the data decides whether this model may be passed on.
 """
 
 
@@ -81,18 +79,17 @@ def write_model_card(
     Raises:
         ValueError: an evaluation of the run is of another version of feddm.
     """
-    config = run.config
     measured = exported["client"] is None  # the evaluations are of the global weights
     parts = [
         front_matter(library),
-        heading(config, exported),
+        heading(run, exported),
         f"## How to use\n\n{usage}",
         data_section(run),
         training_section(run, exported),
         results_section(run)
         if measured
         else "## Results\n\nOf these weights nothing was measured.\n",
-        LIMITS.replace("{size}", str(config.data.image_size)),
+        LIMITS.format(size=run.config.data.image_size, trained_where=trained_where(run)),
         origin_section(exported),
     ]
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
@@ -115,27 +112,34 @@ tags:
 """
 
 
-def heading(config: Config, exported: Mapping[str, Any]) -> str:
-    """Say in a paragraph what the model is."""
-    data = config.data
+def heading(run: FinishedRun, exported: Mapping[str, Any]) -> str:
+    """Say in a few lines what the model is."""
+    data = run.config.data
     colour = "grey" if data.channels == 1 else "colour"
-    trained = (
-        "on all images in one place"
-        if config.train.mode == "centralized"
-        else "over sites that shared weights and never images"
-    )
     whose = (
-        "These are the global weights"
+        "The weights are the global ones"
         if exported["client"] is None
-        else "These are the weights of a single client, after its own epochs on the global ones,"
+        else "The weights are those of a single client, after its own epochs on the global ones,"
     )
     return f"""\
-# Diffusion model of {data.name} images
+# Class-conditional diffusion model
 
-Draws {colour} images of {data.image_size}x{data.image_size} pixels of {len(data.classes)} classes:
-{", ".join(data.classes)}. Trained with feddm {trained}. {whose} after round {exported["round"]} of
-{config.federation.rounds}.
+Draws {colour} images of {data.image_size}x{data.image_size} pixels.
+
+- Data set: {data.name}.
+- Classes: {", ".join(data.classes)}.
+- Trained with feddm {trained_where(run)}.
+- {whose} after round {exported["round"]} of {run.config.federation.rounds}.
 """
+
+
+def trained_where(run: FinishedRun) -> str:
+    """Say where the images were, as part of a sentence."""
+    if run.config.train.mode == "centralized":
+        return "on all images in one place"
+    if run.partition is not None:
+        return "over clients that one machine simulated, which shared weights and no images"
+    return "over sites that shared weights and never images"
 
 
 def data_section(run: FinishedRun) -> str:
@@ -186,7 +190,7 @@ def training_section(run: FinishedRun, exported: Mapping[str, Any]) -> str:
     federated = train.mode == "federated"
     rows = [
         ("algorithm", federation.aggregation if federated else "centralised training"),
-        ("rounds" if federated else "times the local epochs", exported["round"]),
+        ("rounds" if federated else "rounds of local epochs", exported["round"]),
         *[("clients per round", federation.clients_per_round or "all")] * federated,
         ("local epochs", train.local_epochs),
         ("batch size", train.batch_size),
@@ -249,9 +253,9 @@ def origin_section(exported: Mapping[str, Any]) -> str:
     return f"""\
 ## How this was made
 
-Written by {exported["by"]} with torch {version("torch")} as {exported["format"]}; the run does not
-say with which versions it was trained. SHA-256 of the run's file of weights, which
-`sha256sum` compares: `{exported["weights_sha256"]}`.
+- Written by {exported["by"]} with torch {version("torch")} as {exported["format"]}.
+- The run does not record the versions that it was trained with.
+- SHA-256 of the run's own file of these weights: `{exported["weights_sha256"]}`.
 """
 
 

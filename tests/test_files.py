@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from task.files import atomic_path, naming_full_disk, remove_left_overs
+from task.files import atomic_folder, atomic_path, naming_full_disk, remove_left_overs
 
 
 @pytest.fixture
@@ -121,3 +121,18 @@ def test_left_overs_of_one_file_are_removed_and_others_stay(tmp_path: Path) -> N
         other.touch()
     remove_left_overs(file)
     assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def test_atomic_folder_replaces_a_folder_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    with atomic_folder(folder) as aside:
+        (aside / "first").touch()
+        assert not folder.exists()
+    with pytest.raises(ValueError, match="half"), atomic_folder(folder) as aside:
+        (aside / "second").touch()
+        raise ValueError("half")
+    assert [path.name for path in folder.iterdir()] == ["first"]
+    with atomic_folder(folder) as aside:
+        (aside / "third").touch()
+    assert [path.name for path in folder.iterdir()] == ["third"]
+    assert [path.name for path in folder.parent.iterdir()] == ["folder"]

@@ -27,7 +27,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.register_modules(unet=unet)
         self.register_to_config(settings=settings)
 
-    @torch.no_grad()
     def __call__(
         self,
         classes: Sequence[str] | None = None,
@@ -69,6 +68,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         numbers = [known.index(name) for name in (known if classes is None else classes)]
         return torch.tensor(numbers, device=self.unet.device).repeat_interleave(num_images)
 
+    @torch.no_grad()
     def draw(
         self, labels: Tensor, generator: torch.Generator | None = None, **sampling: Any
     ) -> Tensor:
