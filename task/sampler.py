@@ -189,11 +189,34 @@ def ddim_sample(
             prediction_type=prediction_type,
             clip_x_start=clip_x_start,
         )
-        std = eta * math.sqrt((1 - after) / (1 - here) * (1 - here / after))
-        x_t = math.sqrt(after) * x_start + math.sqrt(1 - after - std**2) * noise
-        if std > 0:
-            x_t = x_t + std * draw_noise()
+        x_t = ddim_step(x_start, noise, here=here, after=after, eta=eta, draw_noise=draw_noise)
     return x_t
+
+
+def ddim_step(
+    x_start: Tensor,
+    noise: Tensor,
+    *,
+    here: float,
+    after: float,
+    eta: float,
+    draw_noise: NoiseSource,
+) -> Tensor:
+    """Go from one noise level to a lower one.
+
+    Args:
+        x_start: [N, C, H, W] float32, what the model sees in the images.
+        noise: as `x_start`, what else it sees in them.
+        here: alpha_cumprod of the images, in (0, 1).
+        after: alpha_cumprod to go to, in (`here`, 1].
+        eta: in [0, 1], share of fresh noise.
+        draw_noise: source of the fresh noise; the step to 1 draws none.
+
+    Source: Song et al. 2021 (DDIM), equations 12 and 16.
+    """
+    std = eta * math.sqrt((1 - after) / (1 - here) * (1 - here / after))
+    x_t = math.sqrt(after) * x_start + math.sqrt(1 - after - std**2) * noise
+    return x_t + std * draw_noise() if std > 0 else x_t
 
 
 @torch.inference_mode()
