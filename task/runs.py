@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from task.checkpoint import load_weights
 from task.config import (
     EXTRACTORS,
@@ -19,6 +21,7 @@ from task.config import (
     require,
 )
 from task.generation import GENERATION_VALUES, GeneratedImages, ImageSource, class_labels
+from task.restoration import known_part, restoration_config, restore_images
 from task.run_directory import PARTITION_FILE, weights_file
 from task.train import select_device
 from task.unet import UNet, build_unet
@@ -93,6 +96,70 @@ class FinishedRun:
         model, _ = final_model(self.path, config, client)
         source = ImageSource(config, model, select_device(config.train.device))
         return source.draw_classes(labels, num_images)
+
+    def restore(
+        self,
+        images: Tensor,
+        label: str | int,
+        num_images: int = 1,
+        *,
+        mask: Tensor | None = None,
+        upscale: int | None = None,
+        colorize: bool = False,
+        jump_length: int | None = None,
+        num_resamples: int | None = None,
+        client: int | None = None,
+        seed: int | None = None,
+        device: str | None = None,
+        batch_size: int | None = None,
+        **drawing: float,
+    ) -> GeneratedImages:
+        """Fill in what pictures lack, as `feddm restore` does: one of three tasks.
+
+        Args:
+            images: [N, C, H, W] uint8; for the task's shapes see `task.restoration.known_part`.
+            label: name or label of the class that all of them are of.
+            num_images: for each picture.
+            mask: [H, W] bool, true where to fill.
+            upscale: how many times larger the images are to be.
+            colorize: whether to colour grey pictures.
+            jump_length: steps that are taken back at a time; None: RePaint's.
+            num_resamples: how often each stretch of that length is walked; None: RePaint's.
+            client: see `sample`.
+            seed: see `sample`.
+            device: see `sample`.
+            batch_size: see `sample`.
+            **drawing: num_inference_steps, guidance_scale, clip_x_start; else the run's.
+
+        Returns:
+            Images that agree with the pictures, those for one picture side by side.
+
+        Raises:
+            TypeError: `images` or `mask` is of another dtype.
+            ValueError: a value or a shape is wrong.
+        """
+        options = {f"diffusion.{name}": value for name, value in drawing.items()} | {
+            "seed": seed,
+            "train.device": device,
+            "eval.batch_size": batch_size,
+        }
+        config = restoration_config(self.config, options=options)
+        (number,) = class_labels(config.data.classes, [label])
+        known, projection = known_part(
+            config, images, mask=mask, upscale=upscale, colorize=colorize
+        )
+        model, _ = final_model(self.path, config, client)
+        return restore_images(
+            config,
+            model,
+            known,
+            projection=projection,
+            label=number,
+            num_images=num_images,
+            jump_length=jump_length,
+            num_resamples=num_resamples,
+            device=select_device(config.train.device),
+        )
 
 
 def load_run(path: str | Path) -> FinishedRun:

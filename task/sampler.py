@@ -315,10 +315,8 @@ def build_sampler(config: Config) -> Sampler:
         raise unknown_choice("sampler", diffusion.sampler)
 
     def sampler(model: Model, labels: Tensor, draw_noise: NoiseSource) -> Tensor:
-        if diffusion.guidance_scale != 1:
-            model = GuidedModel(model, diffusion.guidance_scale, len(config.data.classes))
         return draw(
-            model,
+            guided(model, config),
             labels,
             schedule=schedule,
             prediction_type=diffusion.prediction_type,
@@ -327,6 +325,12 @@ def build_sampler(config: Config) -> Sampler:
         )
 
     return sampler
+
+
+def guided(model: Model, config: Config) -> Model:
+    """Return the model, with guidance where a configuration asks for it."""
+    scale = config.diffusion.guidance_scale
+    return model if scale == 1 else GuidedModel(model, scale, len(config.data.classes))
 
 
 def sample_batches(
