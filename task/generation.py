@@ -1,7 +1,7 @@
 """Images from a finished model by class and place: the same image at the same place, always."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -116,10 +116,11 @@ class ImageSource:
                 model, self.image_shape, device
             )
 
-    def batches(self, num_images: int) -> list[range]:
+    def batches(self, num_images: int) -> Iterator[range]:
         """Split the places of a number of images into batches."""
         places = range(num_images)
-        return [places[at : at + self.batch_size] for at in range(0, num_images, self.batch_size)]
+        for start in places[:: self.batch_size]:
+            yield places[start : start + self.batch_size]
 
     def draw(self, label: int, places: range) -> Tensor:
         """Draw the images of a class at some places, uint8 [N, C, H, W] on the CPU.

@@ -70,14 +70,18 @@ class SyntheticFolder:
             self._counts = [max(pair) for pair in zip(self._counts, there, strict=True)]
         for pattern in (path / MANIFEST_FILE, *(folder / "*.png" for folder in self._folders)):
             remove_left_overs(pattern)
-        self._check_room(sum(len(self.missing(label, num)) for label, num in asked.items()))
+        self._check_room(sum(self.num_missing(label, num) for label, num in asked.items()))
         self.write_manifest()
 
-    def missing(self, label: int, num_images: int) -> set[int]:
-        """List the places of a class, of the first `num_images`, that have no image."""
+    def missing(self, label: int, places: range) -> list[int]:
+        """List those of some places of a class that have no image."""
         folder = self._folders[label]
-        there = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
-        return {place for place in range(num_images) if _file_name(place) not in there}
+        return [place for place in places if not (folder / _file_name(place)).exists()]
+
+    def num_missing(self, label: int, num_images: int) -> int:
+        """Count those of the first `num_images` places of a class that have no image."""
+        # One at a time: there may be millions.
+        return sum(len(self.missing(label, range(at, at + 1))) for at in range(num_images))
 
     def count(self, label: int) -> int:
         """Return how many images of a class this call or an earlier one has asked for."""
@@ -104,7 +108,7 @@ class SyntheticFolder:
             name: {"label": label, "folder": folder.name, "images": self._counts[label]}
             for label, (name, folder) in enumerate(zip(self._classes, self._folders, strict=True))
         }
-        missing = any(self.missing(label, count) for label, count in enumerate(self._counts))
+        missing = any(self.num_missing(label, num) for label, num in enumerate(self._counts))
         content = {
             "notice": f"Every picture here is a {NOTICE}.",
             "complete": not missing,

@@ -94,7 +94,7 @@ def test_restored_part_of_independent_pixels_has_their_distribution(
     projection: Projection,
 ) -> None:
     # Where all pixels are independent and alike, nothing that is known tells of the rest.
-    mean, std = 0.05, 0.2
+    mean, std = 0.05, 0.3
     known = pictures(200) * 0.1 + mean
     found = repaint(
         white_gaussian(mean, std),
@@ -106,7 +106,7 @@ def test_restored_part_of_independent_pixels_has_their_distribution(
     rest = found - mean - projection(found - mean)
     free = SHAPE[0] * 64 - {TOP_HALF: 96, PROJECTIONS[1]: 12, PROJECTIONS[2]: 64}[projection]
     assert rest.mean() == pytest.approx(0, abs=0.01)
-    assert math.sqrt(rest.square().sum() / (200 * free)) == pytest.approx(std, rel=0.03)
+    assert math.sqrt(rest.square().sum() / (200 * free)) == pytest.approx(std, rel=0.05)
 
 
 def test_more_resamples_come_closer_to_the_conditional_distribution() -> None:

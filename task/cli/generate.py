@@ -77,18 +77,16 @@ def fill_folder(
     say: Callable[[str], object],
 ) -> None:
     """Draw what a folder lacks; a batch that lacks any image is drawn whole, as the first time."""
-    missing = {label: folder.missing(label, num_images) for label in labels}
-    total = sum(map(len, missing.values()))
+    total = sum(folder.num_missing(label, num_images) for label in labels)
     if total == 0:
         return
     say(f"drawing {total:,} images on {source.device}")
     with progress(total, "images") as update:
-        for label, places in missing.items():
-            for batch in source.batches(num_images):
-                lacking = places.intersection(batch)
-                if not lacking:
-                    continue
-                for place, image in zip(batch, source.draw(label, batch), strict=True):
-                    if place in lacking:
-                        folder.write(label, place, image)
-                update(len(lacking))
+        for label in labels:
+            for places in source.batches(num_images):
+                missing = folder.missing(label, places)
+                if missing:
+                    images = source.draw(label, places)
+                    for place in missing:
+                        folder.write(label, place, images[place - places.start])
+                    update(len(missing))
