@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -669,6 +669,43 @@ def flat_values(config: Config) -> dict[str, Any]:
     """Flatten a configuration to dotted paths, for comparing and recording it."""
     tree = as_hydra(config)
     return {path: OmegaConf.select(tree, path) for path in value_paths()}
+
+
+def changed_config(
+    config: Config,
+    overrides: Iterable[str] = (),
+    *,
+    options: Mapping[str, object | None],
+    names: Collection[str],
+) -> Config:
+    """Change some values of a run's configuration, to work with what came out of it.
+
+    Args:
+        config: of the run.
+        overrides: `name=value` each.
+        options: by name as well; None leaves a value as it is. They win over `overrides`.
+        names: of the values that may be changed.
+
+    Returns:
+        The configuration with absolute paths; new relative ones count from the working directory.
+
+    Raises:
+        ValueError: a name is none of `names`, or a value is wrong.
+    """
+    tree = as_hydra(config)
+    changes: list[tuple[str, object, str]] = []
+    for override in overrides:
+        name, _, text = override.partition("=")
+        changes.append((name, None if text == "null" else text, override))
+    changes += [(n, value, f"{n}={value}") for n, value in options.items() if value is not None]
+    try:
+        for name, value, word in changes:
+            expected = f"NAME=VALUE with a name of {', '.join(sorted(names))}"
+            require(name in names and "=" in word, "an override", expected, word)
+            OmegaConf.update(tree, name, value)
+    except OmegaConfBaseException as error:
+        raise ValueError(composition_error(error)) from error
+    return anchored(config_from_hydra(tree), Path.cwd())
 
 
 def as_hydra(config: Config) -> DictConfig:

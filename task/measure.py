@@ -14,6 +14,7 @@ from task.data import Dataset, ImageSet
 from task.evaluate import MetricReport, RealFeatures, evaluate_images
 from task.features import FeatureExtractor
 from task.files import atomic_path
+from task.generation import image_shape
 from task.randomness import Stream, torch_generator
 from task.sampler import build_sampler, sample_batches, to_uint8
 from task.train import autocast, move
@@ -39,14 +40,13 @@ def draw_images(
     Raises:
         ValueError: `eval.precision` is "auto".
     """
-    image_shape = (config.data.channels, config.data.image_size, config.data.image_size)
     move(model, device, channels_last=config.train.channels_last)
     with autocast(device, config.eval.precision):
         images = sample_batches(
             build_sampler(config),
             model,
             labels.to(device),
-            image_shape=image_shape,
+            image_shape=image_shape(config),
             batch_size=config.eval.batch_size,
             block_generator=partial(torch_generator, config.seed, stream, device=device),
         )

@@ -25,6 +25,8 @@ class Stream(IntEnum):
     HOLD_OUT = 9
     METRICS = 10
     EVALUATED_IMAGES = 11
+    GENERATED_IMAGES = 12
+    RESTORED_IMAGES = 13
 
 
 def numpy_generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

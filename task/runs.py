@@ -1,10 +1,13 @@
 """Read back what finished runs left behind: configuration, final weights, measurements."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from task.checkpoint import load_weights
 from task.config import (
@@ -12,11 +15,15 @@ from task.config import (
     FILE_SETS,
     IMAGE_RANGES,
     Config,
+    changed_config,
     flat_values,
     read_config,
     require,
 )
+from task.generation import GENERATION_VALUES, GeneratedImages, ImageSource, class_labels
+from task.restoration import known_part, restoration_config, restore_images
 from task.run_directory import PARTITION_FILE, weights_file
+from task.train import select_device
 from task.unet import UNet, build_unet
 
 
@@ -50,6 +57,145 @@ class FinishedRun:
             ignored.add("data.root")
         return {k: v for k, v in self.values.items() if k.startswith("data.") and k not in ignored}
 
+    def sample(
+        self,
+        classes: Iterable[str | int] | None = None,
+        num_images: int = 16,
+        *,
+        client: int | None = None,
+        seed: int | None = None,
+        device: str | None = None,
+        batch_size: int | None = None,
+        **drawing: str | float,
+    ) -> GeneratedImages:
+        """Draw images from the final weights, the same that `feddm generate` writes.
+
+        Args:
+            classes: names or labels; None: every class. See `task.generation.class_labels`.
+            num_images: of each class.
+            client: a client whose own weights draw, which the run has kept; None: the global ones.
+            seed: of the noise; None: the run's.
+            device: "auto", "cpu", "cuda" or "cuda:N"; None: the run's.
+            batch_size: images at a time; None: the run's. It changes rounding alone.
+            **drawing: how to draw where not as the run draws: sampler, num_inference_steps, eta,
+                variance, guidance_scale, clip_x_start, with the values of `conf/diffusion`.
+
+        Returns:
+            Images and labels, class after class.
+
+        Raises:
+            ValueError: a class, a client or a value is wrong.
+        """
+        options = {f"diffusion.{name}": value for name, value in drawing.items()} | {
+            "seed": seed,
+            "train.device": device,
+            "eval.batch_size": batch_size,
+        }
+        config = changed_config(self.config, options=options, names=GENERATION_VALUES)
+        labels = class_labels(config.data.classes, classes)
+        model, _ = final_model(self.path, config, client)
+        source = ImageSource(config, model, select_device(config.train.device))
+        return source.draw_classes(labels, num_images)
+
+    def restore(
+        self,
+        images: Tensor,
+        label: str | int,
+        num_images: int = 1,
+        *,
+        mask: Tensor | None = None,
+        upscale: int | None = None,
+        colorize: bool = False,
+        jump_length: int | None = None,
+        num_resamples: int | None = None,
+        client: int | None = None,
+        seed: int | None = None,
+        device: str | None = None,
+        batch_size: int | None = None,
+        **drawing: float,
+    ) -> GeneratedImages:
+        """Fill in what pictures lack, as `feddm restore` does: one of three tasks.
+
+        Args:
+            images: [N, C, H, W] uint8; for the task's shapes see `task.restoration.known_part`.
+            label: name or label of the class that all of them are of.
+            num_images: for each picture.
+            mask: [H, W] bool, true where to fill.
+            upscale: how many times larger the images are to be.
+            colorize: whether to colour grey pictures.
+            jump_length: steps that are taken back at a time; None: RePaint's.
+            num_resamples: how often each stretch of that length is walked; None: RePaint's.
+            client: see `sample`.
+            seed: see `sample`.
+            device: see `sample`.
+            batch_size: see `sample`.
+            **drawing: num_inference_steps, guidance_scale, clip_x_start; else the run's.
+
+        Returns:
+            Images that agree with the pictures, those for one picture side by side.
+
+        Raises:
+            TypeError: `images` or `mask` is of another dtype.
+            ValueError: a value or a shape is wrong.
+        """
+        options = {f"diffusion.{name}": value for name, value in drawing.items()} | {
+            "seed": seed,
+            "train.device": device,
+            "eval.batch_size": batch_size,
+        }
+        config = restoration_config(self.config, options=options)
+        (number,) = class_labels(config.data.classes, [label])
+        known, projection = known_part(
+            config, images, mask=mask, upscale=upscale, colorize=colorize
+        )
+        model, _ = final_model(self.path, config, client)
+        return restore_images(
+            config,
+            model,
+            known,
+            projection=projection,
+            label=number,
+            num_images=num_images,
+            jump_length=jump_length,
+            num_resamples=num_resamples,
+            device=select_device(config.train.device),
+        )
+
+
+def load_run(path: str | Path) -> FinishedRun:
+    """Read a finished run, to look at it or to draw from its model.
+
+    Args:
+        path: its folder.
+
+    Raises:
+        ValueError: there is no run, it is not finished, or it is of another version of feddm.
+    """
+    folder = Path(path).expanduser()
+    config = run_config(folder)
+    _require_weights(folder, config)
+    return _read_run(folder)
+
+
+def run_config(run: Path) -> Config:
+    """Read the configuration of the run in a folder.
+
+    Raises:
+        ValueError: there is no run, or it is of another version of feddm.
+    """
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"RUN: {run} holds no run (there is no {file})")
+    return read_config(file)
+
+
+def _require_weights(run: Path, config: Config) -> None:
+    if not weights_file(run).is_file():
+        raise ValueError(
+            f"no final weights in {run}: finish it with feddm-train output_dir={config.output_dir} "
+            f"run_name={config.run_name} resume=true and the words that it was started with"
+        )
+
 
 def find_runs(folder: Path) -> list[FinishedRun]:
     """Find every finished run in a folder and below it, sorted by path.
@@ -62,19 +208,6 @@ def find_runs(folder: Path) -> list[FinishedRun]:
         for config_file in sorted(folder.rglob("config.yaml"))
         if weights_file(config_file.parent).is_file()
     ]
-
-
-def load_run(path: Path) -> FinishedRun:
-    """Read the finished run in a folder.
-
-    Raises:
-        ValueError: there is none, it has no final weights, or it is of another version of feddm.
-    """
-    require((path / "config.yaml").is_file(), "RUN", "the folder of a run", str(path))
-    run = _read_run(path)
-    if not weights_file(path).is_file():
-        raise no_final_weights(run.config, path)
-    return run
 
 
 def _read_run(path: Path) -> FinishedRun:
@@ -117,8 +250,8 @@ def final_model(run: Path, config: Config, client: int | None = None) -> tuple[U
             f"client must be one whose weights are in {file.parent} ({kept}), got {client}; a "
             f"run with federation.keep_local_models=[{client}] keeps them"
         )
-    if not file.is_file():
-        raise no_final_weights(config, run)
+    if client is None:
+        _require_weights(run, config)
     weights, metadata = load_weights(file)
     require("round" in metadata, f"the metadata of {file}", "with a round", metadata)
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
@@ -129,11 +262,3 @@ def final_model(run: Path, config: Config, client: int | None = None) -> tuple[U
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit the network of {run}/config.yaml: {error}") from None
     return model, int(metadata["round"])
-
-
-def no_final_weights(config: Config, run: Path) -> ValueError:
-    """Make the error that says how to get the final weights of a run."""
-    return ValueError(
-        f"no final weights in {run}: finish it with feddm-train output_dir={config.output_dir} "
-        f"run_name={config.run_name} resume=true and the words that it was started with"
-    )

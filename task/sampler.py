@@ -13,6 +13,7 @@ from task.config import Config, require
 from task.diffusion import Model
 from task.schedule import NoiseSchedule, build_schedule
 from task.steps import (
+    Predict,
     Step,
     ddim_steps,
     ddpm_steps,
@@ -87,15 +88,24 @@ def draw_along(
     Raises:
         ValueError: `prediction_type` is unknown.
     """
+    images: Tensor = walk(
+        steps,
+        predicting(model, labels),
+        draw_noise,
+        prediction_type=prediction_type,
+        clip_x_start=clip_x_start,
+    )
+    return images
+
+
+def predicting(model: Model, labels: Tensor) -> Predict:
+    """Let a model predict for labels, [N] int64, at one log-SNR for all images, in float32."""
 
     def predict(x_t: Tensor, log_snr: float) -> Tensor:
         log_snrs = labels.new_full((len(labels),), log_snr, dtype=torch.float32)
         return model(x_t, log_snrs, labels).to(x_t.dtype)
 
-    images: Tensor = walk(
-        steps, predict, draw_noise, prediction_type=prediction_type, clip_x_start=clip_x_start
-    )
-    return images
+    return predict
 
 
 def ddpm_sample(
@@ -239,11 +249,9 @@ def build_sampler(config: Config) -> Sampler:
     )
 
     def sampler(model: Model, labels: Tensor, draw_noise: NoiseSource) -> Tensor:
-        if diffusion.guidance_scale != 1:
-            model = GuidedModel(model, diffusion.guidance_scale, len(config.data.classes))
         return draw_along(
             steps,
-            model,
+            guided(model, config),
             labels,
             prediction_type=diffusion.prediction_type,
             clip_x_start=diffusion.clip_x_start,
@@ -251,6 +259,12 @@ def build_sampler(config: Config) -> Sampler:
         )
 
     return sampler
+
+
+def guided(model: Model, config: Config) -> Model:
+    """Return the model, with guidance where a configuration asks for it."""
+    scale = config.diffusion.guidance_scale
+    return model if scale == 1 else GuidedModel(model, scale, len(config.data.classes))
 
 
 def sample_batches(

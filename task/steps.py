@@ -202,17 +202,31 @@ def walk(
     """
     x_t = previous = draw_noise()
     for step in steps:
-        output = predict(x_t, step.log_snr)
-        x_start = predict_x_start(output, x_t, step.alpha_cumprod, prediction_type)
-        if clip_x_start:
-            x_start = x_start.clip(-1, 1)
-        x_t = step.x_t * x_t + step.x_start * x_start
-        if step.previous:
-            x_t = x_t + step.previous * previous
-        if step.noise:
-            x_t = x_t + step.noise * draw_noise()
+        x_start = see(
+            step, x_t, predict, prediction_type=prediction_type, clip_x_start=clip_x_start
+        )
+        x_t = take(step, x_t, x_start, previous, draw_noise)
         previous = x_start
     return x_t
+
+
+def see(
+    step: Step, x_t: Array, predict: Predict, *, prediction_type: str, clip_x_start: bool
+) -> Array:
+    """Return the clean images that the model sees in noisy ones; the arguments are `walk`'s."""
+    output = predict(x_t, step.log_snr)
+    x_start = predict_x_start(output, x_t, step.alpha_cumprod, prediction_type)
+    return x_start.clip(-1, 1) if clip_x_start else x_start
+
+
+def take(
+    step: Step, x_t: Array, x_start: Array, previous: Array, draw_noise: Callable[[], Array]
+) -> Array:
+    """Take a step from noisy images `x_t`, in which the model sees `x_start`."""
+    x_t = step.x_t * x_t + step.x_start * x_start
+    if step.previous:
+        x_t = x_t + step.previous * previous
+    return x_t + step.noise * draw_noise() if step.noise else x_t
 
 
 def predict_x_start(output: Array, x_t: Array, alpha_cumprod: float, prediction_type: str) -> Array:

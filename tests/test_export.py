@@ -219,7 +219,7 @@ def test_wrong_words_are_errors_of_one_line(
 
     expected = "--to must be one of safetensors, torch-export, onnx, diffusers, got 'gguf'"
     assert_fails_in_one_line(export(run.path, "gguf"), expected)
-    assert_fails_in_one_line(export(tmp_path, "onnx"), "RUN must be the folder of a run")
+    assert_fails_in_one_line(export(tmp_path, "onnx"), "holds no run")
     expected = "client must be one whose weights are in"
     assert_fails_in_one_line(export(run.path, "safetensors", "--client", 5), expected)
     (tmp_path / "config.yaml").write_bytes((run.path / "config.yaml").read_bytes())

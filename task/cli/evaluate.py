@@ -3,18 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from task.config import (
     DRAWING_VALUES,
     Config,
-    anchored,
-    as_hydra,
-    composition_error,
-    config_from_hydra,
-    read_config,
-    require,
+    changed_config,
     value_paths,
 )
 from task.data import build_dataset
@@ -30,7 +22,7 @@ from task.measure import (
 )
 from task.metric_table import caption, format_table
 from task.randomness import Stream
-from task.runs import final_model
+from task.runs import final_model, run_config
 from task.train import select_device
 
 
@@ -50,26 +42,7 @@ def evaluation_config(
     Raises:
         ValueError: there is no run, or a name or value is wrong.
     """
-    file = run / "config.yaml"
-    if not file.is_file():
-        raise ValueError(f"RUN: {run} holds no run (there is no {file})")
-    tree = as_hydra(read_config(file))
-    try:
-        for override in overrides:
-            name, equals, value = override.partition("=")
-            require(
-                bool(equals) and name in _measuring_values(),
-                "an override",
-                f"NAME=VALUE with a name of {', '.join(sorted(_measuring_values()))}",
-                override,
-            )
-            OmegaConf.update(tree, name, None if value == "null" else value)
-        for name, chosen in options.items():
-            if chosen is not None:
-                OmegaConf.update(tree, name, chosen)
-    except OmegaConfBaseException as error:
-        raise ValueError(composition_error(error)) from error
-    return anchored(config_from_hydra(tree), Path.cwd())
+    return changed_config(run_config(run), overrides, options=options, names=_measuring_values())
 
 
 def _measuring_values() -> set[str]:

@@ -145,6 +145,182 @@ def evaluate(
 
 
 @app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    num: Annotated[
+        int, typer.Option(min=1, help="Images to draw of each class.", show_default=False)
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for them: new, or one of earlier images.", show_default=False),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Further values as NAME=VALUE, of how images are drawn: "
+            "diffusion.sampler=dpmpp_2m diffusion.num_inference_steps=20 "
+            "diffusion.guidance_scale=2.",
+            show_default=False,
+        ),
+    ] = None,
+    class_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--class",
+            help="Name of a class, or its number from 0 where no class is called that; may be "
+            "repeated. Else every class.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the noise; else the run's seed.")
+    ] = None,
+    client: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Draw from this client's own model, which federation.keep_local_models kept.",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N; else the run's train.device.")
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images at a time; else the run's eval.batch_size. It changes rounding alone.",
+        ),
+    ] = None,
+) -> None:
+    """Draw images of chosen classes from a run's final weights.
+
+    Writes OUT/<class>/000000.png and so on, and OUT/manifest.json, which says what drew them. The
+    same call again draws only what is not there yet, so that a stopped one goes on; a larger --num
+    adds images to a folder.
+
+    \b
+    Examples:
+      feddm generate runs/demo --class 3 --num 100 --out images
+      feddm generate runs/demo --num 5000 --out all diffusion.sampler=dpmpp_2m \\
+        diffusion.num_inference_steps=20
+    """
+    from task.cli.generate import generate_images
+    from task.config import changed_config
+    from task.generation import GENERATION_VALUES
+    from task.runs import run_config
+
+    config = changed_config(
+        run_config(run),
+        overrides or [],
+        options={"seed": seed, "train.device": device, "eval.batch_size": batch_size},
+        names=GENERATION_VALUES,
+    )
+    generate_images(
+        run,
+        config,
+        classes=class_ or None,
+        num_images=num,
+        out=out,
+        client=client,
+        say=typer.echo,
+    )
+
+
+@app.command()
+def restore(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="Pictures of the run's size; with --upscale N, that size over N. Further values "
+            "as NAME=VALUE: diffusion.num_inference_steps=50 diffusion.guidance_scale=2.",
+            show_default=False,
+        ),
+    ],
+    class_: Annotated[
+        str,
+        typer.Option("--class", help="Name or number of the class of all pictures."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the images.", show_default=False)],
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="Picture that is white where the others are to be filled, else black."),
+    ] = None,
+    upscale: Annotated[
+        int | None, typer.Option(min=2, help="Enlarge the pictures so many times.")
+    ] = None,
+    colorize: Annotated[
+        bool, typer.Option("--colorize", help="Colour grey pictures, or coloured ones anew.")
+    ] = False,
+    num: Annotated[int, typer.Option(min=1, help="Images to draw for each picture.")] = 1,
+    jump_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps that are taken back at a time; else RePaint's 10."),
+    ] = None,
+    num_resamples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How often each stretch of that length is walked; else RePaint's 10. 1 is ten "
+            "times faster, and fits what is filled in less well to its surroundings.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the noise; else the run's seed.")
+    ] = None,
+    client: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Draw from this client's own model, which federation.keep_local_models kept.",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N; else the run's train.device.")
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images at a time; else the run's eval.batch_size. It changes rounding alone.",
+        ),
+    ] = None,
+) -> None:
+    """Fill in what pictures lack, by a run's final weights: --mask, --upscale or --colorize.
+
+    Writes OUT/<name of the picture>-0.png and so on. What is known of a picture stays as it is.
+    What is filled in is invented: it looks like the training images of the class, and says nothing
+    of the patient.
+
+    \b
+    Examples:
+      feddm restore runs/demo three.png --class 3 --mask lower-half.png --num 4 --out filled
+      feddm restore runs/demo small.png --class 3 --upscale 4 --out large
+    """
+    from task.cli.restore import restore_files
+
+    restore_files(
+        run,
+        images,
+        out=out,
+        class_=class_,
+        num_images=num,
+        mask=mask,
+        upscale=upscale,
+        colorize=colorize,
+        options={
+            "jump_length": jump_length,
+            "num_resamples": num_resamples,
+            "seed": seed,
+            "client": client,
+            "device": device,
+            "batch_size": batch_size,
+        },
+        say=typer.echo,
+    )
+
+
+@app.command()
 def tables(
     sweep_dir: Annotated[
         Path, typer.Argument(help="Folder with finished, measured runs.", show_default=False)

@@ -1,0 +1,92 @@
+"""`feddm generate`: a folder of images of chosen classes from a run's final weights."""
+
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from task.cli.progress import progress
+from task.config import Config, changed_config
+from task.generation import GENERATION_VALUES, ImageSource, class_labels
+from task.run_directory import weights_file
+from task.runs import final_model
+from task.synthetic_folder import SyntheticFolder, batch_size_of, describe_origin, open_folder
+from task.train import select_device
+
+
+def generate_images(
+    run: Path,
+    config: Config,
+    *,
+    classes: Sequence[str] | None,
+    num_images: int,
+    out: Path,
+    client: int | None,
+    say: Callable[[str], object],
+) -> None:
+    """Draw images into a folder, or those that it still lacks; see `task.synthetic_folder`.
+
+    Args:
+        run: the folder of the run.
+        config: of the run, with what is to be drawn otherwise.
+        classes: names or labels; None: every class.
+        num_images: of each class.
+        out: the folder.
+        client: whose own weights draw; None: the global ones.
+        say: takes the text for the reader.
+
+    Raises:
+        ValueError: an input is wrong, or the folder holds something else.
+        OSError: the folder cannot be written.
+    """
+    names = config.data.classes
+    labels = class_labels(names, classes)
+    # Another batch size would draw the rest of a folder with another rounding.
+    config = changed_config(
+        config,
+        options={"eval.batch_size": config.eval.batch_size or batch_size_of(out)},
+        names=GENERATION_VALUES,
+    )
+    device = select_device(config.train.device)
+    model, server_round = final_model(run, config, client)
+    source = ImageSource(config, model, device)
+    origin = describe_origin(
+        config,
+        source,
+        weights=weights_file(run, client),
+        server_round=server_round,
+        client=client,
+    )
+    with open_folder(out, names, origin=origin, asked=dict.fromkeys(labels, num_images)) as folder:
+        fill_folder(folder, source, labels, num_images=num_images, say=say)
+        folder.write_manifest()
+        for label in labels:
+            more = folder.count(label) - num_images
+            say(
+                f"{names[label]}: {num_images:,} images"
+                + (f"; {more:,} more of an earlier call are there or still to come" if more else "")
+            )
+        say(f"\nin {out}; feddm reads them with\n{shlex.join(folder.overrides())}")
+
+
+def fill_folder(
+    folder: SyntheticFolder,
+    source: ImageSource,
+    labels: Sequence[int],
+    *,
+    num_images: int,
+    say: Callable[[str], object],
+) -> None:
+    """Draw what a folder lacks; a batch that lacks any image is drawn whole, as the first time."""
+    total = sum(folder.num_missing(label, num_images) for label in labels)
+    if total == 0:
+        return
+    say(f"drawing {total:,} images on {source.device}")
+    with progress(total, "images") as update:
+        for label in labels:
+            for places in source.batches(num_images):
+                missing = folder.missing(label, places)
+                if missing:
+                    images = source.draw(label, places)
+                    for place in missing:
+                        folder.write(label, place, images[place - places.start])
+                    update(len(missing))

@@ -1,0 +1,261 @@
+"""A folder of synthetic images: class folders of PNG files, and a manifest of where they are from.
+
+<folder>/
+    manifest.json             what drew the images, and how many there are of each class
+    <class>/000000.png        the image at place 0 of a class
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from hashlib import file_digest
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from task.config import DRAWING_VALUES, Config, flat_values, require
+from task.files import atomic_path, remove_left_overs, write_json
+from task.generation import ImageSource, to_pil
+
+MANIFEST_FILE = "manifest.json"
+NOTICE = "synthetic image, drawn by a diffusion model"
+
+# Where the real images lie is no business of whoever receives these.
+PLACES_OF_DATA = frozenset({"root", "cache_dir"})
+
+
+class SyntheticFolder:
+    """A folder of synthetic images, held by this process alone while it is open.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        classes: Sequence[str],
+        *,
+        origin: Mapping[str, Any],
+        asked: Mapping[int, int],
+    ) -> None:
+        """Check what is in a folder, and write down what is going to be.
+
+        Use `open_folder`, which makes and holds the folder.
+
+        Args:
+            path: the folder.
+            classes: names of all classes, in the order of their labels.
+            origin: what the images are made from, of `describe_origin`.
+            asked: by label, how many images there are to be, 0 or more of which are there already.
+
+        Raises:
+            ValueError: the folder holds other things, images of another origin, or has no room.
+        """
+        self.path, self._classes, self._origin = path, classes, origin
+        self._folders = [path / name for name in folder_names(classes)]
+        self._counts = [asked.get(label, 0) for label in range(len(classes))]
+        before = read_manifest(path)
+        if before is not None:
+            _check_same_origin(path, before["origin"], origin)
+            there = (before["classes"][name]["images"] for name in classes)
+            self._counts = [max(pair) for pair in zip(self._counts, there, strict=True)]
+        for pattern in (path / MANIFEST_FILE, *(folder / "*.png" for folder in self._folders)):
+            remove_left_overs(pattern)
+        self._check_room(sum(self.num_missing(label, num) for label, num in asked.items()))
+        self.write_manifest()
+
+    def missing(self, label: int, places: range) -> list[int]:
+        """List those of some places of a class that have no image."""
+        folder = self._folders[label]
+        return [place for place in places if not (folder / _file_name(place)).exists()]
+
+    def num_missing(self, label: int, num_images: int) -> int:
+        """Count those of the first `num_images` places of a class that have no image."""
+        # One at a time: there may be millions.
+        return sum(len(self.missing(label, range(at, at + 1))) for at in range(num_images))
+
+    def count(self, label: int) -> int:
+        """Return how many images of a class this call or an earlier one has asked for."""
+        return self._counts[label]
+
+    def write(self, label: int, place: int, image: Tensor) -> None:
+        """Write an image, uint8 [C, H, W], to its place in a class."""
+        folder = self._folders[label]
+        folder.mkdir(exist_ok=True)
+        write_image(folder / _file_name(place), image, NOTICE)
+
+    def overrides(self) -> list[str]:
+        """Say in words of a configuration how to read the images."""
+        data = self._origin["data"]
+        names = ",".join(f'"{folder.name}"' for folder in self._folders)
+        return [
+            *("data=image_folder", f"data.root={self.path}", f"data.classes=[{names}]"),
+            *(f"data.{name}={data[name]}" for name in ("image_size", "channels")),
+        ]
+
+    def write_manifest(self) -> None:
+        """Write down what was asked for, and whether all of it is there."""
+        classes = {
+            name: {"label": label, "folder": folder.name, "images": self._counts[label]}
+            for label, (name, folder) in enumerate(zip(self._classes, self._folders, strict=True))
+        }
+        missing = any(self.num_missing(label, num) for label, num in enumerate(self._counts))
+        content = {
+            "notice": f"Every picture here is a {NOTICE}.",
+            "complete": not missing,
+            "files": f"<folder>/{_file_name(0)}, numbered from 0",
+            "classes": classes,
+            "origin": self._origin,
+        }
+        write_json(self.path / MANIFEST_FILE, content)
+
+    def _check_room(self, missing: int) -> None:
+        data = self._origin["data"]
+        needed = missing * data["channels"] * data["image_size"] ** 2
+        free = shutil.disk_usage(self.path).free
+        require(
+            needed <= free,
+            "--out",
+            f"on a disk with {needed:,} free bytes, which {missing:,} images may take (make room, "
+            "or draw fewer now and the rest later)",
+            f"{self.path} with {free:,}",
+        )
+
+
+def batch_size_of(path: Path) -> int | None:
+    """Return the batch size of the images in a folder, None where there are none; see above."""
+    manifest = read_manifest(path)
+    return None if manifest is None else manifest["origin"].get("batch_size")
+
+
+@contextmanager
+def open_folder(
+    path: Path, classes: Sequence[str], *, origin: Mapping[str, Any], asked: Mapping[int, int]
+) -> Iterator[SyntheticFolder]:
+    """Make a folder of synthetic images, or go on with one; see `SyntheticFolder`.
+
+    Raises:
+        ValueError: see `SyntheticFolder`, or another process writes into it.
+        OSError: it cannot be written.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # The lock is on the folder itself, so that no further file lies among the images.
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"--out: another process is writing into {path}; end it first"
+            ) from error
+        yield SyntheticFolder(path, classes, origin=origin, asked=asked)
+    finally:
+        os.close(held)
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """Read the manifest of a folder; None where the folder is empty, or not there.
+
+    Raises:
+        ValueError: there is something else in it, or the manifest is broken.
+    """
+    file = path / MANIFEST_FILE
+    if not path.is_dir():
+        return None
+    if not file.exists():
+        # A first call that was killed leaves a part of the manifest, which is hidden.
+        others = [name for name in sorted(os.listdir(path)) if not name.startswith(".manifest-")]
+        expected = f"a new or empty folder, or one with images and their {MANIFEST_FILE}"
+        require(not others, "--out", expected, f"{path}, which holds {', '.join(others[:3])}")
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return {name: manifest[name] for name in ("origin", "classes")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no manifest of synthetic images ({error!r})") from error
+
+
+def _check_same_origin(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    wanted = json.loads(json.dumps(asked))
+    differences = [
+        f"{name} {wanted.get(name)} (there: {there.get(name)})"
+        for name in sorted({*wanted, *there})
+        if wanted.get(name) != there.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"--out: {path} holds images of another origin; asked for {'; '.join(differences)}. "
+            "Pass the words that it was started with, or another --out"
+        )
+
+
+def describe_origin(
+    config: Config, source: ImageSource, *, weights: Path, server_round: int, client: int | None
+) -> dict[str, Any]:
+    """Say what images are made from: calls that agree in all of it go on with one folder.
+
+    Args:
+        config: of the drawing.
+        source: that draws.
+        weights: the file of the model's weights.
+        server_round: of the weights.
+        client: whose own weights they are; None: the global ones.
+    """
+    values = flat_values(config)
+    with weights.open("rb") as file:
+        model = file_digest(file, "sha256").hexdigest()
+    return {
+        "feddm": version("feddm"),
+        "model_sha256": model,
+        "run_name": config.run_name,
+        "round": server_round,
+        "client": client,
+        "seed": config.seed,
+        **{name: values[name] for name in DRAWING_VALUES},
+        "eval.precision": config.eval.precision,
+        "device": source.device.type,
+        "batch_size": source.batch_size,
+        "data": {n: v for n, v in asdict(config.data).items() if n not in PLACES_OF_DATA},
+    }
+
+
+def folder_names(classes: Sequence[str]) -> list[str]:
+    """Name the folders of classes: as the classes, where a folder can be called that.
+
+    What a file system or a reader of such folders does not take becomes "_": signs that some
+    system forbids, a dot in front (hidden), and the names of splits, which get a "_" in front.
+
+    Raises:
+        ValueError: two folders would have one name, for a file system that ignores case.
+    """
+    names = [re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", name).rstrip(". ") for name in classes]
+    names = [f"_{n}" if re.match(r"\.|__MACOSX|(train|test)$|$", n, re.I) else n for n in names]
+    require(
+        len({name.casefold() for name in names}) == len(names),
+        "data.classes",
+        "names of different folders",
+        names,
+    )
+    return names
+
+
+def _file_name(place: int) -> str:
+    return f"{place:06d}.png"
+
+
+def write_image(path: Path, image: Tensor, notice: str) -> None:
+    """Write an image, uint8 [1 or 3, H, W], as a PNG file that says what it is, atomically."""
+    info = PngInfo()
+    info.add_text("Software", "feddm")
+    info.add_text("Comment", notice)
+    with atomic_path(path) as aside:
+        to_pil(image).save(aside, "PNG", pnginfo=info)

@@ -1,0 +1,154 @@
+import json
+import shlex
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from task.config import load_config
+from task.data import build_dataset
+from task.runs import load_run
+from task.synthetic_folder import folder_names, open_folder
+from tests.processes import COMMANDS, process
+from tests.test_cli import assert_fails_in_one_line, feddm, finished_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished_run(tmp_path_factory.mktemp("runs"), "data=digits", "data.test_fraction=0.1")
+
+
+def generate(run: Path, out: Path, num: int, *words: object) -> str:
+    result = feddm("generate", run, "--num", num, "--out", out, *words)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_folder_holds_what_sample_draws_and_reads_back_as_a_data_set(
+    run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "images"
+    printed = generate(run, out, 7, "--class", 8, "--class", "3", "--batch-size", 50)
+    expected = load_run(run).sample(classes=[3, 8], num_images=7, batch_size=50)
+    words = shlex.split(printed.strip().splitlines()[-1])
+    config = load_config([*words, f"data.cache_dir={tmp_path / 'cache'}"])
+    found = build_dataset(config, download=False).train
+    assert torch.equal(found.images, expected.images)
+    assert torch.equal(found.labels, expected.labels)
+    in_torchvision = ImageFolder(out)
+    assert in_torchvision.classes == ["3", "8"] and len(in_torchvision) == 14
+    file = Image.open(out / "3" / "000000.png")
+    assert file.mode == "L" and np.array(file).shape == (8, 8)
+    assert file.text == {  # type: ignore[attr-defined]
+        "Software": "feddm",
+        "Comment": "synthetic image, drawn by a diffusion model",
+    }
+
+
+def test_manifest_says_what_drew_the_images_and_no_paths(run: Path, tmp_path: Path) -> None:
+    generate(run, tmp_path / "images", 2, "--class", 8, "--seed", 5, "diffusion.eta=0")
+    text = (tmp_path / "images" / "manifest.json").read_text(encoding="utf-8")
+    manifest = json.loads(text)
+    assert manifest["complete"]
+    assert manifest["classes"]["8"] == {"label": 8, "folder": "8", "images": 2}
+    origin = manifest["origin"]
+    assert (origin["seed"], origin["diffusion.eta"], origin["round"]) == (5, 0.0, 3)
+    assert origin["data"]["name"] == "digits" and origin["data"]["image_size"] == 8
+    assert str(tmp_path) not in text and str(run.parent) not in text
+
+
+def test_more_images_leave_the_first_as_they_are_and_fewer_draw_none(
+    run: Path, tmp_path: Path
+) -> None:
+    grown, whole = tmp_path / "grown", tmp_path / "whole"
+    generate(run, grown, 30, "--class", 3)
+    first = contents(grown)
+    generate(run, grown, 130, "--class", 3)
+    generate(run, grown, 5, "--class", 4)
+    generate(run, whole, 5, "--class", 4)
+    generate(run, whole, 130, "--class", 3)
+    found, expected = contents(grown), contents(whole)
+    assert found.keys() == expected.keys()
+    for name, content in found.items():
+        if name in first and name != "manifest.json":
+            assert content == first[name]
+        else:
+            assert content == expected[name]
+    printed = generate(run, grown, 20, "--class", 3)
+    assert "3: 20 images; 110 more" in printed and "drawing" not in printed
+    assert contents(grown) == found
+
+
+def test_killed_call_and_another_give_the_folder_of_an_undisturbed_one(
+    run: Path, tmp_path: Path
+) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    words = ["generate", run, "--class", "3", "--class", "8", "--num", "200", "--batch-size", "20"]
+    command = [COMMANDS / "feddm", *map(str, words), "--out", str(killed)]
+    with process(command, log=tmp_path / "log", cwd=tmp_path) as started:
+        deadline = time.monotonic() + 60
+        while len(list(killed.glob("3/0*.png"))) < 15:
+            assert started.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        started.kill()
+        started.wait()
+    assert 15 <= len(list(killed.glob("*/0*.png"))) < 400
+    assert not json.loads((killed / "manifest.json").read_text(encoding="utf-8"))["complete"]
+    # As where it was killed in the middle of a file.
+    (killed / "3" / ".000199-half.png").write_bytes(b"\x89PNG")
+    # The batch size is that of the call before it.
+    generate(run, killed, 200, "--class", 3, "--class", 8)
+    generate(run, whole, 200, *words[2:6], "--batch-size", 20)
+    assert contents(killed) == contents(whole)
+
+
+def test_folder_of_another_origin_or_of_other_things_is_refused(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "images"
+    generate(run, out, 2, "--class", 3)
+    before = contents(out)
+    again = ["generate", run, "--class", 3, "--num", 3, "--out"]
+    other = feddm(*again, out, "--seed", 1, "diffusion.num_inference_steps=2")
+    assert_fails_in_one_line(
+        other, "holds images of another origin", "seed 1 (there: 0)", "steps 2 (there: 4)"
+    )
+    assert_fails_in_one_line(
+        feddm(*again, run), "--out must be a new or empty folder", "config.yaml"
+    )
+    assert_fails_in_one_line(feddm(*again, run / "config.yaml"), "config.yaml")
+    names = [str(digit) for digit in range(10)]
+    origin = json.loads(before["manifest.json"])["origin"]
+    with open_folder(out, names, origin=origin, asked={}):
+        assert_fails_in_one_line(feddm(*again, out), "another process is writing into")
+    assert contents(out) == before
+    assert_fails_in_one_line(feddm(*again, out, "data.root=x"), "an override must be NAME=VALUE")
+    (out / "manifest.json").write_text("{}", encoding="utf-8")
+    assert_fails_in_one_line(feddm(*again, out), "is no manifest of synthetic images")
+
+
+def test_disk_without_room_is_refused_before_drawing(tmp_path: Path) -> None:
+    origin = {"data": {"image_size": 10**9, "channels": 3}}
+    with (
+        pytest.raises(ValueError, match=r"--out must be on a disk with 6,000,000,000,000,000,000"),
+        open_folder(tmp_path / "images", ["a"], origin=origin, asked={0: 2}),
+    ):
+        pass
+    assert not list((tmp_path / "images").iterdir())
+
+
+def test_folder_names_are_those_of_the_classes_where_folders_can_be_called_so() -> None:
+    assert folder_names(["0", "Pneumonia", "no finding"]) == ["0", "Pneumonia", "no finding"]
+    assert folder_names(["a/b", "..", "train", ".x:y"]) == ["a_b", "_", "_train", "_.x_y"]
+    with pytest.raises(ValueError, match=r"data\.classes must be names of different folders"):
+        folder_names(["a/b", "A_b"])
