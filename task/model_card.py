@@ -30,6 +30,12 @@ HOSPITAL_SCORES = {
 # A sum over fewer would be the counts of one of them.
 MIN_COUNTED = 2
 
+UNMEASURED = """\
+## Results
+
+Nothing was measured of these weights: assume nothing about quality or copied images.
+"""
+
 LIMITS = """\
 ## Intended use
 
@@ -51,8 +57,8 @@ images to try out software on. Look at the results above, and at images, before 
 
 ## Privacy
 
-Weights are made from images and can hold some of them. This model was trained {trained_where},
-**without differential privacy and without secure aggregation: there is no formal guarantee** that
+Weights are made from images and can hold some of them. Training was {trained_where}.
+There was neither differential privacy nor secure aggregation: **there is no formal guarantee** that
 a training image cannot be drawn again, or that nobody can tell whether an image was trained on.
 The shares of copied images above, where there are any, are evidence and no proof. Whoever holds
 the data decides whether this model may be passed on.
@@ -86,9 +92,7 @@ def write_model_card(
         f"## How to use\n\n{usage}",
         data_section(run),
         training_section(run, exported),
-        results_section(run)
-        if measured
-        else "## Results\n\nOf these weights nothing was measured.\n",
+        results_section(run) if measured else UNMEASURED,
         LIMITS.format(size=run.config.data.image_size, trained_where=trained_where(run)),
         origin_section(exported),
     ]
@@ -213,7 +217,7 @@ def results_section(run: FinishedRun) -> str:
     parts = [_evaluation(found) for found in run.evaluations]
     parts += _hospital_scores(run)
     if not parts:
-        parts = ["Nothing was measured: assume nothing about quality or copied images.\n"]
+        return UNMEASURED
     return "\n".join(["## Results and memorisation\n", *parts])
 
 

@@ -241,3 +241,14 @@ def test_ship_refuses_what_needs_more_of_feddm(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"task/data/files\.py must import nothing of feddm"):
         ship("data/files.py", tmp_path / "files.py")
     assert not any(tmp_path.iterdir())
+
+
+def test_the_documentation_shows_the_snippets_that_exports_carry() -> None:
+    shown = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    settings = {
+        **dict(classes=["0"], channels=1, image_size=16, null_label=None),
+        "prediction_type": "v_prediction",
+    }
+    for form in FORMATS.values():
+        [snippet] = re.findall(r"```python\n.*?```", form.usage(settings), re.DOTALL)
+        assert snippet in shown

@@ -104,7 +104,10 @@ def test_counts_of_a_single_site_are_not_told(
     assert "Clients: 2." in text and "shared weights and never images" in text
     assert "7576031391778918868" not in text and "partition.beta" not in text
     assert ("| all | 18 |" in text) == (expected[0] is not None)
-    assert "Nothing was measured: assume nothing about quality or copied images." in text
+    assert (
+        "Nothing was measured of these weights: assume nothing about quality or copied images."
+        in text
+    )
 
 
 def test_hospitals_scores_are_told_as_their_mean_alone(tmp_path: Path) -> None:
@@ -125,7 +128,7 @@ def test_card_of_a_clients_weights_claims_no_results(tmp_path: Path) -> None:
     files = {"evaluation-classifier-correct.json": {**REPORT.describe(), **drawn}}
     text = card(run_of(tmp_path, files), client=1)
     assert "of a single client" in text and "FID (train)" not in text
-    assert "Nothing was measured of these weights." in text
+    assert "Nothing was measured of these weights: " in text
 
 
 def test_card_of_a_centralised_run_says_where_the_images_were(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,8 @@ class Format:
         needs: libraries that write and check it beyond those that feddm always has.
         write: writes the model's own files into a folder.
         loader: the module whose `load_model` loads a folder; shipped as sample.py.
-        snippet: Python that loads an export and calls it, run in its folder; {channels},
-            {image_size} and {a_class} stand for what config.json says.
+        snippet: Python that loads an export and calls it, run in its folder, with fields as in
+            `usage`.
     """
 
     library: str
@@ -56,11 +57,16 @@ class Format:
 
     def usage(self, settings: Settings) -> str:
         """Say in Markdown how to draw with an export of these settings."""
-        known = {**settings, "a_class": settings["classes"][0]}
+        name = settings["classes"][0]
+        known = {
+            **settings,
+            "class_in_shell": shlex.quote(name),
+            "class_in_python": json.dumps(name),
+        }
         # Not str.format, which would take the braces of Python for its own.
         return re.sub(
-            r"\{(channels|image_size|a_class|prediction_type|null_label)\}",
-            lambda place: str(known[place[1]]),
+            r"\{(channels|image_size|prediction_type|null_label|class_in_shell|class_in_python)\}",
+            lambda field: str(known[field[1]]),
             USAGE.replace("{snippet}", self.snippet),
         )
 
@@ -154,7 +160,7 @@ USAGE = """\
 In this folder, with the libraries that `sample.py` names at its top:
 
 ```bash
-python sample.py --class {a_class} --num 4 --out images
+python sample.py --class {class_in_shell} --num 4 --out images
 ```
 
 From Python:
@@ -235,7 +241,7 @@ from diffusers import DiffusionPipeline
 # Runs pipeline.py and unet/*.py of this folder: read them first.
 pipe = DiffusionPipeline.from_pretrained(".", trust_remote_code=True)
 generator = torch.Generator().manual_seed(0)
-images = pipe(classes=["{a_class}"], num_images=2, generator=generator).images
+images = pipe(classes=[{class_in_python}], num_images=2, generator=generator).images
 images[0].save("image.png")
 """,
     ),
