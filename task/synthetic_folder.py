@@ -98,7 +98,7 @@ class SyntheticFolder:
         data = self._origin["data"]
         names = ",".join(f'"{folder.name}"' for folder in self._folders)
         return [
-            *("data=image_folder", f"data.root={self.path}", f"data.classes=[{names}]"),
+            *("data=image_folder", f"data.root={self.path.absolute()}", f"data.classes=[{names}]"),
             *(f"data.{name}={data[name]}" for name in ("image_size", "channels")),
         ]
 

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from task.config import load_config
+from task.data.decode import LUMA
 from task.restoration import (
     BlockMean,
     Luma,
@@ -137,9 +138,23 @@ def test_images_agree_with_what_is_known_and_stay_in_range(projection: Projectio
     found = repaint(white_gaussian(0.0, 1.0), known, projection=projection)
     assert found.abs().max() <= 1
     torch.testing.assert_close(projection(found), projection(known), atol=1e-5, rtol=0)
-    levels = (to_uint8(found).float() / 127.5 - 1 - found).abs().max()
-    assert levels <= 1 / 255 + 1e-6
     assert not torch.allclose(found, known, atol=0.1)
+
+
+def test_enlarged_and_coloured_pictures_give_back_the_given_one() -> None:
+    config = load_config(["data.channels=3", "data.image_size=8", "model.num_poolings=1"])
+    generator = torch.Generator().manual_seed(0)
+    small = torch.randint(256, (3, 3, 2, 2), generator=generator, dtype=torch.uint8)
+    grey = torch.randint(256, (3, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    for picture, task in ((small, {"upscale": 4}), (grey, {"colorize": True})):
+        known, projection = known_part(config, picture, **task)  # type: ignore[arg-type]
+        found = to_uint8(repaint(white_gaussian(0.0, 1.0), known, projection=projection)).float()
+        if "upscale" in task:
+            again = torch.nn.functional.avg_pool2d(found, 4)
+        else:
+            again = (found * LUMA[:, None, None]).sum(1, keepdim=True)
+        torch.testing.assert_close(again, picture.float(), atol=0.5 + 1e-3, rtol=0)
+        assert (found - found.mean((1, 2, 3), keepdim=True)).std() > 10
 
 
 def test_into_range_leaves_images_in_range_alone() -> None:
