@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -156,6 +157,38 @@ class MetricReport:
             if copies is not None:
                 found |= {f"{space}_{name}": value for name, value in copies._asdict().items()}
         return {name: value for name, value in found.items() if value is not None}
+
+    @classmethod
+    def read(cls, found: Mapping[str, Any]) -> "MetricReport":
+        """Make the report that `describe` flattened; further names are ignored.
+
+        Raises:
+            ValueError: it is none.
+        """
+
+        def part(kind: type[Any], prefix: str = "") -> Any:
+            named = ((field.name, f"{prefix}{field.name}") for field in dataclasses.fields(kind))
+            return kind(**{name: found[key] for name, key in named if key in found})
+
+        def copies(space: str) -> Copying | None:
+            if f"{space}_copied" not in found:
+                return None
+            return Copying(*(found[f"{space}_{name}"] for name in Copying._fields))
+
+        # Of an extractor without classes there is no inception score.
+        names = ("inception_score", "inception_score_std")
+        found = {f"{prefix}{name}": None for prefix in ("", "floor_") for name in names} | {**found}
+        try:
+            return cls(
+                label=part(Label),
+                generated=part(Scores),
+                floor=part(Scores, "floor_"),
+                classification=part(Classification) if "cas" in found else None,
+                pixel_copying=copies("pixel"),
+                feature_copying=copies("feature"),
+            )
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"an evaluation lacks what it was measured with ({error})") from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from task.cli.check_superlink import check_superlink
-from task.cli.evaluate import Row, lay_out
 from task.cli.trial_step import Trial, try_step
 from task.config import Config, load_config
 from task.data import Listing, build_dataset, list_dataset, original_size
+from task.metric_table import Row, lay_out
 from task.node import (
     ImageCounts,
     NodeConfig,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from task.cli.evaluate import TITLES, lay_out, looked_through, span, stand_ins
 from task.config import Config, require
 from task.data import Dataset, build_dataset
 from task.evaluate import KID_SUBSETS, MetricReport, extract_real
@@ -22,6 +21,7 @@ from task.measure import (
     measure_images,
     write_measurements,
 )
+from task.metric_table import TITLES, lay_out, looked_through, span, stand_ins
 from task.partition import partition_dataset
 from task.randomness import Stream
 from task.runs import final_model

@@ -1,0 +1,162 @@
+"""What a report of metrics says, in rows and in words, wherever it is shown."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from task.evaluate import KID_SUBSETS, Label, MetricReport
+from task.features import HASH_DIGITS
+from task.metrics import Copying
+
+TITLES = {
+    "inception_score": "inception score ^",
+    "fid_train": "FID (train) v",
+    "fid_test": "FID (test) v",
+    "kid_train": "KID (train) v",
+    "kid_test": "KID (test) v",
+    "precision": "precision ^",
+    "recall": "recall ^",
+    "density": "density ~1",
+    "coverage": "coverage ^",
+}
+
+# What hospitals say of images, each against its own; real ones beside them under `REAL_BESIDE`.
+HOSPITAL_TITLES = {
+    "quality_fid": "FID v",
+    "quality_kid": "KID v",
+    "quality_class_agreement": "found in the class asked for ^",
+    "quality_pixel_copied": "as near as the nearest 1 % of real, pixels",
+    "quality_feature_copied": "as near as the nearest 1 % of real, features",
+}
+# The names under which a run records what real images reach; any other is "floor_" and the name.
+REAL_BESIDE = {
+    "quality_fid": "quality_floor_fid",
+    "quality_kid": "quality_floor_kid",
+    "quality_class_agreement": "quality_held_out_accuracy",
+    "class_agreement": "classifier_test_accuracy",
+}
+
+Row = tuple[str, ...]
+HEADS: Row = ("metric", "generated", "real")
+
+
+def format_table(report: MetricReport) -> str:
+    """Lay a report out: a metric per line, generated images beside real ones."""
+    return lay_out([HEADS, *metric_rows(report)])
+
+
+def metric_rows(report: MetricReport) -> list[Row]:
+    """List what a report holds under `HEADS`: a metric, of generated images, of real ones."""
+    rows = _score_rows(report)
+    found = report.classification
+    if found is not None:
+        rows += [
+            ("classification accuracy score, same n ^", *_pair(found.cas, found.cas_real_same_n)),
+            ("  trained on all real images ^", "", f"{found.cas_real:.4f}"),
+            ("found in the class asked for ^", f"{found.agreement:.4f}", ""),
+        ]
+    for space, copies in (("pixels", report.pixel_copying), ("features", report.feature_copying)):
+        if copies is not None:
+            rows += _copying_rows(space, copies)
+    return rows
+
+
+def lay_out(rows: Sequence[Row]) -> str:
+    """Align the columns of a table, names to the left and figures to the right; heads first."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
+
+
+def _score_rows(report: MetricReport) -> list[Row]:
+    ours, floor = dataclasses.asdict(report.generated), dataclasses.asdict(report.floor)
+    rows: list[Row] = []
+    for name, title in TITLES.items():
+        if ours[name] is not None:
+            generated, real = (
+                _with_std(part[name], part.get(f"{name}_std")) for part in (ours, floor)
+            )
+            rows.append((title, generated, real))
+    return rows
+
+
+def _with_std(value: float, std: float | None) -> str:
+    return f"{value:.4f}" if std is None else f"{value:.4f} +- {std:.4f}"
+
+
+def _pair(generated: float, real: float) -> tuple[str, str]:
+    return f"{generated:.4f}", f"{real:.4f}"
+
+
+def _copying_rows(space: str, copies: Copying) -> list[Row]:
+    return [
+        (f"nearest training image, {space}", *_pair(copies.generated, copies.held_out)),
+        (f"  as near as the nearest 1 % of real, {space}", *_pair(copies.copied, 0.01)),
+    ]
+
+
+def caption(report: MetricReport, counts: list[int]) -> list[str]:
+    """Say what a table holds for: what was measured through what, and how many images.
+
+    Args:
+        report: the table's.
+        counts: different numbers of generated images per class, ascending.
+    """
+    label = report.label
+    fewer = (
+        f"the real column has fewer images than the generated one ({label.n_floor:,} against "
+        f"{label.n_generated:,}), which makes its FID larger"
+    )
+    return [
+        f"data {label.data}: {label.n_generated:,} generated images ({span(counts)} of each "
+        f"class), {label.n_train:,} training and {label.n_test:,} test images; seed {label.seed}",
+        *looked_through(label),
+        f"real: {stand_ins(label)}",
+        *[fewer] * (label.n_floor < label.n_generated),
+        f"KID: {KID_SUBSETS} subsets of {label.kid_subset_size:,} images; FID depends on n, "
+        "compare equal n only",
+        *_yardsticks(label),
+        "^ higher is better, v lower is better",
+    ]
+
+
+def span(counts: Sequence[int]) -> str:
+    """Write the range of numbers, "3" or "3-1,200"."""
+    return "-".join(f"{number:,}" for number in sorted({min(counts), max(counts)}))
+
+
+def looked_through(label: Label) -> list[str]:
+    """Say what the metrics looked through, and what must not be compared with it."""
+    paper, inception = label.image_range == "paper", label.extractor == "inception"
+    return [
+        f"extractor {label.extractor} {label.extractor_sha256[:HASH_DIGITS]}, image range "
+        f"{label.image_range}" + (", real images mirrored at random" * label.real_flipped),
+        *["the wrapped range of the published tables: never beside correct figures"] * paper,
+        *["not the scores of the literature, which look through Inception"] * (not inception),
+    ]
+
+
+def stand_ins(label: Label) -> str:
+    """Say which real images stand in for generated ones in the floor."""
+    number = f"{label.n_floor:,} real images in place of the generated ones, "
+    if label.n_test == 0:
+        others = label.n_train - label.n_train // 2
+        return f"{number}training images drawn at random, against {others:,} others of them"
+    return (
+        f"{number}the fewest of the three sets (test images against the training images and for "
+        "the inception score, training images against the test images)"
+    )
+
+
+def _yardsticks(label: Label) -> list[str]:
+    if label.n_test == 0:
+        return [
+            "no images are held out: all is measured against the training images, where copies of "
+            "them score best, and there is no classification and no search for copies"
+        ]
+    return [
+        "precision, recall, density and coverage: against the test images",
+        "nearest training image: medians, beside those of held-out test images",
+    ]
