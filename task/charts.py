@@ -30,8 +30,6 @@ CROWDED_ROW = 12
 CONFIG: dict[str, Any] = {
     "background": "#ffffff",
     "font": "system-ui, sans-serif",
-    # A figure is one picture to a screen reader, with a sentence of its own.
-    "aria": False,
     "view": {"stroke": None},
     "axis": {
         "labelColor": INK,
@@ -82,7 +80,9 @@ def loss_chart(history: RunHistory) -> Drawing | None:
         return None
     clients = history.of_clients("train_loss")
     ends = "; ".join(f"{title} {_span(series)}" for title, series in shared.items())
-    layers = [*_client_layers(clients, "loss"), _named_lines(shared, "loss")]
+    domain = _domain(*clients.values(), *shared.values())
+    layers = _client_layers(clients, "loss", domain)
+    layers.append(_named_lines(shared, "loss", domain=domain))
     return Drawing(
         "Loss by round",
         f"Lines of the global model: {ends}."
@@ -101,7 +101,7 @@ def update_chart(history: RunHistory) -> Drawing | None:
         "How far each client moved the weights",
         f"Grey lines of {len(clients)} clients: L2 norm of the update, between "
         f"{min(values):.3g} and {max(values):.3g}.",
-        _spec(alt.layer(*_client_layers(clients, "update norm (L2)"))),
+        _spec(alt.layer(*_client_layers(clients, "update norm (L2)", _domain(*clients.values())))),
     )
 
 
@@ -308,7 +308,13 @@ def _round_axis(rows: Sequence[Mapping[str, Any]], *, kind: str = "Q") -> alt.X:
     )
 
 
-def _named_lines(lines: Mapping[str, Series], title: str, *, percent: bool = False) -> Any:
+def _named_lines(
+    lines: Mapping[str, Series],
+    title: str,
+    *,
+    percent: bool = False,
+    domain: list[float] | None = None,
+) -> Any:
     """Draw a line per name, with a point where a value was recorded; a legend where several."""
     rows = [
         {"line": label, "round": number, "value": value}
@@ -316,18 +322,16 @@ def _named_lines(lines: Mapping[str, Series], title: str, *, percent: bool = Fal
         for number, value in series.items()
     ]
     chosen = alt.selection_point(fields=["line"], bind="legend")
-    several = len(lines) > 1
+    legend = alt.Legend() if len(lines) > 1 else None
     base = _chart(rows).encode(
         x=_round_axis(rows),
         y=alt.Y(
             "value:Q",
             title=title,
-            scale=alt.Scale(zero=percent),
+            scale=alt.Scale(zero=percent) if domain is None else alt.Scale(domain=domain),
             axis=alt.Axis(format=".0%") if percent else alt.Axis(),
         ),
-        color=alt.Color(
-            "line:N", scale=_scale(list(lines)), legend=alt.Legend() if several else None
-        ),
+        color=alt.Color("line:N", scale=_scale(list(lines)), legend=legend),
         opacity=alt.when(chosen).then(alt.value(1)).otherwise(alt.value(0.15)),
         tooltip=[
             "line:N",
@@ -338,14 +342,14 @@ def _named_lines(lines: Mapping[str, Series], title: str, *, percent: bool = Fal
     dashes = [[1, 0] if "real images" not in label else [5, 4] for label in lines]
     stroked = base.mark_line(strokeWidth=2.5).encode(
         strokeDash=alt.StrokeDash(
-            "line:N", scale=alt.Scale(domain=list(lines), range=dashes), legend=None
+            "line:N", scale=alt.Scale(domain=list(lines), range=dashes), legend=legend
         )
     )
     points = base.mark_point(filled=True, size=40).add_params(chosen)
     return alt.layer(stroked, points)
 
 
-def _client_layers(clients: Mapping[int, Series], title: str) -> list[Any]:
+def _client_layers(clients: Mapping[int, Series], title: str, domain: list[float]) -> list[Any]:
     """Draw grey lines, of which the one under the pointer, or the chosen one, stands out."""
     if not clients:
         return []
@@ -370,7 +374,7 @@ def _client_layers(clients: Mapping[int, Series], title: str) -> list[Any]:
     )
     base = _chart(rows).encode(
         x=_round_axis(rows),
-        y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False)),
+        y=alt.Y("value:Q", title=title, scale=alt.Scale(domain=domain)),
         detail="client:N",
     )
     lines = (
@@ -389,6 +393,12 @@ def _client_layers(clients: Mapping[int, Series], title: str) -> list[Any]:
         .encode(tooltip=["client:N", "round:Q", alt.Tooltip("value:Q", title=title, format=".4g")])
     )
     return [lines, points]
+
+
+def _domain(*lines: Series) -> list[float]:
+    """Return the least and the largest value, which no chosen line must change."""
+    values = [value for series in lines for value in series.values()]
+    return [min(values), max(values)]
 
 
 def _stretches(

@@ -191,7 +191,8 @@ def render(page: Page) -> str:
 def chart_library() -> str:
     """Return the JavaScript that draws the charts, which takes seconds to put together."""
     # Within a script element nothing else may end it.
-    return str(vl_convert.javascript_bundle(None)).replace("</script", "<\\/script")
+    library: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]
+    return library.replace("</script", "<\\/script")
 
 
 @cache

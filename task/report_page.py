@@ -201,6 +201,10 @@ SCRIPT = """
     const number = element.dataset.chart;
     return vegaEmbed(`#chart-${number}`, read(element), {
       config, renderer: "svg", actions: false, bind: `#controls-${number}`,
+    }).then((result) => {
+      // To a screen reader a chart is one picture, with a sentence of its own.
+      document.querySelector(`#chart-${number} svg`).setAttribute("aria-hidden", "true");
+      return result;
     });
   });
   // For whoever waits for the whole page, such as a test.
