@@ -18,8 +18,16 @@ COLOURS = ("#0072b2", "#b84300", "#007a5a", "#9a3f78", "#5b5b5b", "#7a6100")
 GREY, FAINT, INK = "#8c8c8c", "#d9dde2", "#1a1a1a"
 STATES = {"trained": COLOURS[0], "left out": COLOURS[1], "not there": "#f0c9b4", "not asked": FAINT}
 
-# Of a round, as the server's clock divides it; in the order in which they are stacked.
-PHASES = ("sending", "waiting", "epochs", "aggregating", "checkpoint", "evaluating")
+# Of a round, as the server's clock divides it, in the order in which they are stacked; a run with
+# clients waits where one without them trains.
+PHASES = {
+    "waiting": COLOURS[0],
+    "epochs": COLOURS[0],
+    "sending": COLOURS[2],
+    "aggregating": COLOURS[3],
+    "checkpoint": COLOURS[5],
+    "evaluating": COLOURS[4],
+}
 
 HEIGHT = 260
 ROW = 22
@@ -111,7 +119,7 @@ def time_chart(history: RunHistory) -> Drawing | None:
     if not phases:
         return None
     rows = [
-        {"round": number, "phase": name, "seconds": seconds, "order": PHASES.index(name)}
+        {"round": number, "phase": name, "seconds": seconds, "order": phases.index(name)}
         for name in phases
         for number, seconds in history.values[f"seconds_{name}"].items()
     ]
@@ -122,7 +130,9 @@ def time_chart(history: RunHistory) -> Drawing | None:
         .encode(
             x=_round_axis(rows, kind="O"),
             y=alt.Y("seconds:Q", title="time (s)"),
-            color=alt.Color("phase:N", scale=_scale(phases)),
+            color=alt.Color(
+                "phase:N", scale=alt.Scale(domain=phases, range=[PHASES[name] for name in phases])
+            ),
             order=alt.Order("order:Q"),
             opacity=alt.when(chosen).then(alt.value(1)).otherwise(alt.value(0.15)),
             tooltip=["round:Q", "phase:N", alt.Tooltip("seconds:Q", format=".2f")],
@@ -170,7 +180,7 @@ def metric_charts(
         if floors:
             floor = REAL_BESIDE.get(name, f"floor_{name}")
             lines |= {
-                f"{label}, real images": run.values[floor]
+                "real images" if len(runs) == 1 else f"{label}, real images": run.values[floor]
                 for label, run in runs.items()
                 if floor in run.values
             }

@@ -36,6 +36,8 @@ REAL_BESIDE = {
 }
 
 Row = tuple[str, ...]
+# The marks of the titles where a page has letters for them.
+ARROWS = {" ^": " ↑", " v": " ↓", " ~1": " ≈ 1"}
 HEADS: Row = ("metric", "generated", "real")
 
 
@@ -70,6 +72,14 @@ def lay_out(rows: Sequence[Row]) -> str:
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
 
 
+def with_arrows(title: str) -> str:
+    """Write the mark at the end of a title as an arrow."""
+    for mark, arrow in ARROWS.items():
+        if title.endswith(mark):
+            return title.removesuffix(mark) + arrow
+    return title
+
+
 def _score_rows(report: MetricReport) -> list[Row]:
     ours, floor = dataclasses.asdict(report.generated), dataclasses.asdict(report.floor)
     rows: list[Row] = []
@@ -102,7 +112,7 @@ def caption(report: MetricReport, counts: list[int]) -> list[str]:
 
     Args:
         report: the table's.
-        counts: different numbers of generated images per class, ascending.
+        counts: different numbers of generated images per class, ascending; empty: not known.
     """
     label = report.label
     fewer = (
@@ -110,8 +120,9 @@ def caption(report: MetricReport, counts: list[int]) -> list[str]:
         f"{label.n_generated:,}), which makes its FID larger"
     )
     return [
-        f"data {label.data}: {label.n_generated:,} generated images ({span(counts)} of each "
-        f"class), {label.n_train:,} training and {label.n_test:,} test images; seed {label.seed}",
+        f"data {label.data}: {label.n_generated:,} generated images"
+        + (f" ({span(counts)} of each class)" if counts else "")
+        + f", {label.n_train:,} training and {label.n_test:,} test images; seed {label.seed}",
         *looked_through(label),
         f"real: {stand_ins(label)}",
         *[fewer] * (label.n_floor < label.n_generated),

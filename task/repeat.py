@@ -21,7 +21,7 @@ Word = str | int | float | bool
 # Where a run lies says nothing of what it is.
 PLACES = frozenset({"output_dir", "run_name", "resume", "data.cache_dir"})
 # Of these groups a configuration does not say which option it began with.
-NAMELESS_GROUPS = ("model", "diffusion")
+NAMELESS_GROUPS = ("model", "diffusion", "partition")
 
 
 def training_words(config: Config) -> list[str]:

@@ -1,7 +1,7 @@
 """A report of one run, or of several side by side: one page that needs nothing from elsewhere."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -31,8 +31,10 @@ from task.metric_table import (
     HOSPITAL_TITLES,
     REAL_BESIDE,
     TITLES,
+    Row,
     caption,
     metric_rows,
+    with_arrows,
 )
 from task.repeat import submitting_command, training_command
 from task.report_page import SCRIPT, STYLE, TEMPLATE
@@ -42,7 +44,7 @@ from task.warning_signs import warning_signs
 
 # A page of hundreds of pictures is too large to open.
 MOST_PICTURES = 40
-ALL_TITLES = {**TITLES, **HOSPITAL_TITLES}
+ALL_TITLES = {name: with_arrows(title) for name, title in (TITLES | HOSPITAL_TITLES).items()}
 NO_WARNINGS = (
     "None: the run is finished, every client that was asked took part, none drifted, and no "
     "measurement says that training images are copied."
@@ -250,12 +252,20 @@ def _warnings(signs: Sequence[str]) -> Section:
 
 
 def _summary(history: RunHistory) -> list[Block]:
-    metrics = [
-        (title, f"{generated} (real {real})" if real else generated)
-        for title, generated, real in found_metrics(history, "fid_train", "fid_test")
-    ]
+    metrics = _measured(history, "fid_train", "fid_test")
     sentences = [Text(sentence) for sentence in describe_run(history)]
     return [*sentences, Figures([*key_figures(history), *metrics])]
+
+
+def _measured(history: RunHistory, *names: str) -> list[tuple[str, str]]:
+    return [
+        (with_arrows(title), f"{generated} (real {real})" if real else generated)
+        for title, generated, real in found_metrics(history, *names)
+    ]
+
+
+def _arrowed(rows: Iterable[Row]) -> list[Row]:
+    return [(with_arrows(title), *figures) for title, *figures in rows]
 
 
 def _course(history: RunHistory) -> list[Block]:
@@ -352,7 +362,7 @@ def _metrics(history: RunHistory) -> list[Block]:
     blocks += _hospitals(history)
     agreement = found_metrics(history)
     if not blocks and agreement:
-        blocks = [Table("Measured in the run", HEADS, agreement)]
+        blocks = [Table("Measured in the run", HEADS, _arrowed(agreement))]
     return blocks
 
 
@@ -364,9 +374,10 @@ def _evaluation(each: Evaluation, history: RunHistory) -> list[Block]:
     )
     if each.otherwise:
         title += f", drawn with {each.otherwise}"
-    classes = len(history.config.data.classes)
-    counts = [each.num_per_class or label.n_generated // classes]
-    return [Table(title, HEADS, metric_rows(each.report)), Listing(caption(each.report, counts))]
+    counts = [] if each.num_per_class is None else [each.num_per_class]
+    rows = _arrowed(metric_rows(each.report))
+    # The last line of the caption explains the marks that arrows have taken the place of.
+    return [Table(title, HEADS, rows), Listing(caption(each.report, counts)[:-1])]
 
 
 def _hospitals(history: RunHistory) -> list[Block]:
@@ -384,7 +395,7 @@ def _hospitals(history: RunHistory) -> list[Block]:
         count = values.get("quality_num_examples", {}).get(last)
         pairs = zip(told, real, strict=True)
         rows.append([who, _cell(count, ".0f"), *(_beside(ours, theirs) for ours, theirs in pairs)])
-    heads = ["hospital", "held-out images", *(HOSPITAL_TITLES[name] for name in columns)]
+    heads = ["hospital", "held-out images", *(ALL_TITLES[name] for name in columns)]
     title = f"Scored by {number:.0f} hospitals after round {last}, real images in brackets"
     return [Table(title, heads, rows)]
 
@@ -409,14 +420,7 @@ def _configuration(history: RunHistory) -> list[Block]:
 
 
 def _side_by_side(runs: Mapping[str, RunHistory]) -> Table:
-    columns = [
-        dict(key_figures(run))
-        | {
-            title: f"{generated} (real {real})" if real else generated
-            for title, generated, real in found_metrics(run)
-        }
-        for run in runs.values()
-    ]
+    columns = [dict(key_figures(run)) | dict(_measured(run)) for run in runs.values()]
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [[name, *(column.get(name, "-") for column in columns)] for name in names]
     return Table("Key figures of each run", ["", *runs], rows)

@@ -95,7 +95,7 @@ TEMPLATE = """\
 {%- else %}
 {%- set shown = table(block) if block.kind == "table" else code(block) %}
 {%- if block.folded %}
-<details><summary>{{ block.title }}</summary>{{ shown }}</details>
+<details class="{{ block.kind }}"><summary>{{ block.title }}</summary>{{ shown }}</details>
 {%- else %}
 {{ shown }}
 {%- endif %}
@@ -143,6 +143,7 @@ nav a { display: inline-block; padding: .2rem 0; }
   font-variant-numeric: tabular-nums; }
 .charts { display: grid; gap: 1.75rem 1.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
+.charts + .charts { margin-top: 1.75rem; }
 .charts:has(.narrow) { grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
 figure { margin: 0; min-width: 0; }
 .plot { width: 100%; }
@@ -164,7 +165,6 @@ th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e3e
   vertical-align: top; }
 th:first-child { text-align: left; padding-left: 0; }
 tbody th { font-weight: normal; }
-td.words { text-align: left; }
 thead th { border-bottom: 2px solid #6b6b6b; }
 details { margin: 1rem 0; }
 summary { cursor: pointer; font-weight: 600; padding: .2rem 0; }
@@ -182,9 +182,10 @@ footer { margin-top: 2.5rem; color: #4a4a4a; font-size: .85rem; }
   h2, h3, caption { break-after: avoid; }
   figure, tr, .figures div, .warning li { break-inside: avoid; }
   .slides img, .beside img { max-height: 200mm; }
-  .charts { display: block; }
+  .charts, .charts:has(.narrow) { display: block; }
   .charts figure { margin-bottom: 1rem; }
-  .charts .narrow { display: inline-block; width: 48%; }
+  .charts figure:not(:only-child) { display: inline-block; width: 49%; vertical-align: top; }
+  details.table { display: none; }
   .wide { overflow: visible; }
   .figures { grid-template-columns: repeat(4, 1fr); }
   details::details-content { content-visibility: visible; display: block; }
@@ -224,7 +225,7 @@ SCRIPT = """
 
   let opened = [];
   addEventListener("beforeprint", () => {
-    opened = [...document.querySelectorAll("details:not([open])")];
+    opened = [...document.querySelectorAll("details.code:not([open])")];
     for (const details of opened) details.open = true;
   });
   addEventListener("afterprint", () => {

@@ -27,7 +27,7 @@ def key_figures(history: RunHistory) -> list[tuple[str, str]]:
     figures = [
         ("rounds", f"{history.rounds_done} of {history.config.federation.rounds}"),
         *_losses(history),
-        ("time", _time(history)),
+        *_time(history),
         ("training images", "not told" if not history.num_images else f"{history.num_images:,}"),
     ]
     if history.setting != "centralised":
@@ -80,8 +80,8 @@ def _diffusion(config: Config) -> str:
     steps = diffusion.num_inference_steps or diffusion.num_timesteps
     return (
         f"The diffusion has {diffusion.num_timesteps} timesteps on a {diffusion.schedule} "
-        f"schedule; the network predicts {diffusion.prediction_type.replace('_', ' ')}, and "
-        f"images are drawn by {diffusion.sampler} in {steps} steps."
+        f"schedule; the prediction type is {diffusion.prediction_type}, and images are "
+        f"drawn by {diffusion.sampler} in {steps} steps."
     )
 
 
@@ -104,12 +104,12 @@ def _losses(history: RunHistory) -> Iterator[tuple[str, str]]:
             yield name.replace("_", " "), f"{series[last]:.4g} (round {last})"
 
 
-def _time(history: RunHistory) -> str:
+def _time(history: RunHistory) -> Iterator[tuple[str, str]]:
     total = sum(history.values.get("round_seconds", {}).values())
     training = sum(history.values.get("seconds_training", {}).values())
-    if total == 0:
-        return "none yet"
-    return f"{duration(history.seconds)}, {1 - training / total:.0%} of rounds outside training"
+    if total > 0:
+        yield "time", duration(history.seconds)
+        yield "of rounds, outside training", f"{1 - training / total:.0%}"
 
 
 def _left_out(history: RunHistory) -> str:
@@ -117,7 +117,7 @@ def _left_out(history: RunHistory) -> str:
     if not clients:
         return "no client"
     shown = " ".join(map(str, clients[:10])) + (" ..." if len(clients) > 10 else "")
-    return f"{len(history.left_out)} times, clients {shown}"
+    return f"{len(history.left_out)} replies, of clients {shown}"
 
 
 def duration(seconds: float) -> str:
