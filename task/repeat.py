@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from task.config import (
@@ -37,10 +36,14 @@ def training_words(config: Config) -> list[str]:
             f"data={config.data.name}",
             f"data.classes={_in_hydra(list(config.data.classes))}",
         ]
+    changes = _changes(values, groups)
     for group in NAMELESS_GROUPS:
-        options = [[], *([f"{group}={file.stem}"] for file in _options(group))]
-        groups += min(options, key=lambda option: len(_changes(values, [*groups, *option])))
-    return [*groups, *_changes(values, groups)]
+        if any(change.startswith(f"{group}.") for change in changes):
+            for option in _options(group):
+                others = _changes(values, [*groups, option])
+                if len(others) + 1 < len(changes):
+                    groups, changes = [*groups, option], others
+    return [*groups, *changes]
 
 
 def training_command(config: Config) -> str:
@@ -71,8 +74,8 @@ def _toml_value(value: Word) -> str:
     return repr(value) if type(value) is float else json.dumps(value, ensure_ascii=False)
 
 
-def _options(group: str) -> list[Path]:
-    return sorted((CONF_DIR / group).glob("*.yaml"))
+def _options(group: str) -> list[str]:
+    return [f"{group}={file.stem}" for file in sorted((CONF_DIR / group).glob("*.yaml"))]
 
 
 def _identifying_values(config: Config) -> dict[str, Any]:

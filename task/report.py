@@ -197,11 +197,6 @@ def chart_library() -> str:
     return library.replace("</script", "<\\/script")
 
 
-@cache
-def _environment() -> Environment:
-    return Environment(autoescape=True)
-
-
 def describe(history: RunHistory) -> Page:
     """Lay a run out as a page."""
     sections = [

@@ -48,7 +48,7 @@ TEMPLATE = """\
 {%- endfor %}
 </div>
 {%- endif %}
-{%- endmacro %}
+{%- endmacro -%}
 <!doctype html>
 <html lang="en">
 <head>

@@ -125,7 +125,6 @@ def test_client_far_from_all_others_drifts_and_a_spread_of_clients_does_not() ->
             "seed=3",
             "train.lr=1e-5",
             "diffusion=paper",
-            "diffusion.num_inference_steps=20",
         ],
         ["experiment=table5", "data.root=/x", "train.precision=bfloat16"],
     ],

@@ -35,12 +35,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "output_dir": str(tmp_path_factory.mktemp("runs")),
         "run_name": "small",
         "eval.every": 1,
+        "federation.node_wait": 10.0,
     }
     nodes = ClientNodes(Network(), run_config, *simulated(3))
     failures = iter([True])
 
     def answer(asked: Message) -> Message:
-        if next(failures, False):
+        if asked.metadata.message_type == "train" and next(failures, False):
             return Message(Error(code=102, reason="FileNotFoundError"), reply_to=asked)
         return nodes(asked)
 
