@@ -8,11 +8,9 @@ from pathlib import Path
 
 from task.config import require
 from task.fingerprint import ROOT, code_fingerprint
-from task.run_directory import RunDirectory
+from task.repeat import Word
+from task.run_directory import SUBMISSION_FILE, RunDirectory
 
-SUBMISSION_FILE = "submission.json"
-
-Word = str | int | float | bool
 # What a resubmission says by itself.
 SETTLED = ("output_dir", "run_name", "resume")
 
@@ -88,13 +86,3 @@ def read_submission(file: Path) -> Submission:
     fits = fits and all(isinstance(content[key], kind) for key, kind in kinds.items())
     require(fits, str(file), expected, content)
     return Submission(**content)
-
-
-def as_toml(words: Mapping[str, Word]) -> str:
-    """Write words as the TOML file that `flwr run --run-config` reads."""
-    # A string of JSON is one of TOML, where it holds no pair of surrogates.
-    return "".join(f"{k} = {_toml_value(value)}\n" for k, value in words.items())
-
-
-def _toml_value(value: Word) -> str:
-    return repr(value) if type(value) is float else json.dumps(value, ensure_ascii=False)

@@ -19,7 +19,6 @@ from typing import Annotated, Any
 import typer
 
 from server_app.log import log
-from server_app.submission import SUBMISSION_FILE, as_toml
 from server_app.supervision import (
     ATTEMPTS,
     FIRST_PAUSE,
@@ -40,7 +39,8 @@ from server_app.supervision import (
 )
 from task.config import require
 from task.fingerprint import fingerprint_of
-from task.run_directory import HOW_TO_RESUME, hold
+from task.repeat import as_toml
+from task.run_directory import HOW_TO_RESUME, SUBMISSION_FILE, hold
 
 LOCK_FILE = ".supervisor.lock"
 # Flower's commands take seconds, and a minute on a machine that is out of breath.

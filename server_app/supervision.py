@@ -8,10 +8,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from server_app.submission import SUBMISSION_FILE, Submission, read_submission
+from server_app.submission import Submission, read_submission
 from task.config import require
 from task.files import write_json
-from task.run_directory import holder, is_begun, last_complete_round
+from task.run_directory import SUBMISSION_FILE, holder, is_begun, last_complete_round
 
 SUPERVISION_FILE = "supervision.json"
 

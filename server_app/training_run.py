@@ -7,13 +7,16 @@ from collections.abc import Mapping
 import torch
 
 from server_app.evaluation import GlobalEvaluation, PooledEvaluation, is_measured
-from server_app.log import duration, log
+from server_app.log import log
 from server_app.phases import Phases
 from task.config import Config, settle_precisions
 from task.data import Dataset
+from task.history import read_history
 from task.randomness import Stream, torch_generator
-from task.run_directory import RunDirectory
+from task.run_directory import MACHINE_FILE, REPORT_FILE, RunDirectory
+from task.run_summary import duration, summary_lines
 from task.train import (
+    device_name,
     fastest_precision,
     is_compiled,
     missing_for_compiling,
@@ -96,6 +99,8 @@ class TrainingRun(ABC):
             )
         if self.directory.final_round() == rounds and is_measured(self.directory.path, self.config):
             log(f"all {rounds} rounds are complete already; a larger federation.rounds goes on")
+            if not (self.directory.path / REPORT_FILE).exists():
+                self.report()
             return
         self.prepare()
         if self.evaluation.is_due(done):
@@ -120,6 +125,7 @@ class TrainingRun(ABC):
         # Before anything is written: what it looks through may be missing.
         self.evaluation = self.open_evaluation()
         self.directory.write_config(self.config)
+        self.directory.write_json(MACHINE_FILE, {"device": device_name(self.device)})
         train = self.config.train
         compiled = is_compiled(train.compile, self.device, deterministic=train.deterministic)
         if self.device.type == "cuda" and train.compile is None and not compiled:
@@ -187,6 +193,16 @@ class TrainingRun(ABC):
         self.evaluation.measure_final(last, self.final_weights())
         log(f"samples: {self.directory.samples_file(last)}")
         log(f"weights: {self.directory.model_file}")
+        for line in summary_lines(read_history(self.directory.path)):
+            log(line)
+        self.report()
+
+    def report(self) -> None:
+        """Write all that the run left behind on one page."""
+        # Imported here because it takes libraries that no round needs.
+        from task.report import write_report
+
+        log(f"report: {write_report(self.directory.path)}")
 
 
 def initial_model(config: Config) -> UNet:

@@ -1,4 +1,4 @@
-"""A report of metrics for readers: its rows, and what they hold for."""
+"""What a report of metrics says, in rows and in words, wherever it is shown."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,16 +19,35 @@ TITLES = {
     "coverage": "coverage ^",
 }
 
+# What hospitals say of images, each against its own; real ones beside them under `REAL_BESIDE`.
+HOSPITAL_TITLES = {
+    "quality_fid": "FID v",
+    "quality_kid": "KID v",
+    "quality_class_agreement": "found in the class asked for ^",
+    "quality_pixel_copied": "as near as the nearest 1 % of real, pixels",
+    "quality_feature_copied": "as near as the nearest 1 % of real, features",
+}
+# The names under which a run records what real images reach; any other is "floor_" and the name.
+REAL_BESIDE = {
+    "quality_fid": "quality_floor_fid",
+    "quality_kid": "quality_floor_kid",
+    "quality_class_agreement": "quality_held_out_accuracy",
+    "class_agreement": "classifier_test_accuracy",
+}
+
 Row = tuple[str, ...]
+# The marks of the titles where a page has letters for them.
+ARROWS = {" ^": " ↑", " v": " ↓", " ~1": " ≈ 1"}
+HEADS: Row = ("metric", "generated", "real")
 
 
 def format_table(report: MetricReport) -> str:
     """Lay a report out: a metric per line, generated images beside real ones."""
-    return lay_out([("metric", "generated", "real"), *metric_rows(report)])
+    return lay_out([HEADS, *metric_rows(report)])
 
 
 def metric_rows(report: MetricReport) -> list[Row]:
-    """List the metrics of a report: name, of generated images, of real ones."""
+    """List what a report holds under `HEADS`: a metric, of generated images, of real ones."""
     rows = _score_rows(report)
     found = report.classification
     if found is not None:
@@ -51,6 +70,14 @@ def lay_out(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
+
+
+def with_arrows(title: str) -> str:
+    """Write the mark at the end of a title as an arrow."""
+    for mark, arrow in ARROWS.items():
+        if title.endswith(mark):
+            return title.removesuffix(mark) + arrow
+    return title
 
 
 def _score_rows(report: MetricReport) -> list[Row]:
@@ -80,22 +107,22 @@ def _copying_rows(space: str, copies: Copying) -> list[Row]:
     ]
 
 
-def caption(report: MetricReport, counts: Sequence[int] | None = None) -> list[str]:
+def caption(report: MetricReport, counts: list[int]) -> list[str]:
     """Say what a table holds for: what was measured through what, and how many images.
 
     Args:
         report: the table's.
-        counts: different numbers of generated images per class, ascending; None: unknown.
+        counts: different numbers of generated images per class, ascending; empty: not known.
     """
     label = report.label
-    each = "" if counts is None else f" ({span(counts)} of each class)"
     fewer = (
         f"the real column has fewer images than the generated one ({label.n_floor:,} against "
         f"{label.n_generated:,}), which makes its FID larger"
     )
     return [
-        f"data {label.data}: {label.n_generated:,} generated images{each}, {label.n_train:,} "
-        f"training and {label.n_test:,} test images; seed {label.seed}",
+        f"data {label.data}: {label.n_generated:,} generated images"
+        + (f" ({span(counts)} of each class)" if counts else "")
+        + f", {label.n_train:,} training and {label.n_test:,} test images; seed {label.seed}",
         *looked_through(label),
         f"real: {stand_ins(label)}",
         *[fewer] * (label.n_floor < label.n_generated),

@@ -227,7 +227,7 @@ def _evaluation(found: Mapping[str, Any]) -> str:
     table = markdown_table(["metric", "generated", "real"], metric_rows(report))
     drawn = f"after round {found['round']}, drawn by {found['sampler']} in "
     drawn += f"{found['num_inference_steps']} steps"
-    held = "\n".join(f"- {line}" for line in [drawn, *caption(report)])
+    held = "\n".join(f"- {line}" for line in [drawn, *caption(report, [])])
     searched = report.pixel_copying is not None
     missing = "" if searched else "- no search for copies was made: assume that there are some\n"
     return f"{title}\n{table}\n{held}\n{missing}"

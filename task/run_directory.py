@@ -8,12 +8,14 @@
     nodes.json                      client numbers by node id (deployment)
     class_counts.json               classes, and images of each at each client that says so, null
                                     where one does not (deployment)
+    machine.json                    the device that it ran on; with real nodes the server's own
     submission.json                 what `flwr run` was given, to be given again
     supervision.json                what feddm-supervise did
     samples/round_0005.png          a grid, a row per class
     checkpoints/round_0005.safetensors
     local/client-3.safetensors      the own final weights of a simulated client
     model.safetensors               the final weights
+    report.html                     all of this on one page
     tensorboard/                    the same metrics and pictures as events
 """
 
@@ -74,6 +76,9 @@ POOLED_FILE = "pooled.json"
 NODES_FILE = "nodes.json"
 CLASS_COUNTS_FILE = "class_counts.json"
 METRICS_FILE = "metrics.jsonl"
+SUBMISSION_FILE = "submission.json"
+MACHINE_FILE = "machine.json"
+REPORT_FILE = "report.html"
 LOCK_FILE = ".lock"
 
 HOW_TO_RESUME = "pass the same words again, with run_name=... and resume=true"
@@ -249,6 +254,8 @@ class RunDirectory:
     def record_picture(self, server_round: int, name: str, pixels: torch.Tensor) -> None:
         """Hand a picture, uint8 [C, H, W], to TensorBoard."""
         self._tensorboard.add_image(name, pixels, server_round)
+        # Whoever follows the run sees it with its picture, and not two minutes later.
+        self._tensorboard.flush()
 
     def write_json(self, name: str, content: object) -> None:
         """Write a small JSON file, atomically."""
@@ -338,18 +345,17 @@ class RunDirectory:
     def _forget_after(self, server_round: int) -> None:
         """Drop the metrics of rounds that were not completed; they are about to be repeated."""
         if self.metrics_file.exists():
-            # The last line may have been cut off by the end of the process.
-            lines = self.metrics_file.read_text(encoding="utf-8").split("\n")[:-1]
-            kept = [line for line in lines if json.loads(line)["round"] <= server_round]
+            kept = [line for line in read_metrics(self.path) if line["round"] <= server_round]
             with atomic_path(self.metrics_file) as aside:
-                aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                aside.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
 
 
 def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
     """Read every recorded metric of the run in a folder, in order."""
     file = run / METRICS_FILE
     if file.exists():
-        for line in file.read_text(encoding="utf-8").splitlines():
+        # The last line may have been cut off by the end of the process.
+        for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
             yield json.loads(line)
 
 

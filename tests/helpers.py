@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,7 +25,11 @@ from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 from sklearn.datasets import load_digits
 
 from client_app.app import app
+from server_app.federated_run import FederatedRun
+from server_app.training_run import initial_model
+from task.config import load_run_config
 from task.data import Dataset, load_dataset
+from task.run_directory import RunDirectory
 from task.wire import Key
 
 SUPERLINK = 1
@@ -50,6 +54,9 @@ SMALL_RUN: dict[str, str | int | float | bool] = {
     "eval.images_per_class": 1,
     "eval.num_images": 0,
 }
+
+# A line of a run's metrics: round, who, values by name.
+Recorded = tuple[int, str, dict[str, float | str]]
 
 Handler = Callable[[Message], Message | None]
 Order = Callable[[list[Message]], list[Message]]
@@ -237,3 +244,57 @@ def write_digits_as_mnist(folder: Path, *, train: int, test: int, classes: int =
         ):
             header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
             (raw / f"{split}-{part}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+def played(run_config: dict, nodes: ClientNodes, answer: Handler) -> Path:
+    """Play a federated run to its end, with nodes that answer so; returns its folder."""
+    with (
+        nodes.network.answering(answer),
+        closing(RunDirectory(load_run_config(run_config))) as directory,
+    ):
+        FederatedRun(nodes.grid, directory).run()
+    return directory.path
+
+
+def written_run(
+    folder: Path,
+    recorded: Iterable[Recorded],
+    *,
+    rounds_done: int,
+    files: dict[str, object] | None = None,
+    **changes: Any,
+) -> Path:
+    """Write the folder of a run as a run does, without training.
+
+    Args:
+        folder: of the run.
+        recorded: its metrics, the complete rounds' and, perhaps, those of one that was cut off.
+        rounds_done: checkpoints are written of so many; final weights where they are all.
+        files: further JSON files, by name.
+        **changes: of `SMALL_RUN`, dots written as two underscores.
+    """
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    own = {"output_dir": str(folder.parent), "run_name": folder.name}
+    config = load_run_config({**SMALL_RUN, **own, **dotted})
+    with closing(RunDirectory(config)) as directory:
+        directory.write_config(config)
+        for name, content in (files or {}).items():
+            directory.write_json(name, content)
+        for number, who, values in recorded:
+            directory.record(number, who, values)
+        weights = initial_model(config).state_dict()
+        for number in range(1, rounds_done + 1):
+            directory.save_checkpoint(number, weights, {})
+        if rounds_done == config.federation.rounds:
+            directory.save_model(rounds_done, weights)
+    return folder
+
+
+def losses(number: int, by_client: dict[int, float], *, norm: float = 1.0) -> list[Recorded]:
+    """What a round records of training losses, and of their mean."""
+    clients: list[Recorded] = [
+        (number, f"client-{client}", {"train_loss": loss, "train_update_norm": norm})
+        for client, loss in by_client.items()
+    ]
+    mean = sum(by_client.values()) / len(by_client)
+    return [*clients, (number, "global", {"train_loss": mean, "num_clients": len(by_client)})]

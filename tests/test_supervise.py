@@ -14,9 +14,7 @@ import pytest
 
 from server_app import supervise
 from server_app.submission import (
-    SUBMISSION_FILE,
     Submission,
-    as_toml,
     read_submission,
     settled_words,
     write_submission,
@@ -44,7 +42,8 @@ from server_app.supervision import (
 )
 from task.config import anchored, load_config, load_run_config
 from task.fingerprint import ROOT, code_fingerprint
-from task.run_directory import RunDirectory, hold
+from task.repeat import as_toml
+from task.run_directory import SUBMISSION_FILE, RunDirectory, hold
 from tests.processes import COMMANDS, process, wait_for
 
 FAILED = "finished:failed"

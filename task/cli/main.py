@@ -393,6 +393,33 @@ def export(
 
 
 @app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders of runs, finished or not."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write; else RUN/report.html. Several runs need it."),
+    ] = None,
+) -> None:
+    """Show a run on one page, or compare several.
+
+    Writes one HTML file that needs no network: losses, times, metrics, who took part, samples,
+    warnings, and the command that repeats the run. A run writes its own at its end. Several runs
+    are compared: what differs, figures, curves and samples side by side.
+
+    \b
+    Examples:
+      feddm report runs/demo
+      feddm report runs/demo runs/pooled --out comparison.html
+    """
+    from task.report import write_report
+
+    typer.echo(f"written to {write_report(*runs, file=out)}")
+
+
+@app.command()
 def check_node(
     overrides: Annotated[
         list[str] | None,

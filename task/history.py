@@ -1,0 +1,269 @@
+"""What happened in a run, finished or not, read back from its folder."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from task.config import EXTRACTORS, IMAGE_RANGES, Config, read_config
+from task.evaluate import MetricReport
+from task.repeat import Word
+from task.run_directory import (
+    CLASS_COUNTS_FILE,
+    MACHINE_FILE,
+    NODES_FILE,
+    PARTITION_FILE,
+    POOLED_FILE,
+    SUBMISSION_FILE,
+    holder,
+    is_begun,
+    last_complete_round,
+    read_metrics,
+    weights_file,
+)
+from task.unet import build_unet
+
+# A value by round.
+Series = dict[int, float]
+
+LEFT_OUT = "_left_out"
+POOLED = "pooled"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A client whose reply was not used.
+
+    Attributes:
+        round: 1-based.
+        client: its number.
+        activity: "train", "evaluate" or "quality".
+        reason: as the server noted it.
+    """
+
+    round: int
+    client: int
+    activity: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A file of the full metrics of a run's global weights.
+
+    Attributes:
+        name: of the file.
+        report: what it holds.
+        round: whose weights were measured.
+        otherwise: how the images were drawn otherwise than the run draws; empty: as the run does.
+        num_per_class: images of each class; None: as many as the real ones it was measured beside.
+    """
+
+    name: str
+    report: MetricReport
+    round: int
+    otherwise: str
+    num_per_class: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class RunHistory:
+    """All that the folder of a run says of it.
+
+    Values of rounds that were not completed are left out, as a resumed run forgets them.
+
+    Attributes:
+        path: the folder.
+        config: as resolved.
+        rounds_done: complete rounds.
+        finished: whether the final weights are there and of the last round asked for.
+        running: whether a process holds the folder.
+        setting: "simulation", "real nodes" or "centralised".
+        device: that trained, or, with real nodes, drew; None where it was not written down.
+        values: of the whole run, by name.
+        client_values: by client, by name.
+        left_out: in order.
+        class_counts: training images of each class by client number, or under `POOLED`; None of
+            a client that does not say.
+        evaluations: of the global weights.
+        grids: pictures of samples by round.
+        run_config: what `flwr run` was given; None where it was not asked.
+    """
+
+    path: Path
+    config: Config
+    rounds_done: int
+    finished: bool
+    running: bool
+    setting: str
+    device: str | None
+    values: Mapping[str, Series]
+    client_values: Mapping[int, Mapping[str, Series]]
+    left_out: tuple[LeftOut, ...]
+    class_counts: Mapping[int | str, list[int] | None]
+    evaluations: tuple[Evaluation, ...]
+    grids: Mapping[int, Path]
+    run_config: Mapping[str, Word] | None
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder."""
+        return self.path.resolve().name
+
+    @property
+    def clients(self) -> list[int]:
+        """The numbers of all clients that the folder knows of, ascending."""
+        counted = {client for client in self.class_counts if isinstance(client, int)}
+        return sorted(counted | set(self.client_values) | {each.client for each in self.left_out})
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """The weights of the network."""
+        with torch.device("meta"):
+            return sum(weight.numel() for weight in build_unet(self.config).parameters())
+
+    @property
+    def num_images(self) -> int | None:
+        """The training images of all that say how many they have; None where none does."""
+        known = [sum(counts) for counts in self.class_counts.values() if counts is not None]
+        told = [values.get("train_num_examples", {}) for values in self.client_values.values()]
+        known = known or [int(max(series.values())) for series in told if series]
+        return sum(known) if known else None
+
+    @property
+    def seconds(self) -> float:
+        """The time of all rounds, with their evaluations."""
+        spent = [self.values.get(name, {}) for name in ("round_seconds", "seconds_evaluating")]
+        return sum(sum(series.values()) for series in spent)
+
+    def final(self, name: str) -> float | None:
+        """Return the last value of the whole run under a name; None where there is none."""
+        series = self.values.get(name)
+        return series[max(series)] if series else None
+
+    def of_clients(self, name: str) -> dict[int, Series]:
+        """Return the values of a name by client, of the clients that have some."""
+        found = {client: self.client_values.get(client, {}).get(name) for client in self.clients}
+        return {client: series for client, series in found.items() if series}
+
+    def participation(self) -> dict[tuple[int, int], str]:
+        """Say of each round and client whether it "trained", was "left out", or "not asked".
+
+        Where every client is asked, one that is not is "not there".
+        """
+        absent = "not there" if self.config.federation.clients_per_round is None else "not asked"
+        states = {
+            (number, client): absent
+            for number in range(1, self.rounds_done + 1)
+            for client in self.clients
+        }
+        for client, series in self.of_clients("train_loss").items():
+            states |= {(number, client): "trained" for number in series}
+        missed = [each for each in self.left_out if each.activity == "train"]
+        return states | {(each.round, each.client): "left out" for each in missed}
+
+
+@dataclass(eq=False)
+class _Recorded:
+    values: dict[str, Series] = field(default_factory=dict)
+    clients: dict[int, dict[str, Series]] = field(default_factory=dict)
+    # Keyed, because a round may be evaluated once more after a restart.
+    left_out: dict[tuple[int, int, str], str] = field(default_factory=dict)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        client = None if line["who"] == "global" else int(line["who"].removeprefix("client-"))
+        if isinstance(line["value"], str):
+            if client is not None and line["name"].endswith(LEFT_OUT):
+                activity = line["name"].removesuffix(LEFT_OUT)
+                self.left_out[line["round"], client, activity] = line["value"]
+            return
+        values = self.values if client is None else self.clients.setdefault(client, {})
+        values.setdefault(line["name"], {})[line["round"]] = line["value"]
+
+
+def read_history(run: Path) -> RunHistory:
+    """Read what the folder of a run says, whether it is finished, going on, or was ended.
+
+    Raises:
+        ValueError: there is no run, or a file is of another version of feddm.
+    """
+    if not is_begun(run):
+        raise ValueError(f"RUN: {run} holds no run (there is no {run / 'config.yaml'})")
+    config = read_config(run / "config.yaml")
+    final = _final_round(run)
+    rounds_done = max(last_complete_round(run), final or 0)
+    recorded = _Recorded()
+    for line in read_metrics(run):
+        if line["round"] <= rounds_done:
+            recorded.add(line)
+    machine = _read_json(run / MACHINE_FILE) or {}
+    submission = _read_json(run / SUBMISSION_FILE) or {}
+    return RunHistory(
+        path=run,
+        config=config,
+        rounds_done=rounds_done,
+        finished=final == config.federation.rounds,
+        running=holder(run) is not None,
+        setting=_setting(run, config),
+        device=machine.get("device"),
+        values=recorded.values,
+        client_values=recorded.clients,
+        left_out=tuple(LeftOut(*key, why) for key, why in sorted(recorded.left_out.items())),
+        class_counts=_class_counts(run),
+        evaluations=tuple(_evaluations(run)),
+        grids={_round_of(file): file for file in sorted(run.glob("samples/round_*.png"))},
+        run_config=submission.get("run_config"),
+    )
+
+
+def _setting(run: Path, config: Config) -> str:
+    if config.train.mode == "centralized":
+        return "centralised"
+    return "real nodes" if (run / NODES_FILE).exists() else "simulation"
+
+
+def _final_round(run: Path) -> int | None:
+    file = weights_file(run)
+    if not file.is_file():
+        return None
+    with safe_open(file, framework="pt") as weights:
+        return int((weights.metadata() or {})["round"])
+
+
+def _class_counts(run: Path) -> dict[int | str, list[int] | None]:
+    pooled, partition = _read_json(run / POOLED_FILE), _read_json(run / PARTITION_FILE)
+    if pooled is not None:
+        return {POOLED: pooled["train_counts"]}
+    if partition is not None:
+        return dict(enumerate(partition["train_counts"]))
+    told = _read_json(run / CLASS_COUNTS_FILE) or {"clients": {}}
+    return {int(client): counts for client, counts in told["clients"].items()}
+
+
+def _evaluations(run: Path) -> list[Evaluation]:
+    found = []
+    for file in sorted(run.glob("evaluation-*.json")):
+        pattern = rf"evaluation-({'|'.join(EXTRACTORS)})-({'|'.join(IMAGE_RANGES)})(?:-(.+))?"
+        match = re.fullmatch(pattern, file.stem)
+        otherwise = (match[3] or "") if match else None
+        if otherwise is None or re.match(r"client-\d+", otherwise):
+            continue  # of a client's own model
+        content = _read_json(file)
+        report = MetricReport.from_description(content)
+        per_class = content.get("num_per_class")
+        found.append(Evaluation(file.name, report, content["round"], otherwise, per_class))
+    return found
+
+
+def _round_of(file: Path) -> int:
+    return int(file.stem.removeprefix("round_"))
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None

@@ -1,0 +1,115 @@
+"""The words that repeat a run, for either of its two commands."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from task.config import (
+    CONF_DIR,
+    FILE_SETS,
+    Config,
+    flat_values,
+    hydra_override,
+    load_config,
+)
+
+Word = str | int | float | bool
+
+# Where a run lies says nothing of what it is.
+PLACES = frozenset({"output_dir", "run_name", "resume", "data.cache_dir"})
+# Of these groups a configuration does not say which option it began with.
+NAMELESS_GROUPS = ("model", "diffusion", "partition")
+
+
+def training_words(config: Config) -> list[str]:
+    """Return the Hydra overrides that compose the configuration of a run, but for its places.
+
+    Args:
+        config: of a run, resolved.
+    """
+    groups = [f"experiment={config.experiment}"]
+    values = _identifying_values(config)
+    if load_config(groups).data.name != config.data.name:
+        groups += [
+            f"data={config.data.name}",
+            f"data.classes={_in_hydra(list(config.data.classes))}",
+        ]
+    changes = _changes(values, groups)
+    for group in NAMELESS_GROUPS:
+        if any(change.startswith(f"{group}.") for change in changes):
+            for option in _options(group):
+                others = _changes(values, [*groups, option])
+                if len(others) + 1 < len(changes):
+                    groups, changes = [*groups, option], others
+    return [*groups, *changes]
+
+
+def training_command(config: Config) -> str:
+    """Return the line for a shell that trains a run once more."""
+    return shlex.join(["feddm-train", *training_words(config)])
+
+
+def submitting_command(words: Mapping[str, Word]) -> str:
+    """Return the lines for a shell that let real nodes train once more.
+
+    The words go through a file, because Flower takes a line of them apart in its own way.
+
+    Args:
+        words: of the run's submission.
+    """
+    kept = {key: word for key, word in words.items() if key not in PLACES}
+    lines = as_toml(kept).rstrip("\n")
+    return f"cat > words.toml <<'END'\n{lines}\nEND\nflwr run . CONNECTION --run-config words.toml"
+
+
+def as_toml(words: Mapping[str, Word]) -> str:
+    """Write words as the TOML file that `flwr run --run-config` reads."""
+    # A string of JSON is one of TOML, where it holds no pair of surrogates.
+    return "".join(f"{k} = {_toml_value(value)}\n" for k, value in words.items())
+
+
+def _toml_value(value: Word) -> str:
+    return repr(value) if type(value) is float else json.dumps(value, ensure_ascii=False)
+
+
+def _options(group: str) -> list[str]:
+    return [f"{group}={file.stem}" for file in sorted((CONF_DIR / group).glob("*.yaml"))]
+
+
+def _identifying_values(config: Config) -> dict[str, Any]:
+    ignored = set(PLACES)
+    if config.data.name not in FILE_SETS:
+        ignored.add("data.root")  # of a packaged set: where it is kept
+    return {path: value for path, value in flat_values(config).items() if path not in ignored}
+
+
+def _changes(values: Mapping[str, Any], overrides: list[str]) -> list[str]:
+    """List the values that overrides do not compose yet."""
+    composed = flat_values(load_config(overrides))
+    return [
+        f"{path}={_in_hydra(value)}" for path, value in values.items() if composed[path] != value
+    ]
+
+
+def _in_hydra(value: Any) -> str:
+    """Write a value in Hydra's grammar, text with quotes where it could be read otherwise."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, str):
+        return value if _is_plain(value) else _quoted(value)
+    return f"[{','.join(map(_in_hydra, value))}]"
+
+
+def _is_plain(text: str) -> bool:
+    meaning = {"null", "true", "false", "inf", "nan"}
+    return re.fullmatch(r"[A-Za-z]\w*", text, re.ASCII) is not None and text.lower() not in meaning
+
+
+def _quoted(text: str) -> str:
+    return hydra_override("experiment", text).partition("=")[2]

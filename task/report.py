@@ -1,0 +1,446 @@
+"""A report of one run, or of several side by side: one page that needs nothing from elsewhere."""
+
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import vl_convert
+from jinja2 import Environment
+from markupsafe import Markup
+
+from task.charts import (
+    CONFIG,
+    Drawing,
+    class_chart,
+    compared_chart,
+    loss_chart,
+    metric_charts,
+    overhead_chart,
+    participation_chart,
+    time_chart,
+    update_chart,
+)
+from task.config import flat_values
+from task.files import atomic_path
+from task.history import Evaluation, RunHistory, read_history
+from task.metric_table import (
+    HEADS,
+    HOSPITAL_TITLES,
+    REAL_BESIDE,
+    TITLES,
+    Row,
+    caption,
+    metric_rows,
+    with_arrows,
+)
+from task.repeat import submitting_command, training_command
+from task.report_page import SCRIPT, STYLE, TEMPLATE
+from task.run_directory import REPORT_FILE, different_values
+from task.run_summary import describe_run, found_metrics, key_figures
+from task.warning_signs import warning_signs
+
+# A page of hundreds of pictures is too large to open.
+MOST_PICTURES = 40
+ALL_TITLES = {name: with_arrows(title) for name, title in (TITLES | HOSPITAL_TITLES).items()}
+NO_WARNINGS = (
+    "None: the run is finished, every client that was asked took part, none drifted, and no "
+    "measurement says that training images are copied."
+)
+CONTENT = (
+    "This page holds only what the folder of the run holds. Its configuration names folders of "
+    "the machine that it ran on, and the names of the classes: look at it before you hand it on."
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+    kind: str = "text"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Items of a list."""
+
+    items: Sequence[str]
+    kind: str = "list"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Names and values in large type."""
+
+    pairs: Sequence[tuple[str, str]]
+    kind: str = "figures"
+
+
+@dataclass(frozen=True)
+class Charts:
+    """Charts side by side, where there is room."""
+
+    drawings: Sequence[Drawing]
+    kind: str = "charts"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column names the rows."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    folded: bool = False
+    kind: str = "table"
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text as it stands in a file or on a command line."""
+
+    title: str
+    text: str
+    folded: bool = False
+    kind: str = "code"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that the page holds: its title, what is seen, and its source."""
+
+    title: str
+    says: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of one kind, beside each other or, with a slider, one at a time."""
+
+    title: str
+    pictures: Sequence[Picture]
+    slider: bool = False
+    kind: str = "pictures"
+
+
+Block = Text | Listing | Figures | Charts | Table | Code | Pictures
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page, with the anchor of its heading and the style of its look."""
+
+    anchor: str
+    title: str
+    blocks: Sequence[Block]
+    look: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a template is filled with; sections without blocks are left out."""
+
+    title: str
+    sections: Sequence[Section] = field(default_factory=list)
+    footer: str = CONTENT
+
+
+def write_report(run: Path, *others: Path, file: Path | None = None) -> Path:
+    """Write the page of a run, or of several side by side.
+
+    Args:
+        run: its folder.
+        *others: further ones to compare it with.
+        file: to write; None: `report.html` in the folder of the only run.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: there is no run in a folder, or no file is named for several.
+        OSError: the file cannot be written.
+    """
+    if file is None and others:
+        raise ValueError("--out must name the file of a comparison, got none; add --out FILE.html")
+    histories = [read_history(folder) for folder in (run, *others)]
+    page = compare(histories) if others else describe(histories[0])
+    file = run / REPORT_FILE if file is None else file
+    with atomic_path(file) as aside:
+        aside.write_text(render(page), encoding="utf-8")
+    return file
+
+
+def render(page: Page) -> str:
+    """Fill the template; whatever comes from a run is escaped."""
+    return (
+        Environment(autoescape=True)
+        .from_string(TEMPLATE)
+        .render(
+            page=page,
+            style=Markup(STYLE),
+            script=Markup(SCRIPT),
+            library=Markup(chart_library()),
+            config=CONFIG,
+        )
+    )
+
+
+@cache
+def chart_library() -> str:
+    """Return the JavaScript that draws the charts, which takes seconds to put together."""
+    # Within a script element nothing else may end it.
+    library: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]
+    return library.replace("</script", "<\\/script")
+
+
+def describe(history: RunHistory) -> Page:
+    """Lay a run out as a page."""
+    sections = [
+        _warnings(warning_signs(history)),
+        Section("summary", "Summary", _summary(history)),
+        Section("course", "How it went", _course(history)),
+        Section("participation", "Who took part", _participation(history)),
+        Section("data", "Images at each client", _charts(class_chart(history)) + _silent(history)),
+        Section("samples", "Samples", _samples(history)),
+        Section("metrics", "Metrics", _metrics(history)),
+        Section("configuration", "Configuration", _configuration(history)),
+    ]
+    return Page(f"Run {history.name}", [section for section in sections if section.blocks])
+
+
+def compare(histories: Sequence[RunHistory]) -> Page:
+    """Lay several runs out side by side."""
+    runs = dict(zip(labels([each.path for each in histories]), histories, strict=True))
+    signs = [f"{label}: {sign}" for label, run in runs.items() for sign in warning_signs(run)]
+    losses = (("train_loss", "train loss"), ("test_loss", "test loss"))
+    curves = [compared_chart(runs, name, title) for name, title in losses]
+    sections = [
+        _warnings(signs),
+        Section("figures", "Key figures", [_side_by_side(runs)]),
+        Section("differences", "What differs", _differences(runs)),
+        Section("course", "How they went", _charts(*curves)),
+        Section("metrics", "Metrics over rounds", _charts(*metric_charts(runs, ALL_TITLES))),
+        Section("samples", "Last samples", _last_samples(runs)),
+    ]
+    title = f"Comparison of {', '.join(runs)}"
+    return Page(title, [section for section in sections if section.blocks])
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """Name runs by as many of the last parts of their paths as tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for number in range(1, max(map(len, parts))):
+        names = ["/".join(each[-number:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"RUN must be different folders, got {', '.join(map(str, paths))}")
+
+
+def _warnings(signs: Sequence[str]) -> Section:
+    if signs:
+        return Section("warnings", "Warnings", [Listing(signs)], "warning")
+    return Section("warnings", "Warnings", [Text(NO_WARNINGS)], "calm")
+
+
+def _summary(history: RunHistory) -> list[Block]:
+    metrics = _measured(history, "fid_train", "fid_test")
+    sentences = [Text(sentence) for sentence in describe_run(history)]
+    return [*sentences, Figures([*key_figures(history), *metrics])]
+
+
+def _measured(history: RunHistory, *names: str) -> list[tuple[str, str]]:
+    return [
+        (with_arrows(title), f"{generated} (real {real})" if real else generated)
+        for title, generated, real in found_metrics(history, *names)
+    ]
+
+
+def _arrowed(rows: Iterable[Row]) -> list[Row]:
+    return [(with_arrows(title), *figures) for title, *figures in rows]
+
+
+def _course(history: RunHistory) -> list[Block]:
+    drawings = [draw(history) for draw in (loss_chart, update_chart, time_chart, overhead_chart)]
+    over_rounds = metric_charts({"generated": history}, ALL_TITLES)
+    return [*_charts(*drawings), *_charts(*over_rounds), *_rounds_table(history)]
+
+
+def _charts(*drawings: Drawing | None) -> list[Block]:
+    drawn = [drawing for drawing in drawings if drawing is not None]
+    return [Charts(drawn)] if drawn else []
+
+
+def _rounds_table(history: RunHistory) -> list[Block]:
+    columns = {
+        "train loss": ("train_loss", ".4f"),
+        "test loss": ("test_loss", ".4f"),
+        "clients": ("num_clients", ".0f"),
+        "seconds": ("round_seconds", ".1f"),
+        "outside training": ("overhead_share", ".0%"),
+        "seconds evaluating": ("seconds_evaluating", ".1f"),
+    }
+    present = {head: c for head, c in columns.items() if c[0] in history.values}
+    if not present:
+        return []
+    rows = [
+        [
+            str(number),
+            *(_cell(history.values[name].get(number), form) for name, form in present.values()),
+        ]
+        for number in range(1, history.rounds_done + 1)
+    ]
+    return [Table("Every round in figures", ["round", *present], rows, folded=True)]
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _participation(history: RunHistory) -> list[Block]:
+    if history.setting == "centralised":
+        return []
+    rounds: dict[tuple[int, str, str], list[int]] = {}
+    for each in history.left_out:
+        rounds.setdefault((each.client, each.activity, each.reason), []).append(each.round)
+    rows = [
+        [str(client), activity, " ".join(map(str, numbers)), reason]
+        for (client, activity, reason), numbers in sorted(rounds.items())
+    ]
+    heads = ["client", "activity", "rounds", "reason"]
+    left_out = [Table("Replies that were left out", heads, rows)] if rows else []
+    return [*_charts(participation_chart(history)), *left_out]
+
+
+def _silent(history: RunHistory) -> list[Block]:
+    silent = [str(who) for who, counts in history.class_counts.items() if counts is None]
+    if not silent:
+        return []
+    return [Text(f"Clients that do not say how many images they have: {', '.join(silent)}.")]
+
+
+def _samples(history: RunHistory) -> list[Block]:
+    chosen = evenly(sorted(history.grids), MOST_PICTURES)
+    if not chosen:
+        return []
+    classes = ", ".join(history.config.data.classes)
+    pictures = [
+        Picture(
+            f"round {number}",
+            f"Images generated after round {number}, a row per class: {classes}",
+            _embedded(history.grids[number]),
+        )
+        for number in chosen
+    ]
+    text = "A row per class; every round draws from the same noise."
+    if len(chosen) < len(history.grids):
+        text += f" {len(chosen)} of {len(history.grids)} pictures, evenly chosen, are shown."
+    return [Text(text), Pictures("Round of the samples", pictures, slider=True)]
+
+
+def evenly(numbers: Sequence[int], most: int) -> list[int]:
+    """Choose at most so many numbers, the first and the last among them, evenly."""
+    if len(numbers) <= most:
+        return list(numbers)
+    return [numbers[i * (len(numbers) - 1) // (most - 1)] for i in range(most)]
+
+
+def _embedded(file: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode("ascii")
+
+
+def _metrics(history: RunHistory) -> list[Block]:
+    blocks = [block for each in history.evaluations for block in _evaluation(each, history)]
+    blocks += _hospitals(history)
+    agreement = found_metrics(history)
+    if not blocks and agreement:
+        blocks = [Table("Measured in the run", HEADS, _arrowed(agreement))]
+    return blocks
+
+
+def _evaluation(each: Evaluation, history: RunHistory) -> list[Block]:
+    label = each.report.label
+    title = (
+        f"Extractor {label.extractor}, image range {label.image_range}, round {each.round} of "
+        f"{history.config.federation.rounds}"
+    )
+    if each.otherwise:
+        title += f", drawn with {each.otherwise}"
+    counts = [] if each.num_per_class is None else [each.num_per_class]
+    rows = _arrowed(metric_rows(each.report))
+    # The last line of the caption explains the marks that arrows have taken the place of.
+    return [Table(title, HEADS, rows), Listing(caption(each.report, counts)[:-1])]
+
+
+def _hospitals(history: RunHistory) -> list[Block]:
+    number = history.final("quality_num_hospitals")
+    if number is None:
+        return []
+    last = max(history.values["quality_num_hospitals"])
+    whose = {f"client {n}": values for n, values in history.client_values.items()}
+    columns = [name for name in HOSPITAL_TITLES if name in history.values]
+    everyone: dict[str, Mapping[str, Any]] = {**whose, "all": history.values}
+    rows = []
+    for who, values in everyone.items():
+        told = [values.get(name, {}).get(last) for name in columns]
+        real = [values.get(REAL_BESIDE.get(name, ""), {}).get(last) for name in columns]
+        count = values.get("quality_num_examples", {}).get(last)
+        pairs = zip(told, real, strict=True)
+        rows.append([who, _cell(count, ".0f"), *(_beside(ours, theirs) for ours, theirs in pairs)])
+    heads = ["hospital", "held-out images", *(ALL_TITLES[name] for name in columns)]
+    title = f"Scored by {number:.0f} hospitals after round {last}, real images in brackets"
+    return [Table(title, heads, rows)]
+
+
+def _beside(generated: float | None, real: float | None) -> str:
+    if generated is None:
+        return "-"
+    return f"{generated:.4f}" + ("" if real is None else f" ({real:.4f})")
+
+
+def _configuration(history: RunHistory) -> list[Block]:
+    text = (history.path / "config.yaml").read_text(encoding="utf-8")
+    if history.setting == "real nodes" and history.run_config is not None:
+        command = submitting_command(history.run_config)
+    else:
+        command = training_command(history.config)
+    return [
+        Text("This trains the run once more, into a folder of its own:"),
+        Code("", command),
+        Code("The whole configuration (config.yaml)", text, folded=True),
+    ]
+
+
+def _side_by_side(runs: Mapping[str, RunHistory]) -> Table:
+    columns = [dict(key_figures(run)) | dict(_measured(run)) for run in runs.values()]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [[name, *(column.get(name, "-") for column in columns)] for name in names]
+    return Table("Key figures of each run", ["", *runs], rows)
+
+
+def _differences(runs: Mapping[str, RunHistory]) -> list[Block]:
+    configs = [run.config for run in runs.values()]
+    names = dict.fromkeys(
+        name for config in configs[1:] for name in different_values(configs[0], config)
+    )
+    if not names:
+        return [Text("The configurations differ in nothing but names and places.")]
+    columns = [flat_values(config) for config in configs]
+    rows = [[name, *(str(column[name]) for column in columns)] for name in names]
+    return [Table("Values that are not the same in all", ["value", *runs], rows)]
+
+
+def _last_samples(runs: Mapping[str, RunHistory]) -> list[Block]:
+    pictures = [
+        Picture(
+            f"{label}, round {max(run.grids)}",
+            f"Images generated by {label} after round {max(run.grids)}, a row per class",
+            _embedded(run.grids[max(run.grids)]),
+        )
+        for label, run in runs.items()
+        if run.grids
+    ]
+    return [Pictures("Last samples", pictures)] if pictures else []

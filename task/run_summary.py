@@ -1,0 +1,127 @@
+"""A run in a few lines: for the end of its log, and for the top of its report."""
+
+from collections.abc import Iterator
+
+from task.config import Config
+from task.history import RunHistory
+from task.metric_table import HOSPITAL_TITLES, REAL_BESIDE, TITLES
+
+AGREEMENT = {"class_agreement": "found in the class asked for ^"}
+# Of the metrics, those that say the most in one line each.
+HEADLINES = ("fid_train", "fid_test", "precision", "recall")
+
+
+def summary_lines(history: RunHistory) -> list[str]:
+    """Say how a run ended, in lines for its log, which are fewer than 15."""
+    metrics = [
+        (title, f"{generated} (real images {real})" if real else generated)
+        for title, generated, real in found_metrics(history, *HEADLINES)
+    ]
+    rows = [*key_figures(history), *metrics]
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:<{width}}  {value}" for name, value in rows]
+
+
+def key_figures(history: RunHistory) -> list[tuple[str, str]]:
+    """List what is asked first of a run, by name."""
+    figures = [
+        ("rounds", f"{history.rounds_done} of {history.config.federation.rounds}"),
+        *_losses(history),
+        *_time(history),
+        ("training images", "not told" if not history.num_images else f"{history.num_images:,}"),
+    ]
+    if history.setting != "centralised":
+        figures.append(("clients", str(len(history.clients))))
+        figures.append(("left out", _left_out(history)))
+    return figures
+
+
+def found_metrics(history: RunHistory, *names: str) -> list[tuple[str, str, str]]:
+    """List what was measured last: a metric, of generated images, of real ones ("": none).
+
+    Args:
+        history: of the run.
+        *names: of the metrics of the full evaluation; none: all.
+    """
+    chosen = {name: title for name, title in TITLES.items() if not names or name in names}
+    rows = []
+    for name, title in {**chosen, **AGREEMENT, **HOSPITAL_TITLES}.items():
+        found = history.final(name)
+        if found is not None:
+            real = history.final(REAL_BESIDE.get(name, f"floor_{name}"))
+            rows.append((title, f"{found:.4g}", "" if real is None else f"{real:.4g}"))
+    return rows
+
+
+def describe_run(history: RunHistory) -> list[str]:
+    """Say in sentences what was trained, by whom and on what."""
+    config = history.config
+    return [_who_trained_what(history), _diffusion(config), _where(history)]
+
+
+def _who_trained_what(history: RunHistory) -> str:
+    config, data = history.config, history.config.data
+    num_clients = len(history.clients)
+    who = {
+        "centralised": "One machine, on the pooled images,",
+        "simulation": f"{num_clients} simulated hospitals, on one machine,",
+        "real nodes": f"{num_clients} hospitals, each on its own images,",
+    }[history.setting]
+    return (
+        f"{who} trained a U-Net of {history.num_parameters:,} parameters to draw images of "
+        f"{data.name}: {len(data.classes)} classes, {data.image_size}x{data.image_size} pixels, "
+        f"{data.channels} channel{'s' * (data.channels > 1)}. {history.rounds_done} of "
+        f"{config.federation.rounds} rounds of {config.train.local_epochs} local epochs are done."
+    )
+
+
+def _diffusion(config: Config) -> str:
+    diffusion = config.diffusion
+    steps = diffusion.num_inference_steps or diffusion.num_timesteps
+    return (
+        f"The diffusion has {diffusion.num_timesteps} timesteps on a {diffusion.schedule} "
+        f"schedule; the prediction type is {diffusion.prediction_type}, and images are "
+        f"drawn by {diffusion.sampler} in {steps} steps."
+    )
+
+
+def _where(history: RunHistory) -> str:
+    train = history.config.train
+    if history.setting == "real nodes":
+        drawn = f" on {history.device}" if history.device else ""
+        return (
+            f"Each hospital chose device and precision itself; the server drew its images{drawn}."
+        )
+    device = history.device or f"the device of train.device={train.device}"
+    return f"It ran on {device} in {train.precision}."
+
+
+def _losses(history: RunHistory) -> Iterator[tuple[str, str]]:
+    for name in ("train_loss", "test_loss"):
+        series = history.values.get(name)
+        if series:
+            last = max(series)
+            yield name.replace("_", " "), f"{series[last]:.4g} (round {last})"
+
+
+def _time(history: RunHistory) -> Iterator[tuple[str, str]]:
+    total = sum(history.values.get("round_seconds", {}).values())
+    training = sum(history.values.get("seconds_training", {}).values())
+    if total > 0:
+        yield "time", duration(history.seconds)
+        yield "of rounds, outside training", f"{1 - training / total:.0%}"
+
+
+def _left_out(history: RunHistory) -> str:
+    clients = sorted({each.client for each in history.left_out})
+    if not clients:
+        return "no client"
+    shown = " ".join(map(str, clients[:10])) + (" ..." if len(clients) > 10 else "")
+    return f"{len(history.left_out)} replies, of clients {shown}"
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as 1:02:03, or 2:03 where there are no hours."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

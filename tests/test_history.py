@@ -1,0 +1,153 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from task.config import flat_values, load_config, read_config
+from task.evaluate import Classification, Label, MetricReport, Scores
+from task.history import LeftOut, read_history
+from task.metrics import Copying
+from task.repeat import PLACES, training_words
+from task.run_summary import duration, summary_lines
+from task.warning_signs import far_rounds, is_copying, warning_signs
+from tests.helpers import losses, written_run
+
+LABEL = Label("digits", "classifier", "ab" * 32, "correct", False, 2000, 900, 897, 897, 500, 0)
+SCORES = Scores(
+    inception_score=None,
+    inception_score_std=None,
+    fid_train=2.5,
+    fid_test=3.5,
+    kid_train=0.1,
+    kid_train_std=0.01,
+    kid_test=0.2,
+    kid_test_std=0.02,
+    precision=0.8,
+    recall=0.7,
+    density=1.0,
+    coverage=0.9,
+)
+
+
+def report(copied: float = 0.01) -> MetricReport:
+    found = Classification(0.8, 0.9, 0.95, 0.7)
+    copies = Copying(0.3, 0.4, copied)
+    return MetricReport(LABEL, SCORES, SCORES, found, copies, None)
+
+
+def test_history_holds_what_was_recorded_of_complete_rounds(tmp_path: Path) -> None:
+    recorded = [
+        *losses(1, {0: 0.5, 1: 0.7}),
+        *losses(2, {0: 0.3}),
+        (2, "client-1", {"train_left_out": "node unavailable"}),
+        *losses(3, {0: 9.0, 1: 9.0}),
+    ]
+    files: dict[str, Any] = {"partition.json": {"train_counts": [[1] * 10, [2] * 10, [0] * 10]}}
+    run = written_run(tmp_path / "run", recorded, rounds_done=2, files=files, federation__rounds=4)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 3, "who": "glo')
+    history = read_history(run)
+    assert (history.rounds_done, history.finished, history.running) == (2, False, False)
+    assert history.values["train_loss"] == {1: pytest.approx(0.6), 2: 0.3}
+    assert history.of_clients("train_loss") == {0: {1: 0.5, 2: 0.3}, 1: {1: 0.7}}
+    assert history.left_out == (LeftOut(2, 1, "train", "node unavailable"),)
+    assert (history.clients, history.num_images) == ([0, 1, 2], 30)
+    states = history.participation()
+    assert (states[1, 1], states[2, 1], states[2, 2]) == ("trained", "left out", "not there")
+    signs = "\n".join(warning_signs(history))
+    for words in (
+        "2 of 4 rounds are done",
+        "Client 1 was left out once in 1 round",
+        "Client 2 was",
+    ):
+        assert words in signs
+
+
+def test_real_nodes_and_pooled_data_are_told_apart(tmp_path: Path) -> None:
+    told = {"classes": ["0"], "clients": {"0": None, "1": [5] * 10}}
+    files = {"nodes.json": {"123": 0, "456": 1}, "class_counts.json": told}
+    nodes = read_history(written_run(tmp_path / "nodes", [], rounds_done=0, files=files))
+    assert (nodes.setting, nodes.clients, nodes.num_images) == ("real nodes", [0, 1], 50)
+    pooled = {"pooled.json": {"train_counts": [7] * 10, "test_counts": [1] * 10}}
+    run = written_run(
+        tmp_path / "pooled", [], rounds_done=2, files=pooled, train__mode="centralized"
+    )
+    history = read_history(run)
+    assert (history.setting, history.clients, history.num_images) == ("centralised", [], 70)
+    assert history.finished and warning_signs(history) == []
+
+
+def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"RUN: {tmp_path} holds no run"):
+        read_history(tmp_path)
+
+
+def test_report_of_metrics_reads_back_as_it_was_described() -> None:
+    assert MetricReport.from_description(report().describe()) == report()
+    with pytest.raises(ValueError, match="lacks"):
+        MetricReport.from_description({"fid_train": 1.0})
+
+
+def test_copies_and_few_images_are_warned_of(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "run", losses(1, {0: 0.5}), rounds_done=2)
+    file = run / "evaluation-classifier-correct.json"
+    for copied, found in ((0.011, 0), (0.05, 1)):
+        file.write_text(json.dumps({**report(copied).describe(), "round": 2}))
+        assert sum("closer to training" in s for s in warning_signs(read_history(run))) == found
+    file.write_text(json.dumps({**report().describe(), "round": 2, "n_generated": 999}))
+    assert any("Few images" in sign for sign in warning_signs(read_history(run)))
+    # Of 2,000 honest images, 1 % and three standard errors of it are 33.
+    assert [is_copying(number / 2000, 2000) for number in (33, 34)] == [False, True]
+
+
+def test_client_far_from_all_others_drifts_and_a_spread_of_clients_does_not() -> None:
+    spread = {client: {1: 1 + 0.1 * client, 2: 1 + 0.1 * client} for client in range(6)}
+    assert {far for far, _ in far_rounds(spread).values()} == {0}
+    drifted = far_rounds({**spread, 5: {1: 9.0, 2: 9.0}})
+    assert drifted[5] == (2, 2) and drifted[0] == (0, 2)
+    alike = {client: {1: 1.0} for client in range(5)}
+    assert far_rounds({**alike, 5: {1: 1.05}})[5] == (0, 1)
+    assert far_rounds({client: alike[client] for client in range(3)})[0] == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["experiment=table1", "data=mnist", "model=tiny", "federation.keep_local_models=[0,1]"],
+        [
+            "data=image_folder",
+            "data.classes=['it\\'s \"a\"','007','null','<x>']",
+            "data.root='/a b'",
+        ],
+        [
+            "partition.beta=inf",
+            "seed=3",
+            "train.lr=1e-5",
+            "diffusion=paper",
+        ],
+        ["experiment=table5", "data.root=/x", "train.precision=bfloat16"],
+    ],
+)
+def test_words_of_a_run_compose_its_configuration(words: list[str]) -> None:
+    config = load_config([*words, "run_name=given"])
+    repeated = training_words(config)
+    wanted, found = flat_values(config), flat_values(load_config(repeated))
+    assert {key for key in wanted if wanted[key] != found[key]} <= PLACES
+    assert len(repeated) <= len(words) + 2
+
+
+def test_run_ends_with_few_lines_of_what_it_found(tmp_path: Path) -> None:
+    recorded = [
+        *losses(1, {0: 0.5, 1: 0.7}),
+        *losses(2, {0: 0.25, 1: 0.35}),
+        (2, "global", {"round_seconds": 100.0, "seconds_training": 75.0, "test_loss": 0.4}),
+        (2, "global", {**report().describe(), "seconds_evaluating": 25.0}),
+    ]
+    run = written_run(tmp_path / "run", recorded, rounds_done=2)
+    text = "\n".join(lines := summary_lines(read_history(run)))
+    assert len(lines) <= 15
+    for words in ("2 of 2", "0.3 (round 2)", "2:05", "25%", "2.5 (real images 2.5)"):
+        assert words in text
+    assert duration(3723) == "1:02:03"
+    assert read_config(run / "config.yaml").run_name == "run"

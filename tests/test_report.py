@@ -1,0 +1,129 @@
+import base64
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from task.cli.main import app
+from task.history import read_history
+from task.report import compare, evenly, labels, render, write_report
+from tests.helpers import losses, written_run
+
+EVIL = "<script>alert(1)</script>"
+REASON = "</script><img src=x onerror=alert(2)>"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose classes, reasons and name are HTML."""
+    folder = tmp_path_factory.mktemp("runs") / "a<b>"
+    recorded = [
+        *losses(1, {0: 0.512, 1: 0.734}),
+        *losses(2, {0: 0.256}),
+        (2, "client-1", {"train_left_out": REASON}),
+    ]
+    counts = {"train_counts": [[3, 4], [5, 6]]}
+    written_run(
+        folder,
+        recorded,
+        rounds_done=2,
+        files={"partition.json": counts},
+        overrides=f"data=image_folder \"data.classes=['{EVIL}',b]\" data.image_size=8",
+    )
+    for number in (1, 2):
+        Image.new("L", (8, 8), 40 * number).save(folder / "samples" / f"round_{number:04d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> str:
+    return write_report(run).read_text(encoding="utf-8")
+
+
+def data_of_charts(page: str) -> list[dict[str, Any]]:
+    specs = re.findall(r'<script type="application/json" data-chart="\d+">(.*?)</script>', page)
+    return [row for spec in specs for row in rows_in(json.loads(spec))]
+
+
+def rows_in(part: Any) -> Iterator[dict[str, Any]]:
+    """Find the values that a specification holds, wherever they stand in it."""
+    if isinstance(part, list) and part and all(isinstance(each, dict) for each in part):
+        yield from part
+    for child in (
+        part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    ):
+        yield from rows_in(child)
+
+
+def test_report_shows_the_figures_of_the_metrics(run: Path, page: str) -> None:
+    rows = data_of_charts(page)
+    # The first chart's; the second shows norms of updates, which are 1 here.
+    drawn = {
+        (row["client"], row["round"]): row["value"]
+        for row in rows
+        if {"client", "value"} <= row.keys() and row["value"] != 1.0
+    }
+    history = read_history(run)
+    assert {("0", 1): 0.512, ("1", 1): 0.734, ("0", 2): 0.256}.items() <= drawn.items()
+    shared = {row["round"]: row["value"] for row in rows if row.get("line") == "train loss"}
+    assert shared == history.values["train_loss"]
+    cells = {(row["client"], row["class"]): row["images"] for row in rows if "images" in row}
+    assert cells[("1", "b")] == 6
+    assert "0.256 (round 2)" in page and "Client 1 was left out once" in page
+
+
+def test_report_embeds_every_grid_as_it_is(run: Path, page: str) -> None:
+    for file in (run / "samples").iterdir():
+        assert base64.b64encode(file.read_bytes()).decode() in page
+
+
+def test_report_escapes_what_comes_from_a_run(page: str) -> None:
+    own = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert "alert(1)</" not in own and "<img src=x" not in own and "<b>" not in own
+    assert "&lt;script&gt;alert(1)" in own
+    assert any(row.get("class") == EVIL for row in data_of_charts(page))
+
+
+def test_report_asks_for_nothing_from_elsewhere(page: str) -> None:
+    tags = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert re.findall(r'(?:src|href)="(?!data:image/png;base64,|#)', tags) == []
+    assert "default-src 'none'" in page
+
+
+def test_comparison_names_what_differs(run: Path, tmp_path: Path) -> None:
+    other = written_run(
+        tmp_path / "other", losses(1, {0: 0.9, 1: 0.9}), rounds_done=1, train__local_epochs=7
+    )
+    text = render(compare([read_history(run), read_history(other)]))
+    row = re.search(r"train.local_epochs</th><td>(\d)</td><td>(\d)</td>", text)
+    assert row is not None and row.groups() == ("1", "7")
+    assert "other: The run is not finished: 1 of 2 rounds" in text
+    lines = {row["line"] for row in data_of_charts(text) if "line" in row}
+    assert lines == {"a<b>", "other"}
+
+
+def test_runs_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    assert labels([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
+    assert labels([Path("/x/a"), Path("/y/a")]) == ["x/a", "y/a"]
+    with pytest.raises(ValueError, match="different folders"):
+        labels([Path("/x/a"), Path("/x/a")])
+
+
+def test_few_of_many_pictures_are_chosen_evenly() -> None:
+    assert evenly([5, 10], 40) == [5, 10]
+    assert evenly(range(1, 101), 4) == [1, 34, 67, 100]
+
+
+def test_command_fails_in_one_line_where_there_is_no_run(run: Path, tmp_path: Path) -> None:
+    for words, expected in (
+        ([tmp_path], "holds no run"),
+        ([run, run], "--out must name the file of a comparison"),
+    ):
+        result = CliRunner().invoke(app, ["report", *map(str, words)])
+        assert result.exit_code == 1 and result.stderr.count("\n") == 1
+        assert expected in result.stderr

@@ -1,0 +1,125 @@
+"""The page of a real run, as a reader sees it in a browser."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Error, Message
+
+from tests.helpers import SMALL_RUN, ClientNodes, Network, played, simulated
+
+pytest.importorskip("playwright", reason="needs `uv run --group browser`")
+pytest.importorskip("axe_playwright_python", reason="needs `uv run --group browser`")
+
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, sync_playwright
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium on the PATH")
+
+# Nothing but what a page needs, and no word to anyone.
+ARGUMENTS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+]
+LAPTOP, PHONE = (1366, 768), (390, 844)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page that a small run writes at its end; a client fails in its first round."""
+    run_config = {
+        **SMALL_RUN,
+        "output_dir": str(tmp_path_factory.mktemp("runs")),
+        "run_name": "small",
+        "eval.every": 1,
+        "federation.node_wait": 10.0,
+    }
+    nodes = ClientNodes(Network(), run_config, *simulated(3))
+    failures = iter([True])
+
+    def answer(asked: Message) -> Message:
+        if asked.metadata.message_type == "train" and next(failures, False):
+            return Message(Error(code=102, reason="FileNotFoundError"), reply_to=asked)
+        return nodes(asked)
+
+    return played(run_config, nodes, answer) / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module", params=[LAPTOP, PHONE], ids=["laptop", "phone"])
+def page(browser: Browser, report: Path, request: pytest.FixtureRequest) -> Iterator[Page]:
+    """The opened page; whatever it complains of or asks for is kept in `complaints`."""
+    width, height = request.param
+    context = browser.new_context(viewport={"width": width, "height": height}, offline=True)
+    opened = context.new_page()
+    complaints: list[str] = []
+    opened.on("console", lambda message: complaints.append(message.text))
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("request", lambda asked: complaints.extend(_from_elsewhere(asked.url)))
+    opened.goto(report.as_uri())
+    opened.evaluate("window.chartsDrawn")
+    opened.complaints = complaints  # type: ignore[attr-defined]
+    yield opened
+    context.close()
+
+
+def _from_elsewhere(url: str) -> list[str]:
+    return [] if url.startswith(("file:", "data:")) else [url]
+
+
+def test_page_draws_every_chart_without_a_complaint_or_a_request(page: Any) -> None:
+    marks = page.evaluate(
+        "[...document.querySelectorAll('.plot')].map(plot =>"
+        " plot.querySelectorAll('svg .role-mark path').length)"
+    )
+    assert len(marks) == 6 and min(marks) > 0
+    assert page.complaints == []
+
+
+def test_page_fits_its_screen(page: Page) -> None:
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_slider_moves_by_keyboard_and_changes_the_picture(page: Page) -> None:
+    def shown() -> str | None:
+        return page.locator(".slides img:visible").get_attribute("data-title")
+
+    slider = page.get_by_label("Round of the samples")
+    assert shown() == "round 2"
+    slider.press("ArrowLeft")
+    assert shown() == page.locator(".slider output").text_content() == "round 1"
+    assert slider.get_attribute("aria-valuetext") == "round 1"
+
+
+def test_client_is_highlighted_by_its_menu(page: Page) -> None:
+    drawn = page.locator("#chart-1 path[stroke='#1a1a1a'][stroke-width='3']")
+    assert drawn.count() == 0
+    page.locator("#controls-1 select").select_option(label="client 2")
+    assert drawn.count() == 1
+
+
+def test_page_has_no_barrier_that_axe_knows(page: Page) -> None:
+    found = Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa"]})
+    assert found.violations_count == 0, found.generate_report()
+    assert page.locator("img:not([alt]), img[alt='']").count() == 0
+    assert page.locator("h1").count() == 1
+
+
+def test_page_opens_the_configuration_on_paper(page: Page) -> None:
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("details.code[open]").count() == 1
+    assert page.locator(".slides img:visible").get_attribute("data-title") == "round 2"
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details[open]").count() == 0
+    page.emulate_media(media="screen")
