@@ -45,6 +45,8 @@ def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to fill, which takes the place of `folder` when the block succeeds.
 
+    A process that is killed may leave a hidden folder beside it.
+
     Args:
         folder: the one to write, and to replace where it exists; made with those above it.
 

@@ -91,7 +91,7 @@ def draw_along(
     images: Tensor = walk(
         steps,
         predicting(model, labels),
-        draw_noise,
+        draw_noise=draw_noise,
         prediction_type=prediction_type,
         clip_x_start=clip_x_start,
     )

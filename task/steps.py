@@ -180,8 +180,8 @@ def inference_timesteps(num_timesteps: int, num_inference_steps: int) -> list[in
 def walk(
     steps: Iterable[Step],
     predict: Predict,
-    draw_noise: Callable[[], Array],
     *,
+    draw_noise: Callable[[], Array],
     prediction_type: str,
     clip_x_start: bool,
 ) -> Array:
@@ -270,6 +270,7 @@ def guide(conditional: Array, unconditional: Array, guidance_scale: float) -> Ar
 def draw_by_settings(
     settings: Mapping[str, Any],
     predict: Predict,
+    *,
     predict_unconditional: Predict | None,
     draw_noise: Callable[[], Array],
     **sampling: Any,
@@ -307,7 +308,7 @@ def draw_by_settings(
     return walk(
         sampling_steps(settings["alphas_cumprod"], **chosen),
         guided,
-        draw_noise,
+        draw_noise=draw_noise,
         prediction_type=settings["prediction_type"],
         clip_x_start=clip_x_start,
     )

@@ -46,7 +46,8 @@ sys.argv = ["sample.py", "--num", "1", "--out", "drawn"]
 sample = runpy.run_path("sample.py", run_name="__main__")
 from drawing import draw, read_settings
 noise, labels = iter(np.load("noise.npy")), np.array([0, 2])
-images = draw(sample["load_model"](Path(".")), labels, read_settings("."), lambda: next(noise))
+model, settings = sample["load_model"](Path(".")), read_settings(".")
+images = draw(model, labels, settings=settings, draw_noise=lambda: next(noise))
 np.save("images.npy", images)
 if "pipe" in card:
     import torch
@@ -163,7 +164,12 @@ def test_drawing_with_numpy_equals_feddm(tmp_path: Path, overrides: tuple[str, .
     noise = np.random.default_rng(0).standard_normal(shape, np.float32)
     ours, theirs = iter(torch.from_numpy(noise)), iter(noise)
     model = FORMATS["safetensors"].load_model(folder)
-    found = draw(model, np.array([0, 2]), read_settings(folder), lambda: next(theirs))
+    found = draw(
+        model,
+        np.array([0, 2]),
+        settings=read_settings(folder),
+        draw_noise=lambda: next(theirs),
+    )
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, drawn_by_feddm(run, lambda: next(ours)), atol=1e-3)
 

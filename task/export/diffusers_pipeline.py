@@ -86,8 +86,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         images: Tensor = draw_by_settings(
             settings,
             partial(predict, labels=labels),
-            unlabelled,
-            partial(randn_tensor, shape, generator=generator, device=labels.device),
+            predict_unconditional=unlabelled,
+            draw_noise=partial(randn_tensor, shape, generator=generator, device=labels.device),
             **sampling,
         )
         return images

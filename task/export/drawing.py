@@ -31,6 +31,7 @@ def read_settings(folder: Path | str) -> Settings:
 def draw(
     model: Model,
     labels: np.ndarray,
+    *,
     settings: Settings,
     draw_noise: Callable[[], np.ndarray],
     **sampling: Any,
@@ -54,12 +55,14 @@ def draw(
     def predict(x_t: np.ndarray, log_snr: float, labels: np.ndarray) -> np.ndarray:
         return model(x_t, np.full(len(labels), log_snr, np.float32), labels)
 
-    null_label = settings["null_label"]
+    null_label, unlabelled = settings["null_label"], None
+    if null_label is not None:
+        unlabelled = partial(predict, labels=np.full_like(labels, null_label))
     images: np.ndarray = draw_by_settings(
         settings,
         partial(predict, labels=labels),
-        None if null_label is None else partial(predict, labels=np.full_like(labels, null_label)),
-        draw_noise,
+        predict_unconditional=unlabelled,
+        draw_noise=draw_noise,
         **sampling,
     )
     return images
@@ -99,7 +102,7 @@ def main(
         for start in range(0, chosen.num, DRAWN_AT_ONCE):
             labels = np.full(min(DRAWN_AT_ONCE, chosen.num - start), classes.index(name), np.int64)
             draw_noise = noise_source((len(labels), *image_shape(settings)), rng)
-            images = draw(model, labels, settings, draw_noise, **sampling)
+            images = draw(model, labels, settings=settings, draw_noise=draw_noise, **sampling)
             for number, pixels in enumerate(to_pixels(images), start):
                 Image.fromarray(pixels).save(chosen.out / name / f"{number:05d}.png")
 

@@ -106,9 +106,10 @@ def check_replaceable(folder: Path) -> None:
     if not folder.exists():
         return
     try:
-        known = "exported" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        known = False
+        found = None
+    known = isinstance(found, dict) and "exported" in found
     empty = folder.is_dir() and not any(folder.iterdir())
     require(known or empty, "--out", "a new folder, or an earlier export to replace", str(folder))
 

@@ -78,7 +78,7 @@ class Format:
 
 def write_safetensors(unet: UNet, settings: Settings, folder: Path) -> None:
     """Write the weights, and the network as a file of Python."""
-    save_file(_contiguous(unet), folder / "model.safetensors", {"format": "pt"})
+    save_file(unet.state_dict(), folder / "model.safetensors", {"format": "pt"})
     ship("network.py", folder / "network.py")
 
 
@@ -132,10 +132,6 @@ def write_diffusers(unet: UNet, settings: Settings, folder: Path) -> None:
     ship("export/diffusers_pipeline.py", folder / "pipeline.py", in_package=True)
     ship("export/diffusers_unet.py", folder / "unet" / "diffusers_unet.py", in_package=True)
     ship("network.py", folder / "unet" / "network.py")
-
-
-def _contiguous(unet: UNet) -> dict[str, torch.Tensor]:
-    return {name: weight.contiguous() for name, weight in unet.state_dict().items()}
 
 
 def traced(unet: UNet, settings: Settings) -> torch.export.ExportedProgram:
