@@ -226,6 +226,8 @@ def test_restore_command_and_method_keep_the_known_pixels(tmp_path: Path) -> Non
     assert_fails_in_one_line(
         feddm(*small, "--upscale", 2), "ramp.png must be 4 x 4 pixels", "8 x 8"
     )
+    assert_fails_in_one_line(feddm(*small), "one of mask, upscale and colorize must be given")
+    assert not (tmp_path / "large").exists()
     grey = tmp_path / "grey.png"
     Image.fromarray(levels.numpy()).save(grey)
     assert_fails_in_one_line(feddm(*small, "--mask", grey), "black (known) or white", "[4, 8, 12]")

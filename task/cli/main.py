@@ -296,6 +296,8 @@ def restore(
     Examples:
       feddm restore runs/demo three.png --class 3 --mask lower-half.png --num 4 --out filled
       feddm restore runs/demo small.png --class 3 --upscale 4 --out large
+      feddm restore runs/eyes grey.png --class N --colorize --out coloured \\
+        diffusion.num_inference_steps=100
     """
     from task.cli.restore import restore_files
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from task.config import require, value_paths
 from task.data.decode import decode_picture, fit
-from task.restoration import restoration_config
+from task.restoration import known_part, restoration_config
 from task.runs import load_run
 from task.synthetic_folder import write_image
 
@@ -60,18 +60,17 @@ def restore_files(
     )
     size = found.config.data.image_size
     channels = 1 if colorize else found.config.data.channels
-    pictures = [read_picture(file, size // (upscale or 1), channels) for file in files]
+    pictures = torch.stack([read_picture(file, size // (upscale or 1), channels) for file in files])
+    task: dict[str, Any] = {
+        "mask": None if mask is None else read_mask(mask, size),
+        "upscale": upscale,
+        "colorize": colorize,
+    }
+    # Before a folder is made.
+    known_part(found.config, pictures, **task)
     written = _free_paths(out, files, num_images)
-    say(f"drawing {len(written):,} images")
-    images = found.restore(
-        torch.stack(pictures),
-        class_,
-        num_images,
-        mask=None if mask is None else read_mask(mask, size),
-        upscale=upscale,
-        colorize=colorize,
-        **options,
-    )
+    say(f"drawing {len(written):,} images of class {class_}")
+    images = found.restore(pictures, class_, num_images, **task, **options)
     for path, image in zip(written, images.images, strict=True):
         write_image(path, image, NOTICE)
     say(f"written to {', '.join(map(str, written[:3]))}{' ...' if len(written) > 3 else ''}")
