@@ -201,7 +201,7 @@ def describe(history: RunHistory) -> Page:
         Section("summary", "Summary", _summary(history)),
         Section("course", "How it went", _course(history)),
         Section("participation", "Who took part", _participation(history)),
-        Section("data", "Images at each client", _charts(class_chart(history)) + _silent(history)),
+        Section("data", "Training images", _charts(class_chart(history)) + _silent(history)),
         Section("samples", "Samples", _samples(history)),
         Section("metrics", "Metrics", _metrics(history)),
         Section("configuration", "Configuration", _configuration(history)),
