@@ -140,12 +140,10 @@ def time_chart(history: RunHistory) -> Drawing | None:
         .add_params(chosen)
     )
     total = sum(sum(history.values[f"seconds_{name}"].values()) for name in phases)
-    return Drawing(
-        "Time of each round",
-        f"A bar per round, stacked of {', '.join(phases)}; {total:,.0f} s in all. While the server "
-        "waits, clients train.",
-        _spec(chart),
-    )
+    says = f"A bar per round, stacked of {', '.join(phases)}; {total:,.0f} s in all."
+    if "waiting" in phases:
+        says += " While the server waits, clients train."
+    return Drawing("Time of each round", says, _spec(chart))
 
 
 def overhead_chart(history: RunHistory) -> Drawing | None:
@@ -153,7 +151,8 @@ def overhead_chart(history: RunHistory) -> Drawing | None:
     series = history.values.get("overhead_share")
     if not series:
         return None
-    line = _named_lines({"outside training": series}, "share of the round", percent=True)
+    named = {"outside training": series}
+    line = _named_lines(named, "share of the round", percent=True, domain=[0.0, 1.0])
     return Drawing(
         "Time outside training",
         f"A line: the share of each round in which nobody trained, {_span(series, percent=True)}.",
@@ -338,7 +337,7 @@ def _named_lines(
         y=alt.Y(
             "value:Q",
             title=title,
-            scale=alt.Scale(zero=percent) if domain is None else alt.Scale(domain=domain),
+            scale=alt.Scale(zero=False) if domain is None else alt.Scale(domain=domain),
             axis=alt.Axis(format=".0%") if percent else alt.Axis(),
         ),
         color=alt.Color("line:N", scale=_scale(list(lines)), legend=legend),

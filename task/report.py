@@ -176,16 +176,13 @@ def write_report(run: Path, *others: Path, file: Path | None = None) -> Path:
 
 def render(page: Page) -> str:
     """Fill the template; whatever comes from a run is escaped."""
-    return (
-        Environment(autoescape=True)
-        .from_string(TEMPLATE)
-        .render(
-            page=page,
-            style=Markup(STYLE),
-            script=Markup(SCRIPT),
-            library=Markup(chart_library()),
-            config=CONFIG,
-        )
+    template = Environment(autoescape=True).from_string(TEMPLATE)
+    return template.render(
+        page=page,
+        style=Markup(STYLE),
+        script=Markup(SCRIPT),
+        library=Markup(chart_library()),
+        config=CONFIG,
     )
 
 
@@ -204,7 +201,7 @@ def describe(history: RunHistory) -> Page:
         Section("summary", "Summary", _summary(history)),
         Section("course", "How it went", _course(history)),
         Section("participation", "Who took part", _participation(history)),
-        Section("data", "Images at each client", _charts(class_chart(history)) + _silent(history)),
+        Section("data", "Training images", _charts(class_chart(history)) + _silent(history)),
         Section("samples", "Samples", _samples(history)),
         Section("metrics", "Metrics", _metrics(history)),
         Section("configuration", "Configuration", _configuration(history)),
@@ -418,7 +415,7 @@ def _side_by_side(runs: Mapping[str, RunHistory]) -> Table:
     columns = [dict(key_figures(run)) | dict(_measured(run)) for run in runs.values()]
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [[name, *(column.get(name, "-") for column in columns)] for name in names]
-    return Table("Key figures of each run", ["", *runs], rows)
+    return Table("Key figures of each run", ["figure", *runs], rows)
 
 
 def _differences(runs: Mapping[str, RunHistory]) -> list[Block]:

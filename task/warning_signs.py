@@ -155,8 +155,6 @@ def _few_images(history: RunHistory) -> Iterator[str]:
     measured = {each.name: each.report.label.n_generated for each in history.evaluations}
     if history.final("quality_num_hospitals"):
         measured["the hospitals' scores"] = num_scored(history)
-    if not measured and (agreement := history.final("num_generated_images")):
-        measured["the classifier's verdict"] = int(agreement)
     for what, number in measured.items():
         if number < FEW_IMAGES:
             yield (
