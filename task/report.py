@@ -40,14 +40,15 @@ from task.repeat import submitting_command, training_command
 from task.report_page import SCRIPT, STYLE, TEMPLATE
 from task.run_directory import REPORT_FILE, different_values
 from task.run_summary import describe_run, found_metrics, key_figures
-from task.warning_signs import warning_signs
+from task.warning_signs import FEW_IMAGES, LEAST_COMPARED, warning_signs
 
 # A page of hundreds of pictures is too large to open.
 MOST_PICTURES = 40
 ALL_TITLES = {name: with_arrows(title) for name, title in (TITLES | HOSPITAL_TITLES).items()}
 NO_WARNINGS = (
-    "None: the run is finished, every client that was asked took part, none drifted, and no "
-    "measurement says that training images are copied."
+    "Nothing was found. Looked for: an unfinished run; clients that were left out or not there, or "
+    f"that drift, among {LEAST_COMPARED} or more; images close to training images, where that was "
+    f"measured; fewer than {FEW_IMAGES:,} measured images."
 )
 CONTENT = (
     "This page holds only what the folder of the run holds. Its configuration names folders of "
