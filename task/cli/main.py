@@ -6,6 +6,7 @@ it is called: torch takes seconds, and `feddm --help` needs none of it.
 
 import errno
 import inspect
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,11 @@ app = typer.Typer(
 )
 
 
+def known(module: str, name: str) -> list[str]:
+    """List the words of a constant, to be offered by the Tab key."""
+    return list(getattr(import_module(module), name))
+
+
 @app.callback()
 def feddm() -> None:
     """Work with the runs that feddm-train left behind, and check a hospital's node.
@@ -75,14 +81,14 @@ def evaluate(
         str | None,
         typer.Option(
             help="inception, classifier or exported; else what the run's config says.",
-            autocompletion=lambda: ["inception", "classifier", "exported"],
+            autocompletion=lambda: known("task.config", "EXTRACTORS"),
         ),
     ] = None,
     image_range: Annotated[
         str | None,
         typer.Option(
             help="correct, or paper for the range of the published tables; else the run's.",
-            autocompletion=lambda: ["correct", "paper"],
+            autocompletion=lambda: known("task.config", "IMAGE_RANGES"),
         ),
     ] = None,
     num_per_class: Annotated[
@@ -358,7 +364,7 @@ def export(
         str,
         typer.Option(
             help="diffusers, onnx, torch-export or safetensors.",
-            autocompletion=lambda: ["diffusers", "onnx", "torch-export", "safetensors"],
+            autocompletion=lambda: known("task.export.formats", "FORMATS"),
             show_default=False,
         ),
     ],
