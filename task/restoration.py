@@ -80,7 +80,7 @@ class Mask:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Black the unknown pixels out, to 0."""
-        return images * self.known
+        return images * self.known.to(images.device)
 
     def least(self, values: Tensor) -> Tensor:
         """Return the values: each pixel stands alone."""

@@ -91,6 +91,13 @@ def test_projections_are_orthogonal(projection: Projection) -> None:
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
+def test_projections_work_where_the_images_are(projection: Projection) -> None:
+    images = pictures(4).to("meta")
+    assert projection(images).device.type == "meta"
+    assert into_range(images, images, projection).device.type == "meta"
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
 def test_restored_part_of_independent_pixels_has_their_distribution(
     projection: Projection,
 ) -> None:
