@@ -59,7 +59,7 @@ class FinishedRun:
 
     def sample(
         self,
-        classes: Iterable[str | int] | None = None,
+        classes: Iterable[str | int] | str | int | None = None,
         num_images: int = 16,
         *,
         client: int | None = None,
@@ -71,7 +71,7 @@ class FinishedRun:
         """Draw images from the final weights, the same that `feddm generate` writes.
 
         Args:
-            classes: names or labels; None: every class. See `task.generation.class_labels`.
+            classes: names or labels, or one; None: every class. See `task.generation.class_labels`.
             num_images: of each class.
             client: a client whose own weights draw, which the run has kept; None: the global ones.
             seed: of the noise; None: the run's.
@@ -144,7 +144,7 @@ class FinishedRun:
             "eval.batch_size": batch_size,
         }
         config = restoration_config(self.config, options=options)
-        (number,) = class_labels(config.data.classes, [label])
+        (number,) = class_labels(config.data.classes, label)
         known, projection = known_part(
             config, images, mask=mask, upscale=upscale, colorize=colorize
         )

@@ -33,8 +33,13 @@ def test_names_of_classes_win_over_numbers() -> None:
         class_labels(["b", "a"], ["2"])
     with pytest.raises(ValueError, match="classes must be different ones"):
         class_labels(["b", "a"], ["a", 1])
-    with pytest.raises(ValueError, match="classes must be different ones"):
+    with pytest.raises(ValueError, match="classes must be at least one"):
         class_labels(["b", "a"], [])
+
+
+def test_single_class_needs_no_list() -> None:
+    names = [str(digit) for digit in range(13)]
+    assert class_labels(names, "12") == class_labels(names, 12) == [12]
 
 
 def test_images_depend_on_seed_class_and_place_alone(run: Path) -> None:
