@@ -11,8 +11,8 @@ projects the predicted x_start in the place of x_{t-1}. What differs from RePain
 timesteps, with the posterior variance (its code learns the variance); the known part is noised to
 the level of x_{t-1}, the images that it goes into (the paper prints alpha-bar_t for x_{t-1} in
 equation 8a; here it is that of x_{t-1}, as its code effectively does); after a jump back the known
-part is the re-noised one, until the next step replaces it; and the last image is brought into
-[-1, 1] without touching its known part.
+part is the re-noised one, where its code noises the known images anew; and the last image is
+brought into [-1, 1] without touching its known part.
 """
 
 import dataclasses
