@@ -141,14 +141,13 @@ class FinishedRun:
             RESTORATION_VALUES, drawing, seed=seed, device=device, batch_size=batch_size
         )
         config = restoration_config(self.config, options=options)
-        (number,) = class_labels(config.data.classes, [label])
         known, projection = known_part(
             config, images, mask=mask, upscale=upscale, colorize=colorize
         )
-        model, _ = final_model(self.path, config, client)
-        restorer = Restorer(
+        (number,) = class_labels(config.data.classes, [label])
+        return Restorer(
             config,
-            model,
+            final_model(self.path, config, client)[0],
             known,
             projection=projection,
             label=number,
@@ -156,8 +155,7 @@ class FinishedRun:
             jump_length=jump_length,
             num_resamples=num_resamples,
             device=select_device(config.train.device),
-        )
-        return restorer.images()
+        ).images()
 
 
 def _options(

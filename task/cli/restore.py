@@ -7,10 +7,16 @@ import torch
 from torch import Tensor
 
 from task.cli.progress import progress
-from task.config import require
+from task.config import Config, require
 from task.data.decode import decode_picture, fit
 from task.generation import class_labels
-from task.restoration import Restorer, known_part, picture_shape, restoration_config
+from task.restoration import (
+    Projection,
+    Restorer,
+    known_part,
+    picture_shape,
+    restoration_config,
+)
 from task.runs import final_model, run_config
 from task.synthetic_folder import write_image
 from task.train import select_device
@@ -60,16 +66,7 @@ def restore_files(
     require(bool(files), "IMAGE", "at least one file", words)
     config = restoration_config(run_config(run), overrides, options=options)
     (label,) = class_labels(config.data.classes, class_)
-    channels, size, _ = picture_shape(
-        config, mask=mask is not None, upscale=upscale, colorize=colorize
-    )
-    known, projection = known_part(
-        config,
-        torch.stack([read_picture(file, size, channels) for file in files]),
-        mask=None if mask is None else read_mask(mask, size),
-        upscale=upscale,
-        colorize=colorize,
-    )
+    known, projection = _known_part(config, files, mask=mask, upscale=upscale, colorize=colorize)
     written = _free_paths(out, files, num_images)
     restorer = Restorer(
         config,
@@ -85,6 +82,26 @@ def restore_files(
     say(f"drawing {len(written):,} images of class {class_} on {restorer.device}")
     _write(restorer, written)
     say(f"written to {', '.join(map(str, written[:3]))}{' ...' if len(written) > 3 else ''}")
+
+
+def _known_part(
+    config: Config,
+    files: Sequence[Path],
+    *,
+    mask: Path | None,
+    upscale: int | None,
+    colorize: bool,
+) -> tuple[Tensor, Projection]:
+    channels, size, _ = picture_shape(
+        config, mask=mask is not None, upscale=upscale, colorize=colorize
+    )
+    return known_part(
+        config,
+        torch.stack([read_picture(file, size, channels) for file in files]),
+        mask=None if mask is None else read_mask(mask, size),
+        upscale=upscale,
+        colorize=colorize,
+    )
 
 
 def _write(restorer: Restorer, paths: Sequence[Path]) -> None:
