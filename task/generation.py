@@ -55,21 +55,27 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels)
 
 
-def class_labels(classes: Sequence[str], asked: Iterable[str | int] | None) -> list[int]:
+def class_labels(
+    classes: Sequence[str], asked: Iterable[str | int] | str | int | None
+) -> list[int]:
     """Turn names and numbers of classes into labels, in the order in which they were asked for.
 
     Args:
         classes: names of all classes, in the order of their labels.
         asked: of each a name, or a label as a number or a text. A text that is the name of one
-            class and the label of another is the name. None: every class.
+            class and the label of another is the name. A single one needs no list. None: every
+            class.
 
     Raises:
-        ValueError: one is no class, or is asked for twice.
+        ValueError: one is no class, or is asked for twice, or there is none.
     """
     if asked is None:
         return list(range(len(classes)))
-    labels = [_class_label(classes, one) for one in asked]
-    require(0 < len(set(labels)) == len(labels), "classes", "different ones", labels)
+    labels = [
+        _class_label(classes, one) for one in ([asked] if isinstance(asked, str | int) else asked)
+    ]
+    require(bool(labels), "classes", "at least one (None: every class)", labels)
+    require(len(set(labels)) == len(labels), "classes", "different ones", labels)
     return labels
 
 

@@ -9,8 +9,10 @@ for masks; that P may be any linear projection: ILVR (Choi et al. 2021, arXiv 21
 low-pass filter in the place of P, and DDNM (Wang, Yu & Zhang 2023, arXiv 2212.00490), which
 projects the predicted x_start in the place of x_{t-1}. What differs from RePaint: steps may skip
 timesteps, with the posterior variance (its code learns the variance); the known part is noised to
-the level of x_{t-1}, as its equation 8a and its code have it (Algorithm 1 prints a root less); and
-the last image is brought into [-1, 1] without touching its known part.
+the level of x_{t-1}, the images that it goes into (the paper prints alpha-bar_t for x_{t-1} in
+equation 8a; here it is that of x_{t-1}, as its code effectively does); after a jump back the known
+part is the re-noised one, where its code noises the known images anew; and the last image is
+brought into [-1, 1] without touching its known part.
 """
 
 import dataclasses
@@ -80,7 +82,7 @@ class Mask:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Black the unknown pixels out, to 0."""
-        return images * self.known
+        return images * self.known.to(images.device)
 
     def least(self, values: Tensor) -> Tensor:
         """Return the values: each pixel stands alone."""
@@ -209,13 +211,7 @@ def resampling_walk(
 
     Source: RePaint, section 4.2 and `get_schedule_jump` of its code.
     """
-    require(num_resamples >= 1, "num_resamples", ">= 1 (1: no jumps back)", num_resamples)
-    require(
-        num_resamples == 1 or 1 <= jump_length < num_inference_steps,
-        "jump_length",
-        f"in [1, {num_inference_steps}), below the number of steps",
-        jump_length,
-    )
+    require_walk(num_inference_steps, jump_length, num_resamples)
     jumps = dict.fromkeys(
         range(1, num_inference_steps - jump_length + 1, jump_length), num_resamples - 1
     )
@@ -229,6 +225,22 @@ def resampling_walk(
             left += jump_length
 
 
+def require_walk(num_inference_steps: int, jump_length: int, num_resamples: int) -> None:
+    """Raise a ValueError unless a walk is possible; see `resampling_walk`.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    require(num_resamples >= 1, "num_resamples", ">= 1 (1: no jumps back)", num_resamples)
+    require(
+        num_resamples == 1 or 1 <= jump_length < num_inference_steps,
+        "jump_length",
+        f">= 1 and below the {num_inference_steps} steps (pass a smaller --jump-length, or "
+        "--num-resamples 1 for no jumps)",
+        jump_length,
+    )
+
+
 def into_range(images: Tensor, known: Tensor, projection: Projection) -> Tensor:
     """Bring images into [-1, 1] without a change of their projection.
 
@@ -239,6 +251,27 @@ def into_range(images: Tensor, known: Tensor, projection: Projection) -> Tensor:
     room = (deviation.sign() - known) / torch.where(deviation == 0, 1, deviation)
     share = torch.where(deviation == 0, 1, room).clamp(max=1)
     return (known + projection.least(share) * deviation).clamp(-1, 1)
+
+
+def picture_shape(
+    config: Config, *, mask: bool, upscale: int | None, colorize: bool
+) -> tuple[int, int, int]:
+    """Return (C, H, W) that a picture must have for a task.
+
+    Raises:
+        ValueError: there is not exactly one task, or the run's images do not fit it.
+    """
+    asked = mask + (upscale is not None) + colorize
+    require(asked == 1, "one of mask, upscale and colorize", "given, no more", asked)
+    channels, size, _ = image_shape(config)
+    if upscale is not None:
+        fits = upscale > 1 and size % upscale == 0
+        require(fits, "upscale", f"> 1 and a divisor of data.image_size={size}", upscale)
+        size //= upscale
+    if colorize:
+        require(channels == 3, "data.channels", "3 for colorize", channels)
+        channels = 1
+    return channels, size, size
 
 
 def restoration_config(
@@ -263,8 +296,8 @@ def known_part(
 
     Args:
         config: of the run, for the shape of its images.
-        images: uint8; with `mask` [N, C, H, W] as the model's images, with `upscale` [N, C,
-            H / upscale, W / upscale], with `colorize` [N, 1, H, W].
+        images: [N, *`picture_shape`] uint8; with `mask` as large as the model's images, with
+            `upscale` [N, C, H / upscale, W / upscale], with `colorize` [N, 1, H, W].
         mask: [H, W] bool, true where a picture is to be filled.
         upscale: how many times larger than the pictures the images are.
         colorize: whether the pictures lack their colours.
@@ -276,90 +309,107 @@ def known_part(
         TypeError: the pictures are not uint8, or the mask not bool.
         ValueError: not exactly one of `mask`, `upscale`, `colorize` is given, or shapes do not fit.
     """
-    asked = [mask is not None, upscale is not None, colorize]
-    require(sum(asked) == 1, "one of mask, upscale and colorize", "given, no more", sum(asked))
-    channels, size, _ = shape = image_shape(config)
+    shape = picture_shape(config, mask=mask is not None, upscale=upscale, colorize=colorize)
+    fits = images.ndim == 4 and len(images) > 0 and tuple(images.shape[1:]) == shape
+    require(fits, "images", f"of shape (N, {', '.join(map(str, shape))})", tuple(images.shape))
     if mask is not None:
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, true where to fill, got {mask.dtype}")
-        _require_shape(images, shape)
         require(mask.shape == shape[1:], "mask", f"of shape {shape[1:]}", tuple(mask.shape))
         require(bool(mask.any()), "mask", "true (white) somewhere", "nothing to fill")
         return normalize(images), Mask(~mask)
     if upscale is not None:
-        fits = upscale > 1 and size % upscale == 0
-        require(fits, "upscale", f"> 1 and a divisor of data.image_size={size}", upscale)
-        _require_shape(images, (channels, size // upscale, size // upscale))
         return enlarge(normalize(images), upscale), BlockMean(upscale)
-    require(channels == 3, "data.channels", "3 for colorize", channels)
-    _require_shape(images, (1, size, size))
-    return normalize(images).expand(-1, channels, -1, -1), Luma()
+    return normalize(images).expand(-1, config.data.channels, -1, -1), Luma()
 
 
-def _require_shape(images: Tensor, shape: tuple[int, int, int]) -> None:
-    fits = images.ndim == 4 and len(images) > 0 and tuple(images.shape[1:]) == shape
-    require(fits, "images", f"of shape (N, {', '.join(map(str, shape))})", tuple(images.shape))
+class Restorer:
+    """Draws images of a class that have known projections, several for each of them.
 
-
-def restore_images(
-    config: Config,
-    model: UNet,
-    known: Tensor,
-    *,
-    projection: Projection,
-    label: int,
-    num_images: int,
-    jump_length: int | None,
-    num_resamples: int | None,
-    device: torch.device,
-) -> GeneratedImages:
-    """Draw images of a class that have known projections, several for each of them.
-
-    Args:
-        config: of the run, with its seed, steps, guidance, `eval.batch_size`, `eval.precision`.
-        model: moved to `device`, and set to evaluate.
-        known: [N, C, H, W] float32, see `known_part`.
-        projection: see `known_part`.
+    Attributes:
         label: of the class.
-        num_images: for each of `known`, >= 1.
-        jump_length: see `repaint_sample`; None: RePaint's.
-        num_resamples: likewise.
         device: that draws.
-
-    Returns:
-        N * num_images images, those for one of `known` side by side.
-
-    Raises:
-        ValueError: a number is out of range.
     """
-    require(num_images >= 1, "num_images", ">= 1", num_images)
-    diffusion, shape = config.diffusion, image_shape(config)
-    move(model, device, channels_last=config.train.channels_last)
-    model.eval()
-    sample = partial(
-        repaint_sample,
-        guided(model, config),
-        projection=projection,
-        schedule=build_schedule(config),
-        prediction_type=diffusion.prediction_type,
-        num_inference_steps=diffusion.num_inference_steps or diffusion.num_timesteps,
-        jump_length=JUMP_LENGTH if jump_length is None else jump_length,
-        num_resamples=NUM_RESAMPLES if num_resamples is None else num_resamples,
-        clip_x_start=diffusion.clip_x_start,
-    )
-    generator = partial(torch_generator, config.seed, Stream.RESTORED_IMAGES, label, device=device)
-    known = known.repeat_interleave(num_images, 0)
-    restored = []
-    with autocast(device, config.eval.precision):
-        size = config.eval.batch_size or fitting_batch_size(model, shape, device)
-        for start in range(0, len(known), size):
-            part = known[start : start + size].to(device)
-            restored.append(
-                sample(
-                    torch.full((len(part),), label, device=device),
-                    known=part,
-                    draw_noise=block_noise(range(start, start + len(part)), shape, generator),
-                )
+
+    def __init__(
+        self,
+        config: Config,
+        model: UNet,
+        known: Tensor,
+        *,
+        projection: Projection,
+        label: int,
+        num_images: int,
+        jump_length: int | None,
+        num_resamples: int | None,
+        device: torch.device,
+    ) -> None:
+        """Bring a model to a device, and check all that can be checked before drawing.
+
+        Args:
+            config: of the run, with its seed, steps, guidance, `eval.batch_size` and
+                `eval.precision`.
+            model: moved to `device`, and set to evaluate.
+            known: [N, C, H, W] float32, see `known_part`.
+            projection: see `known_part`.
+            label: of the class.
+            num_images: for each of `known`, >= 1.
+            jump_length: see `repaint_sample`; None: RePaint's, or less where there are few steps.
+            num_resamples: likewise.
+            device: that draws.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        require(num_images >= 1, "num_images", ">= 1", num_images)
+        self.label, self.device = label, device
+        self._config, self._known, self._num_images = config, known, num_images
+        diffusion = config.diffusion
+        num_steps = diffusion.num_inference_steps or diffusion.num_timesteps
+        if jump_length is None:
+            jump_length = max(1, min(JUMP_LENGTH, num_steps - 1))
+        if num_resamples is None:
+            num_resamples = NUM_RESAMPLES if num_steps > 1 else 1
+        require_walk(num_steps, jump_length, num_resamples)
+        move(model, device, channels_last=config.train.channels_last)
+        model.eval()
+        self._sample = partial(
+            repaint_sample,
+            guided(model, config),
+            projection=projection,
+            schedule=build_schedule(config),
+            prediction_type=diffusion.prediction_type,
+            num_inference_steps=num_steps,
+            jump_length=jump_length,
+            num_resamples=num_resamples,
+            clip_x_start=diffusion.clip_x_start,
+        )
+        with autocast(device, config.eval.precision):
+            self._batch_size = config.eval.batch_size or fitting_batch_size(
+                model, image_shape(config), device
             )
-    pixels = to_uint8(torch.cat(restored)).cpu()
-    return GeneratedImages(pixels, torch.full((len(pixels),), label))
+
+    def __len__(self) -> int:
+        return len(self._known) * self._num_images
+
+    def batches(self) -> Iterator[Tensor]:
+        """Draw all images, uint8 [N, C, H, W] on the CPU, those for one of `known` side by side."""
+        places = range(len(self))
+        for start in places[:: self._batch_size]:
+            yield self._draw(places[start : start + self._batch_size])
+
+    def images(self) -> GeneratedImages:
+        """Draw all images at once."""
+        return GeneratedImages(torch.cat([*self.batches()]), torch.full((len(self),), self.label))
+
+    def _draw(self, places: range) -> Tensor:
+        key = (self._config.seed, Stream.RESTORED_IMAGES, self.label)
+        generator = partial(torch_generator, *key, device=self.device)
+        known = self._known[[place // self._num_images for place in places]].to(self.device)
+        with autocast(self.device, self._config.eval.precision):
+            images = self._sample(
+                torch.full((len(places),), self.label, device=self.device),
+                known=known,
+                draw_noise=block_noise(places, image_shape(self._config), generator),
+            )
+        return to_uint8(images).cpu()

@@ -1,7 +1,7 @@
 """Read back what finished runs left behind: configuration, final weights, measurements."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from task.config import (
     require,
 )
 from task.generation import GENERATION_VALUES, GeneratedImages, ImageSource, class_labels
-from task.restoration import known_part, restoration_config, restore_images
+from task.restoration import RESTORATION_VALUES, Restorer, known_part, restoration_config
 from task.run_directory import PARTITION_FILE, weights_file
 from task.train import select_device
 from task.unet import UNet, build_unet
@@ -59,7 +59,7 @@ class FinishedRun:
 
     def sample(
         self,
-        classes: Iterable[str | int] | None = None,
+        classes: Iterable[str | int] | str | int | None = None,
         num_images: int = 16,
         *,
         client: int | None = None,
@@ -71,7 +71,7 @@ class FinishedRun:
         """Draw images from the final weights, the same that `feddm generate` writes.
 
         Args:
-            classes: names or labels; None: every class. See `task.generation.class_labels`.
+            classes: names or labels, or one; None: every class. See `task.generation.class_labels`.
             num_images: of each class.
             client: a client whose own weights draw, which the run has kept; None: the global ones.
             seed: of the noise; None: the run's.
@@ -84,13 +84,12 @@ class FinishedRun:
             Images and labels, class after class.
 
         Raises:
+            TypeError: a keyword is unknown.
             ValueError: a class, a client or a value is wrong.
         """
-        options = {f"diffusion.{name}": value for name, value in drawing.items()} | {
-            "seed": seed,
-            "train.device": device,
-            "eval.batch_size": batch_size,
-        }
+        options = _options(
+            GENERATION_VALUES, drawing, seed=seed, device=device, batch_size=batch_size
+        )
         config = changed_config(self.config, options=options, names=GENERATION_VALUES)
         labels = class_labels(config.data.classes, classes)
         model, _ = final_model(self.path, config, client)
@@ -135,23 +134,20 @@ class FinishedRun:
             Images that agree with the pictures, those for one picture side by side.
 
         Raises:
-            TypeError: `images` or `mask` is of another dtype.
+            TypeError: `images` or `mask` is of another dtype, or a keyword unknown.
             ValueError: a value or a shape is wrong.
         """
-        options = {f"diffusion.{name}": value for name, value in drawing.items()} | {
-            "seed": seed,
-            "train.device": device,
-            "eval.batch_size": batch_size,
-        }
+        options = _options(
+            RESTORATION_VALUES, drawing, seed=seed, device=device, batch_size=batch_size
+        )
         config = restoration_config(self.config, options=options)
-        (number,) = class_labels(config.data.classes, [label])
         known, projection = known_part(
             config, images, mask=mask, upscale=upscale, colorize=colorize
         )
-        model, _ = final_model(self.path, config, client)
-        return restore_images(
+        (number,) = class_labels(config.data.classes, [label])
+        return Restorer(
             config,
-            model,
+            final_model(self.path, config, client)[0],
             known,
             projection=projection,
             label=number,
@@ -159,7 +155,28 @@ class FinishedRun:
             jump_length=jump_length,
             num_resamples=num_resamples,
             device=select_device(config.train.device),
-        )
+        ).images()
+
+
+def _options(
+    names: Collection[str],
+    drawing: Mapping[str, object],
+    *,
+    seed: int | None,
+    device: str | None,
+    batch_size: int | None,
+) -> dict[str, object]:
+    """Name keywords of a method as `changed_config` does."""
+    prefix = "diffusion."
+    known = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    if unknown := sorted(drawing.keys() - known):
+        raise TypeError(f"unknown keyword {unknown[0]}; known: {', '.join(sorted(known))}")
+    return {
+        **{prefix + name: value for name, value in drawing.items()},
+        "seed": seed,
+        "train.device": device,
+        "eval.batch_size": batch_size,
+    }
 
 
 def load_run(path: str | Path) -> FinishedRun:

@@ -3,33 +3,55 @@
 <folder>/
     manifest.json             what drew the images, and how many there are of each class
     <class>/000000.png        the image at place 0 of a class
+    .lock                     held by the process that writes here, empty otherwise
 """
 
-import fcntl
 import json
+import math
+import operator
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from hashlib import file_digest
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from task.config import DRAWING_VALUES, Config, flat_values, require
 from task.files import atomic_path, remove_left_overs, write_json
 from task.generation import ImageSource, to_pil
+from task.run_directory import hold
 
 MANIFEST_FILE = "manifest.json"
 NOTICE = "synthetic image, drawn by a diffusion model"
 
-# Where the real images lie is no business of whoever receives these.
-PLACES_OF_DATA = frozenset({"root", "cache_dir"})
+LOCK_FILE = ".lock"
+
+# Of the real data: what an image looks like. Where they lie and how they were split is no business
+# of whoever receives these.
+DATA_VALUES = ("name", "classes", "image_size", "channels", "horizontal_flip", "window")
+
+# Bytes of a PNG file beside its pixels: headers and text.
+PNG_OVERHEAD = 300
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a manifest says.
+
+    Attributes:
+        origin: see `describe_origin`.
+        counts: by class, how many images were asked for.
+    """
+
+    origin: dict[str, Any]
+    counts: dict[str, int]
 
 
 class SyntheticFolder:
@@ -65,8 +87,8 @@ class SyntheticFolder:
         self._counts = [asked.get(label, 0) for label in range(len(classes))]
         before = read_manifest(path)
         if before is not None:
-            _check_same_origin(path, before["origin"], origin)
-            there = (before["classes"][name]["images"] for name in classes)
+            _check_same_origin(path, before.origin, origin)
+            there = (before.counts[name] for name in classes)
             self._counts = [max(pair) for pair in zip(self._counts, there, strict=True)]
         for pattern in (path / MANIFEST_FILE, *(folder / "*.png" for folder in self._folders)):
             remove_left_overs(pattern)
@@ -80,8 +102,12 @@ class SyntheticFolder:
 
     def num_missing(self, label: int, num_images: int) -> int:
         """Count those of the first `num_images` places of a class that have no image."""
-        # One at a time: there may be millions.
-        return sum(len(self.missing(label, range(at, at + 1))) for at in range(num_images))
+        folder = self._folders[label]
+        if not folder.is_dir():
+            return num_images
+        with os.scandir(folder) as entries:
+            places = (_place(entry.name) for entry in entries)
+            return num_images - sum(place is not None and place < num_images for place in places)
 
     def count(self, label: int) -> int:
         """Return how many images of a class this call or an earlier one has asked for."""
@@ -94,12 +120,13 @@ class SyntheticFolder:
         write_image(folder / _file_name(place), image, NOTICE)
 
     def overrides(self) -> list[str]:
-        """Say in words of a configuration how to read the images."""
+        """Say in words of a configuration how to train on the images."""
         data = self._origin["data"]
         names = ",".join(f'"{folder.name}"' for folder in self._folders)
         return [
             *("data=image_folder", f"data.root={self.path.absolute()}", f"data.classes=[{names}]"),
             *(f"data.{name}={data[name]}" for name in ("image_size", "channels")),
+            "data.test_fraction=0.1",
         ]
 
     def write_manifest(self) -> None:
@@ -120,8 +147,11 @@ class SyntheticFolder:
 
     def _check_room(self, missing: int) -> None:
         data = self._origin["data"]
-        needed = missing * data["channels"] * data["image_size"] ** 2
-        free = shutil.disk_usage(self.path).free
+        disk = os.statvfs(self.path)
+        size = data["channels"] * data["image_size"] ** 2 + PNG_OVERHEAD
+        # A file takes whole blocks.
+        needed = missing * math.ceil(size / disk.f_frsize) * disk.f_frsize
+        free = disk.f_bavail * disk.f_frsize
         require(
             needed <= free,
             "--out",
@@ -134,7 +164,7 @@ class SyntheticFolder:
 def batch_size_of(path: Path) -> int | None:
     """Return the batch size of the images in a folder, None where there are none; see above."""
     manifest = read_manifest(path)
-    return None if manifest is None else manifest["origin"].get("batch_size")
+    return None if manifest is None else manifest.origin.get("batch_size")
 
 
 @contextmanager
@@ -147,41 +177,45 @@ def open_folder(
         ValueError: see `SyntheticFolder`, or another process writes into it.
         OSError: it cannot be written.
     """
+    # No lock is left in a folder of other things.
+    read_manifest(path)
     path.mkdir(parents=True, exist_ok=True)
-    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        # The lock is on the folder itself, so that no further file lies among the images.
+    with hold(path / LOCK_FILE, "--out", patience=0) as lock:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"--out: another process is writing into {path}; end it first"
-            ) from error
-        yield SyntheticFolder(path, classes, origin=origin, asked=asked)
-    finally:
-        os.close(held)
+            yield SyntheticFolder(path, classes, origin=origin, asked=asked)
+        finally:
+            # Which process drew the images is no part of them.
+            lock.truncate(0)
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
+def read_manifest(path: Path) -> Manifest | None:
     """Read the manifest of a folder; None where the folder is empty, or not there.
 
     Raises:
         ValueError: there is something else in it, or the manifest is broken.
     """
     file = path / MANIFEST_FILE
-    if not path.is_dir():
+    if not path.exists():
         return None
+    require(path.is_dir(), "--out", "a folder", str(path))
     if not file.exists():
-        # A first call that was killed leaves a part of the manifest, which is hidden.
-        others = [name for name in sorted(os.listdir(path)) if not name.startswith(".manifest-")]
+        # A first call that was killed leaves its lock and a part of the manifest.
+        own = (LOCK_FILE, ".manifest-")
+        others = [name for name in sorted(os.listdir(path)) if not name.startswith(own)]
         expected = f"a new or empty folder, or one with images and their {MANIFEST_FILE}"
         require(not others, "--out", expected, f"{path}, which holds {', '.join(others[:3])}")
         return None
     try:
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return {name: manifest[name] for name in ("origin", "classes")}
+        content = json.loads(file.read_text(encoding="utf-8"))
+        origin, classes = content["origin"], content["classes"]
+        counts = {
+            name: operator.index(classes[name]["images"]) for name in origin["data"]["classes"]
+        }
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no manifest of synthetic images ({error!r})") from error
+        raise ValueError(
+            f"{file} is no manifest of synthetic images ({error!r}); pass another --out"
+        ) from error
+    return Manifest(origin, counts)
 
 
 def _check_same_origin(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -210,13 +244,13 @@ def describe_origin(
         server_round: of the weights.
         client: whose own weights they are; None: the global ones.
     """
-    values = flat_values(config)
+    values, data = flat_values(config), asdict(config.data)
     with weights.open("rb") as file:
         model = file_digest(file, "sha256").hexdigest()
     return {
         "feddm": version("feddm"),
+        "torch": torch.__version__,
         "model_sha256": model,
-        "run_name": config.run_name,
         "round": server_round,
         "client": client,
         "seed": config.seed,
@@ -224,7 +258,7 @@ def describe_origin(
         "eval.precision": config.eval.precision,
         "device": source.device.type,
         "batch_size": source.batch_size,
-        "data": {n: v for n, v in asdict(config.data).items() if n not in PLACES_OF_DATA},
+        "data": {name: data[name] for name in DATA_VALUES},
     }
 
 
@@ -250,6 +284,11 @@ def folder_names(classes: Sequence[str]) -> list[str]:
 
 def _file_name(place: int) -> str:
     return f"{place:06d}.png"
+
+
+def _place(file_name: str) -> int | None:
+    found = re.fullmatch(r"([0-9]{6}|[1-9][0-9]{6,})\.png", file_name)
+    return int(found[1]) if found else None
 
 
 def write_image(path: Path, image: Tensor, notice: str) -> None:

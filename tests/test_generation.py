@@ -33,8 +33,13 @@ def test_names_of_classes_win_over_numbers() -> None:
         class_labels(["b", "a"], ["2"])
     with pytest.raises(ValueError, match="classes must be different ones"):
         class_labels(["b", "a"], ["a", 1])
-    with pytest.raises(ValueError, match="classes must be different ones"):
+    with pytest.raises(ValueError, match="classes must be at least one"):
         class_labels(["b", "a"], [])
+
+
+def test_single_class_needs_no_list() -> None:
+    names = [str(digit) for digit in range(13)]
+    assert class_labels(names, "12") == class_labels(names, 12) == [12]
 
 
 def test_images_depend_on_seed_class_and_place_alone(run: Path) -> None:
@@ -80,7 +85,7 @@ def test_what_cannot_be_drawn_is_refused(run: Path, tmp_path: Path) -> None:
     loaded = load_run(run)
     with pytest.raises(ValueError, match="num_images must be >= 1, got 0"):
         loaded.sample([0], 0)
-    with pytest.raises(ValueError, match=r"an override must be NAME=VALUE .*, got .*steps=2"):
+    with pytest.raises(TypeError, match=r"unknown keyword steps; known: clip_x_start, eta, .*"):
         loaded.sample([0], steps=2)
     with pytest.raises(ValueError, match=r"client must be one whose weights .*, got 5"):
         loaded.sample([0], client=5)

@@ -16,12 +16,14 @@ from task.restoration import (
     Luma,
     Mask,
     Projection,
+    Restorer,
     into_range,
     known_part,
     repaint_sample,
     resampling_walk,
+    restoration_config,
 )
-from task.runs import load_run
+from task.runs import final_model, load_run, run_config
 from task.sampler import NoiseSource, to_uint8
 from task.schedule import NoiseSchedule, linear_alphas_cumprod
 from tests.test_cli import assert_fails_in_one_line, feddm, finished_run
@@ -30,6 +32,13 @@ SHAPE = (3, 8, 8)
 SCHEDULE = NoiseSchedule(linear_alphas_cumprod(300))
 TOP_HALF = Mask((torch.arange(8) < 4)[:, None].expand(8, 8))
 PROJECTIONS = [TOP_HALF, BlockMean(4), Luma()]
+LEVELS = torch.arange(64, dtype=torch.uint8).view(8, 8) * 4
+LOWER_HALF = ~TOP_HALF.known
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished_run(tmp_path_factory.mktemp("runs"), "data=digits", "data.test_fraction=0.1")
 
 
 def noise(number: int, shape: tuple[int, ...] = SHAPE) -> NoiseSource:
@@ -88,6 +97,13 @@ def test_projections_are_orthogonal(projection: Projection) -> None:
     torch.testing.assert_close(projection(once), once, atol=1e-6, rtol=0)
     torch.testing.assert_close((once * other).sum(), (one * projection(other)).sum())
     assert not torch.allclose(once, one)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_projections_work_where_the_images_are(projection: Projection) -> None:
+    images = pictures(4).to("meta")
+    assert projection(images).device.type == "meta"
+    assert into_range(images, images, projection).device.type == "meta"
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
@@ -192,17 +208,16 @@ def test_impossible_tasks_are_refused() -> None:
         known_part(grey, one, mask=~hole)
     with pytest.raises(TypeError, match="mask must be bool"):
         known_part(grey, one, mask=hole.byte())
-    with pytest.raises(ValueError, match=r"jump_length must be in \[1, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"jump_length must be >= 1 and below the 4 steps .*--num-resamples 1"
+    ):
         [*resampling_walk(4, 10, 2)]
     with pytest.raises(ValueError, match="known must be in"):
         repaint(white_gaussian(0, 1), 2 * pictures(1), projection=Luma())
 
 
-def test_restore_command_and_method_keep_the_known_pixels(tmp_path: Path) -> None:
-    run = finished_run(tmp_path, "data=digits", "data.test_fraction=0.1")
-    levels = torch.arange(64, dtype=torch.uint8).view(8, 8) * 4
-    mask = torch.zeros(8, 8, dtype=torch.bool)
-    mask[4:] = True
+def test_restore_command_and_method_keep_the_known_pixels(run: Path, tmp_path: Path) -> None:
+    levels, mask = LEVELS, LOWER_HALF
     Image.fromarray(levels.numpy()).save(tmp_path / "ramp.png")
     Image.fromarray(mask.numpy()).save(tmp_path / "mask.png")
     out = tmp_path / "out"
@@ -226,6 +241,15 @@ def test_restore_command_and_method_keep_the_known_pixels(tmp_path: Path) -> Non
     assert_fails_in_one_line(
         feddm(*small, "--upscale", 2), "ramp.png must be 4 x 4 pixels", "8 x 8"
     )
+    assert_fails_in_one_line(feddm(*small, "--upscale", 5), "upscale must be > 1 and a divisor")
+    unknown = ["restore", *words[:2], "--class", "x", "--out", tmp_path / "large", "--colorize"]
+    assert_fails_in_one_line(feddm(*unknown), "class must be one of 0, 1")
+    far = feddm(*small, "--mask", tmp_path / "mask.png", "--jump-length", 4)
+    assert_fails_in_one_line(far, "jump_length must be >= 1 and below the 4 steps")
+    lost = feddm(*small, "--mask", tmp_path / "mask.png", "--client", 7)
+    assert_fails_in_one_line(lost, "client must be one whose weights")
+    typo = feddm(*small, "--mask", tmp_path / "mask.png", "diffusion.num_inference_step=10")
+    assert_fails_in_one_line(typo, "an override must be NAME=VALUE", "diffusion.num_inference_step")
     assert_fails_in_one_line(feddm(*small), "one of mask, upscale and colorize must be given")
     assert not (tmp_path / "large").exists()
     grey = tmp_path / "grey.png"
@@ -234,3 +258,40 @@ def test_restore_command_and_method_keep_the_known_pixels(tmp_path: Path) -> Non
     assert_fails_in_one_line(
         feddm(*small, "--mask", tmp_path / "mask.png", "diffusion.eta=0"), "an override must be"
     )
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+def test_few_steps_take_shorter_jumps(run: Path, num_steps: int) -> None:
+    images = load_run(run).restore(
+        LEVELS[None, None], 3, mask=LOWER_HALF, num_inference_steps=num_steps
+    )
+    assert torch.equal(images.images[0, 0, :4], LEVELS[:4])
+
+
+def test_batches_of_a_restorer_are_drawn_one_after_another(run: Path) -> None:
+    config = restoration_config(run_config(run), options={"eval.batch_size": 2})
+    known, projection = known_part(config, LEVELS.expand(3, 1, 8, 8), mask=LOWER_HALF)
+    drawn = []
+
+    def count(*arguments: object) -> None:
+        drawn.append(arguments)
+
+    model, _ = final_model(run, config)
+    model.register_forward_hook(count)
+    restorer = Restorer(
+        config,
+        model,
+        known,
+        projection=projection,
+        label=3,
+        num_images=2,
+        jump_length=None,
+        num_resamples=1,
+        device=torch.device("cpu"),
+    )
+    batches = restorer.batches()
+    assert not drawn and next(batches).shape == (2, 1, 8, 8)
+    assert len(drawn) == config.diffusion.num_inference_steps
+    assert [len(batch) for batch in batches] == [2, 2] and len(restorer) == 6
+    with pytest.raises(TypeError, match="unknown keyword eta; known: clip_x_start, guidance_scale"):
+        load_run(run).restore(LEVELS[None, None], 3, mask=LOWER_HALF, eta=0)

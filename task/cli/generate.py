@@ -65,7 +65,7 @@ def generate_images(
                 f"{names[label]}: {num_images:,} images"
                 + (f"; {more:,} more of an earlier call are there or still to come" if more else "")
             )
-        say(f"\nin {out}; feddm reads them with\n{shlex.join(folder.overrides())}")
+        say(f"\nin {out}; to train on them:\nfeddm-train {shlex.join(folder.overrides())}")
 
 
 def fill_folder(

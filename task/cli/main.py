@@ -261,7 +261,11 @@ def restore(
     num: Annotated[int, typer.Option(min=1, help="Images to draw for each picture.")] = 1,
     jump_length: Annotated[
         int | None,
-        typer.Option(min=1, help="Steps that are taken back at a time; else RePaint's 10."),
+        typer.Option(
+            min=1,
+            help="Steps that are taken back at a time; else RePaint's 10, or all but one where "
+            "there are no more.",
+        ),
     ] = None,
     num_resamples: Annotated[
         int | None,
@@ -316,14 +320,10 @@ def restore(
         mask=mask,
         upscale=upscale,
         colorize=colorize,
-        options={
-            "jump_length": jump_length,
-            "num_resamples": num_resamples,
-            "seed": seed,
-            "client": client,
-            "device": device,
-            "batch_size": batch_size,
-        },
+        jump_length=jump_length,
+        num_resamples=num_resamples,
+        client=client,
+        options={"seed": seed, "train.device": device, "eval.batch_size": batch_size},
         say=typer.echo,
     )
 

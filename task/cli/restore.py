@@ -1,18 +1,25 @@
 """`feddm restore`: pictures filled in, enlarged or coloured by a run's final weights."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from task.config import require, value_paths
+from task.cli.progress import progress
+from task.config import Config, require
 from task.data.decode import decode_picture, fit
-from task.restoration import known_part, restoration_config
-from task.runs import load_run
+from task.generation import class_labels
+from task.restoration import (
+    Projection,
+    Restorer,
+    known_part,
+    picture_shape,
+    restoration_config,
+)
+from task.runs import final_model, run_config
 from task.synthetic_folder import write_image
+from task.train import select_device
 
 NOTICE = "partly synthetic image, restored by a diffusion model"
 
@@ -27,10 +34,13 @@ def restore_files(
     mask: Path | None,
     upscale: int | None,
     colorize: bool,
-    options: dict[str, Any],
+    jump_length: int | None,
+    num_resamples: int | None,
+    client: int | None,
+    options: Mapping[str, object | None],
     say: Callable[[str], object],
-) -> list[Path]:
-    """Restore files and write OUT/<name>-0.png and so on.
+) -> None:
+    """Restore files and write OUT/<name>-0.png and so on, each as soon as it is drawn.
 
     Args:
         run: the folder of the run.
@@ -41,40 +51,68 @@ def restore_files(
         mask: file of a mask, white where to fill.
         upscale: see `task.restoration.known_part`.
         colorize: see `task.restoration.known_part`.
-        options: further ones of `task.runs.FinishedRun.restore`.
+        jump_length: see `task.restoration.Restorer`.
+        num_resamples: see `task.restoration.Restorer`.
+        client: whose own weights draw; None: the global ones.
+        options: see `task.restoration.restoration_config`.
         say: takes the text for the reader.
-
-    Returns:
-        The files that were written.
 
     Raises:
         ValueError: an input is wrong, or a file would be written over.
         OSError: a file cannot be read or written.
     """
-    overrides = [word for word in words if word.partition("=")[0] in value_paths()]
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
     files = [Path(word) for word in words if word not in overrides]
     require(bool(files), "IMAGE", "at least one file", words)
-    found = load_run(run)
-    found = dataclasses.replace(
-        found, config=restoration_config(found.config, overrides, options={})
-    )
-    size = found.config.data.image_size
-    channels = 1 if colorize else found.config.data.channels
-    pictures = torch.stack([read_picture(file, size // (upscale or 1), channels) for file in files])
-    task: dict[str, Any] = {
-        "mask": None if mask is None else read_mask(mask, size),
-        "upscale": upscale,
-        "colorize": colorize,
-    }
-    # Before a folder is made.
-    known_part(found.config, pictures, **task)
+    config = restoration_config(run_config(run), overrides, options=options)
+    (label,) = class_labels(config.data.classes, class_)
+    known, projection = _known_part(config, files, mask=mask, upscale=upscale, colorize=colorize)
     written = _free_paths(out, files, num_images)
-    say(f"drawing {len(written):,} images of class {class_}")
-    images = found.restore(pictures, class_, num_images, **task, **options)
-    for path, image in zip(written, images.images, strict=True):
-        write_image(path, image, NOTICE)
+    restorer = Restorer(
+        config,
+        final_model(run, config, client)[0],
+        known,
+        projection=projection,
+        label=label,
+        num_images=num_images,
+        jump_length=jump_length,
+        num_resamples=num_resamples,
+        device=select_device(config.train.device),
+    )
+    say(f"drawing {len(written):,} images of class {class_} on {restorer.device}")
+    _write(restorer, written)
     say(f"written to {', '.join(map(str, written[:3]))}{' ...' if len(written) > 3 else ''}")
-    return written
+
+
+def _known_part(
+    config: Config,
+    files: Sequence[Path],
+    *,
+    mask: Path | None,
+    upscale: int | None,
+    colorize: bool,
+) -> tuple[Tensor, Projection]:
+    channels, size, _ = picture_shape(
+        config, mask=mask is not None, upscale=upscale, colorize=colorize
+    )
+    return known_part(
+        config,
+        torch.stack([read_picture(file, size, channels) for file in files]),
+        mask=None if mask is None else read_mask(mask, size),
+        upscale=upscale,
+        colorize=colorize,
+    )
+
+
+def _write(restorer: Restorer, paths: Sequence[Path]) -> None:
+    # Before hours of drawing, in case it cannot be made.
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    left = iter(paths)
+    with progress(len(paths), "images") as update:
+        for images in restorer.batches():
+            for image in images:
+                write_image(next(left), image, NOTICE)
+            update(len(images))
 
 
 def read_picture(file: Path, size: int, channels: int) -> Tensor:
@@ -118,5 +156,4 @@ def _free_paths(out: Path, files: Sequence[Path], num_images: int) -> list[Path]
     paths = [out / f"{stem}-{number}.png" for stem in stems for number in range(num_images)]
     there = [str(path) for path in paths if path.exists()]
     require(not there, "--out", "a folder without images of these names", there[:3])
-    out.mkdir(parents=True, exist_ok=True)
     return paths

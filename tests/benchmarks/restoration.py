@@ -20,7 +20,7 @@ GREY = 128
 
 
 def main(run_folder: str, picture: str) -> None:
-    """Print how often a classifier finds the class, and how well halves fit; draw some images.
+    """Print how often a classifier finds the class, and draw some images.
 
     Args:
         run_folder: of a finished run on a data set with test images.
@@ -50,18 +50,12 @@ def main(run_folder: str, picture: str) -> None:
     )
     for name, images in ways.items():
         share = accuracy(classifier, images, real.labels)
-        print(f"{name}: class found in {share:.1%} of {len(real)}, seam {seam(images):.1f}")
+        print(f"{name}: class found in {share:.1%} of {len(real)}")
     rows = range(len(data.classes))
     shown = torch.cat([(real.labels == row).nonzero().flatten()[:COLUMNS] for row in rows])
     titles = {"real": "real", "grey": "lower half hidden", "10 walks": "filled in"}
     panels = [Panel(ways[name][shown], title) for name, title in titles.items()]
     save_panels(panels, Path(picture), rows=data.classes, columns=COLUMNS, tile=32)
-
-
-def seam(images: Tensor) -> float:
-    """Return the mean step in grey levels from the upper half to the lower."""
-    middle = images.shape[-2] // 2
-    return float((images[..., middle, :].float() - images[..., middle - 1, :].float()).abs().mean())
 
 
 def filled(run: FinishedRun, real: ImageSet, mask: Tensor, *, num_resamples: int) -> Tensor:
