@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -187,7 +188,9 @@ def test_weights_of_a_client_are_its_own(run: FinishedRun) -> None:
     np.testing.assert_allclose(found(*inputs), own, atol=1e-6)
 
 
-def test_an_export_replaces_an_export_and_nothing_else(run: FinishedRun, tmp_path: Path) -> None:
+def test_an_export_replaces_an_export_and_nothing_else(
+    run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "models" / "tiny"
     words = ("export", run.path, "--to", "safetensors", "--out", folder)
     first = feddm(*words)
@@ -195,12 +198,26 @@ def test_an_export_replaces_an_export_and_nothing_else(run: FinishedRun, tmp_pat
     assert re.search(
         rf"written to {folder}: loaded again, .* differ .* by at most 0\n", first.output
     )
-    (folder / "left-over").touch()
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "steps.cpython-311.pyc").touch()
     assert feddm(*words).exit_code == 0
-    assert not (folder / "left-over").exists()
-    (folder / "config.json").write_text("{}")
-    assert_fails_in_one_line(feddm(*words), "--out must be a new folder, or an earlier export")
+    card = folder / "README.md"
+    written = card.read_text()
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").touch()
+    assert_fails_in_one_line(feddm(*words), f"{folder} holds what no export wrote")
+    assert_fails_in_one_line(feddm(*words), ": .git/HEAD; it would be lost. Move it away")
+    assert (folder / ".git" / "HEAD").exists()
+    shutil.rmtree(folder / ".git")
+    card.write_text(written.replace("license: unknown", "license: mit"))
+    assert_fails_in_one_line(feddm(*words), "edited since: README.md; it would be lost")
+    assert "license: mit" in card.read_text()
+    card.write_text(written)
+    assert feddm(*words).exit_code == 0
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
+    monkeypatch.chdir(folder)
+    expected = "--out must be a folder that this process does not stand in, got '.'"
+    assert_fails_in_one_line(feddm(*words[:-1], "."), expected)
 
 
 def test_an_export_that_predicts_otherwise_is_not_written(

@@ -27,6 +27,9 @@ from task.unet import unet_arguments
 TOLERANCE = 1e-4
 COMPARED = 8
 
+# Whoever exports again must not lose what others added to the folder.
+SUMS_FILE = "SHA256SUMS"
+
 
 @dataclasses.dataclass(frozen=True)
 class Export:
@@ -68,14 +71,13 @@ def export_run(
     check_replaceable(folder)
     unet, server_round = final_model(run.path, run.config, client)
     unet.eval()
-    content = weights_file(run.path, client).read_bytes()
     settings = describe(run.config) | {
         "exported": {
             "by": f"feddm {version('feddm')}",
             "format": to,
             "round": server_round,
             "client": client,
-            "weights_sha256": hashlib.sha256(content).hexdigest(),
+            "weights_sha256": sha256_of(weights_file(run.path, client)),
         }
     }
     with atomic_folder(folder) as aside:
@@ -87,6 +89,7 @@ def export_run(
             library=form.library,
             exported=settings["exported"],
         )
+        write_sums(aside)
         difference, largest = compare(unet, form.load_model(aside), settings)
         require(
             difference <= TOLERANCE * max(1.0, largest),
@@ -98,20 +101,66 @@ def export_run(
 
 
 def check_replaceable(folder: Path) -> None:
-    """Check that a folder is not there, or empty, or an earlier export.
+    """Check that a folder is not there, or empty, or holds an earlier export and nothing else.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: it holds something that no export wrote, or is the working directory.
     """
+    inside = Path.cwd().is_relative_to(folder.resolve())
+    require(not inside, "--out", "a folder that this process does not stand in", str(folder))
     if not folder.exists():
         return
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    known = isinstance(found, dict) and "exported" in found
-    empty = folder.is_dir() and not any(folder.iterdir())
-    require(known or empty, "--out", "a new folder, or an earlier export to replace", str(folder))
+    require(folder.is_dir(), "--out", "a folder", str(folder))
+    written = read_sums(folder)
+    others = [
+        name
+        for name, file in files_in(folder)
+        if file.is_symlink() or written.get(name) != sha256_of(file)
+    ]
+    if others:
+        raise ValueError(
+            f"--out: {folder} holds what no export wrote, or what was edited since: "
+            f"{', '.join(others[:3])}{', ...' if others[3:] else ''}; it would be lost. Move it "
+            "away, or pass another --out"
+        )
+
+
+def write_sums(folder: Path) -> None:
+    """Write the SHA-256 of every file of a folder, as `sha256sum --check` reads them."""
+    sums = [f"{sha256_of(file)}  {name}\n" for name, file in files_in(folder)]
+    (folder / SUMS_FILE).write_text("".join(sums), encoding="utf-8")
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Read the SHA-256 of the files that an export wrote; none where there was no export.
+
+    Raises:
+        ValueError: the file that holds them is broken.
+    """
+    file = folder / SUMS_FILE
+    if not file.exists():
+        return {}
+    lines = file.read_text(encoding="utf-8").splitlines()
+    broken = [line for line in lines if "  " not in line]
+    require(not broken, str(file), "lines of a SHA-256, two blanks and a file", broken[:1])
+    return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+
+
+def files_in(folder: Path) -> list[tuple[str, Path]]:
+    """List the files of a folder with their names in it, but the sums and what Python caches."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    names = [(path.relative_to(folder), path) for path in files]
+    return [
+        (name.as_posix(), path)
+        for name, path in names
+        if name != Path(SUMS_FILE) and "__pycache__" not in name.parts
+    ]
+
+
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def describe(config: Config) -> Settings:
