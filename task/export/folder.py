@@ -21,6 +21,7 @@ from task.run_directory import weights_file
 from task.runs import FinishedRun, final_model
 from task.schedule import build_schedule
 from task.steps import half_log_snr
+from task.synthetic_folder import NOTICE, folder_names
 from task.unet import unet_arguments
 
 # Other libraries add up in another order: 2e-7 was seen where the largest prediction is 1.
@@ -173,6 +174,8 @@ def describe(config: Config) -> Settings:
     network = unet_arguments(config)
     return {
         "classes": list(config.data.classes),
+        "folders": folder_names(config.data.classes),
+        "notice": NOTICE,
         "channels": config.data.channels,
         "image_size": config.data.image_size,
         "null_label": network["num_classes"] if network["null_class"] else None,
