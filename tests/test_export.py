@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,9 @@ def test_an_export_draws_the_images_of_feddm_without_feddm(
     np.testing.assert_allclose(np.load(exported / "images.npy"), expected, atol=1e-4)
     for name in CLASSES:
         assert Image.open(exported / "drawn" / name / "00000.png").size == (SIZE, SIZE)
+    if exported.name == "torch-export":
+        with zipfile.ZipFile(exported / "model.pt2") as archive:
+            assert archive.read("model/data/sample_inputs/model.pt") == b""  # else a pickle
     if exported.name == "diffusers":
         generator = torch.Generator().manual_seed(7)
         expected = drawn_by_feddm(run, lambda: torch.randn(2, 1, SIZE, SIZE, generator=generator))

@@ -84,7 +84,9 @@ def write_safetensors(unet: UNet, settings: Settings, folder: Path) -> None:
 
 def write_torch_export(unet: UNet, settings: Settings, folder: Path) -> None:
     """Write the graph of the network with its weights, for any number of images of one size."""
-    torch.export.save(traced(unet, settings), folder / "model.pt2")
+    program = traced(unet, settings)
+    program.example_inputs = None  # it would be saved as a pickle
+    torch.export.save(program, folder / "model.pt2")
 
 
 def write_onnx(unet: UNet, settings: Settings, folder: Path) -> None:
