@@ -326,6 +326,15 @@ def test_ship_refuses_what_needs_more_of_feddm(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_usage_says_whether_there_is_a_null_label() -> None:
+    settings = {"classes": ["0"], "channels": 1, "image_size": 16, "prediction_type": "epsilon"}
+    usage = FORMATS["safetensors"].usage
+    assert '3 (`null_label`) stands for "no class", which' in usage({**settings, "null_label": 3})
+    without = usage({**settings, "null_label": None})
+    assert "so this model knows no guidance." in without and "null_label" not in without
+    assert not re.search(r"`None`|\(None\)", without)
+
+
 def test_the_documentation_shows_the_snippets_that_exports_carry() -> None:
     shown = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
     settings = {

@@ -24,7 +24,7 @@ from task.steps import half_log_snr
 from task.synthetic_folder import NOTICE, folder_names
 from task.unet import unet_arguments
 
-# Other libraries add up in another order: 2e-7 was seen where the largest prediction is 1.
+# Of predictions of up to 1: other libraries add up in another order.
 TOLERANCE = 1e-4
 COMPARED = 8
 
@@ -198,7 +198,9 @@ def fill(folder: Path, form: Format, unet: UNet, settings: Settings) -> None:
 
 @torch.inference_mode()
 def compare(unet: UNet, model: Model, settings: Settings) -> tuple[float, float]:
-    """Compare predictions of an export with the network's own, from pure noise to the clean image.
+    """Compare predictions of an export with the network's own, for every log-SNR and label.
+
+    All images are pure noise, whatever the network is told of them.
 
     Returns:
         The largest absolute difference, and the largest absolute prediction.
