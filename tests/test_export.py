@@ -22,7 +22,7 @@ from torch import Tensor
 from task.checkpoint import save_weights
 from task.config import anchored, load_config, write_config
 from task.export.drawing import draw, main, read_settings
-from task.export.folder import describe, export_run
+from task.export.folder import describe, export_run, write_sums
 from task.export.formats import FORMATS
 from task.export.sources import ship
 from task.network import UNet
@@ -227,8 +227,18 @@ def test_an_export_replaces_an_export_and_nothing_else(
     assert feddm(*words).exit_code == 0
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
     monkeypatch.chdir(folder)
-    expected = "--out must be a folder that this process does not stand in, got '.'"
-    assert_fails_in_one_line(feddm(*words[:-1], "."), expected)
+    for here in (".", ".."):
+        expected = "--out must be another folder than the working directory and those above it"
+        assert_fails_in_one_line(feddm(*words[:-1], here), expected)
+
+
+def test_a_folder_with_sums_of_its_own_is_no_export(run: FinishedRun, tmp_path: Path) -> None:
+    (tmp_path / "images.zip").touch()
+    (tmp_path / "config.json").write_text("{}")
+    write_sums(tmp_path)
+    with pytest.raises(ValueError, match=r"no export wrote, .*: config\.json, images\.zip; it "):
+        export_run(run, "safetensors", out=tmp_path)
+    assert (tmp_path / "images.zip").exists()
 
 
 def test_an_export_that_predicts_otherwise_is_not_written(

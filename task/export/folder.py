@@ -108,11 +108,13 @@ def check_replaceable(folder: Path) -> None:
         ValueError: it holds something that no export wrote, or is the working directory.
     """
     inside = Path.cwd().is_relative_to(folder.resolve())
-    require(not inside, "--out", "a folder that this process does not stand in", str(folder))
+    elsewhere = "another folder than the working directory and those above it, such as ./model"
+    require(not inside, "--out", elsewhere, str(folder))
     if not folder.exists():
         return
     require(folder.is_dir(), "--out", "a folder", str(folder))
-    written = read_sums(folder)
+    # Others write such sums too, so they alone make no export.
+    written = read_sums(folder) if is_export(folder) else {}
     others = [
         name
         for name, file in files_in(folder)
@@ -126,6 +128,15 @@ def check_replaceable(folder: Path) -> None:
         )
 
 
+def is_export(folder: Path) -> bool:
+    """Whether the config.json of a folder is that of an export."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "exported" in found
+
+
 def write_sums(folder: Path) -> None:
     """Write the SHA-256 of every file of a folder, as `sha256sum --check` reads them."""
     sums = [f"{sha256_of(file)}  {name}\n" for name, file in files_in(folder)]
@@ -133,7 +144,7 @@ def write_sums(folder: Path) -> None:
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """Read the SHA-256 of the files that an export wrote; none where there was no export.
+    """Read the SHA-256 of the files that an export wrote; none where there are none.
 
     Raises:
         ValueError: the file that holds them is broken.
