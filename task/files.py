@@ -3,10 +3,15 @@
 import errno
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# Of the folders that `atomic_folder` fills, so that no folder of somebody else is called so.
+LEFT_OVER = ".partial"
 
 
 @contextmanager
@@ -33,35 +38,62 @@ def atomic_path(path: Path, *, private: bool = False) -> Iterator[Path]:
                 os.fsync(written.fileno())
         # mkstemp makes files private; results are as readable as any new file.
         if not private:
-            umask = os.umask(0)
-            os.umask(umask)
-            aside.chmod(0o666 & ~umask)
+            open_by_umask(aside)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def open_by_umask(file: Path) -> None:
+    """Give a file the permissions of any new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to fill, which takes the place of `folder` when the block succeeds.
 
-    A process that is killed may leave a hidden folder beside it.
+    A process that is killed leaves a hidden folder beside it, which the next one that succeeds
+    removes. Its files are as readable as any new file.
 
     Args:
-        folder: the one to write, and to replace where it exists; made with those above it.
+        folder: the one to write, and to replace where it exists; made with those above it. Nobody
+            else writes it now.
 
     Raises:
         OSError: it cannot be written; see `naming_full_disk`.
     """
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as room:
-        aside = Path(room) / "new"
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix=f".{folder.name}-", suffix=LEFT_OVER
+    ) as room:
+        aside, old = Path(room) / "new", Path(room) / "old"
         aside.mkdir()
         with naming_full_disk(folder.parent):
             yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                open_by_umask(file)
         if folder.exists():
-            folder.rename(Path(room) / "old")
-        aside.rename(folder)
+            folder.rename(old)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+    _remove_left_over_folders(folder)
+
+
+def _remove_left_over_folders(folder: Path) -> None:
+    # mkdtemp puts 8 of these signs; a dash would be the folder of another name.
+    name = re.compile(rf"\.{re.escape(folder.name)}-[a-z0-9_]{{8}}{re.escape(LEFT_OVER)}")
+    for other in folder.parent.iterdir():
+        if name.fullmatch(other.name):
+            shutil.rmtree(other)
 
 
 @contextmanager

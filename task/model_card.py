@@ -9,10 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from task.config import FederationConfig
 from task.evaluate import MetricReport
 from task.metric_table import caption, metric_rows
 from task.run_directory import CLASS_COUNTS_FILE, NODES_FILE, POOLED_FILE, read_metrics
 from task.runs import FinishedRun
+
+# A line of metrics.jsonl: "round", "who", "name", "value".
+Metric = Mapping[str, Any]
 
 # The hospitals' own scores of generated images, by the name of the recorded mean.
 HOSPITAL_SCORES = {
@@ -27,7 +31,19 @@ HOSPITAL_SCORES = {
     "quality_feature_copied": "as near to a training image as the nearest 1 % of real, features",
 }
 
-# A sum over fewer would be the counts of one of them.
+# They say where a run finds images and not what these show.
+DATA_WITHOUT_NAME = {
+    "image_folder": "a folder of images; say here what they show",
+    "dicom_folder": "a folder of DICOM files; say here what they show",
+}
+
+# The arguments of each way to aggregate, in the configuration's federation.
+AGGREGATION_ARGUMENTS = {
+    "trimmed_mean": ("trim_fraction",),
+    "krum": ("num_malicious", "num_selected"),
+}
+
+# A sum or mean over fewer would be that of one of them.
 MIN_COUNTED = 2
 
 UNMEASURED = """\
@@ -130,7 +146,7 @@ def heading(run: FinishedRun, exported: Mapping[str, Any]) -> str:
 
 Draws {colour} images of {data.image_size}x{data.image_size} pixels.
 
-- Data set: {data.name}.
+- Data set: {DATA_WITHOUT_NAME.get(data.name, data.name)}.
 - Classes: {", ".join(data.classes)}.
 - Trained with feddm {trained_where(run)}.
 - {whose} after round {exported["round"]} of {run.config.federation.rounds}.
@@ -195,13 +211,13 @@ def training_section(run: FinishedRun, exported: Mapping[str, Any]) -> str:
     rows = [
         ("algorithm", federation.aggregation if federated else "centralised training"),
         ("rounds" if federated else "rounds of local epochs", exported["round"]),
-        *[("clients per round", federation.clients_per_round or "all")] * federated,
+        *(_federation_rows(federation) if federated else []),
         ("local epochs", train.local_epochs),
         ("batch size", train.batch_size),
         ("learning rate (Adam)", train.lr),
-        ("precision", train.precision),
+        # "auto" is not what was used, which depends on the machine.
+        *[("precision", train.precision)] * (train.precision != "auto"),
         *[("partition.beta (Dirichlet)", config.partition.beta)] * (run.partition is not None),
-        *[("ema_decay", federation.ema_decay)] * (federation.ema_decay is not None),
         ("schedule", f"{diffusion.schedule}, {diffusion.num_timesteps} timesteps"),
         ("prediction type", diffusion.prediction_type),
         ("loss weighting", f"{diffusion.loss_weighting}, {diffusion.loss_reduction} over pixels"),
@@ -212,10 +228,22 @@ def training_section(run: FinishedRun, exported: Mapping[str, Any]) -> str:
     return f"## Training\n\n{markdown_table(['', ''], rows)}"
 
 
+def _federation_rows(federation: FederationConfig) -> list[tuple[str, object]]:
+    names = AGGREGATION_ARGUMENTS.get(federation.aggregation, ())
+    chosen = [
+        (name, getattr(federation, name)) for name in (*names, "max_update_norm", "ema_decay")
+    ]
+    return [
+        *((name, value) for name, value in chosen if value is not None),
+        ("clients per round", federation.clients_per_round or "all"),
+    ]
+
+
 def results_section(run: FinishedRun) -> str:
     """Show what was measured of the run, with the same of real images beside it."""
     parts = [_evaluation(found) for found in run.evaluations]
-    parts += _hospital_scores(run)
+    centralised = run.config.train.mode == "centralized"
+    parts += _held_out_loss(run) if centralised else _hospital_scores(run)
     if not parts:
         return UNMEASURED
     return "\n".join(["## Results and memorisation\n", *parts])
@@ -233,23 +261,47 @@ def _evaluation(found: Mapping[str, Any]) -> str:
     return f"{title}\n{table}\n{held}\n{missing}"
 
 
-def _hospital_scores(run: FinishedRun) -> list[str]:
-    last: dict[str, tuple[int, Any]] = {
-        line["name"]: (line["round"], line["value"])
-        for line in read_metrics(run.path)
-        if line["who"] == "global" and line["name"] in HOSPITAL_SCORES
-    }
-    rows = [
-        (title, f"{last[name][1]:.4f}", last[name][0])
-        for name, title in HOSPITAL_SCORES.items()
-        if name in last
-    ]
-    if not rows:
+def _held_out_loss(run: FinishedRun) -> list[str]:
+    found = _last_global([*read_metrics(run.path)]).get("test_loss")
+    if found is None:
         return []
-    return [
-        "### By the clients, on their own images\n",
-        markdown_table(["mean over the clients", "", "after round"], rows),
+    row = ("loss", f"{found['value']:.4f}", found["round"])
+    return ["### On held-out images\n", markdown_table(["", "", "after round"], [row])]
+
+
+def _hospital_scores(run: FinishedRun) -> list[str]:
+    metrics = [*read_metrics(run.path)]
+    last = _last_global(metrics)
+    found = {name: last[name] for name in HOSPITAL_SCORES if name in last}
+    if not found:
+        return []
+    counted = {name: _tellers(metrics, line) for name, line in found.items()}
+    rows = [
+        (HOSPITAL_SCORES[name], f"{line['value']:.4f}", counted[name], line["round"])
+        for name, line in found.items()
+        if counted[name] >= MIN_COUNTED
     ]
+    parts = ["### By the clients, on their own images\n"]
+    if rows:
+        parts.append(markdown_table(["", "mean", "over clients", "after round"], rows))
+    if len(rows) < len(found):
+        parts.append(f"Scores of fewer than {MIN_COUNTED} clients are not told.\n")
+    return parts
+
+
+def _tellers(metrics: Sequence[Metric], mean: Metric) -> int:
+    """Count the clients that a recorded mean is over."""
+    of_round = [line for line in metrics if line["round"] == mean["round"]]
+    if mean["name"] == "test_loss":
+        told = {line["who"] for line in of_round if line["name"] == "test_loss"}
+        return len(told - {"global"})
+    # The clients' own lines may be of a scoring that was broken off.
+    counts = [line["value"] for line in of_round if line["name"] == "quality_num_hospitals"]
+    return counts[-1] if counts else 0
+
+
+def _last_global(metrics: Sequence[Metric]) -> dict[str, Metric]:
+    return {line["name"]: line for line in metrics if line["who"] == "global"}
 
 
 def origin_section(exported: Mapping[str, Any]) -> str:

@@ -269,18 +269,18 @@ def guide(conditional: Array, unconditional: Array, guidance_scale: float) -> Ar
 
 def draw_by_settings(
     settings: Mapping[str, Any],
-    predict: Predict,
+    predict: Callable[[Array, float, Array], Array],
+    labels: Array,
     *,
-    predict_unconditional: Predict | None,
     draw_noise: Callable[[], Array],
     **sampling: Any,
 ) -> Array:
-    """Draw images as the config.json of an export says.
+    """Draw an image of each label, as the config.json of an export says.
 
     Args:
-        settings: with "alphas_cumprod", "prediction_type" and "sampling".
-        predict: the model, for the labels of the images.
-        predict_unconditional: the model for "no class"; None where it knows none.
+        settings: with "alphas_cumprod", "prediction_type", "null_label" and "sampling".
+        predict: the model, of x_t, their log-SNR and labels.
+        labels: [N] int64.
         draw_noise: see `walk`.
         **sampling: what to change of `settings["sampling"]`: sampler, num_inference_steps, eta,
             variance, clip_x_start, guidance_scale.
@@ -290,20 +290,21 @@ def draw_by_settings(
 
     Raises:
         ValueError: a word is unknown or a number out of range, or guidance is asked of a model
-            that knows no "no class".
+            without a null label.
     """
     chosen = {**settings["sampling"], **sampling}
     clip_x_start, scale = chosen.pop("clip_x_start"), chosen.pop("guidance_scale")
-    if scale != 1 and predict_unconditional is None:
+    null_label = settings["null_label"]
+    if scale != 1 and null_label is None:
         raise ValueError(
             f"guidance_scale must be 1 for a model without a null label, got {scale!r}"
         )
 
     def guided(x_t: Array, log_snr: float) -> Array:
-        output = predict(x_t, log_snr)
-        if scale == 1 or predict_unconditional is None:
+        output = predict(x_t, log_snr, labels)
+        if scale == 1:
             return output
-        return guide(output, predict_unconditional(x_t, log_snr), scale)
+        return guide(output, predict(x_t, log_snr, labels * 0 + null_label), scale)
 
     return walk(
         sampling_steps(settings["alphas_cumprod"], **chosen),

@@ -5,8 +5,10 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,13 @@ from torch import Tensor
 from task.checkpoint import save_weights
 from task.config import anchored, load_config, write_config
 from task.export.drawing import draw, main, read_settings
-from task.export.folder import TOLERANCE, export_run
+from task.export.folder import describe, export_run, write_sums
 from task.export.formats import FORMATS
 from task.export.sources import ship
 from task.network import UNet
 from task.runs import FinishedRun, final_model, load_run
 from task.sampler import build_sampler
+from task.synthetic_folder import NOTICE, folder_names
 from task.unet import build_unet
 from tests.test_cli import assert_fails_in_one_line, feddm
 
@@ -89,6 +92,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     return finished_run(tmp_path_factory.mktemp("hospital-of-somewhere"))
 
 
+@pytest.fixture(scope="module")
+def unguided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = ("diffusion.label_dropout=0", "diffusion.guidance_scale=1")
+    run = finished_run(tmp_path_factory.mktemp("unguided"), *words)
+    return export_run(run, "safetensors").folder
+
+
 @pytest.fixture(scope="module", params=FORMATS)
 def exported(run: FinishedRun, request: pytest.FixtureRequest) -> Iterator[Path]:
     missing = [name for name in FORMATS[request.param].needs if not importlib.util.find_spec(name)]
@@ -98,7 +108,6 @@ def exported(run: FinishedRun, request: pytest.FixtureRequest) -> Iterator[Path]
         patch.setenv("HF_HUB_OFFLINE", "1")
         written = export_run(run, request.param)
     assert written.folder == run.path / "export" / request.param
-    assert written.difference <= TOLERANCE
     yield written.folder
 
 
@@ -140,6 +149,9 @@ def test_an_export_draws_the_images_of_feddm_without_feddm(
     np.testing.assert_allclose(np.load(exported / "images.npy"), expected, atol=1e-4)
     for name in CLASSES:
         assert Image.open(exported / "drawn" / name / "00000.png").size == (SIZE, SIZE)
+    if exported.name == "torch-export":
+        with zipfile.ZipFile(exported / "model.pt2") as archive:
+            assert archive.read("model/data/sample_inputs/model.pt") == b""  # else a pickle
     if exported.name == "diffusers":
         generator = torch.Generator().manual_seed(7)
         expected = drawn_by_feddm(run, lambda: torch.randn(2, 1, SIZE, SIZE, generator=generator))
@@ -187,7 +199,9 @@ def test_weights_of_a_client_are_its_own(run: FinishedRun) -> None:
     np.testing.assert_allclose(found(*inputs), own, atol=1e-6)
 
 
-def test_an_export_replaces_an_export_and_nothing_else(run: FinishedRun, tmp_path: Path) -> None:
+def test_an_export_replaces_an_export_and_nothing_else(
+    run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "models" / "tiny"
     words = ("export", run.path, "--to", "safetensors", "--out", folder)
     first = feddm(*words)
@@ -195,12 +209,36 @@ def test_an_export_replaces_an_export_and_nothing_else(run: FinishedRun, tmp_pat
     assert re.search(
         rf"written to {folder}: loaded again, .* differ .* by at most 0\n", first.output
     )
-    (folder / "left-over").touch()
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "steps.cpython-311.pyc").touch()
     assert feddm(*words).exit_code == 0
-    assert not (folder / "left-over").exists()
-    (folder / "config.json").write_text("{}")
-    assert_fails_in_one_line(feddm(*words), "--out must be a new folder, or an earlier export")
+    card = folder / "README.md"
+    written = card.read_text()
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").touch()
+    assert_fails_in_one_line(feddm(*words), f"{folder} holds what no export wrote")
+    assert_fails_in_one_line(feddm(*words), ": .git/HEAD; it would be lost. Move it away")
+    assert (folder / ".git" / "HEAD").exists()
+    shutil.rmtree(folder / ".git")
+    card.write_text(written.replace("license: unknown", "license: mit"))
+    assert_fails_in_one_line(feddm(*words), "edited since: README.md; it would be lost")
+    assert "license: mit" in card.read_text()
+    card.write_text(written)
+    assert feddm(*words).exit_code == 0
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
+    monkeypatch.chdir(folder)
+    for here in (".", ".."):
+        expected = "--out must be another folder than the working directory and those above it"
+        assert_fails_in_one_line(feddm(*words[:-1], here), expected)
+
+
+def test_a_folder_with_sums_of_its_own_is_no_export(run: FinishedRun, tmp_path: Path) -> None:
+    (tmp_path / "images.zip").touch()
+    (tmp_path / "config.json").write_text("{}")
+    write_sums(tmp_path)
+    with pytest.raises(ValueError, match=r"no export wrote, .*: config\.json, images\.zip; it "):
+        export_run(run, "safetensors", out=tmp_path)
+    assert (tmp_path / "images.zip").exists()
 
 
 def test_an_export_that_predicts_otherwise_is_not_written(
@@ -236,17 +274,75 @@ def test_wrong_words_are_errors_of_one_line(
     assert_fails_in_one_line(export(run.path, "onnx"), expected)
 
 
-def test_sample_refuses_guidance_without_a_null_label(tmp_path: Path) -> None:
-    run = finished_run(tmp_path, "diffusion.label_dropout=0", "diffusion.guidance_scale=1")
-    folder = export_run(run, "safetensors").folder
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--guidance-scale", "2"], "--guidance-scale must be 1 for a model without a null label"),
+        (["--num", "-3"], "--num must be at least 1, got -3"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--steps", "0"], "--steps must be between 1 and 12, got 0"),
+        (["--steps", "13"], "--steps must be between 1 and 12, got 13"),
+    ],
+)
+def test_sample_refuses_what_it_cannot_draw(
+    unguided: Path, words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = unguided.parent / "drawn"
+    with pytest.raises(SystemExit):
+        main(FORMATS["safetensors"].load_model, unguided, [*words, "--out", str(out)])
+    assert expected in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_sample_writes_within_its_folder_images_that_say_what_they_are(tmp_path: Path) -> None:
+    run = finished_run(tmp_path, "data.classes=['../../escaped','/etc/x','train']")
+    folder, out = export_run(run, "safetensors").folder, tmp_path / "a" / "b" / "drawn"
+    before = set(tmp_path.rglob("*"))
+    main(FORMATS["safetensors"].load_model, folder, ["--num", "1", "--out", str(out)])
+    new = {path for path in tmp_path.rglob("*") if path.is_file()} - before
+    assert {path.relative_to(out).as_posix() for path in new} == {
+        f"{name}/00000.png" for name in folder_names(["../../escaped", "/etc/x", "train"])
+    }
+    with Image.open(new.pop()) as image:
+        assert image.info == {"Software": "feddm", "Comment": NOTICE}
+
+
+def test_draw_refuses_guidance_without_a_null_label(unguided: Path) -> None:
+    settings, model = read_settings(unguided), FORMATS["safetensors"].load_model(unguided)
+    nothing = {"draw_noise": lambda: np.zeros((1, 1, SIZE, SIZE), np.float32)}
     with pytest.raises(ValueError, match="guidance_scale must be 1 for a model without a null"):
-        main(FORMATS["safetensors"].load_model, folder, ["--guidance-scale", "2"])
+        draw(model, np.array([0]), settings=settings, guidance_scale=2, **nothing)
+
+
+def test_pipeline_takes_classes_by_name_and_number(run: FinishedRun) -> None:
+    pytest.importorskip("diffusers")
+    from task.export.diffusers_pipeline import ClassConditionalPipeline
+    from task.export.diffusers_unet import ClassConditionalUNet
+
+    settings = {**describe(run.config), "classes": ["1", "12", "2"]}
+    pipe = ClassConditionalPipeline(ClassConditionalUNet(**settings["network"]), settings)
+    assert pipe.labels("12", 2).tolist() == [1, 1]
+    assert pipe.labels(["2", 1], 1).tolist() == [2, 1]
+    assert pipe.labels(2, 1).tolist() == [2]
+    assert pipe.labels(None, 1).tolist() == [0, 1, 2]
+    for classes, num_images in (([], 1), ("3", 1), (["1", 3], 1), (-1, 1), ("1", 0)):
+        with pytest.raises(ValueError, match=r"^(classes must be of 1, 12, 2|num_images must be)"):
+            pipe.labels(classes, num_images)
 
 
 def test_ship_refuses_what_needs_more_of_feddm(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"task/data/files\.py must import nothing of feddm"):
         ship("data/files.py", tmp_path / "files.py")
     assert not any(tmp_path.iterdir())
+
+
+def test_usage_says_whether_there_is_a_null_label() -> None:
+    settings = {"classes": ["0"], "channels": 1, "image_size": 16, "prediction_type": "epsilon"}
+    usage = FORMATS["safetensors"].usage
+    assert '3 (`null_label`) stands for "no class", which' in usage({**settings, "null_label": 3})
+    without = usage({**settings, "null_label": None})
+    assert "so this model knows no guidance." in without and "null_label" not in without
+    assert not re.search(r"`None`|\(None\)", without)
 
 
 def test_the_documentation_shows_the_snippets_that_exports_carry() -> None:

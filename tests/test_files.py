@@ -136,3 +136,44 @@ def test_atomic_folder_replaces_a_folder_whole_or_not_at_all(tmp_path: Path) -> 
         (aside / "third").touch()
     assert [path.name for path in folder.iterdir()] == ["third"]
     assert [path.name for path in folder.parent.iterdir()] == ["folder"]
+
+
+def test_atomic_folder_that_cannot_take_its_place_brings_the_old_one_back(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "only copy").touch()
+    with pytest.raises(FileNotFoundError), atomic_folder(folder) as aside:
+        aside.rmdir()  # so that the last rename fails
+    assert [path.name for path in folder.iterdir()] == ["only copy"]
+    assert [*tmp_path.iterdir()] == [folder]
+
+
+def test_atomic_folder_has_the_permissions_of_any_new_one(tmp_path: Path, umask: int) -> None:
+    with atomic_folder(tmp_path / "folder") as aside:
+        (aside / "within").mkdir()
+        (aside / "within" / "file").touch(mode=0o600)
+    for name, mode in (("folder", 0o777), ("folder/within", 0o777), ("folder/within/file", 0o666)):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode & ~umask
+
+
+def test_atomic_folder_removes_what_killed_ones_left_of_it_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "onnx"
+    with atomic_folder(folder) as aside:
+        left = aside.parent.with_name(aside.parent.name.replace(".onnx-", ".onnx-client-1-"))
+        killed = tmp_path / ".onnx-k1ll_d00.partial"
+        others = [left, tmp_path / ".onnx-of-mine", tmp_path / ".safetensors-k1ll_d00.partial"]
+        for made in (killed, *others):
+            made.mkdir()
+            (made / "half").touch()
+    assert sorted(tmp_path.iterdir()) == sorted([folder, *others])
+
+
+def test_atomic_folder_follows_a_link_and_a_relative_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("disk").mkdir()
+    Path("link").symlink_to("disk")
+    with atomic_folder(Path("link")) as aside:
+        (aside / "file").touch()
+    assert Path("link").is_symlink() and Path("disk/file").exists()

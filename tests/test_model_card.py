@@ -110,17 +110,46 @@ def test_counts_of_a_single_site_are_not_told(
     )
 
 
+def record(run: FinishedRun, *metrics: tuple[int, str, str, float]) -> None:
+    names = ("round", "who", "name", "value")
+    lines = [json.dumps(dict(zip(names, metric, strict=True))) + "\n" for metric in metrics]
+    (run.path / "metrics.jsonl").write_text("".join(lines))
+
+
 def test_hospitals_scores_are_told_as_their_mean_alone(tmp_path: Path) -> None:
     run = run_of(tmp_path, {"nodes.json": {"7": 0, "8": 1}})
-    scores = [
-        {"round": 2, "who": "global", "name": "quality_pixel_copied", "value": 0.5},
-        {"round": 3, "who": "client-0", "name": "quality_pixel_copied", "value": 0.75},
-        {"round": 3, "who": "global", "name": "quality_pixel_copied", "value": 0.25},
-    ]
-    (run.path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in scores))
+    record(
+        run,
+        (2, "global", "quality_pixel_copied", 0.5),
+        (3, "client-0", "quality_pixel_copied", 0.75),
+        (3, "global", "quality_pixel_copied", 0.25),
+        (3, "global", "quality_num_hospitals", 2),
+        *((3, f"client-{client}", "test_loss", 0.75) for client in range(3)),
+        (3, "global", "test_loss", 0.125),
+    )
     text = card(run)
-    assert "as the nearest 1 % of real, pixels | 0.2500 | 3 |" in text
-    assert "0.75" not in text and "0.5" not in text
+    assert "as the nearest 1 % of real, pixels | 0.2500 | 2 | 3 |" in text
+    assert "| loss on held-out images | 0.1250 | 3 | 3 |" in text
+    assert "0.75" not in text and "0.5" not in text and "are not told" not in text
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_scores_of_a_single_client_are_not_told(tmp_path: Path, others: bool) -> None:
+    run = run_of(tmp_path, {"nodes.json": {"7": 0, "8": 1}})
+    elsewhere = [(2, "client-1", "test_loss", 0.75), (2, "global", "quality_num_hospitals", 2)]
+    record(
+        run,
+        *(elsewhere if others else []),
+        (3, "client-0", "quality_pixel_copied", 0.25),
+        (3, "global", "quality_pixel_copied", 0.25),
+        (3, "global", "quality_num_hospitals", 1),
+        (3, "client-0", "test_loss", 0.625),
+        (3, "global", "test_loss", 0.625),
+    )
+    text = card(run)
+    assert "0.25" not in text and "0.625" not in text
+    assert "Scores of fewer than 2 clients are not told." in text
+    assert "Nothing was measured" not in text
 
 
 def test_card_of_a_clients_weights_claims_no_results(tmp_path: Path) -> None:
@@ -133,9 +162,33 @@ def test_card_of_a_clients_weights_claims_no_results(tmp_path: Path) -> None:
 
 def test_card_of_a_centralised_run_says_where_the_images_were(tmp_path: Path) -> None:
     files = {"pooled.json": {"train_counts": [5, 6], "test_counts": [1, 1]}}
-    text = card(run_of(tmp_path, files, "train.mode=centralized"))
+    run = run_of(tmp_path, files, "train.mode=centralized")
+    record(run, (2, "global", "test_loss", 0.5), (3, "global", "test_loss", 0.125))
+    text = card(run)
     assert "on all images in one place" in text and "| algorithm | centralised training |" in text
-    assert "| all | 11 |" in text and "Clients" not in text
+    assert "| all | 11 |" in text
+    assert "### On held-out images\n" in text and "| loss | 0.1250 | 3 |" in text
+    assert "client" not in text.casefold()
+
+
+def test_training_names_the_arguments_of_the_aggregation(tmp_path: Path) -> None:
+    words = ("federation.aggregation=krum", "federation.num_malicious=2", "federation.rounds=3")
+    words += ("federation.min_replies=7", "federation.max_update_norm=5", "train.precision=float32")
+    text = card(run_of(tmp_path, {}, *words))
+    for row in (
+        "num_malicious | 2",
+        "num_selected | 1",
+        "max_update_norm | 5",
+        "precision | float32",
+    ):
+        assert f"| {row}" in text
+    assert "trim_fraction" not in text and "ema_decay" not in text
+
+
+def test_card_leaves_what_it_cannot_know_to_its_owner(tmp_path: Path) -> None:
+    text = card(run_of(tmp_path, {}, "train.precision=auto"))
+    assert "- Data set: a folder of images; say here what they show.\n" in text
+    assert "precision" not in text and "max_update_norm" not in text
 
 
 def test_a_report_survives_its_description() -> None:

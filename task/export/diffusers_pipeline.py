@@ -29,7 +29,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def __call__(
         self,
-        classes: Sequence[str] | None = None,
+        classes: str | int | Sequence[str | int] | None = None,
         num_images: int = 1,
         *,
         generator: torch.Generator | None = None,
@@ -39,7 +39,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Draw images.
 
         Args:
-            classes: names of the classes to draw; None: every class.
+            classes: to draw, one or several, by name or by place in the settings' "classes";
+                None: every class.
             num_images: of each class, > 0.
             generator: of the noise.
             output_type: "pil"; "np", [N, H, W, C] in [0, 1]; "pt", [N, C, H, W] in [0, 1].
@@ -49,23 +50,30 @@ class ClassConditionalPipeline(DiffusionPipeline):
             The images, class after class.
 
         Raises:
-            ValueError: a class is unknown; see `draw_by_settings`.
+            ValueError: see `labels` and `draw_by_settings`.
         """
         images = self.draw(self.labels(classes, num_images), generator, **sampling)
         pictures = VaeImageProcessor().postprocess(images, output_type=output_type)
         return ImagePipelineOutput(images=pictures)
 
-    def labels(self, classes: Sequence[str] | None, num_images: int) -> Tensor:
-        """Number the classes of the images to draw, [N] int64.
+    def labels(self, classes: str | int | Sequence[str | int] | None, num_images: int) -> Tensor:
+        """Number the classes of the images to draw, [N] int64; arguments as in `__call__`.
 
         Raises:
-            ValueError: a class is unknown.
+            ValueError: a class is unknown, or there is nothing to draw.
         """
-        known = self.config.settings["classes"]
-        unknown = sorted(set(classes or ()) - set(known))
-        if unknown:
-            raise ValueError(f"classes must be of {', '.join(known)}, got {', '.join(unknown)}")
-        numbers = [known.index(name) for name in (known if classes is None else classes)]
+        known = list(self.config.settings["classes"])
+        asked = [classes] if isinstance(classes, str | int) else classes
+        numbers = [
+            known.index(one) if one in known else one for one in (known if asked is None else asked)
+        ]
+        if not numbers or any(number not in range(len(known)) for number in numbers):
+            raise ValueError(
+                f"classes must be of {', '.join(known)}, or numbers from 0 to {len(known) - 1}, "
+                f"at least one, got {classes!r}"
+            )
+        if num_images < 1:
+            raise ValueError(f"num_images must be at least 1, got {num_images!r}")
         return torch.tensor(numbers, device=self.unet.device).repeat_interleave(num_images)
 
     @torch.no_grad()
@@ -74,19 +82,16 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Draw an image of each label, [N, C, H, W] float32, about [-1, 1]; see `__call__`."""
         settings = self.config.settings
-        size, null_label = settings["image_size"], settings["null_label"]
+        size = settings["image_size"]
         shape = (len(labels), settings["channels"], size, size)
 
         def predict(x_t: Tensor, log_snr: float, labels: Tensor) -> Any:
             return self.unet(x_t, torch.full_like(labels, log_snr, dtype=torch.float32), labels)
 
-        unlabelled = None
-        if null_label is not None:
-            unlabelled = partial(predict, labels=torch.full_like(labels, null_label))
         images: Tensor = draw_by_settings(
             settings,
-            partial(predict, labels=labels),
-            predict_unconditional=unlabelled,
+            predict,
+            labels,
             draw_noise=partial(randn_tensor, shape, generator=generator, device=labels.device),
             **sampling,
         )

@@ -6,12 +6,12 @@ Needs NumPy and Pillow. The same seed draws the same images from every format, b
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from task.steps import draw_by_settings
 
@@ -55,15 +55,8 @@ def draw(
     def predict(x_t: np.ndarray, log_snr: float, labels: np.ndarray) -> np.ndarray:
         return model(x_t, np.full(len(labels), log_snr, np.float32), labels)
 
-    null_label, unlabelled = settings["null_label"], None
-    if null_label is not None:
-        unlabelled = partial(predict, labels=np.full_like(labels, null_label))
     images: np.ndarray = draw_by_settings(
-        settings,
-        partial(predict, labels=labels),
-        predict_unconditional=unlabelled,
-        draw_noise=draw_noise,
-        **sampling,
+        settings, predict, labels, draw_noise=draw_noise, **sampling
     )
     return images
 
@@ -94,17 +87,43 @@ def main(
     parser.add_argument("--guidance-scale", type=float, help="of a model with a null label")
     parser.add_argument("--out", type=Path, default=Path("images"), help="folder (%(default)s)")
     chosen = parser.parse_args(words)
+    check(chosen, settings, parser.error)
     sampling = {"num_inference_steps": chosen.steps, "guidance_scale": chosen.guidance_scale}
     sampling = {name: value for name, value in sampling.items() if value is not None}
     model, rng = load_model(folder), np.random.default_rng(chosen.seed)
     for name in [chosen.drawn] if chosen.drawn else classes:
-        (chosen.out / name).mkdir(parents=True, exist_ok=True)
+        label = classes.index(name)
+        drawn = chosen.out / settings["folders"][label]
+        drawn.mkdir(parents=True, exist_ok=True)
         for start in range(0, chosen.num, DRAWN_AT_ONCE):
-            labels = np.full(min(DRAWN_AT_ONCE, chosen.num - start), classes.index(name), np.int64)
+            labels = np.full(min(DRAWN_AT_ONCE, chosen.num - start), label, np.int64)
             draw_noise = noise_source((len(labels), *image_shape(settings)), rng)
             images = draw(model, labels, settings=settings, draw_noise=draw_noise, **sampling)
             for number, pixels in enumerate(to_pixels(images), start):
-                Image.fromarray(pixels).save(chosen.out / name / f"{number:05d}.png")
+                write_png(drawn / f"{number:05d}.png", pixels, settings["notice"])
+
+
+def check(
+    chosen: argparse.Namespace, settings: Settings, refuse: Callable[[str], NoReturn]
+) -> None:
+    """Check the numbers of a command line; `refuse` is told of one that is out of range."""
+    most = len(settings["alphas_cumprod"])
+    if chosen.num < 1:
+        refuse(f"--num must be at least 1, got {chosen.num}")
+    if chosen.seed < 0:
+        refuse(f"--seed must be at least 0, got {chosen.seed}")
+    if chosen.steps is not None and not 1 <= chosen.steps <= most:
+        refuse(f"--steps must be between 1 and {most}, got {chosen.steps}")
+    if chosen.guidance_scale not in (None, 1) and settings["null_label"] is None:
+        refuse("--guidance-scale must be 1 for a model without a null label")
+
+
+def write_png(file: Path, pixels: np.ndarray, notice: str) -> None:
+    """Write an image of `to_pixels` as a PNG file that says what it is."""
+    info = PngInfo()
+    info.add_text("Software", "feddm")
+    info.add_text("Comment", notice)
+    Image.fromarray(pixels).save(file, pnginfo=info)
 
 
 def noise_source(shape: tuple[int, ...], rng: np.random.Generator) -> Callable[[], np.ndarray]:

@@ -21,11 +21,15 @@ from task.run_directory import weights_file
 from task.runs import FinishedRun, final_model
 from task.schedule import build_schedule
 from task.steps import half_log_snr
+from task.synthetic_folder import NOTICE, folder_names
 from task.unet import unet_arguments
 
-# Other libraries add up in another order: 2e-7 was seen where the largest prediction is 1.
+# Of predictions of up to 1: other libraries add up in another order.
 TOLERANCE = 1e-4
 COMPARED = 8
+
+# Whoever exports again must not lose what others added to the folder.
+SUMS_FILE = "SHA256SUMS"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +72,13 @@ def export_run(
     check_replaceable(folder)
     unet, server_round = final_model(run.path, run.config, client)
     unet.eval()
-    content = weights_file(run.path, client).read_bytes()
     settings = describe(run.config) | {
         "exported": {
             "by": f"feddm {version('feddm')}",
             "format": to,
             "round": server_round,
             "client": client,
-            "weights_sha256": hashlib.sha256(content).hexdigest(),
+            "weights_sha256": sha256_of(weights_file(run.path, client)),
         }
     }
     with atomic_folder(folder) as aside:
@@ -87,6 +90,7 @@ def export_run(
             library=form.library,
             exported=settings["exported"],
         )
+        write_sums(aside)
         difference, largest = compare(unet, form.load_model(aside), settings)
         require(
             difference <= TOLERANCE * max(1.0, largest),
@@ -98,20 +102,77 @@ def export_run(
 
 
 def check_replaceable(folder: Path) -> None:
-    """Check that a folder is not there, or empty, or an earlier export.
+    """Check that a folder is not there, or empty, or holds an earlier export and nothing else.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: it holds something that no export wrote, or is the working directory.
     """
+    inside = Path.cwd().is_relative_to(folder.resolve())
+    elsewhere = "another folder than the working directory and those above it, such as ./model"
+    require(not inside, "--out", elsewhere, str(folder))
     if not folder.exists():
         return
+    require(folder.is_dir(), "--out", "a folder", str(folder))
+    # Others write such sums too, so they alone make no export.
+    written = read_sums(folder) if is_export(folder) else {}
+    others = [
+        name
+        for name, file in files_in(folder)
+        if file.is_symlink() or written.get(name) != sha256_of(file)
+    ]
+    if others:
+        raise ValueError(
+            f"--out: {folder} holds what no export wrote, or what was edited since: "
+            f"{', '.join(others[:3])}{', ...' if others[3:] else ''}; it would be lost. Move it "
+            "away, or pass another --out"
+        )
+
+
+def is_export(folder: Path) -> bool:
+    """Whether the config.json of a folder is that of an export."""
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        found = None
-    known = isinstance(found, dict) and "exported" in found
-    empty = folder.is_dir() and not any(folder.iterdir())
-    require(known or empty, "--out", "a new folder, or an earlier export to replace", str(folder))
+        return False
+    return isinstance(found, dict) and "exported" in found
+
+
+def write_sums(folder: Path) -> None:
+    """Write the SHA-256 of every file of a folder, as `sha256sum --check` reads them."""
+    sums = [f"{sha256_of(file)}  {name}\n" for name, file in files_in(folder)]
+    (folder / SUMS_FILE).write_text("".join(sums), encoding="utf-8")
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Read the SHA-256 of the files that an export wrote; none where there are none.
+
+    Raises:
+        ValueError: the file that holds them is broken.
+    """
+    file = folder / SUMS_FILE
+    if not file.exists():
+        return {}
+    lines = file.read_text(encoding="utf-8").splitlines()
+    broken = [line for line in lines if "  " not in line]
+    require(not broken, str(file), "lines of a SHA-256, two blanks and a file", broken[:1])
+    return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+
+
+def files_in(folder: Path) -> list[tuple[str, Path]]:
+    """List the files of a folder with their names in it, but the sums and what Python caches."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    names = [(path.relative_to(folder), path) for path in files]
+    return [
+        (name.as_posix(), path)
+        for name, path in names
+        if name != Path(SUMS_FILE) and "__pycache__" not in name.parts
+    ]
+
+
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def describe(config: Config) -> Settings:
@@ -124,6 +185,8 @@ def describe(config: Config) -> Settings:
     network = unet_arguments(config)
     return {
         "classes": list(config.data.classes),
+        "folders": folder_names(config.data.classes),
+        "notice": NOTICE,
         "channels": config.data.channels,
         "image_size": config.data.image_size,
         "null_label": network["num_classes"] if network["null_class"] else None,
@@ -146,7 +209,9 @@ def fill(folder: Path, form: Format, unet: UNet, settings: Settings) -> None:
 
 @torch.inference_mode()
 def compare(unet: UNet, model: Model, settings: Settings) -> tuple[float, float]:
-    """Compare predictions of an export with the network's own, from pure noise to the clean image.
+    """Compare predictions of an export with the network's own, for every log-SNR and label.
+
+    All images are pure noise, whatever the network is told of them.
 
     Returns:
         The largest absolute difference, and the largest absolute prediction.

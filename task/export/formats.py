@@ -62,6 +62,7 @@ class Format:
             **settings,
             "class_in_shell": shlex.quote(name),
             "class_in_python": json.dumps(name),
+            "null_label": null_label_in_words(settings["null_label"]),
         }
         # Not str.format, which would take the braces of Python for its own.
         return re.sub(
@@ -84,7 +85,9 @@ def write_safetensors(unet: UNet, settings: Settings, folder: Path) -> None:
 
 def write_torch_export(unet: UNet, settings: Settings, folder: Path) -> None:
     """Write the graph of the network with its weights, for any number of images of one size."""
-    torch.export.save(traced(unet, settings), folder / "model.pt2")
+    program = traced(unet, settings)
+    program.example_inputs = None  # it would be saved as a pickle
+    torch.export.save(program, folder / "model.pt2")
 
 
 def write_onnx(unet: UNet, settings: Settings, folder: Path) -> None:
@@ -152,6 +155,13 @@ def traced(unet: UNet, settings: Settings) -> torch.export.ExportedProgram:
     return program
 
 
+def null_label_in_words(null_label: int | None) -> str:
+    """Say whether a model knows "no class", and what follows from that."""
+    if null_label is None:
+        return 'None of them stands for "no class", so this model knows no guidance.'
+    return f'{null_label} (`null_label`) stands for "no class", which guidance needs.'
+
+
 USAGE = """\
 In this folder, with the libraries that `sample.py` names at its top:
 
@@ -168,12 +178,12 @@ The network is a function of
 
 - `x_t`: noisy images, float32 `[N, {channels}, {image_size}, {image_size}]`, about [-1, 1];
 - `log_snr`: of their noise, float32 `[N]`, log(alphas_cumprod / (1 - alphas_cumprod));
-- `labels`: int64 `[N]`, positions in `classes`; `null_label` ({null_label}) stands for "no class".
+- `labels`: int64 `[N]`, positions in `classes`. {null_label}
 
 It returns what `prediction_type` says ({prediction_type}), in the shape of `x_t`. Images are drawn
 from noise along the steps of a sampler: `config.json` holds `classes`, `alphas_cumprod` and the
 sampler's arguments, `steps.py` makes steps of them and walks them with NumPy or PyTorch, and
-`drawing.py` is the rest of `sample.py`. Guidance needs a null label; `None`: there is none.
+`drawing.py` is the rest of `sample.py`.
 """
 
 FORMATS = {
@@ -235,7 +245,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 # Runs pipeline.py and unet/*.py of this folder: read them first.
-pipe = DiffusionPipeline.from_pretrained(".", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained(".", trust_remote_code=True, low_cpu_mem_usage=False)
 generator = torch.Generator().manual_seed(0)
 images = pipe(classes=[{class_in_python}], num_images=2, generator=generator).images
 images[0].save("image.png")
