@@ -193,16 +193,21 @@ class TrainingRun(ABC):
         self.evaluation.measure_final(last, self.final_weights())
         log(f"samples: {self.directory.samples_file(last)}")
         log(f"weights: {self.directory.model_file}")
-        for line in summary_lines(read_history(self.directory.path)):
-            log(line)
         self.report()
 
     def report(self) -> None:
-        """Write all that the run left behind on one page."""
+        """Sum the run up in the log, and write all that it left behind on one page."""
         # Imported here because it takes libraries that no round needs.
         from task.report import write_report
 
-        log(f"report: {write_report(self.directory.path)}")
+        path = self.directory.path
+        try:
+            for line in summary_lines(read_history(path)):
+                log(line)
+            log(f"report: {write_report(path)}")
+        # Nothing of the run depends on it, and a run that fails at its end would be repeated.
+        except (ValueError, OSError, RuntimeError) as error:
+            log(f"no report: {error}; `feddm report {path}` writes it once that is mended")
 
 
 def initial_model(config: Config) -> UNet:

@@ -162,11 +162,14 @@ def write_report(run: Path, *others: Path, file: Path | None = None) -> Path:
         The file.
 
     Raises:
-        ValueError: there is no run in a folder, or no file is named for several.
+        ValueError: there is no run in a folder, a file of it is broken, no file is named for
+            several, or it is none that can be written.
         OSError: the file cannot be written.
     """
     if file is None and others:
         raise ValueError("--out must name the file of a comparison, got none; add --out FILE.html")
+    if file is not None:
+        _check_writable(file)
     histories = [read_history(folder) for folder in (run, *others)]
     page = compare(histories) if others else describe(histories[0])
     file = run / REPORT_FILE if file is None else file
@@ -175,10 +178,19 @@ def write_report(run: Path, *others: Path, file: Path | None = None) -> Path:
     return file
 
 
+def _check_writable(file: Path) -> None:
+    if file.is_dir():
+        raise ValueError(f"--out must be a file, got the folder {file}; add a name, such as x.html")
+    if not file.parent.is_dir():
+        raise ValueError(f"--out: there is no folder {file.parent}; make it first")
+
+
 def render(page: Page) -> str:
     """Fill the template; whatever comes from a run is escaped."""
-    template = Environment(autoescape=True).from_string(TEMPLATE)
-    return template.render(
+    environment = Environment(autoescape=True)
+    # A browser reads no NaN.
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    return environment.from_string(TEMPLATE).render(
         page=page,
         style=Markup(STYLE),
         script=Markup(SCRIPT),

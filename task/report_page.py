@@ -196,21 +196,6 @@ footer { margin-top: 2.5rem; color: #4a4a4a; font-size: .85rem; }
 
 SCRIPT = """
 (() => {
-  const read = (element) => JSON.parse(element.textContent);
-  const config = read(document.getElementById("chart-config"));
-  const drawn = [...document.querySelectorAll("script[data-chart]")].map((element) => {
-    const number = element.dataset.chart;
-    return vegaEmbed(`#chart-${number}`, read(element), {
-      config, renderer: "svg", actions: false, bind: `#controls-${number}`,
-    }).then((result) => {
-      // To a screen reader a chart is one picture, with a sentence of its own.
-      document.querySelector(`#chart-${number} svg`).setAttribute("aria-hidden", "true");
-      return result;
-    });
-  });
-  // For whoever waits for the whole page, such as a test.
-  window.chartsDrawn = Promise.all(drawn).then(() => drawn.length);
-
   const slider = document.getElementById("slider");
   if (slider) {
     const pictures = [...document.querySelectorAll(".slides img")];
@@ -222,6 +207,21 @@ SCRIPT = """
       output.textContent = chosen.dataset.title;
     });
   }
+
+  const read = (element) => JSON.parse(element.textContent);
+  const config = read(document.getElementById("chart-config"));
+  // A chart that fails takes no other with it.
+  const draw = async (element) => {
+    const number = element.dataset.chart;
+    await vegaEmbed(`#chart-${number}`, read(element), {
+      config, renderer: "svg", actions: false, bind: `#controls-${number}`,
+    });
+    // To a screen reader a chart is one picture, with a sentence of its own.
+    document.querySelector(`#chart-${number} svg`).setAttribute("aria-hidden", "true");
+  };
+  const drawn = [...document.querySelectorAll("script[data-chart]")].map(draw);
+  // For whoever waits for the whole page, such as a test.
+  window.chartsDrawn = Promise.all(drawn).then(() => drawn.length);
 
   let opened = [];
   addEventListener("beforeprint", () => {
