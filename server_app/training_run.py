@@ -11,6 +11,7 @@ from server_app.log import log
 from server_app.phases import Phases
 from task.config import Config, settle_precisions
 from task.data import Dataset
+from task.fingerprint import code_fingerprint, installed_versions
 from task.history import read_history
 from task.randomness import Stream, torch_generator
 from task.run_directory import MACHINE_FILE, REPORT_FILE, RunDirectory
@@ -125,7 +126,7 @@ class TrainingRun(ABC):
         # Before anything is written: what it looks through may be missing.
         self.evaluation = self.open_evaluation()
         self.directory.write_config(self.config)
-        self.directory.write_json(MACHINE_FILE, {"device": device_name(self.device)})
+        self.directory.write_json(MACHINE_FILE, self.describe_machine())
         train = self.config.train
         compiled = is_compiled(train.compile, self.device, deterministic=train.deterministic)
         if self.device.type == "cuda" and train.compile is None and not compiled:
@@ -141,6 +142,19 @@ class TrainingRun(ABC):
             self.weights, state = stored
             self.restore(state)
             log(f"going on after round {self.directory.last_round}")
+
+    def describe_machine(self) -> dict[str, object]:
+        """Say what runs where, for those who read the run later."""
+        if self.config.train.mode == "centralized":
+            setting = "centralised"
+        else:
+            setting = "real nodes" if self.dataset is None else "simulation"
+        return {
+            "device": device_name(self.device),
+            "setting": setting,
+            "versions": installed_versions("feddm", "flwr", "torch"),
+            "code": code_fingerprint(),
+        }
 
     def open_evaluation(self) -> GlobalEvaluation:
         """Make ready what the run will measure its images by."""

@@ -18,11 +18,10 @@ COLOURS = ("#0072b2", "#b84300", "#007a5a", "#9a3f78", "#5b5b5b", "#7a6100")
 GREY, FAINT, INK = "#8c8c8c", "#d9dde2", "#1a1a1a"
 STATES = {"trained": COLOURS[0], "left out": COLOURS[1], "not there": "#f0c9b4", "not asked": FAINT}
 
-# Of a round, as the server's clock divides it, in the order in which they are stacked; a run with
-# clients waits where one without them trains.
+# Of a round, as the server's clock divides it, in the order in which they are stacked.
 PHASES = {
-    "waiting": COLOURS[0],
-    "epochs": COLOURS[0],
+    "training": COLOURS[0],
+    "waiting": COLOURS[1],
     "sending": COLOURS[2],
     "aggregating": COLOURS[3],
     "checkpoint": COLOURS[5],
@@ -115,13 +114,14 @@ def update_chart(history: RunHistory) -> Drawing | None:
 
 def time_chart(history: RunHistory) -> Drawing | None:
     """Draw the seconds of every round, phase by phase."""
-    phases = [name for name in PHASES if f"seconds_{name}" in history.values]
+    found = _phases(history)
+    phases = [name for name in PHASES if found.get(name)]
     if not phases:
         return None
     rows = [
         {"round": number, "phase": name, "seconds": seconds, "order": phases.index(name)}
         for name in phases
-        for number, seconds in history.values[f"seconds_{name}"].items()
+        for number, seconds in found[name].items()
     ]
     chosen = alt.selection_point(fields=["phase"], bind="legend")
     chart = (
@@ -139,11 +139,22 @@ def time_chart(history: RunHistory) -> Drawing | None:
         )
         .add_params(chosen)
     )
-    total = sum(sum(history.values[f"seconds_{name}"].values()) for name in phases)
-    says = f"A bar per round, stacked of {', '.join(phases)}; {total:,.0f} s in all."
+    spent = ", ".join(f"{name} {sum(found[name].values()):,.0f} s" for name in phases)
+    says = f"A bar per round, stacked of {spent}."
     if "waiting" in phases:
-        says += " While the server waits, clients train."
+        says += " While the server waits, nobody trains: nodes start, fetch and send."
     return Drawing("Time of each round", says, _spec(chart))
+
+
+def _phases(history: RunHistory) -> dict[str, Series]:
+    """Return the seconds of each phase; of waiting only those in which no client trained."""
+    found = {name: history.values.get(f"seconds_{name}", {}) for name in PHASES}
+    if "seconds_epochs" in history.values:
+        return found | {"training": history.values["seconds_epochs"]}
+    waited, trained = found["waiting"], found["training"]
+    trained = {number: min(trained.get(number, 0.0), spent) for number, spent in waited.items()}
+    idle = {number: spent - trained[number] for number, spent in waited.items()}
+    return found | {"training": trained, "waiting": idle}
 
 
 def overhead_chart(history: RunHistory) -> Drawing | None:
@@ -160,15 +171,12 @@ def overhead_chart(history: RunHistory) -> Drawing | None:
     )
 
 
-def metric_charts(
-    runs: Mapping[str, RunHistory], titles: Mapping[str, str], *, floors: bool = True
-) -> list[Drawing]:
+def metric_charts(runs: Mapping[str, RunHistory], titles: Mapping[str, str]) -> list[Drawing]:
     """Draw each metric that was recorded in several rounds, with its floor of real images.
 
     Args:
         runs: by label; several are compared.
         titles: of the metrics, by name.
-        floors: whether to draw the floors.
     """
     drawings = []
     for name, title in titles.items():
@@ -176,16 +184,13 @@ def metric_charts(
         if not any(len(series) > 1 for series in lines.values()):
             continue
         says = "; ".join(f"{label} {_span(series)}" for label, series in lines.items())
+        floor = REAL_BESIDE.get(name, f"floor_{name}")
+        floors = {label: run.values[floor] for label, run in runs.items() if floor in run.values}
         if floors:
-            floor = REAL_BESIDE.get(name, f"floor_{name}")
-            lines |= {
-                "real images" if len(runs) == 1 else f"{label}, real images": run.values[floor]
-                for label, run in runs.items()
-                if floor in run.values
-            }
-        drawings.append(
-            Drawing(title, f"Lines by round: {says}.", _spec(_named_lines(lines, title)), True)
-        )
+            ends = "; ".join(f"{label} {_span(series)}" for label, series in floors.items())
+            says += f". Dashed, of real images: {ends}"
+        chart = _named_lines(lines, title, floors=floors)
+        drawings.append(Drawing(title, f"Lines by round: {says}.", _spec(chart), True))
     return drawings
 
 
@@ -323,11 +328,17 @@ def _named_lines(
     *,
     percent: bool = False,
     domain: list[float] | None = None,
+    floors: Mapping[str, Series] | None = None,
 ) -> Any:
-    """Draw a line per name, with a point where a value was recorded; a legend where several."""
+    """Draw a line per name, with a point where a value was recorded; a legend where several.
+
+    Floors are dashed lines in the colour of the line of the same name.
+    """
+    kinds = {"generated images": lines, "real images": floors or {}}
     rows = [
-        {"line": label, "round": number, "value": value}
-        for label, series in lines.items()
+        {"line": label, "of": kind, "round": number, "value": value}
+        for kind, named in kinds.items()
+        for label, series in named.items()
         for number, value in series.items()
     ]
     chosen = alt.selection_point(fields=["line"], bind="legend")
@@ -344,14 +355,16 @@ def _named_lines(
         opacity=alt.when(chosen).then(alt.value(1)).otherwise(alt.value(0.15)),
         tooltip=[
             "line:N",
+            *["of:N"] * bool(floors),
             "round:Q",
             alt.Tooltip("value:Q", title=title, format=".1%" if percent else ".4g"),
         ],
     )
-    dashes = [[1, 0] if "real images" not in label else [5, 4] for label in lines]
     stroked = base.mark_line(strokeWidth=2.5).encode(
         strokeDash=alt.StrokeDash(
-            "line:N", scale=alt.Scale(domain=list(lines), range=dashes), legend=legend
+            "of:N",
+            scale=alt.Scale(domain=list(kinds), range=[[1, 0], [5, 4]]),
+            legend=alt.Legend(symbolType="stroke", symbolStrokeWidth=2) if floors else None,
         )
     )
     points = base.mark_point(filled=True, size=40).add_params(chosen)

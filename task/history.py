@@ -91,6 +91,8 @@ class RunHistory:
         running: whether a process holds the folder.
         setting: "simulation", "real nodes" or "centralised".
         device: that trained, or, with real nodes, drew; None where it was not written down.
+        versions: of what ran, by name; empty where they were not written down.
+        code: its fingerprint; None where it was not written down.
         values: of the whole run, by name; finite ones only.
         client_values: by client, by name; finite ones only.
         texts: what was written of the whole run in words, by name, by round.
@@ -110,6 +112,8 @@ class RunHistory:
     running: bool
     setting: str
     device: str | None
+    versions: Mapping[str, str]
+    code: str | None
     values: Mapping[str, Series]
     client_values: Mapping[int, Mapping[str, Series]]
     texts: Mapping[str, Mapping[int, str]]
@@ -150,6 +154,23 @@ class RunHistory:
         """The time of all rounds, with their evaluations."""
         spent = [self.values.get(name, {}) for name in ("round_seconds", "seconds_evaluating")]
         return sum(sum(series.values()) for series in spent)
+
+    @property
+    def scoring(self) -> str | None:
+        """What hospitals scored last, and by what; None where they scored nothing.
+
+        It begins with the number of images. A run says it of its last round alone; on the way
+        `eval.num_images` are scored.
+        """
+        scored = self.values.get("quality_num_hospitals")
+        if not scored:
+            return None
+        wanted = self.config.eval
+        return self.texts.get("quality_scored", {}).get(
+            max(scored),
+            f"{wanted.num_images} images, extractor {wanted.extractor}, image range "
+            f"{wanted.image_range}, seed {wanted.seed}",
+        )
 
     def final(self, name: str) -> float | None:
         """Return the last value of the whole run under a name; None where there is none."""
@@ -230,8 +251,10 @@ def read_history(run: Path) -> RunHistory:
         rounds_done=rounds_done,
         finished=final == config.federation.rounds,
         running=holder(run) is not None,
-        setting=_setting(run, config),
+        setting=machine.get("setting") or _setting(run, config),
         device=machine.get("device"),
+        versions=machine.get("versions", {}),
+        code=machine.get("code"),
         values=recorded.values,
         client_values=recorded.clients,
         texts=recorded.texts,
@@ -245,6 +268,7 @@ def read_history(run: Path) -> RunHistory:
 
 
 def _setting(run: Path, config: Config) -> str:
+    # Of a run that did not write it down.
     if config.train.mode == "centralized":
         return "centralised"
     return "real nodes" if (run / NODES_FILE).exists() else "simulation"

@@ -39,7 +39,12 @@ from task.metric_table import (
 from task.repeat import submitting_command, training_command
 from task.report_page import SCRIPT, STYLE, TEMPLATE
 from task.run_directory import REPORT_FILE, different_values
-from task.run_summary import describe_run, found_metrics, key_figures
+from task.run_summary import (
+    describe_run,
+    evaluated_metrics,
+    found_metrics,
+    key_figures,
+)
 from task.warning_signs import FEW_IMAGES, LEAST_COMPARED, warning_signs
 
 # A page of hundreds of pictures is too large to open.
@@ -51,8 +56,14 @@ NO_WARNINGS = (
     f"measured; fewer than {FEW_IMAGES:,} measured images."
 )
 CONTENT = (
-    "This page holds only what the folder of the run holds. Its configuration names folders of "
-    "the machine that it ran on, and the names of the classes: look at it before you hand it on."
+    "This page holds what the folder of the run holds, which may be much: generated images; of "
+    "each hospital, by number, its losses, its scores and its images of each class; reasons of "
+    "failures; names of classes, and of folders of the machine that it ran on. Look at it before "
+    "you hand it on."
+)
+SUBMITTED = (
+    "This trains the run once more, into a folder of its own. It is run in a checkout of the code "
+    "that is named above; CONNECTION is the name of the SuperLink in Flower's configuration."
 )
 
 
@@ -257,15 +268,15 @@ def _warnings(signs: Sequence[str]) -> Section:
 
 
 def _summary(history: RunHistory) -> list[Block]:
-    metrics = _measured(history, "fid_train", "fid_test")
+    metrics = _measured(history)
     sentences = [Text(sentence) for sentence in describe_run(history)]
     return [*sentences, Figures([*key_figures(history), *metrics])]
 
 
-def _measured(history: RunHistory, *names: str) -> list[tuple[str, str]]:
+def _measured(history: RunHistory) -> list[tuple[str, str]]:
     return [
-        (with_arrows(title), f"{generated} (real {real})" if real else generated)
-        for title, generated, real in found_metrics(history, *names)
+        (f"{with_arrows(title)}, {of}", f"{generated} (real {real})" if real else generated)
+        for title, of, generated, real in evaluated_metrics(history, "fid_train", "fid_test")
     ]
 
 
@@ -329,7 +340,8 @@ def _silent(history: RunHistory) -> list[Block]:
     silent = [str(who) for who, counts in history.class_counts.items() if counts is None]
     if not silent:
         return []
-    return [Text(f"Clients that do not say how many images they have: {', '.join(silent)}.")]
+    who = ", ".join(silent)
+    return [Text(f"Clients that do not say how many images of each class they have: {who}.")]
 
 
 def _samples(history: RunHistory) -> list[Block]:
@@ -365,9 +377,11 @@ def _embedded(file: Path) -> str:
 def _metrics(history: RunHistory) -> list[Block]:
     blocks = [block for each in history.evaluations for block in _evaluation(each, history)]
     blocks += _hospitals(history)
-    agreement = found_metrics(history)
-    if not blocks and agreement:
-        blocks = [Table("Measured in the run", HEADS, _arrowed(agreement))]
+    found = found_metrics(history)
+    if not blocks and found:
+        rows = [(with_arrows(title), *figures) for title, _, *figures in found]
+        notes = [f"{with_arrows(each.title)}: {each.of}" for each in found]
+        blocks = [Table("Measured in the run", HEADS, rows), Listing(notes)]
     return blocks
 
 
@@ -402,7 +416,7 @@ def _hospitals(history: RunHistory) -> list[Block]:
         rows.append([who, _cell(count, ".0f"), *(_beside(ours, theirs) for ours, theirs in pairs)])
     heads = ["hospital", "held-out images", *(ALL_TITLES[name] for name in columns)]
     title = f"Scored by {number:.0f} hospitals after round {last}, real images in brackets"
-    return [Table(title, heads, rows)]
+    return [Table(title, heads, rows), Text(f"Scored: {history.scoring}.")]
 
 
 def _beside(generated: float | None, real: float | None) -> str:
@@ -414,14 +428,23 @@ def _beside(generated: float | None, real: float | None) -> str:
 def _configuration(history: RunHistory) -> list[Block]:
     text = (history.path / "config.yaml").read_text(encoding="utf-8")
     if history.setting == "real nodes" and history.run_config is not None:
-        command = submitting_command(history.run_config)
+        says, command = SUBMITTED, submitting_command(history.run_config)
     else:
+        says = "This trains the run once more, into a folder of its own:"
         command = training_command(history.config)
     return [
-        Text("This trains the run once more, into a folder of its own:"),
+        Text(_code(history)),
+        Text(says),
         Code("", command),
         Code("The whole configuration (config.yaml)", text, folded=True),
     ]
+
+
+def _code(history: RunHistory) -> str:
+    if history.code is None:
+        return "The run does not say which versions and which code it was trained with."
+    versions = ", ".join(f"{name} {number}" for name, number in history.versions.items())
+    return f"Trained with {versions}; the code has the fingerprint {history.code}."
 
 
 def _side_by_side(runs: Mapping[str, RunHistory]) -> Table:

@@ -8,7 +8,8 @@
     nodes.json                      client numbers by node id (deployment)
     class_counts.json               classes, and images of each at each client that says so, null
                                     where one does not (deployment)
-    machine.json                    the device that it ran on; with real nodes the server's own
+    machine.json                    the device, with real nodes the server's own; the setting,
+                                    versions and code
     submission.json                 what `flwr run` was given, to be given again
     supervision.json                what feddm-supervise did
     samples/round_0005.png          a grid, a row per class

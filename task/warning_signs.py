@@ -1,6 +1,7 @@
 """What a reader of a run should know first: signs that its figures may mislead."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from statistics import median
 
@@ -158,11 +159,9 @@ def is_copying(share: float, num_images: int) -> bool:
 
 
 def num_scored(history: RunHistory) -> int:
-    """Return the number of final images that hospitals score."""
-    wanted, num_classes = history.config.eval, len(history.config.data.classes)
-    if wanted.final_metrics and wanted.num_per_class is not None:
-        return wanted.num_per_class * num_classes
-    return wanted.num_images
+    """Return the number of images that hospitals scored last."""
+    said = re.match(r"\d+", history.scoring or "")
+    return int(said[0]) if said else history.config.eval.num_images
 
 
 def _few_images(history: RunHistory) -> Iterator[str]:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from task.charts import Drawing
+from task.charts import Drawing, time_chart
 from task.cli.main import app
 from task.history import read_history
 from task.report import (
@@ -23,7 +23,7 @@ from task.report import (
     render,
     write_report,
 )
-from tests.helpers import losses, written_run
+from tests.helpers import losses, metric_report, written_run
 
 EVIL = "<script>alert(1)</script>"
 REASON = "</script><img src=x onerror=alert(2)>"
@@ -147,6 +147,27 @@ def test_comparison_names_what_differs(run: Path, tmp_path: Path) -> None:
     assert "other: The run is not finished: 1 of 2 rounds" in text
     lines = {row["line"] for row in data_of_charts(text) if "line" in row}
     assert lines == {"a<b>", "other"}
+
+
+def test_comparison_sets_only_like_figures_beside_each_other(tmp_path: Path) -> None:
+    runs = [written_run(tmp_path / name, losses(1, {0: 0.5}), rounds_done=2) for name in "abc"]
+    for run, number in zip(runs, (2000, 2000, 179), strict=True):
+        described = {**metric_report().describe(), "round": 2, "n_generated": number}
+        (run / "evaluation-classifier-correct.json").write_text(json.dumps(described))
+    text = render(compare([read_history(run) for run in runs]))
+    for number, cells in (("2,000", ["2.5", "2.5", "-"]), ("179", ["-", "-", "2.5"])):
+        name = f"FID (train) ↓, classifier, correct, n={number}"
+        row = text.partition(f">{name}</th>")[2].partition("</tr>")[0]
+        assert [re.split(r"[> ]", cell)[1] for cell in re.findall("<td>[^<]+", row)] == cells
+
+
+def test_time_that_nobody_trained_is_told_from_training(tmp_path: Path) -> None:
+    spent = {"seconds_waiting": 124.0, "seconds_training": 8.0, "round_seconds": 126.0}
+    run = written_run(tmp_path / "run", [(1, "global", spent)], rounds_done=2)
+    drawing = time_chart(read_history(run))
+    assert drawing is not None
+    rows = {row["phase"]: row["seconds"] for row in rows_in(drawing.spec) if "phase" in row}
+    assert rows == {"training": 8.0, "waiting": 116.0}
 
 
 def test_runs_are_told_apart_by_their_paths(tmp_path: Path) -> None:
