@@ -1,4 +1,4 @@
-"""The charts of a report: Vega-Lite specifications without colours of chance or words of code.
+"""The charts of a report, as specifications of Vega-Lite in colours that all readers can tell.
 
 Every chart is drawn in a browser from the values that it holds. A chart is a specification with
 the sentence that says what is seen, for those who do not see it.
@@ -30,6 +30,10 @@ PHASES = {
 
 HEIGHT = 260
 ROW = 22
+# Of a map in a row: more rounds cannot be told apart, and make a page large.
+MOST_CELLS = 60
+# So that a point at the edge of a chart is whole, in pixels.
+EDGE = 6
 # So that the names and the legend of 50 clients fit on a screen.
 CROWDED = 25
 CROWDED_ROW = 12
@@ -200,7 +204,7 @@ def participation_chart(history: RunHistory) -> Drawing | None:
     if not states:
         return None
     reasons = {(e.round, e.client): e for e in history.left_out if e.activity == "train"}
-    rows = _stretches(states, reasons)
+    rows = _stretches(states, reasons, join=history.rounds_done > MOST_CELLS)
     seen = [state for state in STATES if state in states.values()]
     chart = (
         _chart(rows)
@@ -317,7 +321,11 @@ def _round_axis(rows: Sequence[Mapping[str, Any]], *, kind: str = "Q") -> alt.X:
     return alt.X(
         "round:Q",
         title="round",
-        scale=alt.Scale(domain=[min(numbers), max(numbers) + (min(numbers) == max(numbers))]),
+        scale=alt.Scale(
+            domain=[min(numbers), max(numbers) + (min(numbers) == max(numbers))],
+            nice=False,
+            padding=EDGE,
+        ),
         axis=alt.Axis(tickMinStep=1, format="d"),
     )
 
@@ -348,7 +356,9 @@ def _named_lines(
         y=alt.Y(
             "value:Q",
             title=title,
-            scale=alt.Scale(zero=False) if domain is None else alt.Scale(domain=domain),
+            scale=alt.Scale(zero=False, padding=EDGE)
+            if domain is None
+            else alt.Scale(domain=domain, padding=EDGE),
             axis=alt.Axis(format=".0%") if percent else alt.Axis(),
         ),
         color=alt.Color("line:N", scale=_scale(list(lines)), legend=legend),
@@ -396,7 +406,7 @@ def _client_layers(clients: Mapping[int, Series], title: str, domain: list[float
     )
     base = _chart(rows).encode(
         x=_round_axis(rows),
-        y=alt.Y("value:Q", title=title, scale=alt.Scale(domain=domain)),
+        y=alt.Y("value:Q", title=title, scale=alt.Scale(domain=domain, padding=EDGE)),
         detail="client:N",
     )
     lines = (
@@ -424,16 +434,20 @@ def _domain(*lines: Series) -> list[float]:
 
 
 def _stretches(
-    states: Mapping[tuple[int, int], str], reasons: Mapping[tuple[int, int], LeftOut]
+    states: Mapping[tuple[int, int], str],
+    reasons: Mapping[tuple[int, int], LeftOut],
+    *,
+    join: bool,
 ) -> list[dict[str, Any]]:
-    """Join rounds in which a client's state was the same, so that hundreds of them stay few."""
+    """List the cells of a map; rounds in which a client's state was the same may be joined."""
     rows: list[dict[str, Any]] = []
     for number, client in sorted(states, key=lambda key: (key[1], key[0])):
         state = states[number, client]
         left_out = reasons.get((number, client))
         reason = left_out.reason if left_out else "-"
         last = rows[-1] if rows else {}
-        if (last.get("client"), last.get("state"), last.get("reason")) == (client, state, reason):
+        alike = [last.get(key) for key in ("client", "state", "reason")] == [client, state, reason]
+        if join and alike:
             last["end"] = number + 0.5
             last["rounds"] = f"{last['begin'] + 0.5:.0f} to {number}"
             continue

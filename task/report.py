@@ -1,8 +1,9 @@
 """A report of one run, or of several side by side: one page that needs nothing from elsewhere."""
 
 import base64
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from task.charts import (
 )
 from task.config import flat_values
 from task.files import atomic_path
-from task.history import Evaluation, RunHistory, read_history
+from task.history import POOLED, Evaluation, RunHistory, read_history
 from task.metric_table import (
     HEADS,
     HOSPITAL_TITLES,
@@ -157,8 +158,7 @@ class Page:
     """What a template is filled with; sections without blocks are left out."""
 
     title: str
-    sections: Sequence[Section] = field(default_factory=list)
-    footer: str = CONTENT
+    sections: Sequence[Section]
 
 
 def write_report(run: Path, *others: Path, file: Path | None = None) -> Path:
@@ -203,11 +203,19 @@ def render(page: Page) -> str:
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
     return environment.from_string(TEMPLATE).render(
         page=page,
+        footer=CONTENT,
         style=Markup(STYLE),
         script=Markup(SCRIPT),
         library=Markup(chart_library()),
+        hashes=Markup(" ".join(map(_hash, (chart_library(), SCRIPT)))),
         config=CONFIG,
     )
+
+
+def _hash(script: str) -> str:
+    """Name a script for a browser, which runs no other."""
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
 
 
 @cache
@@ -225,7 +233,7 @@ def describe(history: RunHistory) -> Page:
         Section("summary", "Summary", _summary(history)),
         Section("course", "How it went", _course(history)),
         Section("participation", "Who took part", _participation(history)),
-        Section("data", "Training images", _charts(class_chart(history)) + _silent(history)),
+        Section("data", "Training images", _data(history)),
         Section("samples", "Samples", _samples(history)),
         Section("metrics", "Metrics", _metrics(history)),
         Section("configuration", "Configuration", _configuration(history)),
@@ -328,12 +336,46 @@ def _participation(history: RunHistory) -> list[Block]:
     for each in history.left_out:
         rounds.setdefault((each.client, each.activity, each.reason), []).append(each.round)
     rows = [
-        [str(client), activity, " ".join(map(str, numbers)), reason]
+        [str(client), activity, stretches(numbers), reason]
         for (client, activity, reason), numbers in sorted(rounds.items())
     ]
     heads = ["client", "activity", "rounds", "reason"]
     left_out = [Table("Replies that were left out", heads, rows)] if rows else []
-    return [*_charts(participation_chart(history)), *left_out]
+    return [*_charts(participation_chart(history)), *_states_table(history), *left_out]
+
+
+def _states_table(history: RunHistory) -> list[Block]:
+    rounds: dict[tuple[int, str], list[int]] = {}
+    for (number, client), state in sorted(history.participation().items()):
+        rounds.setdefault((client, state), []).append(number)
+    rows = [
+        [str(client), state, stretches(numbers)]
+        for (client, state), numbers in sorted(rounds.items())
+    ]
+    title = "Rounds of each client in figures"
+    return [Table(title, ["client", "state", "rounds"], rows, folded=True)] if rows else []
+
+
+def stretches(numbers: Sequence[int]) -> str:
+    """Write ascending numbers as "1-3 5"."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        if groups and groups[-1][-1] == number - 1:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return " ".join(f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
+
+
+def _data(history: RunHistory) -> list[Block]:
+    rows = [
+        ["all" if who == POOLED else str(who), *(f"{number:,}" for number in counts)]
+        for who, counts in history.class_counts.items()
+        if counts is not None
+    ]
+    heads = ["client", *history.config.data.classes]
+    table = [Table("Training images of each class in figures", heads, rows, folded=True)]
+    return [*_charts(class_chart(history)), *(table if rows else []), *_silent(history)]
 
 
 def _silent(history: RunHistory) -> list[Block]:

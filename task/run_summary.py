@@ -95,7 +95,9 @@ def evaluated_metrics(history: RunHistory, *names: str) -> list[Found]:
 
 def _looked_at(history: RunHistory, name: str) -> str:
     if name in HOSPITAL_TITLES:
-        return f"hospitals, {history.scoring}"
+        # As short as what other figures are of.
+        words = (history.scoring or "").replace("extractor ", "").replace("image range ", "")
+        return f"hospitals, {words}"
     if name in AGREEMENT:
         number = history.final("num_generated_images") or 0
         return f"a classifier trained on the real images, n={number:,.0f}"

@@ -21,6 +21,7 @@ from task.report import (
     evenly,
     labels,
     render,
+    stretches,
     write_report,
 )
 from tests.helpers import losses, metric_report, written_run
@@ -86,6 +87,7 @@ def test_report_shows_the_figures_of_the_metrics(run: Path, page: str) -> None:
     assert shared == history.values["train_loss"]
     cells = {(row["client"], row["class"]): row["images"] for row in rows if "images" in row}
     assert cells[("1", "b")] == 6
+    assert "<td>left out</td><td>2</td>" in page and "<td>5</td><td>6</td>" in page
     assert "0.256 (round 2)" in page and "Client 1 was left out once" in page
 
 
@@ -134,7 +136,8 @@ def test_report_asks_for_nothing_from_elsewhere(page: str) -> None:
     ]
     assert len(links) > 2
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in links)
-    assert "default-src 'none'" in page
+    assert "default-src 'none'" in page and "'unsafe-eval'" not in page
+    assert "script-src 'sha256-" in page
 
 
 def test_comparison_names_what_differs(run: Path, tmp_path: Path) -> None:
@@ -175,6 +178,10 @@ def test_runs_are_told_apart_by_their_paths(tmp_path: Path) -> None:
     assert labels([Path("/x/a"), Path("/y/a")]) == ["x/a", "y/a"]
     with pytest.raises(ValueError, match="different folders"):
         labels([Path("/x/a"), Path("/x/a")])
+
+
+def test_rounds_are_written_as_stretches() -> None:
+    assert stretches([1, 2, 3, 5, 8, 9]) == "1-3 5 8-9"
 
 
 def test_few_of_many_pictures_are_chosen_evenly() -> None:
