@@ -158,7 +158,7 @@ class GlobalEvaluation(ABC):
             self._directory.samples_file(server_round),
             classes=config.data.classes,
             images_per_class=columns,
-            title=f"{config.experiment}, round {server_round}",
+            title=f"{config.run_name}, round {server_round}",
         )
         pixels = torch.from_numpy(mosaic(images, columns)).permute(2, 0, 1)
         self._directory.record_picture(server_round, "samples", pixels)

@@ -11,6 +11,7 @@ from server_app.log import log
 from server_app.phases import Phases
 from task.config import Config, settle_precisions
 from task.data import Dataset
+from task.fingerprint import code_fingerprint, installed_versions
 from task.history import read_history
 from task.randomness import Stream, torch_generator
 from task.run_directory import MACHINE_FILE, REPORT_FILE, RunDirectory
@@ -125,7 +126,7 @@ class TrainingRun(ABC):
         # Before anything is written: what it looks through may be missing.
         self.evaluation = self.open_evaluation()
         self.directory.write_config(self.config)
-        self.directory.write_json(MACHINE_FILE, {"device": device_name(self.device)})
+        self.directory.write_json(MACHINE_FILE, self.describe_machine())
         train = self.config.train
         compiled = is_compiled(train.compile, self.device, deterministic=train.deterministic)
         if self.device.type == "cuda" and train.compile is None and not compiled:
@@ -141,6 +142,19 @@ class TrainingRun(ABC):
             self.weights, state = stored
             self.restore(state)
             log(f"going on after round {self.directory.last_round}")
+
+    def describe_machine(self) -> dict[str, object]:
+        """Say what runs where, for those who read the run later."""
+        if self.config.train.mode == "centralized":
+            setting = "centralised"
+        else:
+            setting = "real nodes" if self.dataset is None else "simulation"
+        return {
+            "device": device_name(self.device),
+            "setting": setting,
+            "versions": installed_versions("feddm", "flwr", "torch"),
+            "code": code_fingerprint(),
+        }
 
     def open_evaluation(self) -> GlobalEvaluation:
         """Make ready what the run will measure its images by."""
@@ -193,16 +207,21 @@ class TrainingRun(ABC):
         self.evaluation.measure_final(last, self.final_weights())
         log(f"samples: {self.directory.samples_file(last)}")
         log(f"weights: {self.directory.model_file}")
-        for line in summary_lines(read_history(self.directory.path)):
-            log(line)
         self.report()
 
     def report(self) -> None:
-        """Write all that the run left behind on one page."""
+        """Sum the run up in the log, and write all that it left behind on one page."""
         # Imported here because it takes libraries that no round needs.
         from task.report import write_report
 
-        log(f"report: {write_report(self.directory.path)}")
+        path = self.directory.path
+        try:
+            for line in summary_lines(read_history(path)):
+                log(line)
+            log(f"report: {write_report(path)}")
+        # Nothing of the run depends on it, and a run that fails at its end would be repeated.
+        except (ValueError, OSError, RuntimeError) as error:
+            log(f"no report: {error}; `feddm report {path}` writes it once that is mended")
 
 
 def initial_model(config: Config) -> UNet:

@@ -1,4 +1,4 @@
-"""The charts of a report: Vega-Lite specifications without colours of chance or words of code.
+"""The charts of a report, as specifications of Vega-Lite in colours that all readers can tell.
 
 Every chart is drawn in a browser from the values that it holds. A chart is a specification with
 the sentence that says what is seen, for those who do not see it.
@@ -18,11 +18,10 @@ COLOURS = ("#0072b2", "#b84300", "#007a5a", "#9a3f78", "#5b5b5b", "#7a6100")
 GREY, FAINT, INK = "#8c8c8c", "#d9dde2", "#1a1a1a"
 STATES = {"trained": COLOURS[0], "left out": COLOURS[1], "not there": "#f0c9b4", "not asked": FAINT}
 
-# Of a round, as the server's clock divides it, in the order in which they are stacked; a run with
-# clients waits where one without them trains.
+# Of a round, as the server's clock divides it, in the order in which they are stacked.
 PHASES = {
-    "waiting": COLOURS[0],
-    "epochs": COLOURS[0],
+    "training": COLOURS[0],
+    "waiting": COLOURS[1],
     "sending": COLOURS[2],
     "aggregating": COLOURS[3],
     "checkpoint": COLOURS[5],
@@ -31,6 +30,10 @@ PHASES = {
 
 HEIGHT = 260
 ROW = 22
+# Of a map in a row: more rounds cannot be told apart, and make a page large.
+MOST_CELLS = 60
+# So that a point at the edge of a chart is whole, in pixels.
+EDGE = 6
 # So that the names and the legend of 50 clients fit on a screen.
 CROWDED = 25
 CROWDED_ROW = 12
@@ -115,13 +118,14 @@ def update_chart(history: RunHistory) -> Drawing | None:
 
 def time_chart(history: RunHistory) -> Drawing | None:
     """Draw the seconds of every round, phase by phase."""
-    phases = [name for name in PHASES if f"seconds_{name}" in history.values]
+    found = _phases(history)
+    phases = [name for name in PHASES if found.get(name)]
     if not phases:
         return None
     rows = [
         {"round": number, "phase": name, "seconds": seconds, "order": phases.index(name)}
         for name in phases
-        for number, seconds in history.values[f"seconds_{name}"].items()
+        for number, seconds in found[name].items()
     ]
     chosen = alt.selection_point(fields=["phase"], bind="legend")
     chart = (
@@ -139,11 +143,22 @@ def time_chart(history: RunHistory) -> Drawing | None:
         )
         .add_params(chosen)
     )
-    total = sum(sum(history.values[f"seconds_{name}"].values()) for name in phases)
-    says = f"A bar per round, stacked of {', '.join(phases)}; {total:,.0f} s in all."
+    spent = ", ".join(f"{name} {sum(found[name].values()):,.0f} s" for name in phases)
+    says = f"A bar per round, stacked of {spent}."
     if "waiting" in phases:
-        says += " While the server waits, clients train."
+        says += " While the server waits, nobody trains: nodes start, fetch and send."
     return Drawing("Time of each round", says, _spec(chart))
+
+
+def _phases(history: RunHistory) -> dict[str, Series]:
+    """Return the seconds of each phase; of waiting only those in which no client trained."""
+    found = {name: history.values.get(f"seconds_{name}", {}) for name in PHASES}
+    if "seconds_epochs" in history.values:
+        return found | {"training": history.values["seconds_epochs"]}
+    waited, trained = found["waiting"], found["training"]
+    trained = {number: min(trained.get(number, 0.0), spent) for number, spent in waited.items()}
+    idle = {number: spent - trained[number] for number, spent in waited.items()}
+    return found | {"training": trained, "waiting": idle}
 
 
 def overhead_chart(history: RunHistory) -> Drawing | None:
@@ -160,15 +175,12 @@ def overhead_chart(history: RunHistory) -> Drawing | None:
     )
 
 
-def metric_charts(
-    runs: Mapping[str, RunHistory], titles: Mapping[str, str], *, floors: bool = True
-) -> list[Drawing]:
+def metric_charts(runs: Mapping[str, RunHistory], titles: Mapping[str, str]) -> list[Drawing]:
     """Draw each metric that was recorded in several rounds, with its floor of real images.
 
     Args:
         runs: by label; several are compared.
         titles: of the metrics, by name.
-        floors: whether to draw the floors.
     """
     drawings = []
     for name, title in titles.items():
@@ -176,16 +188,13 @@ def metric_charts(
         if not any(len(series) > 1 for series in lines.values()):
             continue
         says = "; ".join(f"{label} {_span(series)}" for label, series in lines.items())
+        floor = REAL_BESIDE.get(name, f"floor_{name}")
+        floors = {label: run.values[floor] for label, run in runs.items() if floor in run.values}
         if floors:
-            floor = REAL_BESIDE.get(name, f"floor_{name}")
-            lines |= {
-                "real images" if len(runs) == 1 else f"{label}, real images": run.values[floor]
-                for label, run in runs.items()
-                if floor in run.values
-            }
-        drawings.append(
-            Drawing(title, f"Lines by round: {says}.", _spec(_named_lines(lines, title)), True)
-        )
+            ends = "; ".join(f"{label} {_span(series)}" for label, series in floors.items())
+            says += f". Dashed, of real images: {ends}"
+        chart = _named_lines(lines, title, floors=floors)
+        drawings.append(Drawing(title, f"Lines by round: {says}.", _spec(chart), True))
     return drawings
 
 
@@ -195,7 +204,7 @@ def participation_chart(history: RunHistory) -> Drawing | None:
     if not states:
         return None
     reasons = {(e.round, e.client): e for e in history.left_out if e.activity == "train"}
-    rows = _stretches(states, reasons)
+    rows = _stretches(states, reasons, join=history.rounds_done > MOST_CELLS)
     seen = [state for state in STATES if state in states.values()]
     chart = (
         _chart(rows)
@@ -312,7 +321,11 @@ def _round_axis(rows: Sequence[Mapping[str, Any]], *, kind: str = "Q") -> alt.X:
     return alt.X(
         "round:Q",
         title="round",
-        scale=alt.Scale(domain=[min(numbers), max(numbers) + (min(numbers) == max(numbers))]),
+        scale=alt.Scale(
+            domain=[min(numbers), max(numbers) + (min(numbers) == max(numbers))],
+            nice=False,
+            padding=EDGE,
+        ),
         axis=alt.Axis(tickMinStep=1, format="d"),
     )
 
@@ -323,11 +336,17 @@ def _named_lines(
     *,
     percent: bool = False,
     domain: list[float] | None = None,
+    floors: Mapping[str, Series] | None = None,
 ) -> Any:
-    """Draw a line per name, with a point where a value was recorded; a legend where several."""
+    """Draw a line per name, with a point where a value was recorded; a legend where several.
+
+    Floors are dashed lines in the colour of the line of the same name.
+    """
+    kinds = {"generated images": lines, "real images": floors or {}}
     rows = [
-        {"line": label, "round": number, "value": value}
-        for label, series in lines.items()
+        {"line": label, "of": kind, "round": number, "value": value}
+        for kind, named in kinds.items()
+        for label, series in named.items()
         for number, value in series.items()
     ]
     chosen = alt.selection_point(fields=["line"], bind="legend")
@@ -337,21 +356,25 @@ def _named_lines(
         y=alt.Y(
             "value:Q",
             title=title,
-            scale=alt.Scale(zero=False) if domain is None else alt.Scale(domain=domain),
+            scale=alt.Scale(zero=False, padding=EDGE)
+            if domain is None
+            else alt.Scale(domain=domain, padding=EDGE),
             axis=alt.Axis(format=".0%") if percent else alt.Axis(),
         ),
         color=alt.Color("line:N", scale=_scale(list(lines)), legend=legend),
         opacity=alt.when(chosen).then(alt.value(1)).otherwise(alt.value(0.15)),
         tooltip=[
             "line:N",
+            *["of:N"] * bool(floors),
             "round:Q",
             alt.Tooltip("value:Q", title=title, format=".1%" if percent else ".4g"),
         ],
     )
-    dashes = [[1, 0] if "real images" not in label else [5, 4] for label in lines]
     stroked = base.mark_line(strokeWidth=2.5).encode(
         strokeDash=alt.StrokeDash(
-            "line:N", scale=alt.Scale(domain=list(lines), range=dashes), legend=legend
+            "of:N",
+            scale=alt.Scale(domain=list(kinds), range=[[1, 0], [5, 4]]),
+            legend=alt.Legend(symbolType="stroke", symbolStrokeWidth=2) if floors else None,
         )
     )
     points = base.mark_point(filled=True, size=40).add_params(chosen)
@@ -383,7 +406,7 @@ def _client_layers(clients: Mapping[int, Series], title: str, domain: list[float
     )
     base = _chart(rows).encode(
         x=_round_axis(rows),
-        y=alt.Y("value:Q", title=title, scale=alt.Scale(domain=domain)),
+        y=alt.Y("value:Q", title=title, scale=alt.Scale(domain=domain, padding=EDGE)),
         detail="client:N",
     )
     lines = (
@@ -411,16 +434,20 @@ def _domain(*lines: Series) -> list[float]:
 
 
 def _stretches(
-    states: Mapping[tuple[int, int], str], reasons: Mapping[tuple[int, int], LeftOut]
+    states: Mapping[tuple[int, int], str],
+    reasons: Mapping[tuple[int, int], LeftOut],
+    *,
+    join: bool,
 ) -> list[dict[str, Any]]:
-    """Join rounds in which a client's state was the same, so that hundreds of them stay few."""
+    """List the cells of a map; rounds in which a client's state was the same may be joined."""
     rows: list[dict[str, Any]] = []
     for number, client in sorted(states, key=lambda key: (key[1], key[0])):
         state = states[number, client]
         left_out = reasons.get((number, client))
         reason = left_out.reason if left_out else "-"
         last = rows[-1] if rows else {}
-        if (last.get("client"), last.get("state"), last.get("reason")) == (client, state, reason):
+        alike = [last.get(key) for key in ("client", "state", "reason")] == [client, state, reason]
+        if join and alike:
             last["end"] = number + 0.5
             last["rounds"] = f"{last['begin'] + 0.5:.0f} to {number}"
             continue

@@ -1,7 +1,9 @@
-"""A fingerprint of the code, so that server and clients that run different code say so."""
+"""What the code is: its fingerprint, so that different code is told apart, and versions."""
 
 import hashlib
+from contextlib import suppress
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -11,6 +13,18 @@ ROOT = Path(__file__).resolve().parent.parent
 def code_fingerprint() -> str:
     """Return `fingerprint_of` the code that runs, as it was at the first call."""
     return fingerprint_of(ROOT)
+
+
+def installed_versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those packages that are installed.
+
+    The code itself may not be: Flower can unpack it into a folder of its own.
+    """
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def fingerprint_of(root: Path) -> str:

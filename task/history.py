@@ -1,15 +1,17 @@
 """What happened in a run, finished or not, read back from its folder."""
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from task.config import EXTRACTORS, IMAGE_RANGES, Config, read_config
 from task.evaluate import MetricReport
@@ -17,6 +19,7 @@ from task.repeat import Word
 from task.run_directory import (
     CLASS_COUNTS_FILE,
     MACHINE_FILE,
+    METRICS_FILE,
     NODES_FILE,
     PARTITION_FILE,
     POOLED_FILE,
@@ -25,6 +28,7 @@ from task.run_directory import (
     is_begun,
     last_complete_round,
     read_metrics,
+    round_of,
     weights_file,
 )
 from task.unet import build_unet
@@ -32,6 +36,7 @@ from task.unet import build_unet
 # A value by round.
 Series = dict[int, float]
 
+GLOBAL = "global"
 LEFT_OUT = "_left_out"
 POOLED = "pooled"
 
@@ -86,8 +91,12 @@ class RunHistory:
         running: whether a process holds the folder.
         setting: "simulation", "real nodes" or "centralised".
         device: that trained, or, with real nodes, drew; None where it was not written down.
-        values: of the whole run, by name.
-        client_values: by client, by name.
+        versions: of what ran, by name; empty where they were not written down.
+        code: its fingerprint; None where it was not written down.
+        values: of the whole run, by name; finite ones only.
+        client_values: by client, by name; finite ones only.
+        texts: what was written of the whole run in words, by name, by round.
+        not_finite: round, who ("global" or "client-3") and name of what was no finite number.
         left_out: in order.
         class_counts: training images of each class by client number, or under `POOLED`; None of
             a client that does not say.
@@ -103,8 +112,12 @@ class RunHistory:
     running: bool
     setting: str
     device: str | None
+    versions: Mapping[str, str]
+    code: str | None
     values: Mapping[str, Series]
     client_values: Mapping[int, Mapping[str, Series]]
+    texts: Mapping[str, Mapping[int, str]]
+    not_finite: tuple[tuple[int, str, str], ...]
     left_out: tuple[LeftOut, ...]
     class_counts: Mapping[int | str, list[int] | None]
     evaluations: tuple[Evaluation, ...]
@@ -142,6 +155,23 @@ class RunHistory:
         spent = [self.values.get(name, {}) for name in ("round_seconds", "seconds_evaluating")]
         return sum(sum(series.values()) for series in spent)
 
+    @property
+    def scoring(self) -> str | None:
+        """What hospitals scored last, and by what; None where they scored nothing.
+
+        It begins with the number of images. A run says it of its last round alone; on the way
+        `eval.num_images` are scored.
+        """
+        scored = self.values.get("quality_num_hospitals")
+        if not scored:
+            return None
+        wanted = self.config.eval
+        return self.texts.get("quality_scored", {}).get(
+            max(scored),
+            f"{wanted.num_images} images, extractor {wanted.extractor}, image range "
+            f"{wanted.image_range}, seed {wanted.seed}",
+        )
+
     def final(self, name: str) -> float | None:
         """Return the last value of the whole run under a name; None where there is none."""
         series = self.values.get(name)
@@ -153,9 +183,9 @@ class RunHistory:
         return {client: series for client, series in found.items() if series}
 
     def participation(self) -> dict[tuple[int, int], str]:
-        """Say of each round and client whether it "trained", was "left out", or "not asked".
+        """Say of each round and client whether it "trained", or why it did not.
 
-        Where every client is asked, one that is not is "not there".
+        It was "left out", or "not asked"; where every client is asked, it was "not there".
         """
         absent = "not there" if self.config.federation.clients_per_round is None else "not asked"
         states = {
@@ -165,43 +195,54 @@ class RunHistory:
         }
         for client, series in self.of_clients("train_loss").items():
             states |= {(number, client): "trained" for number in series}
+        for number, who, name in self.not_finite:
+            if who != GLOBAL and name == "train_loss":
+                states[number, client_number(who)] = "trained"
         missed = [each for each in self.left_out if each.activity == "train"]
         return states | {(each.round, each.client): "left out" for each in missed}
+
+
+def client_number(who: str) -> int:
+    """Return the number of "client-3"."""
+    return int(who.removeprefix("client-"))
 
 
 @dataclass(eq=False)
 class _Recorded:
     values: dict[str, Series] = field(default_factory=dict)
     clients: dict[int, dict[str, Series]] = field(default_factory=dict)
+    texts: dict[str, dict[int, str]] = field(default_factory=dict)
+    not_finite: list[tuple[int, str, str]] = field(default_factory=list)
     # Keyed, because a round may be evaluated once more after a restart.
     left_out: dict[tuple[int, int, str], str] = field(default_factory=dict)
 
     def add(self, line: Mapping[str, Any]) -> None:
-        client = None if line["who"] == "global" else int(line["who"].removeprefix("client-"))
-        if isinstance(line["value"], str):
-            if client is not None and line["name"].endswith(LEFT_OUT):
-                activity = line["name"].removesuffix(LEFT_OUT)
-                self.left_out[line["round"], client, activity] = line["value"]
-            return
-        values = self.values if client is None else self.clients.setdefault(client, {})
-        values.setdefault(line["name"], {})[line["round"]] = line["value"]
+        number, who, name, value = (line[key] for key in ("round", "who", "name", "value"))
+        client = None if who == GLOBAL else client_number(who)
+        if isinstance(value, str):
+            if client is None:
+                self.texts.setdefault(name, {})[number] = value
+            elif name.endswith(LEFT_OUT):
+                self.left_out[number, client, name.removesuffix(LEFT_OUT)] = value
+        elif not math.isfinite(value):
+            self.not_finite.append((number, who, name))
+        else:
+            values = self.values if client is None else self.clients.setdefault(client, {})
+            values.setdefault(name, {})[number] = value
 
 
 def read_history(run: Path) -> RunHistory:
     """Read what the folder of a run says, whether it is finished, going on, or was ended.
 
     Raises:
-        ValueError: there is no run, or a file is of another version of feddm.
+        ValueError: there is no run, or a file is not what this version of feddm writes.
     """
     if not is_begun(run):
         raise ValueError(f"RUN: {run} holds no run (there is no {run / 'config.yaml'})")
     config = read_config(run / "config.yaml")
     final = _final_round(run)
     rounds_done = max(last_complete_round(run), final or 0)
-    recorded = _Recorded()
-    for line in read_metrics(run):
-        if line["round"] <= rounds_done:
-            recorded.add(line)
+    recorded = _recorded(run, rounds_done)
     machine = _read_json(run / MACHINE_FILE) or {}
     submission = _read_json(run / SUBMISSION_FILE) or {}
     return RunHistory(
@@ -210,40 +251,81 @@ def read_history(run: Path) -> RunHistory:
         rounds_done=rounds_done,
         finished=final == config.federation.rounds,
         running=holder(run) is not None,
-        setting=_setting(run, config),
+        setting=machine.get("setting") or _setting(run, config),
         device=machine.get("device"),
+        versions=machine.get("versions", {}),
+        code=machine.get("code"),
         values=recorded.values,
         client_values=recorded.clients,
+        texts=recorded.texts,
+        not_finite=tuple(recorded.not_finite),
         left_out=tuple(LeftOut(*key, why) for key, why in sorted(recorded.left_out.items())),
-        class_counts=_class_counts(run),
+        class_counts=_class_counts(run, len(config.data.classes)),
         evaluations=tuple(_evaluations(run)),
-        grids={_round_of(file): file for file in sorted(run.glob("samples/round_*.png"))},
+        grids={round_of(file): file for file in sorted(run.glob("samples/round_*.png"))},
         run_config=submission.get("run_config"),
     )
 
 
 def _setting(run: Path, config: Config) -> str:
+    # Of a run that did not write it down.
     if config.train.mode == "centralized":
         return "centralised"
     return "real nodes" if (run / NODES_FILE).exists() else "simulation"
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Say of a file that cannot be understood which it is and what to do."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, SafetensorError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{file} is not what a run writes ({why}); mend it, or move it out of the folder"
+        ) from error
+
+
+def _recorded(run: Path, rounds_done: int) -> _Recorded:
+    recorded = _Recorded()
+    with _naming(run / METRICS_FILE):
+        for line in read_metrics(run):
+            if line["round"] <= rounds_done:
+                recorded.add(line)
+    return recorded
 
 
 def _final_round(run: Path) -> int | None:
     file = weights_file(run)
     if not file.is_file():
         return None
-    with safe_open(file, framework="pt") as weights:
+    with _naming(file), safe_open(file, framework="pt") as weights:
         return int((weights.metadata() or {})["round"])
 
 
-def _class_counts(run: Path) -> dict[int | str, list[int] | None]:
-    pooled, partition = _read_json(run / POOLED_FILE), _read_json(run / PARTITION_FILE)
-    if pooled is not None:
-        return {POOLED: pooled["train_counts"]}
-    if partition is not None:
-        return dict(enumerate(partition["train_counts"]))
-    told = _read_json(run / CLASS_COUNTS_FILE) or {"clients": {}}
-    return {int(client): counts for client, counts in told["clients"].items()}
+def _class_counts(run: Path, num_classes: int) -> dict[int | str, list[int] | None]:
+    for name in (POOLED_FILE, PARTITION_FILE, CLASS_COUNTS_FILE):
+        content = _read_json(run / name)
+        if content is not None:
+            with _naming(run / name):
+                counts = _counts_of(name, content)
+                for each in counts.values():
+                    _check_counts(each, num_classes)
+            return counts
+    return {}
+
+
+def _check_counts(counts: list[int] | None, num_classes: int) -> None:
+    if counts is not None and [type(number) for number in counts] != [int] * num_classes:
+        raise ValueError(f"expected {num_classes} numbers, got {counts!r}")
+
+
+def _counts_of(name: str, content: Mapping[str, Any]) -> dict[int | str, list[int] | None]:
+    if name == POOLED_FILE:
+        return {POOLED: content["train_counts"]}
+    if name == PARTITION_FILE:
+        return dict(enumerate(content["train_counts"]))
+    return {int(client): counts for client, counts in content["clients"].items()}
 
 
 def _evaluations(run: Path) -> list[Evaluation]:
@@ -254,16 +336,19 @@ def _evaluations(run: Path) -> list[Evaluation]:
         otherwise = (match[3] or "") if match else None
         if otherwise is None or re.match(r"client-\d+", otherwise):
             continue  # of a client's own model
-        content = _read_json(file)
-        report = MetricReport.from_description(content)
-        per_class = content.get("num_per_class")
-        found.append(Evaluation(file.name, report, content["round"], otherwise, per_class))
+        content = _read_json(file) or {}
+        with _naming(file):
+            report = MetricReport.from_description(content)
+            per_class = content.get("num_per_class")
+            found.append(Evaluation(file.name, report, content["round"], otherwise, per_class))
     return found
 
 
-def _round_of(file: Path) -> int:
-    return int(file.stem.removeprefix("round_"))
-
-
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+def _read_json(file: Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    with _naming(file):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"expected an object, got {type(content).__name__}")
+        return content

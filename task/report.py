@@ -1,8 +1,9 @@
 """A report of one run, or of several side by side: one page that needs nothing from elsewhere."""
 
 import base64
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from task.charts import (
 )
 from task.config import flat_values
 from task.files import atomic_path
-from task.history import Evaluation, RunHistory, read_history
+from task.history import POOLED, Evaluation, RunHistory, read_history
 from task.metric_table import (
     HEADS,
     HOSPITAL_TITLES,
@@ -39,7 +40,12 @@ from task.metric_table import (
 from task.repeat import submitting_command, training_command
 from task.report_page import SCRIPT, STYLE, TEMPLATE
 from task.run_directory import REPORT_FILE, different_values
-from task.run_summary import describe_run, found_metrics, key_figures
+from task.run_summary import (
+    describe_run,
+    evaluated_metrics,
+    found_metrics,
+    key_figures,
+)
 from task.warning_signs import FEW_IMAGES, LEAST_COMPARED, warning_signs
 
 # A page of hundreds of pictures is too large to open.
@@ -51,8 +57,14 @@ NO_WARNINGS = (
     f"measured; fewer than {FEW_IMAGES:,} measured images."
 )
 CONTENT = (
-    "This page holds only what the folder of the run holds. Its configuration names folders of "
-    "the machine that it ran on, and the names of the classes: look at it before you hand it on."
+    "This page holds what the folder of the run holds, which may be much: generated images; of "
+    "each hospital, by number, its losses, its scores and its images of each class; reasons of "
+    "failures; names of classes, and of folders of the machine that it ran on. Look at it before "
+    "you hand it on."
+)
+SUBMITTED = (
+    "This trains the run once more, into a folder of its own. It is run in a checkout of the code "
+    "that is named above; CONNECTION is the name of the SuperLink in Flower's configuration."
 )
 
 
@@ -146,8 +158,7 @@ class Page:
     """What a template is filled with; sections without blocks are left out."""
 
     title: str
-    sections: Sequence[Section] = field(default_factory=list)
-    footer: str = CONTENT
+    sections: Sequence[Section]
 
 
 def write_report(run: Path, *others: Path, file: Path | None = None) -> Path:
@@ -162,11 +173,14 @@ def write_report(run: Path, *others: Path, file: Path | None = None) -> Path:
         The file.
 
     Raises:
-        ValueError: there is no run in a folder, or no file is named for several.
+        ValueError: there is no run in a folder, a file of it is broken, no file is named for
+            several, or it is none that can be written.
         OSError: the file cannot be written.
     """
     if file is None and others:
         raise ValueError("--out must name the file of a comparison, got none; add --out FILE.html")
+    if file is not None:
+        _check_writable(file)
     histories = [read_history(folder) for folder in (run, *others)]
     page = compare(histories) if others else describe(histories[0])
     file = run / REPORT_FILE if file is None else file
@@ -175,16 +189,33 @@ def write_report(run: Path, *others: Path, file: Path | None = None) -> Path:
     return file
 
 
+def _check_writable(file: Path) -> None:
+    if file.is_dir():
+        raise ValueError(f"--out must be a file, got the folder {file}; add a name, such as x.html")
+    if not file.parent.is_dir():
+        raise ValueError(f"--out: there is no folder {file.parent}; make it first")
+
+
 def render(page: Page) -> str:
     """Fill the template; whatever comes from a run is escaped."""
-    template = Environment(autoescape=True).from_string(TEMPLATE)
-    return template.render(
+    environment = Environment(autoescape=True)
+    # A browser reads no NaN.
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    return environment.from_string(TEMPLATE).render(
         page=page,
+        footer=CONTENT,
         style=Markup(STYLE),
         script=Markup(SCRIPT),
         library=Markup(chart_library()),
+        hashes=Markup(" ".join(map(_hash, (chart_library(), SCRIPT)))),
         config=CONFIG,
     )
+
+
+def _hash(script: str) -> str:
+    """Name a script for a browser, which runs no other."""
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
 
 
 @cache
@@ -202,7 +233,7 @@ def describe(history: RunHistory) -> Page:
         Section("summary", "Summary", _summary(history)),
         Section("course", "How it went", _course(history)),
         Section("participation", "Who took part", _participation(history)),
-        Section("data", "Training images", _charts(class_chart(history)) + _silent(history)),
+        Section("data", "Training images", _data(history)),
         Section("samples", "Samples", _samples(history)),
         Section("metrics", "Metrics", _metrics(history)),
         Section("configuration", "Configuration", _configuration(history)),
@@ -245,15 +276,15 @@ def _warnings(signs: Sequence[str]) -> Section:
 
 
 def _summary(history: RunHistory) -> list[Block]:
-    metrics = _measured(history, "fid_train", "fid_test")
+    metrics = _measured(history)
     sentences = [Text(sentence) for sentence in describe_run(history)]
     return [*sentences, Figures([*key_figures(history), *metrics])]
 
 
-def _measured(history: RunHistory, *names: str) -> list[tuple[str, str]]:
+def _measured(history: RunHistory) -> list[tuple[str, str]]:
     return [
-        (with_arrows(title), f"{generated} (real {real})" if real else generated)
-        for title, generated, real in found_metrics(history, *names)
+        (f"{with_arrows(title)}, {of}", f"{generated} (real {real})" if real else generated)
+        for title, of, generated, real in evaluated_metrics(history, "fid_train", "fid_test")
     ]
 
 
@@ -305,19 +336,54 @@ def _participation(history: RunHistory) -> list[Block]:
     for each in history.left_out:
         rounds.setdefault((each.client, each.activity, each.reason), []).append(each.round)
     rows = [
-        [str(client), activity, " ".join(map(str, numbers)), reason]
+        [str(client), activity, stretches(numbers), reason]
         for (client, activity, reason), numbers in sorted(rounds.items())
     ]
     heads = ["client", "activity", "rounds", "reason"]
     left_out = [Table("Replies that were left out", heads, rows)] if rows else []
-    return [*_charts(participation_chart(history)), *left_out]
+    return [*_charts(participation_chart(history)), *_states_table(history), *left_out]
+
+
+def _states_table(history: RunHistory) -> list[Block]:
+    rounds: dict[tuple[int, str], list[int]] = {}
+    for (number, client), state in sorted(history.participation().items()):
+        rounds.setdefault((client, state), []).append(number)
+    rows = [
+        [str(client), state, stretches(numbers)]
+        for (client, state), numbers in sorted(rounds.items())
+    ]
+    title = "Rounds of each client in figures"
+    return [Table(title, ["client", "state", "rounds"], rows, folded=True)] if rows else []
+
+
+def stretches(numbers: Sequence[int]) -> str:
+    """Write ascending numbers as "1-3 5"."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        if groups and groups[-1][-1] == number - 1:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return " ".join(f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
+
+
+def _data(history: RunHistory) -> list[Block]:
+    rows = [
+        ["all" if who == POOLED else str(who), *(f"{number:,}" for number in counts)]
+        for who, counts in history.class_counts.items()
+        if counts is not None
+    ]
+    heads = ["client", *history.config.data.classes]
+    table = [Table("Training images of each class in figures", heads, rows, folded=True)]
+    return [*_charts(class_chart(history)), *(table if rows else []), *_silent(history)]
 
 
 def _silent(history: RunHistory) -> list[Block]:
     silent = [str(who) for who, counts in history.class_counts.items() if counts is None]
     if not silent:
         return []
-    return [Text(f"Clients that do not say how many images they have: {', '.join(silent)}.")]
+    who = ", ".join(silent)
+    return [Text(f"Clients that do not say how many images of each class they have: {who}.")]
 
 
 def _samples(history: RunHistory) -> list[Block]:
@@ -353,9 +419,11 @@ def _embedded(file: Path) -> str:
 def _metrics(history: RunHistory) -> list[Block]:
     blocks = [block for each in history.evaluations for block in _evaluation(each, history)]
     blocks += _hospitals(history)
-    agreement = found_metrics(history)
-    if not blocks and agreement:
-        blocks = [Table("Measured in the run", HEADS, _arrowed(agreement))]
+    found = found_metrics(history)
+    if not blocks and found:
+        rows = [(with_arrows(title), *figures) for title, _, *figures in found]
+        notes = [f"{with_arrows(each.title)}: {each.of}" for each in found]
+        blocks = [Table("Measured in the run", HEADS, rows), Listing(notes)]
     return blocks
 
 
@@ -390,7 +458,7 @@ def _hospitals(history: RunHistory) -> list[Block]:
         rows.append([who, _cell(count, ".0f"), *(_beside(ours, theirs) for ours, theirs in pairs)])
     heads = ["hospital", "held-out images", *(ALL_TITLES[name] for name in columns)]
     title = f"Scored by {number:.0f} hospitals after round {last}, real images in brackets"
-    return [Table(title, heads, rows)]
+    return [Table(title, heads, rows), Text(f"Scored: {history.scoring}.")]
 
 
 def _beside(generated: float | None, real: float | None) -> str:
@@ -402,14 +470,23 @@ def _beside(generated: float | None, real: float | None) -> str:
 def _configuration(history: RunHistory) -> list[Block]:
     text = (history.path / "config.yaml").read_text(encoding="utf-8")
     if history.setting == "real nodes" and history.run_config is not None:
-        command = submitting_command(history.run_config)
+        says, command = SUBMITTED, submitting_command(history.run_config)
     else:
+        says = "This trains the run once more, into a folder of its own:"
         command = training_command(history.config)
     return [
-        Text("This trains the run once more, into a folder of its own:"),
+        Text(_code(history)),
+        Text(says),
         Code("", command),
         Code("The whole configuration (config.yaml)", text, folded=True),
     ]
+
+
+def _code(history: RunHistory) -> str:
+    if history.code is None:
+        return "The run does not say which versions and which code it was trained with."
+    versions = ", ".join(f"{name} {number}" for name, number in history.versions.items())
+    return f"Trained with {versions}; the code has the fingerprint {history.code}."
 
 
 def _side_by_side(runs: Mapping[str, RunHistory]) -> Table:

@@ -2,9 +2,11 @@
 
 TEMPLATE = """\
 {%- macro table(block) %}
+{%- if not block.folded %}
+<p class="caption">{{ block.title }}</p>
+{%- endif %}
 <div class="wide" tabindex="0" role="region" aria-label="{{ block.title }}">
-<table>
-<caption>{{ block.title }}</caption>
+<table aria-label="{{ block.title }}">
 <thead><tr>{% for head in block.heads %}<th scope="col">{{ head }}</th>{% endfor %}</tr></thead>
 <tbody>
 {%- for row in block.rows %}
@@ -15,7 +17,7 @@ TEMPLATE = """\
 </div>
 {%- endmacro %}
 {%- macro code(block) %}
-<pre class="{{ 'command' if block.title }}"><code>{{ block.text }}</code></pre>
+<pre><code>{{ block.text }}</code></pre>
 {%- endmacro %}
 {%- macro chart(drawing, number) %}
 <figure class="chart{{ ' narrow' if drawing.narrow }}">
@@ -34,7 +36,7 @@ TEMPLATE = """\
 {%- set last = block.pictures|length - 1 %}
 <input type="range" id="slider" min="0" max="{{ last }}" step="1" value="{{ last }}"
  aria-valuetext="{{ block.pictures[-1].title }}">
-<output for="slider" aria-live="polite">{{ block.pictures[-1].title }}</output></p>
+<output for="slider">{{ block.pictures[-1].title }}</output></p>
 {%- for picture in block.pictures %}
 <img src="{{ picture.source }}" alt="{{ picture.says }}" data-title="{{ picture.title }}"
  {{ ' hidden' if not loop.last }}{{ ' class=last' if loop.last }}>
@@ -56,7 +58,7 @@ TEMPLATE = """\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline';
- script-src 'unsafe-inline' 'unsafe-eval'">
+ script-src {{ hashes }}">
 <title>{{ page.title }}</title>
 <style>{{ style }}</style>
 </head>
@@ -104,7 +106,7 @@ TEMPLATE = """\
 </section>
 {%- endfor %}
 </main>
-<footer><p>{{ page.footer }}</p></footer>
+<footer><p>{{ footer }}</p></footer>
 <script>{{ library }}</script>
 <script type="application/json" id="chart-config">{{ config|tojson }}</script>
 <script>{{ script }}</script>
@@ -158,9 +160,9 @@ img { max-width: 100%; height: auto; }
 img[hidden] { display: none; }
 .beside { display: grid; gap: 1.25rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
-.wide { overflow-x: auto; margin: 1rem 0; }
+.wide { overflow-x: auto; margin: .4rem 0 1rem; }
 table { border-collapse: collapse; font-size: .95rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding-bottom: .4rem; }
+.caption { font-weight: 600; margin: 1rem 0 .4rem; }
 th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e3e6ea;
   vertical-align: top; }
 th:first-child { text-align: left; padding-left: 0; }
@@ -168,10 +170,10 @@ tbody th { font-weight: normal; }
 thead th { border-bottom: 2px solid #6b6b6b; }
 details { margin: 1rem 0; }
 summary { cursor: pointer; font-weight: 600; padding: .2rem 0; }
-details caption { display: none; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f6f8; padding: .8rem 1rem;
   font-size: .85rem; border-radius: .4rem; }
 footer { margin-top: 2.5rem; color: #4a4a4a; font-size: .85rem; }
+@media (max-width: 40rem) { .figures { grid-template-columns: 1fr 1fr; } }
 @media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
 @media print {
   @page { margin: 14mm; }
@@ -179,9 +181,11 @@ footer { margin-top: 2.5rem; color: #4a4a4a; font-size: .85rem; }
   nav, .skip, .slider, .controls { display: none; }
   .slides img { display: none; }
   .slides img.last { display: block; }
-  h2, h3, caption { break-after: avoid; }
+  h2, h3, .caption, .slides { break-after: avoid; }
+  h2 + p { break-after: avoid; }
   figure, tr, .figures div, .warning li { break-inside: avoid; }
-  .slides img, .beside img { max-height: 200mm; }
+  .slides img, .beside img { max-height: 150mm; }
+  .slides { break-inside: avoid; }
   .charts, .charts:has(.narrow) { display: block; }
   .charts figure { margin-bottom: 1rem; }
   .charts figure:not(:only-child) { display: inline-block; width: 49%; vertical-align: top; }
@@ -196,21 +200,6 @@ footer { margin-top: 2.5rem; color: #4a4a4a; font-size: .85rem; }
 
 SCRIPT = """
 (() => {
-  const read = (element) => JSON.parse(element.textContent);
-  const config = read(document.getElementById("chart-config"));
-  const drawn = [...document.querySelectorAll("script[data-chart]")].map((element) => {
-    const number = element.dataset.chart;
-    return vegaEmbed(`#chart-${number}`, read(element), {
-      config, renderer: "svg", actions: false, bind: `#controls-${number}`,
-    }).then((result) => {
-      // To a screen reader a chart is one picture, with a sentence of its own.
-      document.querySelector(`#chart-${number} svg`).setAttribute("aria-hidden", "true");
-      return result;
-    });
-  });
-  // For whoever waits for the whole page, such as a test.
-  window.chartsDrawn = Promise.all(drawn).then(() => drawn.length);
-
   const slider = document.getElementById("slider");
   if (slider) {
     const pictures = [...document.querySelectorAll(".slides img")];
@@ -223,12 +212,40 @@ SCRIPT = """
     });
   }
 
+  const read = (element) => JSON.parse(element.textContent);
+  const config = read(document.getElementById("chart-config"));
+  const views = [];
+  // A chart that fails takes no other with it.
+  const draw = async (element) => {
+    const number = element.dataset.chart;
+    const { view } = await vegaEmbed(`#chart-${number}`, read(element), {
+      // Expressions are interpreted, because the page may not make code of text.
+      ast: true, config, renderer: "svg", actions: false, bind: `#controls-${number}`,
+    });
+    views.push({ view, figure: element.closest("figure") });
+    // To a screen reader a chart is one picture, with a sentence of its own.
+    document.querySelector(`#chart-${number} svg`).setAttribute("aria-hidden", "true");
+  };
+  const drawn = [...document.querySelectorAll("script[data-chart]")].map(draw);
+  // For whoever waits for the whole page, such as a test.
+  window.chartsDrawn = Promise.all(drawn).then(() => drawn.length);
+
   let opened = [];
+  // Of a page of A4 and half of it: a chart that is only made smaller has letters too small.
+  const FULL = 680, HALF = 330, LOW = 180;
   addEventListener("beforeprint", () => {
+    for (const drawing of views) {
+      const { view, figure } = drawing, alone = figure.matches(":only-child");
+      // What a view is told is its width with the axes, and what it says is without them.
+      drawing.size = [figure.querySelector("svg").viewBox.baseVal.width, view.height()];
+      if (!alone) view.height(Math.min(view.height(), LOW));
+      view.width(alone ? FULL : HALF).run();
+    }
     opened = [...document.querySelectorAll("details.code:not([open])")];
     for (const details of opened) details.open = true;
   });
   addEventListener("afterprint", () => {
+    for (const { view, size } of views) view.width(size[0]).height(size[1]).run();
     for (const details of opened) details.open = false;
   });
 })();

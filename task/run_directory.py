@@ -8,7 +8,8 @@
     nodes.json                      client numbers by node id (deployment)
     class_counts.json               classes, and images of each at each client that says so, null
                                     where one does not (deployment)
-    machine.json                    the device that it ran on; with real nodes the server's own
+    machine.json                    the device, with real nodes the server's own; the setting,
+                                    versions and code
     submission.json                 what `flwr run` was given, to be given again
     supervision.json                what feddm-supervise did
     samples/round_0005.png          a grid, a row per class
@@ -371,12 +372,12 @@ def is_begun(run: Path) -> bool:
 
 def checkpoints(run: Path) -> list[Path]:
     """List the checkpoints in the folder of a run, by round."""
-    return sorted((run / "checkpoints").glob("round_*.safetensors"), key=_round_of)
+    return sorted((run / "checkpoints").glob("round_*.safetensors"), key=round_of)
 
 
 def last_complete_round(run: Path) -> int:
     """Return the last complete round of the run in a folder, 0 before the first."""
-    return max((_round_of(file) for file in checkpoints(run)), default=0)
+    return max((round_of(file) for file in checkpoints(run)), default=0)
 
 
 def hold(path: Path, field: str, *, patience: float) -> IO[str]:
@@ -425,5 +426,16 @@ def holder(run: Path) -> str | None:
     return None
 
 
-def _round_of(file: Path) -> int:
-    return int(file.stem.removeprefix("round_"))
+def round_of(file: Path) -> int:
+    """Return the round of "round_0005" with any ending.
+
+    Raises:
+        ValueError: the file is named otherwise.
+    """
+    number = file.stem.removeprefix("round_")
+    if not number.isdecimal():
+        raise ValueError(
+            f"{file} must be named by a round, such as round_0005{file.suffix}; move it out of "
+            "the folder of the run"
+        )
+    return int(number)

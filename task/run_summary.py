@@ -1,6 +1,7 @@
 """A run in a few lines: for the end of its log, and for the top of its report."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from task.config import Config
 from task.history import RunHistory
@@ -11,11 +12,27 @@ AGREEMENT = {"class_agreement": "found in the class asked for ^"}
 HEADLINES = ("fid_train", "fid_test", "precision", "recall")
 
 
+class Found(NamedTuple):
+    """A figure of generated images.
+
+    Attributes:
+        title: of the metric.
+        of: through what was looked, and at how many images; unlike figures have unlike words.
+        generated: the figure.
+        real: of real images; empty where there is none.
+    """
+
+    title: str
+    of: str
+    generated: str
+    real: str
+
+
 def summary_lines(history: RunHistory) -> list[str]:
     """Say how a run ended, in lines for its log, which are fewer than 15."""
     metrics = [
         (title, f"{generated} (real images {real})" if real else generated)
-        for title, generated, real in found_metrics(history, *HEADLINES)
+        for title, _, generated, real in found_metrics(history, *HEADLINES)
     ]
     rows = [*key_figures(history), *metrics]
     width = max(len(name) for name, _ in rows)
@@ -30,14 +47,14 @@ def key_figures(history: RunHistory) -> list[tuple[str, str]]:
         *_time(history),
         ("training images", "not told" if not history.num_images else f"{history.num_images:,}"),
     ]
-    if history.setting != "centralised":
+    if history.setting != "centralised" and history.clients:
         figures.append(("clients", str(len(history.clients))))
         figures.append(("left out", _left_out(history)))
     return figures
 
 
-def found_metrics(history: RunHistory, *names: str) -> list[tuple[str, str, str]]:
-    """List what was measured last: a metric, of generated images, of real ones ("": none).
+def found_metrics(history: RunHistory, *names: str) -> list[Found]:
+    """List what was measured last in the run itself.
 
     Args:
         history: of the run.
@@ -49,8 +66,45 @@ def found_metrics(history: RunHistory, *names: str) -> list[tuple[str, str, str]
         found = history.final(name)
         if found is not None:
             real = history.final(REAL_BESIDE.get(name, f"floor_{name}"))
-            rows.append((title, f"{found:.4g}", "" if real is None else f"{real:.4g}"))
+            beside = "" if real is None else f"{real:.4g}"
+            rows.append(Found(title, _looked_at(history, name), f"{found:.4g}", beside))
     return rows
+
+
+def evaluated_metrics(history: RunHistory, *names: str) -> list[Found]:
+    """List metrics of the files of evaluations; where there is none, of the run itself.
+
+    Args:
+        history: of the run.
+        *names: of the metrics of the full evaluation.
+    """
+    rows = []
+    for each in history.evaluations:
+        label, values = each.report.label, each.report.describe()
+        of = f"{label.extractor}, {label.image_range}, n={label.n_generated:,}"
+        of += f", seed {label.seed}" * (label.seed != 0)
+        of += f", drawn with {each.otherwise}" * bool(each.otherwise)
+        of += f", round {each.round}" * (each.round != history.config.federation.rounds)
+        rows += [
+            Found(TITLES[name], of, f"{values[name]:.4g}", f"{values[f'floor_{name}']:.4g}")
+            for name in names
+            if values.get(name) is not None
+        ]
+    return rows or found_metrics(history, *names)
+
+
+def _looked_at(history: RunHistory, name: str) -> str:
+    if name in HOSPITAL_TITLES:
+        # As short as what other figures are of.
+        words = (history.scoring or "").replace("extractor ", "").replace("image range ", "")
+        return f"hospitals, {words}"
+    if name in AGREEMENT:
+        number = history.final("num_generated_images") or 0
+        return f"a classifier trained on the real images, n={number:,.0f}"
+    chosen = history.config.eval
+    number = history.final("n_generated") or chosen.num_images
+    of = f"{chosen.extractor}, {chosen.image_range}, n={number:,.0f}"
+    return of + f", seed {chosen.seed}" * (chosen.seed != 0)
 
 
 def describe_run(history: RunHistory) -> list[str]:
@@ -60,8 +114,9 @@ def describe_run(history: RunHistory) -> list[str]:
 
 
 def _who_trained_what(history: RunHistory) -> str:
-    config, data = history.config, history.config.data
-    num_clients = len(history.clients)
+    data, num_clients = history.config.data, len(history.clients)
+    if history.setting != "centralised" and not num_clients:
+        return f"No client has answered yet. {_what_is_done(history)}"
     who = {
         "centralised": "One machine, on the pooled images,",
         "simulation": f"{num_clients} simulated hospitals, on one machine,",
@@ -70,8 +125,15 @@ def _who_trained_what(history: RunHistory) -> str:
     return (
         f"{who} trained a U-Net of {history.num_parameters:,} parameters to draw images of "
         f"{data.name}: {len(data.classes)} classes, {data.image_size}x{data.image_size} pixels, "
-        f"{data.channels} channel{'s' * (data.channels > 1)}. {history.rounds_done} of "
-        f"{config.federation.rounds} rounds of {config.train.local_epochs} local epochs are done."
+        f"{data.channels} channel{'s' * (data.channels > 1)}. {_what_is_done(history)}"
+    )
+
+
+def _what_is_done(history: RunHistory) -> str:
+    config = history.config
+    return (
+        f"{history.rounds_done} of {config.federation.rounds} rounds of "
+        f"{config.train.local_epochs} local epochs are done."
     )
 
 

@@ -1,10 +1,11 @@
 """What a reader of a run should know first: signs that its figures may mislead."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from statistics import median
 
-from task.history import RunHistory, Series
+from task.history import GLOBAL, RunHistory, Series
 
 # Below five values a median and its deviations say nothing of a sixth.
 LEAST_COMPARED = 5
@@ -33,7 +34,7 @@ SURE = 3.0
 
 def warning_signs(history: RunHistory) -> list[str]:
     """List what a reader should know first, a sentence each; empty where there is nothing."""
-    found = [_unfinished, _left_out, _absent, _drifting, _copying, _few_images]
+    found = [_unfinished, _not_finite, _left_out, _absent, _drifting, _copying, _few_images]
     return [sentence for look in found for sentence in look(history)]
 
 
@@ -69,6 +70,20 @@ def _unfinished(history: RunHistory) -> Iterator[str]:
         state = "it is still going on" if history.running else "it is not going on; resume it"
         done = f"{history.rounds_done} of {rounds} rounds are done"
         yield f"The run is not finished: {done}; {state}."
+
+
+def _not_finite(history: RunHistory) -> Iterator[str]:
+    rounds: dict[tuple[str, str], list[int]] = {}
+    for number, who, name in history.not_finite:
+        rounds.setdefault((who, name), []).append(number)
+    for (who, name), numbers in rounds.items():
+        whose = "" if who == GLOBAL else f" of {who.replace('-', ' ')}"
+        means = ": the run has diverged" if name.endswith("_loss") else ""
+        title = name.replace("_", " ").capitalize()
+        yield (
+            f"{title}{whose} was not a number in {_rounds(len(set(numbers)))}, from round "
+            f"{min(numbers)} on{means}."
+        )
 
 
 def _left_out(history: RunHistory) -> Iterator[str]:
@@ -144,11 +159,9 @@ def is_copying(share: float, num_images: int) -> bool:
 
 
 def num_scored(history: RunHistory) -> int:
-    """Return the number of final images that hospitals score."""
-    wanted, num_classes = history.config.eval, len(history.config.data.classes)
-    if wanted.final_metrics and wanted.num_per_class is not None:
-        return wanted.num_per_class * num_classes
-    return wanted.num_images
+    """Return the number of images that hospitals scored last."""
+    said = re.match(r"\d+", history.scoring or "")
+    return int(said[0]) if said else history.config.eval.num_images
 
 
 def _few_images(history: RunHistory) -> Iterator[str]:

@@ -29,6 +29,8 @@ from server_app.federated_run import FederatedRun
 from server_app.training_run import initial_model
 from task.config import load_run_config
 from task.data import Dataset, load_dataset
+from task.evaluate import Classification, Label, MetricReport, Scores
+from task.metrics import Copying
 from task.run_directory import RunDirectory
 from task.wire import Key
 
@@ -298,3 +300,27 @@ def losses(number: int, by_client: dict[int, float], *, norm: float = 1.0) -> li
     ]
     mean = sum(by_client.values()) / len(by_client)
     return [*clients, (number, "global", {"train_loss": mean, "num_clients": len(by_client)})]
+
+
+LABEL = Label("digits", "classifier", "ab" * 32, "correct", False, 2000, 900, 897, 897, 500, 0)
+SCORES = Scores(
+    inception_score=None,
+    inception_score_std=None,
+    fid_train=2.5,
+    fid_test=3.5,
+    kid_train=0.1,
+    kid_train_std=0.01,
+    kid_test=0.2,
+    kid_test_std=0.02,
+    precision=0.8,
+    recall=0.7,
+    density=1.0,
+    coverage=0.9,
+)
+
+
+def metric_report(copied: float = 0.01) -> MetricReport:
+    """Measurements of made-up images."""
+    found = Classification(0.8, 0.9, 0.95, 0.7)
+    copies = Copying(0.3, 0.4, copied)
+    return MetricReport(LABEL, SCORES, SCORES, found, copies, None)

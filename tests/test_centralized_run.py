@@ -150,6 +150,18 @@ def test_full_metrics_that_were_not_taken_are_made_up_for(
     assert (path / "evaluation-classifier-correct.json").read_bytes() == written
 
 
+def test_run_ends_all_the_same_where_its_report_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    broken = tmp_path / "run" / "evaluation-inception-correct.json"
+    broken.write_text("{}")
+    path = play(configured(tmp_path, federation__rounds=1))
+    said = capsys.readouterr().out
+    assert f"no report: {broken} is not what a run writes" in said
+    assert f"`feddm report {path}` writes it" in said and not (path / "report.html").exists()
+
+
 @pytest.mark.parametrize("change", [{"eval__num_per_class": 4}, {"eval__seed": 7}])
 def test_metrics_that_were_taken_otherwise_are_taken_anew(
     folder: Path, change: dict[str, int]

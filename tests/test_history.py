@@ -5,35 +5,12 @@ from typing import Any
 import pytest
 
 from task.config import flat_values, load_config, read_config
-from task.evaluate import Classification, Label, MetricReport, Scores
+from task.evaluate import MetricReport
 from task.history import LeftOut, read_history
-from task.metrics import Copying
 from task.repeat import PLACES, training_words
-from task.run_summary import duration, summary_lines
-from task.warning_signs import far_rounds, is_copying, warning_signs
-from tests.helpers import losses, written_run
-
-LABEL = Label("digits", "classifier", "ab" * 32, "correct", False, 2000, 900, 897, 897, 500, 0)
-SCORES = Scores(
-    inception_score=None,
-    inception_score_std=None,
-    fid_train=2.5,
-    fid_test=3.5,
-    kid_train=0.1,
-    kid_train_std=0.01,
-    kid_test=0.2,
-    kid_test_std=0.02,
-    precision=0.8,
-    recall=0.7,
-    density=1.0,
-    coverage=0.9,
-)
-
-
-def report(copied: float = 0.01) -> MetricReport:
-    found = Classification(0.8, 0.9, 0.95, 0.7)
-    copies = Copying(0.3, 0.4, copied)
-    return MetricReport(LABEL, SCORES, SCORES, found, copies, None)
+from task.run_summary import describe_run, duration, key_figures, summary_lines
+from task.warning_signs import far_rounds, is_copying, num_scored, warning_signs
+from tests.helpers import losses, metric_report, written_run
 
 
 def test_history_holds_what_was_recorded_of_complete_rounds(tmp_path: Path) -> None:
@@ -78,14 +55,37 @@ def test_real_nodes_and_pooled_data_are_told_apart(tmp_path: Path) -> None:
     assert history.finished and warning_signs(history) == []
 
 
+def test_run_that_no_client_has_answered_says_where_it_runs(tmp_path: Path) -> None:
+    machine = {"device": "cpu", "setting": "real nodes", "versions": {"torch": "9"}, "code": "ab"}
+    run = written_run(tmp_path / "run", [], rounds_done=0, files={"machine.json": machine})
+    history = read_history(run)
+    assert (history.setting, history.clients) == ("real nodes", [])
+    assert (history.versions, history.code) == ({"torch": "9"}, "ab")
+    assert describe_run(history)[0].startswith("No client has answered yet. 0 of 2 rounds")
+    assert "clients" not in dict(key_figures(history))
+
+
+def test_what_hospitals_scored_is_read_from_the_run(tmp_path: Path) -> None:
+    said = "1200 images, extractor classifier, image range correct, seed 0"
+    recorded = [
+        (1, "global", {"quality_fid": 3.0, "quality_num_hospitals": 2}),
+        (2, "global", {"quality_fid": 2.0, "quality_num_hospitals": 2, "quality_scored": said}),
+    ]
+    run = written_run(tmp_path / "run", recorded, rounds_done=2, eval__num_images=20)
+    history = read_history(run)
+    assert (history.scoring, num_scored(history)) == (said, 1200)
+    early = read_history(written_run(tmp_path / "early", recorded, rounds_done=1))
+    assert num_scored(early) == early.config.eval.num_images
+
+
 def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"RUN: {tmp_path} holds no run"):
         read_history(tmp_path)
 
 
 def test_report_of_metrics_reads_back_as_it_was_described() -> None:
-    assert MetricReport.from_description(report().describe()) == report()
-    with pytest.raises(ValueError, match="lacks"):
+    assert MetricReport.from_description(metric_report().describe()) == metric_report()
+    with pytest.raises(ValueError, match="no measurements"):
         MetricReport.from_description({"fid_train": 1.0})
 
 
@@ -93,9 +93,9 @@ def test_copies_and_few_images_are_warned_of(tmp_path: Path) -> None:
     run = written_run(tmp_path / "run", losses(1, {0: 0.5}), rounds_done=2)
     file = run / "evaluation-classifier-correct.json"
     for copied, found in ((0.011, 0), (0.05, 1)):
-        file.write_text(json.dumps({**report(copied).describe(), "round": 2}))
+        file.write_text(json.dumps({**metric_report(copied).describe(), "round": 2}))
         assert sum("closer to training" in s for s in warning_signs(read_history(run))) == found
-    file.write_text(json.dumps({**report().describe(), "round": 2, "n_generated": 999}))
+    file.write_text(json.dumps({**metric_report().describe(), "round": 2, "n_generated": 999}))
     assert any("Few images" in sign for sign in warning_signs(read_history(run)))
     # Of 2,000 honest images, 1 % and three standard errors of it are 33.
     assert [is_copying(number / 2000, 2000) for number in (33, 34)] == [False, True]
@@ -142,7 +142,7 @@ def test_run_ends_with_few_lines_of_what_it_found(tmp_path: Path) -> None:
         *losses(1, {0: 0.5, 1: 0.7}),
         *losses(2, {0: 0.25, 1: 0.35}),
         (2, "global", {"round_seconds": 100.0, "seconds_training": 75.0, "test_loss": 0.4}),
-        (2, "global", {**report().describe(), "seconds_evaluating": 25.0}),
+        (2, "global", {**metric_report().describe(), "seconds_evaluating": 25.0}),
     ]
     run = written_run(tmp_path / "run", recorded, rounds_done=2)
     text = "\n".join(lines := summary_lines(read_history(run)))

@@ -2,6 +2,7 @@ import base64
 import json
 import re
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,21 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from task.charts import Drawing, time_chart
 from task.cli.main import app
 from task.history import read_history
-from task.report import compare, evenly, labels, render, write_report
-from tests.helpers import losses, written_run
+from task.report import (
+    Charts,
+    Page,
+    Section,
+    compare,
+    evenly,
+    labels,
+    render,
+    stretches,
+    write_report,
+)
+from tests.helpers import losses, metric_report, written_run
 
 EVIL = "<script>alert(1)</script>"
 REASON = "</script><img src=x onerror=alert(2)>"
@@ -45,8 +57,10 @@ def page(run: Path) -> str:
     return write_report(run).read_text(encoding="utf-8")
 
 
-def data_of_charts(page: str) -> list[dict[str, Any]]:
-    specs = re.findall(r'<script type="application/json" data-chart="\d+">(.*?)</script>', page)
+def data_of_charts(page: str, number: int | str = r"\d+") -> list[dict[str, Any]]:
+    specs = re.findall(
+        rf'<script type="application/json" data-chart="{number}">(.*?)</script>', page
+    )
     return [row for spec in specs for row in rows_in(json.loads(spec))]
 
 
@@ -62,11 +76,10 @@ def rows_in(part: Any) -> Iterator[dict[str, Any]]:
 
 def test_report_shows_the_figures_of_the_metrics(run: Path, page: str) -> None:
     rows = data_of_charts(page)
-    # The first chart's; the second shows norms of updates, which are 1 here.
     drawn = {
         (row["client"], row["round"]): row["value"]
-        for row in rows
-        if {"client", "value"} <= row.keys() and row["value"] != 1.0
+        for row in data_of_charts(page, 1)
+        if {"client", "value"} <= row.keys()
     }
     history = read_history(run)
     assert {("0", 1): 0.512, ("1", 1): 0.734, ("0", 2): 0.256}.items() <= drawn.items()
@@ -74,6 +87,7 @@ def test_report_shows_the_figures_of_the_metrics(run: Path, page: str) -> None:
     assert shared == history.values["train_loss"]
     cells = {(row["client"], row["class"]): row["images"] for row in rows if "images" in row}
     assert cells[("1", "b")] == 6
+    assert "<td>left out</td><td>2</td>" in page and "<td>5</td><td>6</td>" in page
     assert "0.256 (round 2)" in page and "Client 1 was left out once" in page
 
 
@@ -82,17 +96,48 @@ def test_report_embeds_every_grid_as_it_is(run: Path, page: str) -> None:
         assert base64.b64encode(file.read_bytes()).decode() in page
 
 
+class Elements(HTMLParser):
+    """The elements of a page as a browser finds them: tag, attributes, and text of scripts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[tuple[str | None, str]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append((dict(attrs).get("type"), ""))
+
+    def handle_data(self, data: str) -> None:
+        if self.cdata_elem == "script":
+            kind, text = self.scripts.pop()
+            self.scripts.append((kind, text + data))
+
+
 def test_report_escapes_what_comes_from_a_run(page: str) -> None:
-    own = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
-    assert "alert(1)</" not in own and "<img src=x" not in own and "<b>" not in own
-    assert "&lt;script&gt;alert(1)" in own
+    elements = Elements(page)
+    code = [text for kind, text in elements.scripts if kind is None]
+    data = [text for kind, text in elements.scripts if kind == "application/json"]
+    charts = sum(tag == "figure" and "chart" in (a.get("class") or "") for tag, a in elements.found)
+    # The library and the page's own, the configuration of charts, and what each holds.
+    assert (len(code), len(data)) == (2, charts + 1) and len(elements.scripts) == charts + 3
+    assert not any("alert(" in text for text in code) and any("alert(" in text for text in data)
+    names = {name for _, attributes in elements.found for name in attributes}
+    assert not any(name.startswith("on") for name in names)
+    assert not any(tag == "b" for tag, _ in elements.found)
     assert any(row.get("class") == EVIL for row in data_of_charts(page))
 
 
 def test_report_asks_for_nothing_from_elsewhere(page: str) -> None:
-    tags = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
-    assert re.findall(r'(?:src|href)="(?!data:image/png;base64,|#)', tags) == []
-    assert "default-src 'none'" in page
+    links = [
+        a[name] or "" for _, a in Elements(page).found for name in ("src", "href") if name in a
+    ]
+    assert len(links) > 2
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in links)
+    assert "default-src 'none'" in page and "'unsafe-eval'" not in page
+    assert "script-src 'sha256-" in page
 
 
 def test_comparison_names_what_differs(run: Path, tmp_path: Path) -> None:
@@ -107,11 +152,36 @@ def test_comparison_names_what_differs(run: Path, tmp_path: Path) -> None:
     assert lines == {"a<b>", "other"}
 
 
+def test_comparison_sets_only_like_figures_beside_each_other(tmp_path: Path) -> None:
+    runs = [written_run(tmp_path / name, losses(1, {0: 0.5}), rounds_done=2) for name in "abc"]
+    for run, number in zip(runs, (2000, 2000, 179), strict=True):
+        described = {**metric_report().describe(), "round": 2, "n_generated": number}
+        (run / "evaluation-classifier-correct.json").write_text(json.dumps(described))
+    text = render(compare([read_history(run) for run in runs]))
+    for number, cells in (("2,000", ["2.5", "2.5", "-"]), ("179", ["-", "-", "2.5"])):
+        name = f"FID (train) ↓, classifier, correct, n={number}"
+        row = text.partition(f">{name}</th>")[2].partition("</tr>")[0]
+        assert [re.split(r"[> ]", cell)[1] for cell in re.findall("<td>[^<]+", row)] == cells
+
+
+def test_time_that_nobody_trained_is_told_from_training(tmp_path: Path) -> None:
+    spent = {"seconds_waiting": 124.0, "seconds_training": 8.0, "round_seconds": 126.0}
+    run = written_run(tmp_path / "run", [(1, "global", spent)], rounds_done=2)
+    drawing = time_chart(read_history(run))
+    assert drawing is not None
+    rows = {row["phase"]: row["seconds"] for row in rows_in(drawing.spec) if "phase" in row}
+    assert rows == {"training": 8.0, "waiting": 116.0}
+
+
 def test_runs_are_told_apart_by_their_paths(tmp_path: Path) -> None:
     assert labels([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
     assert labels([Path("/x/a"), Path("/y/a")]) == ["x/a", "y/a"]
     with pytest.raises(ValueError, match="different folders"):
         labels([Path("/x/a"), Path("/x/a")])
+
+
+def test_rounds_are_written_as_stretches() -> None:
+    assert stretches([1, 2, 3, 5, 8, 9]) == "1-3 5 8-9"
 
 
 def test_few_of_many_pictures_are_chosen_evenly() -> None:
@@ -123,7 +193,47 @@ def test_command_fails_in_one_line_where_there_is_no_run(run: Path, tmp_path: Pa
     for words, expected in (
         ([tmp_path], "holds no run"),
         ([run, run], "--out must name the file of a comparison"),
+        ([run, "--out", tmp_path], "--out must be a file, got the folder"),
+        ([run, "--out", tmp_path / "no" / "x.html"], "make it first"),
     ):
         result = CliRunner().invoke(app, ["report", *map(str, words)])
         assert result.exit_code == 1 and result.stderr.count("\n") == 1
         assert expected in result.stderr
+
+
+def test_broken_file_is_named_in_one_line(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "run", losses(1, {0: 0.5}), rounds_done=2)
+    whole = {file: file.read_bytes() for file in run.glob("*") if file.is_file()}
+    for name, broken in (
+        ("metrics.jsonl", "not json\n"),
+        ("metrics.jsonl", '{"a": 1}\n'),
+        ("model.safetensors", "x"),
+        ("class_counts.json", '{"clients": {"0": [1]}}'),
+        ("class_counts.json", "[1]"),
+        ("evaluation-classifier-correct.json", "{}"),
+        ("samples/round_x.png", ""),
+    ):
+        (run / name).write_text(broken)
+        result = CliRunner().invoke(app, ["report", str(run)])
+        assert (result.exit_code, result.stderr.count("\n")) == (1, 1), (name, result.stderr)
+        assert str(run / name) in result.stderr and "move it out of the folder" in result.stderr
+        if run / name in whole:
+            (run / name).write_bytes(whole[run / name])
+        else:
+            (run / name).unlink()
+
+
+def test_loss_that_was_not_a_number_is_said_and_kept_out_of_the_charts(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "run", losses(1, {0: 0.5}), rounds_done=2)
+    lost = {"round": 2, "who": "global", "name": "train_loss", "value": float("nan")}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(lost) + "\n" + json.dumps({**lost, "who": "client-0"}) + "\n")
+    history = read_history(run)
+    assert history.values["train_loss"] == {1: 0.5} and len(history.not_finite) == 2
+    assert history.participation()[2, 0] == "trained"
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "Train loss was not a number in 1 round, from round 2 on: the run has diverged" in page
+    assert not any("NaN" in text for kind, text in Elements(page).scripts if kind)
+    bare = Charts([Drawing("t", "s", {"value": float("nan")})])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        render(Page("p", [Section("a", "t", [bare])]))

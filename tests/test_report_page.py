@@ -115,11 +115,36 @@ def test_page_has_no_barrier_that_axe_knows(page: Page) -> None:
     assert page.locator("h1").count() == 1
 
 
-def test_page_opens_the_configuration_on_paper(page: Page) -> None:
+def test_chart_that_fails_takes_nothing_else_with_it(
+    browser: Browser, report: Path, tmp_path: Path
+) -> None:
+    text = report.read_text(encoding="utf-8")
+    broken = tmp_path / "broken.html"
+    broken.write_text(text.replace('data-chart="1">{', 'data-chart="1">NaN{', 1), encoding="utf-8")
+    opened = browser.new_page()
+    opened.goto(broken.as_uri())
+    opened.locator("#chart-2 svg").wait_for()
+    opened.get_by_label("Round of the samples").press("ArrowLeft")
+    assert opened.locator(".slider output").text_content() == "round 1"
+    assert opened.locator("#chart-1 svg").count() == 0
+    opened.close()
+
+
+def _widths(page: Page) -> list[float]:
+    found: list[float] = page.evaluate(
+        "[...document.querySelectorAll('.plot svg')].map(svg => svg.viewBox.baseVal.width)"
+    )
+    return found
+
+
+def test_page_opens_the_configuration_and_draws_for_paper(page: Page) -> None:
+    on_screen = _widths(page)
     page.emulate_media(media="print")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert set(_widths(page)) == {330.0, 680.0}
     assert page.locator("details.code[open]").count() == 1
     assert page.locator(".slides img:visible").get_attribute("data-title") == "round 2"
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("details[open]").count() == 0
     page.emulate_media(media="screen")
+    assert _widths(page) == on_screen
