@@ -46,6 +46,28 @@ app = typer.Typer(
 )
 
 
+# What several commands take.
+FinishedRunFolder = Annotated[
+    Path, typer.Argument(help="Folder of a finished run.", show_default=False)
+]
+Device = Annotated[
+    str | None, typer.Option(help="auto, cpu, cuda or cuda:N; else the run's train.device.")
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Images at a time; else the run's eval.batch_size. It changes rounding alone."
+    ),
+]
+NoiseSeed = Annotated[int | None, typer.Option(min=0, help="Of the noise; else the run's seed.")]
+DrawingClient = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Draw from this client's own model, which federation.keep_local_models kept."
+    ),
+]
+
+
 def known(module: str, name: str) -> list[str]:
     """List the words of a constant, to be offered by the Tab key."""
     return list(getattr(import_module(module), name))
@@ -68,7 +90,7 @@ def feddm() -> None:
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    run: FinishedRunFolder,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -97,16 +119,8 @@ def evaluate(
             min=1, help="Images to draw of each class; else the run's eval.num_per_class."
         ),
     ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Images at a time; else the run's eval.batch_size. It changes rounding alone.",
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda or cuda:N; else the run's train.device.")
-    ] = None,
+    batch_size: BatchSize = None,
+    device: Device = None,
     client: Annotated[
         int | None,
         typer.Option(
@@ -152,7 +166,7 @@ def evaluate(
 
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    run: FinishedRunFolder,
     num: Annotated[
         int, typer.Option(min=1, help="Images to draw of each class.", show_default=False)
     ],
@@ -177,26 +191,10 @@ def generate(
             "repeated. Else every class.",
         ),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the noise; else the run's seed.")
-    ] = None,
-    client: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Draw from this client's own model, which federation.keep_local_models kept.",
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda or cuda:N; else the run's train.device.")
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Images at a time; else the run's eval.batch_size. It changes rounding alone.",
-        ),
-    ] = None,
+    seed: NoiseSeed = None,
+    client: DrawingClient = None,
+    device: Device = None,
+    batch_size: BatchSize = None,
 ) -> None:
     """Draw images of chosen classes from a run's final weights.
 
@@ -234,7 +232,7 @@ def generate(
 
 @app.command()
 def restore(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    run: FinishedRunFolder,
     images: Annotated[
         list[str],
         typer.Argument(
@@ -275,26 +273,10 @@ def restore(
             "times faster, and fits what is filled in less well to its surroundings.",
         ),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the noise; else the run's seed.")
-    ] = None,
-    client: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Draw from this client's own model, which federation.keep_local_models kept.",
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda or cuda:N; else the run's train.device.")
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Images at a time; else the run's eval.batch_size. It changes rounding alone.",
-        ),
-    ] = None,
+    seed: NoiseSeed = None,
+    client: DrawingClient = None,
+    device: Device = None,
+    batch_size: BatchSize = None,
 ) -> None:
     """Fill in what pictures lack, by a run's final weights: --mask, --upscale or --colorize.
 
@@ -359,7 +341,7 @@ def tables(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    run: FinishedRunFolder,
     to: Annotated[
         str,
         typer.Option(
