@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from server_app.simulation import simulated_at_once
 from server_app.training_run import initial_model
 from task.checkpoint import load_weights
 from task.config import load_run_config, read_config
+from task.fingerprint import code_fingerprint
+from task.history import read_history
 from task.run_directory import RunDirectory, weights_file
 from task.runs import kept_clients
 from task.wire import Key, WeightLayout
@@ -143,6 +146,12 @@ def test_run_leaves_its_files(reference: Path) -> None:
     }
     with Image.open(reference / "samples" / "round_0003.png") as picture:
         assert picture.height > picture.width  # ten rows of one
+
+
+def test_run_says_what_it_ran_with(reference: Path) -> None:
+    history = read_history(reference)
+    assert (history.setting, history.code) == ("simulation", code_fingerprint())
+    assert history.versions["torch"] == version("torch")
 
 
 def test_configuration_is_stored_as_the_federation_turned_out(reference: Path) -> None:
