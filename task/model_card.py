@@ -12,7 +12,13 @@ from typing import Any
 from task.config import FederationConfig
 from task.evaluate import MetricReport
 from task.metric_table import caption, metric_rows
-from task.run_directory import CLASS_COUNTS_FILE, NODES_FILE, POOLED_FILE, read_metrics
+from task.run_directory import (
+    CLASS_COUNTS_FILE,
+    MACHINE_FILE,
+    NODES_FILE,
+    POOLED_FILE,
+    read_metrics,
+)
 from task.runs import FinishedRun
 
 # A line of metrics.jsonl: "round", "who", "name", "value".
@@ -110,7 +116,7 @@ def write_model_card(
         training_section(run, exported),
         results_section(run) if measured else UNMEASURED,
         LIMITS.format(size=run.config.data.image_size, trained_where=trained_where(run)),
-        origin_section(exported),
+        origin_section(run, exported),
     ]
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
@@ -304,13 +310,15 @@ def _last_global(metrics: Sequence[Metric]) -> dict[str, Metric]:
     return {line["name"]: line for line in metrics if line["who"] == "global"}
 
 
-def origin_section(exported: Mapping[str, Any]) -> str:
-    """Say which weights these are, and what wrote the export."""
+def origin_section(run: FinishedRun, exported: Mapping[str, Any]) -> str:
+    """Say which weights these are, and what trained and wrote them."""
+    versions = (_read(run.path / MACHINE_FILE) or {}).get("versions", {})
+    trained = ", ".join(f"{name} {number}" for name, number in versions.items())
     return f"""\
 ## How this was made
 
+- Trained with {trained or "versions that the run does not record"}.
 - Written by {exported["by"]} with torch {version("torch")} as {exported["format"]}.
-- The run does not record the versions that it was trained with.
 - SHA-256 of the run's own file of these weights: `{exported["weights_sha256"]}`.
 """
 

@@ -34,7 +34,7 @@ REPORT = MetricReport(
 
 def run_of(folder: Path, files: dict[str, Any], *overrides: str) -> FinishedRun:
     path = folder / "st-elsewhere"
-    path.mkdir()
+    path.mkdir(parents=True)
     config = load_config(
         [
             *("data=image_folder", "data.classes=[normal,pneumonia]", f"data.root={folder}"),
@@ -189,6 +189,13 @@ def test_card_leaves_what_it_cannot_know_to_its_owner(tmp_path: Path) -> None:
     text = card(run_of(tmp_path, {}, "train.precision=auto"))
     assert "- Data set: a folder of images; say here what they show.\n" in text
     assert "precision" not in text and "max_update_norm" not in text
+
+
+def test_card_tells_the_versions_that_trained_where_they_are_known(tmp_path: Path) -> None:
+    machine = {"machine.json": {"device": "cpu", "versions": {"feddm": "1.2", "torch": "3.4"}}}
+    assert "- Trained with feddm 1.2, torch 3.4.\n" in card(run_of(tmp_path / "new", machine))
+    unknown = "- Trained with versions that the run does not record.\n"
+    assert unknown in card(run_of(tmp_path / "old", {}))
 
 
 def test_a_report_survives_its_description() -> None:
