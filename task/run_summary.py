@@ -171,7 +171,7 @@ def _time(history: RunHistory) -> Iterator[tuple[str, str]]:
     training = sum(history.values.get("seconds_training", {}).values())
     if total > 0:
         yield "time", duration(history.seconds)
-        yield "of rounds, outside training", f"{1 - training / total:.0%}"
+        yield "time without training", f"{1 - training / total:.0%}"
 
 
 def _left_out(history: RunHistory) -> str:
