@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from task.config import EXTRACTORS, IMAGE_RANGES, Config, read_config
+from task.config import EXTRACTORS, IMAGE_RANGES, Config
 from task.evaluate import MetricReport
 from task.repeat import Word
 from task.run_directory import (
@@ -25,10 +25,10 @@ from task.run_directory import (
     POOLED_FILE,
     SUBMISSION_FILE,
     holder,
-    is_begun,
     last_complete_round,
     read_metrics,
     round_of,
+    run_config,
     weights_file,
 )
 from task.unet import build_unet
@@ -237,9 +237,7 @@ def read_history(run: Path) -> RunHistory:
     Raises:
         ValueError: there is no run, or a file is not what this version of feddm writes.
     """
-    if not is_begun(run):
-        raise ValueError(f"RUN: {run} holds no run (there is no {run / 'config.yaml'})")
-    config = read_config(run / "config.yaml")
+    config = run_config(run)
     final = _final_round(run)
     rounds_done = max(last_complete_round(run), final or 0)
     recorded = _recorded(run, rounds_done)

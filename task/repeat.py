@@ -14,11 +14,12 @@ from task.config import (
     hydra_override,
     load_config,
 )
+from task.run_directory import NAMES_AND_PLACES
 
 Word = str | int | float | bool
 
 # Where a run lies says nothing of what it is.
-PLACES = frozenset({"output_dir", "run_name", "resume", "data.cache_dir"})
+PLACES = NAMES_AND_PLACES - {"experiment"}
 # Of these groups a configuration does not say which option it began with.
 NAMELESS_GROUPS = ("model", "diffusion", "partition")
 

@@ -370,6 +370,17 @@ def is_begun(run: Path) -> bool:
     return (run / "config.yaml").exists()
 
 
+def run_config(run: Path) -> Config:
+    """Read the configuration of the run in a folder.
+
+    Raises:
+        ValueError: there is no run, or it is of another version of feddm.
+    """
+    if not is_begun(run):
+        raise ValueError(f"RUN: {run} holds no run (there is no {run / 'config.yaml'})")
+    return read_config(run / "config.yaml")
+
+
 def checkpoints(run: Path) -> list[Path]:
     """List the checkpoints in the folder of a run, by round."""
     return sorted((run / "checkpoints").glob("round_*.safetensors"), key=round_of)

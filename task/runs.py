@@ -22,7 +22,7 @@ from task.config import (
 )
 from task.generation import GENERATION_VALUES, GeneratedImages, ImageSource, class_labels
 from task.restoration import RESTORATION_VALUES, Restorer, known_part, restoration_config
-from task.run_directory import PARTITION_FILE, weights_file
+from task.run_directory import PARTITION_FILE, run_config, weights_file
 from task.train import select_device
 from task.unet import UNet, build_unet
 
@@ -192,18 +192,6 @@ def load_run(path: str | Path) -> FinishedRun:
     config = run_config(folder)
     _require_weights(folder, config)
     return _read_run(folder)
-
-
-def run_config(run: Path) -> Config:
-    """Read the configuration of the run in a folder.
-
-    Raises:
-        ValueError: there is no run, or it is of another version of feddm.
-    """
-    file = run / "config.yaml"
-    if not file.is_file():
-        raise ValueError(f"RUN: {run} holds no run (there is no {file})")
-    return read_config(file)
 
 
 def _require_weights(run: Path, config: Config) -> None:

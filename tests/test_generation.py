@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from task.generation import GeneratedImages, ImageSource, class_labels
-from task.runs import final_model, load_run, run_config
+from task.run_directory import run_config
+from task.runs import final_model, load_run
 from task.sampler import NOISE_BLOCK
 from tests.test_cli import finished_run
 

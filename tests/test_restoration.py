@@ -23,7 +23,8 @@ from task.restoration import (
     resampling_walk,
     restoration_config,
 )
-from task.runs import final_model, load_run, run_config
+from task.run_directory import run_config
+from task.runs import final_model, load_run
 from task.sampler import NoiseSource, to_uint8
 from task.schedule import NoiseSchedule, linear_alphas_cumprod
 from tests.test_cli import assert_fails_in_one_line, feddm, finished_run

@@ -3,7 +3,6 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,15 +19,10 @@ from task.cli.findings import (
 from task.config import DATA_SETS, FILE_SETS, Config, class_folders, hydra_override, load_config
 from task.data import list_dataset
 from task.data.packaged import missing_files
+from task.export.formats import FORMATS
 from task.features import hub_inception_file
 from task.run_directory import is_begun, last_complete_round, weights_file
 from task.train import device_name, missing_for_compiling, select_device
-
-# What more can be installed, and what it is for.
-EXTRAS = {
-    "diffusers": "feddm export --to diffusers",
-    "onnxruntime": "feddm export --to onnx",
-}
 
 # Any folder may be one of these, and its classes are not known.
 ANY_FOLDER = ("image_folder", "dicom_folder")
@@ -121,9 +115,10 @@ def further() -> Iterator[Finding]:
     inception = hub_inception_file()
     there = inception.is_file()
     yield "Inception", f"there: {inception}" if there else f"missing: {inception}, for a true FID"
-    for module, purpose in EXTRAS.items():
-        installed = find_spec(module) is not None
-        yield module, "there" if installed else f"missing, for {purpose}: uv sync --extra export"
+    for to, form in FORMATS.items():
+        missing = ", ".join(form.missing)
+        said = f"missing {missing}: uv sync --extra export" if missing else "can be written"
+        yield f"{to} export", said
 
 
 def describe_runs(folder: Path) -> Iterator[Finding]:

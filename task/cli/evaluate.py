@@ -22,7 +22,8 @@ from task.measure import (
 )
 from task.metric_table import caption, format_table
 from task.randomness import Stream
-from task.runs import final_model, run_config
+from task.run_directory import run_config
+from task.runs import final_model
 from task.train import select_device
 
 

@@ -211,7 +211,7 @@ def generate(
     from task.cli.generate import generate_images
     from task.config import changed_config
     from task.generation import GENERATION_VALUES
-    from task.runs import run_config
+    from task.run_directory import run_config
 
     config = changed_config(
         run_config(run),

@@ -17,7 +17,8 @@ from task.restoration import (
     picture_shape,
     restoration_config,
 )
-from task.runs import final_model, run_config
+from task.run_directory import run_config
+from task.runs import final_model
 from task.synthetic_folder import write_image
 from task.train import select_device
 

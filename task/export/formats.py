@@ -40,17 +40,21 @@ class Format:
     loader: str
     snippet: str
 
+    @property
+    def missing(self) -> list[str]:
+        """The libraries that are not installed."""
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
+
     def check_installed(self) -> None:
         """Check that all libraries are there.
 
         Raises:
             ValueError: one is missing.
         """
-        missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
         require(
-            not missing,
+            not self.missing,
             "--to",
-            f"a format whose libraries are installed ({', '.join(missing)}: pip install "
+            f"a format whose libraries are installed ({', '.join(self.missing)}: pip install "
             "'feddm[export]', in a checkout uv sync --extra export)",
             self.library,
         )
