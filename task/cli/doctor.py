@@ -117,8 +117,8 @@ def further() -> Iterator[Finding]:
     yield "Inception", f"there: {inception}" if there else f"missing: {inception}, for a true FID"
     for to, form in FORMATS.items():
         missing = ", ".join(form.missing)
-        said = f"missing {missing}: uv sync --extra export" if missing else "can be written"
-        yield f"{to} export", said
+        said = f"missing {missing}: uv sync --extra export" if missing else "exports can be written"
+        yield to, said
 
 
 def describe_runs(folder: Path) -> Iterator[Finding]:
