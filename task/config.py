@@ -41,6 +41,7 @@ TRAIN_MODES = ("federated", "centralized")
 DATA_SETS = (*PACKAGED_SETS, *FILE_SETS)
 # The inception score parts the images into 10 splits.
 MIN_MEASURED_IMAGES = 10
+DATA_FITS = ("stretch", "crop", "pad")
 IMAGE_RANGES = ("correct", "paper")
 AGGREGATIONS = ("fedavg", "median", "trimmed_mean", "krum")
 # They change how images are drawn from weights, and no weights.
@@ -118,6 +119,7 @@ class DataConfig:
     classes: list[str] = MISSING
     image_size: int = MISSING
     channels: int = MISSING
+    fit: str = MISSING
     horizontal_flip: bool = MISSING
     test_fraction: float | None = None
     val_fraction: float = MISSING
@@ -140,6 +142,7 @@ class DataConfig:
             f"a positive multiple of {IMAGE_SIZE_DIVISOR} (the images are resized to it)",
             self.image_size,
         )
+        require_one_of("data.fit", self.fit, DATA_FITS)
         for field in ("test_fraction", "val_fraction"):
             value = getattr(self, field)
             if value is not None:

@@ -172,6 +172,7 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
         ("data.classes=[]", ["data.classes", "[]", "at least one class"]),
         ("data=image_folder", ["data.classes", "[]", "folders in data.root=data: none"]),
         ("data.on_corrupt=ignore", ["data.on_corrupt", "'ignore'", "refuse, skip"]),
+        ("data.fit=cut", ["data.fit", "'cut'", "stretch, crop, pad"]),
         ("data.window=[40]", ["data.window", "[40.0]", "[center, width]"]),
         ("data.window=[40,1]", ["data.window", "[40.0, 1.0]", "width > 1"]),
         ("partition.beta=null", ["partition.beta", "None", "partition.counts"]),

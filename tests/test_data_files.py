@@ -24,7 +24,14 @@ from client_app.workspace import Workspace
 from task.config import load_config
 from task.data import Dataset, build_dataset, cache, load_files
 from task.data.cache import cache_key, cached_images, report_unreadable
-from task.data.decode import apply_window, crop_round_field, decode_dicom, decode_picture, fit
+from task.data.decode import (
+    apply_window,
+    crop_round_field,
+    decode_dicom,
+    decode_picture,
+    resize_decoded,
+    to_square,
+)
 from task.data.listing import class_label
 
 from .helpers import node_context
@@ -48,6 +55,7 @@ def load(root: Path, name: str = "image_folder", **options: object) -> Dataset:
         "classes": ["a", "b"],
         "image_size": 8,
         "channels": 3,
+        "fit": "stretch",
         "window": None,
         "test_fraction": None,
         "seed": 0,
@@ -169,32 +177,60 @@ def test_pictures_are_resized_as_torchvision_does_without_antialiasing(tmp_path:
     Image.fromarray(pixels).save(tmp_path / "x.png")
     planes = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
     expected = v2.functional.resize(planes.float(), [16, 16], antialias=False)
-    found = fit(decode_picture(tmp_path / "x.png"), 16, 3)
+    found = resize_decoded(decode_picture(tmp_path / "x.png"), 16, 3)
     assert found.dtype == torch.uint8
     assert (found.float() - expected).abs().max() <= 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_pictures_become_square_by_crop_pad_or_stretch(tmp_path: Path, wide: bool) -> None:
+    pixels = torch.from_numpy(picture(0, size=8)[:, :4].copy()).permute(2, 0, 1)
+    pixels = pixels.mT if wide else pixels
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "set" / "a" / "x.png")
+    middle = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    (middle[:, 2:6] if wide else middle[..., 2:6]).copy_(pixels)
+    cropped = pixels[..., 2:6] if wide else pixels[:, 2:6]
+    for fit, size, expected in (
+        ("pad", 8, middle),
+        ("crop", 4, cropped),
+        ("crop", 8, resize_decoded(cropped.float(), 8, 3)),
+        ("stretch", 8, resize_decoded(pixels.float(), 8, 3)),
+    ):
+        found = load(tmp_path / "set", image_size=size, fit=fit).train.images
+        assert torch.equal(found[0], expected)
+
+
+def test_odd_differences_of_the_sides_lose_no_row() -> None:
+    pixels = torch.arange(1.0, 11).view(1, 5, 2)
+    assert to_square(pixels, "crop").shape == (1, 2, 2)
+    padded = to_square(pixels, "pad")
+    assert padded.shape == (1, 5, 5) and torch.equal(padded[padded > 0], pixels.flatten())
+    with pytest.raises(ValueError, match=r"data\.fit must be one of stretch, crop, pad, got 'cut'"):
+        to_square(pixels, "cut")
 
 
 def test_colour_becomes_grey_as_in_pillow_and_grey_fills_three_channels(tmp_path: Path) -> None:
     Image.fromarray(picture(0)).save(tmp_path / "colour.png")
     Image.fromarray(picture(1, channels=1)).save(tmp_path / "grey.png")
-    grey = fit(decode_picture(tmp_path / "colour.png"), 8, 1)[0].numpy().astype(int)
+    grey = resize_decoded(decode_picture(tmp_path / "colour.png"), 8, 1)[0].numpy().astype(int)
     expected = np.asarray(Image.fromarray(picture(0)).convert("L")).astype(int)
     assert np.abs(grey - expected).max() <= 1
-    filled = fit(decode_picture(tmp_path / "grey.png"), 8, 3)
+    filled = resize_decoded(decode_picture(tmp_path / "grey.png"), 8, 3)
     assert np.array_equal(filled, np.stack([picture(1, channels=1)] * 3))
 
 
 def test_grey_stored_as_colour_loses_nothing_as_grey(tmp_path: Path) -> None:
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(np.stack([grey] * 3, axis=-1)).save(tmp_path / "x.png")
-    assert np.array_equal(fit(decode_picture(tmp_path / "x.png"), 16, 1)[0], grey)
+    assert np.array_equal(resize_decoded(decode_picture(tmp_path / "x.png"), 16, 1)[0], grey)
 
 
 def test_16_bit_grey_is_scaled_and_not_cut_off(tmp_path: Path) -> None:
     for suffix in ("png", "tif"):
         values = np.array([[0, 257], [32768, 65535]], dtype=np.uint16)
         Image.fromarray(values).save(tmp_path / f"x.{suffix}")
-        found = fit(decode_picture(tmp_path / f"x.{suffix}"), 2, 1)
+        found = resize_decoded(decode_picture(tmp_path / f"x.{suffix}"), 2, 1)
         assert found.flatten().tolist() == [0, 1, 128, 255]
 
 
@@ -508,7 +544,7 @@ def test_changed_files_and_settings_are_decoded_anew(tmp_path: Path) -> None:
 def count_decoding(root: Path, folder: Path, barrier: object) -> None:
     def decode(path: Path) -> torch.Tensor:
         (folder / f"{path.stem}-{os.getpid()}").touch()
-        return fit(decode_picture(path), 8, 3)
+        return resize_decoded(decode_picture(path), 8, 3)
 
     barrier.wait()  # type: ignore[attr-defined]
     paths = sorted((root / "a").iterdir())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from task.cli.progress import progress
 from task.config import Config, require
-from task.data.decode import decode_picture, fit
+from task.data.decode import decode_picture, resize_decoded
 from task.generation import class_labels
 from task.restoration import (
     Projection,
@@ -135,7 +135,7 @@ def read_picture(file: Path, size: int, channels: int) -> Tensor:
     shape = tuple(pixels.shape[1:])
     expected = f"{size} x {size} pixels for this run and task; bring it to that size first"
     require(shape == (size, size), str(file), expected, " x ".join(map(str, shape)))
-    return fit(pixels, size, channels)
+    return resize_decoded(pixels, size, channels)
 
 
 def read_mask(file: Path, size: int) -> Tensor:

@@ -39,6 +39,7 @@ def build_dataset(config: Config, *, download: bool) -> Dataset:
             classes=data.classes,
             image_size=data.image_size,
             channels=data.channels,
+            fit=data.fit,
             window=None if data.window is None else (data.window[0], data.window[1]),
             test_fraction=data.test_fraction,
             seed=config.data.split_seed,

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 
-from task.config import require
+from task.config import DATA_FITS, require, require_one_of
 from task.data.images import resize
 
 PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
@@ -154,7 +155,31 @@ def crop_round_field(pixels: Tensor) -> Tensor:
     return pixels[:, top : top + side, left : left + side]
 
 
-def fit(pixels: Tensor, image_size: int, channels: int) -> Tensor:
+def to_square(pixels: Tensor, fit: str) -> Tensor:
+    """Cut or pad an image to a square of its own resolution.
+
+    Args:
+        pixels: [C, H, W] in [0, 255].
+        fit: "crop" takes the largest square in the middle, "pad" adds 0 on both sides of the
+            shorter side, "stretch" leaves the image as it is, to be stretched in resizing.
+
+    Returns:
+        [C, S, S] with "crop" and "pad".
+
+    Raises:
+        ValueError: `fit` is another.
+    """
+    require_one_of("data.fit", fit, DATA_FITS)
+    if fit == "stretch":
+        return pixels
+    height, width = pixels.shape[-2:]
+    side = min(height, width) if fit == "crop" else max(height, width)
+    more_rows, more_columns = side - height, side - width  # negative to crop, as `pad` takes them
+    left, top = more_columns // 2, more_rows // 2
+    return F.pad(pixels, [left, more_columns - left, top, more_rows - top])
+
+
+def resize_decoded(pixels: Tensor, image_size: int, channels: int) -> Tensor:
     """Bring a decoded image to the shape that the model sees.
 
     Args:

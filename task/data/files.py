@@ -14,8 +14,9 @@ from task.data.decode import (
     decode_dicom,
     decode_picture,
     dicom_size,
-    fit,
     picture_size,
+    resize_decoded,
+    to_square,
 )
 from task.data.images import Dataset, ImageSet
 from task.data.listing import DICOM, PICTURES, Listing, list_class_folders, list_odir
@@ -30,6 +31,7 @@ def load_files(
     classes: Sequence[str],
     image_size: int,
     channels: int,
+    fit: str,
     window: tuple[float, float] | None,
     test_fraction: float | None,
     seed: int,
@@ -47,6 +49,7 @@ def load_files(
         classes: names of the classes, in the order of their labels.
         image_size: height and width.
         channels: 1 turns colours into grey, 3 repeats grey.
+        fit: how images become square: one of `task.config.DATA_FITS`, see `to_square`.
         window: center and width for data=dicom_folder, see `decode_dicom`.
         test_fraction: share of the images, in (0, 1), that becomes the test split of a set
             without one.
@@ -71,7 +74,9 @@ def load_files(
     train, test = list_files(
         name, root=root, classes=classes, test_fraction=test_fraction, seed=seed
     )
-    decode = partial(_decode, kind, window=window, image_size=image_size, channels=channels)
+    decode = partial(
+        _decode, kind, window=window, fit=fit, image_size=image_size, channels=channels
+    )
 
     def opened(listing: Listing) -> ImageSet:
         images, kept = cached_images(
@@ -79,7 +84,7 @@ def load_files(
             decode,
             root=root,
             shape=(channels, image_size, image_size),
-            settings=f"{kind} {window}",
+            settings=f"{kind} {fit} {window}",
             cache_dir=Path(cache_dir),
             on_corrupt=on_corrupt,
         )
@@ -156,6 +161,7 @@ def _decode(
     path: Path,
     *,
     window: tuple[float, float] | None,
+    fit: str,
     image_size: int,
     channels: int,
 ) -> Tensor:
@@ -167,4 +173,4 @@ def _decode(
         pixels = decode_picture(path)
     else:
         raise ValueError(f"kind must be image_folder, dicom_folder or odir, got {kind!r}")
-    return fit(pixels, image_size, channels)
+    return resize_decoded(to_square(pixels, fit), image_size, channels)
