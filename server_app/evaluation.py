@@ -24,7 +24,6 @@ from server_app.quality import (
 )
 from server_app.records import recorded_name
 from task.checkpoint import load_weights
-from task.classifier import accuracy, train_classifier
 from task.config import MIN_MEASURED_IMAGES, Config, require
 from task.data import Dataset, ImageSet
 from task.evaluate import MetricReport, RealFeatures, extract_real
@@ -36,6 +35,7 @@ from task.measure import (
     evaluation_file,
     full_labels,
     measure_images,
+    quick_measures,
     write_report,
 )
 from task.randomness import Stream
@@ -213,7 +213,7 @@ class PooledEvaluation(GlobalEvaluation):
         return f"FID (train) {report.generated.fid_train:.2f}"
 
     def measure_final(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
-        """Measure the final images with all metrics, or with a classifier alone."""
+        """Measure the final images with all metrics, or by what costs little."""
         if self._config.eval.final_metrics:
             report = self._report(weights, full=True)
             self._record(server_round, report)
@@ -226,32 +226,22 @@ class PooledEvaluation(GlobalEvaluation):
                 f"{label.extractor}, image range {label.image_range}); all metrics: {file}"
             )
         elif self._config.eval.num_images > 0:
-            self._measure_agreement(server_round, weights)
+            self._measure_quickly(server_round, weights)
 
-    def _measure_agreement(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
-        """Show `eval.num_images` images to a classifier that was trained on the real ones."""
+    def _measure_quickly(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
+        """Measure `eval.num_images` images by what costs little."""
         config, dataset = self._config, self._dataset
         num_classes = len(config.data.classes)
         labels = balanced_labels(config.eval.num_images, num_classes)
         images = self._draw(weights, labels, Stream.FINAL_IMAGES)
-        classifier = train_classifier(
-            dataset.train,
-            num_classes=num_classes,
-            horizontal_flip=config.data.horizontal_flip,
-            seed=config.eval.seed,
-            device=self._device,
-        )
-        found = accuracy(classifier, images.images, labels)
-        measured = {"class_agreement": found, "num_generated_images": len(images)}
-        beside = "there are no real test images"
-        if len(dataset.test) > 0:
-            real = accuracy(classifier, dataset.test.images, dataset.test.labels)
-            measured["classifier_test_accuracy"] = real
-            beside = f"{real:.1%} of the real test images"
-        self._directory.record(server_round, "global", measured)
+        found = quick_measures(config, images, dataset, device=self._device)
+        self._directory.record(server_round, "global", found)
+        real = found.get("classifier_test_accuracy")
+        beside = "there are no real test images" if real is None else f"of real ones in {real:.1%}"
         log(
             f"a classifier trained on the real images finds the asked class in "
-            f"{found:.1%} of {len(images)} generated images ({beside})"
+            f"{found['class_agreement']:.1%} of {len(images)} generated images ({beside}, by "
+            f"chance in {found['chance_agreement']:.1%})"
         )
 
     def _report(self, weights: Mapping[str, Tensor], *, full: bool) -> MetricReport:
@@ -276,7 +266,7 @@ class PooledEvaluation(GlobalEvaluation):
         )
 
     def _record(self, server_round: int, report: MetricReport) -> None:
-        described = dataclasses.asdict(report.label).keys() - {"n_generated"}
+        described = dataclasses.asdict(report.label).keys() - {"n_generated", "n_scored"}
         found = {n: v for n, v in report.describe().items() if n not in described}
         self._directory.record(server_round, "global", found)
 

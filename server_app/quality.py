@@ -30,8 +30,13 @@ SCORES: dict[str, tuple[float, float]] = {
     Key.FLOOR_KID: (-LARGEST_METRIC, LARGEST_METRIC),
     Key.CLASS_AGREEMENT: SHARE,
     Key.HELD_OUT_ACCURACY: SHARE,
+    Key.CHANCE_AGREEMENT: SHARE,
+    Key.NOISE_POSITION: (0.0, LARGEST_METRIC),
+    Key.FLOOR_NOISE_POSITION: (0.0, LARGEST_METRIC),
     Key.PIXEL_COPIED: SHARE,
+    Key.PIXEL_P_VALUE: SHARE,
     Key.FEATURE_COPIED: SHARE,
+    Key.FEATURE_P_VALUE: SHARE,
 }
 SCORED = "quality_scored"
 
@@ -142,7 +147,8 @@ def describe_means(means: Scores, num_hospitals: int, config: Config) -> str:
         f"FID {means[Key.FID]:.2f} (their own floor {means[Key.FLOOR_FID]:.2f}), "
         f"KID {means[Key.KID]:.4f} ({means[Key.FLOOR_KID]:.4f}), the asked class found in "
         f"{means[Key.CLASS_AGREEMENT]:.1%} (of held-out images in "
-        f"{means[Key.HELD_OUT_ACCURACY]:.1%}), {means[Key.PIXEL_COPIED]:.1%} as near to a training "
-        f"image as the nearest 1% of held-out ones (extractor: {own}, image range "
+        f"{means[Key.HELD_OUT_ACCURACY]:.1%}, by chance in {means[Key.CHANCE_AGREEMENT]:.1%}), "
+        f"between real (0) and noise (1) {means[Key.NOISE_POSITION]:.2f} "
+        f"({means[Key.FLOOR_NOISE_POSITION]:.2f}) (extractor: {own}, image range "
         f"{config.eval.image_range})"
     )

@@ -111,6 +111,32 @@ def classify(model: nn.Module, images: Tensor, *, batch_size: int = 512) -> Tens
     return torch.cat([model(normalize(batch.to(device))).argmax(1).cpu() for batch in batches])
 
 
+def balanced_accuracy(
+    model: nn.Module, images: Tensor, labels: Tensor, *, like: Tensor, batch_size: int = 512
+) -> float:
+    """Return the accuracy on images whose classes come in the proportions of other labels.
+
+    Classes of which there is no image are left out.
+
+    Args:
+        model: from `train_classifier`.
+        images: [N, C, H, W] uint8.
+        labels: [N] int64, on the CPU.
+        like: [M] int64, whose proportions count.
+        batch_size: images at a time, > 0.
+
+    Raises:
+        ValueError: no image is of a class of `like`.
+    """
+    right = (classify(model, images, batch_size=batch_size) == labels).double()
+    number = int(torch.cat([labels, like]).max()) + 1
+    counts, wanted = (each.bincount(minlength=number).double() for each in (labels, like))
+    wanted[counts == 0] = 0
+    require(bool(wanted.sum() > 0), "labels", "some of the classes asked for", labels.unique())
+    shares = labels.bincount(right, minlength=number) / counts.clamp(min=1)
+    return float((shares * wanted).sum() / wanted.sum())
+
+
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 512) -> float:
     """Return the share of images, in [0, 1], in which the classifier finds the class asked for.
 

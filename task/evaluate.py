@@ -3,15 +3,16 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from task.classifier import accuracy, train_classifier
+from task.classifier import accuracy, balanced_accuracy, train_classifier
 from task.config import require
 from task.data import Dataset, ImageSet, random_horizontal_flip
 from task.features import (
@@ -28,15 +29,20 @@ from task.metrics import (
     frechet_distance,
     inception_score,
     kid,
-    nearest_distances,
+    neighbour_distances,
     precision_recall,
 )
 from task.randomness import Stream, torch_generator
+from task.realism import noise_position
 
 T = TypeVar("T")
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
+# Of as many generated images as the floor has real ones, where there are more.
+DRAWS = 10
+# Numbers below it are taken by other random choices.
+FIRST_DRAW = 100
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,8 @@ class Label:
         n_floor: real images that stand in for generated ones in the floor.
         kid_subset_size: images of each set in one of KID's subsets.
         seed: of all that is random in the measuring.
+        n_scored: generated images behind each of the scores beside the floor, as many as
+            `n_floor`; None of an older version, which scored `n_generated`.
     """
 
     data: str
@@ -68,6 +76,12 @@ class Label:
     n_floor: int
     kid_subset_size: int
     seed: int
+    n_scored: int | None = None
+
+    @property
+    def has_comparable_floor(self) -> bool:
+        """Whether the floor is of as many images as the scores are."""
+        return self.n_floor == (self.n_generated if self.n_scored is None else self.n_scored)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +104,8 @@ class Scores:
         recall: share of the test images that lie near the images.
         density: how densely the images lie around test images, about 1 for real ones.
         coverage: share of the test images whose neighbourhood holds one of the images.
+        noise_position: how far the images are from training images, as a share of how far noise
+            is; see `task.realism`. None of an older version.
     """
 
     inception_score: float | None = None
@@ -104,6 +120,7 @@ class Scores:
     recall: float
     density: float
     coverage: float
+    noise_position: float | None = None
 
 
 @dataclass(frozen=True)
@@ -115,12 +132,17 @@ class Classification:
         cas_real_same_n: trained on as many real training images as there are generated ones.
         cas_real: trained on all real training images.
         agreement: share of the generated images that the last of them takes for the class asked.
+        agreement_real: the same of the real test images, their classes in the proportions of the
+            generated ones; None of an older version.
+        chance_agreement: the agreement that one class for every image would have.
     """
 
     cas: float
     cas_real_same_n: float
     cas_real: float
     agreement: float
+    agreement_real: float | None = None
+    chance_agreement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -129,9 +151,12 @@ class MetricReport:
 
     Attributes:
         label: what the figures hold for.
-        generated: the scores.
-        floor: the scores of `label.n_floor` real images in place of the generated ones, the best
-            that a generator can honestly reach at that number; `_meetings` says which images.
+        generated: the scores of `label.n_scored` generated images: where these are fewer than
+            there are, means over `DRAWS` draws of them.
+        floor: the scores of as many real images in place of the generated ones, the best that a
+            generator can honestly reach at that number; `_meetings` says which images.
+        whole: the scores of all generated images, where they are more or are measured against
+            more; not to be compared with the floor.
         classification: None where it was left out or no images are held out to test on.
         pixel_copying: nearest training images, by root mean square difference of pixels in
             [0, 1], mirrored ones included where the data set is trained on mirrored; None where
@@ -145,15 +170,18 @@ class MetricReport:
     classification: Classification | None
     pixel_copying: Copying | None
     feature_copying: Copying | None
+    whole: Scores | None = None
 
     def describe(self) -> dict[str, str | int | float | bool]:
         """Flatten the report to plain values, without what was not measured.
 
-        The floor's scores are called `floor_<score>`, the distances `pixel_<name>` and
-        `feature_<name>`: `..._generated`, `..._held_out` and `..._copied`.
+        The floor's scores are called `floor_<score>`, those of all images `whole_<score>`, the
+        distances `pixel_<name>` and `feature_<name>`, with the names of `Copying`.
         """
         found = {**dataclasses.asdict(self.label), **dataclasses.asdict(self.generated)}
-        found |= {f"floor_{name}": v for name, v in dataclasses.asdict(self.floor).items()}
+        for prefix, scores in (("floor", self.floor), ("whole", self.whole)):
+            if scores is not None:
+                found |= {f"{prefix}_{name}": v for name, v in dataclasses.asdict(scores).items()}
         if self.classification is not None:
             found |= dataclasses.asdict(self.classification)
         for space, copies in (("pixel", self.pixel_copying), ("feature", self.feature_copying)):
@@ -185,6 +213,7 @@ class MetricReport:
                 classification=part(Classification),
                 pixel_copying=part(Copying, "pixel_"),
                 feature_copying=part(Copying, "feature_"),
+                whole=part(Scores, "whole_"),
             )
         except TypeError as error:
             raise ValueError(f"no measurements of this version of feddm: {error}") from error
@@ -297,8 +326,15 @@ def evaluate_images(
             batch_size=batch_size,
         )
     seen = extract(extractor, generated.images, batch_size=batch_size)
-    meetings, floor_meetings = _meetings(seen, real, seed)
+    draws, floor_meetings, whole = _meetings(seen, real, seed)
     n_floor = len(floor_meetings["train"].images)
+    position = noise_position(
+        generated.images,
+        dataset.train.images,
+        dataset.test.images,
+        seed=seed,
+        device=extractor.device,
+    )
     label = Label(
         data=data_name,
         extractor=extractor.name,
@@ -311,11 +347,18 @@ def evaluate_images(
         n_floor=n_floor,
         kid_subset_size=min(KID_SUBSET_SIZE, n_floor),
         seed=seed,
+        n_scored=n_floor,
     )
+
+    def scores(meetings: Meetings, place: float) -> Scores:
+        found = _scores(meetings, label.kid_subset_size, seed)
+        return dataclasses.replace(found, noise_position=place)
+
     return MetricReport(
         label=label,
-        generated=_scores(meetings, label.kid_subset_size, seed),
-        floor=_scores(floor_meetings, label.kid_subset_size, seed),
+        generated=_mean([scores(meetings, position.generated) for meetings in draws]),
+        floor=scores(floor_meetings, position.real),
+        whole=None if whole is None else scores(whole, position.generated),
         classification=_classification(
             generated,
             dataset,
@@ -373,6 +416,11 @@ def classification_accuracy_score(
     return accuracy(model, test.images, test.labels)
 
 
+def chance_agreement(labels: Tensor) -> float:
+    """Return the share of the most frequent class, which one class for every image would find."""
+    return int(labels.bincount().max()) / len(labels)
+
+
 def _require_every_class(generated: ImageSet, num_classes: int) -> None:
     missing = sorted(set(range(num_classes)) - set(generated.labels.tolist()))
     require(not missing, "generated.labels", "of every class", f"none of {missing}")
@@ -414,6 +462,8 @@ def _classification(
         cas_real_same_n=accuracy(part, test.images, test.labels),
         cas_real=accuracy(whole, test.images, test.labels),
         agreement=accuracy(whole, generated.images, generated.labels),
+        agreement_real=balanced_accuracy(whole, test.images, test.labels, like=generated.labels),
+        chance_agreement=chance_agreement(generated.labels),
     )
 
 
@@ -424,36 +474,57 @@ class _Meeting(NamedTuple):
     reals: Features
 
 
+Meetings = dict[str, _Meeting]
+
+
 def _meetings(
     seen: Features, real: RealFeatures, seed: int
-) -> tuple[dict[str, _Meeting], dict[str, _Meeting]]:
-    """Decide what is measured against what, by split: generated images, and the floor.
+) -> tuple[list[Meetings], Meetings, Meetings | None]:
+    """Decide what is measured against what, by split.
 
-    Generated images meet the training and the test images; in the floor test images meet the
-    training images, and training images the test images, as many of each as the smallest of the
-    three sets has. Without test images one half of the training images, drawn at random, stands
-    in for the generated ones, at most as many, and meets the other half.
+    In the floor test images meet the training images, and training images the test images, as
+    many of each as the smallest of the three sets has. Without test images one half of the
+    training images, drawn at random, stands in for the generated ones, at most as many, and meets
+    the other half. Generated images meet the same images as those of the floor, and are as many.
+
+    Returns:
+        Draws of so many generated images, one where all are drawn; the floor; and all generated
+        images against all real ones, None where that is the one draw.
     """
     train, test = real.train, real.test
     if test is None:
-        half = len(train) // 2
         order = _order(len(train), seed, 2)
-        stand_ins = train.subset(order[:half][: len(seen)])
-        return (
-            {"train": _Meeting(seen, train)},
-            {"train": _Meeting(stand_ins, train.subset(order[half:]))},
-        )
-    n_floor = min(len(seen), len(train), len(test))
-    return (
-        {"train": _Meeting(seen, train), "test": _Meeting(seen, test)},
-        {
-            "train": _Meeting(_some(test, n_floor, seed, 2), train),
-            "test": _Meeting(_some(train, n_floor, seed, 3), test),
-        },
+        number = min(len(seen), len(train) // 2)
+        references = {"train": train.subset(order[len(train) // 2 :])}
+        floor = {"train": _Meeting(train.subset(order[:number]), references["train"])}
+    else:
+        number = min(len(seen), len(train), len(test))
+        references = {"train": train, "test": test}
+        floor = {
+            "train": _Meeting(_some(test, number, seed, 2), train),
+            "test": _Meeting(_some(train, number, seed, 3), test),
+        }
+    draws = [seen]
+    if number < len(seen):
+        draws = [_some(seen, number, seed, FIRST_DRAW + draw) for draw in range(DRAWS)]
+    against = [{split: _Meeting(d, reals) for split, reals in references.items()} for d in draws]
+    everything = {"train": train} if test is None else references
+    if number == len(seen) and test is not None:
+        return against, floor, None
+    return against, floor, {split: _Meeting(seen, reals) for split, reals in everything.items()}
+
+
+def _mean(scores: Sequence[Scores]) -> Scores:
+    values = [dataclasses.asdict(each) for each in scores]
+    return Scores(
+        **{
+            name: None if value is None else fmean(each[name] for each in values)
+            for name, value in values[0].items()
+        }
     )
 
 
-def _scores(meetings: dict[str, _Meeting], subset_size: int, seed: int) -> Scores:
+def _scores(meetings: Meetings, subset_size: int, seed: int) -> Scores:
     """Score images: the Inception score of those that meet the training images."""
     score = std = None
     probabilities = meetings["train"].images.probabilities
@@ -501,22 +572,26 @@ def feature_copying(seen: Features, train: Features, test: Features) -> Copying:
         test: of real images that were not trained on.
     """
     return copying(
-        nearest_distances(seen.features, train.features),
-        nearest_distances(test.features, train.features),
+        neighbour_distances(seen.features, train.features),
+        neighbour_distances(test.features, train.features),
     )
 
 
 def pixel_copying(
-    generated: ImageSet, dataset: Dataset, *, horizontal_flip: bool, device: torch.device
+    generated: ImageSet,
+    dataset: Dataset,
+    *,
+    horizontal_flip: bool,
+    device: str | torch.device,
 ) -> Copying:
     """Compare how near images come to the training images, in pixels; see `MetricReport`."""
-    train = dataset.train.images.flatten(1).to(device)
+    train = dataset.train.images.to(device)
+    if horizontal_flip:
+        train = torch.cat([train, train.flip(-1)])
+    scale = 255 * math.sqrt(train[0].numel())
 
-    def distances(images: Tensor) -> Tensor:
-        found = nearest_distances(images.flatten(1).to(device), train)
-        if horizontal_flip:
-            mirrored = nearest_distances(images.flip(-1).flatten(1).to(device), train)
-            found = torch.minimum(found, mirrored)
-        return found / (255 * math.sqrt(train.shape[1]))
+    def distances(images: Tensor) -> tuple[Tensor, Tensor]:
+        nearest, relative = neighbour_distances(images.flatten(1).to(device), train.flatten(1))
+        return nearest / scale, relative
 
     return copying(distances(generated.images), distances(dataset.test.images))

@@ -9,16 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from task.classifier import accuracy, balanced_accuracy
 from task.config import DRAWING_VALUES, Config, flat_values, read_config
 from task.data import Dataset, ImageSet
-from task.evaluate import MetricReport, RealFeatures, evaluate_images
-from task.features import FeatureExtractor
+from task.evaluate import (
+    MetricReport,
+    RealFeatures,
+    chance_agreement,
+    evaluate_images,
+    pixel_copying,
+)
+from task.features import FeatureExtractor, cached_classifier
 from task.files import atomic_path
 from task.generation import image_shape
 from task.randomness import Stream, torch_generator
+from task.realism import noise_position
 from task.sampler import build_sampler, sample_batches, to_uint8
 from task.train import autocast, move
 from task.unet import UNet
+
+# Held-out images that every run searches for copies beside the generated ones.
+MOST_SEARCHED = 1000
 
 
 def draw_images(
@@ -111,6 +122,60 @@ def measure_images(
         with_classification=full,
         with_copying=full,
     )
+
+
+def quick_measures(
+    config: Config, generated: ImageSet, dataset: Dataset, *, device: torch.device
+) -> dict[str, float]:
+    """Measure what every run ends with: classes, the place between real and noise, and copies.
+
+    Args:
+        config: of the run, with absolute folders.
+        generated: images with the classes that were asked for.
+        dataset: the real ones.
+        device: that computes.
+
+    Returns:
+        "num_generated_images", "class_agreement", "chance_agreement" and, of what there are real
+        images for, "classifier_test_accuracy", "noise_position" and "pixel_..." of `Copying`, each
+        with its floor and numbers of images.
+    """
+    flip, seed = config.data.horizontal_flip, config.eval.seed
+    train, test = dataset.train, dataset.test
+    classifier = cached_classifier(
+        train,
+        num_classes=len(config.data.classes),
+        horizontal_flip=flip,
+        seed=seed,
+        device=device,
+        cache_dir=Path(config.data.cache_dir),
+    )
+    found: dict[str, float] = {
+        "num_generated_images": len(generated),
+        "class_agreement": accuracy(classifier, generated.images, generated.labels),
+        "chance_agreement": chance_agreement(generated.labels),
+    }
+    if torch.isin(test.labels, generated.labels).any():
+        found["classifier_test_accuracy"] = balanced_accuracy(
+            classifier, test.images, test.labels, like=generated.labels
+        )
+    if len(generated) >= 2 and len(train) >= 4:
+        place = noise_position(
+            generated.images, train.images, test.images, seed=seed, device=device
+        )
+        found |= {
+            "noise_position": place.generated,
+            "floor_noise_position": place.real,
+            "num_noise_position_real": place.n_real,
+        }
+    if len(test) > 0:
+        order = torch.randperm(len(test), generator=torch_generator(seed, Stream.METRICS, 8))
+        held_out = test.subset(order[:MOST_SEARCHED])
+        searched = Dataset(train, held_out)
+        copies = pixel_copying(generated, searched, horizontal_flip=flip, device=device)
+        found |= {f"pixel_{name}": value for name, value in copies._asdict().items()}
+        found["num_held_out_searched"] = len(held_out)
+    return found
 
 
 def evaluation_file(run: Path, config: Config, *subjects: str) -> Path:

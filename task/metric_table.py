@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 
-from task.evaluate import KID_SUBSETS, Label, MetricReport
+from task.evaluate import DRAWS, KID_SUBSETS, Classification, Label, MetricReport
 from task.features import HASH_DIGITS
 from task.metrics import Copying
 
 TITLES = {
+    "noise_position": "between real (0) and noise (1) v",
     "inception_score": "inception score ^",
     "fid_train": "FID (train) v",
     "fid_test": "FID (test) v",
@@ -24,16 +25,25 @@ HOSPITAL_TITLES = {
     "quality_fid": "FID v",
     "quality_kid": "KID v",
     "quality_class_agreement": "found in the class asked for ^",
-    "quality_pixel_copied": "as near as the nearest 1 % of real, pixels",
-    "quality_feature_copied": "as near as the nearest 1 % of real, features",
+    "quality_noise_position": TITLES["noise_position"],
+    "quality_pixel_copied": "nearer to training images than held-out ones, pixels v",
+    "quality_feature_copied": "nearer to training images than held-out ones, features v",
 }
 # The names under which a run records what real images reach; any other is "floor_" and the name.
 REAL_BESIDE = {
     "quality_fid": "quality_floor_fid",
     "quality_kid": "quality_floor_kid",
     "quality_class_agreement": "quality_held_out_accuracy",
+    "quality_noise_position": "quality_floor_noise_position",
     "class_agreement": "classifier_test_accuracy",
 }
+
+# What the first row of a table holds.
+POSITION = (
+    "between real and noise: the energy distance to the training images, in pixels or in the "
+    "power at each spatial frequency, whichever is larger, as a share of that of noise (the "
+    "N(0, 1) that sampling starts from); 0 as near as real images, 1 as far as noise"
+)
 
 Row = tuple[str, ...]
 # The marks of the titles where a page has letters for them.
@@ -54,12 +64,18 @@ def metric_rows(report: MetricReport) -> list[Row]:
         rows += [
             ("classification accuracy score, same n ^", *_pair(found.cas, found.cas_real_same_n)),
             ("  trained on all real images ^", "", f"{found.cas_real:.4f}"),
-            ("found in the class asked for ^", f"{found.agreement:.4f}", ""),
+            *_agreement_rows(found),
         ]
     for space, copies in (("pixels", report.pixel_copying), ("features", report.feature_copying)):
         if copies is not None:
             rows += _copying_rows(space, copies)
     return rows
+
+
+def _agreement_rows(found: Classification) -> list[Row]:
+    real, chance = found.agreement_real, found.chance_agreement
+    rows = [("found in the class asked for ^", f"{found.agreement:.4f}", _with_std(real, None))]
+    return rows + ([] if chance is None else [("  by chance", *_pair(chance, chance))])
 
 
 def lay_out(rows: Sequence[Row]) -> str:
@@ -82,17 +98,18 @@ def with_arrows(title: str) -> str:
 
 def _score_rows(report: MetricReport) -> list[Row]:
     ours, floor = dataclasses.asdict(report.generated), dataclasses.asdict(report.floor)
-    rows: list[Row] = []
-    for name, title in TITLES.items():
-        if ours[name] is not None:
-            generated, real = (
-                _with_std(part[name], part.get(f"{name}_std")) for part in (ours, floor)
-            )
-            rows.append((title, generated, real))
-    return rows
+    if not report.label.has_comparable_floor:
+        floor = dict.fromkeys(floor)
+    return [
+        (title, *(_with_std(part[name], part.get(f"{name}_std")) for part in (ours, floor)))
+        for name, title in TITLES.items()
+        if ours[name] is not None
+    ]
 
 
-def _with_std(value: float, std: float | None) -> str:
+def _with_std(value: float | None, std: float | None) -> str:
+    if value is None:
+        return ""
     return f"{value:.4f}" if std is None else f"{value:.4f} +- {std:.4f}"
 
 
@@ -101,10 +118,13 @@ def _pair(generated: float, real: float) -> tuple[str, str]:
 
 
 def _copying_rows(space: str, copies: Copying) -> list[Row]:
-    return [
-        (f"nearest training image, {space}", *_pair(copies.generated, copies.held_out)),
-        (f"  as near as the nearest 1 % of real, {space}", *_pair(copies.copied, 0.01)),
-    ]
+    rows = [(f"nearest training image, {space}", *_pair(copies.generated, copies.held_out))]
+    if copies.p_value is not None:
+        rows += [
+            (f"  nearer than held-out ones, {space} v", f"{copies.copied:.4f}", "0.0000"),
+            ("    p where nothing is copied", f"{copies.p_value:.4f}", ""),
+        ]
+    return rows
 
 
 def caption(report: MetricReport, counts: list[int]) -> list[str]:
@@ -115,21 +135,50 @@ def caption(report: MetricReport, counts: list[int]) -> list[str]:
         counts: different numbers of generated images per class, ascending; empty: not known.
     """
     label = report.label
-    fewer = (
-        f"the real column has fewer images than the generated one ({label.n_floor:,} against "
-        f"{label.n_generated:,}), which makes its FID larger"
-    )
     return [
         f"data {label.data}: {label.n_generated:,} generated images"
         + (f" ({span(counts)} of each class)" if counts else "")
         + f", {label.n_train:,} training and {label.n_test:,} test images; seed {label.seed}",
         *looked_through(label),
         f"real: {stand_ins(label)}",
-        *[fewer] * (label.n_floor < label.n_generated),
+        scored(label),
+        *all_scored(report),
         f"KID: {KID_SUBSETS} subsets of {label.kid_subset_size:,} images; FID depends on n, "
         "compare equal n only",
         *_yardsticks(label),
+        *[POSITION] * (report.generated.noise_position is not None),
         "^ higher is better, v lower is better",
+    ]
+
+
+def scored(label: Label) -> str:
+    """Say how many generated images are behind the scores beside the floor."""
+    if not label.has_comparable_floor:
+        return (
+            f"the scores are of all {label.n_generated:,} generated images, and those of "
+            f"{label.n_floor:,} real ones are not comparable with them: measure again"
+        )
+    if label.n_floor == label.n_generated:
+        return f"generated: all {label.n_floor:,} images, as many as real ones"
+    return (
+        f"generated: means over {DRAWS} draws of {label.n_floor:,} of the images, as many as real "
+        "ones and against the same images"
+    )
+
+
+def all_scored(report: MetricReport) -> list[str]:
+    """Say the distances of all generated images, where the scores are of fewer."""
+    whole = report.whole
+    if whole is None:
+        return []
+    told = [
+        f"{TITLES[name].removesuffix(' v')} {value:.4f}"
+        for name in ("fid_train", "fid_test")
+        if (value := getattr(whole, name)) is not None
+    ]
+    return [
+        f"of all {report.label.n_generated:,} generated images, not comparable with the table: "
+        + ", ".join(told)
     ]
 
 
@@ -169,5 +218,7 @@ def _yardsticks(label: Label) -> list[str]:
         ]
     return [
         "precision, recall, density and coverage: against the test images",
-        "nearest training image: medians, beside those of held-out test images",
+        "nearest training image: medians, beside those of held-out test images; nearer than "
+        "held-out ones: the share of generated images by which more of them lie near a training "
+        "image, relative to its neighbours, and the p value of that share where nothing is copied",
     ]

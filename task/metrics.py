@@ -5,10 +5,14 @@ grow with the product of two sets. What is random draws from a generator.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.special import xlogy
 from torch import Tensor
 
 from task.config import require
@@ -16,6 +20,13 @@ from task.config import require
 # 64 MiB of float64: bounds what a block of N x M distances takes.
 BLOCK_ROWS = 1024
 BLOCK_COLUMNS = 8192
+
+# Of an image, among the training images.
+NEIGHBOURS = 10
+# Of the images nearest to training images, as many are looked at; see `copying_test`.
+DEEPEST = 1000
+# Sums of logarithms that are equal may differ by so much.
+ROUNDING = 1e-9
 
 
 class MeanStd(NamedTuple):
@@ -45,13 +56,16 @@ class Copying(NamedTuple):
     Attributes:
         generated: median distance of a generated image to its nearest training image.
         held_out: the same of real images that were not trained on.
-        copied: share of the generated images that are at least as near as the nearest 1 % of
-            the held-out ones; about 0.01 where nothing is copied.
+        copied: share of the generated images that lie near a training image beyond the share of
+            held-out ones that do, in [0, 1]; see `copying_test`.
+        p_value: that held-out images come out at least so unlike the generated ones where nothing
+            is copied; None: not tested, by an older version.
     """
 
     generated: float
     held_out: float
     copied: float
+    p_value: float | None = None
 
 
 def inception_score(
@@ -271,6 +285,35 @@ def density_coverage(real: Tensor, generated: Tensor, *, k: int = 5) -> Manifold
     return Manifold(balls / (k * len(generated)), covered.double().mean().item())
 
 
+def energy_distance(first: Tensor, second: Tensor) -> float:
+    """Estimate the energy distance of two sets, without bias, whatever their numbers.
+
+    It is 2 E|x - y| - E|x - x'| - E|y - y'|, 0 for equal distributions and larger for all others.
+    The estimate of two sets of one distribution is about 0, and may be below it.
+
+    Args:
+        first: [N, D], N >= 2.
+        second: [M, D], M >= 2.
+
+    Raises:
+        ValueError: a set has fewer than 2 images, or D differs.
+
+    Source: Szekely & Rizzo 2013, equation 6, with the U-statistics of its terms.
+    """
+    _check_features(first, second, at_least=2)
+    between = _distance_sum(first, second) / (len(first) * len(second))
+    within = [_distance_sum(x, x) / (len(x) * (len(x) - 1)) for x in (first, second)]
+    return 2 * between - sum(within)
+
+
+def _distance_sum(first: Tensor, second: Tensor) -> float:
+    return sum(
+        float(distances.sqrt_().sum())
+        for rows in _rows(first)
+        for _, distances in _squared_distances(rows, second)
+    )
+
+
 def nearest_distances(queries: Tensor, reference: Tensor) -> Tensor:
     """Return the Euclidean distance of each query to its nearest reference; 0 for exact copies.
 
@@ -284,32 +327,134 @@ def nearest_distances(queries: Tensor, reference: Tensor) -> Tensor:
     Raises:
         ValueError: a set is empty, or D differs.
     """
+    return neighbour_distances(queries, reference)[0]
+
+
+def neighbour_distances(queries: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how near the nearest reference of each query is, alone and beside the next ones.
+
+    The second is the distance to the nearest over the mean distance to the `NEIGHBOURS` nearest:
+    0 for an exact copy, about 1 for an image that is as near to many, such as a blurred one.
+
+    Args:
+        queries: [N, D], any dtype.
+        reference: [M, D], M >= 1.
+
+    Returns:
+        Two of [N] float64, on the CPU.
+
+    Raises:
+        ValueError: a set is empty, or D differs.
+
+    Source: Carlini et al. 2023, section 5.1 (their mean is over 50 neighbours).
+    """
     _check_features(queries, reference, at_least=1)
-    found = []
+    number = min(NEIGHBOURS, len(reference))
+    found, relative = [], []
     for rows in _rows(queries):
-        best = torch.full((len(rows),), math.inf, dtype=torch.float64, device=rows.device)
+        best = torch.full((len(rows), number), math.inf, dtype=torch.float64, device=rows.device)
         where = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         for columns, distances in _squared_distances(rows, reference):
             value, index = distances.min(1)
-            where = torch.where(value < best, index + columns.start, where)
-            best = torch.minimum(value, best)
+            where = torch.where(value < best[:, 0], index + columns.start, where)
+            best = torch.cat([best, distances], 1).topk(number, largest=False, sorted=True).values
         # A difference of squares is off by rounding; the difference itself is not.
-        found.append((rows.double() - reference[where].double()).norm(dim=1).cpu())
-    return torch.cat(found)
+        nearest = (rows.double() - reference[where].double()).norm(dim=1)
+        mean = (nearest + best[:, 1:].sqrt().sum(1)) / number
+        found.append(nearest.cpu())
+        relative.append((nearest / mean.clamp(min=torch.finfo(mean.dtype).tiny)).cpu())
+    return torch.cat(found), torch.cat(relative)
 
 
-def copying(generated: Tensor, held_out: Tensor) -> Copying:
-    """Compare distances to the nearest training image; see `nearest_distances`.
+def copying_test(generated: Tensor, held_out: Tensor) -> tuple[float, float]:
+    """Test whether more generated images than held-out ones lie near a training image.
+
+    Both sets are put in one order, the nearest first. Without copies each order is as likely as
+    any other. For each number of nearest images the share of generated ones among them is held
+    against their share of all by the likelihood ratio of two binomials; the largest of these is
+    compared with its exact distribution over all orders. So the p value is right for any numbers
+    and any distribution of distances; with few held-out images only many copies show.
 
     Args:
-        generated: [N] float64, of generated images.
-        held_out: [M] float64, of real images that were not trained on.
+        generated: [N], how near each generated image is, small for copies.
+        held_out: [M], the same of real images that were not trained on.
+
+    Returns:
+        The p value, and by how much the share of the generated images among the nearest exceeds
+        that of the held-out ones, where the evidence is greatest.
+
+    Source: Berk & Jones 1979 (the statistic), for two samples.
     """
-    threshold = held_out.quantile(0.01)
+    n, m = len(generated), len(held_out)
+    nearness = torch.cat([held_out, generated]).numpy()
+    is_generated = np.arange(n + m) >= m
+    # Of equal distances those of held-out images come first, which is on the safe side.
+    order = np.argsort(nearness, kind="stable")[: min(DEEPEST, (n + m) // 2)]
+    among = np.cumsum(is_generated[order])
+    depths = np.arange(1, len(order) + 1)
+    evidence = _evidence(among, depths, n / (n + m))
+    most = evidence.max()
+    if most <= 0:
+        return 1.0, 0.0
+    # chances[k]: of k generated images among the nearest, with less evidence at each depth so far.
+    chances = np.zeros(len(order) + 1)
+    chances[0] = 1.0
+    counts = np.arange(len(order) + 1)
+    for depth in depths:
+        taken = np.clip((n - counts) / (n + m - depth + 1), 0, 1)
+        chances = chances * (1 - taken) + np.roll(chances * taken, 1)
+        chances[_evidence(counts, depth, n / (n + m)) >= most - ROUNDING] = 0.0
+    at = int(evidence.argmax())
+    share = among[at] / n - (depths[at] - among[at]) / m
+    return float(np.clip(1 - chances.sum(), 0, 1)), float(share)
+
+
+def least_share_shown(generated: int, held_out: int, p_value: float) -> float | None:
+    """Return the smallest share of copies for which `copying_test` falls below a p value.
+
+    The other generated images are as near to training images as the held-out ones.
+
+    Args:
+        generated: their number, with the copies.
+        held_out: their number.
+        p_value: to be reached.
+
+    Returns:
+        The share, or None where not even copies alone would show.
+    """
+    real = torch.arange(1, held_out + 1, dtype=torch.float64) / (held_out + 1)
+
+    def shows(copies: int) -> bool:
+        others = torch.arange(1, generated - copies + 1, dtype=torch.float64)
+        nearness = torch.cat([torch.zeros(copies), others / (generated - copies + 1)])
+        return copying_test(nearness, real)[0] < p_value
+
+    least = bisect_left(range(generated + 1), True, key=shows)
+    return least / generated if least <= generated else None
+
+
+def _evidence(
+    among: NDArray[np.int64], depth: NDArray[np.int64] | int, share: float
+) -> NDArray[np.float64]:
+    """Return the log likelihood ratio of a larger share than `share`; 0 where it is smaller."""
+    found = np.minimum(among / depth, 1)
+    ratio = xlogy(found, found / share) + xlogy(1 - found, (1 - found) / (1 - share))
+    return np.where(found > share, depth * ratio, 0.0)
+
+
+def copying(generated: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]) -> Copying:
+    """Compare distances to the training images; see `neighbour_distances`.
+
+    Args:
+        generated: of generated images.
+        held_out: of real images that were not trained on.
+    """
+    p_value, copied = copying_test(generated[1], held_out[1])
     return Copying(
-        generated=generated.median().item(),
-        held_out=held_out.median().item(),
-        copied=(generated <= threshold).double().mean().item(),
+        generated=generated[0].median().item(),
+        held_out=held_out[0].median().item(),
+        copied=copied,
+        p_value=p_value,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from task.config import FederationConfig
 from task.evaluate import MetricReport
+from task.history import read_history
 from task.metric_table import caption, metric_rows
 from task.run_directory import (
     CLASS_COUNTS_FILE,
@@ -20,6 +21,7 @@ from task.run_directory import (
     read_metrics,
 )
 from task.runs import FinishedRun
+from task.warning_signs import State, image_checks
 
 # A line of metrics.jsonl: "round", "who", "name", "value".
 Metric = Mapping[str, Any]
@@ -31,10 +33,23 @@ HOSPITAL_SCORES = {
     "quality_floor_fid": "FID of their training images, for comparison",
     "quality_kid": "KID to held-out images",
     "quality_floor_kid": "KID of their training images, for comparison",
+    "quality_noise_position": "generated images between real ones (0) and noise (1)",
+    "quality_floor_noise_position": "the same of held-out images",
     "quality_class_agreement": "generated images found in the class asked for",
     "quality_held_out_accuracy": "the same of held-out images",
-    "quality_pixel_copied": "as near to a training image as the nearest 1 % of real, pixels",
-    "quality_feature_copied": "as near to a training image as the nearest 1 % of real, features",
+    "quality_chance_agreement": "the same of one class for all",
+    "quality_pixel_copied": "nearer to training images than held-out ones, pixels",
+    "quality_feature_copied": "nearer to training images than held-out ones, features",
+}
+
+# What a run measures at its end without an evaluation, by the name of the recorded value, with
+# the name of what real images reach.
+OWN_SCORES = {
+    "noise_position": ("between real images (0) and noise (1)", "floor_noise_position"),
+    "class_agreement": ("found in the class asked for", "classifier_test_accuracy"),
+    "chance_agreement": ("the same of one class for all", "chance_agreement"),
+    "pixel_copied": ("nearer to training images than held-out ones, pixels", None),
+    "pixel_p_value": ("p of this where nothing is copied", None),
 }
 
 # They say where a run finds images and not what these show.
@@ -247,12 +262,48 @@ def _federation_rows(federation: FederationConfig) -> list[tuple[str, object]]:
 
 def results_section(run: FinishedRun) -> str:
     """Show what was measured of the run, with the same of real images beside it."""
-    parts = [_evaluation(found) for found in run.evaluations]
+    parts = [_evaluation(found) for found in run.evaluations] or _own_scores(run)
     centralised = run.config.train.mode == "centralized"
     parts += _held_out_loss(run) if centralised else _hospital_scores(run)
     if not parts:
         return UNMEASURED
-    return "\n".join(["## Results and memorisation\n", *parts])
+    return "\n".join(["## Results and memorisation\n", *parts, _checked(run)])
+
+
+def _own_scores(run: FinishedRun) -> list[str]:
+    last = _last_global([*read_metrics(run.path)])
+    rows = [
+        (
+            title,
+            f"{last[name]['value']:.4f}",
+            f"{last[real]['value']:.4f}" if real in last else "",
+        )
+        for name, (title, real) in OWN_SCORES.items()
+        if name in last
+    ]
+    if not rows:
+        return []
+    number = last["num_generated_images"]
+    title = f"### {number['value']:,} images at the end of the run, round {number['round']}\n"
+    return [title, markdown_table(["metric", "generated", "real"], rows)]
+
+
+def _checked(run: FinishedRun) -> str:
+    """Say what is wrong with the images, and what nobody has measured of them.
+
+    A single client's own scores are left out, and so is what a single hospital has scored.
+    """
+    history = read_history(run.path)
+    alone = history.final("quality_num_hospitals") or MIN_COUNTED
+    if alone < MIN_COUNTED:
+        return ""
+    heads = {State.WARNING: "Warning", State.UNMEASURED: "Not measured"}
+    lines = [
+        f"- {heads[check.state]}: {check.subject}. {check.says}\n"
+        for check in image_checks(history)
+        if check.state in heads and check.client is None
+    ]
+    return "".join(["### Warnings and gaps\n\n", *lines]) if lines else ""
 
 
 def _evaluation(found: Mapping[str, Any]) -> str:
@@ -262,9 +313,7 @@ def _evaluation(found: Mapping[str, Any]) -> str:
     drawn = f"after round {found['round']}, drawn by {found['sampler']} in "
     drawn += f"{found['num_inference_steps']} steps"
     held = "\n".join(f"- {line}" for line in [drawn, *caption(report, [])])
-    searched = report.pixel_copying is not None
-    missing = "" if searched else "- no search for copies was made: assume that there are some\n"
-    return f"{title}\n{table}\n{held}\n{missing}"
+    return f"{title}\n{table}\n{held}\n"
 
 
 def _held_out_loss(run: FinishedRun) -> list[str]:

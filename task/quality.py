@@ -6,12 +6,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from task.classifier import accuracy
+from task.classifier import accuracy, balanced_accuracy
 from task.config import MIN_MEASURED_IMAGES, Config, require
 from task.data import Dataset, ImageSet
 from task.evaluate import (
     KID_SUBSET_SIZE,
     KID_SUBSETS,
+    chance_agreement,
     extract_real,
     feature_copying,
     pixel_copying,
@@ -19,6 +20,7 @@ from task.evaluate import (
 from task.features import Features, build_extractor, cached_classifier, extract
 from task.metrics import frechet_distance, kid
 from task.randomness import Stream, torch_generator
+from task.realism import noise_position
 from task.wire import Key
 
 Scores = dict[Key, int | float]
@@ -82,6 +84,10 @@ def score_images(
         cache_dir=Path(config.data.cache_dir),
     )
     pixels = pixel_copying(known, own, horizontal_flip=config.data.horizontal_flip, device=device)
+    features = feature_copying(seen, real.train, held_out)
+    position = noise_position(
+        known.images, own.train.images, own.test.images, seed=seed, device=device
+    )
     return {
         Key.NUM_EXAMPLES: len(own.test),
         Key.FID: fid,
@@ -89,9 +95,16 @@ def score_images(
         Key.KID: kernel,
         Key.FLOOR_KID: floor_kernel,
         Key.CLASS_AGREEMENT: accuracy(classifier, known.images, known.labels),
-        Key.HELD_OUT_ACCURACY: accuracy(classifier, own.test.images, own.test.labels),
+        Key.HELD_OUT_ACCURACY: balanced_accuracy(
+            classifier, own.test.images, own.test.labels, like=known.labels
+        ),
+        Key.CHANCE_AGREEMENT: chance_agreement(known.labels),
+        Key.NOISE_POSITION: position.generated,
+        Key.FLOOR_NOISE_POSITION: position.real,
         Key.PIXEL_COPIED: pixels.copied,
-        Key.FEATURE_COPIED: feature_copying(seen, real.train, held_out).copied,
+        Key.PIXEL_P_VALUE: cast(float, pixels.p_value),
+        Key.FEATURE_COPIED: features.copied,
+        Key.FEATURE_P_VALUE: cast(float, features.p_value),
     }
 
 

@@ -46,16 +46,11 @@ from task.run_summary import (
     found_metrics,
     key_figures,
 )
-from task.warning_signs import FEW_IMAGES, LEAST_COMPARED, warning_signs
+from task.warning_signs import Check, State, checks
 
 # A page of hundreds of pictures is too large to open.
 MOST_PICTURES = 40
 ALL_TITLES = {name: with_arrows(title) for name, title in (TITLES | HOSPITAL_TITLES).items()}
-NO_WARNINGS = (
-    "Nothing was found. Looked for: an unfinished run; clients that were left out or not there, or "
-    f"that drift, among {LEAST_COMPARED} or more; images close to training images, where that was "
-    f"measured; fewer than {FEW_IMAGES:,} measured images."
-)
 CONTENT = (
     "This page holds what the folder of the run holds, which may be much: generated images; of "
     "each hospital, by number, its losses, its scores and its images of each class; reasons of "
@@ -229,7 +224,7 @@ def chart_library() -> str:
 def describe(history: RunHistory) -> Page:
     """Lay a run out as a page."""
     sections = [
-        _warnings(warning_signs(history)),
+        _warnings({"": checks(history)}),
         Section("summary", "Summary", _summary(history)),
         Section("course", "How it went", _course(history)),
         Section("participation", "Who took part", _participation(history)),
@@ -244,11 +239,10 @@ def describe(history: RunHistory) -> Page:
 def compare(histories: Sequence[RunHistory]) -> Page:
     """Lay several runs out side by side."""
     runs = dict(zip(labels([each.path for each in histories]), histories, strict=True))
-    signs = [f"{label}: {sign}" for label, run in runs.items() for sign in warning_signs(run)]
     losses = (("train_loss", "train loss"), ("test_loss", "test loss"))
     curves = [compared_chart(runs, name, title) for name, title in losses]
     sections = [
-        _warnings(signs),
+        _warnings({f"{label}: ": checks(run) for label, run in runs.items()}),
         Section("figures", "Key figures", [_side_by_side(runs)]),
         Section("differences", "What differs", _differences(runs)),
         Section("course", "How they went", _charts(*curves)),
@@ -269,10 +263,28 @@ def labels(paths: Sequence[Path]) -> list[str]:
     raise ValueError(f"RUN must be different folders, got {', '.join(map(str, paths))}")
 
 
-def _warnings(signs: Sequence[str]) -> Section:
-    if signs:
-        return Section("warnings", "Warnings", [Listing(signs)], "warning")
-    return Section("warnings", "Warnings", [Text(NO_WARNINGS)], "calm")
+def _warnings(found: Mapping[str, Sequence[Check]]) -> Section:
+    """Show what was looked for, by what stands before each sentence: warnings first."""
+    blocks: list[Block] = []
+    heads = {
+        State.WARNING: "",
+        State.UNMEASURED: "Not measured:",
+        State.CLEAR: "Looked for and not found:",
+    }
+    for state, head in heads.items():
+        items = [
+            f"{label}{check.says}"
+            if state is State.WARNING
+            else f"{label}{check.subject}. {check.says}"
+            for label, each in found.items()
+            for check in each
+            if check.state is state
+        ]
+        if items:
+            blocks += [*([Text(head)] if head else []), Listing(items)]
+    states = {check.state for each in found.values() for check in each}
+    look = "warning" if State.WARNING in states else "" if State.UNMEASURED in states else "calm"
+    return Section("warnings", "Warnings" if look == "warning" else "Checks", blocks, look)
 
 
 def _summary(history: RunHistory) -> list[Block]:
@@ -284,7 +296,9 @@ def _summary(history: RunHistory) -> list[Block]:
 def _measured(history: RunHistory) -> list[tuple[str, str]]:
     return [
         (f"{with_arrows(title)}, {of}", f"{generated} (real {real})" if real else generated)
-        for title, of, generated, real in evaluated_metrics(history, "fid_train", "fid_test")
+        for title, of, generated, real in evaluated_metrics(
+            history, "noise_position", "fid_train", "fid_test"
+        )
     ]
 
 

@@ -9,7 +9,7 @@ from task.metric_table import HOSPITAL_TITLES, REAL_BESIDE, TITLES
 
 AGREEMENT = {"class_agreement": "found in the class asked for ^"}
 # Of the metrics, those that say the most in one line each.
-HEADLINES = ("fid_train", "fid_test", "precision", "recall")
+HEADLINES = ("noise_position", "fid_train", "fid_test", "precision", "recall")
 
 
 class Found(NamedTuple):
@@ -67,8 +67,17 @@ def found_metrics(history: RunHistory, *names: str) -> list[Found]:
         if found is not None:
             real = history.final(REAL_BESIDE.get(name, f"floor_{name}"))
             beside = "" if real is None else f"{real:.4g}"
-            rows.append(Found(title, _looked_at(history, name), f"{found:.4g}", beside))
+            of = _looked_at(history, name) + _by_chance(history, name)
+            rows.append(Found(title, of, f"{found:.4g}", beside))
     return rows
+
+
+def _by_chance(history: RunHistory, name: str) -> str:
+    """Name the agreement that one class for every image would have, beside an agreement."""
+    if not name.endswith("class_agreement"):
+        return ""
+    chance = history.final(name.replace("class_agreement", "chance_agreement"))
+    return f", by chance {1 / len(history.config.data.classes) if chance is None else chance:.4g}"
 
 
 def evaluated_metrics(history: RunHistory, *names: str) -> list[Found]:
@@ -81,12 +90,18 @@ def evaluated_metrics(history: RunHistory, *names: str) -> list[Found]:
     rows = []
     for each in history.evaluations:
         label, values = each.report.label, each.report.describe()
-        of = f"{label.extractor}, {label.image_range}, n={label.n_generated:,}"
+        n_scored = label.n_generated if label.n_scored is None else label.n_scored
+        of = f"{label.extractor}, {label.image_range}, n={n_scored:,}"
         of += f", seed {label.seed}" * (label.seed != 0)
         of += f", drawn with {each.otherwise}" * bool(each.otherwise)
         of += f", round {each.round}" * (each.round != history.config.federation.rounds)
         rows += [
-            Found(TITLES[name], of, f"{values[name]:.4g}", f"{values[f'floor_{name}']:.4g}")
+            Found(
+                TITLES[name],
+                of,
+                f"{values[name]:.4g}",
+                f"{values[f'floor_{name}']:.4g}" if label.has_comparable_floor else "",
+            )
             for name in names
             if values.get(name) is not None
         ]
@@ -101,8 +116,10 @@ def _looked_at(history: RunHistory, name: str) -> str:
     if name in AGREEMENT:
         number = history.final("num_generated_images") or 0
         return f"a classifier trained on the real images, n={number:,.0f}"
+    if name == "noise_position" and history.final("num_generated_images"):
+        return f"pixels and spectra, n={history.final('num_generated_images'):,.0f}"
     chosen = history.config.eval
-    number = history.final("n_generated") or chosen.num_images
+    number = history.final("n_scored") or history.final("n_generated") or chosen.num_images
     of = f"{chosen.extractor}, {chosen.image_range}, n={number:,.0f}"
     return of + f", seed {chosen.seed}" * (chosen.seed != 0)
 

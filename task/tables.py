@@ -9,9 +9,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from scipy.stats import t as student_t
 
 from task.config import FILE_SETS, require
 from task.features import HASH_DIGITS
@@ -60,6 +61,9 @@ SPREAD = (
     "±: the sample standard deviation over the seeds, where a cell says how many; of a single seed "
     "and of real images that of IS over its 10 splits."
 )
+
+# Of the interval of a difference that a verdict rests on.
+CONFIDENCE = 0.95
 
 Settings = frozenset[tuple[str, str]]
 
@@ -151,6 +155,15 @@ class Score:
         return f"{self.mean:.{digits}f}{spread}" + f" ({self.seeds} seeds)" * (self.seeds > 1)
 
 
+class Gap(NamedTuple):
+    """By how much one mean is worse than another, with the interval of that and its p value."""
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+
+
 Scores = dict[str, Score]
 Columns = Mapping[str, Sequence[Measurement]]
 
@@ -229,6 +242,7 @@ def _measurement(run: FinishedRun, found: Mapping[str, Any]) -> Measurement:
     require(not missing, f"an evaluation of {run.path}", "whole", f"none of {missing}")
     values, column = run.values, run.data_values
     column |= {name: found[name] for name in COLUMN_VALUES} | {"eval.seed": found["seed"]}
+    column["n_scored"] = found.get("n_scored", found["n_generated"])
     settings = _weight_settings(values)
     settings |= {"extractor": found["extractor"], "image_range": found["image_range"]}
     return Measurement(run, values, found, _as_text(settings), _as_text(column))
@@ -362,21 +376,25 @@ def _table(
     rows = {row_label(kind, row): row for row in sorted({each.row(kind) for each in members})}
     sizes = dict.fromkeys(f"{column[0].found['n_floor']:,}" for column in columns.values())
     floor = f"real images (floor, n={' / '.join(sizes)})"
+    published = {
+        name: column for name, column in columns.items() if _at_full_scale(kind, settings, column)
+    }
     laid_out: list[Column] = []
     verdicts: list[str] = []
     for name, column in columns.items():
-        scores = {label: _cell(kind, row, column) for label, row in rows.items()}
+        whole = name in published
+        scores = {label: _cell(kind, row, column, whole=whole) for label, row in rows.items()}
         data = column[0].values["data.name"]
         verdicts += _verdicts(kind, name, scores, data)
-        laid_out.append(Column(name, scores | {floor: _floor(column[0])}))
-        if _at_full_scale(kind, settings, column):
+        laid_out.append(Column(name, scores | {floor: _floor(column[0], whole=whole)}))
+        if name in published:
             laid_out.append(_published_column(kind, data))
     return Table(
         title=title,
         rows=[*rows, floor],
         metrics=[name for name in METRICS if any(name in each.found for each in members)],
         columns=laid_out,
-        caption=_caption(kind, settings, columns, apart),
+        caption=_caption(settings, columns, published, apart),
         verdicts=verdicts,
         members=members,
     )
@@ -389,10 +407,15 @@ def row_label(kind: Kind, value: Any) -> str:
     return f"{SCALE[kind.key]}={_text(value)}"
 
 
-def _cell(kind: Kind, row: Any, column: Sequence[Measurement]) -> Scores:
+def _cell(kind: Kind, row: Any, column: Sequence[Measurement], *, whole: bool) -> Scores:
+    """Average over the seeds: scores of as many images as the floor has, or of the whole."""
     scores = {}
     for name in METRICS:
-        found = [e.found for e in column if e.row(kind) == row and name in e.found]
+        found = [
+            e.found | _whole(e.found) if whole else e.found
+            for e in column
+            if e.row(kind) == row and name in e.found
+        ]
         values = [each[name] for each in found]
         if len(values) == 1:
             scores[name] = Score(values[0], found[0].get(f"{name}_std"))
@@ -401,12 +424,30 @@ def _cell(kind: Kind, row: Any, column: Sequence[Measurement]) -> Scores:
     return scores
 
 
-def _floor(each: Measurement) -> Scores:
+def _whole(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scores of all generated images under their own names."""
+    return {
+        name.removeprefix("whole_"): value
+        for name, value in found.items()
+        if name.startswith("whole_")
+    }
+
+
+def _floor(each: Measurement, *, whole: bool) -> Scores:
+    """Return what real images reach, where as many of them are beside as many generated ones."""
+    if _scored(each, whole=whole) != each.found["n_floor"]:
+        return {}
     return {
         name: Score(each.found[f"floor_{name}"], each.found.get(f"floor_{name}_std"))
         for name in METRICS
         if f"floor_{name}" in each.found
     }
+
+
+def _scored(each: Measurement, *, whole: bool) -> int:
+    """Return how many generated images the scores of a column are of."""
+    number: int = each.found["n_generated"]
+    return number if whole else each.found.get("n_scored", number)
 
 
 def scale(settings: Settings, *further: str) -> str:
@@ -416,12 +457,17 @@ def scale(settings: Settings, *further: str) -> str:
     return ", ".join(words + [f"{name}={values.get(name, 'null')}" for name in further])
 
 
-def _caption(kind: Kind, settings: Settings, columns: Columns, apart: Sequence[str]) -> list[str]:
+def _caption(
+    settings: Settings, columns: Columns, published: Columns, apart: Sequence[str]
+) -> list[str]:
     values = dict(settings)
     lines = [scale(settings, *apart) + "."]
-    if kind.key == "train.mode":
+    if any(len({m.values["train.mode"] for m in column}) > 1 for column in columns.values()):
         lines.append("Centralised: R x E epochs on the pooled images, without N clients.")
-    lines += [_column_caption(label, column[0]) for label, column in columns.items()]
+    lines += [
+        _column_caption(label, column[0], whole=label in published)
+        for label, column in columns.items()
+    ]
     lines.append(f"Image range {values['image_range']}; FID depends on n: compare equal n only.")
     if values["image_range"] == "paper":
         lines.append(WRAPPED)
@@ -430,16 +476,16 @@ def _caption(kind: Kind, settings: Settings, columns: Columns, apart: Sequence[s
     return [*lines, SPREAD]
 
 
-def _column_caption(label: str, each: Measurement) -> str:
+def _column_caption(label: str, each: Measurement, *, whole: bool) -> str:
     found, data = each.found, each.run.config.data
     with torch.device("meta"):
         parameters = sum(weight.numel() for weight in build_unet(each.run.config).parameters())
-    fewer = found["n_floor"] < found["n_generated"]
+    scored = _scored(each, whole=whole)
     return (
         f"{label}: {data.image_size}x{data.image_size}, {found['n_generated']:,} generated, "
-        f"{found['n_train']:,} training and {found['n_test']:,} test images; floor of "
-        f"{found['n_floor']:,} real ones"
-        + (", which are fewer and make its FID larger" if fewer else "")
+        f"{found['n_train']:,} training and {found['n_test']:,} test images; scores of "
+        f"{scored:,} generated and floor of {found['n_floor']:,} real ones"
+        + (", which cannot be compared and is left out" if scored != found["n_floor"] else "")
         + f"; {parameters:,} parameters; extractor {found['extractor']} "
         f"{found['extractor_sha256'][:HASH_DIGITS]}."
     )
@@ -458,13 +504,13 @@ def _verdicts(kind: Kind, label: str, rows: Mapping[str, Scores], data: str) -> 
         line = f"{kind.ordering}, {label}, {title[:-2]}: {verdict(scores, kind.worst, name)}"
         theirs = [Score(value) for p in published if (value := getattr(p, name)) is not None]
         if theirs:
-            holds = min(_gaps(theirs, kind.worst, name))[0] > 0
-            line += "; in the paper it " + ("holds" if holds else "does not hold")
+            holds = min(gap.mean for gap in _gaps(theirs, kind.worst, name)) > 0
+            line += "; in the paper, of one run each, it " + ("holds" if holds else "does not hold")
         yield line
 
 
 def verdict(scores: Sequence[Score], worst: int, metric: str) -> str:
-    """Say whether one score is worse than all others, and by more than the spread of the seeds.
+    """Say whether one score is shown to be worse than all others, by Welch's t test of each pair.
 
     Args:
         scores: two or more.
@@ -472,27 +518,39 @@ def verdict(scores: Sequence[Score], worst: int, metric: str) -> str:
         metric: of `METRICS`.
 
     Returns:
-        The verdict, with the gap to the next worst and the root of the sum of the two's variances.
+        The verdict, with the difference to the score that it is least shown for, the interval
+        of that difference, and Welch's p value. A single seed has no interval and shows nothing.
     """
-    gaps = _gaps(scores, worst, metric)
-    gap, spread = min(gaps)
-    holds = "holds" if gap > 0 else "does not hold"
-    if any(score.seeds == 1 for score in scores):
-        return f"{holds} (gap {gap:.4g}; a single seed, so no spread is known)"
-    clearly = all(g > s for g, s in gaps) if gap > 0 else any(-g > s for g, s in gaps)
-    how = ", by more than" if clearly else " in the means, within"
-    return f"{holds}{how} the spread of the seeds (gap {gap:.4g}, spread {spread:.4g})"
+    gap = min(_gaps(scores, worst, metric), key=lambda gap: gap.low)
+    said = f"difference {gap.mean:.4g}"
+    if not math.isfinite(gap.low):
+        return f"not shown ({said}; a single seed, so that no interval is known)"
+    said += f", {CONFIDENCE:.0%} interval {gap.low:.4g} to {gap.high:.4g}, p={gap.p_value:.2g}"
+    return f"{'shown' if gap.low > 0 else 'not shown'} ({said})"
 
 
-def _gaps(scores: Sequence[Score], worst: int, metric: str) -> list[tuple[float, float]]:
-    """By how much the worst is worse than each other one, and the two's joint deviation."""
+def _gaps(scores: Sequence[Score], worst: int, metric: str) -> list[Gap]:
+    """By how much the worst is worse than each other one."""
     sign = -1 if metric == "inception_score" else 1
     chosen = scores[worst]
-    others = [score for score in scores if score is not chosen]
-    return [
-        (sign * (chosen.mean - other.mean) + 0.0, math.hypot(chosen.std or 0.0, other.std or 0.0))
-        for other in others
-    ]
+    return [_gap(chosen, other, sign) for other in scores if other is not chosen]
+
+
+def _gap(worse: Score, better: Score, sign: int) -> Gap:
+    """Compare two means by Welch's t test, with the interval of their difference."""
+    mean = sign * (worse.mean - better.mean) + 0.0
+    if min(worse.seeds, better.seeds) < 2:
+        return Gap(mean, -math.inf, math.inf, math.nan)
+    variances = [(score.std or 0.0) ** 2 / score.seeds for score in (worse, better)]
+    if sum(variances) == 0:
+        return Gap(mean, mean, mean, float(mean == 0))
+    freedom = sum(variances) ** 2 / sum(
+        variance**2 / (score.seeds - 1)
+        for variance, score in zip(variances, (worse, better), strict=True)
+    )
+    error = math.sqrt(sum(variances))
+    half = float(student_t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    return Gap(mean, mean - half, mean + half, 2 * float(student_t.sf(abs(mean) / error, freedom)))
 
 
 def _at_full_scale(kind: Kind, settings: Settings, column: Sequence[Measurement]) -> bool:

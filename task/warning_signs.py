@@ -1,11 +1,16 @@
 """What a reader of a run should know first: signs that its figures may mislead."""
 
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
 from statistics import median
 
+from scipy.stats import binomtest
+
 from task.history import GLOBAL, RunHistory, Series
+from task.metric_table import REAL_BESIDE
+from task.metrics import least_share_shown
 
 # Below five values a median and its deviations say nothing of a sixth.
 LEAST_COMPARED = 5
@@ -23,19 +28,171 @@ LEAST_DRIFTING_ROUNDS = 2
 # What is compared between the clients of a round.
 COMPARED = {"train_loss": "train loss", "train_update_norm": "update norm"}
 
-# A Frechet distance shrinks with the number of images; below about a thousand the number itself
-# decides much of it.
-FEW_IMAGES = 1000
-# Of generated images, what is as near as the nearest 1 % of held-out ones where nothing is copied.
-COPIED_BY_CHANCE = 0.01
-# Standard errors above chance: one in a thousand honest runs comes so far.
-SURE = 3.0
+# Of each class; fewer leave an agreement or a distance to chance.
+LEAST_PER_CLASS = 50
+# Between real images and noise, see `task.realism`: blurred real images come so far, and a model
+# that was hardly trained further.
+UNTRAINED = 0.5
+# One in a hundred honest runs comes so far.
+SIGNIFICANT = 0.01
+
+
+# Of the way from chance to real images, of an agreement that shows the classes.
+LEAST_ABOVE_CHANCE = 0.5
+
+
+class State(StrEnum):
+    """What came of looking for something."""
+
+    WARNING = "warning"
+    CLEAR = "not found"
+    UNMEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked for in a run, or could not be.
+
+    Attributes:
+        subject: what was looked for, as the end of "looked for ...".
+        state: what came of it.
+        says: a sentence or more with the figures, their numbers of images, and what to do.
+        client: whose own score it is about; None: it is about the run.
+    """
+
+    subject: str
+    state: State
+    says: str
+    client: int | None = None
+
+
+def checks(history: RunHistory) -> list[Check]:
+    """List what was looked for in a run, with what came of it; all that can mislead is in it."""
+    looks = (_unfinished_check, _finite_check, _clients_check, _drift_check, image_checks)
+    return [check for look in looks for check in look(history)]
+
+
+def image_checks(history: RunHistory) -> list[Check]:
+    """List those of the checks that are about the generated images."""
+    looks = (_noise_checks, _class_checks, _copying_checks, _number_checks)
+    return [check for look in looks for check in look(history)]
 
 
 def warning_signs(history: RunHistory) -> list[str]:
     """List what a reader should know first, a sentence each; empty where there is nothing."""
-    found = [_unfinished, _not_finite, _left_out, _absent, _drifting, _copying, _few_images]
-    return [sentence for look in found for sentence in look(history)]
+    return [check.says for check in checks(history) if check.state is State.WARNING]
+
+
+def _found(subject: str, signs: Iterable[str], otherwise: str) -> list[Check]:
+    """Make a warning of each sign, or say that there is none."""
+    found = [Check(subject, State.WARNING, sign) for sign in signs]
+    return found or [Check(subject, State.CLEAR, otherwise)]
+
+
+def _unfinished_check(history: RunHistory) -> list[Check]:
+    rounds = f"All {history.config.federation.rounds} rounds are done."
+    return _found("an unfinished run", _unfinished(history), rounds)
+
+
+def _finite_check(history: RunHistory) -> list[Check]:
+    return _found("values that are no numbers", _not_finite(history), "Every value is a number.")
+
+
+def _clients_check(history: RunHistory) -> list[Check]:
+    if history.setting == "centralised":
+        return []
+    signs = [*_left_out(history), *_absent(history)]
+    everyone = f"Each of {len(history.clients)} clients replied whenever it was asked."
+    return _found("clients left out or not there", signs, everyone)
+
+
+def _drift_check(history: RunHistory) -> list[Check]:
+    if history.setting == "centralised":
+        return []
+    subject, number = "clients that drift", len(history.clients)
+    if number < LEAST_COMPARED:
+        few = f"{number} clients are too few to compare, which takes {LEAST_COMPARED} of a round."
+        return [Check(subject, State.UNMEASURED, few)]
+    alike = f"None of {number} clients is far from the others in loss or in the size of its update."
+    return _found(subject, _drifting(history), alike)
+
+
+def _noise_checks(history: RunHistory) -> list[Check]:
+    subject = "images that look like noise"
+    found = [
+        Check(
+            subject,
+            State.WARNING if place.value >= UNTRAINED else State.CLEAR,
+            f"{_SAYS_PLACE[place.value >= UNTRAINED]} Between real images (0) and noise (1) they "
+            f"lie at {place.value:.2f}"
+            + ("" if place.real is None else f", held-out real images at {place.real:.2f}")
+            + f" ({place.where}).",
+        )
+        for place in _measured(history, "noise_position", "floor_noise_position")
+    ]
+    return found or [Check(subject, State.UNMEASURED, _why_unmeasured(history))]
+
+
+_SAYS_PLACE = {
+    True: "The images look untrained: they are nearer to noise than to real images. Train longer.",
+    False: "The images are nearer to real images than to noise.",
+}
+
+
+def _class_checks(history: RunHistory) -> list[Check]:
+    subject = "images of other classes than asked for"
+    found = [
+        _class_check(subject, each, _chance_beside(history, each))
+        for each in _measured(history, "class_agreement", "classifier_test_accuracy")
+    ]
+    return found or [Check(subject, State.UNMEASURED, _why_unmeasured(history))]
+
+
+def _class_check(subject: str, found: "_Figure", chance: float) -> Check:
+    real = "" if found.real is None else f", of held-out real images in {found.real:.1%}"
+    says = (
+        f"The class asked for is found in {found.value:.1%} of the images{real}; one class for all "
+        f"would be right in {chance:.1%} ({found.where})."
+    )
+    if chance == 1:
+        return Check(subject, State.UNMEASURED, f"There is one class alone. {says}")
+    if found.real is not None and found.real <= chance:
+        blind = f"The classifier does not know real images either, so nothing can be said. {says}"
+        return Check(subject, State.UNMEASURED, blind)
+    right = round(found.value * found.number)
+    if binomtest(right, found.number, chance, "greater").pvalue >= SIGNIFICANT:
+        return Check(subject, State.WARNING, f"The classes do not show beyond chance. {says}")
+    if found.value - chance < LEAST_ABOVE_CHANCE * ((found.real or 1) - chance):
+        return Check(subject, State.WARNING, f"The classes show little. {says}")
+    return Check(subject, State.CLEAR, says)
+
+
+def _copying_checks(history: RunHistory) -> list[Check]:
+    subject = "copies of training images"
+    searches = [*_searches(history)]
+    found = [_copying_check(subject, each, len(searches)) for each in searches]
+    return found or [Check(subject, State.UNMEASURED, _why_not_searched(history))]
+
+
+def _copying_check(subject: str, found: "_Search", num_searches: int) -> Check:
+    where = f"{found.where}, n={found.number:,}, {found.held_out:,} held out, p={found.p_value:.2g}"
+    # As many searches as there are would find something where nothing is.
+    if found.p_value < SIGNIFICANT / num_searches:
+        says = (
+            "Generated images lie closer to training images than real held-out ones do: "
+            f"{found.share:.1%} more of them are near in {found.space} ({where}). Look at them for "
+            "copies."
+        )
+        return Check(subject, State.WARNING, says, found.client)
+    least = least_share_shown(found.number, found.held_out, SIGNIFICANT / num_searches)
+    if least is None:
+        few = f"Too few images were held out to show any copies in {found.space} ({where})."
+        return Check(subject, State.UNMEASURED, few, found.client)
+    says = (
+        f"Generated images lie no closer to training images in {found.space} than held-out ones do "
+        f"({where}); fewer copies than {least:.1%} would not show."
+    )
+    return Check(subject, State.CLEAR, says, found.client)
 
 
 def far_rounds(series: Mapping[int, Series]) -> dict[int, tuple[int, int]]:
@@ -124,56 +281,139 @@ def _drifting(history: RunHistory) -> Iterator[str]:
                 )
 
 
-def _copying(history: RunHistory) -> Iterator[str]:
-    for each in history.evaluations:
-        report = each.report
-        spaces = (("pixels", report.pixel_copying), ("features", report.feature_copying))
-        for space, copies in spaces:
-            n = report.label.n_generated
-            if copies is not None and is_copying(copies.copied, n):
-                yield (
-                    "Generated images lie closer to training images than real held-out ones do: "
-                    f"{copies.copied:.1%} of {n:,} are as near, in {space}, as the nearest 1 % of "
-                    f"held-out images ({each.name}). Look at them for copies; blurred images are "
-                    "near in pixels, too."
-                )
-    n = num_scored(history)
-    for space in ("pixel", "feature"):
-        share = history.final(f"quality_{space}_copied")
-        if share is not None and is_copying(share, n):
-            yield (
-                "Generated images lie closer to the hospitals' training images than their "
-                f"held-out ones do: {share:.1%} are as near, in {space}s, as the nearest 1 %."
-            )
-
-
-def is_copying(share: float, num_images: int) -> bool:
-    """Whether more images are near training images than chance explains.
-
-    Args:
-        share: of the images that are as near as the nearest 1 % of held-out ones.
-        num_images: of which it is a share, > 0.
-    """
-    error = math.sqrt(COPIED_BY_CHANCE * (1 - COPIED_BY_CHANCE) / num_images)
-    return share > COPIED_BY_CHANCE + SURE * error
-
-
 def num_scored(history: RunHistory) -> int:
     """Return the number of images that hospitals scored last."""
     said = re.match(r"\d+", history.scoring or "")
     return int(said[0]) if said else history.config.eval.num_images
 
 
-def _few_images(history: RunHistory) -> Iterator[str]:
+@dataclass(frozen=True)
+class _Figure:
+    """A figure with that of real images, the number of generated images, and what it is of."""
+
+    value: float
+    real: float | None
+    number: int
+    where: str
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """A search for copies: how many more images are near than of those held out, and p."""
+
+    share: float
+    p_value: float
+    space: str
+    number: int
+    held_out: int
+    where: str
+    client: int | None = None
+
+
+# The names of an evaluation's figures that a run itself calls otherwise.
+_EVALUATED = {"class_agreement": "agreement", "classifier_test_accuracy": "agreement_real"}
+
+
+def _measured(history: RunHistory, name: str, real: str) -> Iterator[_Figure]:
+    """Find a figure wherever it was measured last: files of evaluations, the run, hospitals."""
+    for each in history.evaluations:
+        values = each.report.describe()
+        number = each.report.label.n_generated
+        value = values.get(_EVALUATED.get(name, name))
+        if value is not None:
+            beside = values.get(_EVALUATED.get(real, real))
+            where = f"n={number:,}, {each.name}"
+            yield _Figure(value, beside, number, where, values)
+    last = {key: series[max(series)] for key, series in history.values.items()}
+    # An evaluation at the end of a run is recorded in the run, too.
+    if name in last and not history.evaluations:
+        number = int(last.get("num_generated_images") or last.get("n_generated") or 0)
+        yield _Figure(last[name], last.get(real), number, f"n={number:,}", last)
+    quality = f"quality_{name}"
+    if quality in last:
+        number, beside = num_scored(history), last.get(REAL_BESIDE[quality])
+        where = f"n={number:,}, scored by {last['quality_num_hospitals']:.0f} hospitals"
+        yield _Figure(last[quality], beside, number, where, last)
+
+
+def _chance_beside(history: RunHistory, found: _Figure) -> float:
+    """Return the agreement by chance, of an older version as with equally many of each class."""
+    chance = found.values.get("chance_agreement", found.values.get("quality_chance_agreement"))
+    return 1 / len(history.config.data.classes) if chance is None else chance
+
+
+def _searches(history: RunHistory) -> Iterator[_Search]:
+    for each in history.evaluations:
+        label = each.report.label
+        for space, found in (
+            ("pixels", each.report.pixel_copying),
+            ("features", each.report.feature_copying),
+        ):
+            if found is not None and found.p_value is not None:
+                numbers = label.n_generated, label.n_test
+                yield _Search(found.copied, found.p_value, space, *numbers, each.name)
+    share, p_value = history.final("pixel_copied"), history.final("pixel_p_value")
+    if share is not None and p_value is not None:
+        numbers = [history.final(f"num_{of}") for of in ("generated_images", "held_out_searched")]
+        number, held_out = (int(number or 0) for number in numbers)
+        yield _Search(share, p_value, "pixels", number, held_out, "in the run")
+    for client in history.clients:
+        yield from _searches_of(history, client)
+
+
+def _searches_of(history: RunHistory, client: int) -> Iterator[_Search]:
+    series = history.client_values.get(client, {})
+    last = {name: values[max(values)] for name, values in series.items()}
+    held_out = int(last.get("quality_num_examples", 0))
+    for space in ("pixel", "feature"):
+        share, p_value = (last.get(f"quality_{space}_{of}") for of in ("copied", "p_value"))
+        if share is not None and p_value is not None:
+            numbers = num_scored(history), held_out
+            yield _Search(share, p_value, f"{space}s", *numbers, f"at client {client}", client)
+
+
+def _why_unmeasured(history: RunHistory) -> str:
+    """Say why a run has not measured what it could have."""
+    if not history.finished:
+        return "The run measures its images at its end."
+    if history.setting == "real nodes":
+        return "No hospital has said how the images compare with its own."
+    if history.config.eval.num_images == 0 and not history.config.eval.final_metrics:
+        return "eval.num_images=0: measure with feddm evaluate."
+    return "The run did not measure it: measure with feddm evaluate."
+
+
+def _why_not_searched(history: RunHistory) -> str:
+    data = history.config.data
+    if history.finished and history.setting != "real nodes" and data.test_fraction is None:
+        return (
+            "No search was recorded. It needs real images that were not trained on: a test split, "
+            "or data.test_fraction."
+        )
+    return _why_unmeasured(history)
+
+
+def _number_checks(history: RunHistory) -> list[Check]:
     measured = {each.name: each.report.label.n_generated for each in history.evaluations}
+    quick = history.final("num_generated_images")
+    if quick is not None:
+        measured["the run"] = int(quick)
     if history.final("quality_num_hospitals"):
         measured["the hospitals' scores"] = num_scored(history)
-    for what, number in measured.items():
-        if number < FEW_IMAGES:
-            yield (
-                f"Few images were measured: {number:,} in {what}. Below {FEW_IMAGES:,} the figures "
-                "depend much on the number; compare equal numbers only."
-            )
+    if not measured:
+        return []
+    classes = len(history.config.data.classes)
+    subject = f"fewer than {LEAST_PER_CLASS} measured images of a class"
+    signs = [
+        f"Few images were measured: {number:,} of {classes} classes in {what}, on average "
+        f"{number / classes:.0f} of each. Below {LEAST_PER_CLASS} the figures are left to chance; "
+        "raise eval.num_images or eval.num_per_class."
+        for what, number in measured.items()
+        if number < LEAST_PER_CLASS * classes
+    ]
+    counts = ", ".join(f"{number:,} in {what}" for what, number in measured.items())
+    return _found(subject, signs, f"Measured were {counts}, of {classes} classes.")
 
 
 def _times(number: int) -> str:

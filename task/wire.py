@@ -44,8 +44,13 @@ class Key(StrEnum):
     FLOOR_KID = "floor-kid"
     CLASS_AGREEMENT = "class-agreement"
     HELD_OUT_ACCURACY = "held-out-accuracy"
+    CHANCE_AGREEMENT = "chance-agreement"
+    NOISE_POSITION = "noise-position"
+    FLOOR_NOISE_POSITION = "floor-noise-position"
     PIXEL_COPIED = "pixel-copied"
+    PIXEL_P_VALUE = "pixel-p-value"
     FEATURE_COPIED = "feature-copied"
+    FEATURE_P_VALUE = "feature-p-value"
 
 
 # Of the evaluate messages that ask how images compare with a hospital's own.

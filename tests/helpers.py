@@ -319,8 +319,8 @@ SCORES = Scores(
 )
 
 
-def metric_report(copied: float = 0.01) -> MetricReport:
-    """Measurements of made-up images."""
+def metric_report(p_value: float | None = 0.5) -> MetricReport:
+    """Measurements of made-up images, whose search for copies has a p value."""
     found = Classification(0.8, 0.9, 0.95, 0.7)
-    copies = Copying(0.3, 0.4, copied)
+    copies = Copying(0.3, 0.4, 0.01, p_value)
     return MetricReport(LABEL, SCORES, SCORES, found, copies, None)

@@ -6,10 +6,10 @@ import pytest
 
 from task.config import flat_values, load_config, read_config
 from task.evaluate import MetricReport
-from task.history import LeftOut, read_history
+from task.history import LeftOut, RunHistory, read_history
 from task.repeat import PLACES, training_words
 from task.run_summary import describe_run, duration, key_figures, summary_lines
-from task.warning_signs import far_rounds, is_copying, num_scored, warning_signs
+from task.warning_signs import Check, State, checks, far_rounds, num_scored, warning_signs
 from tests.helpers import losses, metric_report, written_run
 
 
@@ -89,16 +89,85 @@ def test_report_of_metrics_reads_back_as_it_was_described() -> None:
         MetricReport.from_description({"fid_train": 1.0})
 
 
+def found(history: RunHistory, subject: str) -> list[Check]:
+    return [check for check in checks(history) if subject in check.subject]
+
+
 def test_copies_and_few_images_are_warned_of(tmp_path: Path) -> None:
     run = written_run(tmp_path / "run", losses(1, {0: 0.5}), rounds_done=2)
     file = run / "evaluation-classifier-correct.json"
-    for copied, found in ((0.011, 0), (0.05, 1)):
-        file.write_text(json.dumps({**metric_report(copied).describe(), "round": 2}))
-        assert sum("closer to training" in s for s in warning_signs(read_history(run))) == found
-    file.write_text(json.dumps({**metric_report().describe(), "round": 2, "n_generated": 999}))
-    assert any("Few images" in sign for sign in warning_signs(read_history(run)))
-    # Of 2,000 honest images, 1 % and three standard errors of it are 33.
-    assert [is_copying(number / 2000, 2000) for number in (33, 34)] == [False, True]
+    for p_value, state in ((0.02, State.CLEAR), (0.001, State.WARNING), (None, State.UNMEASURED)):
+        described = metric_report(p_value).describe()
+        file.write_text(json.dumps({**described, "round": 2}))
+        assert [check.state for check in found(read_history(run), "copies")] == [state]
+        assert [check.state for check in found(read_history(run), "fewer")] == [State.CLEAR]
+    file.write_text(json.dumps({**metric_report().describe(), "round": 2, "n_generated": 499}))
+    assert any("499 of 10 classes" in sign for sign in warning_signs(read_history(run)))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "noise", "classes", "copies"),
+    [
+        ({}, State.UNMEASURED, State.UNMEASURED, State.UNMEASURED),
+        (
+            {"noise_position": 0.9, "class_agreement": 0.14},
+            State.WARNING,
+            State.WARNING,
+            State.UNMEASURED,
+        ),
+        (
+            {
+                **{"noise_position": 0.2, "class_agreement": 0.6, "pixel_copied": 0.01},
+                **{"pixel_p_value": 0.3, "num_held_out_searched": 179},
+            },
+            State.CLEAR,
+            State.CLEAR,
+            State.CLEAR,
+        ),
+        (
+            {
+                **{"classifier_test_accuracy": 0.1, "class_agreement": 0.5},
+                **{"pixel_copied": 0.5, "pixel_p_value": 0.3, "num_held_out_searched": 2},
+            },
+            State.UNMEASURED,
+            State.UNMEASURED,
+            State.UNMEASURED,
+        ),
+    ],
+)
+def test_nothing_is_called_clear_that_was_not_looked_at(
+    tmp_path: Path, recorded: dict[str, float | str], noise: State, classes: State, copies: State
+) -> None:
+    recorded = recorded | {"num_generated_images": 500, "chance_agreement": 0.1} if recorded else {}
+    lines = [*losses(2, {0: 0.5}), (2, "global", recorded)]
+    history = read_history(written_run(tmp_path / "run", lines, rounds_done=2))
+    for subject, state in (("noise", noise), ("other classes", classes), ("copies", copies)):
+        assert [check.state for check in found(history, subject)] == [state]
+    assert [check.state for check in found(history, "drift")] == [State.UNMEASURED]
+
+
+def test_hospitals_scores_are_checked_one_by_one(tmp_path: Path) -> None:
+    told: dict[str, float | str] = {"quality_num_examples": 200, "quality_pixel_copied": 0.1}
+    mean: dict[str, float | str] = {
+        **{"quality_num_hospitals": 2, "quality_noise_position": 0.8},
+        **{"quality_class_agreement": 1.0, "quality_chance_agreement": 1.0},
+    }
+    lines = [
+        *losses(2, {0: 0.5, 1: 0.5}),
+        (2, "client-0", {**told, "quality_pixel_p_value": 0.001}),
+        (2, "client-1", {**told, "quality_pixel_p_value": 0.5}),
+        (2, "global", mean),
+    ]
+    history = read_history(
+        written_run(tmp_path / "run", lines, rounds_done=2, eval__num_images=500)
+    )
+    copies = found(history, "copies")
+    assert [check.state for check in copies] == [State.WARNING, State.CLEAR]
+    assert "at client 0" in copies[0].says and "n=500, 200 held out" in copies[0].says
+    assert [check.state for check in found(history, "noise")] == [State.WARNING]
+    assert "2 hospitals" in found(history, "noise")[0].says
+    # Of one class alone nothing is shown by finding it.
+    assert [check.state for check in found(history, "other classes")] == [State.UNMEASURED]
 
 
 def test_client_far_from_all_others_drifts_and_a_spread_of_clients_does_not() -> None:

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -9,13 +10,16 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from task import metrics
 from task.metrics import (
-    copying,
+    copying_test,
     density_coverage,
+    energy_distance,
     frechet_distance,
     gaussian_distance,
     inception_score,
     kid,
+    least_share_shown,
     nearest_distances,
+    neighbour_distances,
     precision_recall,
     squared_mmd,
 )
@@ -190,10 +194,56 @@ def test_nearest_distances_are_those_of_loops_and_zero_for_copies() -> None:
     assert nearest_distances(points(30)[7:9].float(), points(30).float()).tolist() == [0, 0]
 
 
-def test_copying_counts_images_nearer_than_the_nearest_of_the_held_out() -> None:
-    held_out = torch.arange(1.0, 102.0, dtype=torch.float64)
-    generated = torch.tensor([0.0, 0.5, 1.9, 2.1, 50.0], dtype=torch.float64)
-    assert copying(generated, held_out) == pytest.approx((1.9, 51.0, 0.6))
+def test_nearest_beside_the_next_ones_is_0_for_copies_and_1_among_equals() -> None:
+    corners = torch.eye(12)
+    _, relative = neighbour_distances(torch.cat([corners[:1], torch.zeros(1, 12)]), corners)
+    assert relative.tolist() == pytest.approx([0, 1])
+    distances = torch.cdist(points(7, seed=1).double(), points(30).double()).sort(1).values[:, :10]
+    expected = distances[:, 0] / distances.mean(1)
+    assert neighbour_distances(points(7, seed=1), points(30))[1].tolist() == pytest.approx(
+        expected.tolist()
+    )
+
+
+def test_energy_distance_agrees_with_its_definition() -> None:
+    first, second = points(1500), points(40, seed=1)
+    between = torch.cdist(first.double(), second.double()).mean()
+    within = [torch.pdist(x.double()).mean() for x in (first, second)]
+    assert energy_distance(first, second) == pytest.approx(float(2 * between - sum(within)))
+
+
+def test_p_value_of_copying_is_the_share_of_orders_with_as_much_evidence() -> None:
+    held_out, generated = torch.tensor([2.5, 5.5, 6.5]), torch.tensor([1.0, 2.0, 3.0, 4.0, 7.0])
+    both = torch.cat([generated, held_out])
+    p_value, share = copying_test(generated, held_out)
+    values = []
+    for chosen in itertools.combinations(range(8), 5):
+        others = [i for i in range(8) if i not in chosen]
+        values.append(copying_test(both[[*chosen]], both[others])[0])
+    assert p_value == pytest.approx(sum(p <= p_value + 1e-9 for p in values) / 56)
+    assert share == pytest.approx(2 / 5)
+    assert copying_test(held_out + 10, generated)[0] == 1
+
+
+@pytest.mark.parametrize("held_out", [10, 179])
+def test_honest_images_are_seldom_taken_for_copies_and_copies_are_found(held_out: int) -> None:
+    draws = generator()
+    honest = [
+        copying_test(torch.rand(100, generator=draws), torch.rand(held_out, generator=draws))[0]
+        for _ in range(200)
+    ]
+    # At a true rate of 1 %, 7 or more of 200 come in 5 of 1,000 tries.
+    assert sum(p < 0.01 for p in honest) < 7
+    assert sum(p < 0.1 for p in honest) < 38
+    copied = torch.rand(100, generator=draws)
+    copied[:60] = 0
+    assert copying_test(copied, torch.rand(held_out, generator=draws))[0] < 0.01
+
+
+def test_smallest_share_of_copies_that_shows_falls_with_held_out_images() -> None:
+    shares = [least_share_shown(500, held_out, 0.01) for held_out in (2, 10, 179)]
+    assert shares[0] is None and shares[1] is not None and shares[2] is not None
+    assert 0.1 < shares[1] < 0.5 and shares[2] < 0.07
 
 
 def test_wrong_input_is_refused() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from task.config import anchored, load_config, write_config
 from task.evaluate import Classification, Label, MetricReport, Scores
@@ -20,14 +21,14 @@ EXPORTED = {
     "client": None,
     "weights_sha256": "ab" * 32,
 }
-LABEL = Label("digits", "classifier", "cd" * 32, "correct", False, 20, 100, 30, 20, 20, 0)
+LABEL = Label("digits", "classifier", "cd" * 32, "correct", False, 20, 100, 30, 20, 20, 0, 20)
 SHARES = dict(precision=0.9, recall=0.8, density=1.0, coverage=0.7)
 REPORT = MetricReport(
     label=LABEL,
     generated=Scores(fid_train=1.25, kid_train=0.5, kid_train_std=0.1, **SHARES),
     floor=Scores(fid_train=0.75, kid_train=0.0, kid_train_std=0.1, **SHARES),
     classification=Classification(0.8, 0.9, 0.95, 0.99),
-    pixel_copying=Copying(0.1, 0.2, 0.125),
+    pixel_copying=Copying(0.1, 0.2, 0.125, 0.03125),
     feature_copying=None,
 )
 
@@ -44,7 +45,7 @@ def run_of(folder: Path, files: dict[str, Any], *overrides: str) -> FinishedRun:
     write_config(anchored(config, folder), path / "config.yaml")
     for name, content in files.items():
         (path / name).write_text(json.dumps(content))
-    (path / "model.safetensors").touch()
+    save_file({}, path / "model.safetensors", {"round": "3"})
     return find_runs(folder)[0]
 
 
@@ -71,7 +72,10 @@ def test_card_of_a_simulation_tells_counts_training_metrics_and_copies(tmp_path:
         "| all | 100 |",
         "| partition.beta (Dirichlet) | 0.25 |",
         "| FID (train) v | 1.2500 | 0.7500 |",
-        "nearest 1 % of real, pixels | 0.1250 | 0.0100 |",
+        "nearer than held-out ones, pixels v | 0.1250 | 0.0000 |",
+        "p where nothing is copied | 0.0312 |",
+        "Not measured: images that look like noise.",
+        "Warning: fewer than 50 measured images of a class. Few images were measured: 20",
         "drawn by ddim in 50 steps",
         "extractor classifier cdcdcdcdcdcd, image range correct",
         "no formal guarantee",
@@ -110,6 +114,28 @@ def test_counts_of_a_single_site_are_not_told(
     )
 
 
+def test_card_of_a_run_without_evaluation_tells_what_it_measured_itself(tmp_path: Path) -> None:
+    files: dict[str, Any] = {"partition.json": {"num_clients": 2, "train_counts": [[3, 1], [2, 4]]}}
+    run = run_of(tmp_path, files)
+    record(
+        run,
+        *((3, "global", "num_generated_images", 500), (3, "global", "class_agreement", 0.5)),
+        *((3, "global", "chance_agreement", 0.5), (3, "global", "noise_position", 0.75)),
+        (3, "global", "floor_noise_position", 0.125),
+    )
+    text = card(run)
+    for words in (
+        "500 images at the end of the run, round 3",
+        "| between real images (0) and noise (1) | 0.7500 | 0.1250 |",
+        "| found in the class asked for | 0.5000 |  |",
+        "| the same of one class for all | 0.5000 | 0.5000 |",
+        "Warning: images that look like noise. The images look untrained",
+        "Warning: images of other classes than asked for.",
+        "Not measured: copies of training images.",
+    ):
+        assert words in text
+
+
 def record(run: FinishedRun, *metrics: tuple[int, str, str, float]) -> None:
     names = ("round", "who", "name", "value")
     lines = [json.dumps(dict(zip(names, metric, strict=True))) + "\n" for metric in metrics]
@@ -128,7 +154,7 @@ def test_hospitals_scores_are_told_as_their_mean_alone(tmp_path: Path) -> None:
         (3, "global", "test_loss", 0.125),
     )
     text = card(run)
-    assert "as the nearest 1 % of real, pixels | 0.2500 | 2 | 3 |" in text
+    assert "than held-out ones, pixels | 0.2500 | 2 | 3 |" in text
     assert "| loss on held-out images | 0.1250 | 3 | 3 |" in text
     assert "0.75" not in text and "0.5" not in text and "are not told" not in text
 

@@ -64,12 +64,17 @@ def test_scores_are_what_measuring_the_same_images_finds(
         Key.KID: pytest.approx(report.generated.kid_test, rel=1e-6),
         Key.FLOOR_KID: pytest.approx(report.floor.kid_test, rel=1e-6),
         Key.CLASS_AGREEMENT: report.classification.agreement,
-        Key.HELD_OUT_ACCURACY: report.classification.cas_real,
+        Key.HELD_OUT_ACCURACY: report.classification.agreement_real,
+        Key.CHANCE_AGREEMENT: report.classification.chance_agreement,
+        Key.NOISE_POSITION: report.generated.noise_position,
+        Key.FLOOR_NOISE_POSITION: report.floor.noise_position,
         Key.PIXEL_COPIED: report.pixel_copying.copied,
+        Key.PIXEL_P_VALUE: report.pixel_copying.p_value,
         Key.FEATURE_COPIED: report.feature_copying.copied,
+        Key.FEATURE_P_VALUE: report.feature_copying.p_value,
     }
     assert scores[Key.FID] > scores[Key.FLOOR_FID] > 0
-    assert scores[Key.PIXEL_COPIED] >= 1 / 60  # the copy
+    assert 0 < scores[Key.NOISE_POSITION] < 0.5
 
 
 def test_hospital_scores_the_classes_that_it_holds(
