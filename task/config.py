@@ -5,11 +5,14 @@ The defaults live in `conf/` alone; this module holds the types and the checks. 
 """
 
 import dataclasses
+import logging
 import math
 import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,13 @@ import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from task.files import atomic_path
+from task.overrides import escaped, hydra_value, typed_text, typed_texts
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 
@@ -512,14 +517,20 @@ def load_config(overrides: Iterable[str] = ()) -> Config:
     Raises:
         ValueError: a name is unknown, a value is of the wrong type or out of range.
     """
+    try:
+        return config_from_hydra(_composed(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(composition_error(error)) from error
+
+
+def _composed(overrides: Iterable[str]) -> DictConfig:
+    read = [read_override(word) for word in overrides]
     register_schema()
     # Hydra keeps one composition context per process; the one of feddm-train stays untouched.
     hydra, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            return config_from_hydra(compose("config", overrides=list(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(composition_error(error)) from error
+            return compose("config", overrides=read)
     finally:
         GlobalHydra.instance().hydra = hydra
 
@@ -532,7 +543,7 @@ def config_from_hydra(composed: DictConfig) -> Config:
     """
     try:
         known = {p for path in value_paths() for p in (path, path.split(".")[0])}
-        unknown = leaf_paths(OmegaConf.to_container(composed)) - known
+        unknown = leaves(OmegaConf.to_container(composed)).keys() - known  # type: ignore[arg-type]
         if unknown:
             raise ValueError(f"configuration: no such value: {', '.join(sorted(unknown))}")
         config = OmegaConf.to_object(composed)
@@ -543,15 +554,13 @@ def config_from_hydra(composed: DictConfig) -> Config:
     return config
 
 
-def leaf_paths(tree: object, prefix: str = "") -> set[str]:
-    """List the dotted path of every value of nested dictionaries."""
-    if not isinstance(tree, dict):
-        return {prefix}
-    return {
-        path
-        for key, child in tree.items()
-        for path in leaf_paths(child, f"{prefix}.{key}" if prefix else str(key))
-    }
+def leaves(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested dictionaries to the dotted path of every value."""
+    found: dict[str, Any] = {}
+    for key, child in tree.items():
+        path = f"{prefix}{key}"
+        found |= leaves(child, f"{path}.") if isinstance(child, dict) else {path: child}
+    return found
 
 
 def composition_error(error: Exception) -> str:
@@ -636,19 +645,58 @@ def settle_precisions(config: Config, **precisions: str) -> Config:
     return config
 
 
-def hydra_override(key: str, value: object) -> str:
-    """Write `key=value` in Hydra's grammar.
+def hydra_override(path: str, value: object) -> str:
+    """Write `path=value` in Hydra's grammar, so that text is read back as it stands.
 
-    Strings that belong into a text field are quoted, so that paths may hold any character;
-    other strings are left to Hydra to read (`"null"`, `"inf"`, `"[a,b]"`).
+    A string for a field that is not text is left to Hydra to read (`"null"`, `"inf"`, `"[a,b]"`).
+
+    Raises:
+        ValueError: a text cannot be kept in a configuration.
     """
-    if isinstance(value, bool):
-        return f"{key}={str(value).lower()}"
-    if isinstance(value, str) and key in text_fields():
-        # In Hydra's quotes a backslash means itself, except before a quote.
-        escaped = re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + match[2], value)
-        return f"{key}='" + escaped.replace("'", "\\'") + "'"
-    return f"{key}={value}"
+    if value_paths().get(path) is str:
+        require_text(path, value)
+    elif isinstance(value, str):
+        return f"{path}={value}"
+    return f"{path}={hydra_value(value)}"
+
+
+def read_override(word: str, *, sweep: bool = False) -> str:
+    """Write an override in Hydra's grammar as somebody typed it: `data.root=/tmp/a=b (x)`.
+
+    What follows the `=` of a text field is text, unless it stands in Hydra's quotes.
+
+    Args:
+        word: `path=value`; anything else is left as it is.
+        sweep: whether a field may be given several values, with commas between them.
+
+    Raises:
+        ValueError: a text cannot be kept in a configuration.
+    """
+    given = re.fullmatch(r"(\+{0,2})([\w.]+)=(.*)", word, re.DOTALL)
+    if given is None:
+        return word
+    plus, path, typed = given.groups()
+    kind = value_paths().get(path)
+    if kind is str:
+        require_text(path, typed)
+        typed = typed_text(typed, sweep=sweep)
+    elif kind in (list[str], list[str] | None):
+        typed = typed_texts(typed, sweep=sweep)
+    return f"{plus}{path}={typed}"
+
+
+def require_text(path: str, value: object) -> None:
+    """Raise a ValueError unless a value is a text that a configuration can hold.
+
+    Raises:
+        ValueError: it is a number with a fraction or an exponent, which a reader of TOML has
+            already rounded, or it is "???", which is no value in OmegaConf, or no Unicode.
+    """
+    require(not isinstance(value, float), path, f'text in quotes, such as {path}="1e5"', value)
+    text = str(value)
+    require(text != "???", path, "another text than OmegaConf's sign for no value", text)
+    surrogates = re.search("[\ud800-\udfff]", text)  # of the name of a file in another encoding
+    require(surrogates is None, path, "text in UTF-8", text)
 
 
 def value_paths(schema: type = Config, prefix: str = "") -> dict[str, Any]:
@@ -663,15 +711,9 @@ def value_paths(schema: type = Config, prefix: str = "") -> dict[str, Any]:
     return paths
 
 
-def text_fields() -> set[str]:
-    """Return the paths of the values that are free text."""
-    return {path for path, kind in value_paths().items() if kind is str}
-
-
 def flat_values(config: Config) -> dict[str, Any]:
     """Flatten a configuration to dotted paths, for comparing and recording it."""
-    tree = as_hydra(config)
-    return {path: OmegaConf.select(tree, path) for path in value_paths()}
+    return {path: attrgetter(path)(config) for path in value_paths()}
 
 
 def changed_config(
@@ -696,25 +738,39 @@ def changed_config(
         ValueError: a name is none of `names`, or a value is wrong.
     """
     tree = as_hydra(config)
-    changes: list[tuple[str, object, str]] = []
-    for override in overrides:
-        name, _, text = override.partition("=")
-        changes.append((name, None if text == "null" else text, override))
-    changes += [(n, value, f"{n}={value}") for n, value in options.items() if value is not None]
+    given = {name: value for name, value in options.items() if value is not None}
+    words = [*overrides, *(hydra_override(name, value) for name, value in given.items())]
     try:
-        for name, value, word in changes:
+        for word in words:
+            name, equals, _ = word.partition("=")
             expected = f"NAME=VALUE with a name of {', '.join(sorted(names))}"
-            require(name in names and "=" in word, "an override", expected, word)
-            OmegaConf.update(tree, name, value)
-    except OmegaConfBaseException as error:
+            require(name in names and equals != "", "an override", expected, word)
+            override = OverridesParser.create().parse_override(read_override(word))
+            require(not override.is_sweep_override(), name, "one value", word)
+            OmegaConf.update(tree, name, override.value())
+    except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(composition_error(error)) from error
     return anchored(config_from_hydra(tree), Path.cwd())
 
 
 def as_hydra(config: Config) -> DictConfig:
     """Return the configuration as an OmegaConf tree, which can be written as YAML."""
-    tree: DictConfig = OmegaConf.structured(config)
+    tree: DictConfig = OmegaConf.structured(_escaped_texts(config))
     return tree
+
+
+def _escaped_texts(value: Any) -> Any:
+    """Return a configuration, or a part of it, whose texts OmegaConf resolves to what they were."""
+    if isinstance(value, str):
+        return escaped(value)
+    if isinstance(value, list):
+        return [_escaped_texts(each) for each in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        return dataclasses.replace(
+            value, **{name: _escaped_texts(getattr(value, name)) for name in names}
+        )
+    return value
 
 
 def write_config(config: Config, path: Path) -> None:
@@ -724,15 +780,65 @@ def write_config(config: Config, path: Path) -> None:
 
 
 def read_config(path: Path) -> Config:
-    """Read a configuration that `write_config` wrote.
+    """Read a configuration that `write_config` of this version of feddm, or of another, wrote.
+
+    A value that it lacks takes the default of conf/ for its experiment and its data set; one that
+    is unknown here is left out. Both are logged.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a whole configuration of this version of feddm.
+        ValueError: it is not the configuration of a run, or a value is wrong.
     """
-    content = path.read_bytes()
     try:
-        stored = OmegaConf.create(yaml.safe_load(content) or {})
-        return config_from_hydra(OmegaConf.merge(OmegaConf.structured(Config), stored))  # type: ignore[arg-type]
+        stored = _stored_values(path)
+        missing = value_paths().keys() - stored.keys()
+        unknown = stored.keys() - value_paths().keys()
+        defaults = _defaults(stored.get("experiment"), stored.get("data.name")) if missing else {}
+        # Where a run lies is known without its configuration.
+        defaults = defaults | {"output_dir": str(path.parent.parent), "run_name": path.parent.name}
+        tree = OmegaConf.create()
+        for name in value_paths():
+            OmegaConf.update(tree, name, defaults[name] if name in missing else stored[name])
+        config = config_from_hydra(OmegaConf.merge(OmegaConf.structured(Config), tree))  # type: ignore[arg-type]
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a configuration of this feddm: {error}") from error
+    for name in sorted(missing):
+        _log_once(f"{path} has no {name}; taken for {flat_values(config)[name]!r}, as conf/ has it")
+    for name in sorted(unknown):
+        _log_once(f"{path} has {name}, which this version of feddm does not know; left out")
+    return config
+
+
+def unknown_values(path: Path) -> dict[str, Any]:
+    """Return the values of a written configuration that this version of feddm does not know."""
+    return {n: value for n, value in _stored_values(path).items() if n not in value_paths()}
+
+
+def _stored_values(path: Path) -> dict[str, Any]:
+    """Read the values of a written configuration, by dotted path."""
+    stored = yaml.safe_load(path.read_bytes())
+    sections = {name.partition(".")[0] for name in value_paths() if "." in name}
+    require(isinstance(stored, dict), "it", f"a mapping of {', '.join(sorted(sections))}", stored)
+    lacking = sorted({"data", "model", "diffusion", "train"} - stored.keys())
+    require(not lacking, "it", "with the sections of a run", f"none of {', '.join(lacking)}")
+    for name in sections & stored.keys():
+        require(isinstance(stored[name], dict), name, "a mapping", stored[name])
+    return leaves(stored)
+
+
+@cache
+def _defaults(experiment: object, data: object) -> dict[str, Any]:
+    """Return the values of conf/ by dotted path, for an experiment and a data set if known."""
+    given = {"experiment": experiment, "data": data}
+    known = {
+        group: name
+        for group, name in given.items()
+        if name in {file.stem for file in (CONF_DIR / group).glob("*.yaml")}
+    }
+    tree = _composed([f"{group}={name}" for group, name in known.items()])
+    return {name: OmegaConf.select(tree, name) for name in value_paths()}
+
+
+@cache
+def _log_once(text: str) -> None:
+    logging.getLogger(__name__).warning(text)

@@ -1,7 +1,6 @@
 """The words that repeat a run, for either of its two commands."""
 
 import json
-import re
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -35,7 +34,7 @@ def training_words(config: Config) -> list[str]:
     if load_config(groups).data.name != config.data.name:
         groups += [
             f"data={config.data.name}",
-            f"data.classes={_in_hydra(list(config.data.classes))}",
+            hydra_override("data.classes", config.data.classes),
         ]
     changes = _changes(values, groups)
     for group in NAMELESS_GROUPS:
@@ -67,12 +66,14 @@ def submitting_command(words: Mapping[str, Word]) -> str:
 
 def as_toml(words: Mapping[str, Word]) -> str:
     """Write words as the TOML file that `flwr run --run-config` reads."""
-    # A string of JSON is one of TOML, where it holds no pair of surrogates.
+    # A string of JSON is one of TOML, where it holds no pair of surrogates and no raw DEL.
     return "".join(f"{k} = {_toml_value(value)}\n" for k, value in words.items())
 
 
 def _toml_value(value: Word) -> str:
-    return repr(value) if type(value) is float else json.dumps(value, ensure_ascii=False)
+    if type(value) is float:
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _options(group: str) -> list[str]:
@@ -90,27 +91,5 @@ def _changes(values: Mapping[str, Any], overrides: list[str]) -> list[str]:
     """List the values that overrides do not compose yet."""
     composed = flat_values(load_config(overrides))
     return [
-        f"{path}={_in_hydra(value)}" for path, value in values.items() if composed[path] != value
+        hydra_override(path, value) for path, value in values.items() if composed[path] != value
     ]
-
-
-def _in_hydra(value: Any) -> str:
-    """Write a value in Hydra's grammar, text with quotes where it could be read otherwise."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, str):
-        return value if _is_plain(value) else _quoted(value)
-    return f"[{','.join(map(_in_hydra, value))}]"
-
-
-def _is_plain(text: str) -> bool:
-    meaning = {"null", "true", "false", "inf", "nan"}
-    return re.fullmatch(r"[A-Za-z]\w*", text, re.ASCII) is not None and text.lower() not in meaning
-
-
-def _quoted(text: str) -> str:
-    return hydra_override("experiment", text).partition("=")[2]

@@ -38,6 +38,7 @@ from task.config import (
     flat_values,
     read_config,
     settle_precisions,
+    unknown_values,
     write_config,
 )
 from task.files import atomic_path, naming_full_disk, remove_left_overs, write_json
@@ -126,6 +127,12 @@ def check_same_run(config: Config, path: Path) -> None:
     Raises:
         ValueError: it does not; names every key that differs.
     """
+    unknown = [f"{k}={v}" for k, v in unknown_values(path / "config.yaml").items()]
+    if unknown:
+        raise ValueError(
+            f"resume: {path} was trained with {', '.join(unknown)}, which this version of feddm "
+            "does not know; resume it with the version that began it"
+        )
     different = different_values(read_config(path / "config.yaml"), config)
     differences = [
         f"{key}={asked} (there: {stored})"

@@ -1,7 +1,8 @@
 """Read back what finished runs left behind: configuration, final weights, measurements."""
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,11 @@ from task.restoration import RESTORATION_VALUES, Restorer, known_part, restorati
 from task.run_directory import PARTITION_FILE, run_config, weights_file
 from task.train import select_device
 from task.unet import UNet, build_unet
+
+
+def log_unreadable(run: Path, error: Exception) -> None:
+    """Log that a run cannot be read and is left out."""
+    logging.getLogger(__name__).warning("%s is left out: %s", run, error)
 
 
 @dataclass(frozen=True)
@@ -202,17 +208,23 @@ def _require_weights(run: Path, config: Config) -> None:
         )
 
 
-def find_runs(folder: Path) -> list[FinishedRun]:
+def find_runs(
+    folder: Path, unreadable: Callable[[Path, Exception], object] = log_unreadable
+) -> list[FinishedRun]:
     """Find every finished run in a folder and below it, sorted by path.
 
-    Raises:
-        ValueError: a run's configuration is of another version of feddm.
+    Args:
+        folder: to look in.
+        unreadable: is told of each run that cannot be read, and why; it is left out.
     """
-    return [
-        _read_run(config_file.parent)
-        for config_file in sorted(folder.rglob("config.yaml"))
-        if weights_file(config_file.parent).is_file()
-    ]
+    found = []
+    for file in sorted(folder.rglob("config.yaml")):
+        if weights_file(file.parent).is_file():
+            try:
+                found.append(_read_run(file.parent))
+            except (ValueError, OSError) as error:
+                unreadable(file.parent, error)
+    return found
 
 
 def _read_run(path: Path) -> FinishedRun:
@@ -221,13 +233,22 @@ def _read_run(path: Path) -> FinishedRun:
         path=path,
         config=read_config(path / "config.yaml"),
         evaluations=tuple(
-            json.loads(file.read_text(encoding="utf-8"))
+            _read_mapping(file)
             for extractor in sorted(EXTRACTORS)
             for image_range in IMAGE_RANGES
             if (file := path / f"evaluation-{extractor}-{image_range}.json").exists()
         ),
-        partition=json.loads(partition.read_text(encoding="utf-8")) if partition.exists() else None,
+        partition=_read_mapping(partition) if partition.exists() else None,
     )
+
+
+def _read_mapping(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    require(isinstance(content, dict), str(file), "a mapping", content)
+    return dict(content)
 
 
 def kept_clients(run: Path) -> list[int]:

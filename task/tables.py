@@ -209,19 +209,17 @@ def measurements(runs: Iterable[FinishedRun]) -> tuple[list[Measurement], dict[s
 
     Returns:
         The measurements, and by reason the runs whose evaluations were left out.
-
-    Raises:
-        ValueError: an evaluation lacks what it was measured with.
     """
     taken: dict[object, Measurement] = {}
     unmeasured, stale, repeats = [], [], []
+    broken: list[str] = []
     for run in runs:
         current = current_evaluations(run)
         if not run.evaluations:
             unmeasured.append(str(run.path))
         if len(current) < len(run.evaluations):
             stale.append(f"{run.path} (it now ends after round {run.config.federation.rounds})")
-        for each in (_measurement(run, found) for found in current):
+        for each in _whole_measurements(run, current, broken):
             mode = each.values["train.mode"]
             trained = each.settings if mode == "federated" else _without_clients(each.settings)
             same = (trained, each.column, mode, each.values["seed"])
@@ -232,8 +230,19 @@ def measurements(runs: Iterable[FinishedRun]) -> tuple[list[Measurement], dict[s
         "finished, not measured (feddm evaluate RUN)": unmeasured,
         "measured before the last round (feddm evaluate RUN)": stale,
         "repeats, but for rounding, of another run": repeats,
+        "an evaluation that is not whole (feddm evaluate RUN)": broken,
     }
     return [*taken.values()], {why: which for why, which in left_out.items() if which}
+
+
+def _whole_measurements(
+    run: FinishedRun, evaluations: Iterable[Mapping[str, Any]], broken: list[str]
+) -> Iterator[Measurement]:
+    for found in evaluations:
+        try:
+            yield _measurement(run, found)
+        except ValueError as error:
+            broken.append(f"{run.path} ({error})")
 
 
 def _measurement(run: FinishedRun, found: Mapping[str, Any]) -> Measurement:

@@ -35,13 +35,18 @@ def write_tables(
     """
     if not folder.is_dir():
         raise ValueError(f"SWEEP_DIR: there is no folder {folder}")
-    runs, unfinished = find_runs(folder), _unfinished(folder)
+    unreadable: list[str] = []
+    runs = find_runs(folder, lambda run, error: unreadable.append(f"{run} ({error})"))
+    unfinished = _unfinished(folder)
     if not runs:
         begun = f" (unfinished: {', '.join(unfinished)})" if unfinished else ""
+        begun += f" (not readable: {'; '.join(unreadable)})" if unreadable else ""
         raise ValueError(f"SWEEP_DIR: no finished run in {folder}{begun}")
     measured, left_out = measurements(runs)
     if unfinished:
         left_out["unfinished (feddm-train with run_name=... resume=true)"] = unfinished
+    if unreadable:
+        left_out["cannot be read"] = unreadable
     if not measured:
         listed = "; ".join(f"{why}: {', '.join(which)}" for why, which in left_out.items())
         raise ValueError(
