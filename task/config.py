@@ -818,9 +818,11 @@ def _stored_values(path: Path) -> dict[str, Any]:
     """Read the values of a written configuration, by dotted path."""
     stored = yaml.safe_load(path.read_bytes())
     sections = {name.partition(".")[0] for name in value_paths() if "." in name}
-    require(isinstance(stored, dict), "it", f"a mapping of {', '.join(sorted(sections))}", stored)
-    lacking = sorted({"data", "model", "diffusion", "train"} - stored.keys())
-    require(not lacking, "it", "with the sections of a run", f"none of {', '.join(lacking)}")
+    lacking = {"data", "diffusion", "model", "train"} - set(
+        stored if isinstance(stored, dict) else ()
+    )
+    if lacking:
+        raise ValueError(f"it has no section {', '.join(sorted(lacking))}")
     for name in sections & stored.keys():
         require(isinstance(stored[name], dict), name, "a mapping", stored[name])
     return leaves(stored)

@@ -127,13 +127,13 @@ def check_same_run(config: Config, path: Path) -> None:
     Raises:
         ValueError: it does not; names every key that differs.
     """
+    different = different_values(read_config(path / "config.yaml"), config)
     unknown = [f"{k}={v}" for k, v in unknown_values(path / "config.yaml").items()]
     if unknown:
         raise ValueError(
             f"resume: {path} was trained with {', '.join(unknown)}, which this version of feddm "
             "does not know; resume it with the version that began it"
         )
-    different = different_values(read_config(path / "config.yaml"), config)
     differences = [
         f"{key}={asked} (there: {stored})"
         for key, (stored, asked) in different.items()

@@ -227,6 +227,20 @@ def test_damaged_configuration_is_refused(started: Path) -> None:
         RunDirectory(configured(started.parent, "resume=true"))
 
 
+def test_run_of_another_version_goes_on_where_its_values_are_known(started: Path) -> None:
+    file = started / "config.yaml"
+    written = file.read_text(encoding="utf-8")
+    assert "  trim_fraction: 0.2\n" in written
+    file.write_text(written.replace("  trim_fraction: 0.2\n", ""), encoding="utf-8")
+    with opened(started.parent, "resume=true") as directory:
+        assert directory.config.federation.trim_fraction == 0.2
+    with pytest.raises(ValueError, match=r"trim_fraction=0.1 \(there: 0.2\)"):
+        RunDirectory(configured(started.parent, "resume=true", "federation.trim_fraction=0.1"))
+    file.write_text(written + "privacy: {noise: 1.5}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"resume: .* was trained with privacy\.noise=1\.5, which"):
+        RunDirectory(configured(started.parent, "resume=true"))
+
+
 def test_metrics_read_back_in_order(tmp_path: Path) -> None:
     with opened(tmp_path) as directory:
         directory.record(1, "client-3", {"train_loss": 0.25, "train_left_out": "no reply\n'"})

@@ -471,6 +471,22 @@ def test_a_folder_without_measured_runs_is_an_error_of_one_line(sweep: Sweep) ->
     assert [*sweep.folder.glob("tables.*")] == []
 
 
+def test_runs_that_cannot_be_read_are_named_and_left_out(sweep: Sweep) -> None:
+    for beta in (1, 2):
+        sweep.add(f"beta-{beta}", f"partition.beta={beta}")
+    broken = [sweep.add(name, "partition.beta=3") for name in "abcd"]
+    (broken[0] / "config.yaml").write_text("seed: [")
+    (broken[1] / "evaluation-classifier-correct.json").write_text("[]")
+    (broken[2] / "evaluation-classifier-correct.json").write_text('{"round": 3')
+    (broken[3] / "evaluation-classifier-correct.json").write_text('{"round": 3}')
+    result = feddm_tables(sweep.folder)
+    assert result.exit_code == 0, result.output
+    assert len({row["run"] for row in sweep.csv() if row["tables"]}) == 2
+    page = (sweep.folder / "tables.md").read_text(encoding="utf-8")
+    for run in broken:
+        assert f"{run} (" in page and f"{run} (" in result.stdout
+
+
 def test_runs_that_make_no_table_are_listed_and_written_as_csv(sweep: Sweep) -> None:
     sweep.add("a", "federation.rounds=2")
     sweep.add("b", "federation.rounds=4")
