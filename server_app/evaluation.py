@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,8 +46,12 @@ from task.run_directory import (
     read_metrics,
     weights_file,
 )
+from task.sampler import evaluations_per_image
 from task.unet import UNet
 from task.wire import QUALITY, Key
+
+# As many as a CPU needs to be about as fast as with more.
+TIMED_IMAGES = 16
 
 
 def wants_metrics(config: Config) -> bool:
@@ -122,6 +127,7 @@ class GlobalEvaluation(ABC):
         self._directory = directory
         self._model = model
         self._device = device
+        self._seconds_per_image: float | None = None
 
     @abstractmethod
     def is_metrics_due(self, server_round: int) -> bool:
@@ -134,6 +140,20 @@ class GlobalEvaluation(ABC):
     @abstractmethod
     def measure_final(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
         """Measure the final images as the configuration asks, record and log what is found."""
+
+    @abstractmethod
+    def num_final_images(self) -> int:
+        """Return how many images `measure_final` draws."""
+
+    def seconds_at_end(self) -> float:
+        """Estimate how long `measure_final` draws."""
+        return self.num_final_images() * self._expected_seconds_per_image()
+
+    def seconds_of_grid(self) -> float:
+        """Estimate how long `draw_grid` draws."""
+        config = self._config
+        num_images = len(config.data.classes) * config.eval.images_per_class
+        return num_images * self._expected_seconds_per_image()
 
     @property
     def _config(self) -> Config:
@@ -165,7 +185,34 @@ class GlobalEvaluation(ABC):
 
     def _draw(self, weights: Mapping[str, Tensor], labels: Tensor, stream: Stream) -> ImageSet:
         self._model.load_state_dict(weights)
-        return draw_images(self._config, self._model, labels, device=self._device, stream=stream)
+        start = time.monotonic()
+        drawn = draw_images(self._config, self._model, labels, device=self._device, stream=stream)
+        self._seconds_per_image = (time.monotonic() - start) / len(labels)
+        return drawn
+
+    def _expected_seconds_per_image(self) -> float:
+        """Return what an image took when images were drawn last, or what a single step says."""
+        if self._seconds_per_image is None and self._device.type == "cuda":
+            return 0.0  # a GPU would compile for the step, which takes longer than images do
+        if self._seconds_per_image is None:
+            self._seconds_per_image = seconds_per_image(self._config, self._model, self._device)
+        return self._seconds_per_image
+
+
+def seconds_per_image(config: Config, model: UNet, device: torch.device) -> float:
+    """Estimate how long an image is drawn, from a single step of the sampler.
+
+    Args:
+        config: of the run, with its sampler.
+        model: moved to `device`.
+        device: that draws.
+    """
+    step = dataclasses.replace(config.diffusion, sampler="ddim", num_inference_steps=1)
+    labels, start = torch.zeros(TIMED_IMAGES, dtype=torch.int64), time.monotonic()
+    single = dataclasses.replace(config, diffusion=step)
+    draw_images(single, model, labels, device=device, stream=Stream.SAMPLE_GRID)
+    steps = evaluations_per_image(config) / evaluations_per_image(single)
+    return (time.monotonic() - start) / TIMED_IMAGES * steps
 
 
 class PooledEvaluation(GlobalEvaluation):
@@ -205,6 +252,13 @@ class PooledEvaluation(GlobalEvaluation):
         if every is None or server_round % every != 0:
             return False
         return server_round != last or not self._config.eval.final_metrics
+
+    def num_final_images(self) -> int:
+        """Return how many images `measure_final` draws."""
+        config = self._config
+        if config.eval.final_metrics:
+            return len(full_labels(config, self._dataset))
+        return config.eval.num_images
 
     def measure(self, server_round: int, weights: Mapping[str, Tensor]) -> str:
         """Measure `eval.num_images` images by what is quick; say the distance in few words."""
@@ -301,6 +355,10 @@ class HospitalEvaluation(GlobalEvaluation):
         """Whether a round is to be scored; the final images are scored in any case."""
         every, last = self._config.eval.metrics_every, self._config.federation.rounds
         return every is not None and server_round % every == 0 and server_round != last
+
+    def num_final_images(self) -> int:
+        """Return how many images `measure_final` draws."""
+        return len(scored_labels(self._config, last=True)) if wants_scores(self._config) else 0
 
     def measure(self, server_round: int, weights: Mapping[str, Tensor]) -> str:
         """Let the hospitals score `eval.num_images` images; say the distance in few words."""

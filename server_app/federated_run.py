@@ -53,6 +53,7 @@ from server_app.training_run import TrainingRun, Weights
 from task.data import ImageSet
 from task.memory import total_memory
 from task.partition import partition_dataset
+from task.progress import tracked
 from task.run_directory import CLASS_COUNTS_FILE, HOW_TO_RESUME, NODES_FILE, RunDirectory
 from task.wire import QUALITY, Key, WeightLayout
 
@@ -424,14 +425,16 @@ class FederatedRun(TrainingRun):
             )
             for client in clients
         }
-        for reply in exchange(
+        replies = exchange(
             self._grid,
             messages,
             timeout=federation.round_timeout,
             poll_seconds=POLL_SIMULATION if self.simulated else POLL_NETWORK,
             at_once=self.at_once(sum(len(array.data) for array in arrays.values())),
             phases=phases,
-        ):
+        )
+        stage = f"round {server_round}: {question.activity}, replies of {len(clients)} clients"
+        for reply in tracked(replies, len(clients), stage):
             phases.enter("aggregating")
             try:
                 question.check(checked_content(reply, timeout=federation.round_timeout))

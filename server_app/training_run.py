@@ -8,14 +8,15 @@ import torch
 
 from server_app.evaluation import GlobalEvaluation, PooledEvaluation, is_measured
 from server_app.log import log
-from server_app.phases import Phases
+from server_app.phases import Pace, Phases
 from task.config import Config, settle_precisions
 from task.data import Dataset
 from task.fingerprint import code_fingerprint, installed_versions
 from task.history import read_history
+from task.progress import duration
 from task.randomness import Stream, torch_generator
 from task.run_directory import MACHINE_FILE, REPORT_FILE, RunDirectory
-from task.run_summary import duration, summary_lines
+from task.run_summary import summary_lines
 from task.train import (
     device_name,
     fastest_precision,
@@ -37,6 +38,7 @@ class TrainingRun(ABC):
         weights: the global weights after the last complete round.
         dataset: all images; None with real nodes, whose images stay there.
         phases: of the round that is going on.
+        pace: of the rounds and of their evaluations.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -48,6 +50,7 @@ class TrainingRun(ABC):
         self.config = directory.config
         self.dataset: Dataset | None = None
         self.phases = Phases()
+        self.pace = Pace()
         self.directory = directory
         self.device = select_device(self.config.train.device)
         self.model = initial_model(self.config)
@@ -106,14 +109,27 @@ class TrainingRun(ABC):
         self.prepare()
         if self.evaluation.is_due(done):
             log(f"round {done}, once more: {self.evaluate_and_draw(done)}")
-        first = done + 1
-        start = time.monotonic()
-        for server_round in range(first, rounds + 1):
+        for server_round in range(done + 1, rounds + 1):
             summary = self.play_round(server_round)
-            spent = time.monotonic() - start
-            left = spent / (server_round - first + 1) * (rounds - server_round)
-            log(f"round {server_round}/{rounds}: {summary}, {duration(left)} left")
+            left = duration(self.seconds_left(range(server_round + 1, rounds + 1)))
+            images = self.evaluation.num_final_images()
+            then = f", and {images:,} images to measure" if images else ""
+            log(f"round {server_round}/{rounds}: {summary}, about {left} left{then}")
         self.finish()
+
+    def seconds_left(self, rounds: range) -> float:
+        """Estimate the seconds until all is trained and drawn, in the rounds and at the end.
+
+        Args:
+            rounds: that are left.
+        """
+        evaluations = sum(map(self.evaluation.is_due, rounds))
+        evaluation = self.pace.mean("evaluating", self.evaluation.seconds_of_grid())
+        return (
+            len(rounds) * self.pace.mean("training", 0.0)
+            + evaluations * evaluation
+            + self.evaluation.seconds_at_end()
+        )
 
     def prepare(self) -> None:
         """Settle what depends on this machine and its nodes, and load the last complete round."""
@@ -181,6 +197,7 @@ class TrainingRun(ABC):
 
         # Before the evaluation, so that no training is lost with it.
         self.directory.save_checkpoint(server_round, self.weights, self.state(), numbers=numbers)
+        self.pace.note("training", spent["round_seconds"])
         summary += f", {duration(spent['round_seconds'])}"
         summary += f", {spent['overhead_share']:.0%} outside training"
         if self.evaluation.is_due(server_round):
@@ -197,6 +214,7 @@ class TrainingRun(ABC):
         # Last, because it marks the round as evaluated.
         self.evaluation.draw_grid(server_round, self.final_weights())
         spent = time.monotonic() - start
+        self.pace.note("evaluating", spent)
         self.directory.record(server_round, "global", {"seconds_evaluating": spent})
         return ", ".join(found)
 

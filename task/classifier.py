@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from task.config import require
 from task.data import ImageSet, normalize, random_horizontal_flip
+from task.progress import tracked
 from task.randomness import Stream, torch_generator
 
 WIDTHS = (32, 64, 128)
@@ -78,18 +79,21 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, MAX_LR, epochs=epochs, steps_per_epoch=batches
     )
-    for _ in range(epochs):
-        order = torch.randperm(len(train), generator=generator)
-        for chosen in torch.split(order, BATCH_SIZE):
-            images = train.images[chosen]
-            if horizontal_flip:
-                images = random_horizontal_flip(images, generator)
-            logits = model(normalize(images.to(device)))
-            optimizer.zero_grad()
-            loss = F.cross_entropy(logits, train.labels[chosen].to(device))
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
+    steps = (
+        chosen
+        for _ in range(epochs)
+        for chosen in torch.split(torch.randperm(len(train), generator=generator), BATCH_SIZE)
+    )
+    for chosen in tracked(steps, epochs * batches, "training a classifier"):
+        images = train.images[chosen]
+        if horizontal_flip:
+            images = random_horizontal_flip(images, generator)
+        logits = model(normalize(images.to(device)))
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits, train.labels[chosen].to(device))
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
     return model.eval()
 
 

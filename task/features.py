@@ -20,6 +20,7 @@ from task import classifier
 from task.checkpoint import load_weights, save_weights
 from task.config import IMAGE_RANGES, Config, require, require_one_of
 from task.data import ImageSet, normalize
+from task.progress import tracked
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = (
@@ -125,7 +126,9 @@ def extract(
     require(batch_size >= 1, "batch_size", ">= 1", batch_size)
     require(len(images) > 0, "images", "at least one", 0)
     features, probabilities = [], []
-    for batch in torch.split(images, batch_size):
+    batches = torch.split(images, batch_size)
+    stage = f"extracting features of {len(images):,} images"
+    for batch in tracked(batches, len(batches), stage):
         found, logits = extractor.network(
             in_range(batch, extractor.image_range).to(extractor.device)
         )

@@ -22,9 +22,10 @@ from task.evaluate import (
 from task.features import FeatureExtractor, cached_classifier
 from task.files import atomic_path
 from task.generation import image_shape
+from task.progress import progress
 from task.randomness import Stream, torch_generator
 from task.realism import noise_position
-from task.sampler import build_sampler, sample_batches, to_uint8
+from task.sampler import build_sampler, evaluations_per_image, sample_batches, to_uint8
 from task.train import autocast, move
 from task.unet import UNet
 
@@ -52,7 +53,11 @@ def draw_images(
         ValueError: `eval.precision` is "auto".
     """
     move(model, device, channels_last=config.train.channels_last)
-    with autocast(device, config.eval.precision):
+    steps = len(labels) * evaluations_per_image(config)
+    with (
+        autocast(device, config.eval.precision),
+        progress(steps, f"drawing {len(labels):,} images") as advance,
+    ):
         images = sample_batches(
             build_sampler(config),
             model,
@@ -60,6 +65,7 @@ def draw_images(
             image_shape=image_shape(config),
             batch_size=config.eval.batch_size,
             block_generator=partial(torch_generator, config.seed, stream, device=device),
+            advance=advance,
         )
     drawn = to_uint8(images).cpu()
     # Clients in other processes may train on the same GPU.

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from task.config import Config
 from task.history import RunHistory
 from task.metric_table import HOSPITAL_TITLES, REAL_BESIDE, TITLES
+from task.progress import duration
 
 AGREEMENT = {"class_agreement": "found in the class asked for ^"}
 # Of the metrics, those that say the most in one line each.
@@ -197,10 +198,3 @@ def _left_out(history: RunHistory) -> str:
         return "no client"
     shown = " ".join(map(str, clients[:10])) + (" ..." if len(clients) > 10 else "")
     return f"{len(history.left_out)} replies, of clients {shown}"
-
-
-def duration(seconds: float) -> str:
-    """Write seconds as 1:02:03, or 2:03 where there are no hours."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -261,6 +261,12 @@ def build_sampler(config: Config) -> Sampler:
     return sampler
 
 
+def evaluations_per_image(config: Config) -> int:
+    """Return how often the sampler of a configuration evaluates the model for an image."""
+    steps = config.diffusion.num_inference_steps or config.diffusion.num_timesteps
+    return steps if config.diffusion.guidance_scale == 1 else 2 * steps
+
+
 def guided(model: Model, config: Config) -> Model:
     """Return the model, with guidance where a configuration asks for it."""
     scale = config.diffusion.guidance_scale
@@ -275,6 +281,7 @@ def sample_batches(
     image_shape: tuple[int, int, int],
     batch_size: int | None,
     block_generator: Callable[[int], torch.Generator],
+    advance: Callable[[int], None] = lambda number: None,
 ) -> Tensor:
     """Draw an image for each label, some at a time, with the model in eval mode.
 
@@ -289,6 +296,7 @@ def sample_batches(
         batch_size: images that are drawn side by side, >= 1; None: see `fitting_batch_size`.
         block_generator: makes the generator of a block of images, on the device of `labels`;
             see `block_noise`.
+        advance: is told of each evaluation of the model for how many images it was.
 
     Returns:
         [N, C, H, W] float32, about [-1, 1].
@@ -299,13 +307,19 @@ def sample_batches(
     require(batch_size is None or batch_size >= 1, "batch_size", ">= 1, or None", batch_size)
     training = model.training
     model.eval()
+
+    def told(x_t: Tensor, log_snr: Tensor, labels: Tensor) -> Tensor:
+        output: Tensor = model(x_t, log_snr, labels)
+        advance(len(x_t))
+        return output
+
     try:
         size = batch_size or fitting_batch_size(model, image_shape, labels.device)
         images = []
         for start in range(0, len(labels), size):
             batch = labels[start : start + size]
             places = range(start, start + len(batch))
-            images.append(sampler(model, batch, block_noise(places, image_shape, block_generator)))
+            images.append(sampler(told, batch, block_noise(places, image_shape, block_generator)))
         return torch.cat(images)
     finally:
         model.train(training)

@@ -7,8 +7,9 @@ import pytest
 from task.config import flat_values, load_config, read_config
 from task.evaluate import MetricReport
 from task.history import LeftOut, RunHistory, read_history
+from task.progress import duration
 from task.repeat import PLACES, training_words
-from task.run_summary import describe_run, duration, key_figures, summary_lines
+from task.run_summary import describe_run, key_figures, summary_lines
 from task.warning_signs import Check, State, checks, far_rounds, num_scored, warning_signs
 from tests.helpers import losses, metric_report, written_run
 

@@ -21,6 +21,7 @@ from task.sampler import (
     ddim_sample,
     ddpm_sample,
     dpmpp_2m_sample,
+    evaluations_per_image,
     sample_batches,
     to_uint8,
 )
@@ -313,6 +314,28 @@ def test_sample_batches_restores_mode_after_failure_and_gives_trainable_tensors(
     with pytest.raises(RuntimeError, match="lost"):
         batches(failing, model, LABELS[:2], 4)
     assert model.training
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize("steps", ["ddpm", "ddim", "dpmpp_2m"])
+def test_progress_of_drawing_ends_at_the_number_that_is_expected(steps: str, scale: int) -> None:
+    words = [f"diffusion.sampler={steps}", "diffusion.num_timesteps=6"]
+    words += [f"diffusion.num_inference_steps={'null' if steps == 'ddpm' else 4}"]
+    words += [f"diffusion.guidance_scale={scale}"]
+    words += [] if scale == 1 else ["diffusion.label_dropout=0.1"]
+    config = load_config(words)
+    told: list[int] = []
+    sample_batches(
+        build_sampler(config),
+        Counted(),
+        LABELS[:7],
+        image_shape=(1, 16, 16),
+        batch_size=3,
+        block_generator=seeded,
+        advance=told.append,
+    )
+    assert sum(told) == 7 * evaluations_per_image(config)
+    assert len(told) == 3 * evaluations_per_image(config) / scale
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp_2m"])

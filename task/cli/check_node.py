@@ -19,6 +19,7 @@ from task.node import (
     output_folder,
     own_config,
 )
+from task.progress import tracked
 from task.train import device_name, select_device
 
 
@@ -128,7 +129,8 @@ def format_counts(classes: Iterable[str], counts: ImageCounts) -> str:
 
 def describe_sizes(config: Config, listing: Listing) -> str:
     """Say how large the original images are, from their headers."""
-    sizes = [size for path in listing.paths if (size := original_size(config.data.name, path))]
+    paths = tracked(listing.paths, len(listing.paths), "reading the sizes of images")
+    sizes = [size for path in paths if (size := original_size(config.data.name, path))]
     if not sizes:
         return "unknown, no header can be read"
     said = [

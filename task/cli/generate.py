@@ -4,9 +4,9 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from task.cli.progress import progress
 from task.config import Config, changed_config
 from task.generation import GENERATION_VALUES, ImageSource, class_labels
+from task.progress import progress
 from task.run_directory import weights_file
 from task.runs import final_model
 from task.synthetic_folder import SyntheticFolder, batch_size_of, describe_origin, open_folder
@@ -81,7 +81,7 @@ def fill_folder(
     if total == 0:
         return
     say(f"drawing {total:,} images on {source.device}")
-    with progress(total, "images") as update:
+    with progress(total, f"drawing {total:,} images") as update:
         for label in labels:
             for places in source.batches(num_images):
                 missing = folder.missing(label, places)

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from task.cli.progress import progress
 from task.config import Config, require
 from task.data.decode import decode_picture, resize_decoded
 from task.generation import class_labels
+from task.progress import progress
 from task.restoration import (
     Projection,
     Restorer,
@@ -109,7 +109,7 @@ def _write(restorer: Restorer, paths: Sequence[Path]) -> None:
     # Before hours of drawing, in case it cannot be made.
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     left = iter(paths)
-    with progress(len(paths), "images") as update:
+    with progress(len(paths), f"drawing {len(paths):,} images") as update:
         for images in restorer.batches():
             for image in images:
                 write_image(next(left), image, NOTICE)

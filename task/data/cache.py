@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from task.config import require_one_of
+from task.progress import tracked
 
 # To be raised when the same file and settings give other pixels than before.
 VERSION = 1
@@ -159,7 +160,8 @@ def _write_images(
     """
     unreadable = []
     _write_header(file, len(paths), shape)
-    for position, image in enumerate(_decoded(paths, decode)):
+    decoded = tracked(_decoded(paths, decode), len(paths), f"decoding {len(paths):,} images")
+    for position, image in enumerate(decoded):
         if isinstance(image, Tensor):
             file.write(image.numpy().tobytes())
         else:
