@@ -1,23 +1,26 @@
 """`feddm check-node`, on real images, real certificates of openssl and a real TLS server."""
 
+import signal
 import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from math import sqrt
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from task.cli import trial_step
 from task.cli.check_key import check_private_key
 from task.cli.check_node import Check, describe_trial, expected_round
 from task.cli.check_superlink import check_superlink
 from task.cli.main import app
-from task.cli.trial_step import Trial
+from task.cli.trial_step import Trial, in_own_process
 from task.config import load_config
 from task.node import NodeConfig, own_config
 from tests.test_data_files import write_tree
@@ -253,6 +256,28 @@ def test_node_that_cannot_take_part_ends_with_one_line_and_status_1(tmp_path: Pa
     assert "'odd'" in result.stderr and "(and 1 more, see above)" in result.stderr
     assert result.stderr.count("\n") == 1
     assert "a training step does not fit into the memory" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("death", "how", "oom_kills", "raised", "said"),
+    [
+        (signal.raise_signal, signal.SIGSEGV, [0], RuntimeError, "SIGSEGV: a library or a driver"),
+        (signal.raise_signal, signal.SIGKILL, [7, 7], RuntimeError, "ended by SIGKILL: try again"),
+        (signal.raise_signal, signal.SIGKILL, [7, 8], MemoryError, "has killed the process"),
+        (sqrt, -1, [0], ValueError, "math domain"),
+    ],
+)
+def test_death_of_a_trial_is_one_of_memory_only_where_the_system_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+    death: Callable[[int], object],
+    how: int,
+    oom_kills: list[int],
+    raised: type[Exception],
+    said: str,
+) -> None:
+    monkeypatch.setattr(trial_step, "oom_kills", lambda: oom_kills.pop(0))
+    with pytest.raises(raised, match=said):
+        in_own_process(death, how)
 
 
 def test_round_that_takes_too_long_is_a_problem() -> None:

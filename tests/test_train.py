@@ -321,10 +321,16 @@ class Slow(nn.Module):
         return x_t * self.weight
 
 
+@pytest.mark.parametrize("patience", [20.0, 0.0])
 @pytest.mark.parametrize(("slow", "fast"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_faster_precision_names_the_faster(
-    slow: str, fast: str, objective: DiffusionObjective
+    slow: str,
+    fast: str,
+    patience: float,
+    objective: DiffusionObjective,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("task.train.PRECISION_SECONDS", patience)
     named = faster_precision(
         Slow(slow),
         objective=objective,

@@ -1,12 +1,14 @@
 """A timed training step, in a process of its own: where memory runs out, that one is killed."""
 
 import resource
+import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 
@@ -24,9 +26,13 @@ from task.train import (
 )
 from task.unet import build_unet
 
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
 TIMED_STEPS = 3
 # A first step that takes so long says enough.
-SLOW_SECONDS = 20.0
+SLOW_SECONDS = 5.0
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGABRT, signal.SIGFPE)
 
 
 @dataclass(frozen=True)
@@ -53,18 +59,80 @@ def try_step(config: Config) -> Trial:
 
     Raises:
         MemoryError: it does not fit.
+        RuntimeError: its process died for another reason.
         ValueError: the configuration does not fit this machine.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(_try_step, config).result()
-        except Exception as error:
-            if not (isinstance(error, BrokenProcessPool) or is_out_of_memory(error)):
-                raise
-            raise MemoryError(
-                f"train.batch_size={config.train.batch_size}: a training step does not fit into "
-                "the memory; end what else runs here, or ask the coordinator for a smaller one"
-            ) from error
+    try:
+        return in_own_process(_try_step, config)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"train.batch_size={config.train.batch_size}: a training step does not fit into "
+            "the memory; end what else runs here, or ask the coordinator for a smaller one"
+        ) from error
+
+
+def in_own_process(function: Callable[[Argument], Result], argument: Argument) -> Result:
+    """Call a function in a process that may die of it.
+
+    Raises:
+        MemoryError: the system killed the process because memory had run out.
+        RuntimeError: it died otherwise.
+        Exception: whatever the function raised.
+    """
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report, args=(function, argument, sender))
+    kills = oom_kills()
+    process.start()
+    sender.close()
+    told: tuple[Result | None, Exception | None] | None
+    try:
+        told = receiver.recv()
+    except EOFError:
+        told = None
+    process.join()
+    if told is None and process.exitcode == -signal.SIGKILL and oom_kills() > kills:
+        raise MemoryError("the system has killed the process")
+    if told is None:
+        raise RuntimeError(described_death(process.exitcode))
+    result, error = told
+    if error is not None:
+        raise error
+    return cast("Result", result)
+
+
+def described_death(exitcode: int | None) -> str:
+    """Say how the process of a trial died that has told nothing.
+
+    Args:
+        exitcode: below 0 that of the signal which ended it.
+    """
+    if exitcode is None or exitcode >= 0:
+        return f"the process of a training step ended with status {exitcode}; see above"
+    name = signal.Signals(-exitcode).name
+    hint = "try again; a limit on time or memory may have ended it"
+    if -exitcode in CRASHES:
+        hint = "a library or a driver has crashed; `feddm doctor` names their versions"
+    return f"the process of a training step was ended by {name}: {hint}"
+
+
+def oom_kills() -> int:
+    """Count the processes that Linux has killed for memory, in this container or at all."""
+    found = 0
+    for file in (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat")):
+        if file.exists():
+            lines = (line.split() for line in file.read_text(encoding="ascii").splitlines())
+            found += sum(int(number) for name, number in lines if name == "oom_kill")
+    return found
+
+
+def _report(function: Callable[[Argument], Result], argument: Argument, sender: Connection) -> None:
+    try:
+        sender.send((function(argument), None))
+    except Exception as error:
+        sender.send((None, error))
 
 
 def _try_step(config: Config) -> Trial:
