@@ -1,6 +1,7 @@
 """The ClientApp of feddm: what a hospital does with each message of the server."""
 
 import dataclasses
+import os
 import time
 from typing import cast
 
@@ -24,6 +25,10 @@ from task.train import device_name, held_out_loss, new_optimizer
 from task.wire import QUALITY, Key, from_npy, to_npy
 
 app = ClientApp()
+
+# Flower loads this file before it starts a simulation's Ray, which would join any that runs on the
+# machine, or wait for one that has run.
+os.environ["RAY_ADDRESS"] = os.environ.get("RAY_ADDRESS") or "local"
 
 
 @app.query()

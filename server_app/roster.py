@@ -166,7 +166,8 @@ class Roster:
         """
         poll_seconds = POLL_SIMULATION if self._simulated else POLL_NETWORK
         deadline = time.monotonic() + seconds
-        announced = 0.0
+        # Those of a simulation are there as soon as Ray has started.
+        announced = time.monotonic() if self._simulated else 0.0
         while True:
             self._look()
             wanted = self._wanted(minimum)

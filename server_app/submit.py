@@ -4,12 +4,12 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
-import subprocess
+import socket
 import sys
-import time
+import tempfile
 from pathlib import Path
-from typing import Any
 
 import hydra
 import torch
@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from server_app.centralized_run import CentralizedRun
 from server_app.evaluation import check_numbers, is_complete, wants_metrics
+from server_app.follow import follow
 from server_app.simulation import load_images
-from server_app.superlink import CONNECTION, SuperLink, private_superlink
 from task.config import (
     CONF_DIR,
     Config,
@@ -37,22 +37,26 @@ from task.parallel import count_processes
 from task.partition import partition_dataset
 from task.run_directory import (
     HOW_TO_RESUME,
+    LOG_FILE,
     RunDirectory,
     check_startable,
     different_values,
+    is_begun,
     run_path,
 )
 from task.runs import find_runs
 from task.train import is_compiled, select_device, torch_configured
 
 CHECKOUT = CONF_DIR.parent
-POLL_SECONDS = 1.0
+RAY_ANSWER_SECONDS = 10.0
 
 
 def main() -> None:
     """Run `feddm-train`."""
-    # So that a plain `kill` also ends the SuperLink that a job has started.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # So that a plain `kill` and a closed terminal also end the SuperLink that a job has started.
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(ending, signal.default_int_handler)
     register_schema()
     OmegaConf.register_new_resolver("one_folder", one_folder, replace=True)
     try:
@@ -112,6 +116,8 @@ def preset_sweep(experiment: str) -> set[str]:
 def _hydra_main(composed: DictConfig) -> None:
     job = HydraConfig.get()
     sweep = job.mode == RunMode.MULTIRUN
+    words = list(job.overrides.task)
+    config = None
     try:
         config = config_from_hydra(composed)
         if sweep:
@@ -125,16 +131,40 @@ def _hydra_main(composed: DictConfig) -> None:
             if (done := equal_finished_run(config)) is not None:
                 print(f"finished already: {done}", flush=True)
                 return
-        train(config, list(job.overrides.task))
+        train(config, words)
     except KeyboardInterrupt:
-        print("feddm-train: interrupted; to go on, " + HOW_TO_RESUME, file=sys.stderr)
+        print(f"feddm-train: interrupted; {how_to_go_on(config, words, sweep)}", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        # What is still to be printed goes nowhere, as Python's own flush at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        how = how_to_go_on(config, words, sweep)
+        print(f"feddm-train: ended, because its output was closed; {how}", file=sys.stderr)
+        sys.exit(1)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"feddm-train: {error}", file=sys.stderr, flush=True)
         if sweep:
             # Hydra goes on with the next job and ends with status 1.
             raise
         sys.exit(1)
+
+
+def how_to_go_on(config: Config | None, words: list[str], sweep: bool) -> str:
+    """Say how to go on with a run that was ended.
+
+    Args:
+        config: of the run; None where there is none yet.
+        words: the Hydra overrides that it was composed from.
+        sweep: whether it is a job of a sweep.
+    """
+    if sweep:
+        return f"to go on, {HOW_TO_RESUME}"
+    if config is None or not is_begun(run_path(config)):
+        return "nothing of the run is left"
+    named = {"run_name": config.run_name, "resume": True}
+    again = [word for word in words if word.split("=")[0].lstrip("+") not in named]
+    again += [hydra_override(key, value) for key, value in named.items()]
+    return f"to go on: {shlex.join(['feddm-train', *again])}"
 
 
 def go_on_with_sweep(config: Config) -> Config:
@@ -182,13 +212,32 @@ def train(config: Config, overrides: list[str]) -> None:
         config.federation.min_nodes,
     )
     check_images(config)
+    path = run_path(config)
+    new = not path.exists()
     check_startable(config)
-    print(f"results: {run_path(config)}", flush=True)
-    if config.train.mode == "centralized":
-        train_here(config)
-    else:
-        submit(config, overrides)
-    print(f"results: {run_path(config)}", flush=True)
+    print(f"results: {path}", flush=True)
+    try:
+        if config.train.mode == "centralized":
+            train_here(config)
+        else:
+            submit(config, overrides)
+    except BaseException as error:
+        log_file = path / LOG_FILE
+        if new and not is_begun(path):
+            log_file = withdraw(path)
+        if isinstance(error, RuntimeError) and log_file.exists():
+            raise RuntimeError(f"{error}\nall that was said: {log_file}") from error
+        raise
+    print(f"results: {path}", flush=True)
+
+
+def withdraw(path: Path) -> Path:
+    """Remove the folder of a run that has not begun; its log goes where it is returned."""
+    kept = Path(tempfile.gettempdir()) / f"feddm-{path.name}-{os.getpid()}.log"
+    if (path / LOG_FILE).exists():
+        shutil.move(path / LOG_FILE, kept)
+    shutil.rmtree(path)
+    return kept
 
 
 def check_machine(config: Config) -> None:
@@ -200,6 +249,8 @@ def check_machine(config: Config) -> None:
     device = select_device(config.train.device)
     is_compiled(config.train.compile, device, deterministic=config.train.deterministic)
     count_processes(config.train.num_processes, device, one_per_gpu=False)
+    if config.train.mode == "federated":
+        check_ray()
     if config.train.mode == "federated" and device.type == "cuda":
         require(
             not device.index,
@@ -218,7 +269,7 @@ def check_machine(config: Config) -> None:
         )
         num_gpus = torch.cuda.device_count()
         require(
-            share <= num_gpus or "RAY_ADDRESS" in os.environ,
+            share <= num_gpus or asked_for_ray() is not None,
             "federation.gpus_per_client",
             f"at most {num_gpus}, the GPUs of this machine (or RAY_ADDRESS that of a cluster)",
             share,
@@ -229,6 +280,31 @@ def check_machine(config: Config) -> None:
             f"at most {max(1, int(share))}, the GPUs of a client's federation.gpus_per_client",
             config.train.num_processes,
         )
+
+
+def asked_for_ray() -> str | None:
+    """Return the address of the Ray to join, which the environment asks for; None for one's own."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return None if address in ("", "local") else address
+
+
+def check_ray() -> None:
+    """Check that the Ray that a simulation is to join is there; joining would wait for minutes.
+
+    Raises:
+        ValueError: nothing answers.
+    """
+    address = asked_for_ray()
+    host, _, port = (address or "").rpartition(":")
+    if address is None or not port.isdecimal():
+        return  # "auto", or what Ray itself has to understand
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), RAY_ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"RAY_ADDRESS must be the address of a running Ray, got {address!r} ({error}); unset "
+            "it, and the simulation starts a Ray of its own"
+        ) from error
 
 
 def check_images(config: Config) -> None:
@@ -277,40 +353,26 @@ def submit(config: Config, overrides: list[str]) -> None:
         "output_dir": config.output_dir,
         "run_name": config.run_name,
         "data.root": config.data.root,
-        "resume": config.resume,
         "data.cache_dir": config.data.cache_dir,
     }
-    job = [o for o in overrides if o.split("=")[0].lstrip("+") not in settled]
+    job = [o for o in overrides if o.split("=")[0].lstrip("+") not in {*settled, "resume"}]
     job += [hydra_override(key, value) for key, value in settled.items()]
-    with private_superlink() as superlink:
-        follow(superlink, config, job)
-
-
-def follow(superlink: SuperLink, config: Config, overrides: list[str]) -> None:
-    """Run the app on a SuperLink until it has finished.
-
-    Raises:
-        RuntimeError: it did not finish as completed.
-    """
     federation = config.federation
-    run_config = superlink.folder / "run-config.toml"
-    # Flower loses keys where --run-config is repeated, so everything goes into one.
-    run_config.write_text(f"overrides = {json.dumps(shlex.join(overrides))}\n", encoding="utf-8")
-    federation_config = (
-        f"num-supernodes={federation.num_supernodes} "
+    print(f"starting a simulation of {federation.num_supernodes} hospitals", flush=True)
+
+    def run_config() -> str:
+        """Say what is to be run, now; Flower loses keys where --run-config is repeated."""
+        begun = hydra_override("resume", config.resume or is_begun(run_path(config)))
+        return f"overrides = {json.dumps(shlex.join([*job, begun]))}\n"
+
+    follow(
+        CHECKOUT,
+        run_config=run_config,
+        federation_config=f"num-supernodes={federation.num_supernodes} "
         f"client-resources-num-cpus={federation.cpus_per_client} "
-        f"client-resources-num-gpus={gpus_per_client(config)}"
+        f"client-resources-num-gpus={gpus_per_client(config)}",
+        log_file=run_path(config) / LOG_FILE,
     )
-    command = ["flwr", "run", str(CHECKOUT), CONNECTION, "--stream"]
-    command += ["--run-config", str(run_config), "--federation-config", federation_config]
-    submitted = subprocess.run(command, env=superlink.environment, check=False)
-    if submitted.returncode != 0:
-        raise RuntimeError(f"`flwr run` ended with status {submitted.returncode}")
-    # `flwr run` ends with 0 when the run has failed as well; the list of runs knows.
-    while not (run := only_run(superlink))["status"].startswith("finished"):
-        time.sleep(POLL_SECONDS)
-    if run["status"] != "finished:completed":
-        raise RuntimeError(f"the run ended as {run['status']}: {run.get('status-details', '')}")
 
 
 def gpus_per_client(config: Config) -> float:
@@ -318,20 +380,3 @@ def gpus_per_client(config: Config) -> float:
     if config.federation.gpus_per_client is not None:
         return config.federation.gpus_per_client
     return 1.0 if select_device(config.train.device).type == "cuda" else 0.0
-
-
-def only_run(superlink: SuperLink) -> dict[str, Any]:
-    """Return what Flower says of the one run of a private SuperLink.
-
-    Raises:
-        RuntimeError: Flower does not answer as expected.
-    """
-    command = ["flwr", "list", CONNECTION, "--format", "json"]
-    listed = subprocess.run(
-        command, env=superlink.environment, capture_output=True, text=True, check=False
-    )
-    try:
-        runs: list[dict[str, Any]] = json.loads(listed.stdout)["runs"]
-        return runs[0]
-    except (json.JSONDecodeError, KeyError, IndexError) as error:
-        raise RuntimeError(f"`flwr list` said {listed.stdout!r} {listed.stderr!r}") from error

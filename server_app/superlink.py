@@ -1,6 +1,7 @@
 """A SuperLink of one's own for a simulation, started and stopped with the job."""
 
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -11,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,10 @@ STOP_TIMEOUT_SECONDS = 3.0
 CONNECTION = "feddm"
 WATCH_SECONDS = 2.0
 SUBMITTER_VARIABLE = "FEDDM_SUBMITTER_PID"
+PROCESS = Path(__file__).with_name("simulation_process.py")
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Ray's sockets lie 68 characters below its folder, and may have paths of 107.
+LONGEST_FOLDER = 38
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,17 @@ class SuperLink:
     """A running SuperLink.
 
     Attributes:
-        folder: an empty working directory, gone afterwards.
+        folder: its own, gone afterwards. Flower's commands are run in it: elsewhere they take the
+            name of a connection for a path, where an app lies in a folder of that name.
         environment: variables with which `flwr` talks to it, under the name `CONNECTION`.
+        output: file with what it wrote.
+        status_file: written at the end of the simulation's process, with its exit status.
     """
 
     folder: Path
     environment: dict[str, str]
+    output: Path
+    status_file: Path
 
 
 @contextmanager
@@ -48,21 +58,8 @@ def private_superlink() -> Iterator[SuperLink]:
     Raises:
         RuntimeError: it did not start.
     """
-    folder = Path(tempfile.mkdtemp(prefix="feddm-"))
-    port = free_port()
-    environment = {
-        **os.environ,
-        SUBMITTER_VARIABLE: str(os.getpid()),
-        "FLWR_HOME": str(folder / "flwr"),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_TELEMETRY_ENABLED": os.environ.get("FLWR_TELEMETRY_ENABLED", "0"),
-        # A proxy is for what lies outside, and Flower's commands would go through it.
-        "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"])),
-        "no_proxy": ",".join(filter(None, [os.environ.get("no_proxy"), "127.0.0.1"])),
-        # The commands of this environment come first, whatever the shell has found.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-    }
+    folder, port = private_folder(), free_port()
+    environment = private_environment(folder)
     (folder / "flwr").mkdir()
     (folder / "flwr" / "config.toml").write_text(
         f'[superlink]\ndefault = "{CONNECTION}"\n\n'
@@ -70,12 +67,18 @@ def private_superlink() -> Iterator[SuperLink]:
         encoding="utf-8",
     )
     (folder / "empty").mkdir()
+    (folder / "bin").mkdir()
+    simulation, status_file = folder / "bin" / "flwr-simulation", folder / "simulation.status"
+    simulation.write_text(
+        f'#!/bin/sh\n{shlex.join(patient("flwr-simulation"))} "$@"\necho $? > {status_file}\n'
+    )
+    simulation.chmod(0o700)
     output = folder / "superlink.log"
-    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
+    command = ["--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     with output.open("wb") as file:
         process = subprocess.Popen(
-            [shutil.which(command[0], path=environment["PATH"]) or command[0], *command[1:]],
+            [*patient("flower-superlink"), *command],
             cwd=folder / "empty",
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -87,10 +90,66 @@ def private_superlink() -> Iterator[SuperLink]:
         )
     try:
         wait_until_healthy(process, port, output)
-        yield SuperLink(folder, environment)
+        yield SuperLink(folder, environment, output, status_file)
     finally:
-        stop(process)
-        shutil.rmtree(folder, ignore_errors=True)
+        with uninterrupted():
+            stop(process)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def private_folder() -> Path:
+    """Make an empty folder whose path is short enough for the sockets of a Ray in it."""
+    folder = Path(tempfile.mkdtemp(prefix="feddm-"))
+    if len(os.fsencode(folder)) > LONGEST_FOLDER:
+        folder.rmdir()
+        folder = Path(tempfile.mkdtemp(prefix="feddm-", dir="/tmp"))
+    return folder
+
+
+def private_environment(folder: Path) -> dict[str, str]:
+    """Return the variables of a private SuperLink, its simulation and the commands that ask it.
+
+    Args:
+        folder: its own.
+    """
+    # The commands of this environment come first, whatever the shell has found.
+    path = [str(folder / "bin"), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    return {
+        **without_proxies(os.environ),
+        SUBMITTER_VARIABLE: str(os.getpid()),
+        "FLWR_HOME": str(folder / "flwr"),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": os.environ.get("FLWR_TELEMETRY_ENABLED", "0"),
+        # Otherwise Ray joins what runs on this machine, or waits for what has run.
+        "RAY_ADDRESS": os.environ.get("RAY_ADDRESS") or "local",
+        "RAY_TMPDIR": os.environ.get("RAY_TMPDIR") or str(folder),
+        "PATH": os.pathsep.join(path),
+    }
+
+
+def without_proxies(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without its proxies, which are for what lies outside this machine."""
+    return {name: v for name, v in environment.items() if not name.lower().endswith("_proxy")}
+
+
+def patient(command: str) -> list[str]:
+    """Return how to run a command of Flower with more patience, see `simulation_process`."""
+    return [sys.executable, "-P", str(PROCESS), command]
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let no signal that asks this process to end stop it within the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def end_with_submitter() -> None:

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from server_app.log import log
+from server_app.superlink import without_proxies
 from server_app.supervision import (
     ATTEMPTS,
     FIRST_PAUSE,
@@ -433,10 +434,21 @@ def flwr(*arguments: str) -> dict[str, Any]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     command = [shutil.which("flwr", path=path) or "flwr", *arguments, "--format", "json"]
     name = f"`flwr {arguments[0]}`"
+    environment = without_proxies(os.environ)
+    if "FLWR_HOME" in environment:
+        environment["FLWR_HOME"] = str(Path(environment["FLWR_HOME"]).absolute())
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT_SECONDS
-        )
+        # In a folder of its own, because Flower takes a connection for a path where an app lies.
+        with tempfile.TemporaryDirectory(prefix="feddm-") as aside:
+            done = subprocess.run(
+                command,
+                cwd=aside,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=COMMAND_TIMEOUT_SECONDS,
+            )
         answer = json.loads(done.stdout)
     except subprocess.TimeoutExpired as error:
         raise NoAnswer(f"{name} took over {COMMAND_TIMEOUT_SECONDS:g} s") from error

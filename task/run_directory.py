@@ -17,6 +17,7 @@
     local/client-3.safetensors      the own final weights of a simulated client
     model.safetensors               the final weights
     report.html                     all of this on one page
+    log.txt                         what Flower, Ray and the run said (feddm-train's simulations)
     tensorboard/                    the same metrics and pictures as events
 """
 
@@ -82,6 +83,7 @@ SUBMISSION_FILE = "submission.json"
 MACHINE_FILE = "machine.json"
 REPORT_FILE = "report.html"
 LOCK_FILE = ".lock"
+LOG_FILE = "log.txt"
 
 HOW_TO_RESUME = "pass the same words again, with run_name=... and resume=true"
 

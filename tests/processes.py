@@ -26,11 +26,14 @@ SMALL = [
 ]
 
 
-def feddm_train(*overrides: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    """Run `feddm-train` to its end."""
+def feddm_train(
+    *overrides: str, cwd: Path, env: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Run `feddm-train` to its end, with further variables in its environment."""
     return subprocess.run(
         [COMMANDS / "feddm-train", *overrides],
         cwd=cwd,
+        env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
         timeout=300,
