@@ -11,6 +11,7 @@ from server_app.training_run import TrainingRun, Weights
 from task.data import Dataset
 from task.diffusion import build_objective
 from task.parallel import count_processes, train_in_processes
+from task.progress import progress
 from task.randomness import Stream, torch_generator
 from task.run_directory import POOLED_FILE, RunDirectory
 from task.train import (
@@ -86,8 +87,11 @@ class CentralizedRun(TrainingRun):
         config = self.config
         self.phases.enter("epochs")
         start = time.monotonic()
-        with torch_configured(
-            num_threads=config.train.num_threads, deterministic=config.train.deterministic
+        with (
+            torch_configured(
+                num_threads=config.train.num_threads, deterministic=config.train.deterministic
+            ),
+            progress(1, f"round {server_round}: training"),
         ):
             result = train_in_processes(
                 self.model,

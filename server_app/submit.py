@@ -9,6 +9,8 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
@@ -35,6 +37,7 @@ from task.config import (
 from task.features import build_extractor
 from task.parallel import count_processes
 from task.partition import partition_dataset
+from task.processes import have_home
 from task.run_directory import (
     HOW_TO_RESUME,
     LOG_FILE,
@@ -57,6 +60,7 @@ def main() -> None:
     for ending in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(ending) is not signal.SIG_IGN:  # as nohup leaves it
             signal.signal(ending, signal.default_int_handler)
+    have_home()
     register_schema()
     OmegaConf.register_new_resolver("one_folder", one_folder, replace=True)
     try:
@@ -212,23 +216,32 @@ def train(config: Config, overrides: list[str]) -> None:
         config.federation.min_nodes,
     )
     check_images(config)
-    path = run_path(config)
-    new = not path.exists()
-    check_startable(config)
-    print(f"results: {path}", flush=True)
-    try:
+    with leaving_no_empty_run(run_path(config)):
+        check_startable(config)
+        print(f"results: {run_path(config)}", flush=True)
         if config.train.mode == "centralized":
             train_here(config)
         else:
             submit(config, overrides)
+    print(f"results: {run_path(config)}", flush=True)
+
+
+@contextmanager
+def leaving_no_empty_run(path: Path) -> Iterator[None]:
+    """Take the folder of a run away where the block has made it and fails before the run begins.
+
+    Raises:
+        RuntimeError: that of the block, with where to read all that was said.
+    """
+    new, log_file = not path.exists(), path / LOG_FILE
+    try:
+        yield
     except BaseException as error:
-        log_file = path / LOG_FILE
         if new and not is_begun(path):
             log_file = withdraw(path)
         if isinstance(error, RuntimeError) and log_file.exists():
             raise RuntimeError(f"{error}\nall that was said: {log_file}") from error
         raise
-    print(f"results: {path}", flush=True)
 
 
 def withdraw(path: Path) -> Path:
@@ -236,7 +249,7 @@ def withdraw(path: Path) -> Path:
     kept = Path(tempfile.gettempdir()) / f"feddm-{path.name}-{os.getpid()}.log"
     if (path / LOG_FILE).exists():
         shutil.move(path / LOG_FILE, kept)
-    shutil.rmtree(path)
+    shutil.rmtree(path, ignore_errors=True)
     return kept
 
 

@@ -13,7 +13,7 @@ from task.config import Config, settle_precisions
 from task.data import Dataset
 from task.fingerprint import code_fingerprint, installed_versions
 from task.history import read_history
-from task.progress import duration
+from task.progress import duration, progress
 from task.randomness import Stream, torch_generator
 from task.run_directory import MACHINE_FILE, REPORT_FILE, RunDirectory
 from task.run_summary import summary_lines
@@ -137,7 +137,8 @@ class TrainingRun(ABC):
         # Real nodes settle the precision of their training themselves.
         settled_here = ("eval",) if self.dataset is None else ("train", "eval")
         if any(getattr(self.config, section).precision == "auto" for section in settled_here):
-            precision = fastest_precision(self.config, self.model, self.device)
+            with progress(1, "timing float32 and bfloat16"):
+                precision = fastest_precision(self.config, self.model, self.device)
             self.config = settle_precisions(self.config, **dict.fromkeys(settled_here, precision))
         # Before anything is written: what it looks through may be missing.
         self.evaluation = self.open_evaluation()

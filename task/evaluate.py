@@ -32,6 +32,7 @@ from task.metrics import (
     neighbour_distances,
     precision_recall,
 )
+from task.progress import progress
 from task.randomness import Stream, torch_generator
 from task.realism import noise_position
 
@@ -524,6 +525,7 @@ def _mean(scores: Sequence[Scores]) -> Scores:
     )
 
 
+@progress(1, "comparing features with those of real images")
 def _scores(meetings: Meetings, subset_size: int, seed: int) -> Scores:
     """Score images: the Inception score of those that meet the training images."""
     score = std = None
@@ -563,6 +565,7 @@ def _order(number: int, seed: int, purpose: int) -> Tensor:
     return torch.randperm(number, generator=torch_generator(seed, Stream.METRICS, purpose))
 
 
+@progress(1, "searching for copies in features")
 def feature_copying(seen: Features, train: Features, test: Features) -> Copying:
     """Compare how near images come to the training images, in features; see `copying`.
 
@@ -577,6 +580,7 @@ def feature_copying(seen: Features, train: Features, test: Features) -> Copying:
     )
 
 
+@progress(1, "searching for copies in pixels")
 def pixel_copying(
     generated: ImageSet,
     dataset: Dataset,

@@ -1,8 +1,11 @@
-"""What a process that was started needs to know of the one that started it."""
+"""What this process owes the one that started it, and what libraries expect of it."""
 
 import ctypes
+import os
 import signal
 import sys
+import tempfile
+from pathlib import Path
 
 
 def end_with_parent() -> None:
@@ -10,3 +13,11 @@ def end_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def have_home() -> None:
+    """Give this process a home directory where its user has none: libraries ask when imported."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = tempfile.gettempdir()

@@ -5,6 +5,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from server_app.superlink import (
     private_folder,
     uninterrupted,
 )
+from task.processes import have_home
 
 # What a run said with flwr 1.41 and ray 2.55.
 SAID = """\
@@ -166,3 +168,17 @@ def test_ray_waits_longer_for_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
     patience: Callable[[], None] = runpy.run_path(str(PROCESS))["be_patient_with_ray"]
     patience()
     assert ray._private.services.get_node("address", "id") == {"node": 1}
+
+
+def test_user_without_a_home_is_given_one_for_libraries(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    have_home()
+    assert Path.home() == tmp_path
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)
+    with pytest.raises(RuntimeError):
+        Path.home()
+    have_home()
+    assert Path.home() == Path(tempfile.gettempdir())

@@ -416,6 +416,10 @@ def home(tmp_path: Path, port: int) -> dict[str, str]:
 
 def test_supervisor_waits_for_its_superlink_is_alone_and_ends_when_asked(tmp_path: Path) -> None:
     env = home(tmp_path, free_port())
+    # Flower takes a connection for a path where an app lies in a folder of that name.
+    (tmp_path / "night").mkdir()
+    (tmp_path / "night" / "pyproject.toml").touch()
+    env |= {"FLWR_HOME": "home", "all_proxy": "socks5://127.0.0.1:1"}
     runs = tmp_path / "new" / "runs"
     command: list[str | Path] = [COMMANDS / "feddm-supervise", "night", "--runs", runs]
     log = tmp_path / "log"
@@ -430,4 +434,5 @@ def test_supervisor_waits_for_its_superlink_is_alone_and_ends_when_asked(tmp_pat
         assert started.wait(60) == 0
     assert log.read_text().count("no answer") == 1
     # It asked; `flwr list` has not refused the words it was given.
-    assert "No such option" not in log.read_text() and "Invalid value" not in log.read_text()
+    for misled in ("No such option", "Invalid value", "migrat", "socks", "not found"):
+        assert misled not in log.read_text()

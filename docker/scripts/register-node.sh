@@ -30,5 +30,7 @@ elif [[ -n ${id-} ]]; then
     echo "SuperNode $id was registered before: $NAME with $fingerprint"
     exit 0
 fi
-"$flwr" supernode register "$PUBLIC_KEY" "$CONNECTION" --name "$NAME"
+# Elsewhere Flower takes the name of a connection for a path, where an app lies in a folder of that name.
+key=$(realpath "$PUBLIC_KEY")
+(cd "$here" && "$flwr" supernode register "$key" "$CONNECTION" --name "$NAME")
 echo "it is $NAME with $fingerprint"

@@ -14,6 +14,8 @@ import click
 import typer
 from typer.core import TyperGroup
 
+from task.processes import have_home
+
 
 class OneLineErrors(TyperGroup):
     """Commands that end in one line on stderr and status 1 where an input is at fault."""
@@ -506,4 +508,5 @@ def bench(context: typer.Context) -> None:
 
 def main() -> None:
     """Run the command line."""
+    have_home()
     app(prog_name="feddm")
