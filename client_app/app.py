@@ -55,6 +55,8 @@ def introduce(message: Message, context: Context) -> Message:
             ", ".join(f"{c}: {n}" for c, n in zip(config.data.classes, counts.train, strict=True)),
             "told to the server" if place.report_class_counts else "kept here",
         )
+        for line in counts.files.describe():
+            logger.info("data: %s", line)
     else:
         said[Key.PARTITION_ID], said[Key.NUM_PARTITIONS] = place.number, place.shares
     return Message(RecordDict({Key.CONFIG: said}), reply_to=message)

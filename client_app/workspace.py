@@ -8,10 +8,11 @@ from functools import lru_cache
 import torch
 from flwr.app import ConfigRecord, Context
 
+from client_app.log import logger
 from task.config import Config, compose_run_config, load_run_config
-from task.data import Dataset, ImageSet, build_dataset
+from task.data import Dataset, ImageSet, build_dataset, take_inventory
 from task.diffusion import DiffusionObjective, build_objective
-from task.node import NodeConfig, hold_out, own_config, read_node_config
+from task.node import NodeConfig, own_config, own_images, read_node_config
 from task.parallel import count_processes
 from task.partition import Partition, partition_dataset
 from task.train import (
@@ -23,6 +24,9 @@ from task.train import (
 )
 from task.unet import UNet, build_unet
 from task.wire import Key, WeightLayout
+
+# The name of an empty record of the node's own state.
+INVENTORY_SAID = "inventory-said"
 
 RunConfig = Mapping[str, str | int | float | bool]
 
@@ -59,15 +63,22 @@ class Workspace:
     def images(self, context: Context) -> tuple[ImageSet, ImageSet]:
         """Return the training and the held-out images of the client that the context is of."""
         if self.partition is None:
-            train = self.dataset.train
-            groups = None if train.groups is None else train.groups.numpy()
-            kept, held_out = hold_out(self.config, train.labels.numpy(), groups)
-            return train.subset(kept), train.subset(held_out)
+            own = own_images(self.config, self.dataset)
+            say_once(context, self.config, own)
+            return own.train, own.test
         share = int(context.node_config[Key.PARTITION_ID])
         return (
             self.dataset.train.subset(self.partition.train_indices[share]),
             self.dataset.test.subset(self.partition.test_indices[share]),
         )
+
+
+def say_once(context: Context, config: Config, own: Dataset) -> None:
+    """Log what became of a node's files and which images are the same, unless that was done."""
+    if INVENTORY_SAID not in context.state.config_records:
+        context.state[INVENTORY_SAID] = ConfigRecord()
+        for line in take_inventory(config, own).describe():
+            logger.info("data: %s", line)
 
 
 def open_workspace(context: Context) -> Workspace:

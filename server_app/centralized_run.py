@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from server_app.simulation import load_images
+from server_app.simulation import load_images, record_data
 from server_app.training_run import TrainingRun, Weights
 from task.data import Dataset
 from task.diffusion import build_objective
@@ -77,6 +77,7 @@ class CentralizedRun(TrainingRun):
                 f"of data.root={self.config.data.root}, {described}; start it with the same data"
             )
         self.directory.write_json(POOLED_FILE, described)
+        record_data(self.config, self.dataset, self.directory, None)
 
     def describe(self) -> str:
         """Say how many images are pooled."""

@@ -46,6 +46,7 @@ from server_app.roster import GRACE_SECONDS, QUERY_TIMEOUT_SECONDS, Roster, samp
 from server_app.simulation import (
     is_simulation,
     load_images,
+    record_data,
     record_partition,
     simulated_at_once,
 )
@@ -135,6 +136,7 @@ class FederatedRun(TrainingRun):
             self.dataset = load_images(self.config)
             partition = partition_dataset(self.config, self.dataset, num_nodes)
             record_partition(self.config, partition, self.directory)
+            record_data(self.config, self.dataset, self.directory, partition)
         federation = self.config.federation
         if federation.keep_local_models and not self.simulated:
             raise ValueError(

@@ -1,5 +1,6 @@
 """What can be done because all images of a run lie on its own machine."""
 
+import dataclasses
 import os
 
 import ray
@@ -7,11 +8,11 @@ from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
 from server_app.log import log
-from task.config import Config, require
-from task.data import Dataset, build_dataset
+from task.config import Config
+from task.data import Dataset, build_dataset, count_across_clients, take_inventory
 from task.figures import save_partition_heatmap
 from task.partition import Partition
-from task.run_directory import PARTITION_FILE, RunDirectory
+from task.run_directory import DATA_FILE, PARTITION_FILE, RunDirectory
 
 # Small messages that are handed out together, and bytes of messages that may wait as replies.
 MANY_AT_ONCE, BYTES_AT_ONCE = 32, 1 << 28
@@ -36,8 +37,33 @@ def load_images(config: Config) -> Dataset:
     dataset = build_dataset(config, download=True)
     present = set(dataset.train.labels.tolist())
     missing = [name for label, name in enumerate(config.data.classes) if label not in present]
-    require(not missing, "data.classes", "only classes that have training images, also", missing)
+    if missing:
+        inventory = take_inventory(config, dataset)
+        raise ValueError(
+            f"data.classes must be only classes that have training images, got also {missing}; "
+            f"{inventory.describe_missing(missing)}"
+        )
     return dataset
+
+
+def record_data(
+    config: Config, dataset: Dataset, directory: RunDirectory, partition: Partition | None
+) -> None:
+    """Write down and say which files are used, which left out, and which images are the same.
+
+    Args:
+        config: of the run.
+        dataset: of `load_images`.
+        directory: of the run.
+        partition: of the clients; None: nothing is dealt out.
+    """
+    inventory = take_inventory(config, dataset)
+    if partition is not None:
+        shared = count_across_clients(dataset.train, partition.train_indices)
+        inventory = dataclasses.replace(inventory, across_clients=shared)
+    directory.write_json(DATA_FILE, inventory.as_json())
+    for line in inventory.describe():
+        log(f"data: {line}")
 
 
 def record_partition(config: Config, partition: Partition, directory: RunDirectory) -> None:

@@ -66,6 +66,14 @@ DIFFUSION_CHOICES = {
     "variance": ("beta", "posterior"),
 }
 
+# What macOS, Linux, Windows, Synology and QNAP put into folders of their users.
+SYSTEM_FOLDERS = frozenset(
+    {
+        *("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"),
+        *("@eaDir", "#recycle", "@Recycle"),
+    }
+)
+
 
 def require(condition: bool, name: str, expected: str, value: object) -> None:
     """Raise a ValueError that names the field, what it must be and what it is.
@@ -107,12 +115,17 @@ def require_seed(name: str, value: int) -> None:
     require(0 <= value < 2**63, name, "in [0, 2^63)", value)
 
 
+def is_hidden(folder: str) -> bool:
+    """Whether a folder of this name is hidden, or one that a system keeps for itself."""
+    return folder.startswith(".") or folder in SYSTEM_FOLDERS
+
+
 def class_folders(folder: Path) -> list[str]:
     """Name the folders in a folder, sorted, without hidden ones; none where there is no folder."""
     if not folder.is_dir():
         return []
     names = (path.name for path in folder.iterdir() if path.is_dir())
-    return sorted(name for name in names if not name.startswith((".", "__MACOSX")))
+    return sorted(name for name in names if not is_hidden(name))
 
 
 @dataclass

@@ -5,6 +5,7 @@ The ClientApp and `feddm check-node` both ask here, so that they cannot disagree
 
 import dataclasses
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from task.config import Config, anchored, require
-from task.data import list_dataset, split_validation
+from task.data import Dataset, Inventory, inventory_of_listings, list_dataset, split_validation
 from task.randomness import Stream, numpy_generator
 from task.wire import Key
 
@@ -27,6 +28,9 @@ class NodeKey(StrEnum):
     REPORT_CLASS_COUNTS = "report-class-counts"
     SCORE_IMAGES = "score-images"
     INCEPTION_WEIGHTS = "inception-weights"
+
+
+OWN_TEST_SPLIT = "in the test split of the data set, which a node does not use"
 
 
 class TooFewImagesError(ValueError):
@@ -153,11 +157,13 @@ class ImageCounts:
         train: to be trained on, without the held-out ones.
         held_out: for the test loss.
         test: of the data set's own test split, or that of `data.test_fraction`.
+        files: what becomes of every file.
     """
 
     train: tuple[int, ...]
     held_out: tuple[int, ...]
     test: tuple[int, ...]
+    files: Inventory
 
 
 def hold_out(
@@ -194,9 +200,30 @@ def count_images(config: Config) -> ImageCounts:
     def counted(labels: np.ndarray) -> tuple[int, ...]:
         return tuple(np.bincount(labels, minlength=len(config.data.classes)).tolist())
 
-    return ImageCounts(
-        counted(train.labels[kept]), counted(train.labels[held_out]), counted(test.labels)
+    files = inventory_of_listings(
+        config.data.classes,
+        dataclasses.replace(
+            train.subset(kept), left_out=train.left_out + test.left_out + unused(len(test))
+        ),
+        dataclasses.replace(train.subset(held_out), note=test.note),
     )
+    return ImageCounts(
+        counted(train.labels[kept]), counted(train.labels[held_out]), counted(test.labels), files
+    )
+
+
+def own_images(config: Config, dataset: Dataset) -> Dataset:
+    """Return the images that a node trains on, and those that it holds out; see `hold_out`."""
+    train = dataset.train
+    groups = None if train.groups is None else train.groups.numpy()
+    kept, held_out = hold_out(config, train.labels.numpy(), groups)
+    left_out = dataset.left_out + unused(len(dataset.test))
+    return Dataset(train.subset(kept), train.subset(held_out), left_out, dataset.note)
+
+
+def unused(number: int) -> Counter[tuple[str, str]]:
+    """Count images of the data set's own test split as left out."""
+    return Counter({("", OWN_TEST_SPLIT): number})
 
 
 def check_number(counts: ImageCounts, node: NodeConfig) -> None:
@@ -209,7 +236,8 @@ def check_number(counts: ImageCounts, node: NodeConfig) -> None:
         raise TooFewImagesError(
             f"{NodeKey.MIN_IMAGES.value}: the node takes part with at least {node.min_images} "
             f"training images, and data-path={node.data_path} has {sum(counts.train)} "
-            f"({sum(counts.held_out)} more are held out); add images or lower it"
+            f"({sum(counts.held_out)} more are held out); add images or lower it "
+            f"({'; '.join(counts.files.describe())})"
         )
 
 

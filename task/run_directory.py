@@ -5,6 +5,8 @@
     metrics.jsonl                   one object per line: round, who, name, value
     partition.json, partition.png   images of each class at each client (simulation)
     pooled.json                     images of each class (centralised)
+    data.json                       files used and left out, images that are the same (simulation,
+                                    centralised)
     nodes.json                      client numbers by node id (deployment)
     class_counts.json               classes, and images of each at each client that says so, null
                                     where one does not (deployment)
@@ -76,6 +78,7 @@ LOCK_PATIENCE_SECONDS = 30.0
 
 PARTITION_FILE = "partition.json"
 POOLED_FILE = "pooled.json"
+DATA_FILE = "data.json"
 NODES_FILE = "nodes.json"
 CLASS_COUNTS_FILE = "class_counts.json"
 METRICS_FILE = "metrics.jsonl"

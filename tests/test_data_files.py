@@ -8,6 +8,7 @@ import os
 import stat
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,8 @@ from torchvision.transforms import v2
 
 from client_app.workspace import Workspace
 from task.config import load_config
-from task.data import Dataset, build_dataset, cache, load_files
-from task.data.cache import cache_key, cached_images, report_unreadable
+from task.data import Dataset, build_dataset, cache, load_files, take_inventory
+from task.data.cache import cache_key, cached_images, read_state, report_unreadable
 from task.data.decode import (
     apply_window,
     crop_round_field,
@@ -34,7 +35,7 @@ from task.data.decode import (
 )
 from task.data.listing import class_label
 
-from .helpers import node_context
+from .helpers import bound_by_modes, node_context
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -125,17 +126,36 @@ def test_folder_of_no_class_is_refused_with_both_names(tmp_path: Path) -> None:
         load(tmp_path / "set")
 
 
-def test_test_folder_and_fraction_exclude_each_other(tmp_path: Path) -> None:
-    write_tree(tmp_path / "set", {"train/a": 2, "test/a": 1})
-    with pytest.raises(ValueError, match=r"data\.test_fraction must be null .*test/.*got 0\.1"):
-        load(tmp_path / "set", test_fraction=0.1)
+def test_test_folder_wins_over_test_fraction_and_that_is_said(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"train/a": 20, "test/a": 1})
+    found = load(tmp_path / "set", test_fraction=0.1)
+    assert (len(found.train), len(found.test)) == (20, 1)
+    assert found.note == "test/ is the test split, data.test_fraction=0.1 is not used"
+    assert load(tmp_path / "set").note == ""
+    (tmp_path / "set" / "test" / "a" / "000.png").unlink()
+    (tmp_path / "set" / "test" / "a" / "x.txt").write_text("no image")
+    emptied = load(tmp_path / "set", test_fraction=0.1)
+    assert (len(emptied.train), len(emptied.test), emptied.note) == (18, 2, "")
+
+
+def test_published_layout_of_chest_x_rays_is_read_by_its_preset(tmp_path: Path) -> None:
+    folders = {"train/NORMAL": 2, "train/PNEUMONIA": 3, "test/NORMAL": 1, "val/NORMAL": 2}
+    write_tree(tmp_path / "set", folders)
+    config = load_config(
+        ["data=chest_xray", f"data.root={tmp_path}/set", f"data.cache_dir={tmp_path}/cache"]
+    )
+    found = take_inventory(config, build_dataset(config, download=False))
+    assert (found.train, found.test) == ((2, 3), (1, 0))
+    assert found.left_out == {("", "outside of the class folders"): 2}
+    assert found.note.endswith("data.test_fraction=0.1 is not used")
 
 
 def test_missing_files_are_said_with_the_place_and_the_layout(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"data\.root=.*nowhere: there is no such folder"):
         load(tmp_path / "nowhere")
     (tmp_path / "set" / "a").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"train/<class>/\*\.png.* named a, b "):
+    (tmp_path / "set" / "a" / "x.csv").touch()
+    with pytest.raises(FileNotFoundError, match=r"train/<class>/\*\.png.* named a, b; .*1 \.csv"):
         load(tmp_path / "set")
 
 
@@ -548,7 +568,7 @@ def count_decoding(root: Path, folder: Path, barrier: object) -> None:
 
     barrier.wait()  # type: ignore[attr-defined]
     paths = sorted((root / "a").iterdir())
-    images, kept = cached_images(
+    images, kept, hashes = cached_images(
         paths,
         decode,
         root=root,
@@ -557,7 +577,7 @@ def count_decoding(root: Path, folder: Path, barrier: object) -> None:
         cache_dir=root.parent / "cache",
         on_corrupt="refuse",
     )
-    assert len(images) == len(kept) == len(paths)
+    assert len(images) == len(kept) == len(hashes) == len(paths)
 
 
 def test_processes_that_start_together_decode_once(tmp_path: Path) -> None:
@@ -622,7 +642,7 @@ def test_set_of_unreadable_files_alone_is_refused(tmp_path: Path) -> None:
     write_tree(tmp_path / "set", {"a": 2})
     for file in (tmp_path / "set" / "a").iterdir():
         damage(file)
-    with pytest.raises(ValueError, match="none of its 2 images can be read"):
+    with pytest.raises(ValueError, match=r"none of its images can be read; .* 2 unreadable files"):
         load(tmp_path / "set", on_corrupt="skip")
 
 
@@ -646,5 +666,71 @@ def test_cached_reasons_are_plain_json(tmp_path: Path) -> None:
     damage(tmp_path / "set" / "a" / "000.png")
     load(tmp_path / "set", on_corrupt="skip")
     (entry,) = (tmp_path / "cache").glob("[!.]*")
-    ((position, reason),) = json.loads((entry / "unreadable.json").read_text())
+    ((position, reason, state),) = json.loads((entry / "unreadable.json").read_text())
     assert position == 0 and "Error" in reason
+    assert state == read_state(tmp_path / "set" / "a" / "000.png")
+
+
+def test_failure_is_tried_again_after_a_decoder_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tree(tmp_path / "set", {"a": 3})
+    lacking = "000.png"
+
+    def decode(path: Path) -> torch.Tensor:
+        if path.name == lacking:
+            raise ValueError("no decoder")
+        return resize_decoded(decode_picture(path), 8, 3)
+
+    def kept() -> list[int]:
+        return cached_images(
+            sorted((tmp_path / "set" / "a").iterdir()),
+            decode,
+            root=tmp_path / "set",
+            shape=(3, 8, 8),
+            settings="",
+            cache_dir=tmp_path / "cache",
+            on_corrupt="skip",
+        ).kept.tolist()
+
+    assert kept() == [1, 2]
+    lacking = ""
+    assert kept() == [1, 2]  # remembered: nothing has changed
+    monkeypatch.setattr(cache, "decoder_versions", lambda: "pylibjpeg 2.0")
+    assert kept() == [0, 1, 2]
+    assert len(list((tmp_path / "cache").glob("[!.]*"))) == 1
+
+
+def test_failure_is_tried_again_after_the_file_or_its_rights_changed(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"a": 3})
+    file = tmp_path / "set" / "a" / "001.png"
+    file.chmod(0)
+
+    def kept() -> list[int]:
+        read = partial(load, tmp_path / "set", on_corrupt="skip")
+        return bound_by_modes(lambda: read().train.images[:, 0, 0, 0].tolist())
+
+    first = [int(picture(seed)[0, 0, 0]) for seed in range(3)]
+    assert kept() == [first[0], first[2]]
+    file.chmod(0o600)
+    assert kept() == first
+    status = file.stat()
+    file.write_bytes(b"x" * status.st_size)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert kept() == [first[0], first[2]]
+    mended = tmp_path / "mended.png"
+    Image.fromarray(picture(1)).save(mended)
+    os.utime(mended, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    mended.rename(file)  # of the same size and time, as rsync --times leaves it
+    assert kept() == first
+
+
+def test_names_that_are_no_text_are_told_as_text(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"a": 1})
+    name = os.fsdecode(b"a\xff\x1b[2J\n.png")
+    (tmp_path / "set" / "a" / name).write_text("no picture")
+    with pytest.raises(
+        ValueError, match=r"a\\udcff\\x1b\[2J\\n\.png: UnidentifiedImageError"
+    ) as caught:
+        load(tmp_path / "set")
+    assert str(caught.value).encode("utf-8") and len(str(caught.value).splitlines()) == 3

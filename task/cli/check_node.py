@@ -8,7 +8,14 @@ from task.cli.check_superlink import check_superlink
 from task.cli.findings import GIB, Finding, Findings, free_disk, gpu_memory, memory, versions
 from task.cli.trial_step import Trial, try_step
 from task.config import Config, load_config
-from task.data import Listing, build_dataset, list_dataset, original_size
+from task.data import (
+    Inventory,
+    Listing,
+    build_dataset,
+    list_dataset,
+    original_size,
+    take_inventory,
+)
 from task.metric_table import Row, lay_out
 from task.node import (
     ImageCounts,
@@ -18,6 +25,7 @@ from task.node import (
     count_images,
     output_folder,
     own_config,
+    own_images,
 )
 from task.progress import tracked
 from task.train import device_name, select_device
@@ -44,6 +52,7 @@ class Check(Findings):
         yield "data", f"{config.data.name} in {config.data.root}"
         self._counts = counts = count_images(config)
         yield "", format_counts(config.data.classes, counts)
+        yield from found_files(counts.files)
         train, test = list_dataset(config)
         if train.paths:
             yield "original sizes", describe_sizes(config, train)
@@ -53,6 +62,7 @@ class Check(Findings):
         dataset = build_dataset(config, download=False)
         unreadable = listed - len(dataset.train) - len(dataset.test)
         yield "unreadable files", f"{unreadable}" + (" (named above)" if unreadable else "")
+        yield from found_files(take_inventory(config, own_images(config, dataset)))
 
     def places(self) -> Iterator[Finding]:
         """Look at the disks."""
@@ -125,6 +135,12 @@ def format_counts(classes: Iterable[str], counts: ImageCounts) -> str:
         rows.append((name if any(each) else f"{name} (none here)", *map(str, each)))
     sums = (sum(counts.train), sum(counts.held_out), sum(counts.test))
     return lay_out([*rows, ("all", *map(str, sums))])
+
+
+def found_files(inventory: Inventory) -> Iterator[Finding]:
+    """Say what became of every file, a line for each finding."""
+    for number, line in enumerate(inventory.describe()):
+        yield "files" if number == 0 else "", line
 
 
 def describe_sizes(config: Config, listing: Listing) -> str:

@@ -5,8 +5,10 @@ comes with a library; what lies in files goes `listing` -> `decode` -> `cache`, 
 """
 
 from task.config import FILE_SETS, Config
+from task.data.duplicates import count_across_clients
 from task.data.files import list_files, load_files, original_size
 from task.data.images import Dataset, ImageSet, normalize, random_horizontal_flip, resize
+from task.data.inventory import Inventory, inventory_of_dataset, inventory_of_listings
 from task.data.listing import Listing, UnknownClassError
 from task.data.packaged import load_dataset
 from task.data.split import split_validation
@@ -14,9 +16,12 @@ from task.data.split import split_validation
 __all__ = [
     "Dataset",
     "ImageSet",
+    "Inventory",
     "Listing",
     "UnknownClassError",
     "build_dataset",
+    "count_across_clients",
+    "inventory_of_listings",
     "list_dataset",
     "list_files",
     "load_dataset",
@@ -26,6 +31,7 @@ __all__ = [
     "random_horizontal_flip",
     "resize",
     "split_validation",
+    "take_inventory",
 ]
 
 
@@ -74,3 +80,15 @@ def list_dataset(config: Config) -> tuple[Listing, Listing]:
         )
     dataset = build_dataset(config, download=False)
     return Listing([], dataset.train.labels.numpy()), Listing([], dataset.test.labels.numpy())
+
+
+def take_inventory(config: Config, dataset: Dataset | None = None) -> Inventory:
+    """Count every file of a data set, and the images that are the same pixel by pixel.
+
+    Args:
+        config: of the run.
+        dataset: of `build_dataset`; None: files are counted and not decoded.
+    """
+    if dataset is None:
+        return inventory_of_listings(config.data.classes, *list_dataset(config))
+    return inventory_of_dataset(config.data.classes, dataset)

@@ -2,10 +2,14 @@
 
 <cache_dir>/<key>/         mode 0700, it holds images of patients; complete, or not there
     images.npy             [N, C, H, W] uint8, the files that could be read, in their order
-    unreadable.json        [position, reason] of those that could not
+    hashes.npy             [N] uint64, equal for images that are the same pixel by pixel
+    unreadable.json        position, reason and state of each of those that could not
 <cache_dir>/.<key>.lock    held by the process that decodes; the others wait for it
 
-Nothing is ever taken out: delete `cache_dir`, or any entry, when no run is going.
+A file that could not be read is tried again, with the others of its entry, once its state has
+changed: the file, the rights to it, or the libraries that decode.
+
+No other entry is ever taken out: delete `cache_dir`, or any entry, when no run is going.
 """
 
 import fcntl
@@ -17,23 +21,61 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from task.config import require_one_of
+from task.data.duplicates import image_hash
+from task.fingerprint import installed_versions
 from task.progress import tracked
 
-# To be raised when the same file and settings give other pixels than before.
-VERSION = 1
+# To be raised when the same file and settings give other pixels than before, or any for the first
+# time.
+VERSION = 2
+
+# Packages that, installed or in another version, may read a file that could not be read.
+DECODERS = (
+    *("pillow", "pydicom", "tifffile", "imagecodecs", "python-gdcm", "pyjpegls", "pylibjpeg"),
+    *("pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle"),
+)
 
 MAX_LISTED = 20
 MAX_THREADS = 8
 
 _log = logging.getLogger(__name__)
+
+
+class CachedImages(NamedTuple):
+    """The images of those files that could be read.
+
+    Attributes:
+        images: [M, C, H, W] uint8, mapped copy-on-write.
+        kept: [M] int64, their positions among the files, sorted.
+        hashes: [M] uint64, see `image_hashes`.
+    """
+
+    images: Tensor
+    kept: np.ndarray
+    hashes: np.ndarray
+
+
+class Failure(NamedTuple):
+    """A file that could not be read.
+
+    Attributes:
+        position: among the files.
+        reason: in words.
+        state: of `read_state`, before it was tried.
+    """
+
+    position: int
+    reason: str
+    state: str
 
 
 def cached_images(
@@ -45,7 +87,7 @@ def cached_images(
     settings: str,
     cache_dir: Path,
     on_corrupt: str,
-) -> tuple[Tensor, np.ndarray]:
+) -> CachedImages:
     """Decode files, or open what this or another process decoded before.
 
     Args:
@@ -57,32 +99,62 @@ def cached_images(
         cache_dir: made if it is not there.
         on_corrupt: of files that cannot be read: "refuse" raises, "skip" warns and leaves out.
 
-    Returns:
-        The images, [M, C, H, W] uint8, mapped copy-on-write, and their positions in `paths`,
-        [M] int64.
-
     Raises:
         ValueError: files cannot be read, or the cache cannot be written.
     """
     require_one_of("data.on_corrupt", on_corrupt, ("refuse", "skip"))
     if not paths:
-        return torch.empty((0, *shape), dtype=torch.uint8), np.empty(0, dtype=np.int64)
+        return CachedImages(
+            torch.empty((0, *shape), dtype=torch.uint8),
+            np.empty(0, dtype=np.int64),
+            np.empty(0, dtype=np.uint64),
+        )
     entry = cache_dir / cache_key(paths, root=root, settings=f"{shape} {settings}")
     try:
-        if not entry.is_dir():
+        if not _is_current(entry, paths):
             with _held(entry):
-                if not entry.is_dir():
+                if not _is_current(entry, paths):
                     _write_entry(entry, paths, decode, shape, keep=on_corrupt == "skip")
     except OSError as error:
         raise ValueError(
             f"data.cache_dir must be a folder that can be written, got {str(cache_dir)!r} ({error})"
         ) from error
-    unreadable = dict(json.loads((entry / "unreadable.json").read_text(encoding="utf-8")))
-    if unreadable:
-        report_unreadable({paths[i]: why for i, why in unreadable.items()}, on_corrupt)
-    kept = np.array([i for i in range(len(paths)) if i not in unreadable], dtype=np.int64)
-    # Copy-on-write, because torch warns of tensors over memory that cannot be written.
-    return torch.from_numpy(np.load(entry / "images.npy", mmap_mode="c")), kept
+    failures = {failure.position: failure.reason for failure in _failures(entry)}
+    if failures:
+        report_unreadable({paths[i]: why for i, why in failures.items()}, on_corrupt)
+    return CachedImages(
+        # Copy-on-write, because torch warns of tensors over memory that cannot be written.
+        torch.from_numpy(np.load(entry / "images.npy", mmap_mode="c")),
+        np.array([i for i in range(len(paths)) if i not in failures], dtype=np.int64),
+        np.load(entry / "hashes.npy"),
+    )
+
+
+def _is_current(entry: Path, paths: list[Path]) -> bool:
+    return entry.is_dir() and all(
+        failure.state == read_state(paths[failure.position]) for failure in _failures(entry)
+    )
+
+
+def _failures(entry: Path) -> list[Failure]:
+    stored = json.loads((entry / "unreadable.json").read_text(encoding="utf-8"))
+    return [Failure(*failure) for failure in stored]
+
+
+def read_state(path: Path) -> str:
+    """Describe everything that decides whether a file can be read, besides the code of feddm."""
+    try:
+        status = path.stat()
+        known = (status.st_size, status.st_mtime_ns, status.st_ino, status.st_mode)
+    except OSError as error:
+        return type(error).__name__
+    return f"{known} {os.access(path, os.R_OK)} {decoder_versions()}"
+
+
+@cache
+def decoder_versions() -> str:
+    """Name the versions of the libraries that decode, as far as they are installed."""
+    return str(installed_versions(*DECODERS))
 
 
 def cache_key(paths: list[Path], *, root: Path, settings: str) -> str:
@@ -92,7 +164,7 @@ def cache_key(paths: list[Path], *, root: Path, settings: str) -> str:
     rewrites a file changes one of the three, unless they take pains not to, and reading all bytes
     to be sure would cost what the cache saves.
     """
-    digest = hashlib.sha256(f"{VERSION}\n{settings}\n{root.resolve()}\n".encode())
+    digest = hashlib.sha256(f"{VERSION}\n{settings}\n{str(root.resolve())!r}\n".encode())
     for path in paths:
         try:
             status = path.stat()
@@ -109,13 +181,19 @@ def report_unreadable(reasons: dict[Path, str], on_corrupt: str) -> None:
     Raises:
         ValueError: `on_corrupt` is "refuse".
     """
-    listed = [f"{path}: {why}" for path, why in list(reasons.items())[:MAX_LISTED]]
+    # Names of files may hold line breaks, or bytes that are no text.
+    listed = [printable(f"{path}: {why}") for path, why in list(reasons.items())[:MAX_LISTED]]
     if len(reasons) > MAX_LISTED:
         listed.append(f"and {len(reasons) - MAX_LISTED} more")
     text = f"{len(reasons)} image files cannot be read:\n  " + "\n  ".join(listed)
     if on_corrupt == "refuse":
         raise ValueError(f"{text}\nMend or remove them, or set data.on_corrupt=skip")
     _log.warning("%s\nThey are left out (data.on_corrupt=skip)", text)
+
+
+def printable(text: str) -> str:
+    """Escape what cannot be printed, or would be more than text on a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager
@@ -139,10 +217,13 @@ def _write_entry(
     aside.mkdir(mode=0o700)
     try:
         with (aside / "images.npy").open("wb") as file:
-            unreadable = _write_images(file, paths, decode, shape)
-        if unreadable and not keep:
-            report_unreadable({paths[i]: why for i, why in unreadable}, "refuse")
-        (aside / "unreadable.json").write_text(json.dumps(unreadable), encoding="utf-8")
+            hashes, failures = _write_images(file, paths, decode, shape)
+        if failures and not keep:
+            report_unreadable({paths[f.position]: f.reason for f in failures}, "refuse")
+        np.save(aside / "hashes.npy", hashes)
+        (aside / "unreadable.json").write_text(json.dumps(failures), encoding="utf-8")
+        if entry.is_dir():  # files that could not be read have changed since
+            shutil.rmtree(entry)
         aside.rename(entry)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -153,24 +234,26 @@ def _write_images(
     paths: list[Path],
     decode: Callable[[Path], Tensor],
     shape: tuple[int, int, int],
-) -> list[tuple[int, str]]:
-    """Write the images as an .npy file; returns position and reason of those it could not read.
+) -> tuple[np.ndarray, list[Failure]]:
+    """Write the images as an .npy file; returns their hashes, and the files that gave none.
 
     Plain writes, because a full disk is an OSError to them and kills whoever writes a map.
     """
-    unreadable = []
+    hashes, failures = [], []
     _write_header(file, len(paths), shape)
     decoded = tracked(_decoded(paths, decode), len(paths), f"decoding {len(paths):,} images")
-    for position, image in enumerate(decoded):
+    for position, (image, state) in enumerate(decoded):
         if isinstance(image, Tensor):
-            file.write(image.numpy().tobytes())
+            pixels = image.numpy().tobytes()
+            file.write(pixels)
+            hashes.append(image_hash(pixels))
         else:
-            unreadable.append((position, image))
+            failures.append(Failure(position, image, state))
     file.seek(0)
-    _write_header(file, len(paths) - len(unreadable), shape)
+    _write_header(file, len(paths) - len(failures), shape)
     file.flush()
     os.fsync(file.fileno())
-    return unreadable
+    return np.frombuffer(b"".join(hashes), "<u8"), failures
 
 
 def _write_header(file: BinaryIO, number: int, shape: tuple[int, int, int]) -> None:
@@ -180,15 +263,18 @@ def _write_header(file: BinaryIO, number: int, shape: tuple[int, int, int]) -> N
     )
 
 
-def _decoded(paths: list[Path], decode: Callable[[Path], Tensor]) -> Iterable[Tensor | str]:
-    def attempt(path: Path) -> Tensor | str:
+def _decoded(
+    paths: list[Path], decode: Callable[[Path], Tensor]
+) -> Iterable[tuple[Tensor | str, str]]:
+    def attempt(path: Path) -> tuple[Tensor | str, str]:
+        state = read_state(path)
         try:
-            return decode(path)
+            return decode(path), state
         except MemoryError:
             raise
         # Damaged files make Pillow and pydicom raise nearly anything.
         except Exception as error:
-            return f"{type(error).__name__}: {error}"
+            return f"{type(error).__name__}: {error}", state
 
     # Pillow decodes outside of Python's lock.
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:

@@ -1,9 +1,11 @@
 """Data sets that lie in files: listed, split, decoded into the cache."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +20,15 @@ from task.data.decode import (
     resize_decoded,
     to_square,
 )
+from task.data.forms import DICOM, PICTURES
 from task.data.images import Dataset, ImageSet
-from task.data.listing import DICOM, PICTURES, Listing, list_class_folders, list_odir
+from task.data.inventory import inventory_of_listings
+from task.data.listing import Listing, list_class_folders, list_odir
 from task.data.split import split_validation
+from task.data.walk import check_readable
 from task.randomness import Stream, numpy_generator
+
+NONE = np.empty(0, dtype=np.int64)
 
 
 def load_files(
@@ -78,8 +85,8 @@ def load_files(
         _decode, kind, window=window, fit=fit, image_size=image_size, channels=channels
     )
 
-    def opened(listing: Listing) -> ImageSet:
-        images, kept = cached_images(
+    def opened(listing: Listing) -> tuple[ImageSet, Listing]:
+        images, kept, hashes = cached_images(
             listing.paths,
             decode,
             root=root,
@@ -88,14 +95,17 @@ def load_files(
             cache_dir=Path(cache_dir),
             on_corrupt=on_corrupt,
         )
-        found = listing.subset(kept)
+        found = listing.readable(kept, classes)
         groups = None if found.groups is None else torch.from_numpy(found.groups)
-        return ImageSet(images, torch.from_numpy(found.labels), groups)
+        return ImageSet(images, torch.from_numpy(found.labels), groups, hashes), found
 
-    dataset = Dataset(opened(train), opened(test))
-    if len(dataset.train) == 0:
-        raise ValueError(f"data.root={root}: none of its {len(train)} images can be read")
-    return dataset
+    (images, train), (test_images, test) = opened(train), opened(test)
+    if len(train) == 0:
+        raise ValueError(
+            f"data.root={root}: none of its images can be read; "
+            + inventory_of_listings(classes, train, test).describe()[0]
+        )
+    return Dataset(images, test_images, train.left_out + test.left_out, test.note)
 
 
 def list_files(
@@ -129,31 +139,36 @@ def _list(kind: str, root: Path, classes: Sequence[str]) -> tuple[Listing, Listi
         raise FileNotFoundError(
             f"data.root={root}: there is no such folder; set it to that of the images"
         )
+    check_readable(root)
     if kind == "odir":
         return list_odir(root, classes), None
-    return list_class_folders(root, classes, DICOM if kind == "dicom_folder" else PICTURES)
+    form = DICOM if kind == "dicom_folder" else PICTURES
+    train, test = list_class_folders(root, classes, form)
+    if len(train) == 0:
+        found = inventory_of_listings(classes, train, test or train.subset(NONE))
+        raise FileNotFoundError(
+            f"data.root={root}: no images there; expected <class>/*{form.suffixes[0]} or "
+            f"train/<class>/*{form.suffixes[0]}, with class folders named {', '.join(classes)}; "
+            + "; ".join(found.describe())
+        )
+    return train, test
 
 
 def _split(
     train: Listing, test: Listing | None, fraction: float | None, seed: int
 ) -> tuple[Listing, Listing]:
+    if test is not None and len(test) > 0:
+        ignored = f"test/ is the test split, data.test_fraction={fraction} is not used"
+        return train, replace(test, note="" if fraction is None else ignored)
     if test is not None:
-        require(
-            fraction is None,
-            "data.test_fraction",
-            "null where data.root has a folder test/, which is the test split",
-            fraction,
-        )
-        return train, test
+        train = replace(train, left_out=train.left_out + test.left_out)
     if fraction is None:
-        return train, Listing(
-            [], train.labels[:0], None if train.groups is None else train.groups[:0]
-        )
+        return train, train.subset(NONE)
     generator = numpy_generator(seed, Stream.TEST_SPLIT)
     kept, held_out = split_validation(
         train.labels, fraction, generator=generator, groups=train.groups
     )
-    return train.subset(kept), train.subset(held_out)
+    return replace(train.subset(kept), left_out=train.left_out), train.subset(held_out)
 
 
 def _decode(

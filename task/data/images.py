@@ -1,6 +1,7 @@
 """Images in memory: uint8 NCHW, brought to the shape that the model sees, normalised per batch."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ class ImageSet:
         images: [N, C, H, W] uint8, on the CPU; of files, a view of the cache on disk.
         labels: [N] int64 in [0, number of classes).
         groups: [N] int64, equal for the images of one patient; None where each image stands alone.
+        hashes: [N] uint64, of `image_hashes`, where they are known.
 
     Raises:
         TypeError: a dtype is another.
@@ -30,6 +32,7 @@ class ImageSet:
     images: Tensor
     labels: Tensor
     groups: Tensor | None = None
+    hashes: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.labels.dtype != torch.int64:
@@ -59,15 +62,25 @@ class ImageSet:
         """Copy the images at `indices` ([M] int64), in that order."""
         chosen = torch.as_tensor(indices)
         groups = None if self.groups is None else self.groups[chosen]
-        return ImageSet(self.images[chosen], self.labels[chosen], groups)
+        hashes = None if self.hashes is None else self.hashes[chosen.numpy()]
+        return ImageSet(self.images[chosen], self.labels[chosen], groups, hashes)
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A training and a test split of the same classes."""
+    """A training and a test split of the same classes.
+
+    Attributes:
+        train: to be trained on.
+        test: to measure with; may be empty.
+        left_out: how many files beside them are not used; see `Listing`.
+        note: how the splits came about, where that is not what was asked for.
+    """
 
     train: ImageSet
     test: ImageSet
+    left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
+    note: str = ""
 
 
 def reshape(images: ImageSet, image_size: int, channels: int) -> ImageSet:

@@ -1,22 +1,24 @@
 """Which files a data set consists of, and of which class and patient each is."""
 
-import ast
-import csv
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from task.config import class_folders, require
+from task.data.forms import DICOM as DICOM
+from task.data.forms import PICTURES, Form, other_kind
+from task.data.odir_table import ODIR_COLUMNS, ODIR_TABLE, OdirRow, read_odir_table
+from task.data.walk import FILE, FOLDER, HIDDEN_FOLDER, count_files, entries, files_below
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-DICOM = (".dcm", ".dicom")
-
-ODIR_TABLE = "full_df.csv"
-ODIR_COLUMNS = ("ID", "filename", "labels")
 # Where the copies in circulation keep the photographs, the whole ones before the cropped ones.
 ODIR_FOLDERS = ("ODIR-5K/ODIR-5K/Training Images", "ODIR-5K/Training Images", "preprocessed_images")
+
+UNREADABLE = "unreadable files (data.on_corrupt=skip)"
+OUTSIDE = "outside of the class folders"
+NOT_LISTED = f"pictures that {ODIR_TABLE} does not list"
 
 
 class UnknownClassError(ValueError):
@@ -32,75 +34,104 @@ class Listing:
             comes with a library.
         labels: [N] int64, the class of each.
         groups: [N] int64, equal for the files of one patient; None where patients are not known.
+        left_out: how many files beside them are no images of the set, by class ("" where they are
+            of none) and kind.
+        note: how the split came about, where that is not what was asked for.
     """
 
     paths: list[Path]
     labels: np.ndarray
     groups: np.ndarray | None = None
+    left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
+    note: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: np.ndarray) -> "Listing":
-        """Return the files at `indices` ([M] int64), in that order."""
+        """Return the files at `indices` ([M] int64), in that order, and none that is left out."""
         return Listing(
-            [self.paths[i] for i in indices],
+            [self.paths[i] for i in indices] if self.paths else [],
             self.labels[indices],
             None if self.groups is None else self.groups[indices],
         )
 
+    def readable(self, indices: np.ndarray, classes: Sequence[str]) -> "Listing":
+        """Return the files at `indices`; the others are left out as unreadable, of their class."""
+        left_out = Counter(self.left_out)
+        for label in np.delete(self.labels, indices):
+            left_out[classes[label], UNREADABLE] += 1
+        return replace(self.subset(indices), left_out=left_out, note=self.note)
+
 
 def list_class_folders(
-    root: Path, classes: Sequence[str], suffixes: tuple[str, ...]
+    root: Path, classes: Sequence[str], form: Form
 ) -> tuple[Listing, Listing | None]:
     """List `root/train/<class>/**` and `root/test/<class>/**`, or `root/<class>/**`.
 
-    A class without a folder is one that this hospital has no images of. Hidden files and files
-    with other suffixes are no images.
+    A class without a folder is one that this hospital has no images of. A file is an image by its
+    ending or, where that is another, by its content.
 
     Args:
         root: of the tree.
         classes: their names; folders match them whatever their case, and `-` matches `_`.
-        suffixes: of the images' names, in lower case.
+        form: of the images.
 
     Returns:
         The training split, or everything where nothing is split, and the test split or None.
 
     Raises:
-        FileNotFoundError: there is no such tree, or no image in it.
+        PermissionError: a folder may not be read.
         UnknownClassError: a folder is of no class.
     """
     train, test = root / "train", root / "test"
-    listing = _list_classes(train if train.is_dir() else root, classes, suffixes)
-    if len(listing) == 0:
-        raise FileNotFoundError(
-            f"data.root={root}: no images there; expected <class>/*{suffixes[0]} or "
-            f"train/<class>/*{suffixes[0]}, with class folders named {', '.join(classes)} and "
-            f"files named *{', *'.join(suffixes)}"
-        )
-    if not (train.is_dir() and test.is_dir()):
-        return listing, None
-    return listing, _list_classes(test, classes, suffixes)
+    if not train.is_dir():
+        return _list_classes(root, classes, form), None
+    listing = _list_classes(train, classes, form)
+    held_out = _list_classes(test, classes, form) if test.is_dir() else None
+    for path, kind in entries(root):
+        if path not in (train, test):
+            _leave_out(listing, path, kind)
+    return listing, held_out
 
 
-def _list_classes(folder: Path, classes: Sequence[str], suffixes: tuple[str, ...]) -> Listing:
-    paths: list[Path] = []
+def _list_classes(folder: Path, classes: Sequence[str], form: Form) -> Listing:
+    listing = Listing([], np.empty(0, dtype=np.int64))
     labels: list[int] = []
-    for name in class_folders(folder):
-        label = class_label(name, classes)
+    for path, kind in entries(folder):
+        if kind != FOLDER:
+            _leave_out(listing, path, kind)
+            continue
+        label = class_label(path.name, classes)
         if label is None:
             raise UnknownClassError(
-                f"data.classes must name every folder in {folder}, which holds {name!r}, "
+                f"data.classes must name every folder in {folder}, which holds {path.name!r}, "
                 f"got {list(classes)}"
             )
-        found = sorted(
-            path
-            for path in (folder / name).rglob("*")
-            if path.suffix.lower() in suffixes and not path.name.startswith(".")
-        )
-        paths += found
+        found, left_out = _images_below(path, form)
+        listing.paths.extend(found)
         labels += [label] * len(found)
-    return Listing(paths, np.array(labels, dtype=np.int64))
+        for left, number in left_out.items():
+            listing.left_out[classes[label], left] += number
+    return replace(listing, labels=np.array(labels, dtype=np.int64))
+
+
+def _images_below(folder: Path, form: Form) -> tuple[list[Path], Counter[str]]:
+    files, left_out = files_below(folder)
+    images = []
+    for path in files:
+        kind = other_kind(path, form)
+        if kind is None:
+            images.append(path)
+        else:
+            left_out[kind] += 1
+    return images, left_out
+
+
+def _leave_out(listing: Listing, path: Path, kind: str) -> None:
+    """Count a file, or those of a folder, that lie outside of the class folders."""
+    number = count_files(path) if kind in (FOLDER, HIDDEN_FOLDER) else 1
+    listing.left_out["", OUTSIDE if kind in (FILE, FOLDER) else kind] += number
 
 
 def class_label(found: str, classes: Sequence[str]) -> int | None:
@@ -112,7 +143,8 @@ def class_label(found: str, classes: Sequence[str]) -> int | None:
 
 
 def _plain(name: str) -> str:
-    return name.casefold().replace("-", "_").replace(" ", "_")
+    # macOS writes letters with accents as two characters.
+    return unicodedata.normalize("NFC", name).casefold().replace("-", "_").replace(" ", "_")
 
 
 def list_odir(root: Path, classes: Sequence[str]) -> Listing:
@@ -126,7 +158,8 @@ def list_odir(root: Path, classes: Sequence[str]) -> Listing:
 
     Raises:
         FileNotFoundError: the table is not there.
-        ValueError: the table lacks a column, or a row names no or several classes.
+        PermissionError: a folder may not be read.
+        ValueError: see `read_odir_table`.
         UnknownClassError: a row names another class.
     """
     table = root / ODIR_TABLE
@@ -136,35 +169,32 @@ def list_odir(root: Path, classes: Sequence[str]) -> Listing:
             f"{', '.join(ODIR_COLUMNS)}, and the photographs in one of "
             f"{', '.join(f'{name}/' for name in ODIR_FOLDERS)} or beside it"
         )
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or [])
-        require(
-            set(ODIR_COLUMNS) <= set(columns),
-            str(table),
-            f"a table with the columns {', '.join(ODIR_COLUMNS)}",
-            columns,
-        )
-        rows = sorted(reader, key=lambda row: str(row["filename"]))
+    rows = sorted(read_odir_table(table), key=lambda row: row.filename)
     folder = next((root / name for name in ODIR_FOLDERS if (root / name).is_dir()), root)
-    _, patients = np.unique([str(row["ID"]) for row in rows], return_inverse=True)
+    _, patients = np.unique([row.patient for row in rows], return_inverse=True)
     return Listing(
-        [folder / row["filename"] for row in rows],
+        [folder / row.filename for row in rows],
         np.array([_odir_label(row, classes, table) for row in rows], dtype=np.int64),
         patients.astype(np.int64),
+        _not_listed(table, folder, {row.filename for row in rows}),
     )
 
 
-def _odir_label(row: dict[str, str], classes: Sequence[str], table: Path) -> int:
-    refusal = (
-        f"{table}: labels of {row['filename']} must be one of {list(classes)}, as \"['N']\", "
-        f"got {row['labels']!r}"
-    )
-    try:
-        (name,) = ast.literal_eval(row["labels"])
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise ValueError(refusal) from error
-    label = class_label(str(name), classes)
+def _odir_label(row: OdirRow, classes: Sequence[str], table: Path) -> int:
+    label = class_label(row.label, classes)
     if label is None:
-        raise UnknownClassError(refusal)
+        raise UnknownClassError(
+            f"{table}, line {row.line}: labels of {row.filename} must be one of {list(classes)}, "
+            f"as \"['N']\", got {[row.label]}"
+        )
     return label
+
+
+def _not_listed(table: Path, folder: Path, names: set[str]) -> Counter[tuple[str, str]]:
+    files, left_out = files_below(table.parent)
+    for path in files:
+        if not path.is_relative_to(folder):
+            left_out[f"outside of {folder.relative_to(table.parent)}/"] += path != table
+        elif str(path.relative_to(folder)) not in names:
+            left_out[other_kind(path, PICTURES) or NOT_LISTED] += path != table
+    return +Counter({("", kind): number for kind, number in left_out.items()})

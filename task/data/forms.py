@@ -1,0 +1,73 @@
+"""The kinds of image files, and what other files are called."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image
+
+from task.data.decode import PICTURE_FORMATS
+
+UNOPENED = "files that cannot be opened"
+
+# An ending that says what a file is, rather than the last part of a number or of a name.
+ENDING = re.compile(r"\.[a-z][a-z0-9]{0,4}")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of image files.
+
+    Attributes:
+        title: what they are called.
+        suffixes: that their names end in, in lower case.
+        holds: whether an open file is one, by its content.
+    """
+
+    title: str
+    suffixes: tuple[str, ...]
+    holds: Callable[[BinaryIO], bool]
+
+
+def is_picture(file: BinaryIO) -> bool:
+    """Whether a file begins as a picture does that `decode_picture` reads."""
+    file.seek(0)
+    try:
+        with Image.open(file, formats=PICTURE_FORMATS):
+            return True
+    # Whatever Pillow does not know and what is cut off in its header; of many types.
+    except Exception:
+        return False
+
+
+def is_dicom(file: BinaryIO) -> bool:
+    """Whether a file has the mark of DICOM after its preamble.
+
+    Source: DICOM PS3.10 7.1.
+    """
+    file.seek(128)
+    return file.read(4) == b"DICM"
+
+
+PICTURES = Form("pictures", (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"), is_picture)
+DICOM = Form("DICOM files", (".dcm", ".dicom"), is_dicom)
+
+
+def other_kind(path: Path, form: Form) -> str | None:
+    """Say what a file is that is none of a kind; None where it is one.
+
+    A file is one by its ending or, where that is another, by its content.
+    """
+    ending = path.suffix.lower()
+    if ending in form.suffixes:
+        return None
+    try:
+        with path.open("rb") as file:
+            if form.holds(file):
+                return None
+            held = [other.title for other in (PICTURES, DICOM) if other.holds(file)]
+    except OSError:
+        return UNOPENED
+    return (*held, f"{ending} files" if ENDING.fullmatch(ending) else "other files")[0]
