@@ -38,7 +38,14 @@ from task.quality import score_images
 from task.randomness import Stream, numpy_generator, torch_generator
 from task.train import held_out_loss, new_optimizer, train_epochs
 from task.wire import FailureCode, Key, WeightLayout
-from tests.helpers import SMALL_RUN, Network, node_context, simulated, write_digits_as_mnist
+from tests.helpers import (
+    SMALL_RUN,
+    Network,
+    bound_by_modes,
+    node_context,
+    simulated,
+    write_digits_as_mnist,
+)
 from tests.test_data_files import write_tree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -570,10 +577,12 @@ def test_log_of_a_hospital_has_a_line_per_message(
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" feddm INFO: ")[1][:30] for line in lines] == [
         "ready for run-4711: 180 traini",
+        "data: 250 in all: 200 images a",
+        "data: 250 in all: 200 images a",
         "round 3: trained on 180 images",
         "round 3: evaluated 20 held-out",
     ]
-    assert "loss 0." in lines[1] and "on cpu in float32" in lines[1] and "loss 0." in lines[2]
+    assert "loss 0." in lines[3] and "on cpu in float32" in lines[3] and "loss 0." in lines[4]
 
 
 @pytest.mark.parametrize("message_type", ["query", "train", "evaluate"])
@@ -589,6 +598,30 @@ def test_failing_hospital_says_a_class_and_a_code_and_no_path(
     assert reply.error.reason == "FileNotFoundError"
     assert "patient-4711" not in repr(reply)
     assert "patient-4711" in caplog.text  # whoever runs the node can read why
+
+
+@pytest.mark.parametrize("shut", [False, True])
+@pytest.mark.parametrize("message_type", ["query", "train", "evaluate"])
+def test_names_of_files_and_folders_that_fail_stay_with_the_hospital(
+    message_type: str, shut: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tree(tmp_path / "set", {"a": 12, "b": 12, "a/jane-doe": 1})
+    (tmp_path / "set" / "a" / "jane-doe" / "jane-doe-1950.png").write_text("damaged")
+    if shut:
+        (tmp_path / "set" / "a" / "jane-doe").chmod(0)
+    run_config = {**SMALL_RUN, **FOLDER_RUN, "data.cache_dir": str(tmp_path / "cache")}
+    context = node_context(run_config, {"data-path": str(tmp_path / "set")})
+
+    def answer() -> tuple[bytes, str]:
+        caplog.clear()
+        return sent(app(message(message_type), context)), caplog.text
+
+    reply, log = bound_by_modes(answer)
+    assert b"jane-doe" not in reply
+    if shut:
+        assert b"PermissionError" in reply and "jane-doe: this folder may not be read" in log
+    elif message_type != "query":  # which decodes nothing
+        assert b"ValueError" in reply and "jane-doe-1950.png: Unidentified" in log
 
 
 def test_hospital_works_again_once_its_data_is_there(tmp_path: Path) -> None:

@@ -642,7 +642,7 @@ def test_set_of_unreadable_files_alone_is_refused(tmp_path: Path) -> None:
     write_tree(tmp_path / "set", {"a": 2})
     for file in (tmp_path / "set" / "a").iterdir():
         damage(file)
-    with pytest.raises(ValueError, match=r"none of its images can be read; .* 2 unreadable files"):
+    with pytest.raises(ValueError, match=r"none of its images can be read; .*\(2 unreadable files"):
         load(tmp_path / "set", on_corrupt="skip")
 
 

@@ -251,7 +251,7 @@ def test_copies_across_splits_are_found_in_files_whatever_their_format(tmp_path:
         found = take_inventory(config, build_dataset(config, download=False))
         assert found.duplicates == Duplicates(1, 0, (2, 0), 3)
         assert found.describe() == [
-            "of 14 files, 13 images are used (8 to train on, 5 to test with), "
+            "14 in all: 13 images are used (8 to train on, 5 to test with), "
             "1 left out (1 .csv files)",
             "1 training and 0 test images repeat another of their split, pixel by pixel",
             "WARNING: 2 of 5 test images are training images too, pixel by pixel (a 2): what is "
@@ -323,7 +323,7 @@ def test_node_counts_copies_of_training_images_among_its_held_out_ones(tmp_path:
     assert everything.left_out == {
         ("", "in the test split of the data set, which a node does not use"): 3
     }
-    with pytest.raises(ValueError, match=r"at least 99 .*\(of 45 files, 42 images are used"):
+    with pytest.raises(ValueError, match=r"at least 99 .*\(45 in all: 42 images are used"):
         check_node(config, NodeConfig(str(tmp_path / "set"), min_images=99))
 
 

@@ -66,7 +66,7 @@ class Inventory:
         left_out = sum(self.left_out.values())
         if left_out:
             total = sum(self.train) + sum(self.test) + left_out
-            used = f"of {total:,} files, {used}, {_described(_kinds(self.left_out))}"
+            used = f"{total:,} in all: {used}, {_described(_kinds(self.left_out))}"
         yield used
         if self.note:
             yield self.note

@@ -82,7 +82,7 @@ def load_dataset(
         raise UnknownClassError(
             f"data.classes must be at least {found} names for data={name}, got {num_classes}"
         )
-    return Dataset(*(reshape(part, image_size, channels) for part in (train, test)))
+    return Dataset(reshape(train, image_size, channels), reshape(test, image_size, channels))
 
 
 def read_digits(test_fraction: float | None, seed: int) -> tuple[ImageSet, ImageSet]:
