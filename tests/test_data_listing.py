@@ -1,5 +1,6 @@
 """Which files are images of a data set, what becomes of the others, which images are the same."""
 
+import json
 import logging
 import os
 from collections import Counter
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from server_app.simulation import load_images, record_data
 from task.config import load_config
 from task.data import Dataset, ImageSet, Inventory, build_dataset, list_files, take_inventory
 from task.data.duplicates import Duplicates, count_across_clients, find_duplicates
@@ -23,6 +25,8 @@ from task.data.listing import (
     list_odir,
 )
 from task.node import NodeConfig, check_node, count_images, own_config, own_images
+from task.partition import partition_dataset
+from task.run_directory import RunDirectory
 
 from .helpers import bound_by_modes
 from .test_data_files import load, picture, write_dicom, write_tree
@@ -287,6 +291,44 @@ def test_class_whose_files_are_all_left_out_is_named_with_them(tmp_path: Path) -
     held = "3 left out (2 in hidden folders and those of the system, 1 .heic files)"
     assert found.describe()[1:] == [f"WARNING: b has no images: {held}"]
     assert found.describe_missing(["b", "c"]) == f"b: {held}; c: no file at all"
+
+
+def test_run_says_and_writes_down_what_became_of_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tree(tmp_path / "set", {"train/a": 6, "train/b": 6, "test/a": 2, "test/b": 2})
+    for file in sorted((tmp_path / "set" / "train" / "a").iterdir()):
+        Image.open(file).save(file.with_suffix(".bmp"))
+    words = ["data=image_folder", f"data.root={tmp_path}/set", f"data.cache_dir={tmp_path}/cache"]
+    words += ["data.classes=[a,b]", f"output_dir={tmp_path}", "run_name=run", "partition.beta=inf"]
+    config = load_config(words)
+    dataset = load_images(config)
+    partition = partition_dataset(config, dataset, 2)
+    directory = RunDirectory(config)
+    record_data(config, dataset, directory, partition)
+    directory.close()
+    written = json.loads((tmp_path / "run" / "data.json").read_text())
+    held = [dataset.train.subset(indices).hashes.tolist() for indices in partition.train_indices]  # type: ignore[union-attr]
+    shared = 2 * len(set(held[0]) & set(held[1]))
+    assert shared > 0 and written["across_clients"] == shared
+    assert written["duplicates"]["within_train"] == 6
+    lines = [line.split(" ", 1)[1] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "data: 22 images are used (18 to train on, 4 to test with)",
+        "data: 6 training and 0 test images repeat another of their split, pixel by pixel",
+        f"data: {shared} training images are at more than one client",
+    ]
+
+
+def test_class_without_training_images_is_refused_with_what_its_folder_holds(
+    tmp_path: Path,
+) -> None:
+    write_tree(tmp_path / "set", {"train/a": 2, "train/b/.git": 3, "test/b": 2})
+    words = ["data=image_folder", f"data.root={tmp_path}/set", f"data.cache_dir={tmp_path}/cache"]
+    hidden = r"3 left out \(3 in hidden folders and those of the system\)"
+    held = rf"got also \['b', 'c'\]; b: 2 images to test with, {hidden}; c: no file at all"
+    with pytest.raises(ValueError, match=held):
+        load_images(load_config([*words, "data.classes=[a,b,c]"]))
 
 
 def test_many_kinds_are_summed_up() -> None:

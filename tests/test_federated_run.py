@@ -140,7 +140,7 @@ def test_run_leaves_its_files(reference: Path) -> None:
     assert len(events) == 1
     assert found - events == {
         *("config.yaml", "metrics.jsonl", "partition.json", "partition.png", "model.safetensors"),
-        *("machine.json", "report.html"),
+        *("machine.json", "report.html", "data.json"),
         *("samples/round_0002.png", "samples/round_0003.png", ".lock"),
         *(f"checkpoints/round_000{server_round}.safetensors" for server_round in (1, 2, 3)),
     }
@@ -694,7 +694,7 @@ def test_hospitals_are_numbered_once_and_keep_their_images(
     folder = play({**run_config, "federation.rounds": 1}, nodes=nodes)
     numbers = json.loads((folder / "nodes.json").read_text(encoding="utf-8"))
     assert numbers == {str(node): number for number, node in enumerate(sorted(nodes.contexts))}
-    assert not (folder / "partition.json").exists()
+    assert not (folder / "partition.json").exists() and not (folder / "data.json").exists()
     assert recorded(folder, "class_agreement") == {}  # the server holds no images
     written = read_config(folder / "config.yaml")
     assert written.train.precision == "auto"  # each node's own

@@ -43,8 +43,8 @@ class Inventory:
         return [*self._lines(), *(f"WARNING: {text}" for text in self._warnings())]
 
     def describe_missing(self, names: Iterable[str]) -> str:
-        """Say what the folders of classes hold that have no images."""
-        return "; ".join(f"{name}: {self._left_out_of(name)}" for name in names)
+        """Say what the folders of classes hold that have no images to train on."""
+        return "; ".join(f"{name}: {self._held(name)}" for name in names)
 
     def as_json(self) -> dict[str, Any]:
         """Return the counts as plain numbers and lists, for a JSON file."""
@@ -82,7 +82,7 @@ class Inventory:
     def _warnings(self) -> Iterable[str]:
         for name, train, test in zip(self.classes, self.train, self.test, strict=True):
             if train + test == 0 and any(owner == name for owner, _ in self.left_out):
-                yield f"{name} has no images: {self._left_out_of(name)}"
+                yield f"{name} has no images: {self._held(name)}"
         if self.duplicates is None:
             return
         in_both = dict(zip(self.classes, self.duplicates.in_both, strict=True))
@@ -99,9 +99,11 @@ class Inventory:
                 "pixel by pixel: one of their labels is wrong"
             )
 
-    def _left_out_of(self, name: str) -> str:
+    def _held(self, name: str) -> str:
+        test = self.test[self.classes.index(name)]
         kinds = _kinds({key: n for key, n in self.left_out.items() if key[0] == name})
-        return _described(kinds) if kinds else "no file at all"
+        held = [f"{test:,} images to test with"] if test else []
+        return ", ".join([*held, _described(kinds)] if kinds else held) or "no file at all"
 
 
 def inventory_of_listings(classes: Sequence[str], train: Listing, test: Listing) -> Inventory:
