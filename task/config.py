@@ -54,6 +54,10 @@ DRAWING_VALUES = (
     *("diffusion.sampler", "diffusion.num_inference_steps", "diffusion.eta"),
     *("diffusion.variance", "diffusion.guidance_scale", "diffusion.clip_x_start"),
 )
+# What may be changed of a run to draw images from it.
+GENERATION_VALUES = frozenset(
+    {"seed", "train.device", "eval.batch_size", "eval.precision", *DRAWING_VALUES}
+)
 PRECISIONS = ("auto", "float32", "bfloat16")
 EXTRACTORS = ("inception", "classifier", "exported")
 DIFFUSION_CHOICES = {
@@ -118,6 +122,18 @@ def require_seed(name: str, value: int) -> None:
 def is_hidden(folder: str) -> bool:
     """Whether a folder of this name is hidden, or one that a system keeps for itself."""
     return folder.startswith(".") or folder in SYSTEM_FOLDERS
+
+
+def require_folder(root: Path) -> None:
+    """Raise a FileNotFoundError unless there is a folder of images.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"data.root={root}: there is no such folder; set it to that of the images"
+        )
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -514,6 +530,16 @@ class Config:
             f"a multiple of {divisor} (2 to the power of model.num_poolings)",
             self.data.image_size,
         )
+
+
+def require_data_root(config: Config) -> None:
+    """Raise a FileNotFoundError unless the folder of a data set of files is there.
+
+    Raises:
+        FileNotFoundError: it is not.
+    """
+    if config.data.name in FILE_SETS:
+        require_folder(Path(config.data.root).expanduser())
 
 
 def register_schema() -> None:

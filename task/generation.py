@@ -8,18 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from task.config import DRAWING_VALUES, Config, require
+from task.config import Config, require
 from task.data import ImageSet
 from task.figures import mosaic
 from task.randomness import Stream, torch_generator
 from task.sampler import block_noise, build_sampler, fitting_batch_size, to_uint8
 from task.train import autocast, move
 from task.unet import UNet
-
-# What a caller may change of a run's configuration to draw from its model.
-GENERATION_VALUES = frozenset(
-    {"seed", "train.device", "eval.batch_size", "eval.precision", *DRAWING_VALUES}
-)
 
 # In a picture of many images.
 IMAGES_PER_ROW = 16

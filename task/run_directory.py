@@ -23,22 +23,22 @@
     tensorboard/                    the same metrics and pictures as events
 """
 
+from __future__ import annotations
+
 import fcntl
 import json
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import torch
-from torch.utils.tensorboard import SummaryWriter
-
-from task.checkpoint import load_weights, save_weights, weights_metadata, write_weights
 from task.config import (
     Config,
     flat_values,
+    hydra_override,
     read_config,
     settle_precisions,
     unknown_values,
@@ -46,7 +46,11 @@ from task.config import (
 )
 from task.files import atomic_path, naming_full_disk, remove_left_overs, write_json
 
-Tensors = Mapping[str, torch.Tensor]
+# Whoever only asks what is in a folder does without torch, which takes seconds.
+if TYPE_CHECKING:
+    import torch
+
+    Tensors = Mapping[str, torch.Tensor]
 
 NAMES_AND_PLACES = frozenset({"experiment", "output_dir", "run_name", "resume", "data.cache_dir"})
 
@@ -212,6 +216,8 @@ class RunDirectory:
             (path / folder).mkdir(exist_ok=True)
         self._remove_left_overs()
         self._forget_after(self.last_round)
+        from torch.utils.tensorboard import SummaryWriter
+
         self._tensorboard = SummaryWriter(str(path / "tensorboard"), purge_step=self.last_round + 1)
 
     def write_config(self, config: Config) -> None:
@@ -300,6 +306,8 @@ class RunDirectory:
             numbers: returns global metrics of the round. They are recorded when the file is
                 written and not yet in its place, so that no round is complete without them.
         """
+        from task.checkpoint import write_weights
+
         # No name of a weight holds a slash.
         beside = {f"{group}/{n}": t for group, tensors in state.items() for n, t in tensors.items()}
         file = self.path / "checkpoints" / f"round_{server_round:04d}.safetensors"
@@ -315,6 +323,8 @@ class RunDirectory:
         Raises:
             ValueError: the file is broken.
         """
+        from task.checkpoint import load_weights
+
         files = checkpoints(self.path)
         if not files:
             return None
@@ -332,21 +342,29 @@ class RunDirectory:
 
     def save_local_model(self, server_round: int, client: int, weights: Tensors) -> None:
         """Save the own weights of a simulated client after the last round."""
+        from task.checkpoint import save_weights
+
         file = weights_file(self.path, client)
         file.parent.mkdir(exist_ok=True)
         save_weights(file, weights, self._metadata(server_round))
 
     def save_model(self, server_round: int, weights: Tensors) -> None:
         """Save the final weights with configuration and round in their metadata."""
+        from task.checkpoint import save_weights
+
         save_weights(self.model_file, weights, self._metadata(server_round))
 
     def final_round(self) -> int | None:
         """The round of the final weights; None while there are none."""
+        from task.checkpoint import load_weights
+
         if not self.model_file.exists():
             return None
         return int(load_weights(self.model_file)[1]["round"])
 
     def _metadata(self, server_round: int) -> dict[str, str]:
+        from task.checkpoint import weights_metadata
+
         return weights_metadata(self.config, server_round)
 
     def _remove_left_overs(self) -> None:
@@ -391,6 +409,22 @@ def run_config(run: Path) -> Config:
     if not is_begun(run):
         raise ValueError(f"RUN: {run} holds no run (there is no {run / 'config.yaml'})")
     return read_config(run / "config.yaml")
+
+
+def require_weights(run: Path) -> None:
+    """Raise a ValueError unless the run in a folder has its final weights.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not weights_file(run).is_file():
+        place = {"output_dir": str(run.absolute().parent), "run_name": run.absolute().name}
+        words = [hydra_override(name, value) for name, value in place.items()]
+        raise ValueError(
+            f"no final weights in {run}: finish it with "
+            f"{shlex.join(['feddm-train', *words, 'resume=true'])} and the words that it was "
+            "started with"
+        )
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from task.checkpoint import load_weights
 from task.config import (
     EXTRACTORS,
     FILE_SETS,
+    GENERATION_VALUES,
     IMAGE_RANGES,
     Config,
     changed_config,
@@ -21,9 +22,9 @@ from task.config import (
     read_config,
     require,
 )
-from task.generation import GENERATION_VALUES, GeneratedImages, ImageSource, class_labels
+from task.generation import GeneratedImages, ImageSource, class_labels
 from task.restoration import RESTORATION_VALUES, Restorer, known_part, restoration_config
-from task.run_directory import PARTITION_FILE, run_config, weights_file
+from task.run_directory import PARTITION_FILE, require_weights, run_config, weights_file
 from task.train import select_device
 from task.unet import UNet, build_unet
 
@@ -195,17 +196,9 @@ def load_run(path: str | Path) -> FinishedRun:
         ValueError: there is no run, it is not finished, or it is of another version of feddm.
     """
     folder = Path(path).expanduser()
-    config = run_config(folder)
-    _require_weights(folder, config)
+    run_config(folder)
+    require_weights(folder)
     return _read_run(folder)
-
-
-def _require_weights(run: Path, config: Config) -> None:
-    if not weights_file(run).is_file():
-        raise ValueError(
-            f"no final weights in {run}: finish it with feddm-train output_dir={config.output_dir} "
-            f"run_name={config.run_name} resume=true and the words that it was started with"
-        )
 
 
 def find_runs(
@@ -277,7 +270,7 @@ def final_model(run: Path, config: Config, client: int | None = None) -> tuple[U
             f"run with federation.keep_local_models=[{client}] keeps them"
         )
     if client is None:
-        _require_weights(run, config)
+        require_weights(run)
     weights, metadata = load_weights(file)
     require("round" in metadata, f"the metadata of {file}", "with a round", metadata)
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]

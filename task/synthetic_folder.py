@@ -23,7 +23,7 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from task.config import DRAWING_VALUES, Config, flat_values, require
+from task.config import DRAWING_VALUES, Config, flat_values, hydra_override, require
 from task.files import atomic_path, remove_left_overs, write_json
 from task.generation import ImageSource, to_pil
 from task.run_directory import hold
@@ -122,9 +122,10 @@ class SyntheticFolder:
     def overrides(self) -> list[str]:
         """Say in words of a configuration how to train on the images."""
         data = self._origin["data"]
-        names = ",".join(f'"{folder.name}"' for folder in self._folders)
         return [
-            *("data=image_folder", f"data.root={self.path.absolute()}", f"data.classes=[{names}]"),
+            "data=image_folder",
+            hydra_override("data.root", str(self.path.absolute())),
+            hydra_override("data.classes", [folder.name for folder in self._folders]),
             *(f"data.{name}={data[name]}" for name in ("image_size", "channels")),
             "data.test_fraction=0.1",
         ]

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("task", "server_app", "client_app")
 FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
-HYDRA = {ROOT / "task" / "config.py", ROOT / "server_app" / "submit.py"}
+HYDRA = {ROOT / "task" / "config.py", ROOT / "server_app" / "command.py"}
 FORBIDDEN = {
     "task": {"server_app", "client_app", "flwr"},
     "server_app": {"client_app"},

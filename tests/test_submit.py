@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from server_app.command import name_by_what_is_swept, one_folder, read_arguments
 from server_app.evaluation import check_numbers
 from server_app.submit import (
     check_images,
     check_machine,
     equal_finished_run,
     go_on_with_sweep,
-    name_by_what_is_swept,
-    one_folder,
     train,
 )
 from task.config import Config, load_run_config
@@ -121,12 +120,32 @@ OWN = "hydra.job.config.override_dirname.exclude_keys="
         ("experiment=table2 partition.beta=1", f"{{}} {OWN}[experiment]"),
         ("experiment=table2 seed=1", f"{{}} {OWN}[experiment,seed]"),
         ("experiment=nonsense seed=1", f"{{}} {OWN}[experiment,seed]"),
+        # Of a word that is given twice Hydra takes the last.
+        ("-m seed=0 seed=1,2 train.lr=1,2", f"{{}} {OWN}[]"),
+        ("-m seed=1,2 seed=0 train.lr=1,2", f"{{}} {OWN}[seed]"),
         ("a=[", "a=["),
     ],
 )
 def test_jobs_are_named_by_what_differs_between_them(words: str, expected: str | None) -> None:
     expected = (expected or f"{{}} {OWN}[experiment,partition.beta]").format(words)
     assert name_by_what_is_swept(words.split()) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["data.root=/a,b", "seed=1"], ['data.root="/a,b"', "seed=1"]),
+        (["data.root=/a,b c", "-m"], ['data.root=/a,"b c"', "-m"]),
+        (["--multirun", "run_name=1e5,x"], ["--multirun", 'run_name="1e5",x']),
+        (["experiment=table2", "data.root=/a,/b"], ["experiment=table2", "data.root=/a,/b"]),
+        (["experiment=demo", "data.root=/a,/b"], ["experiment=demo", 'data.root="/a,/b"']),
+        (["--config-dir=/a b", "~data", "seed=1,2"], ["--config-dir=/a b", "~data", "seed=1,2"]),
+    ],
+)
+def test_several_texts_are_given_in_a_sweep_alone(
+    arguments: list[str], expected: list[str]
+) -> None:
+    assert read_arguments(arguments) == expected
 
 
 def test_tables_are_not_swept_themselves() -> None:

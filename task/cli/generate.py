@@ -4,8 +4,8 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from task.config import Config, changed_config
-from task.generation import GENERATION_VALUES, ImageSource, class_labels
+from task.config import GENERATION_VALUES, Config, changed_config
+from task.generation import ImageSource, class_labels
 from task.progress import progress
 from task.run_directory import weights_file
 from task.runs import final_model

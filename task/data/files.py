@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from task.config import FILE_SETS, require, require_one_of
+from task.config import FILE_SETS, require, require_folder, require_one_of
 from task.data.cache import cached_images
 from task.data.decode import (
     crop_round_field,
@@ -135,10 +135,7 @@ def original_size(name: str, path: Path) -> tuple[int, int] | None:
 
 
 def _list(kind: str, root: Path, classes: Sequence[str]) -> tuple[Listing, Listing | None]:
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"data.root={root}: there is no such folder; set it to that of the images"
-        )
+    require_folder(root)
     check_readable(root)
     if kind == "odir":
         return list_odir(root, classes), None
