@@ -6,6 +6,7 @@ it is called: torch takes seconds, and `feddm --help` needs none of it.
 
 import errno
 import inspect
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,12 +46,51 @@ app = typer.Typer(
     cls=OneLineErrors,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    # Or brackets are taken for markup, and `[normal,pneumonia]` is lost.
+    rich_markup_mode=None,
 )
+
+
+def finished(run: Path) -> Path:
+    """Check that a folder holds a finished run, before anything that takes long is imported."""
+    from task.run_directory import require_weights, run_config
+
+    run_config(run)
+    require_weights(run)
+    return run
+
+
+def begun(runs: list[Path]) -> list[Path]:
+    """Check that folders hold runs."""
+    from task.run_directory import run_config
+
+    for run in runs:
+        run_config(run)
+    return runs
+
+
+def folder(name: str) -> Callable[[Path | None], Path | None]:
+    """Return a check that there is such a folder, for an error that begins with a name."""
+
+    def check(path: Path | None) -> Path | None:
+        if path is not None and not path.is_dir():
+            raise ValueError(f"{name}: there is no folder {path}")
+        return path
+
+    return check
+
+
+def words_of_a_run(words: list[str] | None) -> list[str] | None:
+    """Check that overrides compose a configuration."""
+    from task.config import load_config
+
+    load_config(words or [])
+    return words
 
 
 # What several commands take.
 FinishedRunFolder = Annotated[
-    Path, typer.Argument(help="Folder of a finished run.", show_default=False)
+    Path, typer.Argument(help="Folder of a finished run.", show_default=False, callback=finished)
 ]
 Device = Annotated[
     str | None, typer.Option(help="auto, cpu, cuda or cuda:N; else the run's train.device.")
@@ -210,9 +250,7 @@ def generate(
       feddm generate runs/demo --num 5000 --out all diffusion.sampler=dpmpp_2m \\
         diffusion.num_inference_steps=20
     """
-    from task.cli.generate import generate_images
-    from task.config import changed_config
-    from task.generation import GENERATION_VALUES
+    from task.config import GENERATION_VALUES, changed_config
     from task.run_directory import run_config
 
     config = changed_config(
@@ -221,6 +259,8 @@ def generate(
         options={"seed": seed, "train.device": device, "eval.batch_size": batch_size},
         names=GENERATION_VALUES,
     )
+    from task.cli.generate import generate_images
+
     generate_images(
         run,
         config,
@@ -315,7 +355,12 @@ def restore(
 @app.command()
 def tables(
     sweep_dir: Annotated[
-        Path, typer.Argument(help="Folder with finished, measured runs.", show_default=False)
+        Path,
+        typer.Argument(
+            help="Folder with finished, measured runs.",
+            show_default=False,
+            callback=folder("SWEEP_DIR"),
+        ),
     ],
     figures: Annotated[
         bool, typer.Option(help="Draw figures 2 to 6 with the models of the runs, too.")
@@ -388,7 +433,7 @@ def export(
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Folders of runs, finished or not."),
+        typer.Argument(metavar="RUN...", help="Folders of runs, finished or not.", callback=begun),
     ],
     out: Annotated[
         Path | None,
@@ -419,6 +464,7 @@ def check_node(
             help="The words of the run, as the coordinator passes them: data=image_folder "
             "'data.classes=[normal,pneumonia]' model=tiny train.batch_size=64.",
             show_default=False,
+            callback=words_of_a_run,
         ),
     ] = None,
     data_path: Annotated[
@@ -473,7 +519,10 @@ def check_node(
 def doctor(
     data_root: Annotated[
         Path | None,
-        typer.Option(help="Folder of the data sets; else where each preset of conf/data looks."),
+        typer.Option(
+            help="Folder of the data sets; else where each preset of conf/data looks.",
+            callback=folder("--data-root"),
+        ),
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
 ) -> None:
