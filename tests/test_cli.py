@@ -1,3 +1,4 @@
+import inspect
 import json
 import math
 import os
@@ -6,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import click
 import pytest
@@ -57,6 +59,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished_run(folder, "data=digits", "data.test_fraction=0.1")
 
 
+COMMANDS = cast(click.Group, get_command(app)).commands
+
+
 def feddm(*words: object) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
 
@@ -77,12 +82,44 @@ def test_help_lists_the_commands() -> None:
     assert "--num-per-class" in feddm("evaluate", "--help").stdout
 
 
-def test_every_command_teaches_by_example() -> None:
-    command = get_command(app)
-    assert isinstance(command, click.Group)
-    for name in command.commands:
-        if name != "bench":  # whose help is that of the benchmarks
-            assert f"  feddm {name} " in feddm(name, "--help").stdout
+@pytest.mark.parametrize("name", sorted({*COMMANDS} - {"bench"}))  # its help is the benchmarks'
+def test_every_command_teaches_by_examples_that_can_be_copied(name: str) -> None:
+    text = str(COMMANDS[name].help)
+    examples = inspect.cleandoc(text.replace("\\[", "[")).partition("Examples:\n")[2].splitlines()
+    shown = [line.strip() for line in feddm(name, "--help").stdout.splitlines()]
+    assert f"feddm {name} " in "\n".join(examples)
+    # As a terminal of 80 columns shows them: no line is wrapped, no bracket taken for markup.
+    assert [line for line in examples if line.strip() not in shown] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("feddm --help", "check-node"),
+        ("feddm generate nothing --num 1 --out x", "feddm: RUN: nothing holds no run"),
+        ("feddm restore nothing a.png --class 3 --out x", "feddm: RUN: nothing holds no run"),
+        ("feddm evaluate nothing", "feddm: RUN: nothing holds no run"),
+        ("feddm export nothing --to onnx", "feddm: RUN: nothing holds no run"),
+        ("feddm report nothing", "feddm: RUN: nothing holds no run"),
+        ("feddm tables nothing", "feddm: SWEEP_DIR: there is no folder nothing"),
+        ("feddm doctor --data-root nothing", "feddm: --data-root: there is no folder nothing"),
+        ("feddm check-node nonsense=1", "feddm: configuration: Could not override 'nonsense'"),
+        ("feddm-train nonsense=1", "Could not override 'nonsense'"),
+        ("feddm-train data=chest_xray data.root=nothing", "nothing: there is no such folder"),
+        ("feddm-train run_name=..", "feddm-train: run_name must be the name of one folder"),
+        ("feddm-train resume=true run_name=no", "no holds no run; check output_dir and run_name"),
+    ],
+)
+def test_wrong_calls_are_answered_without_torch(words: str, expected: str, tmp_path: Path) -> None:
+    program, *arguments = words.split()
+    module = {"feddm": "task.cli.main", "feddm-train": "server_app.command"}[program]
+    # An import of torch fails.
+    code = f"import sys; sys.modules['torch'] = None; from {module} import main; main()"
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert expected in done.stdout + done.stderr
+    assert done.returncode == (0 if "--help" in words else 1)
+    assert "Traceback" not in done.stderr and [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize(

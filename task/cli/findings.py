@@ -63,7 +63,9 @@ def gpu_memory(device: torch.device) -> Iterator[Finding]:
 
 def free_disk(folder: Path) -> str:
     """Say how much room there is where a folder is, or would be made."""
-    return f"{shutil.disk_usage(nearest_folder(folder)).free / GIB:.1f} GiB at {folder}"
+    there = nearest_folder(folder)
+    place = f"{folder}" if there == folder.absolute() else f"{there}, where {folder} would be made"
+    return f"{shutil.disk_usage(there).free / GIB:.1f} GiB at {place}"
 
 
 def nearest_folder(folder: Path) -> Path:

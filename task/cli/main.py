@@ -6,6 +6,7 @@ it is called: torch takes seconds, and `feddm --help` needs none of it.
 
 import errno
 import inspect
+import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +19,11 @@ from typer.core import TyperGroup
 from task.processes import have_home
 
 
+def _without_markup(text: str) -> str:
+    """Keep brackets in a help text, which are taken for markup where none escapes them."""
+    return re.sub(r"(?<!\\)\[", r"\\[", text)
+
+
 class OneLineErrors(TyperGroup):
     """Commands that end in one line on stderr and status 1 where an input is at fault."""
 
@@ -28,7 +34,10 @@ class OneLineErrors(TyperGroup):
             paragraphs = inspect.cleandoc(command.help).split("\n\n")
             # A paragraph behind \b, of examples, keeps its lines.
             kept = [p if p.startswith("\b") else " ".join(p.split()) for p in paragraphs]
-            command.help = "\n\n".join(kept)
+            command.help = _without_markup("\n\n".join(kept))
+            for parameter in command.params:
+                if text := getattr(parameter, "help", None):
+                    setattr(parameter, "help", _without_markup(text))  # noqa: B010
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -46,8 +55,6 @@ app = typer.Typer(
     cls=OneLineErrors,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    # Or brackets are taken for markup, and `[normal,pneumonia]` is lost.
-    rich_markup_mode=None,
 )
 
 
@@ -328,7 +335,8 @@ def restore(
 
     \b
     Examples:
-      feddm restore runs/demo three.png --class 3 --mask lower-half.png --num 4 --out filled
+      feddm restore runs/demo three.png --class 3 --mask lower-half.png \\
+        --num 4 --out filled
       feddm restore runs/demo small.png --class 3 --upscale 4 --out large
       feddm restore runs/eyes grey.png --class N --colorize --out coloured \\
         diffusion.num_inference_steps=100
@@ -377,7 +385,8 @@ def tables(
 
     \b
     Examples:
-      feddm-train -m run_name=skew partition.beta=0.1,0.5,5 eval.final_metrics=true
+      feddm-train -m run_name=skew partition.beta=0.1,0.5,5 \\
+        eval.final_metrics=true
       feddm tables runs/skew
     """
     from task.cli.tables import write_tables
@@ -494,9 +503,10 @@ def check_node(
 
     \b
     Examples:
-      feddm check-node --data-path images data=image_folder 'data.classes=[normal,pneumonia]'
-      feddm check-node --superlink fl.example.org:8443 --root-certificates ca.crt \\
-          --private-key keys/hospital-a data=digits
+      feddm check-node --data-path images data=image_folder \\
+        'data.classes=[normal,pneumonia]'
+      feddm check-node --superlink fl.example.org:8443 \\
+        --root-certificates ca.crt --private-key keys/hospital-a data=digits
     """
     from task.cli.check_node import check_node
     from task.node import NodeConfig
