@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import IO, Any
 
 from server_app.log import log
 from server_app.superlink import CONNECTION, SuperLink, private_superlink
+from task.run_directory import HOW_TO_RESUME
 
 POLL_SECONDS = 1.0
 # From the end of the simulation's process to what Flower says of the run.
@@ -159,12 +161,10 @@ def described_failure(superlink: SuperLink) -> str | None:
 def described_end(status: int) -> str:
     """Say how the process of a simulation ended, by the exit status that a shell gives."""
     if status > 128:
-        return f"the simulation was killed by signal {status - 128}" + (
-            " (by hand, or because memory ran out: then fewer clients at once, or a smaller "
-            "train.batch_size)"
-            if status == 137
-            else ""
-        )
+        hint = " (by hand, or because memory ran out: then fewer clients at once, or a smaller "
+        hint = f"{hint}train.batch_size)" if status == 128 + signal.SIGKILL else ""
+        killed = f"the simulation was killed by signal {status - 128}{hint}"
+        return f"{killed}; to go on after the last complete round, {HOW_TO_RESUME}"
     return f"the simulation's process ended with status {status}"
 
 

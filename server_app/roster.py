@@ -183,7 +183,8 @@ class Roster:
                 )
             if ready < wanted and time.monotonic() - announced > 30:
                 announced = time.monotonic()
-                log(f"waiting for nodes: {ready} of {wanted} are there")
+                nodes = "Ray" if self._simulated else f"nodes: {ready} of {wanted} are there"
+                log(f"waiting for {nodes}")
             time.sleep(min(poll_seconds, max(deadline - time.monotonic(), 0.01)))
 
     def doubt(self, client: int) -> None:

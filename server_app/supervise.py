@@ -104,11 +104,13 @@ def supervise(
 
     It runs on the SuperLink's host and reads its run directories. A run that a person stopped
     with `flwr stop` is left alone. A run that it gives up it names, and goes on with the others.
-    Without --until-done it ends only when it is asked to (SIGTERM), with 0.
+    Without --until-done it ends only when it is asked to (SIGTERM, SIGHUP), with 0.
     """
     # Never in the midst of a submission.
     ending = [False]
-    signal.signal(signal.SIGTERM, lambda *_: ending.__setitem__(0, True))
+    for end in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(end) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(end, lambda *_: ending.__setitem__(0, True))
     try:
         runs.mkdir(parents=True, exist_ok=True)
         lock = hold(runs / LOCK_FILE, "--runs", patience=0.0)

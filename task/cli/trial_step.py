@@ -15,6 +15,7 @@ import torch
 from task.config import Config
 from task.diffusion import build_objective
 from task.parallel import count_processes, train_in_processes
+from task.processes import end_with_parent
 from task.train import (
     compile_where_wanted,
     configure_torch,
@@ -129,6 +130,7 @@ def oom_kills() -> int:
 
 
 def _report(function: Callable[[Argument], Result], argument: Argument, sender: Connection) -> None:
+    end_with_parent()
     try:
         sender.send((function(argument), None))
     except Exception as error:
