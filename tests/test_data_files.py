@@ -1,10 +1,12 @@
 """Data sets that lie in files: trees of pictures and DICOM, ODIR-5K's table, the cache."""
 
 import csv
+import errno
 import json
 import logging
 import multiprocessing
 import os
+import shutil
 import stat
 import warnings
 import zipfile
@@ -675,11 +677,11 @@ def test_failure_is_tried_again_after_a_decoder_came(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tree(tmp_path / "set", {"a": 3})
-    lacking = "000.png"
+    lacking, reason = "000.png", Exception("no decoder")
 
     def decode(path: Path) -> torch.Tensor:
         if path.name == lacking:
-            raise ValueError("no decoder")
+            raise reason
         return resize_decoded(decode_picture(path), 8, 3)
 
     def kept() -> list[int]:
@@ -699,6 +701,11 @@ def test_failure_is_tried_again_after_a_decoder_came(
     monkeypatch.setattr(cache, "decoder_versions", lambda: "pylibjpeg 2.0")
     assert kept() == [0, 1, 2]
     assert len(list((tmp_path / "cache").glob("[!.]*"))) == 1
+    shutil.rmtree(tmp_path / "cache")
+    lacking, reason = "002.png", OSError(errno.EMFILE, "Too many open files")
+    assert kept() == [0, 1]
+    lacking = ""
+    assert kept() == [0, 1, 2]  # no fault of the file
 
 
 def test_failure_is_tried_again_after_the_file_or_its_rights_changed(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ changed: the file, the rights to it, or the libraries that decode.
 No other entry is ever taken out: delete `cache_dir`, or any entry, when no run is going.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -44,6 +45,14 @@ DECODERS = (
     *("pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle"),
 )
 
+# Of the process, the machine or its network rather than the file: tried again every time.
+PASSING = frozenset(
+    {
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN),
+        *(errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN),
+    }
+)
+
 MAX_LISTED = 20
 MAX_THREADS = 8
 
@@ -70,7 +79,7 @@ class Failure(NamedTuple):
     Attributes:
         position: among the files.
         reason: in words.
-        state: of `read_state`, before it was tried.
+        state: of `read_state`, before it was tried; "" where the reason is a passing one.
     """
 
     position: int
@@ -274,7 +283,8 @@ def _decoded(
             raise
         # Damaged files make Pillow and pydicom raise nearly anything.
         except Exception as error:
-            return f"{type(error).__name__}: {error}", state
+            passing = isinstance(error, OSError) and error.errno in PASSING
+            return f"{type(error).__name__}: {error}", "" if passing else state
 
     # Pillow decodes outside of Python's lock.
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
