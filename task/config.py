@@ -42,6 +42,8 @@ FILE_SETS = {
     "sars_cov_2_ct": "image_folder",
     "odir": "odir",
 }
+# Of all values these alone; none may be nan.
+MAY_BE_INFINITE = ("partition.beta",)
 TRAIN_MODES = ("federated", "centralized")
 DATA_SETS = (*PACKAGED_SETS, *FILE_SETS)
 # The inception score parts the images into 10 splits.
@@ -182,9 +184,9 @@ class DataConfig:
             if value is not None:
                 require(0 < value < 1, f"data.{field}", "between 0 and 1, exclusive", value)
         require(
-            self.window is None or (len(self.window) == 2 and 1 < self.window[1] < math.inf),
+            self.window is None or (len(self.window) == 2 and self.window[1] >= 1),
             "data.window",
-            "[center, width] with a width > 1, or null for what each file says",
+            "[center, width] with a width >= 1, or null for what each file says",
             self.window,
         )
         require_one_of("data.on_corrupt", self.on_corrupt, ("refuse", "skip"))
@@ -516,6 +518,11 @@ class Config:
     eval: EvalConfig = MISSING
 
     def __post_init__(self) -> None:
+        for path in value_paths():
+            value = attrgetter(path)(self)
+            numbers = value if isinstance(value, list) else [value]
+            finite = all(math.isfinite(n) for n in numbers if isinstance(n, float))
+            require(finite or path in MAY_BE_INFINITE, path, "finite", value)
         require_seed("seed", self.seed)
         require(
             self.run_name not in ("", ".", "..") and "/" not in self.run_name,

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import tomllib
 from pathlib import Path
@@ -173,7 +174,11 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
         ("data.on_corrupt=ignore", ["data.on_corrupt", "'ignore'", "refuse, skip"]),
         ("data.fit=cut", ["data.fit", "'cut'", "stretch, crop, pad"]),
         ("data.window=[40]", ["data.window", "[40.0]", "[center, width]"]),
-        ("data.window=[40,1]", ["data.window", "[40.0, 1.0]", "width > 1"]),
+        ("data.window=[40,0.9]", ["data.window", "[40.0, 0.9]", "width >= 1"]),
+        ("data.window=[nan,400]", ["data.window", "[nan, 400.0]", "finite"]),
+        ("data.window=[-inf,400]", ["data.window", "[-inf, 400.0]", "finite"]),
+        ("data.window=[40,nan]", ["data.window", "[40.0, nan]", "width >= 1"]),
+        ("data.window=[40,inf]", ["data.window", "[40.0, inf]", "finite"]),
         ("partition.beta=null", ["partition.beta", "None", "partition.counts"]),
         ("partition.counts=[[1]]", ["partition.beta", "0.5", "null", "partition.counts"]),
         ("data.classes=[a,a]", ["data.classes", "['a', 'a']", "distinct"]),
@@ -284,10 +289,25 @@ def test_unknown_keys_are_refused_with_a_plus_as_well(override: str) -> None:
         load_config([override])
 
 
-@pytest.mark.parametrize("field", ["train.lr", "federation.node_wait", "federation.round_timeout"])
-def test_infinite_values_are_refused_as_what_they_are(field: str) -> None:
-    with pytest.raises(ValueError, match=rf"{field} must be .*finite.*, got inf"):
-        load_config([f"{field}=inf"])
+FLOATS = [path for path, kind in value_paths().items() if "float" in str(kind)]
+
+
+@pytest.mark.parametrize("field", FLOATS)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_no_value_is_nan_and_one_may_be_infinite(field: str, value: str) -> None:
+    given = f"[{value},{value}]" if field == "data.window" else value
+    if (field, value) == ("partition.beta", "inf"):
+        load_config([f"{field}={given}"])
+        return
+    with pytest.raises(ValueError, match=rf"{field} must be .*, got \[?{value}"):
+        load_config([f"{field}={given}"])
+
+
+def test_numbers_in_replaced_sections_are_checked_too() -> None:
+    config = load_config()
+    window = dataclasses.replace(config.data, window=[math.nan, 400.0])
+    with pytest.raises(ValueError, match=r"data\.window must be finite, got \[nan, 400\.0\]"):
+        dataclasses.replace(config, data=window)
 
 
 def test_values_at_the_edge_are_accepted() -> None:

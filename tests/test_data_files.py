@@ -17,27 +17,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from pydicom import dcmread
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.pixels.processing import apply_windowing
-from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
-from torchvision.transforms import v2
 
 from client_app.workspace import Workspace
 from task.config import load_config
 from task.data import Dataset, build_dataset, cache, load_files, take_inventory
 from task.data.cache import cache_key, cached_images, read_state, report_unreadable
-from task.data.decode import (
-    apply_window,
-    crop_round_field,
-    decode_dicom,
-    decode_picture,
-    resize_decoded,
-    to_square,
-)
+from task.data.decode import decode_picture, resize_decoded
 from task.data.listing import class_label
 
 from .helpers import bound_by_modes, node_context
+from .image_files import HOUNSFIELD, RESCALED, picture, write_dicom
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -66,11 +55,6 @@ def load(root: Path, name: str = "image_folder", **options: object) -> Dataset:
         "on_corrupt": "refuse",
     }
     return load_files(name, root=root, **(defaults | options))  # type: ignore[arg-type]
-
-
-def picture(seed: int, size: int = 8, channels: int = 3) -> np.ndarray:
-    shape = (size, size) if channels == 1 else (size, size, channels)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 def write_tree(root: Path, sizes: dict[str, int]) -> None:
@@ -191,17 +175,7 @@ def test_folder_like_two_classes_is_of_neither() -> None:
     assert class_label("a-b", ["a_b", "a-b"]) == 1
 
 
-# Pictures of every kind.
-
-
-def test_pictures_are_resized_as_torchvision_does_without_antialiasing(tmp_path: Path) -> None:
-    pixels = picture(0, size=30)[:, :20]
-    Image.fromarray(pixels).save(tmp_path / "x.png")
-    planes = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-    expected = v2.functional.resize(planes.float(), [16, 16], antialias=False)
-    found = resize_decoded(decode_picture(tmp_path / "x.png"), 16, 3)
-    assert found.dtype == torch.uint8
-    assert (found.float() - expected).abs().max() <= 0.5 + 1e-4
+# Pictures and DICOM files in folders; what they hold is tested in test_decode.
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -221,74 +195,6 @@ def test_pictures_become_square_by_crop_pad_or_stretch(tmp_path: Path, wide: boo
     ):
         found = load(tmp_path / "set", image_size=size, fit=fit).train.images
         assert torch.equal(found[0], expected)
-
-
-def test_odd_differences_of_the_sides_lose_no_row() -> None:
-    pixels = torch.arange(1.0, 11).view(1, 5, 2)
-    assert to_square(pixels, "crop").shape == (1, 2, 2)
-    padded = to_square(pixels, "pad")
-    assert padded.shape == (1, 5, 5) and torch.equal(padded[padded > 0], pixels.flatten())
-    with pytest.raises(ValueError, match=r"data\.fit must be one of stretch, crop, pad, got 'cut'"):
-        to_square(pixels, "cut")
-
-
-def test_colour_becomes_grey_as_in_pillow_and_grey_fills_three_channels(tmp_path: Path) -> None:
-    Image.fromarray(picture(0)).save(tmp_path / "colour.png")
-    Image.fromarray(picture(1, channels=1)).save(tmp_path / "grey.png")
-    grey = resize_decoded(decode_picture(tmp_path / "colour.png"), 8, 1)[0].numpy().astype(int)
-    expected = np.asarray(Image.fromarray(picture(0)).convert("L")).astype(int)
-    assert np.abs(grey - expected).max() <= 1
-    filled = resize_decoded(decode_picture(tmp_path / "grey.png"), 8, 3)
-    assert np.array_equal(filled, np.stack([picture(1, channels=1)] * 3))
-
-
-def test_grey_stored_as_colour_loses_nothing_as_grey(tmp_path: Path) -> None:
-    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    Image.fromarray(np.stack([grey] * 3, axis=-1)).save(tmp_path / "x.png")
-    assert np.array_equal(resize_decoded(decode_picture(tmp_path / "x.png"), 16, 1)[0], grey)
-
-
-def test_16_bit_grey_is_scaled_and_not_cut_off(tmp_path: Path) -> None:
-    for suffix in ("png", "tif"):
-        values = np.array([[0, 257], [32768, 65535]], dtype=np.uint16)
-        Image.fromarray(values).save(tmp_path / f"x.{suffix}")
-        found = resize_decoded(decode_picture(tmp_path / f"x.{suffix}"), 2, 1)
-        assert found.flatten().tolist() == [0, 1, 128, 255]
-
-
-def test_palettes_become_colours_and_transparency_black(tmp_path: Path) -> None:
-    pixels = np.zeros((8, 8, 3), np.uint8)
-    pixels[:4] = (10, 200, 30)
-    Image.fromarray(pixels).quantize(2).save(tmp_path / "palette.png")
-    assert np.array_equal(decode_picture(tmp_path / "palette.png"), pixels.transpose(2, 0, 1))
-    alpha = np.full((8, 8, 4), 255, np.uint8)
-    alpha[:4, :, 3] = 0
-    Image.fromarray(alpha).save(tmp_path / "alpha.png")
-    found = decode_picture(tmp_path / "alpha.png")
-    assert found.shape == (3, 8, 8) and found[:, :4].max() == 0 and found[:, 4:].min() == 255
-
-
-def test_rotation_noted_by_the_camera_is_applied(tmp_path: Path) -> None:
-    pixels = np.zeros((8, 4), np.uint8)
-    pixels[0] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
-    found = decode_picture(tmp_path / "x.png")
-    assert found.shape == (1, 4, 8) and found[0, :, -1].min() == 255 and found[0, :, 0].max() == 0
-
-
-def test_pictures_without_one_clear_image_are_refused(tmp_path: Path) -> None:
-    page = Image.fromarray(picture(0))
-    page.save(tmp_path / "pages.tif", save_all=True, append_images=[page])
-    with pytest.raises(ValueError, match="2 frames"):
-        decode_picture(tmp_path / "pages.tif")
-    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(ValueError, match="mode F"):
-        decode_picture(tmp_path / "float.tif")
-    page.save(tmp_path / "gif.png", format="GIF")
-    with pytest.raises(OSError, match="cannot identify"):
-        decode_picture(tmp_path / "gif.png")
 
 
 @shared_zip("chestxray.zip")
@@ -319,82 +225,6 @@ def test_cifar10_files_keep_what_pillow_reads(tmp_path: Path) -> None:
         assert classes[int(found.train.labels[i])] == train[i].split("/")[1]
 
 
-# DICOM.
-
-
-def write_dicom(path: Path, values: np.ndarray, **elements: object) -> None:
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
-    meta.MediaStorageSOPInstanceUID = generate_uid()
-    file = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
-    bits = values.dtype.itemsize * 8
-    file.Rows, file.Columns = (
-        values.shape[:2] if elements.get("SamplesPerPixel") else (values.shape[-2:])
-    )
-    file.SamplesPerPixel = 1
-    file.PhotometricInterpretation = "MONOCHROME2"
-    file.BitsAllocated = file.BitsStored = bits
-    file.HighBit = bits - 1
-    file.PixelRepresentation = int(values.dtype.kind == "i")
-    for name, value in elements.items():
-        setattr(file, name, value)
-    file.PixelData = values.tobytes()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file.save_as(path, enforce_file_format=True)
-
-
-HOUNSFIELD = np.array([[0, 824], [1064, 4095]], dtype=np.uint16)  # -1024, -200, 40, 3071 HU
-RESCALED = {"RescaleSlope": 1, "RescaleIntercept": -1024}
-
-
-@pytest.mark.parametrize(("center", "width"), [(40, 400), (-600, 1500), (300.5, 2)])
-def test_windows_are_those_of_pydicom(tmp_path: Path, center: float, width: float) -> None:
-    values = np.random.default_rng(0).integers(0, 4096, (16, 16), dtype=np.uint16)
-    file = tmp_path / "x.dcm"
-    write_dicom(file, values, **RESCALED, WindowCenter=center, WindowWidth=width)
-    hounsfield = values.astype(np.float64) - 1024
-    reference = apply_windowing(hounsfield, dcmread(file))
-    low, high = -1024, 65535 - 1024  # pydicom's range: that of the stored bits, rescaled
-    expected = (reference - low) / (high - low) * 255
-    assert np.abs(decode_dicom(file)[0].numpy() - expected).max() < 1e-3
-    assert torch.equal(decode_dicom(file), decode_dicom(file, (center, width)))
-
-
-def test_configured_window_wins_over_that_of_the_file(tmp_path: Path) -> None:
-    write_dicom(tmp_path / "x.dcm", HOUNSFIELD, **RESCALED, WindowCenter=0, WindowWidth=10)
-    found = decode_dicom(tmp_path / "x.dcm", (39.5, 481))
-    assert found.shape == (1, 2, 2)
-    # (v - c + 0.5) / (w - 1) + 0.5: 0 below -201, 1 above 279
-    assert found.flatten().tolist() == pytest.approx([0, 255 / 480, 255 * 241 / 480, 255])
-
-
-def test_several_windows_of_a_file_mean_the_first(tmp_path: Path) -> None:
-    windows = {"WindowCenter": [40, -600], "WindowWidth": [400, 1500]}
-    write_dicom(tmp_path / "x.dcm", HOUNSFIELD, **RESCALED, **windows)
-    assert torch.equal(
-        decode_dicom(tmp_path / "x.dcm"), decode_dicom(tmp_path / "x.dcm", (40, 400))
-    )
-
-
-def test_files_without_window_are_stretched_and_monochrome1_is_inverted(tmp_path: Path) -> None:
-    values = np.array([[-100, 0], [100, 410]], dtype=np.int16)
-    write_dicom(tmp_path / "x.dcm", values)
-    assert decode_dicom(tmp_path / "x.dcm").flatten().tolist() == pytest.approx([0, 50, 100, 255])
-    write_dicom(tmp_path / "y.dcm", values, PhotometricInterpretation="MONOCHROME1")
-    inverted = decode_dicom(tmp_path / "y.dcm")
-    assert inverted.flatten().tolist() == pytest.approx([255, 205, 155, 0])
-    write_dicom(tmp_path / "flat.dcm", np.full((2, 2), 7, np.uint8))
-    assert decode_dicom(tmp_path / "flat.dcm").unique().tolist() == [0]
-
-
-def test_colour_dicom_is_kept(tmp_path: Path) -> None:
-    pixels = picture(0)
-    colour = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
-    write_dicom(tmp_path / "x.dcm", pixels, **colour)
-    assert np.array_equal(decode_dicom(tmp_path / "x.dcm"), pixels.transpose(2, 0, 1))
-
-
 def test_dicom_folder_is_read_with_its_window(tmp_path: Path) -> None:
     for i in range(4):
         write_dicom(tmp_path / "set" / "ab"[i % 2] / f"{i}.dcm", HOUNSFIELD + i, **RESCALED)
@@ -409,22 +239,15 @@ def test_dicom_folder_is_read_with_its_window(tmp_path: Path) -> None:
 def test_multi_frame_and_strange_dicom_files_are_refused_by_name(tmp_path: Path) -> None:
     frames = np.zeros((3, 4, 4), np.uint8)
     write_dicom(tmp_path / "set" / "a" / "cine.dcm", frames, NumberOfFrames=3)
-    write_dicom(
-        tmp_path / "set" / "a" / "lut.dcm", frames[0], PhotometricInterpretation="PALETTE COLOR"
-    )
+    write_dicom(tmp_path / "set" / "a" / "hsv.dcm", frames[0], PhotometricInterpretation="HSV")
     (tmp_path / "set" / "a" / "text.dcm").write_text("not DICOM")
     with pytest.raises(ValueError) as caught:
         load(tmp_path / "set", "dicom_folder")
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("3 image files cannot be read")
     assert "cine.dcm: ValueError: it has 3 frames" in lines[1]
-    assert "lut.dcm" in lines[2] and "PALETTE COLOR" in lines[2]
-    assert "text.dcm: InvalidDicomError" in lines[3]
-
-
-def test_window_of_no_width_is_refused() -> None:
-    with pytest.raises(ValueError, match="width must be > 1"):
-        apply_window(np.zeros(3), 40, 1)
+    assert "hsv.dcm" in lines[2] and "PhotometricInterpretation" in lines[2]
+    assert "text.dcm: ValueError: InvalidDicomError" in lines[3]
 
 
 # ODIR-5K.
@@ -493,20 +316,6 @@ def test_odir_tables_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     (tmp_path / "set" / "full_df.csv").write_text("ID,labels\n1,\"['N']\"\n")
     with pytest.raises(ValueError, match=r"columns ID, filename, labels, got \['ID', 'labels'\]"):
         load(tmp_path / "set", "odir")
-
-
-def test_crop_round_field_finds_the_disc_wherever_it_is() -> None:
-    pixels = torch.full((3, 50, 70), 9.0)  # what JPEG leaves of black
-    rows, columns = torch.meshgrid(torch.arange(50), torch.arange(70), indexing="ij")
-    pixels[:, (rows - 20) ** 2 + (columns - 45) ** 2 <= 15**2] = 200
-    assert torch.equal(crop_round_field(pixels), pixels[:, 5:36, 30:61])
-    # A field that the camera has cut off above and below: the square in its middle.
-    assert torch.equal(crop_round_field(pixels[:, 10:31]), pixels[:, 10:31, 35:56])
-
-
-def test_black_photographs_are_refused() -> None:
-    with pytest.raises(ValueError, match="black"):
-        crop_round_field(torch.zeros(3, 4, 4))
 
 
 # The cache and files that cannot be read.

@@ -120,7 +120,7 @@ def read_picture(file: Path, size: int, channels: int) -> Tensor:
     """Read a picture as training reads it, but without resizing.
 
     Args:
-        file: PNG, JPEG, BMP or TIFF.
+        file: of a picture, see `decode_picture`.
         size: its height and width.
         channels: 1 turns colours into grey, 3 repeats grey.
 

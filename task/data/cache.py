@@ -37,7 +37,7 @@ from task.progress import tracked
 
 # To be raised when the same file and settings give other pixels than before, or any for the first
 # time.
-VERSION = 2
+VERSION = 3
 
 # Packages that, installed or in another version, may read a file that could not be read.
 DECODERS = (

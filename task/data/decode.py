@@ -1,135 +1,34 @@
-"""One file to one image: [C, H, W] float32 in [0, 255], C = 1 (grey) or 3, of any size."""
+"""One file to one image: decoded, brought to a square and to the size that the model sees.
 
-from pathlib import Path
+`pictures` and `dicom` decode to [C, H, W] float32 in [0, 255], C = 1 (gray) or 3, of any size.
+"""
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from task.config import DATA_FITS, require, require_one_of
+from task.config import DATA_FITS, require_one_of
+from task.data.dicom import apply_window, decode_dicom, dicom_size
 from task.data.images import resize
+from task.data.pictures import decode_picture, picture_size
 
-PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
+__all__ = [
+    "LUMA",
+    "apply_window",
+    "crop_round_field",
+    "decode_dicom",
+    "decode_picture",
+    "dicom_size",
+    "picture_size",
+    "resize_decoded",
+    "to_square",
+]
 
 # JPEG leaves the black around a fundus photograph a little grey.
 BLACK = 16
 
 # ITU-R BT.601, as Pillow's own conversion to grey.
 LUMA = torch.tensor([0.299, 0.587, 0.114])
-
-
-def decode_picture(path: Path) -> Tensor:
-    """Decode a PNG, JPEG, BMP or TIFF file.
-
-    16-bit grey is scaled by 255 / 65535; palettes become colours; what is transparent becomes
-    black, the background of medical images; the rotation that a camera noted in EXIF is applied.
-
-    Raises:
-        OSError: it is missing, damaged or of another format.
-        ValueError: it has several frames, or numbers without a known range.
-    """
-    with Image.open(path, formats=PICTURE_FORMATS) as opened:
-        frames = getattr(opened, "n_frames", 1)
-        # Cameras put a preview into JPEG files as a second frame.
-        if opened.format == "TIFF" and frames > 1:
-            raise ValueError(f"it has {frames} frames; store one image per file")
-        picture = ImageOps.exif_transpose(opened)
-        if picture.mode.startswith("I;16"):
-            return _planes(np.asarray(picture, dtype=np.float32) * (255 / 65535))
-        if picture.mode in ("I", "F"):
-            raise ValueError(
-                f"pixels of mode {picture.mode} have no known range; store 8 or 16 bits"
-            )
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
-            picture = Image.alpha_composite(black, picture)
-        grey = picture.mode in ("1", "L")
-        return _planes(np.asarray(picture.convert("L" if grey else "RGB"), dtype=np.float32))
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """Read width and height of a picture from its header; errors as in `decode_picture`."""
-    with Image.open(path, formats=PICTURE_FORMATS) as opened:
-        return opened.size
-
-
-def dicom_size(path: Path) -> tuple[int, int]:
-    """Read width and height of a DICOM file from its header; errors as in `decode_dicom`."""
-    # Imported here because only DICOM folders need it.
-    from pydicom import dcmread
-
-    file = dcmread(path, stop_before_pixels=True)
-    return int(file.Columns), int(file.Rows)
-
-
-def decode_dicom(path: Path, window: tuple[float, float] | None = None) -> Tensor:
-    """Decode a single-frame DICOM file: rescale, window, and black where MONOCHROME1 has white.
-
-    Args:
-        path: of the file.
-        window: center and width in rescaled units (Hounsfield for CT); None: the file's own
-            first window, or else from its smallest to its largest value.
-
-    Raises:
-        OSError: the file is missing.
-        ValueError: it has several frames, or its pixels are neither grey nor 8-bit RGB.
-        Exception: pydicom's many, where it is damaged or needs a decoder that is not installed.
-
-    Source: DICOM PS3.3 C.11.1 (rescale) and C.11.2.1.2 (linear window).
-    """
-    # Imported here because only DICOM folders need it.
-    from pydicom import dcmread
-    from pydicom.pixels.processing import apply_modality_lut
-
-    file = dcmread(path)
-    frames = int(file.get("NumberOfFrames") or 1)
-    if frames > 1:
-        raise ValueError(f"it has {frames} frames; store one frame per file")
-    kind = str(file.PhotometricInterpretation)
-    if kind == "RGB" or kind.startswith("YBR"):
-        require(int(file.BitsAllocated) == 8, "BitsAllocated", f"8 with {kind}", file.BitsAllocated)
-        return _planes(file.pixel_array.astype(np.float32))  # pydicom turns YBR into RGB
-    require(
-        kind in ("MONOCHROME1", "MONOCHROME2"),
-        "PhotometricInterpretation",
-        "MONOCHROME1, MONOCHROME2, RGB or YBR",
-        kind,
-    )
-    values = np.asarray(apply_modality_lut(file.pixel_array, file), dtype=np.float64)
-    if window is None:
-        window = _own_window(file.get("WindowCenter"), file.get("WindowWidth"))
-    pixels = _stretch(values) if window is None else apply_window(values, *window)
-    return _planes((255 - pixels if kind == "MONOCHROME1" else pixels).astype(np.float32))
-
-
-def _own_window(center: object, width: object) -> tuple[float, float] | None:
-    # Either may be absent, empty, one number or several, of alternative windows.
-    centers, widths = (np.atleast_1d(np.array(v or [], dtype=np.float64)) for v in (center, width))
-    return (float(centers[0]), float(widths[0])) if len(centers) and len(widths) else None
-
-
-def _stretch(values: np.ndarray) -> np.ndarray:
-    low, high = float(values.min()), float(values.max())
-    stretched: np.ndarray = (values - low) * (255 / max(high - low, 1e-12))
-    return stretched
-
-
-def apply_window(values: np.ndarray, center: float, width: float) -> np.ndarray:
-    """Map the window linearly to [0, 255] and cut off what lies outside.
-
-    Args:
-        values: rescaled pixel values, float64.
-        center: of the window, in their unit.
-        width: of the window, > 1, in their unit.
-
-    Source: DICOM PS3.3 C.11.2.1.2.1.
-    """
-    require(width > 1, "window width", "> 1", width)
-    windowed: np.ndarray = ((values - (center - 0.5)) / (width - 1) + 0.5).clip(0, 1) * 255
-    return windowed
 
 
 def crop_round_field(pixels: Tensor) -> Tensor:
@@ -193,9 +92,3 @@ def resize_decoded(pixels: Tensor, image_size: int, channels: int) -> Tensor:
     if len(pixels) > channels:
         pixels = (pixels * LUMA[:, None, None]).sum(0, keepdim=True)
     return resize(pixels[None], image_size)[0].expand(channels, -1, -1)
-
-
-def _planes(pixels: np.ndarray) -> Tensor:
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
