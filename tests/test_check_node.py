@@ -241,6 +241,7 @@ def test_every_problem_is_listed_before_the_first_is_named(tmp_path: Path) -> No
     check.section("disks", check.places())
     corrupt, output = check.problems
     assert corrupt.startswith("1 image files cannot be read") and "001.png" in corrupt
+    assert "it is damaged, or no PNG" in corrupt
     assert output.startswith("output-path must be a folder")
     assert "001.png" in "\n".join(said) and "original sizes" in "\n".join(said)
 

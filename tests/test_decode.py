@@ -133,6 +133,13 @@ def test_tiff_of_one_bit_is_black_and_white(tmp_path: Path, photometric: int) ->
     assert np.array_equal(decode_picture(tmp_path / "x.tif")[0], expected)
 
 
+def test_palette_of_tiff_has_colors_of_16_bits(tmp_path: Path) -> None:
+    colors, chosen = picture(3, size=16).reshape(-1, 3), picture(4, channels=1)
+    tags = {258: [8], 262: [3], 320: (colors.T.astype(int) * 257).flatten().tolist()}
+    write_tiff(tmp_path / "x.tif", chosen.tobytes(), (8, 8), tags)
+    assert np.array_equal(decode_picture(tmp_path / "x.tif"), colors[chosen].transpose(2, 0, 1))
+
+
 @pytest.mark.parametrize("planar", [1, 2])
 def test_colors_of_tiff_lie_by_pixel_or_by_plane(tmp_path: Path, planar: int) -> None:
     pixels = picture(3)

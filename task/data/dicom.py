@@ -195,9 +195,9 @@ def _padding(raw: np.ndarray, file: "Dataset") -> np.ndarray:
 
 
 def _stored_bits(raw: np.ndarray, file: "Dataset") -> np.ndarray:
-    """Return the values of the bits stored, int64: those above may hold overlays."""
+    """Return the values of the bits stored, signed integers: bits above may hold overlays."""
     bits = int(file.BitsStored)
-    values: np.ndarray = raw.astype(np.int64) & (2**bits - 1)
+    values: np.ndarray = raw.astype(np.int32 if raw.itemsize <= 2 else np.int64) & (2**bits - 1)
     if int(file.PixelRepresentation):
         values -= (values >> (bits - 1)) << bits
     return values
