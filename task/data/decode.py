@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from task.config import DATA_FITS, require_one_of
 from task.data.dicom import apply_window, decode_dicom, dicom_size
 from task.data.images import resize
-from task.data.pictures import decode_picture, picture_size
+from task.data.pictures import PICTURE_FORMATS, decode_picture, picture_size
 
 __all__ = [
     "LUMA",
+    "PICTURE_FORMATS",
     "apply_window",
     "crop_round_field",
     "decode_dicom",
