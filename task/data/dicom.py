@@ -216,9 +216,9 @@ def _rescale(values: np.ndarray, file: "Dataset") -> np.ndarray:
     for item in file.get("ModalityLUTSequence", []):
         # Its values are of a unit and have no range; pydicom knows tables of 8 and of 16 bits.
         item.add_new("LUTDescriptor", "SL", [*item.LUTDescriptor[:2], 16])
-    rescaled: np.ndarray = apply_modality_lut(values, file)
-    # Doses have a scale of their own.
-    return rescaled * float(file.get("DoseGridScaling", 1))
+    dose_scale = float(file.get("DoseGridScaling", 1))
+    rescaled: np.ndarray = apply_modality_lut(values, file) * dose_scale
+    return rescaled
 
 
 def _show(
@@ -286,10 +286,10 @@ def _apply_voi_lut(values: np.ndarray, file: "Dataset") -> np.ndarray:
     # pydicom counts entries in the type of the results, where 8 bits would overflow.
     item.add_new("LUTDescriptor", "SL", [entries % 2**16, first, 16])
     inside = np.clip(np.rint(values), first, first + entries - 1).astype(np.int64)
-    table: np.ndarray = apply_voi(inside, file)
-    top = 2**bits - 1
-    require(table.max() <= top, "VOILUTSequence", f"a table of values up to {top}", table.max())
-    return table * (255 / top)
+    found, top = apply_voi(inside, file), 2**bits - 1
+    require(found.max() <= top, "VOILUTSequence", f"a table of values up to {top}", found.max())
+    shown: np.ndarray = found * (255 / top)
+    return shown
 
 
 def _square_pixels(pixels: Tensor, file: "Dataset") -> Tensor:
