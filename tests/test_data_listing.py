@@ -97,6 +97,18 @@ def test_files_are_recognized_by_their_content_where_the_name_does_not_say(tmp_p
     assert kinds(listed(tmp_path), "b") == {"DICOM files": 4}
 
 
+def test_what_begins_as_an_image_and_is_none_is_left_out(tmp_path: Path) -> None:
+    write_tree(tmp_path, {"a": 1})
+    Image.fromarray(picture(1)).save(tmp_path / "a" / "raw.NEF", format="TIFF")
+    write_dicom(tmp_path / "b" / "IM000001", np.zeros((4, 4), np.uint8))
+    write_dicom(tmp_path / "b" / "DICOMDIR", np.zeros((4, 4), np.uint8))
+    assert counts(listed(tmp_path)) == [1, 0]
+    assert kinds(listed(tmp_path), "a") == {".nef files": 1}
+    scans, _ = list_class_folders(tmp_path, CLASSES, DICOM)
+    assert [path.name for path in scans.paths] == ["IM000001"]
+    assert kinds(scans, "b") == {"DICOMDIR files": 1}
+
+
 def counts_of(images: ImageSet) -> list[int]:
     return images.labels.bincount(minlength=len(CLASSES)).tolist()
 

@@ -15,6 +15,15 @@ UNOPENED = "files that cannot be opened"
 # An ending that says what a file is, rather than the last part of a number or of a name.
 ENDING = re.compile(r"\.[a-z][a-z0-9]{0,4}")
 
+# What begins as an image that it is not: raw data of cameras and scanned slides, as TIFF, of which
+# a preview would be read. (A DICOMDIR, DICOM PS3.10 8.6, is the table of contents of a medium.)
+NO_IMAGES = frozenset(
+    {
+        *(".arw", ".cr2", ".dng", ".nef", ".nrw", ".orf", ".pef", ".rw2", ".srw"),
+        *(".ndpi", ".qptiff", ".scn", ".svs"),
+    }
+)
+
 
 @dataclass(frozen=True)
 class Form:
@@ -63,6 +72,8 @@ def other_kind(path: Path, form: Form) -> str | None:
     ending = path.suffix.lower()
     if ending in form.suffixes:
         return None
+    if ending in NO_IMAGES or path.name == "DICOMDIR":
+        return f"{ending or path.name} files"
     try:
         with path.open("rb") as file:
             if form.holds(file):
