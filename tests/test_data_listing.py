@@ -29,7 +29,8 @@ from task.partition import partition_dataset
 from task.run_directory import RunDirectory
 
 from .helpers import bound_by_modes
-from .test_data_files import load, picture, write_dicom, write_tree
+from .image_files import picture, write_dicom
+from .test_data_files import load, write_tree
 
 CLASSES = ["a", "b"]
 
@@ -80,20 +81,21 @@ def test_every_file_is_used_or_left_out_by_kind(tmp_path: Path) -> None:
 
 def test_files_are_recognized_by_their_content_where_the_name_does_not_say(tmp_path: Path) -> None:
     write_tree(tmp_path, {"a": 1, "b": 1})
-    for name, form in {"x": "PNG", "y.jfif": "JPEG", "z.1.2": "BMP", "w.dat": "TIFF"}.items():
+    forms = {"x": "PNG", "y.jfif": "JPEG", "z.1.2": "BMP", "w.dat": "TIFF"}
+    for name, form in (forms | {"u.gif": "GIF", "v.webp": "WEBP"}).items():
         Image.fromarray(picture(len(name))).save(tmp_path / "a" / name, format=form)
     (tmp_path / "a" / "BM").write_text("BM: no picture")
     assert [path.name for path in listed(tmp_path).paths] == [
-        *("000.png", "w.dat", "x", "y.jfif", "z.1.2"),
+        *("000.png", "u.gif", "v.webp", "w.dat", "x", "y.jfif", "z.1.2"),
         "000.png",
     ]
     read = load(tmp_path)
-    assert counts_of(read.train) == [5, 1]
+    assert counts_of(read.train) == [7, 1]
     for name in ("IM000001", "x.IMA", "1.2.840.10008.1", "y.dcm"):
         write_dicom(tmp_path / "b" / name, np.zeros((4, 4), np.uint8))
     scans, _ = list_class_folders(tmp_path, CLASSES, DICOM)
     assert counts(scans) == [0, 4]
-    assert kinds(scans, "a") == {"pictures": 5, "other files": 1}
+    assert kinds(scans, "a") == {"pictures": 7, "other files": 1}
     assert kinds(listed(tmp_path), "b") == {"DICOM files": 4}
 
 
