@@ -427,6 +427,13 @@ def test_padding_is_black_and_no_part_of_the_range(tmp_path: Path, kind: str) ->
     assert decode_dicom(tmp_path / "y.dcm").flatten().tolist() == pytest.approx([0, 0, *shown])
 
 
+def test_padding_beyond_the_bits_stored_is_no_value(tmp_path: Path) -> None:
+    values = np.array([[0xF830, 0x0830], [0, 4095]], np.uint16)  # -2000, and 2096 of the same bits
+    write_dicom(tmp_path / "x.dcm", values, BitsStored=12, HighBit=11, PixelPaddingValue=0xF830)
+    expected = [0, 2096 / 4095 * 255, 0, 255]
+    assert decode_dicom(tmp_path / "x.dcm").flatten().tolist() == pytest.approx(expected)
+
+
 def test_bits_above_those_stored_are_no_part_of_the_value(tmp_path: Path) -> None:
     twelve = {"BitsStored": 12, "HighBit": 11}
     overlay = np.array([[0x8000, 0x1000 + 4095], [2048, 0x4000 + 1024]], np.uint16)

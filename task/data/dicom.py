@@ -120,7 +120,7 @@ def _lift_functional_groups(file: "Dataset") -> None:
 
 def _decompress(file: "Dataset") -> tuple[np.ndarray, str]:
     """Return the stored values, [H, W] or [H, W, 3], and the PhotometricInterpretation of them."""
-    from pydicom.pixels import get_decoder
+    from pydicom.pixels.decoders.base import get_decoder
 
     require("TransferSyntaxUID" in file.file_meta, "TransferSyntaxUID", "there", None)
     syntax = file.file_meta.TransferSyntaxUID
@@ -129,7 +129,8 @@ def _decompress(file: "Dataset") -> tuple[np.ndarray, str]:
     stored, high = int(file.BitsStored), int(file.HighBit)
     require(high == stored - 1, "HighBit", f"{stored - 1} with BitsStored {stored}", high)
     try:
-        raw, properties = get_decoder(syntax).as_array(file, correct_unused_bits=False)
+        # The bits above those stored tell padding from values. (Its options are typed as one.)
+        raw, properties = get_decoder(syntax).as_array(file, correct_unused_bits=False)  # type: ignore[arg-type]
     except RuntimeError as error:  # every decoder that is installed failed
         more = "" if find_spec("gdcm") else f"; where it is not damaged, {INSTALL}"
         raise ValueError(f"{error}{more}") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from task.config import require
@@ -75,7 +75,8 @@ def _open(path: Path) -> Image.Image:
 
 def _check_layout(opened: Image.Image) -> None:
     """Refuse the layouts that Pillow opens and takes for others."""
-    if opened.format == "PNG" and isinstance(opened.info.get("transparency"), tuple):
+    color_key = isinstance(opened.info.get("transparency"), tuple)
+    if isinstance(opened, PngImagePlugin.PngImageFile) and color_key:
         bits = 16 if str(opened.tile[0].args).endswith("16B") else 8
         require(bits == 8, "bits of a PNG file with a transparent color", "8", bits)
     if not isinstance(opened, TiffImagePlugin.TiffImageFile):
