@@ -10,6 +10,7 @@ from flwr.superlink.grid import InMemoryGrid
 from server_app.log import log
 from task.config import Config
 from task.data import Dataset, build_dataset, count_across_clients, take_inventory
+from task.data.source import describe_source, hash_images
 from task.figures import save_partition_heatmap
 from task.partition import Partition
 from task.run_directory import DATA_FILE, PARTITION_FILE, RunDirectory
@@ -51,6 +52,8 @@ def record_data(
 ) -> None:
     """Write down and say which files are used, which left out, and which images are the same.
 
+    Beside it stand where the images are from, and their hashes.
+
     Args:
         config: of the run.
         dataset: of `load_images`.
@@ -61,7 +64,8 @@ def record_data(
     if partition is not None:
         shared = count_across_clients(dataset.train, partition.train_indices)
         inventory = dataclasses.replace(inventory, across_clients=shared)
-    directory.write_json(DATA_FILE, inventory.as_json())
+    told = {"source": describe_source(config.data), "sha256": hash_images(dataset)}
+    directory.write_json(DATA_FILE, {**inventory.as_json(), **told})
     for line in inventory.describe():
         log(f"data: {line}")
 

@@ -203,6 +203,7 @@ class TrainingRun(ABC):
         summary += f", {spent['overhead_share']:.0%} outside training"
         if self.evaluation.is_due(server_round):
             summary += f", {self.evaluate_and_draw(server_round)}"
+        self.directory.record_time()
         return summary
 
     def evaluate_and_draw(self, server_round: int) -> str:
@@ -234,6 +235,7 @@ class TrainingRun(ABC):
         from task.report import write_report
 
         path = self.directory.path
+        self.directory.record_time()
         try:
             for line in summary_lines(read_history(path)):
                 log(line)

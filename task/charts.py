@@ -6,6 +6,7 @@ the sentence that says what is seen, for those who do not see it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import altair as alt
@@ -38,8 +39,12 @@ EDGE = 6
 CROWDED = 25
 CROWDED_ROW = 12
 
+# Labels of an axis of rounds, which have room on a phone.
+MOST_TICKS = 8
+
 CONFIG: dict[str, Any] = {
-    "background": "#ffffff",
+    # That of the page, which inverts the lightness of charts where the reader's screen is dark.
+    "background": "transparent",
     "font": "system-ui, sans-serif",
     "view": {"stroke": None},
     "axis": {
@@ -214,7 +219,7 @@ def participation_chart(history: RunHistory) -> Drawing | None:
                 "begin:Q",
                 title="round",
                 scale=alt.Scale(domain=[0.5, history.rounds_done + 0.5], nice=False),
-                axis=alt.Axis(tickMinStep=1, format="d", grid=False),
+                axis=_ticks(1, history.rounds_done, grid=False),
             ),
             x2="end:Q",
             y=_client_axis(),
@@ -326,8 +331,20 @@ def _round_axis(rows: Sequence[Mapping[str, Any]], *, kind: str = "Q") -> alt.X:
             nice=False,
             padding=EDGE,
         ),
-        axis=alt.Axis(tickMinStep=1, format="d"),
+        axis=_ticks(min(numbers), max(numbers)),
     )
+
+
+def _ticks(first: int, last: int, **style: Any) -> alt.Axis:
+    """Label whole rounds alone: what a library chooses by itself lies between few rounds too."""
+    return alt.Axis(values=whole_ticks(first, last), format="d", labelOverlap=True, **style)
+
+
+def whole_ticks(first: int, last: int) -> list[int]:
+    """Choose at most `MOST_TICKS` whole numbers from `first` to `last`, in steps of 1, 2, 5, 10."""
+    steps = (digit * 10**power for power in count() for digit in (1, 2, 5))
+    step = next(step for step in steps if last // step - (first - 1) // step <= MOST_TICKS)
+    return [number for number in range(first, last + 1) if number % step == 0]
 
 
 def _named_lines(

@@ -1,7 +1,9 @@
 """The pictures of runs: grids of images and heat maps of partitions, as PNG files."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.text import Text
 from matplotlib.transforms import IdentityTransform
+from PIL import Image
 from torch import Tensor
 
 from task.config import require
@@ -25,6 +28,8 @@ PANEL_GAP = 2 * MARGIN
 TITLE_HEIGHT = 40
 STRIP_HEIGHT = 24
 GRID_DPI = 100
+# The name under which the PNG of a grid says where its images lie.
+GRID_PLACE = "feddm-grid"
 
 MAP_DPI = 150
 MAX_ANNOTATED_CLIENTS = 20
@@ -32,7 +37,8 @@ MAX_ANNOTATED_CLIENTS = 20
 MAX_LINED_CLIENTS = 100
 
 INK = "#222222"
-FONT: dict[str, Any] = {"family": "DejaVu Sans", "color": INK}
+# Names are no formulas: a "$" in one would be drawn as mathematics, or fail to be.
+FONT: dict[str, Any] = {"family": "DejaVu Sans", "color": INK, "parse_math": False}
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,61 @@ class Panel:
 
     images: Tensor
     title: str = ""
+
+
+@dataclass(frozen=True)
+class GridPlace:
+    """Where in a picture of one grid its images lie, in pixels.
+
+    Attributes:
+        left: of the first image.
+        top: of the first image.
+        height: of an image.
+        width: of an image.
+        rows: of the grid.
+        columns: of the grid.
+    """
+
+    left: int
+    top: int
+    height: int
+    width: int
+    rows: int
+    columns: int
+
+
+def read_grid(path: Path) -> bytes | None:
+    """Cut the images of a sample grid out of its picture, with nothing between them.
+
+    Args:
+        path: of a file of `save_sample_grid`.
+
+    Returns:
+        A PNG without names and margins, transparent between the images; None of a picture that
+        does not say where its images lie.
+
+    Raises:
+        ValueError: what it says of them is something else.
+        OSError: it is no picture.
+    """
+    with Image.open(path) as picture:
+        said = picture.info.get(GRID_PLACE)
+        if said is None:
+            return None
+        try:
+            place = GridPlace(**json.loads(said))
+        except TypeError as error:
+            raise ValueError(f"the place of a grid in {path}: {error}") from error
+        down, right = place.height + GAP, place.width + GAP
+        size = (place.columns * right - GAP, place.rows * down - GAP)
+        box = (place.left, place.top, place.left + size[0], place.top + size[1])
+        pixels = np.asarray(picture.convert("RGBA").crop(box)).copy()
+    between = (np.arange(size[1]) % down >= place.height)[:, None]
+    between = between | (np.arange(size[0]) % right >= place.width)
+    pixels[between] = 0
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", optimize=True)
+    return file.getvalue()
 
 
 def save_sample_grid(
@@ -142,7 +203,12 @@ def save_panels(
         step = (grid_height + GAP) / len(rows)
         for row, name in enumerate(names[line]):
             name.set_position((left - MARGIN, y + grid_height - row * step - (step - GAP) / 2))
-    write_png(figure, path, dpi=GRID_DPI, private=private)
+    metadata = {}
+    if len(panels) == 1 and not num_colors:
+        down, right = (grid.shape[0] + GAP) // len(rows), (grid.shape[1] + GAP) // columns
+        tiles = GridPlace(left, top, down - GAP, right - GAP, len(rows), columns)
+        metadata = {GRID_PLACE: json.dumps(asdict(tiles))}
+    write_png(figure, path, dpi=GRID_DPI, private=private, metadata=metadata)
 
 
 def _text(figure: Figure, text: str, **style: Any) -> Text:
@@ -283,8 +349,8 @@ def save_partition_heatmaps(
     every = figure.subplots(1, len(maps), sharey=True, squeeze=False, width_ratios=widths)[0]
     for axes, (title, counts) in zip(every, maps.items(), strict=True):
         image = _draw_map(axes, counts, top)
-        axes.set_title(title, loc="left", size=12, weight="bold", color=INK, pad=10)
-    every[0].set_yticks(range(len(classes)), list(classes))
+        axes.set_title(title, loc="left", size=12, weight="bold", pad=10, **FONT)
+    every[0].set_yticks(range(len(classes)), list(classes), **FONT)
     every[0].set_ylabel("class", color=INK)
     bar = figure.colorbar(image, ax=every, label="images", pad=0.02 / len(maps), aspect=25)
     bar.outline.set_visible(False)
@@ -317,7 +383,14 @@ def _draw_map(axes: Axes, counts: np.ndarray, top: int) -> AxesImage:
     return image
 
 
-def write_png(figure: Figure, path: Path, *, dpi: int, private: bool = False) -> None:
+def write_png(
+    figure: Figure,
+    path: Path,
+    *,
+    dpi: int,
+    private: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write a figure so that a reader sees the old file or the new one, never a part of it."""
     with atomic_path(path, private=private) as aside:
-        figure.savefig(aside, format="png", dpi=dpi)
+        figure.savefig(aside, format="png", dpi=dpi, metadata=metadata)

@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ from task.evaluate import MetricReport
 from task.repeat import Word
 from task.run_directory import (
     CLASS_COUNTS_FILE,
+    DATA_FILE,
     MACHINE_FILE,
     METRICS_FILE,
     NODES_FILE,
     PARTITION_FILE,
     POOLED_FILE,
     SUBMISSION_FILE,
+    TIMES_FILE,
     holder,
     last_complete_round,
     read_metrics,
@@ -77,6 +81,26 @@ class Evaluation:
     num_per_class: int | None
 
 
+@dataclass(frozen=True)
+class WorkTime:
+    """A time in which a process worked on a run, from a start to an end or an interruption.
+
+    Attributes:
+        begun: with the time zone of the machine.
+        seconds: until the last thing that was written down.
+        host: name of the machine.
+    """
+
+    begun: datetime
+    seconds: float
+    host: str
+
+    @property
+    def ended(self) -> datetime:
+        """When the last thing was written down."""
+        return self.begun + timedelta(seconds=self.seconds)
+
+
 @dataclass(frozen=True, eq=False)
 class RunHistory:
     """All that the folder of a run says of it.
@@ -88,7 +112,7 @@ class RunHistory:
         config: as resolved.
         rounds_done: complete rounds.
         finished: whether the final weights are there and of the last round asked for.
-        running: whether a process holds the folder.
+        running: whether another process holds the folder.
         setting: "simulation", "real nodes" or "centralised".
         device: that trained, or, with real nodes, drew; None where it was not written down.
         versions: of what ran, by name; empty where they were not written down.
@@ -103,6 +127,10 @@ class RunHistory:
         evaluations: of the global weights.
         grids: pictures of samples by round.
         run_config: what `flwr run` was given; None where it was not asked.
+        work_times: in order; empty of a run that did not write them down.
+        data_source: where the images are from; None where they are not on one machine, or where
+            it was not written down.
+        data_hashes: of the images: "all" and "train"; empty where there is no `data_source`.
     """
 
     path: Path
@@ -123,6 +151,9 @@ class RunHistory:
     evaluations: tuple[Evaluation, ...]
     grids: Mapping[int, Path]
     run_config: Mapping[str, Word] | None
+    work_times: tuple[WorkTime, ...]
+    data_source: str | None
+    data_hashes: Mapping[str, str]
 
     @property
     def name(self) -> str:
@@ -151,7 +182,12 @@ class RunHistory:
 
     @property
     def seconds(self) -> float:
-        """The time of all rounds, with their evaluations."""
+        """The time of the whole run: of all its starts, with the drawing and measuring at its end.
+
+        Of a run that did not write it down, the time of all rounds, with their evaluations.
+        """
+        if self.work_times:
+            return sum(each.seconds for each in self.work_times)
         spent = [self.values.get(name, {}) for name in ("round_seconds", "seconds_evaluating")]
         return sum(sum(series.values()) for series in spent)
 
@@ -243,12 +279,13 @@ def read_history(run: Path) -> RunHistory:
     recorded = _recorded(run, rounds_done)
     machine = _read_json(run / MACHINE_FILE) or {}
     submission = _read_json(run / SUBMISSION_FILE) or {}
+    data = _read_json(run / DATA_FILE) or {}
     return RunHistory(
         path=run,
         config=config,
         rounds_done=rounds_done,
         finished=final == config.federation.rounds,
-        running=holder(run) is not None,
+        running=holder(run) not in (None, str(os.getpid())),
         setting=machine.get("setting") or _setting(run, config),
         device=machine.get("device"),
         versions=machine.get("versions", {}),
@@ -262,7 +299,20 @@ def read_history(run: Path) -> RunHistory:
         evaluations=tuple(_evaluations(run)),
         grids={round_of(file): file for file in sorted(run.glob("samples/round_*.png"))},
         run_config=submission.get("run_config"),
+        work_times=_work_times(run / TIMES_FILE),
+        data_source=data.get("source"),
+        data_hashes=data.get("sha256", {}),
     )
+
+
+def _work_times(file: Path) -> tuple[WorkTime, ...]:
+    if not file.exists():
+        return ()
+    with _naming(file):
+        return tuple(
+            WorkTime(datetime.fromisoformat(part["begun"]), float(part["seconds"]), part["host"])
+            for part in json.loads(file.read_text(encoding="utf-8"))
+        )
 
 
 def _setting(run: Path, config: Config) -> str:

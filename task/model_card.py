@@ -12,6 +12,7 @@ from typing import Any
 from task.config import FederationConfig
 from task.evaluate import MetricReport
 from task.history import read_history
+from task.markdown import bullets, plain, table
 from task.metric_table import caption, metric_rows
 from task.run_directory import (
     CLASS_COUNTS_FILE,
@@ -168,7 +169,7 @@ def heading(run: FinishedRun, exported: Mapping[str, Any]) -> str:
 Draws {colour} images of {data.image_size}x{data.image_size} pixels.
 
 - Data set: {DATA_WITHOUT_NAME.get(data.name, data.name)}.
-- Classes: {", ".join(data.classes)}.
+- Classes: {", ".join(map(plain, data.classes))}.
 - Trained with feddm {trained_where(run)}.
 - {whose} after round {exported["round"]} of {run.config.federation.rounds}.
 """
@@ -193,8 +194,8 @@ def data_section(run: FinishedRun) -> str:
         told.append("How many images of each class they hold together is not known.")
         return "## Data\n\n" + " ".join(told) + "\n"
     rows = list(zip(run.config.data.classes, map("{:,}".format, counts), strict=True))
-    table = markdown_table(["class", "training images"], [*rows, ("all", f"{sum(counts):,}")])
-    return "\n".join(["## Data\n", *([" ".join(told) + "\n"] if told else []), table])
+    of_classes = table(["class", "training images"], [*rows, ("all", f"{sum(counts):,}")])
+    return "\n".join(["## Data\n", *([" ".join(told) + "\n"] if told else []), of_classes, ""])
 
 
 def training_counts(run: FinishedRun) -> tuple[list[int] | None, int | None, int]:
@@ -246,7 +247,7 @@ def training_section(run: FinishedRun, exported: Mapping[str, Any]) -> str:
         ("network", ", ".join(f"{k} {v}" for k, v in vars(config.model).items())),
         ("seed", config.seed),
     ]
-    return f"## Training\n\n{markdown_table(['', ''], rows)}"
+    return f"## Training\n\n{table(['', ''], rows)}\n"
 
 
 def _federation_rows(federation: FederationConfig) -> list[tuple[str, object]]:
@@ -285,7 +286,7 @@ def _own_scores(run: FinishedRun) -> list[str]:
         return []
     number = last["num_generated_images"]
     title = f"### {number['value']:,} images at the end of the run, round {number['round']}\n"
-    return [title, markdown_table(["metric", "generated", "real"], rows)]
+    return [title, table(["metric", "generated", "real"], rows) + "\n"]
 
 
 def _checked(run: FinishedRun) -> str:
@@ -299,21 +300,21 @@ def _checked(run: FinishedRun) -> str:
         return ""
     heads = {State.WARNING: "Warning", State.UNMEASURED: "Not measured"}
     lines = [
-        f"- {heads[check.state]}: {check.subject}. {check.says}\n"
+        f"{heads[check.state]}: {check.subject}. {check.says}"
         for check in image_checks(history)
         if check.state in heads and check.client is None
     ]
-    return "".join(["### Warnings and gaps\n\n", *lines]) if lines else ""
+    return f"### Warnings and gaps\n\n{bullets(lines)}\n" if lines else ""
 
 
 def _evaluation(found: Mapping[str, Any]) -> str:
     report = MetricReport.from_description(found)
     title = f"### Through {report.label.extractor}, image range {report.label.image_range}\n"
-    table = markdown_table(["metric", "generated", "real"], metric_rows(report))
+    scores = table(["metric", "generated", "real"], metric_rows(report))
     drawn = f"after round {found['round']}, drawn by {found['sampler']} in "
     drawn += f"{found['num_inference_steps']} steps"
-    held = "\n".join(f"- {line}" for line in [drawn, *caption(report, [])])
-    return f"{title}\n{table}\n{held}\n"
+    held = bullets([drawn, *caption(report, [])])
+    return f"{title}\n{scores}\n\n{held}\n"
 
 
 def _held_out_loss(run: FinishedRun) -> list[str]:
@@ -321,7 +322,7 @@ def _held_out_loss(run: FinishedRun) -> list[str]:
     if found is None:
         return []
     row = ("loss", f"{found['value']:.4f}", found["round"])
-    return ["### On held-out images\n", markdown_table(["", "", "after round"], [row])]
+    return ["### On held-out images\n", table(["", "", "after round"], [row]) + "\n"]
 
 
 def _hospital_scores(run: FinishedRun) -> list[str]:
@@ -338,7 +339,7 @@ def _hospital_scores(run: FinishedRun) -> list[str]:
     ]
     parts = ["### By the clients, on their own images\n"]
     if rows:
-        parts.append(markdown_table(["", "mean", "over clients", "after round"], rows))
+        parts.append(table(["", "mean", "over clients", "after round"], rows) + "\n")
     if len(rows) < len(found):
         parts.append(f"Scores of fewer than {MIN_COUNTED} clients are not told.\n")
     return parts
@@ -370,9 +371,3 @@ def origin_section(run: FinishedRun, exported: Mapping[str, Any]) -> str:
 - Written by {exported["by"]} with torch {version("torch")} as {exported["format"]}.
 - SHA-256 of the run's own file of these weights: `{exported["weights_sha256"]}`.
 """
-
-
-def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Lay rows out as a table of Markdown."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)

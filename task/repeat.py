@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from task.config import (
@@ -51,16 +52,35 @@ def training_command(config: Config) -> str:
     return shlex.join(["feddm-train", *training_words(config)])
 
 
+def resuming_command(config: Config, run: Path, words: Mapping[str, Word] | None) -> str:
+    """Return the lines for a shell that go on with a run where its folder is now.
+
+    Args:
+        config: of the run, resolved.
+        run: its folder.
+        words: of the run's submission; None of a run that was not submitted to real nodes.
+    """
+    place = {"output_dir": str(run.resolve().parent), "run_name": run.resolve().name}
+    if words is not None:
+        return _submitting({**words, **place, "resume": True})
+    # The digits lie in their library; files of other sets may be anywhere.
+    root = {} if config.data.name in (*FILE_SETS, "digits") else {"data.root": config.data.root}
+    values = [hydra_override(key, value) for key, value in {**root, **place}.items()]
+    return shlex.join(["feddm-train", *training_words(config), *values, "resume=true"])
+
+
 def submitting_command(words: Mapping[str, Word]) -> str:
     """Return the lines for a shell that let real nodes train once more.
-
-    The words go through a file, because Flower takes a line of them apart in its own way.
 
     Args:
         words: of the run's submission.
     """
-    kept = {key: word for key, word in words.items() if key not in PLACES}
-    lines = as_toml(kept).rstrip("\n")
+    return _submitting({key: word for key, word in words.items() if key not in PLACES})
+
+
+def _submitting(words: Mapping[str, Word]) -> str:
+    """Hand the words over in a file, because Flower takes a line of them apart in its own way."""
+    lines = as_toml(words).rstrip("\n")
     return f"cat > words.toml <<'END'\n{lines}\nEND\nflwr run . CONNECTION --run-config words.toml"
 
 

@@ -24,7 +24,9 @@ from task.charts import (
     time_chart,
     update_chart,
 )
+from task.comparison import DATA_KEYS, LOSS_KEYS, alike, incomparable
 from task.config import flat_values
+from task.figures import read_grid
 from task.files import atomic_path
 from task.history import POOLED, Evaluation, RunHistory, read_history
 from task.metric_table import (
@@ -37,7 +39,8 @@ from task.metric_table import (
     metric_rows,
     with_arrows,
 )
-from task.repeat import submitting_command, training_command
+from task.progress import duration
+from task.repeat import resuming_command, submitting_command, training_command
 from task.report_page import SCRIPT, STYLE, TEMPLATE
 from task.run_directory import REPORT_FILE, different_values
 from task.run_summary import (
@@ -45,6 +48,7 @@ from task.run_summary import (
     evaluated_metrics,
     found_metrics,
     key_figures,
+    loss_figures,
 )
 from task.warning_signs import Check, State, checks
 
@@ -54,8 +58,8 @@ ALL_TITLES = {name: with_arrows(title) for name, title in (TITLES | HOSPITAL_TIT
 CONTENT = (
     "This page holds what the folder of the run holds, which may be much: generated images; of "
     "each hospital, by number, its losses, its scores and its images of each class; reasons of "
-    "failures; names of classes, and of folders of the machine that it ran on. Look at it before "
-    "you hand it on."
+    "failures; names of classes, of the machine that it ran on, and of folders there. Look at it "
+    "before you hand it on."
 )
 SUBMITTED = (
     "This trains the run once more, into a folder of its own. It is run in a checkout of the code "
@@ -73,9 +77,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Listing:
-    """Items of a list."""
+    """Items of a list; a title is shown where it is folded."""
 
     items: Sequence[str]
+    title: str = ""
+    folded: bool = False
     kind: str = "list"
 
 
@@ -85,6 +91,14 @@ class Figures:
 
     pairs: Sequence[tuple[str, str]]
     kind: str = "figures"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names and what is said of them, a line each."""
+
+    pairs: Sequence[tuple[str, str]]
+    kind: str = "facts"
 
 
 @dataclass(frozen=True)
@@ -118,11 +132,19 @@ class Code:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that the page holds: its title, what is seen, and its source."""
+    """A picture that the page holds.
+
+    Attributes:
+        title: a few words.
+        says: what is seen.
+        source: the picture itself, as an address.
+        rows: names of its rows; empty where they stand in the picture.
+    """
 
     title: str
     says: str
     source: str
+    rows: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -135,7 +157,7 @@ class Pictures:
     kind: str = "pictures"
 
 
-Block = Text | Listing | Figures | Charts | Table | Code | Pictures
+Block = Text | Listing | Figures | Facts | Charts | Table | Code | Pictures
 
 
 @dataclass(frozen=True)
@@ -224,12 +246,12 @@ def chart_library() -> str:
 def describe(history: RunHistory) -> Page:
     """Lay a run out as a page."""
     sections = [
-        _warnings({"": checks(history)}),
+        _verdict({"": checks(history)}, state=_state(history)),
+        Section("samples", "Samples", _samples(history)),
         Section("summary", "Summary", _summary(history)),
         Section("course", "How it went", _course(history)),
         Section("participation", "Who took part", _participation(history)),
         Section("data", "Training images", _data(history)),
-        Section("samples", "Samples", _samples(history)),
         Section("metrics", "Metrics", _metrics(history)),
         Section("configuration", "Configuration", _configuration(history)),
     ]
@@ -237,17 +259,17 @@ def describe(history: RunHistory) -> Page:
 
 
 def compare(histories: Sequence[RunHistory]) -> Page:
-    """Lay several runs out side by side."""
+    """Lay several runs out side by side, after what makes their figures incomparable."""
     runs = dict(zip(labels([each.path for each in histories]), histories, strict=True))
-    losses = (("train_loss", "train loss"), ("test_loss", "test loss"))
-    curves = [compared_chart(runs, name, title) for name, title in losses]
+    found = {f"{label}: ": checks(run) for label, run in runs.items()}
+    states = [block for run in runs.values() for block in _state(run)]
     sections = [
-        _warnings({f"{label}: ": checks(run) for label, run in runs.items()}),
-        Section("figures", "Key figures", [_side_by_side(runs)]),
+        _verdict(found, apart=incomparable(runs), state=states),
         Section("differences", "What differs", _differences(runs)),
-        Section("course", "How they went", _charts(*curves)),
-        Section("metrics", "Metrics over rounds", _charts(*metric_charts(runs, ALL_TITLES))),
         Section("samples", "Last samples", _last_samples(runs)),
+        Section("figures", "Key figures", [_side_by_side(runs)]),
+        Section("course", "How they went", _charts(*_compared_losses(runs))),
+        Section("metrics", "Metrics over rounds", _charts(*_compared_metrics(runs))),
     ]
     title = f"Comparison of {', '.join(runs)}"
     return Page(title, [section for section in sections if section.blocks])
@@ -263,34 +285,92 @@ def labels(paths: Sequence[Path]) -> list[str]:
     raise ValueError(f"RUN must be different folders, got {', '.join(map(str, paths))}")
 
 
-def _warnings(found: Mapping[str, Sequence[Check]]) -> Section:
-    """Show what was looked for, by what stands before each sentence: warnings first."""
-    blocks: list[Block] = []
-    heads = {
-        State.WARNING: "",
-        State.UNMEASURED: "Not measured:",
-        State.CLEAR: "Looked for and not found:",
-    }
-    for state, head in heads.items():
-        items = [
-            f"{label}{check.says}"
-            if state is State.WARNING
-            else f"{label}{check.subject}. {check.says}"
-            for label, each in found.items()
-            for check in each
-            if check.state is state
-        ]
-        if items:
-            blocks += [*([Text(head)] if head else []), Listing(items)]
+def _verdict(
+    found: Mapping[str, Sequence[Check]], *, state: Sequence[Block], apart: Sequence[str] = ()
+) -> Section:
+    """Show what was looked for, warnings first.
+
+    Args:
+        found: the checks, by what stands before each sentence.
+        state: of runs that are not over.
+        apart: what keeps runs from being compared.
+    """
+    says: dict[State, list[str]] = {kind: [] for kind in State}
+    for label, each in found.items():
+        for check in each:
+            subject = "" if check.state is State.WARNING else f"{check.subject}. "
+            says[check.state].append(f"{label}{subject}{check.says}")
+    blocks: list[Block] = [*([Listing(apart)] if apart else []), *state]
+    if says[State.WARNING]:
+        blocks += [Listing(says[State.WARNING])]
+    if says[State.UNMEASURED]:
+        blocks += [Text("Not measured:"), Listing(says[State.UNMEASURED])]
+    if says[State.CLEAR]:
+        head = f"Looked for and not found: {len(says[State.CLEAR])} signs"
+        blocks += [Listing(says[State.CLEAR], head, folded=True)]
     states = {check.state for each in found.values() for check in each}
-    look = "warning" if State.WARNING in states else "" if State.UNMEASURED in states else "calm"
-    return Section("warnings", "Warnings" if look == "warning" else "Checks", blocks, look)
+    warned = apart or State.WARNING in states
+    look = "warning" if warned else "" if State.UNMEASURED in states else "calm"
+    return Section("warnings", "Warnings" if warned else "Checks", blocks, look)
+
+
+def _state(history: RunHistory) -> list[Block]:
+    """Say of a run that is not over how far it is, or how to go on with it."""
+    done = f"{history.rounds_done} of {history.config.federation.rounds} rounds are done"
+    if history.running:
+        return [Text(f"The run {history.name} is going on: {done}, and this page shows them.")]
+    if history.finished:
+        return []
+    words = history.run_config if history.setting == "real nodes" else None
+    command = resuming_command(history.config, history.path, words)
+    return [Code(f"To go on with {history.name}, of which {done}:", command)]
 
 
 def _summary(history: RunHistory) -> list[Block]:
     metrics = _measured(history)
     sentences = [Text(sentence) for sentence in describe_run(history)]
-    return [*sentences, Figures([*key_figures(history), *metrics])]
+    figures = Figures([*key_figures(history), *metrics])
+    return [*sentences, figures, Facts(_origin(history))]
+
+
+def _origin(history: RunHistory) -> list[tuple[str, str]]:
+    """Say when, where, on what and with what a run was made."""
+    return [*_when_and_where(history), *_which_data(history), *_which_code(history)]
+
+
+def _when_and_where(history: RunHistory) -> list[tuple[str, str]]:
+    times = history.work_times
+    if not times:
+        return [("date", "not written down")]
+    begun, ended = (f"{at:%Y-%m-%d %H:%M}" for at in (times[0].begun, times[-1].ended))
+    starts = "" if len(times) == 1 else f", in {len(times)} starts"
+    hosts = ", ".join(dict.fromkeys(each.host for each in times))
+    return [
+        ("date", f"{begun} to {ended} ({times[-1].begun:%z})"),
+        ("duration", f"{duration(history.seconds)}, with drawing and measuring{starts}"),
+        ("coordinator" if history.setting == "real nodes" else "machine", hosts),
+    ]
+
+
+def _which_data(history: RunHistory) -> list[tuple[str, str]]:
+    data = history.config.data.name
+    if history.setting == "real nodes":
+        return [("data", f"{data}, each hospital's own; none of it is on the coordinator")]
+    if history.data_source is None:
+        return [("data", f"{data}; source and hash were not written down")]
+    return [
+        ("data", f"{data}, {history.data_source}"),
+        ("SHA-256 of all images", history.data_hashes["all"]),
+        ("SHA-256 of the training images", history.data_hashes["train"]),
+    ]
+
+
+def _which_code(history: RunHistory) -> list[tuple[str, str]]:
+    versions = ", ".join(f"{name} {number}" for name, number in history.versions.items())
+    return [
+        ("versions", versions or "not written down"),
+        ("fingerprint of the code", history.code or "not written down"),
+    ]
 
 
 def _measured(history: RunHistory) -> list[tuple[str, str]]:
@@ -406,10 +486,11 @@ def _samples(history: RunHistory) -> list[Block]:
         return []
     classes = ", ".join(history.config.data.classes)
     pictures = [
-        Picture(
-            f"round {number}",
-            f"Images generated after round {number}, a row per class: {classes}",
-            _embedded(history.grids[number]),
+        _picture(
+            history,
+            number,
+            title=f"round {number}",
+            says=f"Images generated after round {number}, a row per class: {classes}",
         )
         for number in chosen
     ]
@@ -426,8 +507,12 @@ def evenly(numbers: Sequence[int], most: int) -> list[int]:
     return [numbers[i * (len(numbers) - 1) // (most - 1)] for i in range(most)]
 
 
-def _embedded(file: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode("ascii")
+def _picture(history: RunHistory, number: int, *, title: str, says: str) -> Picture:
+    """Embed the samples of a round, with the names of their rows as text where that can be."""
+    file = history.grids[number]
+    images = read_grid(file)
+    source = "data:image/png;base64," + base64.b64encode(images or file.read_bytes()).decode()
+    return Picture(title, says, source, history.config.data.classes if images else ())
 
 
 def _metrics(history: RunHistory) -> list[Block]:
@@ -489,24 +574,38 @@ def _configuration(history: RunHistory) -> list[Block]:
         says = "This trains the run once more, into a folder of its own:"
         command = training_command(history.config)
     return [
-        Text(_code(history)),
         Text(says),
         Code("", command),
         Code("The whole configuration (config.yaml)", text, folded=True),
     ]
 
 
-def _code(history: RunHistory) -> str:
-    if history.code is None:
-        return "The run does not say which versions and which code it was trained with."
-    versions = ", ".join(f"{name} {number}" for name, number in history.versions.items())
-    return f"Trained with {versions}; the code has the fingerprint {history.code}."
+def _compared_losses(runs: Mapping[str, RunHistory]) -> list[Drawing | None]:
+    losses = (("train_loss", "train loss"), ("test_loss", "test loss"))
+    return [
+        compared_chart(group, name, f"{title}{of}")
+        for of, group in alike(runs, LOSS_KEYS).items()
+        for name, title in losses
+    ]
+
+
+def _compared_metrics(runs: Mapping[str, RunHistory]) -> list[Drawing]:
+    return [
+        drawing
+        for of, group in alike(runs, DATA_KEYS).items()
+        for drawing in metric_charts(group, {n: f"{t}{of}" for n, t in ALL_TITLES.items()})
+    ]
 
 
 def _side_by_side(runs: Mapping[str, RunHistory]) -> Table:
-    columns = [dict(key_figures(run)) | dict(_measured(run)) for run in runs.values()]
-    names = dict.fromkeys(name for column in columns for name in column)
-    rows = [[name, *(column.get(name, "-") for column in columns)] for name in names]
+    """Set figures of runs into one row where they are figures of the same."""
+    columns = {label: dict(key_figures(run, losses=False)) for label, run in runs.items()}
+    for keys, figures in ((LOSS_KEYS, loss_figures), (DATA_KEYS, _measured)):
+        for of, group in alike(runs, keys).items():
+            for label, run in group.items():
+                columns[label] |= {f"{name}{of}": value for name, value in figures(run)}
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [[name, *(column.get(name, "-") for column in columns.values())] for name in names]
     return Table("Key figures of each run", ["figure", *runs], rows)
 
 
@@ -524,10 +623,11 @@ def _differences(runs: Mapping[str, RunHistory]) -> list[Block]:
 
 def _last_samples(runs: Mapping[str, RunHistory]) -> list[Block]:
     pictures = [
-        Picture(
-            f"{label}, round {max(run.grids)}",
-            f"Images generated by {label} after round {max(run.grids)}, a row per class",
-            _embedded(run.grids[max(run.grids)]),
+        _picture(
+            run,
+            last := max(run.grids),
+            title=f"{label}, round {last}",
+            says=f"Images generated by {label} after round {last}, a row per class",
         )
         for label, run in runs.items()
         if run.grids

@@ -5,13 +5,15 @@
     metrics.jsonl                   one object per line: round, who, name, value
     partition.json, partition.png   images of each class at each client (simulation)
     pooled.json                     images of each class (centralised)
-    data.json                       files used and left out, images that are the same (simulation,
-                                    centralised)
+    data.json                       files used and left out, images that are the same, source and
+                                    hashes of all images (simulation, centralised)
     nodes.json                      client numbers by node id (deployment)
     class_counts.json               classes, and images of each at each client that says so, null
                                     where one does not (deployment)
     machine.json                    the device, with real nodes the server's own; the setting,
                                     versions and code
+    times.json                      when, for how long and on which machine the run was worked on,
+                                    an entry for each start
     submission.json                 what `flwr run` was given, to be given again
     supervision.json                what feddm-supervise did
     samples/round_0005.png          a grid, a row per class
@@ -28,10 +30,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import platform
 import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -88,6 +92,7 @@ CLASS_COUNTS_FILE = "class_counts.json"
 METRICS_FILE = "metrics.jsonl"
 SUBMISSION_FILE = "submission.json"
 MACHINE_FILE = "machine.json"
+TIMES_FILE = "times.json"
 REPORT_FILE = "report.html"
 LOCK_FILE = ".lock"
 LOG_FILE = "log.txt"
@@ -212,6 +217,8 @@ class RunDirectory:
         if config.resume:
             config = with_precisions_of(read_config(path / "config.yaml"), config)
         self.config = config
+        self._begun, self._start = datetime.now().astimezone(), time.monotonic()
+        self._earlier = self.read_json(TIMES_FILE) or []
         for folder in ("samples", "checkpoints"):
             (path / folder).mkdir(exist_ok=True)
         self._remove_left_overs()
@@ -284,6 +291,15 @@ class RunDirectory:
         """Read a JSON file of the run; None where it is not there."""
         file = self.path / name
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def record_time(self) -> None:
+        """Write down for how long this process has worked on the run until now."""
+        part = {
+            "begun": self._begun.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - self._start, 1),
+            "host": platform.node(),
+        }
+        self.write_json(TIMES_FILE, [*self._earlier, part])
 
     def samples_file(self, server_round: int) -> Path:
         """The picture of a round."""

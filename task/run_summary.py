@@ -40,11 +40,11 @@ def summary_lines(history: RunHistory) -> list[str]:
     return [f"{name:<{width}}  {value}" for name, value in rows]
 
 
-def key_figures(history: RunHistory) -> list[tuple[str, str]]:
+def key_figures(history: RunHistory, *, losses: bool = True) -> list[tuple[str, str]]:
     """List what is asked first of a run, by name."""
     figures = [
         ("rounds", f"{history.rounds_done} of {history.config.federation.rounds}"),
-        *_losses(history),
+        *(loss_figures(history) if losses else []),
         *_time(history),
         ("training images", "not told" if not history.num_images else f"{history.num_images:,}"),
     ]
@@ -176,7 +176,8 @@ def _where(history: RunHistory) -> str:
     return f"It ran on {device} in {train.precision}."
 
 
-def _losses(history: RunHistory) -> Iterator[tuple[str, str]]:
+def loss_figures(history: RunHistory) -> Iterator[tuple[str, str]]:
+    """List the last losses of a run, by name."""
     for name in ("train_loss", "test_loss"):
         series = history.values.get(name)
         if series:
@@ -187,9 +188,10 @@ def _losses(history: RunHistory) -> Iterator[tuple[str, str]]:
 def _time(history: RunHistory) -> Iterator[tuple[str, str]]:
     total = sum(history.values.get("round_seconds", {}).values())
     training = sum(history.values.get("seconds_training", {}).values())
-    if total > 0:
+    if history.seconds > 0:
         yield "time", duration(history.seconds)
-        yield "time without training", f"{1 - training / total:.0%}"
+    if total > 0:
+        yield "of the rounds, without training", f"{1 - training / total:.0%}"
 
 
 def _left_out(history: RunHistory) -> str:

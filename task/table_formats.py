@@ -9,9 +9,12 @@ from typing import Any
 from urllib.parse import quote
 
 from task.figures import Picture
+from task.markdown import bullets, plain, table
 from task.tables import METRICS, Column, Table
 
 MISSING = "-"
+# What a spreadsheet runs.
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 STYLE = """
 body { font: 1rem/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
@@ -50,37 +53,23 @@ class Page:
 
 def markdown(page: Page) -> str:
     """Write a page as Markdown."""
-    blocks = [f"# {_plain(page.title)}"]
-    for table in page.tables:
-        blocks += [f"## {_plain(table.title)}", _markdown_list(table.caption)]
-        blocks += [_markdown_table(table)]
-        if table.verdicts:
-            blocks += [_markdown_list(table.verdicts)]
+    blocks = [f"# {plain(page.title)}"]
+    for each in page.tables:
+        blocks += [f"## {plain(each.title)}", bullets(each.caption), _markdown_table(each)]
+        if each.verdicts:
+            blocks += [bullets(each.verdicts)]
     for picture in page.pictures:
-        blocks += [f"![{_plain(picture.title)}]({_url(picture)})", f"*{_plain(picture.caption)}*"]
+        blocks += [f"![{plain(picture.title)}]({_url(picture)})", f"*{plain(picture.caption)}*"]
     if page.left_out:
         blocks += ["## In no table"]
     for reason, runs in page.left_out.items():
-        blocks += [f"{_plain(reason)}:", _markdown_list(runs)]
+        blocks += [f"{plain(reason)}:", bullets(runs)]
     return "\n\n".join(blocks) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
-    heads = [f"{c.label} {METRICS[metric]}" for c in table.columns for metric in table.metrics]
-    rows = [["", *heads], ["---", *["---:"] * len(heads)]]
-    rows += [[label, *_cells(table, label)] for label in table.rows]
-    return "\n".join("| " + " | ".join(map(_plain, row)) + " |" for row in rows)
-
-
-def _markdown_list(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {_plain(line)}" for line in lines)
-
-
-def _plain(text: str) -> str:
-    """Keep text from being read as Markdown."""
-    for mark in "\\|*`<[":  # not _, which means nothing inside a word or a path
-        text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.split())
+def _markdown_table(of: Table) -> str:
+    heads = [f"{c.label} {METRICS[metric]}" for c in of.columns for metric in of.metrics]
+    return table(["", *heads], ([label, *_cells(of, label)] for label in of.rows))
 
 
 def _cells(table: Table, label: str) -> list[str]:
@@ -159,10 +148,21 @@ def _html_picture(picture: Picture) -> str:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Write rows as CSV, with a column for every key that one of them has."""
+    """Write rows as CSV, with a column for every key that one of them has.
+
+    A spreadsheet takes text that begins with one of `FORMULA` for a formula and runs it; such text
+    gets an apostrophe before it.
+
+    Source: OWASP, "CSV Injection".
+    """
     stream = io.StringIO()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(stream, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: _harmless(value) for key, value in row.items()} for row in rows)
     return stream.getvalue()
+
+
+def _harmless(value: object) -> object:
+    # Numbers are no text, so that a minus stays what it is.
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value

@@ -90,6 +90,8 @@ def _found(subject: str, signs: Iterable[str], otherwise: str) -> list[Check]:
 
 
 def _unfinished_check(history: RunHistory) -> list[Check]:
+    if history.running and not history.finished:
+        return []
     rounds = f"All {history.config.federation.rounds} rounds are done."
     return _found("an unfinished run", _unfinished(history), rounds)
 
@@ -222,11 +224,9 @@ def far_rounds(series: Mapping[int, Series]) -> dict[int, tuple[int, int]]:
 
 
 def _unfinished(history: RunHistory) -> Iterator[str]:
-    rounds = history.config.federation.rounds
     if not history.finished:
-        state = "it is still going on" if history.running else "it is not going on; resume it"
-        done = f"{history.rounds_done} of {rounds} rounds are done"
-        yield f"The run is not finished: {done}; {state}."
+        done = f"{history.rounds_done} of {history.config.federation.rounds} rounds are done"
+        yield f"The run is not finished: {done}, and nothing goes on with it."
 
 
 def _not_finite(history: RunHistory) -> Iterator[str]:

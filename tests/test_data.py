@@ -20,6 +20,7 @@ from task.data import (
     split_validation,
 )
 from task.data import images as images_module
+from task.data.source import describe_source, hash_images
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_fashion_mnist = pytest.mark.skipif(
@@ -50,6 +51,26 @@ def test_digits_keep_every_image_once_and_their_pixels() -> None:
     expected = np.rint(load_digits().data * 255 / 16).astype(np.uint8)
     assert sorted(map(bytes, everything.numpy())) == sorted(map(bytes, expected))
     assert everything.max() == 255
+
+
+def test_hash_tells_images_apart_and_not_their_order_or_their_split() -> None:
+    train, test = load("digits", test_fraction=0.1).train, load("digits", test_fraction=0.1).test
+    hashes = hash_images(Dataset(train, test))
+    backwards = train.subset(torch.arange(len(train)).flip(0))
+    assert hash_images(Dataset(backwards, test)) == hashes
+    swapped = hash_images(Dataset(test, train))
+    assert swapped["all"] == hashes["all"] and swapped["train"] != hashes["train"]
+    pixel = train.images.clone()
+    pixel[0, 0, 0, 0] ^= 1
+    label = train.labels.clone()
+    label[0] = (label[0] + 1) % 10
+    for other in (ImageSet(pixel, train.labels), ImageSet(train.images, label)):
+        assert hash_images(Dataset(other, test))["all"] != hashes["all"]
+
+
+def test_source_names_a_folder_without_its_path() -> None:
+    words = ["data=image_folder", "data.classes=[a]", "data.root=/hospital/ward/eyes"]
+    assert describe_source(load_config(words).data) == "folder eyes"
 
 
 def test_digits_split_is_stratified() -> None:

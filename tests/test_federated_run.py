@@ -140,7 +140,7 @@ def test_run_leaves_its_files(reference: Path) -> None:
     assert len(events) == 1
     assert found - events == {
         *("config.yaml", "metrics.jsonl", "partition.json", "partition.png", "model.safetensors"),
-        *("machine.json", "report.html", "data.json"),
+        *("machine.json", "data.json", "times.json", "report.html"),
         *("samples/round_0002.png", "samples/round_0003.png", ".lock"),
         *(f"checkpoints/round_000{server_round}.safetensors" for server_round in (1, 2, 3)),
     }
@@ -152,6 +152,9 @@ def test_run_says_what_it_ran_with(reference: Path) -> None:
     history = read_history(reference)
     assert (history.setting, history.code) == ("simulation", code_fingerprint())
     assert history.versions["torch"] == version("torch")
+    assert history.data_source == "package scikit-learn" and len(history.data_hashes["all"]) == 64
+    # The drawing and measuring at the end, and the start, belong to it.
+    assert history.seconds > sum(history.values["round_seconds"].values())
 
 
 def test_configuration_is_stored_as_the_federation_turned_out(reference: Path) -> None:

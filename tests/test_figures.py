@@ -1,4 +1,5 @@
 import os
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from task.figures import (
     color_strip,
     dominant_colors,
     mosaic,
+    read_grid,
     save_panels,
     save_partition_heatmap,
     save_partition_heatmaps,
@@ -70,6 +72,29 @@ def test_sample_grid_makes_room_for_names(tmp_path: Path) -> None:
         assert (picture[:, :MARGIN] > 200).all(), "a name runs out of the picture"
         assert (picture[:, MARGIN : 2 * MARGIN] < 200).any(), "no name is there"
     assert widths[0] < widths[1]
+
+
+def test_images_are_cut_out_of_a_grid_to_the_pixel(tmp_path: Path) -> None:
+    images, file = samples(2, 3), tmp_path / "grid.png"
+    save_sample_grid(images, file, classes=["cat", "a dog"], images_per_class=3, title="Round 1")
+    cut = read_grid(file)
+    assert cut is not None
+    with Image.open(BytesIO(cut)) as picture:
+        found = np.asarray(picture)
+    assert picture.mode == "RGBA"
+    grid, shown = mosaic(images, 3), found[..., 3] > 0
+    assert found.shape[:2] == grid.shape[:2]
+    assert np.array_equal(found[shown][:, :3], grid[shown])
+    assert shown.sum() == 6 * 80 * 80
+    Image.new("L", (8, 8)).save(file)
+    assert read_grid(file) is None
+
+
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    for name in ("$\\frac$", "a$_b$"):
+        file = tmp_path / "grid.png"
+        save_sample_grid(samples(1, 1), file, classes=[name], images_per_class=1, title=name)
+        save_partition_heatmap(np.ones((2, 1), int), file, classes=[name], title=name)
 
 
 def test_sample_grid_shows_grey_as_grey(tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 import json
+import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from task.config import flat_values, load_config, read_config
+from task.config import anchored, flat_values, load_config, read_config
 from task.evaluate import MetricReport
 from task.history import LeftOut, RunHistory, read_history
 from task.progress import duration
-from task.repeat import PLACES, training_words
+from task.repeat import PLACES, resuming_command, training_words
+from task.run_directory import check_same_run, run_path
 from task.run_summary import describe_run, key_figures, summary_lines
 from task.warning_signs import Check, State, checks, far_rounds, num_scored, warning_signs
 from tests.helpers import losses, metric_report, written_run
@@ -205,6 +208,26 @@ def test_words_of_a_run_compose_its_configuration(words: list[str]) -> None:
     wanted, found = flat_values(config), flat_values(load_config(repeated))
     assert {key for key in wanted if wanted[key] != found[key]} <= PLACES
     assert len(repeated) <= len(words) + 2
+
+
+def test_words_that_resume_a_run_name_its_folder_of_now(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "old", losses(1, {0: 0.5}), rounds_done=1)
+    moved = run.rename(tmp_path / "it's new")
+    history = read_history(moved)
+    command = shlex.split(resuming_command(history.config, moved, None))
+    assert command[0] == "feddm-train"
+    resumed = anchored(load_config(command[1:]), tmp_path)
+    assert resumed.resume and run_path(resumed) == moved
+    check_same_run(resumed, moved)
+    words = {"output_dir": "/gone", "run_name": "old", "train.lr": 0.1}
+    command = resuming_command(history.config, moved, words)
+    toml = command.partition("<<'END'\n")[2].partition("\nEND\n")[0]
+    assert tomllib.loads(toml) == {
+        "train": {"lr": 0.1},
+        "output_dir": str(tmp_path),
+        "run_name": "it's new",
+        "resume": True,
+    }
 
 
 def test_run_ends_with_few_lines_of_what_it_found(tmp_path: Path) -> None:

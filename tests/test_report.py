@@ -1,4 +1,5 @@
 import base64
+import fcntl
 import json
 import re
 from collections.abc import Iterator
@@ -7,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import escape
 from PIL import Image
 from typer.testing import CliRunner
 
-from task.charts import Drawing, time_chart
+from task.charts import Drawing, time_chart, whole_ticks
 from task.cli.main import app
+from task.comparison import incomparable
 from task.history import read_history
+from task.repeat import resuming_command
 from task.report import (
     Charts,
     Page,
@@ -24,6 +28,7 @@ from task.report import (
     stretches,
     write_report,
 )
+from task.run_summary import key_figures
 from tests.helpers import losses, metric_report, written_run
 
 EVIL = "<script>alert(1)</script>"
@@ -57,6 +62,11 @@ def page(run: Path) -> str:
     return write_report(run).read_text(encoding="utf-8")
 
 
+def bare(page: str) -> str:
+    """A page whose cells have no attributes."""
+    return re.sub(r"<(td|th) [^>]*>", r"<\1>", page)
+
+
 def data_of_charts(page: str, number: int | str = r"\d+") -> list[dict[str, Any]]:
     specs = re.findall(
         rf'<script type="application/json" data-chart="{number}">(.*?)</script>', page
@@ -87,7 +97,7 @@ def test_report_shows_the_figures_of_the_metrics(run: Path, page: str) -> None:
     assert shared == history.values["train_loss"]
     cells = {(row["client"], row["class"]): row["images"] for row in rows if "images" in row}
     assert cells[("1", "b")] == 6
-    assert "<td>left out</td><td>2</td>" in page and "<td>5</td><td>6</td>" in page
+    assert "<td>left out</td><td>2</td>" in bare(page) and "<td>5</td><td>6</td>" in bare(page)
     assert "0.256 (round 2)" in page and "Client 1 was left out once" in page
 
 
@@ -144,7 +154,7 @@ def test_comparison_names_what_differs(run: Path, tmp_path: Path) -> None:
     other = written_run(
         tmp_path / "other", losses(1, {0: 0.9, 1: 0.9}), rounds_done=1, train__local_epochs=7
     )
-    text = render(compare([read_history(run), read_history(other)]))
+    text = bare(render(compare([read_history(run), read_history(other)])))
     row = re.search(r"train.local_epochs</th><td>(\d)</td><td>(\d)</td>", text)
     assert row is not None and row.groups() == ("1", "7")
     assert "other: The run is not finished: 1 of 2 rounds" in text
@@ -157,11 +167,120 @@ def test_comparison_sets_only_like_figures_beside_each_other(tmp_path: Path) -> 
     for run, number in zip(runs, (2000, 2000, 179), strict=True):
         described = {**metric_report().describe(), "round": 2, "n_generated": number}
         (run / "evaluation-classifier-correct.json").write_text(json.dumps(described))
-    text = render(compare([read_history(run) for run in runs]))
+    text = bare(render(compare([read_history(run) for run in runs])))
     for number, cells in (("2,000", ["2.5", "2.5", "-"]), ("179", ["-", "-", "2.5"])):
         name = f"FID (train) ↓, classifier, correct, n={number}"
         row = text.partition(f">{name}</th>")[2].partition("</tr>")[0]
         assert [re.split(r"[> ]", cell)[1] for cell in re.findall("<td>[^<]+", row)] == cells
+
+
+def test_comparison_says_first_what_keeps_figures_apart(tmp_path: Path) -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "a": {},
+        "longer": {"federation__rounds": 3},
+        "seed": {"seed": 1},
+        "larger": {"data__image_size": 16},
+        "epsilon": {"diffusion__prediction_type": "epsilon"},
+    }
+    runs = {}
+    for name, changed in changes.items():
+        rounds = 3 if name == "longer" else 2
+        run = written_run(tmp_path / name, losses(1, {0: 0.5}), rounds_done=rounds, **changed)
+        described = {**metric_report().describe(), "round": rounds}
+        (run / "evaluation-classifier-correct.json").write_text(json.dumps(described))
+        runs[name] = read_history(run)
+
+    def sentences(*names: str) -> str:
+        return " ".join(incomparable({name: runs[name] for name in names}))
+
+    assert sentences("a") == ""
+    assert "unequally long (a: 2 rounds of 1 local epochs; longer: 3" in sentences("a", "longer")
+    assert sentences("a", "seed") == "The seeds differ: a: 0; seed: 1."
+    assert sentences("a", "larger").startswith("The data differ")
+    assert "different objectives" in sentences("a", "epsilon")
+
+    def rows(*names: str) -> dict[str, list[str]]:
+        page = bare(render(compare([runs[name] for name in names])))
+        table = page.partition("Key figures of each run")[2].partition("</table>")[0]
+        found = re.findall(r"<th>([^<]*)</th>((?:<td>[^<]*</td>)+)", table)
+        return {name: re.findall("<td>([^<]*)", cells) for name, cells in found}
+
+    fid = "FID (train) ↓, classifier, correct, n=2,000"
+    assert len(rows("a", "longer")[fid]) == 2 and "-" not in rows("a", "longer")["train loss"]
+    apart = rows("a", "larger")
+    assert apart[f"{fid} (of a alone)"][1] == apart[f"{fid} (of larger alone)"][0] == "-"
+    apart = rows("a", "epsilon")
+    assert apart["train loss (of a alone)"][1] == "-" and "-" not in apart[fid]
+    assert '<h2 id="differences"' in render(compare([runs["a"], runs["seed"]]))
+
+
+def test_same_configuration_of_other_images_is_told_by_their_hash(tmp_path: Path) -> None:
+    runs = {}
+    for name in "ab":
+        said = {"source": "folder x", "sha256": {"all": name * 64, "train": name * 64}}
+        run = written_run(
+            tmp_path / name, losses(1, {0: 0.5}), rounds_done=2, files={"data.json": said}
+        )
+        runs[name] = read_history(run)
+    assert "SHA-256 bbbbbbbbbbbb" in incomparable(runs)[0]
+
+
+def test_page_says_when_where_and_of_what_a_run_is(tmp_path: Path) -> None:
+    hashes = {"all": "a1" * 32, "train": "b2" * 32}
+    times = [
+        {"begun": "2026-03-01T10:00:00+01:00", "seconds": 100.0, "host": "alpha"},
+        {"begun": "2026-03-02T10:00:00+01:00", "seconds": 3600.0, "host": "beta"},
+    ]
+    files: dict[str, Any] = {
+        "data.json": {"source": "folder eyes", "sha256": hashes},
+        "times.json": times,
+    }
+    run = written_run(tmp_path / "run", losses(1, {0: 0.5}), rounds_done=2, files=files)
+    page = write_report(run).read_text(encoding="utf-8")
+    for words in (
+        "2026-03-01 10:00 to 2026-03-02 11:00 (+0100)",
+        "1:01:40, with drawing and measuring, in 2 starts",
+        "alpha, beta",
+        "digits, folder eyes",
+        *hashes.values(),
+    ):
+        assert f"<dd>{words}</dd>" in page
+    assert dict(key_figures(read_history(run)))["time"] == "1:01:40"
+    (run / "times.json").write_text('[{"begun": "yesterday"}]')
+    with pytest.raises(ValueError, match=r"times\.json is not what a run writes"):
+        read_history(run)
+
+
+def test_run_that_is_not_over_says_how_to_go_on_or_that_it_does(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "it's", losses(1, {0: 0.5}), rounds_done=1)
+    with (run / ".lock").open("a+") as lock:
+        stopped = write_report(run).read_text(encoding="utf-8")
+        command = resuming_command(read_history(run).config, run, None)
+        assert "The run is not finished: 1 of 2 rounds are done" in stopped
+        assert f"<code>{escape(command)}</code>" in stopped and "resume=true" in command
+        # Held as another process would.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write("1")
+        lock.flush()
+        going = write_report(run).read_text(encoding="utf-8")
+    assert "is going on: 1 of 2 rounds are done" in going
+    assert "not finished" not in going and "resume=true" not in going
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [
+        (1, 1, [1]),
+        (1, 3, [1, 2, 3]),
+        (1, 8, list(range(1, 9))),
+        (1, 9, [2, 4, 6, 8]),
+        (1, 100, [20, 40, 60, 80, 100]),
+        (95, 100, [95, 96, 97, 98, 99, 100]),
+    ],
+)
+def test_ticks_are_whole_rounds(first: int, last: int, expected: list[int]) -> None:
+    assert whole_ticks(first, last) == expected
 
 
 def test_time_that_nobody_trained_is_told_from_training(tmp_path: Path) -> None:

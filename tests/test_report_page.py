@@ -56,11 +56,16 @@ def browser() -> Iterator[Browser]:
         opened.close()
 
 
-@pytest.fixture(scope="module", params=[LAPTOP, PHONE], ids=["laptop", "phone"])
+SCREENS = {"laptop": (LAPTOP, "light"), "phone": (PHONE, "light"), "dark": (PHONE, "dark")}
+
+
+@pytest.fixture(scope="module", params=SCREENS.values(), ids=SCREENS)
 def page(browser: Browser, report: Path, request: pytest.FixtureRequest) -> Iterator[Page]:
     """The opened page; whatever it complains of or asks for is kept in `complaints`."""
-    width, height = request.param
-    context = browser.new_context(viewport={"width": width, "height": height}, offline=True)
+    (width, height), scheme = request.param
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, offline=True, color_scheme=scheme
+    )
     opened = context.new_page()
     complaints: list[str] = []
     opened.on("console", lambda message: complaints.append(message.text))
@@ -86,13 +91,77 @@ def test_page_draws_every_chart_without_a_complaint_or_a_request(page: Any) -> N
     assert page.complaints == []
 
 
-def test_page_fits_its_screen(page: Page) -> None:
+def test_page_and_each_table_fit_the_screen(page: Page) -> None:
+    page.evaluate("for (const each of document.querySelectorAll('details')) each.open = true")
+    page.wait_for_timeout(100)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    cut = "[...document.querySelectorAll('.wide')].filter(e => e.scrollWidth > e.clientWidth)"
+    assert page.locator(".wide").count() > 2 and page.evaluate(f"{cut}.length") == 0
+    page.evaluate("for (const each of document.querySelectorAll('details')) each.open = false")
+
+
+def test_samples_come_before_every_figure(page: Page) -> None:
+    heads = page.locator("h2").all_text_contents()
+    assert heads[1:3] == ["Samples", "Summary"]
+
+
+def test_rounds_are_labelled_once_and_whole(page: Page) -> None:
+    labels = page.locator("#chart-1 .role-axis-label text").all_text_contents()
+    rounds = [label for label in labels if "." not in label]
+    assert rounds == ["1", "2"]
+
+
+def test_table_is_sorted_by_click_and_by_keyboard(page: Page) -> None:
+    table = page.get_by_label("Training images of each class in figures").locator("table")
+    page.locator("details", has=table).evaluate("each => { each.open = true }")
+    head = table.locator("thead th").nth(1)
+
+    def shown() -> list[int]:
+        return [int(text) for text in table.locator("tbody td:nth-child(2)").all_text_contents()]
+
+    counts = shown()
+    assert len(counts) == 3 and head.get_attribute("aria-sort") is None
+    head.locator("button").click()
+    assert (head.get_attribute("aria-sort"), shown()) == ("ascending", sorted(counts))
+    head.locator("button").press("Enter")
+    assert head.get_attribute("aria-sort") == "descending"
+    assert shown() == sorted(counts, reverse=True)
+    table.locator("thead th").nth(0).locator("button").press("Space")
+    assert head.get_attribute("aria-sort") is None and shown() == counts
+    page.locator("details", has=table).evaluate("each => { each.open = false }")
+
+
+def test_samples_are_enlarged_without_blur(page: Page) -> None:
+    image = page.locator(".picture:visible img")
+    box = image.bounding_box()
+    assert box is not None
+    page.get_by_label("Zoom").select_option("4")
+    enlarged = image.bounding_box()
+    assert enlarged is not None and enlarged["width"] == 4 * image.evaluate("e => e.naturalWidth")
+    assert image.evaluate("e => getComputedStyle(e).imageRendering") == "pixelated"
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.get_by_label("Zoom").select_option("")
+    assert image.bounding_box() == box
+
+
+def test_dark_screen_shows_a_dark_page_with_light_charts(browser: Browser, report: Path) -> None:
+    found = {}
+    for scheme in ("light", "dark"):
+        context = browser.new_context(color_scheme=scheme)  # type: ignore[arg-type]
+        opened = context.new_page()
+        opened.goto(report.as_uri())
+        found[scheme] = opened.evaluate(
+            "[getComputedStyle(document.body).backgroundColor,"
+            " getComputedStyle(document.querySelector('.plot')).filter]"
+        )
+        context.close()
+    assert found["light"] == ["rgb(255, 255, 255)", "none"]
+    assert found["dark"] == ["rgb(20, 23, 26)", "invert(1) hue-rotate(180deg)"]
 
 
 def test_slider_moves_by_keyboard_and_changes_the_picture(page: Page) -> None:
     def shown() -> str | None:
-        return page.locator(".slides img:visible").get_attribute("data-title")
+        return page.locator(".slides .picture:visible").get_attribute("data-title")
 
     slider = page.get_by_label("Round of the samples")
     assert shown() == "round 2"
@@ -143,7 +212,7 @@ def test_page_opens_the_configuration_and_draws_for_paper(page: Page) -> None:
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert set(_widths(page)) == {330.0, 680.0}
     assert page.locator("details.code[open]").count() == 1
-    assert page.locator(".slides img:visible").get_attribute("data-title") == "round 2"
+    assert page.locator(".slides .picture:visible").get_attribute("data-title") == "round 2"
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("details[open]").count() == 0
     page.emulate_media(media="screen")

@@ -1,4 +1,5 @@
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch import Tensor
 from task import run_directory
 from task.checkpoint import load_weights
 from task.config import Config, anchored, load_config, read_config, value_paths
+from task.history import read_history
 from task.run_directory import (
     FREE_TO_CHANGE,
     RunDirectory,
@@ -201,6 +203,19 @@ def test_free_keys_are_paths_of_the_configuration_and_not_of_the_training() -> N
             *("federation.num_selected", "federation.max_update_norm"),
         }
     )
+
+
+def test_time_of_every_start_is_kept(tmp_path: Path, started: Path) -> None:
+    for _ in range(2):
+        with opened(tmp_path, "resume=true") as directory:
+            directory.record_time()
+            directory.record_time()
+    history = read_history(started)
+    assert len(history.work_times) == 2
+    assert history.seconds == sum(each.seconds for each in history.work_times)
+    assert {each.host for each in history.work_times} == {platform.node()}
+    first, second = history.work_times
+    assert first.ended <= second.ended and first.begun.tzinfo is not None
 
 
 def test_run_may_be_moved_and_resumed(started: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from task.config import load_config, write_config
 from task.figures import Picture
 from task.published import PUBLISHED
 from task.runs import find_runs
-from task.table_formats import Page, html, markdown
+from task.table_formats import Page, csv_text, html, markdown
 from task.tables import KINDS, Score, Table, build_tables, measurements, row_label, verdict
 
 SMALL = ("data=digits", "model.width=8", "model.num_poolings=1", "federation.rounds=3")
@@ -393,6 +393,13 @@ def test_the_csv_has_a_line_per_run_and_evaluation(sweep: Sweep) -> None:
     ]
 
 
+def test_csv_holds_no_formula() -> None:
+    texts = ["=1+1", "+1", "-1+1", "@SUM(A1)", "\t=1"]
+    rows = [{"run": text, "loss": -0.5} for text in texts]
+    for text, line in zip(texts, csv.DictReader(csv_text(rows).splitlines()), strict=True):
+        assert line == {"run": f"'{text}", "loss": "-0.5"}
+
+
 def test_what_is_in_no_table_is_named(sweep: Sweep) -> None:
     sweep.add("a", "partition.beta=1")
     sweep.add("b", "partition.beta=5")
@@ -445,7 +452,7 @@ def test_text_of_others_is_shown_and_not_obeyed() -> None:
     assert "b" not in {tag for tag, _ in tags}
     (image,) = [attributes for tag, attributes in tags if tag == "img"]
     assert image == {"src": "a%20b%22%3C.png", "alt": words}
-    assert "\\<b>" in markdown(page)
+    assert "\\<b\\>" in markdown(page)
     assert '| \\<b>"x"\\</b>\\|\\*y\\* |' in markdown(page)
     assert "](a%20b%22%3C.png)" in markdown(page)
 
