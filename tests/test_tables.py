@@ -453,7 +453,7 @@ def test_text_of_others_is_shown_and_not_obeyed() -> None:
     (image,) = [attributes for tag, attributes in tags if tag == "img"]
     assert image == {"src": "a%20b%22%3C.png", "alt": words}
     assert "\\<b\\>" in markdown(page)
-    assert '| \\<b>"x"\\</b>\\|\\*y\\* |' in markdown(page)
+    assert '| \\<b\\>"x"\\</b\\>\\|\\*y\\* |' in markdown(page)
     assert "](a%20b%22%3C.png)" in markdown(page)
 
 
