@@ -32,6 +32,7 @@ from torch import Tensor
 
 from task.config import require_one_of
 from task.data.duplicates import image_hash
+from task.data.walk import escaped
 from task.fingerprint import installed_versions
 from task.progress import tracked
 
@@ -190,19 +191,13 @@ def report_unreadable(reasons: dict[Path, str], on_corrupt: str) -> None:
     Raises:
         ValueError: `on_corrupt` is "refuse".
     """
-    # Names of files may hold line breaks, or bytes that are no text.
-    listed = [printable(f"{path}: {why}") for path, why in list(reasons.items())[:MAX_LISTED]]
+    listed = [escaped(f"{path}: {why}") for path, why in list(reasons.items())[:MAX_LISTED]]
     if len(reasons) > MAX_LISTED:
         listed.append(f"and {len(reasons) - MAX_LISTED} more")
     text = f"{len(reasons)} image files cannot be read:\n  " + "\n  ".join(listed)
     if on_corrupt == "refuse":
         raise ValueError(f"{text}\nMend or remove them, or set data.on_corrupt=skip")
     _log.warning("%s\nThey are left out (data.on_corrupt=skip)", text)
-
-
-def printable(text: str) -> str:
-    """Escape what cannot be printed, or would be more than text on a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager
