@@ -207,6 +207,13 @@ def test_jpeg_of_a_camera_held_upright_is_turned(tmp_path: Path) -> None:
     assert found.shape == (1, 8, 16) and found[0, :, 8:].min() > 250 and found[0, :, :8].max() < 5
 
 
+def test_orientation_of_tiff_is_applied_once(tmp_path: Path) -> None:
+    pixels = np.arange(8, dtype=np.uint8).reshape(4, 2)  # uncompressed in one strip
+    tags = {258: [8], 262: [1], 274: [6]}
+    write_tiff(tmp_path / "x.tif", pixels.tobytes(), (2, 4), tags)
+    assert np.array_equal(decode_picture(tmp_path / "x.tif")[0], np.rot90(pixels, -1))
+
+
 def test_cmyk_is_what_the_inks_leave_of_white(tmp_path: Path) -> None:
     inks = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
     write_tiff(tmp_path / "x.tif", inks.tobytes(), (8, 8), {258: [8] * 4, 262: [5]})

@@ -4,6 +4,7 @@ Pillow decodes the file. Layouts that it reads as something else are read here o
 """
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ def decode_picture(path: Path) -> Tensor:
         OSError: it is missing, damaged or of another format.
         ValueError: it has several frames, or its numbers have no known range or meaning.
     """
-    with _open(path) as opened:
+    with path.open("rb") as file, _open(file) as opened:
         frames = getattr(opened, "n_frames", 1)
         # Cameras put a preview into JPEG files (then called MPO) as a second frame.
         if frames > 1 and opened.format != "MPO":
@@ -62,13 +63,15 @@ def decode_picture(path: Path) -> Tensor:
 
 def picture_size(path: Path) -> tuple[int, int]:
     """Read width and height of a picture from its header; errors as in `decode_picture`."""
-    with _open(path) as opened:
+    with path.open("rb") as file, _open(file) as opened:
         return opened.size
 
 
-def _open(path: Path) -> Image.Image:
+def _open(file: BinaryIO) -> Image.Image:
+    # Not by name: Pillow may map such a file into memory, and confuses the sides of a TIFF file
+    # then that is to be turned.
     try:
-        return Image.open(path, formats=PICTURE_FORMATS)
+        return Image.open(file, formats=PICTURE_FORMATS)
     except UnidentifiedImageError as error:
         raise UnidentifiedImageError(UNREAD) from error
 
