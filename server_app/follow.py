@@ -102,7 +102,7 @@ def stream(command: list[str], superlink: SuperLink, whole: IO[str]) -> int:
     process = subprocess.Popen(
         command,
         cwd=superlink.folder,
-        env={**superlink.environment, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+        env={**superlink.environment, "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -180,7 +180,7 @@ def only_run(superlink: SuperLink) -> dict[str, Any]:
         cwd=superlink.folder,
         env=superlink.environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
     )
     try:

@@ -69,16 +69,16 @@ def private_superlink() -> Iterator[SuperLink]:
     (folder / "empty").mkdir()
     (folder / "bin").mkdir()
     simulation, status_file = folder / "bin" / "flwr-simulation", folder / "simulation.status"
-    simulation.write_text(
-        f'#!/bin/sh\n{shlex.join(patient("flwr-simulation"))} "$@"\necho $? > {status_file}\n'
-    )
+    command = shlex.join(patient("flwr-simulation"))
+    status = shlex.quote(str(status_file))
+    simulation.write_text(f'#!/bin/sh\n{command} "$@"\necho $? > {status}\n', encoding="utf-8")
     simulation.chmod(0o700)
     output = folder / "superlink.log"
-    command = ["--insecure", "--simulation", "--isolation", "subprocess"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
+    options = ["--insecure", "--simulation", "--isolation", "subprocess"]
+    options += ["--host", "127.0.0.1", "--port", str(port)]
     with output.open("wb") as file:
         process = subprocess.Popen(
-            [*patient("flower-superlink"), *command],
+            [*patient("flower-superlink"), *options],
             cwd=folder / "empty",
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -125,6 +125,9 @@ def private_environment(folder: Path) -> dict[str, str]:
         "RAY_ADDRESS": os.environ.get("RAY_ADDRESS") or "local",
         "RAY_TMPDIR": os.environ.get("RAY_TMPDIR") or str(folder),
         "PATH": os.pathsep.join(path),
+        # What a run says may hold any letter, whatever the locale.
+        "PYTHONUTF8": "1",
+        "PYTHONIOENCODING": "utf-8",
     }
 
 

@@ -1,6 +1,7 @@
 """What this process owes the one that started it, and what libraries expect of it."""
 
 import ctypes
+import io
 import os
 import signal
 import sys
@@ -21,3 +22,10 @@ def have_home() -> None:
         Path.home()
     except RuntimeError:
         os.environ["HOME"] = tempfile.gettempdir()
+
+
+def write_any_letter() -> None:
+    """Let this process write whatever it has to say, in whatever locale."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -37,7 +37,7 @@ def same_weights(one: Path, other: Path) -> bool:
 # None of it may matter: all traffic is local, nothing is kept at home, and names are ASCII.
 ADVERSE = {
     **dict.fromkeys(("all_proxy", "http_proxy", "HTTPS_PROXY"), "socks5://127.0.0.1:1"),
-    **{"HOME": "/nonexistent", "LC_ALL": "C"},
+    **{"HOME": "/nonexistent", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
 }
 
 

@@ -23,7 +23,7 @@ from server_app.superlink import (
     private_folder,
     uninterrupted,
 )
-from task.processes import have_home
+from task.processes import have_home, write_any_letter
 
 # What a run said with flwr 1.41 and ray 2.55.
 SAID = """\
@@ -117,6 +117,17 @@ def test_simulation_has_no_proxies_and_a_ray_of_its_own(
     assert environment["RAY_TMPDIR"] == str(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert private_environment(tmp_path)["RAY_ADDRESS"] == "10.0.0.1:6379"
+
+
+def test_any_letter_is_written_in_any_locale(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert private_environment(tmp_path)["PYTHONIOENCODING"] == "utf-8"
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    write_any_letter()
+    print("Größe Žena", flush=True)
+    assert written.getvalue() == "Größe \\u017dena\n".encode("latin-1")
 
 
 def test_private_folder_leaves_room_for_the_names_of_sockets(
