@@ -1,7 +1,7 @@
 """Images from a finished model by class and place: the same image at the same place, always."""
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -12,7 +12,14 @@ from task.config import Config, require
 from task.data import ImageSet
 from task.figures import mosaic
 from task.randomness import Stream, torch_generator
-from task.sampler import block_noise, build_sampler, fitting_batch_size, to_uint8
+from task.sampler import (
+    block_noise,
+    build_sampler,
+    evaluations_per_image,
+    fitting_batch_size,
+    telling,
+    to_uint8,
+)
 from task.train import autocast, move
 from task.unet import UNet
 
@@ -94,6 +101,7 @@ class ImageSource:
         device: that draws.
         image_shape: (C, H, W) of an image.
         batch_size: images that are drawn side by side.
+        evaluations: of the model for an image.
     """
 
     def __init__(self, config: Config, model: UNet, device: torch.device) -> None:
@@ -110,6 +118,7 @@ class ImageSource:
         self._config, self._model, self.device = config, model, device
         self._sampler = build_sampler(config)
         self.image_shape = image_shape(config)
+        self.evaluations = evaluations_per_image(config)
         move(model, device, channels_last=config.train.channels_last)
         model.eval()
         with autocast(device, config.eval.precision):
@@ -123,18 +132,22 @@ class ImageSource:
         for start in places[:: self.batch_size]:
             yield places[start : start + self.batch_size]
 
-    def draw(self, label: int, places: range) -> Tensor:
+    def draw(
+        self, label: int, places: range, advance: Callable[[int], None] = lambda number: None
+    ) -> Tensor:
         """Draw the images of a class at some places, uint8 [N, C, H, W] on the CPU.
 
         Args:
             label: of the class.
             places: 0-based, without gaps, a batch.
+            advance: is told of each evaluation of the model for how many images it was; of an
+                image there are `evaluations`.
         """
         device, key = self.device, (self._config.seed, Stream.GENERATED_IMAGES, label)
         noise = block_noise(places, self.image_shape, partial(torch_generator, *key, device=device))
         labels = torch.full((len(places),), label, device=device)
         with autocast(device, self._config.eval.precision):
-            images = self._sampler(self._model, labels, noise)
+            images = self._sampler(telling(self._model, advance), labels, noise)
         return to_uint8(images).cpu()
 
     def draw_classes(self, labels: Sequence[int], num_images: int) -> GeneratedImages:

@@ -307,12 +307,7 @@ def sample_batches(
     require(batch_size is None or batch_size >= 1, "batch_size", ">= 1, or None", batch_size)
     training = model.training
     model.eval()
-
-    def told(x_t: Tensor, log_snr: Tensor, labels: Tensor) -> Tensor:
-        output: Tensor = model(x_t, log_snr, labels)
-        advance(len(x_t))
-        return output
-
+    told = telling(model, advance)
     try:
         size = batch_size or fitting_batch_size(model, image_shape, labels.device)
         images = []
@@ -323,6 +318,17 @@ def sample_batches(
         return torch.cat(images)
     finally:
         model.train(training)
+
+
+def telling(model: Model, advance: Callable[[int], None]) -> Model:
+    """Return the model, which tells of each evaluation for how many images it was."""
+
+    def told(x_t: Tensor, log_snr: Tensor, labels: Tensor) -> Tensor:
+        output = model(x_t, log_snr, labels)
+        advance(len(x_t))
+        return output
+
+    return told
 
 
 @torch.inference_mode()

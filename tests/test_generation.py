@@ -49,7 +49,10 @@ def test_images_depend_on_seed_class_and_place_alone(run: Path) -> None:
     difference = part.int() - whole[NOISE_BLOCK : 2 * NOISE_BLOCK + 7].int()
     assert difference.abs().max() <= 1  # of 255, for rounding
     assert len(whole.flatten(1).unique(dim=0)) == len(whole)
-    first = range(8)
+    first, told = range(8), list[int]()
+    drawing = source(run)
+    drawing.draw(3, first, told.append)
+    assert told == [len(first)] * drawing.evaluations
     for other in (source(run, seed=1).draw(3, first), source(run).draw(4, first)):
         assert (other.int() - whole[:8].int()).abs().amax((1, 2, 3)).min() > 10
 

@@ -81,12 +81,15 @@ def fill_folder(
     if total == 0:
         return
     say(f"drawing {total:,} images on {source.device}")
-    with progress(total, f"drawing {total:,} images") as update:
-        for label in labels:
-            for places in source.batches(num_images):
-                missing = folder.missing(label, places)
-                if missing:
-                    images = source.draw(label, places)
-                    for place in missing:
-                        folder.write(label, place, images[place - places.start])
-                    update(len(missing))
+    batches = [
+        (label, places)
+        for label in labels
+        for places in source.batches(num_images)
+        if folder.missing(label, places)
+    ]
+    work = source.evaluations * sum(len(places) for _, places in batches)
+    with progress(work, f"drawing {total:,} images") as advance:
+        for label, places in batches:
+            images = source.draw(label, places, advance)
+            for place in folder.missing(label, places):
+                folder.write(label, place, images[place - places.start])
