@@ -1,10 +1,16 @@
 """Who may import whom: see the dependency rule of the design."""
 
 import ast
+import subprocess
+import sys
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from feddm import load_run
+from task import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("task", "server_app", "client_app")
@@ -74,3 +80,31 @@ def test_task_has_no_circles() -> None:
 )
 def test_every_form_of_import_is_seen(source: str, expected: str) -> None:
     assert expected in imported(source, "task")
+
+
+def test_python_interface_is_one_module() -> None:
+    assert load_run is runs.load_run
+    # As it lies in a wheel; conf/ stands beside the packages there as well.
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    wheel = pyproject["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert set(wheel) == {*PACKAGES, "conf", "feddm.py"}
+
+
+@pytest.mark.parametrize("name", ["task.py", "task/__init__.py"])
+def test_other_task_in_the_readers_folder_is_named(name: str, tmp_path: Path) -> None:
+    other = tmp_path / name
+    other.parent.mkdir(exist_ok=True)
+    other.write_text("MINE = 1\n", encoding="utf-8")
+    command = [sys.executable, "-c", "from feddm import load_run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    said = done.stderr.splitlines()[-1]
+    assert said == (
+        f"ImportError: feddm needs its package `task` in {ROOT / 'task'}, and Python finds {other} "
+        "first; rename that file or folder, or start Python elsewhere"
+    )
+
+
+def test_folder_of_pictures_named_task_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / "task").mkdir()
+    command = [sys.executable, "-c", "from feddm import load_run"]
+    subprocess.run(command, cwd=tmp_path, check=True)
