@@ -10,8 +10,8 @@ from flwr.app import Error, Message
 
 from tests.helpers import SMALL_RUN, ClientNodes, Network, played, simulated
 
-pytest.importorskip("playwright", reason="needs `uv run --group browser`")
-pytest.importorskip("axe_playwright_python", reason="needs `uv run --group browser`")
+pytest.importorskip("playwright", reason="needs `uv sync --group browser`")
+pytest.importorskip("axe_playwright_python", reason="needs `uv sync --group browser`")
 
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright

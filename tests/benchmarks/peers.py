@@ -157,8 +157,8 @@ def measure(
     missing = [library for library in NETS if find_spec(library) is None]
     if missing:
         return {
-            "peers.skipped": f"{' and '.join(missing)} not installed; `uv run --group peers feddm "
-            "bench` or `pip install --group peers` measures them, too"
+            "peers.skipped": f"{' and '.join(missing)} not installed; `uv sync --group peers` or "
+            "`pip install --group peers` lets it measure them, too"
         }
     on_gpu = select_device(device).type == "cuda"
     batch, steps = batch_size or (128 if on_gpu else 16), 20 if on_gpu else 1
