@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from markupsafe import escape
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -22,6 +21,7 @@ from task.report import (
     Page,
     Section,
     compare,
+    describe,
     evenly,
     labels,
     render,
@@ -65,6 +65,12 @@ def page(run: Path) -> str:
 def bare(page: str) -> str:
     """A page whose cells have no attributes."""
     return re.sub(r"<(td|th) [^>]*>", r"<\1>", page)
+
+
+def blocks(page: Page, anchor: str) -> Any:
+    """The blocks of a section."""
+    (found,) = [section.blocks for section in page.sections if section.anchor == anchor]
+    return found
 
 
 def data_of_charts(page: str, number: int | str = r"\d+") -> list[dict[str, Any]]:
@@ -200,10 +206,8 @@ def test_comparison_says_first_what_keeps_figures_apart(tmp_path: Path) -> None:
     assert "different objectives" in sentences("a", "epsilon")
 
     def rows(*names: str) -> dict[str, list[str]]:
-        page = bare(render(compare([runs[name] for name in names])))
-        table = page.partition("Key figures of each run")[2].partition("</table>")[0]
-        found = re.findall(r"<th>([^<]*)</th>((?:<td>[^<]*</td>)+)", table)
-        return {name: re.findall("<td>([^<]*)", cells) for name, cells in found}
+        (table,) = blocks(compare([runs[name] for name in names]), "figures")
+        return {row[0]: row[1:] for row in table.rows}
 
     fid = "FID (train) ↓, classifier, correct, n=2,000"
     assert len(rows("a", "longer")[fid]) == 2 and "-" not in rows("a", "longer")["train loss"]
@@ -211,7 +215,9 @@ def test_comparison_says_first_what_keeps_figures_apart(tmp_path: Path) -> None:
     assert apart[f"{fid} (of a alone)"][1] == apart[f"{fid} (of larger alone)"][0] == "-"
     apart = rows("a", "epsilon")
     assert apart["train loss (of a alone)"][1] == "-" and "-" not in apart[fid]
-    assert '<h2 id="differences"' in render(compare([runs["a"], runs["seed"]]))
+    page = compare([runs["a"], runs["seed"]])
+    assert [section.anchor for section in page.sections][:2] == ["warnings", "differences"]
+    assert blocks(page, "warnings")[0].items == ["The seeds differ: a: 0; seed: 1."]
 
 
 def test_same_configuration_of_other_images_is_told_by_their_hash(tmp_path: Path) -> None:
@@ -236,7 +242,7 @@ def test_page_says_when_where_and_of_what_a_run_is(tmp_path: Path) -> None:
         "times.json": times,
     }
     run = written_run(tmp_path / "run", losses(1, {0: 0.5}), rounds_done=2, files=files)
-    page = write_report(run).read_text(encoding="utf-8")
+    facts = blocks(describe(read_history(run)), "summary")[-1]
     for words in (
         "2026-03-01 10:00 to 2026-03-02 11:00 (+0100)",
         "1:01:40, with drawing and measuring, in 2 starts",
@@ -244,7 +250,7 @@ def test_page_says_when_where_and_of_what_a_run_is(tmp_path: Path) -> None:
         "digits, folder eyes",
         *hashes.values(),
     ):
-        assert f"<dd>{words}</dd>" in page
+        assert words in dict(facts.pairs).values()
     assert dict(key_figures(read_history(run)))["time"] == "1:01:40"
     (run / "times.json").write_text('[{"begun": "yesterday"}]')
     with pytest.raises(ValueError, match=r"times\.json is not what a run writes"):
@@ -254,16 +260,16 @@ def test_page_says_when_where_and_of_what_a_run_is(tmp_path: Path) -> None:
 def test_run_that_is_not_over_says_how_to_go_on_or_that_it_does(tmp_path: Path) -> None:
     run = written_run(tmp_path / "it's", losses(1, {0: 0.5}), rounds_done=1)
     with (run / ".lock").open("a+") as lock:
-        stopped = write_report(run).read_text(encoding="utf-8")
+        page = describe(read_history(run))
         command = resuming_command(read_history(run).config, run, None)
-        assert "The run is not finished: 1 of 2 rounds are done" in stopped
-        assert f"<code>{escape(command)}</code>" in stopped and "resume=true" in command
+        assert command in [each.text for each in blocks(page, "warnings") if each.kind == "code"]
+        assert "The run is not finished: 1 of 2 rounds are done" in str(page.sections[0])
         # Held as another process would.
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.truncate(0)
         lock.write("1")
         lock.flush()
-        going = write_report(run).read_text(encoding="utf-8")
+        going = str(describe(read_history(run)).sections[0])
     assert "is going on: 1 of 2 rounds are done" in going
     assert "not finished" not in going and "resume=true" not in going
 
