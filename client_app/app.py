@@ -38,13 +38,15 @@ def introduce(message: Message, context: Context) -> Message:
 
     A real node looks through its data first, as far as that goes without decoding it. Where its
     hospital allows it, it says how many training images of each class of `data.classes` it has,
-    without the held-out ones: they add up to the number of examples that it trains on.
+    without the held-out ones. It says in any case how many images it has in all, and the server
+    does not believe it if it claims more later.
     """
     said = ConfigRecord({Key.FINGERPRINT: code_fingerprint()})
     place = read_node_config(context.node_config)
     if isinstance(place, NodeConfig):
         config = own_config(compose_run_config(named_run(context)), place)
         counts = check_node(config, place)
+        said[Key.NUM_IMAGES] = sum(counts.train) + sum(counts.held_out)
         if place.report_class_counts:
             said[Key.CLASS_COUNTS] = list(counts.train)
         logger.info(

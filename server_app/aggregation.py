@@ -2,6 +2,9 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
@@ -9,6 +12,7 @@ from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
 from server_app.records import packed_record, packed_weights, record_of
+from task.config import FederationConfig
 from task.wire import Key
 
 # Steps of 2^-32 are finer than float32 needs for a mean of weights; int64 holds the sum.
@@ -17,6 +21,10 @@ FRACTION_BITS = 32
 SUM_LIMIT = 2.0 ** (62 - FRACTION_BITS)
 # Values at a time, so that what is made of them on the way stays in a core's cache.
 CHUNK = 1 << 16
+# With fewer clients one of them has half of the weight or more, whatever is done about it.
+MIN_CAPPED = 3
+# Of a median: with half of the weight a client would decide it alone.
+MEDIAN_SHARE = Fraction(1, 3)
 
 
 class FixedPointSum:
@@ -93,39 +101,167 @@ def distance(weights: NDArray[np.floating], other: NDArray[np.floating]) -> floa
     return math.sqrt(squares)
 
 
+def capped(counts: Sequence[int], share: Fraction) -> list[int]:
+    """Lower the largest counts until none is more than a share of their sum.
+
+    Fewer than `MIN_CAPPED` counts are left as they are. Where the share is below that of equal
+    counts, they become equal.
+
+    Args:
+        counts: > 0.
+        share: in (0, 1].
+
+    Returns:
+        The counts in the same order, > 0.
+    """
+    if len(counts) < MIN_CAPPED:
+        return [*counts]
+    share = max(share, Fraction(1, len(counts)))
+    ordered = sorted(counts, reverse=True)
+    if ordered[0] <= share * sum(ordered):
+        return [*counts]
+    for number in range(1, len(ordered)):
+        # With `number` counts at the limit, each of them is exactly the share.
+        limit = share * sum(ordered[number:]) / (1 - number * share)
+        if ordered[number] <= limit:
+            break
+    return [min(count, max(int(limit), 1)) for count in counts]
+
+
+def weighted_median(weighted: Sequence[tuple[int, float]]) -> float:
+    """Return the value with half of the weight below it; the middle of two where it lies between.
+
+    Args:
+        weighted: weight > 0 and value of each, at least one.
+    """
+    values, weights = zip(*sorted((value, weight) for weight, value in weighted), strict=True)
+    reached = [2 * weight for weight in accumulate(weights)]
+    low = next(place for place, twice in enumerate(reached) if twice >= sum(weights))
+    high = next(place for place, twice in enumerate(reached) if twice > sum(weights))
+    return float(values[low] + values[high]) / 2
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How much each client counts, in the mean of the weights and in what clients measured.
+
+    Attributes:
+        by_images: whether they count by their images; all alike where not.
+        max_share: the most that one of `MIN_CAPPED` clients or more may have of the weight; None
+            where the numbers of images are known to be true.
+    """
+
+    by_images: bool = True
+    max_share: float | None = None
+
+    @classmethod
+    def of(cls, config: FederationConfig, *, simulated: bool) -> "Weighing":
+        """Weigh as a run does; the images of simulated clients were dealt out by the server."""
+        return cls(
+            by_images=config.aggregation == "fedavg",
+            max_share=None if simulated else config.max_weight_share,
+        )
+
+    @property
+    def trusts(self) -> bool:
+        """Whether every number of images is taken as it is."""
+        return self.by_images and self.max_share is None
+
+    @property
+    def most_capped(self) -> int:
+        """How many clients of a round may claim more than their share at most."""
+        return 0 if self.max_share is None else math.ceil(1 / exact(self.max_share)) - 1
+
+    def weights(self, counts: Sequence[int]) -> list[int]:
+        """Return how much clients with these numbers of images count."""
+        if not self.by_images:
+            return [1] * len(counts)
+        return [*counts] if self.max_share is None else capped(counts, exact(self.max_share))
+
+    def is_median(self, number: int) -> bool:
+        """Whether `combine` takes the median of so many clients."""
+        return not self.trusts and number >= MIN_CAPPED
+
+    def combine(self, told: Sequence[tuple[int, float]]) -> float:
+        """Make one number of what clients measured.
+
+        It is the mean weighted by images where these are known to be true or clients are few.
+        Otherwise it is the weighted median, which no single client decides.
+
+        Args:
+            told: images > 0 and number of each client, at least one.
+        """
+        counts, values = zip(*told, strict=True)
+        weights = self.weights(counts)
+        if self.is_median(len(told)):
+            return weighted_median([*zip(capped(weights, MEDIAN_SHARE), values, strict=True)])
+        # fsum is exact, so the order of arrival does not show here either.
+        terms = (weight * value for weight, value in zip(weights, values, strict=True))
+        return math.fsum(terms) / sum(weights)
+
+    def describe(self, told: Sequence[tuple[int, float]]) -> str:
+        """Say what `combine` makes of several clients and between which values it lies."""
+        if not self.is_median(len(told)):
+            return f"{self.combine(told):.4f}"
+        values = [value for _, value in told]
+        return (
+            f"{self.combine(told):.4f} (median of {len(told)} clients, "
+            f"{min(values):.4g} to {max(values):.4g})"
+        )
+
+
+def exact(share: float) -> Fraction:
+    """Return the fraction that a share was written as, such as 1/10 of 0.1."""
+    return Fraction(share).limit_denominator(10**6)
+
+
 def counted_loss(content: RecordDict) -> tuple[int, float]:
     """Return the images and the loss of a reply that was checked."""
     metrics = record_of(content, Key.METRICS, MetricRecord)
     return int(metrics[Key.NUM_EXAMPLES]), float(metrics[Key.LOSS])  # type: ignore[arg-type]
 
 
-def mean_loss(losses: Sequence[tuple[int, float]]) -> MetricRecord:
-    """Average the losses of clients, weighted by their images; see `counted_loss`."""
+def loss_record(losses: Sequence[tuple[int, float]], weighing: Weighing) -> MetricRecord:
+    """Make one loss of those of clients; see `counted_loss`."""
     num_examples = sum(count for count, _ in losses)
-    # fsum is exact, so the order of arrival does not show here either.
-    loss = math.fsum(loss * count for count, loss in losses) / num_examples
-    return MetricRecord({Key.LOSS: loss, Key.NUM_EXAMPLES: num_examples})
+    return MetricRecord({Key.LOSS: weighing.combine(losses), Key.NUM_EXAMPLES: num_examples})
 
 
 class StreamingFedAvg(FedAvg):
     """Flower's FedAvg over a lazy iterable of replies, weighted by the images of each client.
 
+    Who claims more than its share is known when all replies are there. Those that claim most, as
+    many as may have too much, are added last; they are the only ones that are held in memory.
+
     Source: Algorithm 1 of the paper, the lines of the server.
     """
+
+    def __init__(self, weighing: Weighing | None = None) -> None:
+        """Weigh clients so; None: by their images, as they say them."""
+        super().__init__()
+        self._weighing = weighing or Weighing()
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Average packed weights and losses; (None, None) where no reply came.
+        """Combine packed weights and losses; (None, None) where no reply came.
 
         Args:
             server_round: not used; part of Flower's interface.
             replies: checked already, pulled from the network while they are consumed.
         """
         total, losses = FixedPointSum(), []
+        largest: list[tuple[int, NDArray[np.floating]]] = []
         for reply in replies:
             losses.append(counted_loss(reply.content))
-            total.add(packed_weights(reply.content), losses[-1][0])
+            largest.append((losses[-1][0], packed_weights(reply.content)))
+            largest.sort(key=lambda claimed: claimed[0])
+            if len(largest) > self._weighing.most_capped:
+                total.add(*reversed(largest.pop(0)))
         if not losses:
             return None, None
-        return packed_record(total.mean()), mean_loss(losses)
+        counts = [count for count, _ in losses]
+        weights = dict(zip(counts, self._weighing.weights(counts), strict=True))
+        for count, packed in largest:
+            total.add(packed, weights[count])
+        return packed_record(total.mean()), loss_record(losses, self._weighing)

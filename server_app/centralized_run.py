@@ -1,6 +1,7 @@
 """The paper's baseline: the same training on the pooled data, without clients."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping
 
@@ -112,14 +113,18 @@ class CentralizedRun(TrainingRun):
                 ),
             )
         self.phases.trained(result.seconds, since=start, until=time.monotonic())
+        if not math.isfinite(result.loss):
+            raise self.diverged(server_round, f"train loss {result.loss}")
+        if not all(bool(t.isfinite().all()) for t in self.model.state_dict().values()):
+            raise self.diverged(server_round, "weights that are not finite")
         self.weights = {n: t.detach().cpu().clone() for n, t in self.model.state_dict().items()}
         told = {"train_loss": result.loss, "images_per_second": result.images_per_second}
         self.directory.record(server_round, "global", told)
         epochs = server_round * config.train.local_epochs
         return f"train loss {result.loss:.4f}, {epochs} epochs"
 
-    def evaluate(self, server_round: int) -> float | None:
-        """Return the loss on the test split, if there is one, drawn alike in every round."""
+    def evaluate(self, server_round: int) -> str | None:
+        """Measure the loss on the test split, if there is one, drawn alike in every round."""
         test = self.dataset.test
         if len(test) == 0:
             return None
@@ -133,8 +138,10 @@ class CentralizedRun(TrainingRun):
             channels_last=self.config.train.channels_last,
             generator=torch_generator(self.config.seed, Stream.EVALUATE, device=self.device),
         )
+        if not math.isfinite(loss):
+            raise self.diverged(server_round, f"test loss {loss}")
         self.directory.record(server_round, "global", {"test_loss": loss})
-        return loss
+        return f"test loss {loss:.4f}"
 
     def state(self) -> dict[str, Weights]:
         """Return what Adam has gathered, by number and name of parameter."""

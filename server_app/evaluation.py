@@ -16,10 +16,10 @@ from server_app.quality import (
     SCORED,
     Scores,
     check_scoring,
+    combined_scores,
     describe_means,
     describe_scoring,
     is_scored,
-    mean_scores,
     scored_labels,
     wants_scores,
 )
@@ -393,7 +393,7 @@ class HospitalEvaluation(GlobalEvaluation):
             log(
                 f"round {server_round}: {without} hospitals decline to score or have too few images"
             )
-        means = mean_scores(scores) if scores else None
+        means = combined_scores(scores, self._config) if scores else None
         told: dict[str, str | int | float] = {
             recorded_name(QUALITY, name): value for name, value in (means or {}).items()
         }

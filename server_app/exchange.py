@@ -189,11 +189,30 @@ def exchange(
 
 
 class UnusableReply(ValueError):
-    """A reply that is left out of its round; the text says why, at a length that fits a log."""
+    """A reply that is left out of its round; the text says why, in one printable line.
+
+    All text of a node that is logged or recorded goes through here.
+    """
 
     def __init__(self, reason: str) -> None:
-        # A client could send text or numbers of any length.
-        super().__init__(" ".join(reason.split())[:300])
+        super().__init__(printable(reason)[:300])
+
+
+class FalseClaim(UnusableReply):
+    """A reply that claims more images than its client said it has."""
+
+
+class Diverged(UnusableReply):
+    """A reply with a loss or weights that training with too large steps leads to."""
+
+
+def printable(text: str) -> str:
+    """Make one line of what a node sent: each run of other signs than printable ones is a space.
+
+    Control and escape characters could rewrite a log on a terminal, and a lone surrogate, as a
+    file name may hold, cannot be written at all.
+    """
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
 
 
 def checked_content(reply: Reply, *, timeout: float) -> RecordDict:
@@ -225,6 +244,26 @@ def check_metrics(content: RecordDict) -> None:
     check_numbers(metrics, dict.fromkeys((Key.LOSS, *given), (0.0, LARGEST_METRIC)))
 
 
+def check_claim(content: RecordDict, num_images: int | None) -> None:
+    """Check that a client does not claim more images than it said it has.
+
+    Fewer are no false claim: damaged files may be left out, and fewer images count for less.
+
+    Args:
+        content: a reply.
+        num_images: what the client said; None where the server knows by itself.
+
+    Raises:
+        FalseClaim: it claims more.
+    """
+    claimed = record_of(content, Key.METRICS, MetricRecord).get(Key.NUM_EXAMPLES)
+    if num_images is not None and isinstance(claimed, int) and claimed > num_images:
+        raise FalseClaim(
+            f"{Key.NUM_EXAMPLES} must be at most {num_images}, the images that it said it has, "
+            f"got {claimed}"
+        )
+
+
 def check_numbers(metrics: MetricRecord, bounds: Mapping[str, tuple[float, float]]) -> None:
     """Check the number of images of a reply, and that each number is there and within bounds.
 
@@ -238,7 +277,8 @@ def check_numbers(metrics: MetricRecord, bounds: Mapping[str, tuple[float, float
     for name in (Key.NUM_EXAMPLES, *bounds):
         value = metrics.get(name)
         if not isinstance(value, int | float) or not np.isfinite(value):
-            raise UnusableReply(f"{name} must be a finite number, got {value!r}")
+            kind = Diverged if name == Key.LOSS and isinstance(value, float) else UnusableReply
+            raise kind(f"{name} must be a finite number, got {value!r}")
         least, most = bounds.get(name, (-np.inf, np.inf))
         if not least <= value <= most:
             raise UnusableReply(f"{name} must be from {least:g} to {most:g}, got {value!r}")
@@ -277,10 +317,10 @@ def check_weights(content: RecordDict, *, size: int, num_clients: int) -> None:
         )
     largest = largest_magnitude(packed)
     if not np.isfinite(largest):
-        raise UnusableReply("weights that are not finite")
+        raise Diverged("weights that are not finite")
     num_examples = cast(int, record_of(content, Key.METRICS, MetricRecord)[Key.NUM_EXAMPLES])
     if largest * num_examples > SUM_LIMIT / num_clients:
-        raise UnusableReply(f"weights of up to {largest:.3g} from {num_examples} images: diverged")
+        raise Diverged(f"weights of up to {largest:.3g} from {num_examples} images: diverged")
 
 
 def check_update(content: RecordDict, sent: NDArray[np.floating], *, limit: float | None) -> float:
@@ -318,6 +358,6 @@ def describe_error(error: Error) -> str:
     if error.code not in [*FailureCode]:
         what = FLOWERS_ERRORS.get(error.code, "Flower failed on the node; its own log says how")
         return f"{what} (code {error.code})"
-    reason = " ".join((error.reason or "no reason given").split())[:150]
+    reason = printable(error.reason or "")[:150] or "no reason given"
     advice = ADVICE.get(FailureCode(error.code))
     return f"{reason} (code {error.code})" + (f": {advice}" if advice else "")

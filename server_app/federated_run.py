@@ -1,7 +1,6 @@
 """The rounds of a federated run: who trains, what is asked of them, what comes back."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,10 +19,14 @@ from flwr.app import (
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from server_app.aggregation import Weighing, counted_loss
 from server_app.evaluation import GlobalEvaluation, HospitalEvaluation
 from server_app.exchange import (
+    Diverged,
+    FalseClaim,
     UnusableReply,
     addressed,
+    check_claim,
     check_metrics,
     check_update,
     check_weights,
@@ -123,9 +126,10 @@ class FederatedRun(TrainingRun):
             num_classes=len(self.config.data.classes),
             known=directory.read_json(NODES_FILE),
         )
-        self._aggregate = build_aggregation(self.config.federation)
+        self._weighing = Weighing.of(self.config.federation, simulated=self.simulated)
+        self._aggregate = build_aggregation(self.config.federation, self._weighing)
         self._layout = WeightLayout.of(self.model)
-        self._left_out: dict[int, str] = {}
+        self._left_out: dict[int, UnusableReply] = {}
 
     def gather(self) -> None:
         """Wait for the nodes, and deal the images out where they are simulated."""
@@ -193,7 +197,7 @@ class FederatedRun(TrainingRun):
         """Write down the images of each class of every client that this run has seen."""
         classes = self.config.data.classes
         stored = self.directory.read_json(CLASS_COUNTS_FILE) or {"classes": classes, "clients": {}}
-        told = {str(client): counts for client, counts in self._roster.class_counts.items()}
+        told = {str(client): said.class_counts for client, said in self._roster.introduced.items()}
         clients = {**(stored["clients"] if stored["classes"] == classes else {}), **told}
         ordered = {client: clients[client] for client in sorted(clients, key=int)}
         found = {"classes": classes, "clients": ordered}
@@ -241,6 +245,7 @@ class FederatedRun(TrainingRun):
         Raises:
             TimeoutError: the nodes for it did not come.
             TooFewRepliesError: there were fewer than `federation.min_replies` usable replies.
+            DivergedError: there was none, because training has diverged at every client.
         """
         self.phases.enter("sending")
         federation = self.config.federation
@@ -255,7 +260,7 @@ class FederatedRun(TrainingRun):
         )
         if wanted is not None:
             log(f"round {server_round}: clients {' '.join(map(str, clients))}")
-        used: list[int] = []
+        losses: dict[int, tuple[int, float]] = {}
         told: list[tuple[int, Mapping[Any, Any]]] = []
         kept = self.clients_to_keep(server_round, clients)
         packed = self._layout.pack(self.weights, federation.wire_dtype)
@@ -264,10 +269,10 @@ class FederatedRun(TrainingRun):
         def usable_replies() -> Iterator[tuple[int, Message]]:
             question = self.about_weights(MessageType.TRAIN, server_round, packed, check_train)
             for client, reply, sent in self.ask(question, server_round, clients, self.phases):
-                used.append(client)
-                metrics = record_of(reply.content, Key.METRICS, MetricRecord)
-                seconds = float(metrics.get(Key.SECONDS, 0.0))  # type: ignore[arg-type]
-                self.phases.trained(seconds, since=sent, until=time.monotonic())
+                losses[client] = counted_loss(reply.content)
+                now = time.monotonic()
+                metrics = possible_times(reply.content, now - sent)
+                self.phases.trained(metrics.get(Key.SECONDS, 0.0), since=sent, until=now)
                 names = [name for name in (*TRAIN_METRICS, UPDATE_NORM) if name in metrics]
                 told.append((client, {name: metrics[name] for name in names}))
                 if client in kept:
@@ -277,21 +282,57 @@ class FederatedRun(TrainingRun):
 
         arrays, metrics = self._aggregate(usable_replies(), packed)
         self.phases.enter("aggregating")
-        if len(used) < federation.min_replies or arrays is None or metrics is None:
+        if not losses:
+            self.check_not_diverged(server_round)
+        if len(losses) < federation.min_replies or arrays is None or metrics is None:
             raise TooFewRepliesError(
-                f"round {server_round}: {len(used)} of {len(clients)} clients sent usable weights, "
-                f"federation.min_replies={federation.min_replies} ({described(self._left_out)})"
+                f"round {server_round}: {len(losses)} of {len(clients)} clients sent usable "
+                f"weights, federation.min_replies={federation.min_replies} "
+                f"({described(self._left_out)})"
             )
-        told += [(client, {"left_out": reason}) for client, reason in self._left_out.items()]
+        told += self.held_to_their_share(server_round, losses)
+        told += [(client, {"left_out": str(why)}) for client, why in self._left_out.items()]
         for client, values in told:
             self.record(server_round, client, "train", values)
         self.weights = self._layout.unpack(arrays[Key.PACKED].numpy())
         self.ema = moving_average(self.ema, self.weights, federation.ema_decay)
         loss = float(metrics[Key.LOSS])  # type: ignore[arg-type]
         self.directory.record(
-            server_round, "global", {"train_loss": loss, "num_clients": len(used)}
+            server_round, "global", {"train_loss": loss, "num_clients": len(losses)}
         )
-        return f"train loss {loss:.4f}, {len(used)} of {len(clients)} clients"
+        found = self._weighing.describe([*losses.values()])
+        return f"train loss {found}, {len(losses)} of {len(clients)} clients"
+
+    def held_to_their_share(
+        self, server_round: int, losses: Mapping[int, tuple[int, float]]
+    ) -> list[tuple[int, Mapping[str, int]]]:
+        """Log which clients count for fewer images than they claim; return what to record of it.
+
+        Args:
+            server_round: 1-based.
+            losses: images and loss of each client that was used, by its number.
+        """
+        counts = {client: count for client, (count, _) in losses.items()}
+        if not self._weighing.by_images:
+            return []
+        weights = dict(zip(counts, self._weighing.weights([*counts.values()]), strict=True))
+        held = [client for client in sorted(counts) if weights[client] < counts[client]]
+        for client in held:
+            log(
+                f"round {server_round}: client {client} claims {counts[client]} images and counts "
+                f"as {weights[client]}, at most "
+                f"federation.max_weight_share={self.config.federation.max_weight_share} of all"
+            )
+        return [(client, {"counted_images": weights[client]}) for client in held]
+
+    def check_not_diverged(self, server_round: int) -> None:
+        """Check, where no reply was usable, that it is not because training has diverged.
+
+        Raises:
+            DivergedError: every client was left out for that.
+        """
+        if self._left_out and all(isinstance(why, Diverged) for why in self._left_out.values()):
+            raise self.diverged(server_round, described(self._left_out))
 
     def training_check(
         self, packed: NDArray[np.floating], num_clients: int
@@ -322,13 +363,12 @@ class FederatedRun(TrainingRun):
             log(f"round {server_round}: client {client} does not train, its weights are not kept")
         return wanted & set(clients)
 
-    def evaluate(self, server_round: int) -> float | None:
-        """Return the loss of the global weights on what all clients hold out.
+    def evaluate(self, server_round: int) -> str | None:
+        """Measure the loss of the global weights on what all clients hold out, and say it.
 
         None where no client could say; that is no reason to give the round's training up.
         """
-        losses: list[float] = []
-        num_examples = 0
+        losses: list[tuple[int, float]] = []
 
         def check_loss(content: RecordDict) -> None:
             metrics = record_of(content, Key.METRICS, MetricRecord)
@@ -341,18 +381,16 @@ class FederatedRun(TrainingRun):
         question = self.about_weights(MessageType.EVALUATE, server_round, packed, check_loss)
         for client, reply, _ in self.ask(question, server_round, clients, Phases()):
             metrics = record_of(reply.content, Key.METRICS, MetricRecord)
-            count = int(metrics[Key.NUM_EXAMPLES])  # type: ignore[arg-type]
-            if count > 0:
-                loss = float(metrics[Key.LOSS])  # type: ignore[arg-type]
-                losses.append(loss * count)
-                num_examples += count
-                told = {Key.NUM_EXAMPLES: count, Key.LOSS: loss}
+            if metrics[Key.NUM_EXAMPLES] != 0:
+                losses.append(counted_loss(reply.content))
+                told = dict(zip((Key.NUM_EXAMPLES, Key.LOSS), losses[-1], strict=True))
                 self.record(server_round, client, "test", told)
         if not losses:
+            self.check_not_diverged(server_round)
             return None
-        mean = math.fsum(losses) / num_examples
-        self.directory.record(server_round, "global", {"test_loss": mean})
-        return mean
+        loss = self._weighing.combine(losses)
+        self.directory.record(server_round, "global", {"test_loss": loss})
+        return f"test loss {self._weighing.describe(losses)}"
 
     def open_evaluation(self) -> GlobalEvaluation:
         """Let the hospitals score images where they alone have real ones."""
@@ -439,12 +477,16 @@ class FederatedRun(TrainingRun):
         for reply in tracked(replies, len(clients), stage):
             phases.enter("aggregating")
             try:
-                question.check(checked_content(reply, timeout=federation.round_timeout))
+                content = checked_content(reply, timeout=federation.round_timeout)
+                check_claim(content, self._roster.num_images(reply.client))
+                question.check(content)
             except UnusableReply as reason:
-                self._left_out[reply.client] = str(reason)
+                self._left_out[reply.client] = reason
                 log(f"round {server_round}: client {reply.client} is left out: {reason}")
                 if is_silent(reply) and not self.simulated:
-                    self._roster.doubt(reply.client)
+                    self._roster.doubt(reply.client, "is silent")
+                if isinstance(reason, FalseClaim):
+                    self._roster.doubt(reply.client, "claims more images than it said it has")
                 # Those of a training are recorded once it has succeeded.
                 if question.message_type != MessageType.TRAIN:
                     told = {"left_out": str(reason)}
@@ -476,11 +518,23 @@ class FederatedRun(TrainingRun):
         self.directory.record(server_round, f"client-{client}", named)
 
 
-def described(left_out: Mapping[int, str]) -> str:
+def possible_times(content: RecordDict, elapsed: float) -> dict[str, Any]:
+    """Return the metrics of a reply, with no time that is longer than the server has waited.
+
+    Args:
+        content: a reply that was checked.
+        elapsed: seconds between the message and its reply, by the server's clock.
+    """
+    metrics: dict[str, Any] = dict(record_of(content, Key.METRICS, MetricRecord))
+    times = [name for name in (Key.SECONDS, Key.SECONDS_BESIDE) if name in metrics]
+    return {**metrics, **{name: min(float(metrics[name]), elapsed) for name in times}}
+
+
+def described(left_out: Mapping[int, UnusableReply]) -> str:
     """Say which clients were left out for which reason, each reason once."""
     by_reason: dict[str, list[int]] = {}
     for client, reason in sorted(left_out.items()):
-        by_reason.setdefault(reason, []).append(client)
+        by_reason.setdefault(str(reason), []).append(client)
     return "; ".join(
         f"{'client' if len(clients) == 1 else 'clients'} {' '.join(map(str, clients))}: {reason}"
         for reason, clients in by_reason.items()

@@ -1,7 +1,6 @@
 """What hospitals are asked about generated images, and what their answers say together."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -9,6 +8,7 @@ import torch
 from flwr.app import MessageType, MetricRecord, RecordDict
 from torch import Tensor
 
+from server_app.aggregation import Weighing
 from server_app.exchange import LARGEST_METRIC, UnusableReply, check_numbers
 from server_app.log import log
 from server_app.records import record_of
@@ -28,9 +28,6 @@ SCORES: dict[str, tuple[float, float]] = {
     Key.FLOOR_FID: (0.0, LARGEST_METRIC),
     Key.KID: (-LARGEST_METRIC, LARGEST_METRIC),
     Key.FLOOR_KID: (-LARGEST_METRIC, LARGEST_METRIC),
-    Key.CLASS_AGREEMENT: SHARE,
-    Key.HELD_OUT_ACCURACY: SHARE,
-    Key.CHANCE_AGREEMENT: SHARE,
     Key.NOISE_POSITION: (0.0, LARGEST_METRIC),
     Key.FLOOR_NOISE_POSITION: (0.0, LARGEST_METRIC),
     Key.PIXEL_COPIED: SHARE,
@@ -38,7 +35,14 @@ SCORES: dict[str, tuple[float, float]] = {
     Key.FEATURE_COPIED: SHARE,
     Key.FEATURE_P_VALUE: SHARE,
 }
+# Of a hospital's own classifier; one with images of a single class has none of them.
+CLASS_SCORES: dict[str, tuple[float, float]] = {
+    Key.CLASS_AGREEMENT: SHARE,
+    Key.HELD_OUT_ACCURACY: SHARE,
+    Key.CHANCE_AGREEMENT: SHARE,
+}
 SCORED = "quality_scored"
+NUM_CLASS_HOSPITALS = "num-class-hospitals"
 
 
 def scored_labels(config: Config, *, last: bool) -> Tensor:
@@ -93,7 +97,12 @@ def check_scores(content: RecordDict) -> None:
         raise UnusableReply(f"no record {Key.METRICS.value!r} in the reply")
     metrics = record_of(content, Key.METRICS, MetricRecord)
     if metrics.get(Key.NUM_EXAMPLES) != 0:
-        check_numbers(metrics, SCORES)
+        check_numbers(metrics, SCORES | (CLASS_SCORES if has_class_scores(metrics) else {}))
+
+
+def has_class_scores(scores: Mapping[str, object]) -> bool:
+    """Whether a hospital says how often its classifier finds the class."""
+    return any(name in scores for name in CLASS_SCORES)
 
 
 def describe_scoring(config: Config) -> str:
@@ -118,36 +127,49 @@ def scores_of(content: RecordDict) -> Scores:
     metrics = record_of(content, Key.METRICS, MetricRecord)
     if metrics[Key.NUM_EXAMPLES] == 0:
         return {Key.NUM_EXAMPLES: 0}
-    return {name: cast(int | float, metrics[name]) for name in (Key.NUM_EXAMPLES, *SCORES)}
+    asked = (Key.NUM_EXAMPLES, *SCORES, *CLASS_SCORES)
+    return {name: cast(int | float, metrics[name]) for name in asked if name in metrics}
 
 
-def mean_scores(scores: Sequence[Scores]) -> Scores:
-    """Average the scores of hospitals, weighted by their held-out images, whose sum is told too.
+def combined_scores(scores: Sequence[Scores], config: Config) -> Scores:
+    """Combine the scores of hospitals by `Weighing.combine`, and add their held-out images up.
 
     Args:
         scores: of each hospital, at least one; "num-examples" is not 0.
+        config: of the run.
+
+    Returns:
+        The scores that a hospital has, and "num-class-hospitals", of how many those of
+        `CLASS_SCORES` are.
     """
-    images = [hospital[Key.NUM_EXAMPLES] for hospital in scores]
-    total = sum(images)
-    means: Scores = {
-        name: math.fsum(
-            hospital[name] * weight for hospital, weight in zip(scores, images, strict=True)
+    weighing = Weighing.of(config.federation, simulated=False)
+    of_classes = [hospital for hospital in scores if has_class_scores(hospital)]
+    combined: Scores = {
+        name: weighing.combine(
+            [(int(hospital[Key.NUM_EXAMPLES]), hospital[name]) for hospital in tellers]
         )
-        / total
-        for name in SCORES
+        for names, tellers in ((SCORES, scores), (CLASS_SCORES, of_classes))
+        for name in names
+        if tellers
     }
-    return {Key.NUM_EXAMPLES: total, **means}
+    total = sum(hospital[Key.NUM_EXAMPLES] for hospital in scores)
+    return {Key.NUM_EXAMPLES: total, NUM_CLASS_HOSPITALS: len(of_classes), **combined}
 
 
 def describe_means(means: Scores, num_hospitals: int, config: Config) -> str:
     """Say what hospitals found together, in one line."""
     own = "each hospital's own classifier" if config.eval.extractor == "classifier" else "inception"
+    found = "the asked class was looked for at no hospital with two classes or more"
+    if has_class_scores(means):
+        found = (
+            f"the asked class found in {means[Key.CLASS_AGREEMENT]:.1%} (of held-out images in "
+            f"{means[Key.HELD_OUT_ACCURACY]:.1%}, by chance in {means[Key.CHANCE_AGREEMENT]:.1%}; "
+            f"{means[NUM_CLASS_HOSPITALS]} hospitals)"
+        )
     return (
         f"images scored at {num_hospitals} hospitals on {means[Key.NUM_EXAMPLES]} held-out images: "
         f"FID {means[Key.FID]:.2f} (their own floor {means[Key.FLOOR_FID]:.2f}), "
-        f"KID {means[Key.KID]:.4f} ({means[Key.FLOOR_KID]:.4f}), the asked class found in "
-        f"{means[Key.CLASS_AGREEMENT]:.1%} (of held-out images in "
-        f"{means[Key.HELD_OUT_ACCURACY]:.1%}, by chance in {means[Key.CHANCE_AGREEMENT]:.1%}), "
+        f"KID {means[Key.KID]:.4f} ({means[Key.FLOOR_KID]:.4f}), {found}, "
         f"between real (0) and noise (1) {means[Key.NOISE_POSITION]:.2f} "
         f"({means[Key.FLOOR_NOISE_POSITION]:.2f}) (extractor: {own}, image range "
         f"{config.eval.image_range})"

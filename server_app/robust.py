@@ -13,37 +13,47 @@ from flwr.common.constant import SType
 from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg, MultiKrum
 from numpy.typing import NDArray
 
-from server_app.aggregation import StreamingFedAvg, chunks, counted_loss, mean_loss
+from server_app.aggregation import (
+    StreamingFedAvg,
+    Weighing,
+    chunks,
+    counted_loss,
+    loss_record,
+)
 from server_app.records import packed_record, packed_weights, record_of
 from task.config import FederationConfig
 from task.wire import Key, to_npy
 
 # From the replies of a round, each with the number of its client, and the packed weights that
-# were sent, to the packed weights and the mean loss; (None, None) where no reply came.
+# were sent, to the packed weights and the loss; (None, None) where no reply came.
 Aggregate = Callable[
     [Iterable[tuple[int, Message]], NDArray[np.floating]],
     tuple[ArrayRecord | None, MetricRecord | None],
 ]
 
 
-def build_aggregation(config: FederationConfig) -> Aggregate:
+def build_aggregation(config: FederationConfig, weighing: Weighing) -> Aggregate:
     """Build what `federation.aggregation` names.
+
+    Args:
+        config: of the run.
+        weighing: how much each client counts.
 
     Raises:
         ValueError: it names none.
     """
     if config.aggregation == "fedavg":
-        return lambda replies, _: StreamingFedAvg().aggregate_train(0, (r for _, r in replies))
+        average = StreamingFedAvg(weighing)
+        return lambda replies, _: average.aggregate_train(0, (r for _, r in replies))
     if config.aggregation == "median":
-        return OverUpdates(FedMedian())
+        return OverUpdates(FedMedian(), weighing)
     if config.aggregation == "trimmed_mean":
-        return OverUpdates(FedTrimmedAvg(beta=config.trim_fraction))
+        return OverUpdates(FedTrimmedAvg(beta=config.trim_fraction), weighing)
     if config.aggregation == "krum":
-        return OverUpdates(
-            MultiKrum(
-                num_malicious_nodes=config.num_malicious, num_nodes_to_select=config.num_selected
-            )
+        krum = MultiKrum(
+            num_malicious_nodes=config.num_malicious, num_nodes_to_select=config.num_selected
         )
+        return OverUpdates(krum, weighing)
     raise ValueError(f"federation.aggregation: no such aggregation: {config.aggregation}")
 
 
@@ -58,18 +68,20 @@ class OverUpdates:
     Source: Yin et al. 2018 (arXiv 1803.01498); Blanchard et al. 2017 (arXiv 1703.02757).
     """
 
-    def __init__(self, strategy: FedAvg) -> None:
+    def __init__(self, strategy: FedAvg, weighing: Weighing) -> None:
         """Take over a strategy.
 
         Args:
             strategy: aggregates float32 arrays one by one, or looks at all of them.
+            weighing: of the losses that clients report.
         """
         self._strategy = strategy
+        self._weighing = weighing
 
     def __call__(
         self, replies: Iterable[tuple[int, Message]], sent: NDArray[np.floating]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Aggregate packed weights, and average losses; (None, None) where no reply came.
+        """Aggregate packed weights and losses; (None, None) where no reply came.
 
         Args:
             replies: checked already, with the numbers of their clients, in any order.
@@ -89,7 +101,8 @@ class OverUpdates:
         for reply in ordered:
             # Flower's views keep the content in memory until Python looks for circles.
             record_of(reply.content, Key.ARRAYS, ArrayRecord).clear()
-        return packed_record(applied(arrays or {}, sent)), mean_loss(losses)
+        weights = packed_record(applied(arrays or {}, sent))
+        return weights, loss_record(losses, self._weighing)
 
 
 def update_of(weights: NDArray[np.floating], sent: NDArray[np.floating]) -> RecordDict:

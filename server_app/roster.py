@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -26,8 +27,21 @@ QUERIES_AT_ONCE = 64
 
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 
-# More images of a class than any node has.
+# More images than any node has.
 MAX_COUNT = 10**12
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """What a node says of its images before the first round.
+
+    Attributes:
+        num_images: all that it can train on or hold out; None in a simulation, which knows.
+        class_counts: those to train on, of each class; None where it does not say.
+    """
+
+    num_images: int | None
+    class_counts: list[int] | None
 
 
 class Introductions:
@@ -104,8 +118,7 @@ class Roster:
     Attributes:
         num_partitions: number of shares of a simulation, once a node has said it; None with
             real nodes.
-        class_counts: images of each class that a client says it has, by its number; None where
-            it does not say.
+        introduced: what each client says of its images, by its number.
     """
 
     def __init__(
@@ -126,7 +139,7 @@ class Roster:
             known: client numbers by node id, from an earlier start of the same run.
         """
         self.num_partitions: int | None = None
-        self.class_counts: dict[int, list[int] | None] = {}
+        self.introduced: dict[int, Introduction] = {}
         self._grid = grid
         self._simulated = simulated
         self._num_classes = num_classes
@@ -134,7 +147,7 @@ class Roster:
         self._present: dict[int, int] = {}
         self._introductions = Introductions(grid)
         # They have introduced themselves and get their numbers together.
-        self._newcomers: dict[int, list[int] | None] = {}
+        self._newcomers: dict[int, Introduction] = {}
         self._refused: dict[int, tuple[str, float]] = {}
         self._left: dict[int, str] = {}
 
@@ -187,12 +200,21 @@ class Roster:
                 log(f"waiting for {nodes}")
             time.sleep(min(poll_seconds, max(deadline - time.monotonic(), 0.01)))
 
-    def doubt(self, client: int) -> None:
-        """Take a client that did not answer for absent until it introduces itself again."""
+    def doubt(self, client: int, why: str) -> None:
+        """Take a client for absent until it introduces itself again.
+
+        Args:
+            client: its number.
+            why: for the log.
+        """
         node = self._present.pop(client)
         self._left[client] = time.strftime(TIME_FORMAT)
         self._introductions.do_not_wait_for(node)
-        log(f"client {client} (node {node}) is silent; it is asked again what it is")
+        log(f"client {client} (node {node}) {why}; it is asked to introduce itself again")
+
+    def num_images(self, client: int) -> int | None:
+        """Return how many images a client said that it has; None in a simulation."""
+        return self.introduced[client].num_images
 
     def _wanted(self, minimum: int) -> int:
         if self.num_partitions is not None and self.num_partitions < minimum:
@@ -250,14 +272,16 @@ class Roster:
             )
         if not same_code:
             raise UnusableReply("it runs other code than the server")
-        counts = checked_counts(said, num_classes=self._num_classes)
+        introduction = checked_introduction(
+            said, num_classes=self._num_classes, simulated=self._simulated
+        )
         self._refused.pop(node, None)
         if self._simulated:
             # Node ids of a simulation are new at every start, partition-ids are not.
             number, self.num_partitions = self._share_of(said)
-            self._present[number], self.class_counts[number] = node, counts
+            self._present[number], self.introduced[number] = node, introduction
         else:
-            self._newcomers[node] = counts
+            self._newcomers[node] = introduction
 
     def _share_of(self, said: ConfigRecord) -> tuple[int, int]:
         """Return number and count of shares that a simulated node claims."""
@@ -271,11 +295,11 @@ class Roster:
 
     def _admit_newcomers(self) -> None:
         """Give numbers; sorted, so that they do not depend on who answered first."""
-        for node, counts in sorted(self._newcomers.items()):
+        for node, introduction in sorted(self._newcomers.items(), key=lambda newcomer: newcomer[0]):
             number = self._numbers.get(node, max(self._numbers.values(), default=-1) + 1)
             returns = node in self._numbers
             self._numbers[node] = number
-            self._present[number], self.class_counts[number] = node, counts
+            self._present[number], self.introduced[number] = node, introduction
             self._left.pop(number, None)
             log(f"client {number} (node {node}) {'is back' if returns else 'has joined'}")
         self._newcomers.clear()
@@ -299,6 +323,24 @@ class Roster:
         silent = [node for node in self._introductions.unanswered() if node not in self._refused]
         reasons += [f"node {node} has not introduced itself yet" for node in silent]
         return "; ".join(reasons) or "no other node connected"
+
+
+def checked_introduction(said: ConfigRecord, *, num_classes: int, simulated: bool) -> Introduction:
+    """Return what a node says of its images.
+
+    Raises:
+        UnusableReply: it does not say how many it has, or says what cannot be.
+    """
+    counts = checked_counts(said, num_classes=num_classes)
+    if simulated:
+        return Introduction(None, counts)
+    number, trained = said.get(Key.NUM_IMAGES), sum(counts or [])
+    if type(number) is not int or not trained <= number <= MAX_COUNT:
+        raise UnusableReply(
+            f"{Key.NUM_IMAGES.value} must be a whole number from {trained}, those of its "
+            f"{Key.CLASS_COUNTS.value}, to {MAX_COUNT:g}, got {number!r:.80}"
+        )
+    return Introduction(number, counts)
 
 
 def checked_counts(said: ConfigRecord, *, num_classes: int) -> list[int] | None:

@@ -15,7 +15,13 @@ from task.fingerprint import code_fingerprint, installed_versions
 from task.history import read_history
 from task.progress import duration, progress
 from task.randomness import Stream, torch_generator
-from task.run_directory import MACHINE_FILE, REPORT_FILE, RunDirectory
+from task.run_directory import (
+    MACHINE_FILE,
+    REPORT_FILE,
+    RunDirectory,
+    checkpoints,
+    round_of,
+)
 from task.run_summary import summary_lines
 from task.train import (
     device_name,
@@ -28,6 +34,10 @@ from task.train import (
 from task.unet import UNet, build_unet
 
 Weights = Mapping[str, torch.Tensor]
+
+
+class DivergedError(RuntimeError):
+    """A training whose loss or weights are no finite numbers any more."""
 
 
 class TrainingRun(ABC):
@@ -72,8 +82,8 @@ class TrainingRun(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, server_round: int) -> float | None:
-        """Measure and record the loss on held-out images; None where there is none."""
+    def evaluate(self, server_round: int) -> str | None:
+        """Measure and record the loss on held-out images, and say it; None where there is none."""
 
     @abstractmethod
     def state(self) -> dict[str, Weights]:
@@ -94,14 +104,18 @@ class TrainingRun(ABC):
             ValueError: the configuration does not fit the federation or the data.
             TimeoutError: the nodes did not come.
             RuntimeError: a round had fewer than `federation.min_replies` usable replies.
+            DivergedError: loss or weights are not finite.
         """
+        for found in self.directory.damaged:
+            log(found)
         rounds, done = self.config.federation.rounds, self.directory.last_round
         if done > rounds:
             raise ValueError(
                 f"federation.rounds must be at least {done}, the last complete round of "
                 f"{self.directory.path}, got {rounds}"
             )
-        if self.directory.final_round() == rounds and is_measured(self.directory.path, self.config):
+        whole = self.directory.final_round() == rounds and not self.directory.damaged
+        if whole and is_measured(self.directory.path, self.config):
             log(f"all {rounds} rounds are complete already; a larger federation.rounds goes on")
             if not (self.directory.path / REPORT_FILE).exists():
                 self.report()
@@ -206,11 +220,21 @@ class TrainingRun(ABC):
         self.directory.record_time()
         return summary
 
+    def diverged(self, server_round: int, what: str) -> DivergedError:
+        """Say that a round has diverged, what was saved before it, and what to change."""
+        lr, path = self.config.train.lr, self.directory.path
+        good = [file for file in checkpoints(path) if round_of(file) < server_round]
+        saved = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is good"
+        return DivergedError(
+            f"round {server_round} has diverged ({what}); {saved}; start a new run with a smaller "
+            f"learning rate than train.lr={lr:g}, such as train.lr={lr / 10:g}: resume=true would "
+            "repeat the same"
+        )
+
     def evaluate_and_draw(self, server_round: int) -> str:
         """Measure a round and draw its picture; say in few words what was found."""
         start = time.monotonic()
-        loss = self.evaluate(server_round)
-        found = ["no test loss" if loss is None else f"test loss {loss:.4f}"]
+        found = [self.evaluate(server_round) or "no test loss"]
         if self.evaluation.is_metrics_due(server_round):
             found.append(self.evaluation.measure(server_round, self.final_weights()))
         # Last, because it marks the round as evaluated.

@@ -1,5 +1,6 @@
-"""Weights on disk: safetensors with the configuration and the round in their metadata."""
+"""Weights on disk: safetensors with configuration, round and a checksum in their metadata."""
 
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,9 @@ from safetensors.torch import save_file
 
 from task.config import Config, as_hydra
 from task.files import atomic_path
+
+# The entry of the metadata that holds `checksum`; files of others have none.
+CHECKSUM = "sha256"
 
 
 def save_weights(
@@ -37,13 +41,22 @@ def write_weights(
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     try:
-        save_file(contiguous, path, dict(metadata))
+        save_file(contiguous, path, {**metadata, CHECKSUM: checksum(contiguous, metadata)})
     except SafetensorError as error:
         # It says what the system said in words alone.
         if (number := re.search(r"os error (\d+)", str(error))) is None:
             raise
         code = int(number[1])
         raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def checksum(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """Return the SHA-256 of contiguous tensors on the CPU, with their names, and of metadata."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def weights_metadata(config: Config, server_round: int) -> dict[str, str]:
@@ -57,11 +70,15 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a safetensors file, or a broken one.
+        ValueError: it is not a safetensors file, or a damaged one.
     """
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return weights, dict(file.metadata() or {})
+            metadata = dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    told = metadata.pop(CHECKSUM, None)
+    if told is not None and told != checksum(weights, metadata):
+        raise ValueError(f"{path} is damaged: its checksum is not that of what it holds")
+    return weights, metadata

@@ -363,6 +363,7 @@ class FederationConfig:
     num_malicious: int = MISSING
     num_selected: int = MISSING
     max_update_norm: float | None = None
+    max_weight_share: float | None = None
     node_wait: float = MISSING
     round_timeout: float = MISSING
     max_in_flight: int | None = None
@@ -414,6 +415,13 @@ class FederationConfig:
                 "federation.ema_decay",
                 "in (0, 1), or null for off",
                 self.ema_decay,
+            )
+        if self.max_weight_share is not None:
+            require(
+                0 < self.max_weight_share <= 1,
+                "federation.max_weight_share",
+                "in (0, 1], or null to believe every number of images",
+                self.max_weight_share,
             )
         self._check_aggregation()
 

@@ -2,11 +2,12 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -119,9 +120,27 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a small JSON file, atomically."""
+    """Write a small JSON file, atomically.
+
+    Raises:
+        ValueError: a number is not finite, which JSON has no word for; names its place.
+    """
+    for place, number in _not_finite(content):
+        raise ValueError(f"{path}: {place} must be finite, got {number}; it is not written")
     with atomic_path(path) as aside:
         aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _not_finite(content: object, place: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the place and the value of every number that is not finite."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _not_finite(value, f"{place}.{key}" if place else str(key))
+    elif isinstance(content, list | tuple):
+        for number, value in enumerate(content):
+            yield from _not_finite(value, f"{place}[{number}]")
+    elif isinstance(content, float) and not math.isfinite(content):
+        yield place, content
 
 
 def remove_left_overs(path: Path) -> None:

@@ -28,10 +28,12 @@ def installed_versions(*packages: str) -> dict[str, str]:
 
 
 def fingerprint_of(root: Path) -> str:
-    """Hash the Python files of `task` and `client_app` and the YAML files of `conf`.
+    """Hash the Python files of `task`, `client_app` and `server_app` and the YAML files of `conf`.
+
+    Both ends have all of them, because Flower's bundle holds them all.
 
     Args:
-        root: the folder that these three lie in.
+        root: the folder that these four lie in.
 
     Returns:
         16 hexadecimal digits.
@@ -40,7 +42,8 @@ def fingerprint_of(root: Path) -> str:
         OSError: a file cannot be read.
     """
     digest = hashlib.sha256()
-    patterns = ("task/**/*.py", "client_app/**/*.py", "conf/**/*.yaml")
+    packages = ("task", "client_app", "server_app")
+    patterns = (*(f"{package}/**/*.py" for package in packages), "conf/**/*.yaml")
     for file in sorted(file for pattern in patterns for file in root.glob(pattern)):
         digest.update(f"{file.relative_to(root).as_posix()}\0".encode())
         digest.update(file.read_bytes())

@@ -1,6 +1,5 @@
 """Draw images from a model and measure them as a run's configuration says."""
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from task.evaluate import (
     pixel_copying,
 )
 from task.features import FeatureExtractor, cached_classifier
-from task.files import atomic_path
+from task.files import write_json
 from task.generation import image_shape
 from task.progress import progress
 from task.randomness import Stream, torch_generator
@@ -31,6 +30,8 @@ from task.unet import UNet
 
 # Held-out images that every run searches for copies beside the generated ones.
 MOST_SEARCHED = 1000
+# Of the noise that images are drawn from, and of what measures them.
+SEEDS = ("seed", "eval.seed")
 
 
 def draw_images(
@@ -198,14 +199,16 @@ def evaluation_file(run: Path, config: Config, *subjects: str) -> Path:
 
 
 def drawn_otherwise(run: Path, config: Config) -> str:
-    """Name the values by which images are drawn otherwise than a run draws; "" where none are.
+    """Name the values by which images are drawn and measured otherwise than a run does; or "".
+
+    Those that are not named, such as the number of images, stand in the file itself.
 
     Args:
         run: its folder.
         config: of the drawing.
     """
     own, asked = flat_values(read_config(run / "config.yaml")), flat_values(config)
-    changed = [name for name in DRAWING_VALUES if own[name] != asked[name]]
+    changed = [name for name in (*DRAWING_VALUES, *SEEDS) if own[name] != asked[name]]
     return ",".join(f"{name.removeprefix('diffusion.')}={asked[name]}" for name in changed)
 
 
@@ -227,5 +230,4 @@ def write_measurements(
     }
     if config.eval.num_per_class is not None:
         drawn["num_per_class"] = config.eval.num_per_class
-    with atomic_path(file) as aside:
-        aside.write_text(json.dumps({**found, **drawn}, indent=1) + "\n", encoding="utf-8")
+    write_json(file, {**found, **drawn})

@@ -53,6 +53,19 @@ OWN_SCORES = {
     "pixel_p_value": ("p of this where nothing is copied", None),
 }
 
+# Of hospitals with images of two classes or more.
+CLASS_SCORES = (
+    "quality_class_agreement",
+    "quality_held_out_accuracy",
+    "quality_chance_agreement",
+)
+
+# How `server_app` makes one number of those of real nodes.
+TOGETHER = """\
+A value over two clients is their mean, weighted by images; over more it is their weighted median,
+in which no client has more than a third of the weight. In a simulation losses are means.
+"""
+
 # They say where a run finds images and not what these show.
 DATA_WITHOUT_NAME = {
     "image_folder": "a folder of images; say here what they show",
@@ -130,7 +143,7 @@ def write_model_card(
         f"## How to use\n\n{usage}",
         data_section(run),
         training_section(run, exported),
-        results_section(run) if measured else UNMEASURED,
+        results_section(run, exported["round"]) if measured else UNMEASURED,
         LIMITS.format(size=run.config.data.image_size, trained_where=trained_where(run)),
         origin_section(run, exported),
     ]
@@ -261,18 +274,20 @@ def _federation_rows(federation: FederationConfig) -> list[tuple[str, object]]:
     ]
 
 
-def results_section(run: FinishedRun) -> str:
-    """Show what was measured of the run, with the same of real images beside it."""
-    parts = [_evaluation(found) for found in run.evaluations] or _own_scores(run)
+def results_section(run: FinishedRun, server_round: int) -> str:
+    """Show what was measured of the weights of a round, with the same of real images beside it."""
+    metrics = [line for line in read_metrics(run.path) if line["round"] == server_round]
+    evaluations = [found for found in run.evaluations if found["round"] == server_round]
+    parts = [_evaluation(found) for found in evaluations] or _own_scores(metrics)
     centralised = run.config.train.mode == "centralized"
-    parts += _held_out_loss(run) if centralised else _hospital_scores(run)
+    parts += _held_out_loss(metrics) if centralised else _hospital_scores(metrics)
     if not parts:
         return UNMEASURED
     return "\n".join(["## Results and memorisation\n", *parts, _checked(run)])
 
 
-def _own_scores(run: FinishedRun) -> list[str]:
-    last = _last_global([*read_metrics(run.path)])
+def _own_scores(metrics: Sequence[Metric]) -> list[str]:
+    last = _of_the_whole(metrics)
     rows = [
         (
             title,
@@ -317,17 +332,16 @@ def _evaluation(found: Mapping[str, Any]) -> str:
     return f"{title}\n{scores}\n\n{held}\n"
 
 
-def _held_out_loss(run: FinishedRun) -> list[str]:
-    found = _last_global([*read_metrics(run.path)]).get("test_loss")
+def _held_out_loss(metrics: Sequence[Metric]) -> list[str]:
+    found = _of_the_whole(metrics).get("test_loss")
     if found is None:
         return []
     row = ("loss", f"{found['value']:.4f}", found["round"])
     return ["### On held-out images\n", table(["", "", "after round"], [row]) + "\n"]
 
 
-def _hospital_scores(run: FinishedRun) -> list[str]:
-    metrics = [*read_metrics(run.path)]
-    last = _last_global(metrics)
+def _hospital_scores(metrics: Sequence[Metric]) -> list[str]:
+    last = _of_the_whole(metrics)
     found = {name: last[name] for name in HOSPITAL_SCORES if name in last}
     if not found:
         return []
@@ -339,7 +353,9 @@ def _hospital_scores(run: FinishedRun) -> list[str]:
     ]
     parts = ["### By the clients, on their own images\n"]
     if rows:
-        parts.append(table(["", "mean", "over clients", "after round"], rows) + "\n")
+        parts.append(table(["", "together", "over clients", "after round"], rows) + "
+")
+        parts.append(TOGETHER)
     if len(rows) < len(found):
         parts.append(f"Scores of fewer than {MIN_COUNTED} clients are not told.\n")
     return parts
@@ -347,16 +363,18 @@ def _hospital_scores(run: FinishedRun) -> list[str]:
 
 def _tellers(metrics: Sequence[Metric], mean: Metric) -> int:
     """Count the clients that a recorded mean is over."""
-    of_round = [line for line in metrics if line["round"] == mean["round"]]
     if mean["name"] == "test_loss":
-        told = {line["who"] for line in of_round if line["name"] == "test_loss"}
+        told = {line["who"] for line in metrics if line["name"] == "test_loss"}
         return len(told - {"global"})
     # The clients' own lines may be of a scoring that was broken off.
-    counts = [line["value"] for line in of_round if line["name"] == "quality_num_hospitals"]
-    return counts[-1] if counts else 0
+    counts = _of_the_whole(metrics)
+    names = ["quality_num_hospitals"]
+    if mean["name"] in CLASS_SCORES:
+        names.insert(0, "quality_num_class_hospitals")
+    return next((counts[name]["value"] for name in names if name in counts), 0)
 
 
-def _last_global(metrics: Sequence[Metric]) -> dict[str, Metric]:
+def _of_the_whole(metrics: Sequence[Metric]) -> dict[str, Metric]:
     return {line["name"]: line for line in metrics if line["who"] == "global"}
 
 

@@ -179,7 +179,8 @@ def hold_out(
     Returns:
         The indices of both, sorted, [M] int64.
     """
-    generator = numpy_generator(config.seed, Stream.HOLD_OUT)
+    # Not the run's seed: runs of several seeds are measured on the same images.
+    generator = numpy_generator(config.data.split_seed, Stream.HOLD_OUT)
     return split_validation(labels, config.data.val_fraction, generator=generator, groups=groups)
 
 

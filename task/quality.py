@@ -44,7 +44,8 @@ def score_images(
 
     Returns:
         "num-examples", the held-out images, and the scores; "num-examples" of 0 and nothing else
-        where a distance would compare fewer than `MIN_MEASURED_IMAGES` images.
+        where a distance would compare fewer than `MIN_MEASURED_IMAGES` images. The scores of a
+        classifier are left out where all training images are of one class, which it always finds.
 
     Raises:
         FileNotFoundError: the extractor's file is missing.
@@ -75,6 +76,26 @@ def score_images(
     seen = extract(extractor, known.images, batch_size=config.eval.batch_size)
     fid, kernel = _distances(seen.subset(compared), held_out, seed)
     floor_fid, floor_kernel = _distances(real.train.subset(stand_ins), held_out, seed)
+    pixels = pixel_copying(known, own, horizontal_flip=config.data.horizontal_flip, device=device)
+    features = feature_copying(seen, real.train, held_out)
+    position = noise_position(
+        known.images, own.train.images, own.test.images, seed=seed, device=device
+    )
+    scores: Scores = {
+        Key.NUM_EXAMPLES: len(own.test),
+        Key.FID: fid,
+        Key.FLOOR_FID: floor_fid,
+        Key.KID: kernel,
+        Key.FLOOR_KID: floor_kernel,
+        Key.NOISE_POSITION: position.generated,
+        Key.FLOOR_NOISE_POSITION: position.real,
+        Key.PIXEL_COPIED: pixels.copied,
+        Key.PIXEL_P_VALUE: cast(float, pixels.p_value),
+        Key.FEATURE_COPIED: features.copied,
+        Key.FEATURE_P_VALUE: cast(float, features.p_value),
+    }
+    if len(own.train.labels.unique()) < 2:
+        return scores
     classifier = cached_classifier(
         own.train,
         num_classes=num_classes,
@@ -83,28 +104,12 @@ def score_images(
         device=device,
         cache_dir=Path(config.data.cache_dir),
     )
-    pixels = pixel_copying(known, own, horizontal_flip=config.data.horizontal_flip, device=device)
-    features = feature_copying(seen, real.train, held_out)
-    position = noise_position(
-        known.images, own.train.images, own.test.images, seed=seed, device=device
-    )
-    return {
-        Key.NUM_EXAMPLES: len(own.test),
-        Key.FID: fid,
-        Key.FLOOR_FID: floor_fid,
-        Key.KID: kernel,
-        Key.FLOOR_KID: floor_kernel,
+    return scores | {
         Key.CLASS_AGREEMENT: accuracy(classifier, known.images, known.labels),
         Key.HELD_OUT_ACCURACY: balanced_accuracy(
             classifier, own.test.images, own.test.labels, like=known.labels
         ),
         Key.CHANCE_AGREEMENT: chance_agreement(known.labels),
-        Key.NOISE_POSITION: position.generated,
-        Key.FLOOR_NOISE_POSITION: position.real,
-        Key.PIXEL_COPIED: pixels.copied,
-        Key.PIXEL_P_VALUE: cast(float, pixels.p_value),
-        Key.FEATURE_COPIED: features.copied,
-        Key.FEATURE_P_VALUE: cast(float, features.p_value),
     }
 
 

@@ -17,7 +17,7 @@
     submission.json                 what `flwr run` was given, to be given again
     supervision.json                what feddm-supervise did
     samples/round_0005.png          a grid, a row per class
-    checkpoints/round_0005.safetensors
+    checkpoints/round_0005.safetensors   with a checksum, as all weights
     local/client-3.safetensors      the own final weights of a simulated client
     model.safetensors               the final weights
     report.html                     all of this on one page
@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import platform
 import shlex
@@ -96,6 +97,8 @@ TIMES_FILE = "times.json"
 REPORT_FILE = "report.html"
 LOCK_FILE = ".lock"
 LOG_FILE = "log.txt"
+# Put before the name of a file with weights that cannot be read.
+DAMAGED = "damaged-"
 
 HOW_TO_RESUME = "pass the same words again, with run_name=... and resume=true"
 
@@ -194,16 +197,20 @@ class RunDirectory:
     Attributes:
         path: the folder, absolute.
         config: the configuration of the run; a resumed run keeps its resolved precisions.
+        damaged: what was found of files with weights that cannot be read, a line for each.
     """
 
     def __init__(self, config: Config) -> None:
         """Create the folder, or open it where `config.resume` is set.
 
+        A resumed run whose newest checkpoint is damaged goes on after the one before.
+
         Args:
             config: with absolute folders, see `task.config.anchored`.
 
         Raises:
-            ValueError: see `check_startable`, or another process holds the folder.
+            ValueError: see `check_startable`, or another process holds the folder, or none of its
+                checkpoints can be read.
         """
         check_startable(config)
         self.path = path = run_path(config)
@@ -222,6 +229,7 @@ class RunDirectory:
         for folder in ("samples", "checkpoints"):
             (path / folder).mkdir(exist_ok=True)
         self._remove_left_overs()
+        self.damaged = self._set_damaged_aside()
         self._forget_after(self.last_round)
         from torch.utils.tensorboard import SummaryWriter
 
@@ -265,7 +273,14 @@ class RunDirectory:
 
         Raises:
             OSError: they cannot be written; a half line at the end is dropped by a resumed run.
+            ValueError: one is not finite; none is recorded.
         """
+        for name, value in values.items():
+            if not isinstance(value, str) and not math.isfinite(value):
+                raise ValueError(
+                    f"round {server_round}: {name} of {who} must be finite, got {value}; where "
+                    "training has diverged, start a new run with a smaller train.lr"
+                )
         lines = [
             {"round": server_round, "who": who, "name": name, "value": value}
             for name, value in values.items()
@@ -389,6 +404,38 @@ class RunDirectory:
         for path in (self.path / "config.yaml", self.metrics_file, self.model_file):
             remove_left_overs(path)
 
+    def _set_damaged_aside(self) -> list[str]:
+        """Rename the newest files with weights where they cannot be read, and say so.
+
+        Raises:
+            ValueError: there are checkpoints, and none can be read.
+        """
+        found = {}
+        newest_first = checkpoints(self.path)[::-1]
+        for file in newest_first:
+            found[file] = what_is_wrong(file)
+            if found[file] is None:
+                break
+        if newest_first and all(found.values()):
+            raise ValueError(
+                f"resume: no checkpoint of {self.path} can be read ({found[newest_first[0]]}); put "
+                "a copy back, or start anew under another run_name"
+            )
+        if self.model_file.exists():
+            found[self.model_file] = what_is_wrong(self.model_file)
+        damaged = {file: why for file, why in found.items() if why is not None}
+        for file in damaged:
+            file.rename(file.with_name(f"{DAMAGED}{file.name}"))
+        # Repeated with their rounds: a picture says that its round was evaluated.
+        for picture in self.path.glob("samples/round_*.png"):
+            if damaged and round_of(picture) > self.last_round:
+                picture.unlink()
+        return [
+            f"{why}; it is kept as {DAMAGED}{file.name}, and the run goes on after round "
+            f"{self.last_round}"
+            for file, why in damaged.items()
+        ]
+
     def _forget_after(self, server_round: int) -> None:
         """Drop the metrics of rounds that were not completed; they are about to be repeated."""
         if self.metrics_file.exists():
@@ -404,6 +451,15 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
         # The last line may have been cut off by the end of the process.
         for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
             yield json.loads(line)
+
+
+def what_is_wrong(file: Path) -> str | None:
+    """Say why a file with weights cannot be read; None where it can."""
+    try:
+        load_weights(file)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def weights_file(run: Path, client: int | None = None) -> Path:

@@ -27,6 +27,7 @@ class Key(StrEnum):
     CLIENT = "client"
     PRECISION = "precision"
     FINGERPRINT = "fingerprint"
+    NUM_IMAGES = "num-images"
     METRICS = "metrics"
     NUM_EXAMPLES = "num-examples"
     LOSS = "loss"

@@ -2,6 +2,7 @@ import gc
 import itertools
 import weakref
 from collections.abc import Iterator
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,7 +15,10 @@ from server_app.aggregation import (
     SUM_LIMIT,
     FixedPointSum,
     StreamingFedAvg,
+    Weighing,
+    capped,
     distance,
+    weighted_median,
 )
 from server_app.exchange import addressed
 from server_app.robust import build_aggregation
@@ -199,6 +203,81 @@ def test_no_replies_give_no_weights() -> None:
     assert StreamingFedAvg().aggregate_train(1, iter(())) == (None, None)
 
 
+def test_no_count_is_more_than_its_share_and_small_ones_stay() -> None:
+    generator = np.random.default_rng(5)
+    for _ in range(300):
+        counts = [int(count) for count in 10 ** generator.uniform(0, 8, generator.integers(3, 9))]
+        share = float(generator.uniform(0.05, 1))
+        found = capped(counts, Fraction(share))
+        most = max(share, 1 / len(counts))
+        assert max(found) <= most * sum(found) * (1 + 1e-9) or max(found) == 1
+        limit = max(found)
+        assert found == [min(count, limit) for count in counts]
+        if limit < max(counts):  # and no lower than it must be
+            rest = [min(count, limit + 1) for count in counts]
+            assert max(rest) > Fraction(most) * sum(rest) * Fraction(1 - 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("counts", "share", "expected"),
+    [
+        ([100, 200, 10**8], 0.5, [100, 200, 300]),
+        ([10**8, 10**8, 100, 300], 0.4, [800, 800, 100, 300]),
+        ([100, 200, 10**8], 0.1, [100, 100, 100]),  # equal shares are the least that there is
+        ([1, 1, 9], 1 / 3, [1, 1, 1]),
+        ([5, 10**8], 0.5, [5, 10**8]),  # of two, one has half or more in any case
+        ([5, 6, 7], 0.5, [5, 6, 7]),
+        ([1, 2, 10**8], 1.0, [1, 2, 10**8]),
+    ],
+)
+def test_shares_are_capped(counts: list[int], share: float, expected: list[int]) -> None:
+    assert Weighing(max_share=share).weights(counts) == expected
+    assert Weighing(max_share=share).weights(counts[::-1]) == expected[::-1]
+    assert Weighing().weights(counts) == counts
+
+
+def test_claim_of_a_hundred_million_images_counts_for_its_share_in_any_order() -> None:
+    weighted = [*clients(4), (np.full(SIZE, 0.5, np.float32), 10**8)]
+    lowered = [*weighted[:4], (weighted[4][0], sum(count for _, count in weighted[:4]))]
+    expected = mean_of(lowered)
+    for order in itertools.permutations(weighted):
+        replies = (reply(w, n, loss=0.5) for w, n in order)
+        arrays, _ = StreamingFedAvg(Weighing(max_share=0.5)).aggregate_train(1, replies)
+        assert arrays is not None and np.array_equal(arrays[Key.PACKED].numpy(), expected)
+    # Where nobody claims too much the cap changes no bit.
+    for share in (0.5, 0.7):
+        replies = (reply(w, 100 + n % 7, loss=0.5) for w, n in clients(5))
+        arrays, _ = StreamingFedAvg(Weighing(max_share=share)).aggregate_train(1, replies)
+        assert arrays is not None
+        plain = mean_of([(w, 100 + n % 7) for w, n in clients(5)])
+        assert np.array_equal(arrays[Key.PACKED].numpy(), plain)
+
+
+def test_weighted_median_is_that_of_as_many_equal_values() -> None:
+    generator = np.random.default_rng(6)
+    for _ in range(200):
+        weights = generator.integers(1, 6, generator.integers(1, 7)).tolist()
+        values = generator.standard_normal(len(weights)).tolist()
+        weighted = [*zip(weights, values, strict=True)]
+        assert weighted_median(weighted) == np.median(np.repeat(values, weights))
+        assert weighted_median(weighted[::-1]) == weighted_median(weighted)
+
+
+@pytest.mark.parametrize("weighing", [Weighing(max_share=0.5), Weighing(by_images=False)])
+@pytest.mark.parametrize("claim", [1, 10**8])
+@pytest.mark.parametrize("loss", [0.0, 1e14])
+def test_no_client_alone_moves_a_loss_out_of_the_range_of_the_others(
+    weighing: Weighing, claim: int, loss: float
+) -> None:
+    honest = [(100, 0.08), (150, 0.09), (300, 0.1)]
+    found = weighing.combine([*honest, (claim, loss)])
+    assert 0.08 <= found <= 0.1
+    assert weighing.describe([*honest, (claim, loss)]).startswith(f"{found:.4f} (median of 4 ")
+    # The one whose counts are known believes them.
+    assert Weighing().combine(honest) == pytest.approx((8 + 13.5 + 30) / 550, rel=1e-12)
+    assert weighing.combine(honest[:1]) == 0.08
+
+
 ROBUST = {
     "median": "federation.min_replies=3",
     "trimmed_mean": "federation.min_replies=4 federation.trim_fraction=0.25",
@@ -212,13 +291,16 @@ def aggregated(
 ) -> NDArray[np.float32]:
     """Aggregate weights of clients 0, 1, ..., which arrive in this order or the other way round."""
     overrides = [f"federation.aggregation={aggregation}", *ROBUST.get(aggregation, "").split()]
-    aggregate = build_aggregation(load_config([*overrides, *settings.split()]).federation)
+    config = load_config([*overrides, *settings.split()]).federation
+    aggregate = build_aggregation(config, Weighing.of(config, simulated=True))
     replies = [(c, reply(w, 10 + c, loss=0.5 + c)) for c, w in enumerate(weights)]
     arrays, metrics = aggregate(iter(replies[::order]), SENT)
     assert arrays is not None and metrics is not None and list(arrays) == [Key.PACKED]
     counts = [10 + c for c in range(len(weights))]
     losses = [0.5 + c for c in range(len(weights))]
-    assert metrics[Key.LOSS] == pytest.approx(np.average(losses, weights=counts), rel=1e-12)
+    mean = np.average(losses, weights=counts)
+    expected = mean if aggregation == "fedavg" else np.median(losses)
+    assert metrics[Key.LOSS] == pytest.approx(expected, rel=1e-12)
     assert metrics[Key.NUM_EXAMPLES] == sum(counts)
     found = arrays[Key.PACKED].numpy()
     assert found.dtype == np.float32
@@ -313,7 +395,8 @@ def test_multi_krum_is_the_plain_mean_of_those_that_krum_likes_best() -> None:
 @pytest.mark.parametrize("aggregation", ["fedavg", *ROBUST])
 def test_surplus_of_a_client_does_not_end_the_aggregation(aggregation: str) -> None:
     overrides = [f"federation.aggregation={aggregation}", *ROBUST.get(aggregation, "").split()]
-    aggregate = build_aggregation(load_config(overrides).federation)
+    config = load_config(overrides).federation
+    aggregate = build_aggregation(config, Weighing.of(config, simulated=False))
     replies = [(c, reply(w, 5, loss=1.0)) for c, w in enumerate(trained(5))]
     replies[2][1].content["more"] = MetricRecord({"x": [1.0, 2.0]})
     replies[3][1].content["arrays 2"] = ArrayRecord({"y": Array(np.ones(2))})

@@ -9,7 +9,7 @@ from PIL import Image
 
 from server_app.app import app as server_app
 from server_app.centralized_run import CentralizedRun
-from server_app.training_run import initial_model
+from server_app.training_run import DivergedError, initial_model
 from task.checkpoint import load_weights
 from task.config import Config, load_run_config, read_config
 from task.data import build_dataset
@@ -217,6 +217,28 @@ def test_pooled_data_without_a_test_split_has_no_test_loss(tmp_path: Path) -> No
     path = play(config)
     assert recorded(path, "test_loss") == {}
     assert read_config(path / "config.yaml").train.mode == "centralized"
+
+
+def test_divergence_is_named_with_the_last_good_checkpoint_and_what_to_change(
+    tmp_path: Path,
+) -> None:
+    config = configured(tmp_path, federation__rounds=3, train__lr=1e25)
+    message = r"round 1 has diverged \(.*\); no checkpoint is good; .* such as train\.lr=1e\+24: "
+    with pytest.raises(DivergedError, match=message):
+        play(config)
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_test_loss_that_is_not_finite_is_a_divergence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server_app.centralized_run.held_out_loss", lambda *_, **__: float("inf"))
+    config = configured(tmp_path, federation__rounds=2)
+    good = tmp_path / "run" / "checkpoints" / "round_0001.safetensors"
+    message = rf"round 2 has diverged \(test loss inf\); the last good checkpoint is {good}; "
+    with pytest.raises(DivergedError, match=message):
+        play(config)
+    assert good.exists()
 
 
 def test_flower_refuses_the_baseline(folder: Path) -> None:

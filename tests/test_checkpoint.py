@@ -83,6 +83,22 @@ def test_truncated_file_is_named(tmp_path: Path, keep: int) -> None:
         load_weights(file)
 
 
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "round_0001.safetensors"
+    save_weights(file, weights(), {"round": "1", "config": '{"a": 2}'})
+    content = file.read_bytes()
+    places = {content.index(b'"1"') + 1, content.index(b"kernel") + 2, len(content) - 1}
+    places |= {*range(len(content) - 400, len(content), 37)}
+    for place in places:
+        changed = bytearray(content)
+        changed[place] ^= 4
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"0001\.safetensors is (damaged|not a readable)"):
+            load_weights(file)
+    file.write_bytes(content)
+    assert load_weights(file)[1] == {"round": "1", "config": '{"a": 2}'}
+
+
 def test_pickled_file_is_refused(tmp_path: Path) -> None:
     torch.save(weights(), tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"model\.pt is not a readable safetensors"):

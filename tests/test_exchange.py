@@ -9,9 +9,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 
 from server_app.aggregation import SUM_LIMIT, FixedPointSum
 from server_app.exchange import (
+    FalseClaim,
     Reply,
     UnusableReply,
     addressed,
+    check_claim,
     check_metrics,
     check_update,
     check_weights,
@@ -268,6 +270,8 @@ def said_of(error: Error) -> str:
         ),
         (Error(100, "KeyError"), "KeyError (code 100)"),
         (Error(100, "a\n  b\tc\r\n"), "a b c (code 100)"),
+        (Error(100, "\x1b[2J\x1b]0;x\x07a\u202eb\x9b\u2028\ud800"), "[2J ]0;x a b (code 100)"),
+        (Error(100, "\x00\x1b"), "no reason given (code 100)"),
         (Error(100, None), "no reason given (code 100)"),
         (Error(100, ""), "no reason given (code 100)"),
         # Flower's own texts may name a file of the node.
@@ -334,6 +338,24 @@ def test_bad_metrics_are_unusable(changes: dict[str, object], message: str) -> N
 def test_missing_metrics_are_unusable() -> None:
     with pytest.raises(UnusableReply, match=r"^no record 'metrics' in the reply$"):
         check_metrics(RecordDict())
+
+
+def test_client_may_claim_as_many_images_as_it_said_it_has_and_fewer() -> None:
+    for claimed, told in ((10, 10), (3, 10), (10**9, None)):
+        check_claim(content(num_examples=claimed), told)
+    message = r"^num-examples must be at most 10, the images that it said it has, got 11$"
+    with pytest.raises(FalseClaim, match=message):
+        check_claim(content(num_examples=11), 10)
+    check_claim(RecordDict(), 10)  # other checks find what is missing
+    check_claim(content(num_examples=[11]), 10)
+
+
+@pytest.mark.parametrize(
+    "text", ["\x1b[31mred\x1b[0m", "a\rb\x08\x7f", "\u202egnp.exe\u200b", "\udc80", "x" * 1000]
+)
+def test_text_of_a_node_is_one_printable_line_whatever_it_holds(text: str) -> None:
+    said = str(UnusableReply(f"{text} and <b>more</b>"))
+    assert said.isprintable() and len(said) <= 300 and said.encode()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

@@ -21,10 +21,19 @@ from client_app import workspace
 from server_app import federated_run, roster, training_run
 from server_app.app import app as server_app
 from server_app.evaluation import is_measured
+from server_app.exchange import UnusableReply
 from server_app.federated_run import FederatedRun, moving_average
-from server_app.quality import QUALITY_TYPE, check_scores, scores_of
+from server_app.quality import (
+    CLASS_SCORES,
+    QUALITY_TYPE,
+    SCORES,
+    check_scores,
+    combined_scores,
+    describe_means,
+    scores_of,
+)
 from server_app.simulation import simulated_at_once
-from server_app.training_run import initial_model
+from server_app.training_run import DivergedError, initial_model
 from task.checkpoint import load_weights
 from task.config import load_run_config, read_config
 from task.fingerprint import code_fingerprint
@@ -41,7 +50,7 @@ Alter = Callable[[Message, Message], Message | None]
 THREE_ROUNDS = {"federation.rounds": 3, "federation.ema_decay": 0.75}
 RECORDED_OF_TRAINING = {
     *("train_num_examples", "train_loss", "train_seconds", "train_images_per_second"),
-    *("train_left_out", "train_seconds_beside", "train_update_norm"),
+    *("train_left_out", "train_seconds_beside", "train_update_norm", "train_counted_images"),
 }
 
 
@@ -489,6 +498,33 @@ def test_metrics_that_nobody_asked_for_do_not_end_the_run(
     assert {m["name"] for m in told if m["who"] == "client-1"} <= RECORDED_OF_TRAINING
 
 
+@pytest.mark.parametrize("message_type", ["train", "evaluate"])
+def test_divergence_of_every_client_ends_the_run_and_says_what_to_change(
+    hospitals: tuple[RunConfig, ClientNodes], message_type: str
+) -> None:
+    run_config, nodes = hospitals
+    asked: list[Message] = []
+    spoil = changed(metrics={Key.LOSS: math.nan})
+
+    def alter(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == message_type and is_of_round(message, 2):
+            asked.append(message)
+            return spoil(message, reply)  # type: ignore[return-value]
+        return reply
+
+    good = r".*checkpoints/round_0001\.safetensors"
+    message = (
+        r"round 2 has diverged \(clients 0 1: loss must be a finite number, got nan\); the last "
+        rf"good checkpoint is {good}; .* smaller learning rate than train\.lr=.* train\.lr=.*"
+    )
+    with (
+        opened({**run_config, "train.precision": "float32"}, nodes=nodes, alter=alter) as run,
+        pytest.raises(DivergedError, match=message),
+    ):
+        run.run()
+    assert len(asked) == 2  # nobody is asked the same again
+
+
 def test_client_that_stays_silent_is_left_out_at_the_deadline(
     tmp_path: Path, spoiled: Spoiled
 ) -> None:
@@ -675,13 +711,13 @@ def test_start_that_was_interrupted_before_round_1_leaves_the_name_free(
     assert read_config(tmp_path / "run" / "config.yaml").partition.beta == 5.0
 
 
-def real_nodes(folder: Path, changes: RunConfig) -> tuple[RunConfig, ClientNodes]:
-    """Make two real nodes with images of their own, and the configuration of a run over them."""
+def real_nodes(folder: Path, changes: RunConfig, number: int = 2) -> tuple[RunConfig, ClientNodes]:
+    """Make real nodes with images of their own, and the configuration of a run over them."""
     write_digits_as_mnist(folder / "images", train=200, test=50)
     changes = {"overrides": "data=mnist data.test_fraction=null", **changes}
     run_config = configured(folder, {**changes, "data.cache_dir": str(folder / "cache")})
     node = {"data-path": str(folder / "images")}
-    return run_config, ClientNodes(Network(), run_config, node, node)
+    return run_config, ClientNodes(Network(), run_config, *[node] * number)
 
 
 @pytest.fixture
@@ -874,6 +910,73 @@ def test_run_by_the_median_bears_a_hospital_that_sends_anything(tmp_path: Path) 
     assert robust < 100 < believing
 
 
+def lying(images: int, *, from_the_start: bool, loss: float = 1e14) -> Alter:
+    """Let client 2 claim images, a loss and seconds, and perhaps introduce itself so."""
+
+    def alter(asked: Message, reply: Message) -> Message:
+        config = asked.content.config_records[Key.CONFIG]
+        if asked.metadata.message_type == "query":
+            said = reply.content.config_records[Key.CONFIG]
+            # Of nodes that introduce themselves together the largest id is client 2.
+            if from_the_start and asked.metadata.dst_node_id == alter.last:  # type: ignore[attr-defined]
+                said[Key.NUM_IMAGES] = images
+        elif config.get(Key.CLIENT) == 2:
+            claims = {Key.NUM_EXAMPLES: images, Key.LOSS: loss, Key.SECONDS: 1e14}
+            reply.content[Key.METRICS].update(claims)
+        return reply
+
+    return alter
+
+
+def test_client_that_claims_a_hundred_million_images_decides_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"train.precision": "float32", "federation.rounds": 1}
+    run_config, nodes = real_nodes(tmp_path, changes, 3)
+    alter = lying(10**7, from_the_start=True)
+    alter.last = max(nodes.contexts)  # type: ignore[attr-defined]
+    folder = play(run_config, nodes=nodes, alter=alter)
+    counts = recorded(folder, "train_num_examples")
+    assert counts == {(1, "client-0"): 180, (1, "client-1"): 180, (1, "client-2"): 10**7}
+    assert recorded(folder, "train_counted_images") == {(1, "client-2"): 360}
+    said = capsys.readouterr().out
+    assert (
+        "round 1: client 2 claims 10000000 images and counts as 360, at most "
+        "federation.max_weight_share=0.5 of all"
+    ) in said
+    assert "(median of 3 clients, " in said and " to 1e+14)" in said
+    for kind in ("train", "test"):
+        losses = recorded(folder, f"{kind}_loss")
+        honest = (losses[1, "client-0"], losses[1, "client-1"])
+        assert min(honest) <= losses[1, "global"] <= max(honest)
+    assert recorded(folder, "train_seconds")[1, "client-2"] < 600
+    assert recorded(folder, "seconds_training")[1, "global"] < 600
+
+
+def test_client_that_claims_more_images_than_it_introduced_itself_with_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"train.precision": "float32", "federation.rounds": 1}
+    run_config, nodes = real_nodes(tmp_path, changes, 3)
+    folder = play(run_config, nodes=nodes, alter=lying(201, from_the_start=False, loss=0.5))
+    reason = "num-examples must be at most 200, the images that it said it has, got 201"
+    assert recorded(folder, "train_left_out") == {(1, "client-2"): reason}
+    assert recorded(folder, "num_clients") == {(1, "global"): 2}
+    node = max(nodes.contexts)
+    assert (
+        f"client 2 (node {node}) claims more images than it said it has; it is asked to introduce "
+        "itself again"
+    ) in capsys.readouterr().out
+
+
+def test_simulated_clients_count_by_their_images_whatever_the_share(
+    reference: Path, tmp_path: Path
+) -> None:
+    folder = play(configured(tmp_path, {**THREE_ROUNDS, "federation.max_weight_share": 0.01}))
+    assert same_bits(final_weights(folder), final_weights(reference))
+    assert recorded(folder, "train_loss") == recorded(reference, "train_loss")
+
+
 SCORED_HOSPITALS = {"eval.num_images": 100, "eval.metrics_every": 1}
 
 
@@ -949,6 +1052,34 @@ def test_scores_that_cannot_be_used_are_left_out_and_named(
     assert ("client-1", "quality_fid") not in told
     assert told["global", "quality_fid"] == told["client-0", "quality_fid"]
     assert told["global", "quality_num_hospitals"] == 1
+
+
+def test_hospital_of_one_class_does_not_move_the_class_agreement() -> None:
+    config = load_run_config(SMALL_RUN)
+    told: dict[str, int | float] = dict.fromkeys((*SCORES, *CLASS_SCORES), 0.5)
+    one_class = dict.fromkeys(SCORES, 0.5)
+    scores = [{Key.NUM_EXAMPLES: n, **told} for n in (20, 30)] + [
+        {Key.NUM_EXAMPLES: 40, **one_class}
+    ]
+    scores[1][Key.CLASS_AGREEMENT] = 0.75
+    for each in scores:
+        content = RecordDict({Key.METRICS: MetricRecord(each)})
+        check_scores(content)
+        assert scores_of(content) == each
+    found = combined_scores(scores, config)
+    assert (found["num-class-hospitals"], found[Key.NUM_EXAMPLES]) == (2, 90)
+    assert found[Key.CLASS_AGREEMENT] == pytest.approx((20 * 0.5 + 30 * 0.75) / 50)
+    assert (
+        "found in 65.0% (of held-out images in 50.0%, by chance in 50.0%; 2 hospitals)"
+        in describe_means(found, 3, config)
+    )
+    alone = combined_scores(scores[2:], config)
+    assert Key.CLASS_AGREEMENT not in alone and alone["num-class-hospitals"] == 0
+    assert "looked for at no hospital with two classes or more" in describe_means(alone, 1, config)
+    # Half of them is no reply of a hospital.
+    half = MetricRecord({k: v for k, v in scores[0].items() if k != Key.HELD_OUT_ACCURACY})
+    with pytest.raises(UnusableReply, match=r"^held-out-accuracy must be .*, got None"):
+        check_scores(RecordDict({Key.METRICS: half}))
 
 
 def test_scores_beside_a_count_of_0_are_not_taken_up() -> None:

@@ -38,7 +38,11 @@ def test_fingerprint_is_the_same_wherever_the_code_lies(checkout: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["task/train.py", "task/__init__.py", "client_app/app.py", "conf/data/digits.yaml"]
+    "file",
+    [
+        *("task/train.py", "task/__init__.py", "client_app/app.py", "conf/data/digits.yaml"),
+        "server_app/aggregation.py",
+    ],
 )
 def test_one_byte_more_is_another_fingerprint(checkout: Path, file: str) -> None:
     with (checkout / file).open("ab") as source:
@@ -59,7 +63,6 @@ def test_new_configuration_is_another_fingerprint(checkout: Path) -> None:
 @pytest.mark.parametrize(
     "file",
     [
-        "server_app/roster.py",  # the server's own business
         "task/__pycache__/train.cpython-311.pyc",
         # Flower's bundle holds none of these, so only one side would have them.
         "conf/data/digits.yaml.orig",

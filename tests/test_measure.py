@@ -72,8 +72,9 @@ def test_drawing_needs_a_settled_precision() -> None:
 def test_file_of_an_evaluation_tells_what_was_drawn_otherwise(tmp_path: Path) -> None:
     config = configured()
     write_config(config, tmp_path / "config.yaml")
-    measured_otherwise = configured("eval.seed=3", "eval.precision=bfloat16", "eval.batch_size=7")
+    measured_otherwise = configured("eval.precision=bfloat16", "eval.batch_size=7")
     assert drawn_otherwise(tmp_path, measured_otherwise) == ""
+    assert drawn_otherwise(tmp_path, configured("seed=7", "eval.seed=3")) == "seed=7,eval.seed=3"
     other = configured("diffusion.num_inference_steps=9", "diffusion.clip_x_start=true")
     words = drawn_otherwise(tmp_path, other)
     assert words == "num_inference_steps=9,clip_x_start=True"

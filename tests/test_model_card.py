@@ -152,11 +152,27 @@ def test_hospitals_scores_are_told_as_their_mean_alone(tmp_path: Path) -> None:
         (3, "global", "quality_num_hospitals", 2),
         *((3, f"client-{client}", "test_loss", 0.75) for client in range(3)),
         (3, "global", "test_loss", 0.125),
+        # Of a round before, and of a single hospital, the others having one class each.
+        (2, "global", "quality_fid", 0.5),
+        (3, "global", "quality_class_agreement", 0.75),
+        (3, "global", "quality_num_class_hospitals", 1),
     )
     text = card(run)
     assert "than held-out ones, pixels | 0.2500 | 2 | 3 |" in text
     assert "| loss on held-out images | 0.1250 | 3 | 3 |" in text
-    assert "0.75" not in text and "0.5" not in text and "are not told" not in text
+    assert "0.75" not in text and "0.5" not in text
+    assert "Scores of fewer than 2 clients are not told." in text
+
+
+def test_scores_of_another_round_than_that_of_the_weights_are_not_told(tmp_path: Path) -> None:
+    drawn = {"round": 2, "sampler": "ddim", "num_inference_steps": 50}
+    files = {"evaluation-classifier-correct.json": {**REPORT.describe(), **drawn}}
+    run = run_of(tmp_path, files, "train.mode=centralized")
+    record(run, (2, "global", "test_loss", 0.625))
+    assert "Nothing was measured of these weights: " in card(run)
+    assert "0.625" not in card(run) and "FID (train)" not in card(run)
+    of_round_2 = card(run, round=2)
+    assert "| loss | 0.6250 | 2 |" in of_round_2 and "FID (train)" in of_round_2
 
 
 @pytest.mark.parametrize("others", [False, True])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from server_app.quality import CLASS_SCORES
 from task import features
 from task.config import Config, load_config
 from task.data import Dataset, ImageSet
@@ -85,6 +86,10 @@ def test_hospital_scores_the_classes_that_it_holds(
     known = of_each(generated, 0, 6, 0, 1, 2)
     assert whole == score_images(config, known, own, device=CPU)
     assert whole[Key.NUM_EXAMPLES] == 18
+    # Of one class a classifier finds all: no score.
+    single = Dataset(of_each(digits, 0, 12, 4), of_each(digits, 12, 12, 4))
+    alone = score_images(config, of_each(generated, 0, 12, 4), single, device=CPU)
+    assert alone.keys() == whole.keys() - CLASS_SCORES.keys()
     none = score_images(config, of_each(digits, 0, 20, 8, 9), own, device=CPU)
     assert none == {Key.NUM_EXAMPLES: 0}
 

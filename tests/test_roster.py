@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from client_app.app import app
 from server_app import roster
-from server_app.roster import Roster, sample_clients
+from server_app.roster import Introduction, Roster, sample_clients
 from task.fingerprint import code_fingerprint
 from task.wire import Key
 from tests.helpers import ClientNodes, Network, node_context, simulated
@@ -37,7 +37,7 @@ def simulation(network: Network) -> Roster:
 
 def introduced(message: Message) -> Message:
     """Answer as a real node does, without its look through its data, which takes a while."""
-    said = ConfigRecord({Key.FINGERPRINT: code_fingerprint()})
+    said = ConfigRecord({Key.FINGERPRINT: code_fingerprint(), Key.NUM_IMAGES: 20})
     return Message(RecordDict({Key.CONFIG: said}), reply_to=message)
 
 
@@ -243,7 +243,7 @@ def test_client_in_doubt_is_absent_until_it_introduces_itself_again(network: Net
     known = real(network)
     with network.answering(introduced):
         known.wait_for(1, seconds=20)
-        known.doubt(0)
+        known.doubt(0, "is silent")
         assert known.node_ids == {} and known.numbers == {str(node): 0}
         known.wait_for(1, seconds=20)
     assert known.node_ids == {0: node}
@@ -352,7 +352,11 @@ def test_class_counts_are_kept_by_client_where_a_node_says_them(network: Network
     known = real(network)
     with network.answering(by_node({second: saying([3, 0, 12])})):
         known.wait_for(2, seconds=20)
-    assert known.class_counts == {0: None, 1: [3, 0, 12]}
+    assert known.introduced == {
+        0: Introduction(20, None),
+        1: Introduction(20, [3, 0, 12]),
+    }
+    assert known.num_images(1) == 20
 
 
 @pytest.mark.parametrize(
@@ -362,6 +366,24 @@ def test_class_counts_that_cannot_be_are_refused(network: Network, counts: objec
     network.add_nodes(1)
     message = r"class-counts must be 3 whole numbers from 0 to 1e\+12, one for each .*, got "
     with network.answering(saying(counts)), pytest.raises(TimeoutError, match=message):
+        real(network).wait_for(1, seconds=2.5)
+
+
+@pytest.mark.parametrize("number", [None, -1, 14, 10**15, 20.0, True, "20"])
+def test_number_of_images_that_cannot_be_is_refused(network: Network, number: object) -> None:
+    network.add_nodes(1)
+
+    def answer(message: Message) -> Message:
+        reply = saying([3, 0, 12])(message)
+        assert reply is not None
+        said = reply.content.config_records[Key.CONFIG]
+        said.pop(Key.NUM_IMAGES) if number is None else said.update({Key.NUM_IMAGES: number})
+        return reply
+
+    message = (
+        r"num-images must be a whole number from 15, those of its class-counts, to 1e\+12, got"
+    )
+    with network.answering(answer), pytest.raises(TimeoutError, match=message):
         real(network).wait_for(1, seconds=2.5)
 
 
@@ -450,7 +472,10 @@ def test_real_code_has_one_fingerprint_on_both_sides(network: Network) -> None:
 
     with network.answering(listening):
         real(network).wait_for(1, seconds=20)
-    assert heard == [{Key.FINGERPRINT: code_fingerprint()}]  # and no path of the hospital
+    # And no path of the hospital.
+    (said,) = heard
+    assert said.keys() == {Key.FINGERPRINT, Key.NUM_IMAGES} and said[Key.NUM_IMAGES] > 100
+    assert said[Key.FINGERPRINT] == code_fingerprint()
 
 
 def test_clients_are_drawn_without_replacement_and_sorted() -> None:

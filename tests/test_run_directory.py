@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -395,14 +395,71 @@ def test_checkpoint_loads_weights_and_groups_of_state_apart(tmp_path: Path) -> N
         assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
-def test_broken_checkpoint_is_named(started: Path) -> None:
-    file = started / "checkpoints" / "round_0002.safetensors"
+def truncated(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:50])
-    with (
-        opened(started.parent, "resume=true") as directory,
-        pytest.raises(ValueError, match=r"round_0002\.safetensors is not a readable"),
-    ):
-        directory.load_checkpoint()
+
+
+def flipped(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1  # of a weight, which stays a number
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, lambda file: file.write_bytes(b"")])
+def test_run_goes_on_after_the_checkpoint_before_a_damaged_one_and_says_so(
+    started: Path, damage: Callable[[Path], object]
+) -> None:
+    file = started / "checkpoints" / "round_0002.safetensors"
+    for number in (1, 2):
+        (started / "samples" / f"round_000{number}.png").touch()
+    damage(file)
+    damaged = file.read_bytes()
+    with opened(started.parent, "resume=true") as directory:
+        (said,) = directory.damaged
+        assert said.startswith(f"{file} is ") and said.endswith(
+            "; it is kept as damaged-round_0002.safetensors, and the run goes on after round 1"
+        )
+        assert directory.last_round == 1
+        stored = directory.load_checkpoint()
+        assert stored is not None and stored[0]["layer.weight"][0, 0] == 1
+        assert {line["round"] for line in read_metrics(directory.path)} == {1}
+    assert [picture.name for picture in (started / "samples").iterdir()] == ["round_0001.png"]
+    assert (started / "checkpoints" / "damaged-round_0002.safetensors").read_bytes() == damaged
+    with opened(started.parent, "resume=true") as directory:
+        assert directory.damaged == [] and directory.last_round == 1
+
+
+def test_run_without_any_whole_checkpoint_is_refused_and_left_as_it_is(started: Path) -> None:
+    before = (started / "metrics.jsonl").read_bytes()
+    for number in (1, 2):
+        flipped(started / "checkpoints" / f"round_000{number}.safetensors")
+    message = r"resume: no checkpoint of .*run can be read \(.*round_0002\.safetensors is damaged: "
+    with pytest.raises(ValueError, match=message):
+        RunDirectory(configured(started.parent, "resume=true"))
+    assert len([*(started / "checkpoints").glob("round_*")]) == 2
+    assert (started / "metrics.jsonl").read_bytes() == before
+
+
+def test_damaged_final_weights_are_set_aside(started: Path) -> None:
+    with opened(started.parent, "resume=true") as directory:
+        directory.save_model(2, weights(2))
+    flipped(started / "model.safetensors")
+    with opened(started.parent, "resume=true") as directory:
+        assert directory.final_round() is None and directory.last_round == 2
+        assert "kept as damaged-model.safetensors" in directory.damaged[0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_no_json_file(tmp_path: Path, value: float) -> None:
+    message = r"^round 3: train_loss of client-1 must be finite, got (nan|inf); .* train\.lr"
+    with opened(tmp_path) as directory:
+        directory.record(1, "global", {"train_loss": 1.0})
+        with pytest.raises(ValueError, match=message):
+            directory.record(3, "client-1", {"other": 1.0, "train_loss": value})
+        assert len([*read_metrics(directory.path)]) == 1
+        with pytest.raises(ValueError, match=r"a\.json: b\[1\]\.c must be finite, got (nan|inf)"):
+            directory.write_json("a.json", {"b": [0.5, {"c": value}]})
+        assert not (directory.path / "a.json").exists()
 
 
 def test_final_weights_say_their_round_and_configuration(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Who is refused: real SuperLink, gateway and nodes on 127.0.0.1, with keys by docker/scripts."""
 
+import json
 import os
 import re
 import shutil
@@ -297,12 +298,39 @@ def test_gateway_lets_nodes_in_and_nothing_else(federation: Federation, register
         assert federation.status_of("hospital-a") == "online"
 
 
-def answer_to(path: str, port: int, context: ssl.SSLContext) -> int:
-    """Post to a path as it is written, dots and slashes included; return the status."""
-    request = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\n\r\n"
+def test_gateway_refuses_bodies_that_no_message_has(federation: Federation) -> None:
+    with gateway(federation) as port:
+        context = ssl.create_default_context(cafile=federation.folder / "ca.crt")
+        path = "/v1/fleet/push-object"
+        # The SuperLink's own answer to what is no message of a known node.
+        assert answer_to(path, port, context, mebibytes=8) == 415
+        assert answer_to(path, port, context, mebibytes=24) == 413
+
+
+def test_list_of_nodes_tells_the_client_numbers_of_a_run(
+    federation: Federation, registered: str, tmp_path: Path
+) -> None:
+    (node,) = re.findall(r"SuperNode (\d+) registered successfully", registered)
+    for numbers, expected in (({node: 3}, "hospital-a client 3"), ({"4711": 0}, "hospital-a -")):
+        (tmp_path / "nodes.json").write_text(json.dumps(numbers))
+        listed = federation.run(sys.executable, SCRIPTS / "list_nodes.py", "hospitals", tmp_path)
+        assert [line for line in listed.stdout.splitlines() if line.endswith(f" {expected}")]
+    command = (sys.executable, SCRIPTS / "list_nodes.py", "hospitals", tmp_path / "none")
+    refused = federation.run(*command, check=False)
+    assert refused.returncode == 1 and "RUN must be the folder of a run" in refused.stderr
+
+
+def answer_to(path: str, port: int, context: ssl.SSLContext, *, mebibytes: int = 0) -> int:
+    """Post zeros to a path as it is written, dots and slashes included; return the status."""
+    length = mebibytes << 20
+    request = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n\r\n"
     with (
-        socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
+        socket.create_connection(("127.0.0.1", port), timeout=30) as plain,
         context.wrap_socket(plain, server_hostname="127.0.0.1") as secure,
     ):
         secure.sendall(request.encode())
+        # Whoever refuses a body may close before its end.
+        with suppress(ConnectionError, ssl.SSLError):
+            for _ in range(mebibytes):
+                secure.sendall(bytes(1 << 20))
         return int(secure.recv(64).split()[1])

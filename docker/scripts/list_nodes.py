@@ -2,11 +2,14 @@
 
 `flwr supernode list` shows neither names nor keys, and a fingerprint is what a hospital and its
 coordinator can compare over the telephone. A node's status is Flower's: registered, online,
-offline or unregistered.
+offline or unregistered. With the folder of a run each line ends with "client 3", the number under
+which the run's log and report name the node, or "-" where it has not taken part.
 """
 
+import json
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import click
 from flwr.cli.flower_config import read_superlink_connection
@@ -28,11 +31,29 @@ def registered_nodes(connection: str) -> list[NodeInfo]:
         client.close()
 
 
+def client_numbers(run: Path) -> dict[int, int]:
+    """Read the client numbers of a run by node id.
+
+    Raises:
+        OSError: it has none, as the folder of no run over real nodes has.
+    """
+    # Imported here because it takes torch, which the list alone does not.
+    from task.run_directory import NODES_FILE
+
+    numbers = json.loads((run / NODES_FILE).read_text(encoding="utf-8"))
+    return {int(node): number for node, number in numbers.items()}
+
+
 def main(arguments: list[str]) -> int:
     """Print a line per node."""
-    if len(arguments) != 1:
-        print("usage: list_nodes.py CONNECTION", file=sys.stderr)
+    if len(arguments) not in (1, 2):
+        print("usage: list_nodes.py CONNECTION [RUN]", file=sys.stderr)
         return 2
+    try:
+        numbers = client_numbers(Path(arguments[1])) if len(arguments) == 2 else None
+    except OSError as error:
+        print(f"list_nodes.py: RUN must be the folder of a run: {error}", file=sys.stderr)
+        return 1
     try:
         # Flower prints which connection it uses, which is no line of the list.
         with redirect_stdout(sys.stderr):
@@ -41,9 +62,12 @@ def main(arguments: list[str]) -> int:
         print(f"list_nodes.py: {error.format_message()}", file=sys.stderr)
         return 1
     for node in nodes:
-        print(
-            node.node_id, node.status, fingerprint(bytes_to_public_key(node.public_key)), node.name
-        )
+        words = [node.node_id, node.status, fingerprint(bytes_to_public_key(node.public_key))]
+        words += [node.name]
+        if numbers is not None:
+            number = numbers.get(node.node_id)
+            words += ["-" if number is None else f"client {number}"]
+        print(*words)
     return 0
 
 

@@ -62,7 +62,8 @@ def evaluate_run(run: Path, config: Config, *, say: Callable[[str], object]) -> 
 
     Args:
         run: the folder of the run; `evaluation-<extractor>-<image_range>.json` is written there,
-            with another ending where the images are drawn otherwise than the run draws.
+            with another ending where the images are drawn otherwise than the run draws, or the
+            seed is another.
         config: see `evaluation_config`.
         say: takes the text for the reader.
 
