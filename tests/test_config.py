@@ -239,6 +239,8 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
         ("federation.trim_fraction=0.5", ["federation.trim_fraction", "0.5", "something left"]),
         ("federation.trim_fraction=0", ["federation.trim_fraction", "0.0", "something is cut"]),
         ("federation.num_malicious=-1", ["federation.num_malicious", "-1", ">= 0"]),
+        ("federation.max_weight_share=0", ["federation.max_weight_share", "0.0", "(0, 1]"]),
+        ("federation.max_weight_share=1.5", ["federation.max_weight_share", "1.5", "null"]),
         ("federation.max_update_norm=0", ["federation.max_update_norm", "0.0", "> 0"]),
         ("federation.round_attempts=0", ["federation.round_attempts", "0", "> 0"]),
         ("federation.wire_dtype=int8", ["federation.wire_dtype", "'int8'", "float32, float16"]),
