@@ -94,7 +94,7 @@ def score_images(
         Key.FEATURE_COPIED: features.copied,
         Key.FEATURE_P_VALUE: cast(float, features.p_value),
     }
-    if len(own.train.labels.unique()) < 2:
+    if len(set(own.train.labels.tolist())) < 2:
         return scores
     classifier = cached_classifier(
         own.train,
