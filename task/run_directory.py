@@ -455,6 +455,8 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
 
 def what_is_wrong(file: Path) -> str | None:
     """Say why a file with weights cannot be read; None where it can."""
+    from task.checkpoint import load_weights
+
     try:
         load_weights(file)
     except ValueError as error:
