@@ -225,10 +225,14 @@ class TrainingRun(ABC):
         lr, path = self.config.train.lr, self.directory.path
         good = [file for file in checkpoints(path) if round_of(file) < server_round]
         saved = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is good"
+        harmful = (
+            " (or with federation.max_update_norm, where the train_update_norm of a single client "
+            "is far above the others)"
+        )
         return DivergedError(
-            f"round {server_round} has diverged ({what}); {saved}; start a new run with a smaller "
-            f"learning rate than train.lr={lr:g}, such as train.lr={lr / 10:g}: resume=true would "
-            "repeat the same"
+            f"round {server_round} has diverged ({what}); {saved}; resume=true would repeat the "
+            f"same: start a new run with a smaller learning rate than train.lr={lr:g}, such as "
+            f"train.lr={lr / 10:g}{harmful if self.config.train.mode == 'federated' else ''}"
         )
 
     def evaluate_and_draw(self, server_round: int) -> str:

@@ -16,7 +16,7 @@ from task.config import Config, as_hydra
 from task.files import atomic_path
 
 # The entry of the metadata that holds `checksum`; files of others have none.
-CHECKSUM = "sha256"
+CHECKSUM = "checksum"
 
 
 def save_weights(
