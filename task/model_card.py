@@ -353,8 +353,7 @@ def _hospital_scores(metrics: Sequence[Metric]) -> list[str]:
     ]
     parts = ["### By the clients, on their own images\n"]
     if rows:
-        parts.append(table(["", "together", "over clients", "after round"], rows) + "
-")
+        parts.append(table(["", "together", "over clients", "after round"], rows) + "\n")
         parts.append(TOGETHER)
     if len(rows) < len(found):
         parts.append(f"Scores of fewer than {MIN_COUNTED} clients are not told.\n")
