@@ -329,7 +329,7 @@ def test_node_scores_the_images_of_a_message_against_its_own(scoring: Context) -
     reply = app(drawn_message(other_digits()), scoring)
     assert not reply.has_error(), reply.error
     assert set(reply.content) == {Key.METRICS}
-    assert set(metrics(reply)) == {Key.NUM_EXAMPLES, *SCORES}
+    assert set(metrics(reply)) == {Key.NUM_EXAMPLES, *SCORES, *CLASS_SCORES}
     opened = open_workspace(scoring)
     own = Dataset(*opened.images(scoring))
     expected = score_images(opened.config, other_digits(), own, device=torch.device("cpu"))
@@ -511,7 +511,7 @@ def test_every_reply_of_a_hospital_is_free_of_paths_and_names(tmp_path: Path) ->
         "query": {Key.CONFIG: {Key.FINGERPRINT, Key.CLASS_COUNTS}},
         "train": {Key.ARRAYS: {Key.PACKED}, Key.METRICS: TRAINED_KEYS},
         "evaluate": {Key.METRICS: {Key.NUM_EXAMPLES, Key.LOSS}},
-        QUALITY_TYPE: {Key.METRICS: {Key.NUM_EXAMPLES, *SCORES}},
+        QUALITY_TYPE: {Key.METRICS: {Key.NUM_EXAMPLES, *SCORES, *CLASS_SCORES}},
     }
     shape = (60, config.data.channels, config.data.image_size, config.data.image_size)
     generated = ImageSet(torch.zeros(shape, dtype=torch.uint8), torch.arange(60) % 2)
