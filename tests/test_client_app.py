@@ -24,7 +24,7 @@ from client_app.failures import failure_code, failures_stay_local
 from client_app.log import logger
 from client_app.workspace import choose_precision, open_workspace
 from server_app.exchange import addressed
-from server_app.quality import QUALITY_TYPE, SCORES
+from server_app.quality import CLASS_SCORES, QUALITY_TYPE, SCORES
 from server_app.records import images_record
 from server_app.training_run import initial_model
 from task.checkpoint import load_weights
