@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 
 import torch
 from PIL import Image
@@ -11,9 +10,8 @@ from torch import Tensor
 from task.config import Config, require
 from task.data import ImageSet
 from task.figures import mosaic
-from task.randomness import Stream, torch_generator
+from task.noise import generation_noise
 from task.sampler import (
-    block_noise,
     build_sampler,
     evaluations_per_image,
     fitting_batch_size,
@@ -95,7 +93,7 @@ class ImageSource:
     """Draws the images of a model by class and place.
 
     The image at a place depends on the seed, the class and the place, and on the batch that it is
-    drawn in by rounding alone; see `task.sampler.block_noise`. A GPU draws other noise than a CPU.
+    drawn in by rounding alone; every device, and every export, starts from the same noise.
 
     Attributes:
         device: that draws.
@@ -143,11 +141,14 @@ class ImageSource:
             advance: is told of each evaluation of the model for how many images it was; of an
                 image there are `evaluations`.
         """
-        device, key = self.device, (self._config.seed, Stream.GENERATED_IMAGES, label)
-        noise = block_noise(places, self.image_shape, partial(torch_generator, *key, device=device))
-        labels = torch.full((len(places),), label, device=device)
-        with autocast(device, self._config.eval.precision):
-            images = self._sampler(telling(self._model, advance), labels, noise)
+        noise = generation_noise(places, self.image_shape, seed=self._config.seed, label=label)
+        labels = torch.full((len(places),), label, device=self.device)
+
+        def draw_noise() -> Tensor:
+            return torch.from_numpy(noise()).to(self.device)
+
+        with autocast(self.device, self._config.eval.precision):
+            images = self._sampler(telling(self._model, advance), labels, draw_noise)
         return to_uint8(images).cpu()
 
     def draw_classes(self, labels: Sequence[int], num_images: int) -> GeneratedImages:

@@ -9,6 +9,8 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+from task import noise
+
 
 class Stream(IntEnum):
     """What a generator is for; each purpose has draws of its own."""
@@ -25,7 +27,7 @@ class Stream(IntEnum):
     HOLD_OUT = 9
     METRICS = 10
     EVALUATED_IMAGES = 11
-    GENERATED_IMAGES = 12
+    GENERATED_IMAGES = noise.GENERATED_IMAGES
     RESTORED_IMAGES = 13
 
 

@@ -5,12 +5,14 @@ They compute in float32, whatever the model computes in under the caller's autoc
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from task.config import Config, require
 from task.diffusion import Model
+from task.noise import NOISE_BLOCK, join_blocks
 from task.schedule import NoiseSchedule, build_schedule
 from task.steps import (
     Predict,
@@ -32,9 +34,6 @@ Sampler = Callable[[Model, Tensor, NoiseSource], Tensor]
 CPU_BATCH_SIZE = 100
 # Enough to keep a GPU busy, whatever else would fit into it.
 GPU_BATCH_SIZE = 1000
-
-# Images that share a generator: with one each, a GPU would wait for the calls.
-NOISE_BLOCK = 50
 
 
 @dataclass(frozen=True)
@@ -363,27 +362,20 @@ def block_noise(
     image_shape: tuple[int, int, int],
     block_generator: Callable[[int], torch.Generator],
 ) -> NoiseSource:
-    """Make the noise source of the images at the given places.
-
-    Blocks of `NOISE_BLOCK` images have a generator each, and are always drawn whole.
+    """Make a noise source of torch's generators for the images at some places; see `join_blocks`.
 
     Args:
         places: of the images, 0-based, without gaps.
         image_shape: (C, H, W).
         block_generator: makes the generator of the block of a number, from 0.
     """
-    first = places.start // NOISE_BLOCK
-    generators = [block_generator(n) for n in range(first, (places.stop - 1) // NOISE_BLOCK + 1)]
-    skipped = places.start - first * NOISE_BLOCK
 
-    def draw_noise() -> Tensor:
-        blocks = [
-            torch.randn(NOISE_BLOCK, *image_shape, generator=generator, device=generator.device)
-            for generator in generators
-        ]
-        return torch.cat(blocks)[skipped : skipped + len(places)]
+    def block_source(number: int) -> NoiseSource:
+        generator = block_generator(number)
+        shape = (NOISE_BLOCK, *image_shape)
+        return partial(torch.randn, shape, generator=generator, device=generator.device)
 
-    return draw_noise
+    return join_blocks(places, block_source, torch.cat)
 
 
 def to_uint8(images: Tensor) -> Tensor:

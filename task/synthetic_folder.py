@@ -1,7 +1,8 @@
 """A folder of synthetic images: class folders of PNG files, and a manifest of where they are from.
 
 <folder>/
-    manifest.json             what drew the images, and how many there are of each class
+    manifest.json             what drew the images, how many there are of each class, its labels
+    grid.png                  the first images of each class, where it was asked for
     <class>/000000.png        the image at place 0 of a class
     .lock                     held by the process that writes here, empty otherwise
 """
@@ -19,16 +20,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from task.config import DRAWING_VALUES, Config, flat_values, hydra_override, require
+from task.figures import save_sample_grid
 from task.files import atomic_path, remove_left_overs, write_json
 from task.generation import ImageSource, to_pil
 from task.run_directory import hold
 
 MANIFEST_FILE = "manifest.json"
+GRID_FILE = "grid.png"
+# Images of a class in the grid.
+GRID_COLUMNS = 10
 NOTICE = "synthetic image, drawn by a diffusion model"
 
 LOCK_FILE = ".lock"
@@ -36,6 +43,9 @@ LOCK_FILE = ".lock"
 # Of the real data: what an image looks like. Where they lie and how they were split is no business
 # of whoever receives these.
 DATA_VALUES = ("name", "classes", "image_size", "channels", "horizontal_flip", "window")
+
+# Names that a reader of class folders or a file system takes for something else.
+RESERVED = re.compile(r"\.|__MACOSX|(train|test|con|prn|aux|nul|com\d|lpt\d)(\.|$)|$", re.I)
 
 # Bytes of a PNG file beside its pixels: headers and text.
 PNG_OVERHEAD = 300
@@ -117,7 +127,31 @@ class SyntheticFolder:
         """Write an image, uint8 [C, H, W], to its place in a class."""
         folder = self._folders[label]
         folder.mkdir(exist_ok=True)
-        write_image(folder / _file_name(place), image, NOTICE)
+        scale = self._origin["scale"]
+        enlarged = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        write_image(folder / _file_name(place), enlarged, NOTICE)
+
+    def write_grid(self, labels: Sequence[int], num_images: int) -> None:
+        """Show the first images of some classes in one picture, a row for each class."""
+        columns = min(num_images, GRID_COLUMNS)
+        shown = [self._read(label, place) for label in labels for place in range(columns)]
+        save_sample_grid(
+            torch.stack(shown),
+            self.path / GRID_FILE,
+            classes=[self._classes[label] for label in labels],
+            images_per_class=columns,
+        )
+
+    def _read(self, label: int, place: int) -> Tensor:
+        with Image.open(self._folders[label] / _file_name(place)) as picture:
+            pixels = torch.from_numpy(np.array(picture))
+        return pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+
+    def image_folder_labels(self) -> dict[int, int]:
+        """Return by label how torchvision's ImageFolder numbers the class: by its folder's name."""
+        there = [label for label, count in enumerate(self._counts) if count]
+        in_order = sorted(there, key=lambda label: self._folders[label].name)
+        return {label: number for number, label in enumerate(in_order)}
 
     def overrides(self) -> list[str]:
         """Say in words of a configuration how to train on the images."""
@@ -132,8 +166,14 @@ class SyntheticFolder:
 
     def write_manifest(self) -> None:
         """Write down what was asked for, and whether all of it is there."""
+        numbers = self.image_folder_labels()
         classes = {
-            name: {"label": label, "folder": folder.name, "images": self._counts[label]}
+            name: {
+                "label": label,
+                "folder": folder.name,
+                "images": self._counts[label],
+                "image_folder_label": numbers.get(label),
+            }
             for label, (name, folder) in enumerate(zip(self._classes, self._folders, strict=True))
         }
         missing = any(self.num_missing(label, num) for label, num in enumerate(self._counts))
@@ -149,7 +189,8 @@ class SyntheticFolder:
     def _check_room(self, missing: int) -> None:
         data = self._origin["data"]
         disk = os.statvfs(self.path)
-        size = data["channels"] * data["image_size"] ** 2 + PNG_OVERHEAD
+        pixels = (data["image_size"] * self._origin["scale"]) ** 2
+        size = data["channels"] * pixels + PNG_OVERHEAD
         # A file takes whole blocks.
         needed = missing * math.ceil(size / disk.f_frsize) * disk.f_frsize
         free = disk.f_bavail * disk.f_frsize
@@ -234,7 +275,13 @@ def _check_same_origin(path: Path, there: Mapping[str, Any], asked: Mapping[str,
 
 
 def describe_origin(
-    config: Config, source: ImageSource, *, weights: Path, server_round: int, client: int | None
+    config: Config,
+    source: ImageSource,
+    *,
+    weights: Path,
+    server_round: int,
+    client: int | None,
+    scale: int,
 ) -> dict[str, Any]:
     """Say what images are made from: calls that agree in all of it go on with one folder.
 
@@ -244,6 +291,7 @@ def describe_origin(
         weights: the file of the model's weights.
         server_round: of the weights.
         client: whose own weights they are; None: the global ones.
+        scale: height and width in the files of a pixel of an image.
     """
     values, data = flat_values(config), asdict(config.data)
     with weights.open("rb") as file:
@@ -259,6 +307,7 @@ def describe_origin(
         "eval.precision": config.eval.precision,
         "device": source.device.type,
         "batch_size": source.batch_size,
+        "scale": scale,
         "data": {name: data[name] for name in DATA_VALUES},
     }
 
@@ -266,20 +315,18 @@ def describe_origin(
 def folder_names(classes: Sequence[str]) -> list[str]:
     """Name the folders of classes: as the classes, where a folder can be called that.
 
-    What a file system or a reader of such folders does not take becomes "_": signs that some
-    system forbids, a dot in front (hidden), and the names of splits, which get a "_" in front.
-
-    Raises:
-        ValueError: two folders would have one name, for a file system that ignores case.
+    What a file system or a reader of such folders does not take becomes "_": characters that some
+    system forbids, and a "_" stands in front of a dot (hidden), of the names of splits and of those
+    that Windows reserves. Where that leaves two classes with one name, for a file system that
+    ignores case, the later one ends in its label: "a_b" and "a_b_1" for "a:b" and "a/b".
     """
-    names = [re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", name).rstrip(". ") for name in classes]
-    names = [f"_{n}" if re.match(r"\.|__MACOSX|(train|test)$|$", n, re.I) else n for n in names]
-    require(
-        len({name.casefold() for name in names}) == len(names),
-        "data.classes",
-        "names of different folders",
-        names,
-    )
+    names: list[str] = []
+    for label, name in enumerate(classes):
+        folder = re.sub(r'[\x00-\x1f/\\:*?"<>|]', "_", name).rstrip(". ")
+        folder = f"_{folder}" if RESERVED.match(folder) else folder
+        while folder.casefold() in {other.casefold() for other in names}:
+            folder = f"{folder}_{label}"
+        names.append(folder)
     return names
 
 

@@ -45,7 +45,7 @@ sys.modules["task"] = None  # importing feddm fails
 sys.path.insert(0, ".")
 card = {}
 exec(re.search("```python\\n(.*?)```", Path("README.md").read_text(), re.DOTALL)[1], card)
-sys.argv = ["sample.py", "--num", "1", "--out", "drawn"]
+sys.argv = ["sample.py", "--num", "2", "--out", "drawn"]
 sample = runpy.run_path("sample.py", run_name="__main__")
 from drawing import draw, read_settings
 noise, labels = iter(np.load("noise.npy")), np.array([0, 2])
@@ -55,7 +55,10 @@ np.save("images.npy", images)
 if "pipe" in card:
     import torch
     generator = torch.Generator().manual_seed(7)
-    np.save("piped.npy", card["pipe"].draw(torch.from_numpy(labels), generator).numpy())
+    labels = torch.from_numpy(labels)
+    draw_noise = card["pipe"].noise_source(labels, None, generator)
+    np.save("piped.npy", card["pipe"].draw(labels, draw_noise).numpy())
+    card["pipe"](num_images=2).images[-1].save("piped.png")
 print(json.dumps({"modules": sorted(sys.modules), "shape": list(np.shape(card.get("prediction")))}))
 """
 
@@ -131,6 +134,12 @@ def drawn_by_feddm(run: FinishedRun, draw_noise: Any) -> np.ndarray:
     return images.numpy()
 
 
+def assert_same_picture(file: Path, expected: Image.Image) -> None:
+    with Image.open(file) as picture:
+        difference = np.array(picture, np.int16) - np.array(expected, np.int16)
+    assert np.abs(difference).max() <= 1  # of 255, for rounding
+
+
 def test_an_export_draws_the_images_of_feddm_without_feddm(
     run: FinishedRun, exported: Path
 ) -> None:
@@ -147,8 +156,10 @@ def test_an_export_draws_the_images_of_feddm_without_feddm(
     expected = drawn_by_feddm(run, lambda: next(prepared))
     assert np.abs(expected[0] - expected[1]).max() > 0.01  # or any model would do
     np.testing.assert_allclose(np.load(exported / "images.npy"), expected, atol=1e-4)
-    for name in CLASSES:
-        assert Image.open(exported / "drawn" / name / "00000.png").size == (SIZE, SIZE)
+    of_feddm = run.sample(num_images=2).to_pil()
+    places = [(name, place) for name in CLASSES for place in range(2)]
+    for (name, place), image in zip(places, of_feddm, strict=True):
+        assert_same_picture(exported / "drawn" / name / f"{place:06d}.png", image)
     if exported.name == "torch-export":
         with zipfile.ZipFile(exported / "model.pt2") as archive:
             assert archive.read("model/data/sample_inputs/model.pt") == b""  # else a pickle
@@ -156,6 +167,7 @@ def test_an_export_draws_the_images_of_feddm_without_feddm(
         generator = torch.Generator().manual_seed(7)
         expected = drawn_by_feddm(run, lambda: torch.randn(2, 1, SIZE, SIZE, generator=generator))
         np.testing.assert_allclose(np.load(exported / "piped.npy"), expected, atol=1e-4)
+        assert_same_picture(exported / "piped.png", of_feddm[-1])
     else:
         assert told["shape"] == [2, 1, SIZE, SIZE]
 
@@ -301,7 +313,7 @@ def test_sample_writes_within_its_folder_images_that_say_what_they_are(tmp_path:
     main(FORMATS["safetensors"].load_model, folder, ["--num", "1", "--out", str(out)])
     new = {path for path in tmp_path.rglob("*") if path.is_file()} - before
     assert {path.relative_to(out).as_posix() for path in new} == {
-        f"{name}/00000.png" for name in folder_names(["../../escaped", "/etc/x", "train"])
+        f"{name}/000000.png" for name in folder_names(["../../escaped", "/etc/x", "train"])
     }
     with Image.open(new.pop()) as image:
         assert image.info == {"Software": "feddm", "Comment": NOTICE}

@@ -67,12 +67,31 @@ def test_folder_holds_what_sample_draws_and_reads_back_as_a_data_set(
     }
 
 
+def test_grid_and_scale_enlarge_and_labels_of_image_folder_are_told(tmp_path: Path) -> None:
+    words = ("data=image_folder", "data.classes=['z:1','z/1',a]", "data.channels=3")
+    run = finished_run(tmp_path, *words)
+    out = tmp_path / "images"
+    printed = generate(run, out, 2, "--grid", "--scale", 3)
+    assert "z:1 1 (here 0), z/1 2 (here 1)" in printed and "a 0 (here 2)" in printed
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    told = {each["folder"]: each["image_folder_label"] for each in manifest["classes"].values()}
+    assert told == ImageFolder(out).class_to_idx == {"a": 0, "z_1": 1, "z_1_1": 2}
+    expected = load_run(run).sample(classes=["z/1"], num_images=2).images
+    for place, image in enumerate(expected):
+        pixels = np.array(Image.open(out / "z_1_1" / f"{place:06d}.png"))
+        assert np.array_equal(pixels, image.permute(1, 2, 0).numpy().repeat(3, 0).repeat(3, 1))
+    with Image.open(out / "grid.png") as grid:
+        assert grid.height > 3 * 48 and grid.width > 2 * 48
+    assert_fails_in_one_line(feddm("generate", run, "--num", 2, "--out", out), "scale 1 (there: 3)")
+
+
 def test_manifest_says_what_drew_the_images_and_no_paths(run: Path, tmp_path: Path) -> None:
     generate(run, tmp_path / "images", 2, "--class", 8, "--seed", 5, "diffusion.eta=0")
     text = (tmp_path / "images" / "manifest.json").read_text(encoding="utf-8")
     manifest = json.loads(text)
     assert manifest["complete"]
-    assert manifest["classes"]["8"] == {"label": 8, "folder": "8", "images": 2}
+    expected = {"label": 8, "folder": "8", "images": 2, "image_folder_label": 0}
+    assert manifest["classes"]["8"] == expected
     origin = manifest["origin"]
     assert (origin["seed"], origin["diffusion.eta"], origin["round"]) == (5, 0.0, 3)
     assert origin["data"]["name"] == "digits" and origin["data"]["image_size"] == 8
@@ -158,7 +177,7 @@ def test_folder_of_another_origin_or_of_other_things_is_refused(run: Path, tmp_p
 
 @pytest.mark.parametrize(("size", "num"), [(10**9, 2), (8, 10**13)])
 def test_disk_without_room_is_refused_before_drawing(tmp_path: Path, size: int, num: int) -> None:
-    origin = {"data": {"image_size": size, "channels": 3}}
+    origin = {"data": {"image_size": size, "channels": 3}, "scale": 1}
     block = os.statvfs(tmp_path).f_frsize
     blocks = -(-(3 * size**2 + 300) // block)
     with (
@@ -172,5 +191,5 @@ def test_disk_without_room_is_refused_before_drawing(tmp_path: Path, size: int, 
 def test_folder_names_are_those_of_the_classes_where_folders_can_be_called_so() -> None:
     assert folder_names(["0", "Pneumonia", "no finding"]) == ["0", "Pneumonia", "no finding"]
     assert folder_names(["a/b", "..", "train", ".x:y"]) == ["a_b", "_", "_train", "_.x_y"]
-    with pytest.raises(ValueError, match=r"data\.classes must be names of different folders"):
-        folder_names(["a/b", "A_b"])
+    assert folder_names(["a:b", "a\\b", "A_B", "a_b_1"]) == ["a_b", "a_b_1", "A_B_2", "a_b_1_3"]
+    assert folder_names(["CON", "nul.x", "constant"]) == ["_CON", "_nul.x", "constant"]

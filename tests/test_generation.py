@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from task.generation import GeneratedImages, ImageSource, class_labels
+from task.noise import NOISE_BLOCK
 from task.run_directory import run_config
 from task.runs import final_model, load_run
-from task.sampler import NOISE_BLOCK
 from tests.test_cli import finished_run
 
 CPU = torch.device("cpu")

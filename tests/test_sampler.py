@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from task.config import load_config
 from task.diffusion import Model
+from task.noise import NOISE_BLOCK
 from task.sampler import (
-    NOISE_BLOCK,
     GuidedModel,
     NoiseSource,
     Sampler,

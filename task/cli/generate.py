@@ -21,6 +21,8 @@ def generate_images(
     num_images: int,
     out: Path,
     client: int | None,
+    grid: bool,
+    scale: int,
     say: Callable[[str], object],
 ) -> None:
     """Draw images into a folder, or those that it still lacks; see `task.synthetic_folder`.
@@ -32,6 +34,8 @@ def generate_images(
         num_images: of each class.
         out: the folder.
         client: whose own weights draw; None: the global ones.
+        grid: whether to draw the first images of each class in one picture, too.
+        scale: height and width in the files of a pixel of an image.
         say: takes the text for the reader.
 
     Raises:
@@ -55,15 +59,25 @@ def generate_images(
         weights=weights_file(run, client),
         server_round=server_round,
         client=client,
+        scale=scale,
     )
     with open_folder(out, names, origin=origin, asked=dict.fromkeys(labels, num_images)) as folder:
         fill_folder(folder, source, labels, num_images=num_images, say=say)
         folder.write_manifest()
+        if grid:
+            folder.write_grid(labels, num_images)
         for label in labels:
             more = folder.count(label) - num_images
             say(
                 f"{names[label]}: {num_images:,} images"
                 + (f"; {more:,} more of an earlier call are there or still to come" if more else "")
+            )
+        numbers = folder.image_folder_labels()
+        if any(label != number for label, number in numbers.items()):
+            say(
+                "torchvision's ImageFolder numbers these folders in the order of their names: "
+                + ", ".join(f"{names[label]} {n} (here {label})" for label, n in numbers.items())
+                + "; manifest.json has both"
             )
         say(f"\nin {out}; to train on them:\nfeddm-train {shlex.join(folder.overrides())}")
 

@@ -240,6 +240,13 @@ def generate(
             "repeated. Else every class.",
         ),
     ] = None,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Write OUT/grid.png, too: the first 10 of each class.")
+    ] = False,
+    scale: Annotated[
+        int,
+        typer.Option(min=1, help="Make a square of so many pixels a side of each pixel."),
+    ] = 1,
     seed: NoiseSeed = None,
     client: DrawingClient = None,
     device: Device = None,
@@ -254,6 +261,7 @@ def generate(
     \b
     Examples:
       feddm generate runs/demo --class 3 --num 100 --out images
+      feddm generate runs/demo --num 10 --out large --grid --scale 8
       feddm generate runs/demo --num 5000 --out all diffusion.sampler=dpmpp_2m \\
         diffusion.num_inference_steps=20
     """
@@ -275,6 +283,8 @@ def generate(
         num_images=num,
         out=out,
         client=client,
+        grid=grid,
+        scale=scale,
         say=typer.echo,
     )
 

@@ -4,16 +4,18 @@ It holds no scheduler: the network takes log-SNRs and no timesteps, and the step
 that the model was measured with stand in `steps.py` beside this file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from task.noise import generation_noise
 from task.steps import draw_by_settings
 
 
@@ -32,6 +34,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         classes: str | int | Sequence[str | int] | None = None,
         num_images: int = 1,
         *,
+        seed: int | None = None,
         generator: torch.Generator | None = None,
         output_type: str = "pil",
         **sampling: Any,
@@ -42,7 +45,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             classes: to draw, one or several, by name or by place in the settings' "classes";
                 None: every class.
             num_images: of each class, > 0.
-            generator: of the noise.
+            seed: of the noise, as in `feddm generate`; None: the settings' "seed".
+            generator: of other noise, in place of a seed.
             output_type: "pil"; "np", [N, H, W, C] in [0, 1]; "pt", [N, C, H, W] in [0, 1].
             **sampling: what to change of the settings' "sampling", see `draw_by_settings`.
 
@@ -52,7 +56,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Raises:
             ValueError: see `labels` and `draw_by_settings`.
         """
-        images = self.draw(self.labels(classes, num_images), generator, **sampling)
+        labels = self.labels(classes, num_images)
+        images = self.draw(labels, self.noise_source(labels, seed, generator), **sampling)
         pictures = VaeImageProcessor().postprocess(images, output_type=output_type)
         return ImagePipelineOutput(images=pictures)
 
@@ -76,23 +81,49 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"num_images must be at least 1, got {num_images!r}")
         return torch.tensor(numbers, device=self.unet.device).repeat_interleave(num_images)
 
-    @torch.no_grad()
-    def draw(
-        self, labels: Tensor, generator: torch.Generator | None = None, **sampling: Any
-    ) -> Tensor:
-        """Draw an image of each label, [N, C, H, W] float32, about [-1, 1]; see `__call__`."""
+    def noise_source(
+        self, labels: Tensor, seed: int | None, generator: torch.Generator | None
+    ) -> Callable[[], Tensor]:
+        """Make what draws noise for labels, [N] int64, new at every call; see `__call__`.
+
+        Raises:
+            ValueError: there are a seed and a generator.
+        """
         settings = self.config.settings
-        size = settings["image_size"]
-        shape = (len(labels), settings["channels"], size, size)
+        shape = (settings["channels"], settings["image_size"], settings["image_size"])
+        if generator is not None:
+            if seed is not None:
+                raise ValueError(f"seed must be None beside a generator, got {seed!r}")
+            whole = (len(labels), *shape)
+            return partial(randn_tensor, whole, generator=generator, device=labels.device)
+        seed = settings["seed"] if seed is None else seed
+        numbers, counts = labels.unique_consecutive(return_counts=True)
+        runs = zip(numbers.tolist(), counts.tolist(), strict=True)
+        sources = [generation_noise(range(n), shape, seed=seed, label=label) for label, n in runs]
+
+        def draw_noise() -> Tensor:
+            return torch.from_numpy(np.concatenate([draw() for draw in sources])).to(labels.device)
+
+        return draw_noise
+
+    @torch.no_grad()
+    def draw(self, labels: Tensor, draw_noise: Callable[[], Tensor], **sampling: Any) -> Tensor:
+        """Draw an image of each label, [N, C, H, W] float32, about [-1, 1].
+
+        Args:
+            labels: [N] int64.
+            draw_noise: see `noise_source`.
+            **sampling: see `draw_by_settings`.
+        """
 
         def predict(x_t: Tensor, log_snr: float, labels: Tensor) -> Any:
             return self.unet(x_t, torch.full_like(labels, log_snr, dtype=torch.float32), labels)
 
         images: Tensor = draw_by_settings(
-            settings,
+            self.config.settings,
             predict,
             labels,
-            draw_noise=partial(randn_tensor, shape, generator=generator, device=labels.device),
+            draw_noise=draw_noise,
             **sampling,
         )
         return images

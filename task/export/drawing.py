@@ -1,6 +1,7 @@
 """Draw images with an exported model, and write them as PNG files.
 
-Needs NumPy and Pillow. The same seed draws the same images from every format, but for rounding.
+Needs NumPy and Pillow. The same seed draws the same images from every format, and with
+`feddm generate` in float32, but for rounding.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from task.noise import generation_noise
 from task.steps import draw_by_settings
 
 # model(x_t [N, C, H, W] float32, log_snr [N] float32, labels [N] int64) -> [N, C, H, W] float32
@@ -82,7 +84,9 @@ def main(
     parser = argparse.ArgumentParser(description="Draw images with this model.")
     parser.add_argument("--class", dest="drawn", choices=classes, help="to draw; else every class")
     parser.add_argument("--num", type=int, default=4, help="images of each class (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=settings["seed"], help="of the noise (%(default)s)"
+    )
     parser.add_argument("--steps", type=int, help="fewer are faster, with ddim and dpmpp_2m")
     parser.add_argument("--guidance-scale", type=float, help="of a model with a null label")
     parser.add_argument("--out", type=Path, default=Path("images"), help="folder (%(default)s)")
@@ -90,17 +94,18 @@ def main(
     check(chosen, settings, parser.error)
     sampling = {"num_inference_steps": chosen.steps, "guidance_scale": chosen.guidance_scale}
     sampling = {name: value for name, value in sampling.items() if value is not None}
-    model, rng = load_model(folder), np.random.default_rng(chosen.seed)
+    model, shape = load_model(folder), image_shape(settings)
     for name in [chosen.drawn] if chosen.drawn else classes:
         label = classes.index(name)
         drawn = chosen.out / settings["folders"][label]
         drawn.mkdir(parents=True, exist_ok=True)
         for start in range(0, chosen.num, DRAWN_AT_ONCE):
-            labels = np.full(min(DRAWN_AT_ONCE, chosen.num - start), label, np.int64)
-            draw_noise = noise_source((len(labels), *image_shape(settings)), rng)
+            places = range(start, min(start + DRAWN_AT_ONCE, chosen.num))
+            labels = np.full(len(places), label, np.int64)
+            draw_noise = generation_noise(places, shape, seed=chosen.seed, label=label)
             images = draw(model, labels, settings=settings, draw_noise=draw_noise, **sampling)
             for number, pixels in enumerate(to_pixels(images), start):
-                write_png(drawn / f"{number:05d}.png", pixels, settings["notice"])
+                write_png(drawn / f"{number:06d}.png", pixels, settings["notice"])
 
 
 def check(
@@ -124,15 +129,6 @@ def write_png(file: Path, pixels: np.ndarray, notice: str) -> None:
     info.add_text("Software", "feddm")
     info.add_text("Comment", notice)
     Image.fromarray(pixels).save(file, pnginfo=info)
-
-
-def noise_source(shape: tuple[int, ...], rng: np.random.Generator) -> Callable[[], np.ndarray]:
-    """Make what draws standard normal noise of a shape, float32, new at every call."""
-
-    def draw_noise() -> np.ndarray:
-        return rng.standard_normal(shape, np.float32)
-
-    return draw_noise
 
 
 def image_shape(settings: Settings) -> tuple[int, int, int]:

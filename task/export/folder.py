@@ -187,6 +187,7 @@ def describe(config: Config) -> Settings:
         "classes": list(config.data.classes),
         "folders": folder_names(config.data.classes),
         "notice": NOTICE,
+        "seed": config.seed,
         "channels": config.data.channels,
         "image_size": config.data.image_size,
         "null_label": network["num_classes"] if network["null_class"] else None,
@@ -203,6 +204,7 @@ def fill(folder: Path, form: Format, unet: UNet, settings: Settings) -> None:
     form.write(unet, settings, folder)
     (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     ship("steps.py", folder / "steps.py")
+    ship("noise.py", folder / "noise.py")
     ship("export/drawing.py", folder / "drawing.py")
     ship(f"export/{form.loader}.py", folder / "sample.py")
 

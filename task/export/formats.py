@@ -245,13 +245,11 @@ log_snr, labels = np.full(2, -9.0, np.float32), np.array([0, 0])
         write=write_diffusers,
         loader="sample_diffusers",
         snippet="""\
-import torch
 from diffusers import DiffusionPipeline
 
 # Runs pipeline.py and unet/*.py of this folder: read them first.
 pipe = DiffusionPipeline.from_pretrained(".", trust_remote_code=True, low_cpu_mem_usage=False)
-generator = torch.Generator().manual_seed(0)
-images = pipe(classes=[{class_in_python}], num_images=2, generator=generator).images
+images = pipe(classes=[{class_in_python}], num_images=2, seed=0).images
 images[0].save("image.png")
 """,
     ),
