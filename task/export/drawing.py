@@ -6,6 +6,7 @@ Needs NumPy and Pillow. The same seed draws the same images from every format, a
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +23,10 @@ Model = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 Settings = dict[str, Any]
 
 DRAWN_AT_ONCE = 100
+
+# Read when PyTorch is imported, which is after this file: otherwise its threads wait for each other
+# in busy loops, and take the cores from whoever is to compute on a machine that others use, too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def read_settings(folder: Path | str) -> Settings:

@@ -9,14 +9,15 @@ The pipeline and its network are code of this folder, which `trust_remote_code=T
 from pathlib import Path
 
 import numpy as np
-import torch
-from diffusers import DiffusionPipeline
 
 from task.export.drawing import Model, main
 
 
 def load_model(folder: Path) -> Model:
     """Load the model of this folder."""
+    import torch
+    from diffusers import DiffusionPipeline
+
     # Its default needs one library more, for a saving that is none for a network of this size.
     settings = {"trust_remote_code": True, "low_cpu_mem_usage": False}
     unet = DiffusionPipeline.from_pretrained(str(folder), **settings).unet

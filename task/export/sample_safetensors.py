@@ -7,15 +7,17 @@ python sample.py --num 4 --out images
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors.torch import load_file
 
 from task.export.drawing import Model, main, read_settings
-from task.network import UNet
 
 
 def load_model(folder: Path) -> Model:
     """Load the model of this folder."""
+    import torch
+    from safetensors.torch import load_file
+
+    from task.network import UNet
+
     unet = UNet(**read_settings(folder)["network"])
     unet.load_state_dict(load_file(folder / "model.safetensors"))
     unet.eval()

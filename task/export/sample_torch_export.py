@@ -9,13 +9,14 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from task.export.drawing import Model, main
 
 
 def load_model(folder: Path) -> Model:
     """Load the model of this folder."""
+    import torch
+
     program = torch.export.load(folder / "model.pt2").module()
 
     @torch.inference_mode()

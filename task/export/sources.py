@@ -4,7 +4,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
-IMPORT = re.compile(r"^from task\.(?:export\.)?(\w+) import ", re.MULTILINE)
+IMPORT = re.compile(r"^(\s*)from task\.(?:export\.)?(\w+) import ", re.MULTILINE)
 
 
 def ship(source: str, target: Path, *, in_package: bool = False) -> None:
@@ -20,7 +20,7 @@ def ship(source: str, target: Path, *, in_package: bool = False) -> None:
         ValueError: the file needs more of feddm than what can be shipped.
     """
     text = resources.files("task").joinpath(source).read_text(encoding="utf-8")
-    shipped = IMPORT.sub(r"from .\1 import " if in_package else r"from \1 import ", text)
+    shipped = IMPORT.sub(r"\1from .\2 import " if in_package else r"\1from \2 import ", text)
     if re.search(r"^\s*(from|import) task\b", shipped, re.MULTILINE):
         raise ValueError(f"task/{source} must import nothing of feddm but modules beside it")
     target.write_text(shipped, encoding="utf-8")
