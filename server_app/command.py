@@ -8,8 +8,12 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
@@ -31,7 +35,7 @@ from task.config import (
     require_data_root,
 )
 from task.processes import have_home, write_any_letter
-from task.run_directory import HOW_TO_RESUME, check_startable, is_begun, run_path
+from task.run_directory import HOW_TO_RESUME, LOG_FILE, check_startable, is_begun, run_path
 
 
 def main() -> None:
@@ -127,16 +131,17 @@ def _hydra_main(composed: DictConfig) -> None:
                 config, output_dir=job.sweep.dir, run_name=job.sweep.subdir
             )
         config = anchored(config, Path.cwd())
-        if not sweep:
-            check_startable(config)
-        from server_app.submit import equal_finished_run, go_on_with_sweep, train
+        with leaving_no_empty_run(run_path(config)):
+            if not sweep:
+                check_startable(config)
+            from server_app.submit import equal_finished_run, go_on_with_sweep, train
 
-        if sweep:
-            config = go_on_with_sweep(config)
-            if (done := equal_finished_run(config)) is not None:
-                print(f"finished already: {done}", flush=True)
-                return
-        train(config, words)
+            if sweep:
+                config = go_on_with_sweep(config)
+                if (done := equal_finished_run(config)) is not None:
+                    print(f"finished already: {done}", flush=True)
+                    return
+            train(config, words)
     except KeyboardInterrupt:
         print(f"feddm-train: interrupted; {how_to_go_on(config, words, sweep)}", file=sys.stderr)
         sys.exit(130)
@@ -152,6 +157,30 @@ def _hydra_main(composed: DictConfig) -> None:
             # Hydra goes on with the next job and ends with status 1.
             raise
         sys.exit(1)
+
+
+@contextmanager
+def leaving_no_empty_run(path: Path) -> Iterator[None]:
+    """Take the folder of a run away where the block has made it, and fails before the run begins.
+
+    Raises:
+        RuntimeError: that of the block, with where to read all that was said.
+    """
+    # Not Path's own, which raise where a name is too long; what follows says so.
+    new, log_file = not os.path.exists(path), path / LOG_FILE
+    try:
+        yield
+    except BaseException as error:
+        failed = isinstance(error, RuntimeError) and os.path.exists(log_file)
+        if new and os.path.isdir(path) and not is_begun(path):
+            if failed:
+                kept = Path(tempfile.gettempdir()) / f"feddm-{path.name}-{os.getpid()}.log"
+                shutil.move(log_file, kept)
+                log_file = kept
+            shutil.rmtree(path, ignore_errors=True)
+        if failed:
+            raise RuntimeError(f"{error}\nall that was said: {log_file}") from error
+        raise
 
 
 def how_to_go_on(config: Config | None, words: list[str], sweep: bool) -> str:

@@ -3,11 +3,7 @@
 import dataclasses
 import os
 import shlex
-import shutil
 import socket
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -93,41 +89,13 @@ def train(config: Config, overrides: list[str]) -> None:
         config.federation.min_nodes,
     )
     check_images(config)
-    with leaving_no_empty_run(run_path(config)):
-        check_startable(config)
-        print(f"results: {run_path(config)}", flush=True)
-        if config.train.mode == "centralized":
-            train_here(config)
-        else:
-            submit(config, overrides)
+    check_startable(config)
     print(f"results: {run_path(config)}", flush=True)
-
-
-@contextmanager
-def leaving_no_empty_run(path: Path) -> Iterator[None]:
-    """Take the folder of a run away where the block has made it and fails before the run begins.
-
-    Raises:
-        RuntimeError: that of the block, with where to read all that was said.
-    """
-    new, log_file = not path.exists(), path / LOG_FILE
-    try:
-        yield
-    except BaseException as error:
-        if new and not is_begun(path):
-            log_file = withdraw(path)
-        if isinstance(error, RuntimeError) and log_file.exists():
-            raise RuntimeError(f"{error}\nall that was said: {log_file}") from error
-        raise
-
-
-def withdraw(path: Path) -> Path:
-    """Remove the folder of a run that has not begun; its log goes where it is returned."""
-    kept = Path(tempfile.gettempdir()) / f"feddm-{path.name}-{os.getpid()}.log"
-    if (path / LOG_FILE).exists():
-        shutil.move(path / LOG_FILE, kept)
-    shutil.rmtree(path, ignore_errors=True)
-    return kept
+    if config.train.mode == "centralized":
+        train_here(config)
+    else:
+        submit(config, overrides)
+    print(f"results: {run_path(config)}", flush=True)
 
 
 def check_machine(config: Config) -> None:

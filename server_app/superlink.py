@@ -208,4 +208,9 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
     # Its children may still train; they are of its session, and nothing in it is worth saving.
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        # Until they are gone they may still write.
+        for _ in range(20):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
     process.wait()

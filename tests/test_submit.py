@@ -5,7 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from server_app.command import name_by_what_is_swept, one_folder, read_arguments
+from server_app.command import (
+    leaving_no_empty_run,
+    name_by_what_is_swept,
+    one_folder,
+    read_arguments,
+)
 from server_app.evaluation import check_numbers
 from server_app.submit import (
     check_images,
@@ -228,3 +233,39 @@ def test_too_few_images_for_metrics_are_refused(
     ]
     with pytest.raises(ValueError, match=expected) if expected else nullcontext():
         check_numbers(load_run_config(words), Dataset(*sets))
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("there", [False, True])
+def test_folder_of_a_run_that_has_not_begun_goes_and_its_log_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool, there: bool
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run = tmp_path / "runs" / "name"
+    if there:
+        run.mkdir(parents=True)
+    with (
+        pytest.raises(RuntimeError, match="no\nall that was said: ") as raised,
+        leaving_no_empty_run(run),
+    ):
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "log.txt").write_text("said")
+        if begun:
+            (run / "config.yaml").touch()
+        raise RuntimeError("no")
+    assert run.exists() == (begun or there)
+    assert Path(str(raised.value).rsplit(": ")[-1]).read_text() == "said"
+
+
+def test_interrupted_run_that_has_not_begun_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run = tmp_path / "name"
+    with pytest.raises(KeyboardInterrupt), leaving_no_empty_run(run):
+        run.mkdir()
+        (run / "log.txt").touch()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="too long"), leaving_no_empty_run(tmp_path / ("x" * 300)):
+        raise ValueError("too long")
