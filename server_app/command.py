@@ -71,7 +71,7 @@ def read_arguments(arguments: list[str]) -> list[str]:
 
 def one_folder(overrides: str, number: int) -> str:
     """Name the folder of a job of a sweep by the values that were swept, if any were."""
-    return overrides.replace("/", "_") or f"job-{number}"
+    return overrides.replace("/", "_").replace('"', "") or f"job-{number}"
 
 
 def name_by_what_is_swept(arguments: list[str]) -> list[str]:

@@ -82,7 +82,7 @@ def read_submission(file: Path) -> Submission:
     except ValueError as error:
         raise ValueError(f"{file} must be {expected}: {error}") from error
     kinds = {"run_id": int, "app": str, "fingerprint": str, "run_config": dict}
-    fits = isinstance(content, dict) and content.keys() == kinds.keys()
+    fits = isinstance(content, dict) and kinds.keys() <= content.keys()
     fits = fits and all(isinstance(content[key], kind) for key, kind in kinds.items())
     require(fits, str(file), expected, content)
-    return Submission(**content)
+    return Submission(**{key: content[key] for key in kinds})

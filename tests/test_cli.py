@@ -1,3 +1,4 @@
+import dataclasses
 import inspect
 import json
 import math
@@ -19,8 +20,9 @@ from typer.testing import CliRunner
 
 from task.checkpoint import save_weights
 from task.cli.main import app
-from task.config import anchored, load_config, write_config
-from task.runs import find_runs
+from task.config import anchored, load_config, read_config, write_config
+from task.run_directory import check_startable
+from task.runs import find_runs, load_run
 from task.unet import build_unet
 
 FILE = "evaluation-classifier-correct.json"
@@ -286,3 +288,45 @@ def test_inception_without_weights_fails_before_images_are_drawn(
     result = feddm("evaluate", run, "--extractor", "inception")
     assert_fails_in_one_line(result, "eval.extractor=inception needs Inception's weights")
     assert "drawing" not in result.stdout
+
+
+@pytest.fixture
+def earlier_run(tmp_path: Path) -> Path:
+    """A run as version 0.1.0 first wrote it, with a value that this version does not know."""
+    run = tmp_path / "sweep" / "earlier"
+    shutil.copytree(Path(__file__).parent / "runs" / "0.1.0", run)
+    with (run / "config.yaml").open("a", encoding="utf-8") as file:
+        file.write("privacy:\n  noise: 1.5\n")
+    return run
+
+
+def test_run_of_an_earlier_version_is_drawn_from_shown_and_compared(
+    earlier_run: Path, tmp_path: Path
+) -> None:
+    for words in (
+        ("generate", earlier_run, "--class", 3, "--num", 2, "--out", tmp_path / "images"),
+        ("report", earlier_run),
+        ("export", earlier_run, "--to", "safetensors"),
+    ):
+        result = feddm(*words)
+        assert result.exit_code == 0, result.output
+    assert len([*(tmp_path / "images" / "3").glob("*.png")]) == 2
+    assert load_run(earlier_run).sample(classes=[3], num_images=2).images.shape == (2, 1, 8, 8)
+    other = Path(shutil.copytree(earlier_run, earlier_run.parent / "other"))
+    text = (other / "config.yaml").read_text(encoding="utf-8")
+    (other / "config.yaml").write_text(text.replace("beta: 0.5", "beta: 5.0"), encoding="utf-8")
+    result = feddm("tables", earlier_run.parent, "--no-figures")
+    assert result.exit_code == 0 and "Table II" in result.stdout, result.output
+
+
+def test_run_of_an_earlier_version_is_resumed_where_all_its_values_are_known(
+    earlier_run: Path,
+) -> None:
+    place = {"output_dir": str(earlier_run.parent), "run_name": "earlier"}
+    stored = read_config(earlier_run / "config.yaml")
+    config = dataclasses.replace(stored, resume=True, **place)
+    with pytest.raises(ValueError, match=r"was trained with privacy\.noise=1\.5, which"):
+        check_startable(config)
+    file = earlier_run / "config.yaml"
+    file.write_text(file.read_text(encoding="utf-8").partition("privacy:")[0], encoding="utf-8")
+    check_startable(config)

@@ -161,6 +161,7 @@ def test_tables_are_not_swept_themselves() -> None:
 
 def test_a_job_has_one_folder() -> None:
     assert one_folder("data.root=/a/b,seed=1", 3) == "data.root=_a_b,seed=1"
+    assert one_folder('data.root="/a b",seed=1', 3) == "data.root=_a b,seed=1"
     assert one_folder("", 3) == "job-3"
 
 
