@@ -131,6 +131,8 @@ class RunHistory:
         data_source: where the images are from; None where they are not on one machine, or where
             it was not written down.
         data_hashes: of the images: "all" and "train"; empty where there is no `data_source`.
+        trained_on_test: test images of each class that are training images too; None where it was
+            not written down.
     """
 
     path: Path
@@ -154,6 +156,7 @@ class RunHistory:
     work_times: tuple[WorkTime, ...]
     data_source: str | None
     data_hashes: Mapping[str, str]
+    trained_on_test: list[int] | None
 
     @property
     def name(self) -> str:
@@ -302,6 +305,7 @@ def read_history(run: Path) -> RunHistory:
         work_times=_work_times(run / TIMES_FILE),
         data_source=data.get("source"),
         data_hashes=data.get("sha256", {}),
+        trained_on_test=(data.get("duplicates") or {}).get("in_both"),
     )
 
 

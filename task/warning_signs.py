@@ -68,7 +68,14 @@ class Check:
 
 def checks(history: RunHistory) -> list[Check]:
     """List what was looked for in a run, with what came of it; all that can mislead is in it."""
-    looks = (_unfinished_check, _finite_check, _clients_check, _drift_check, image_checks)
+    looks = (
+        _unfinished_check,
+        _finite_check,
+        _clients_check,
+        _drift_check,
+        _leak_check,
+        image_checks,
+    )
     return [check for look in looks for check in look(history)]
 
 
@@ -117,6 +124,19 @@ def _drift_check(history: RunHistory) -> list[Check]:
         return [Check(subject, State.UNMEASURED, few)]
     alike = f"None of {number} clients is far from the others in loss or in the size of its update."
     return _found(subject, _drifting(history), alike)
+
+
+def _leak_check(history: RunHistory) -> list[Check]:
+    if history.trained_on_test is None:
+        return []
+    classes = zip(history.config.data.classes, history.trained_on_test, strict=True)
+    each = ", ".join(f"{name} {number:,}" for name, number in classes if number)
+    sign = (
+        f"Test images are training images too, pixel by pixel ({each}): what is measured with them "
+        "is too good; take them out of one of the splits."
+    )
+    clear = "No test image is a training image too."
+    return _found("test images that were trained on", [sign] if each else [], clear)
 
 
 def _noise_checks(history: RunHistory) -> list[Check]:

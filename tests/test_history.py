@@ -230,6 +230,16 @@ def test_words_that_resume_a_run_name_its_folder_of_now(tmp_path: Path) -> None:
     }
 
 
+def test_test_images_that_were_trained_on_are_warned_of(tmp_path: Path) -> None:
+    for name, number in (("none", 0), ("some", 21)):
+        found = {"in_both": [number] + [0] * 9}
+        files: dict[str, object] = {"data.json": {"duplicates": found}}
+        run = written_run(tmp_path / name, losses(1, {0: 0.5}), rounds_done=2, files=files)
+        (leak,) = [each for each in checks(read_history(run)) if "trained on" in each.subject]
+        assert leak.state is (State.WARNING if number else State.CLEAR)
+        assert ("(0 21)" in leak.says) == (number > 0)
+
+
 def test_run_ends_with_few_lines_of_what_it_found(tmp_path: Path) -> None:
     recorded = [
         *losses(1, {0: 0.5, 1: 0.7}),
