@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -789,3 +790,16 @@ def test_processes_run_the_code_of_the_bundle_that_their_parent_runs(tmp_path: P
         check=True,
     )
     assert len({*filter(lambda line: "the bundle" in line, ran.stdout.splitlines())}) == 3
+
+
+def test_simulation_by_flower_alone_has_a_ray_of_its_own() -> None:
+    code = "import os, client_app.app; print(os.environ['RAY_ADDRESS'])"
+    for given, expected in (("", "local"), ("10.0.0.1:6379", "10.0.0.1:6379")):
+        said = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "RAY_ADDRESS": given},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert said.stdout.strip() == expected
