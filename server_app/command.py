@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -120,7 +121,8 @@ def preset_sweep(experiment: str) -> set[str]:
 def _hydra_main(composed: DictConfig) -> None:
     job = HydraConfig.get()
     sweep = job.mode == RunMode.MULTIRUN
-    words = list(job.overrides.task)
+    # As they were given: an interpolation that a text only looks like stays escaped.
+    words = cast(list[str], OmegaConf.to_container(job.overrides.task))
     config = None
     try:
         config = config_from_hydra(composed)

@@ -212,6 +212,8 @@ def submit(config: Config, overrides: list[str]) -> None:
         "run_name": config.run_name,
         "data.root": config.data.root,
         "data.cache_dir": config.data.cache_dir,
+        "eval.inception_weights": config.eval.inception_weights,
+        "eval.exported_program": config.eval.exported_program,
     }
     job = [o for o in overrides if o.split("=")[0].lstrip("+") not in {*settled, "resume"}]
     job += [hydra_override(key, value) for key, value in settled.items()]

@@ -1,4 +1,5 @@
 import dataclasses
+import tomllib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from server_app.submit import (
     check_machine,
     equal_finished_run,
     go_on_with_sweep,
+    submit,
     train,
 )
-from task.config import Config, load_run_config
+from task.config import Config, anchored, hydra_override, load_config, load_run_config
 from task.data import Dataset, ImageSet
 from tests.helpers import SMALL_RUN
 
@@ -270,3 +272,19 @@ def test_interrupted_run_that_has_not_begun_leaves_no_file(
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="too long"), leaving_no_empty_run(tmp_path / ("x" * 300)):
         raise ValueError("too long")
+
+
+def test_simulation_composes_the_configuration_of_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "a=b (x) [é],~😀 'q\"${no}"
+    words = [hydra_override("data.root", text), hydra_override("run_name", text)]
+    words += [hydra_override("data.classes", [text, "1e5"]), "data=image_folder", "seed=3"]
+    words += [f"eval.exported_program={text}.pt2", "eval.extractor=exported", "train.device=cpu"]
+    config = anchored(load_config(words), tmp_path)
+    submitted = []
+    monkeypatch.setattr(
+        "server_app.submit.follow", lambda app, run_config, **_: submitted.append(run_config())
+    )
+    submit(config, words)
+    assert load_run_config(tomllib.loads(submitted[0])) == config
