@@ -131,3 +131,12 @@ def test_node_without_images_of_its_own_is_refused() -> None:
     with pytest.raises(ValueError, match="a node needs its own images: start it with"):
         own_config(load_config(["data=mnist"]), NodeConfig())
     assert own_config(load_config(["data=digits"]), NodeConfig()).data.name == "digits"
+
+
+def test_held_out_images_are_the_same_for_every_seed_of_a_run() -> None:
+    labels = np.arange(200) % 2
+    found = {
+        words: hold_out(load_config(words.split()), labels, None)[1].tolist()
+        for words in ("seed=0", "seed=1", "seed=1 data.split_seed=1")
+    }
+    assert found["seed=0"] == found["seed=1"] != found["seed=1 data.split_seed=1"]
