@@ -302,8 +302,8 @@ def test_gateway_refuses_bodies_that_no_message_has(federation: Federation) -> N
     with gateway(federation) as port:
         context = ssl.create_default_context(cafile=federation.folder / "ca.crt")
         path = "/v1/fleet/push-object"
-        # The SuperLink's own answer to what is no message of a known node.
-        assert answer_to(path, port, context, mebibytes=8) == 415
+        # The SuperLink's own answer to a whole body of no known node.
+        assert answer_to(path, port, context, mebibytes=8) in (400, 401)
         assert answer_to(path, port, context, mebibytes=24) == 413
 
 
@@ -323,7 +323,8 @@ def test_list_of_nodes_tells_the_client_numbers_of_a_run(
 def answer_to(path: str, port: int, context: ssl.SSLContext, *, mebibytes: int = 0) -> int:
     """Post zeros to a path as it is written, dots and slashes included; return the status."""
     length = mebibytes << 20
-    request = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n\r\n"
+    kind = "Content-Type: application/protobuf\r\n" if mebibytes else ""
+    request = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n{kind}\r\n"
     with (
         socket.create_connection(("127.0.0.1", port), timeout=30) as plain,
         context.wrap_socket(plain, server_hostname="127.0.0.1") as secure,
