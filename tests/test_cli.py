@@ -178,7 +178,7 @@ def test_options_and_overrides_change_how_images_are_measured(run: Path, tmp_pat
     found = json.loads((run / "evaluation-classifier-paper.json").read_text())
     assert (found["image_range"], found["n_generated"]) == ("paper", 200)
     assert "never beside correct figures" in result.stdout
-    assert f"fewer images than the generated one ({found['n_floor']} against 200)" in result.stdout
+    assert f"draws of {found['n_floor']} of the images, as many as real ones" in result.stdout
     assert [*tmp_path.glob("classifier-*.safetensors")] != []
 
 
