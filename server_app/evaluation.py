@@ -306,7 +306,7 @@ class PooledEvaluation(GlobalEvaluation):
             self._real = extract_real(
                 dataset,
                 extractor=extractor,
-                horizontal_flip=config.data.horizontal_flip,
+                data_name=config.data.name,
                 seed=config.eval.seed,
                 batch_size=config.eval.batch_size,
             )

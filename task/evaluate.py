@@ -33,6 +33,7 @@ from task.metrics import (
     precision_recall,
 )
 from task.progress import progress
+from task.published import MIRRORED
 from task.randomness import Stream, torch_generator
 from task.realism import noise_position
 
@@ -55,7 +56,8 @@ class Label:
         extractor: name of the network that the metrics looked through.
         extractor_sha256: of its weights.
         image_range: "correct" or "paper"; never put the two into one column.
-        real_flipped: whether real images were mirrored at random, as the released code does.
+        real_flipped: whether all images were mirrored at random, as the released code does with
+            CT scans.
         n_generated: generated images.
         n_train: real training images.
         n_test: real test images; 0 where none are held out.
@@ -237,23 +239,21 @@ def extract_real(
     dataset: Dataset,
     *,
     extractor: FeatureExtractor,
-    horizontal_flip: bool,
+    data_name: str,
     seed: int,
     batch_size: int | None = None,
     cache_dir: Path | None = None,
 ) -> RealFeatures:
     """Look at the real images as `evaluate_images` does.
 
-    In the paper's range, the images of a set that is trained on mirrored images are mirrored at
-    random, because the released code measures against its augmented loaders. Generated images are
-    never mirrored. (The released code does that too for CT, where the model has seen both.)
+    In the paper's range the images of `published.MIRRORED` sets are mirrored at random, as in the
+    released code, and so are the generated ones.
 
     What was found is kept in `cache_dir`; None: nowhere.
     """
 
     def look(images: Tensor, number: int) -> Features:
-        if _flips(extractor, horizontal_flip):
-            images = random_horizontal_flip(images, torch_generator(seed, Stream.METRICS, number))
+        images = _as_released(images, extractor, data_name, seed, number)
         if cache_dir is not None:
             return cached_features(extractor, images, batch_size=batch_size, cache_dir=cache_dir)
         return extract(extractor, images, batch_size=batch_size)
@@ -264,8 +264,17 @@ def extract_real(
     )
 
 
-def _flips(extractor: FeatureExtractor, horizontal_flip: bool) -> bool:
-    return horizontal_flip and extractor.image_range == "paper"
+def _mirrors(extractor: FeatureExtractor, data_name: str) -> bool:
+    return extractor.image_range == "paper" and data_name in MIRRORED
+
+
+def _as_released(
+    images: Tensor, extractor: FeatureExtractor, data_name: str, seed: int, purpose: int
+) -> Tensor:
+    """Mirror images at random where the released code does."""
+    if not _mirrors(extractor, data_name):
+        return images
+    return random_horizontal_flip(images, torch_generator(seed, Stream.METRICS, purpose))
 
 
 def evaluate_images(
@@ -322,11 +331,12 @@ def evaluate_images(
         real = extract_real(
             dataset,
             extractor=extractor,
-            horizontal_flip=horizontal_flip,
+            data_name=data_name,
             seed=seed,
             batch_size=batch_size,
         )
-    seen = extract(extractor, generated.images, batch_size=batch_size)
+    looked_at = _as_released(generated.images, extractor, data_name, seed, 9)
+    seen = extract(extractor, looked_at, batch_size=batch_size)
     draws, floor_meetings, whole = _meetings(seen, real, seed)
     n_floor = len(floor_meetings["train"].images)
     position = noise_position(
@@ -341,7 +351,7 @@ def evaluate_images(
         extractor=extractor.name,
         extractor_sha256=extractor.sha256,
         image_range=extractor.image_range,
-        real_flipped=_flips(extractor, horizontal_flip),
+        real_flipped=_mirrors(extractor, data_name),
         n_generated=len(generated),
         n_train=len(dataset.train),
         n_test=len(dataset.test),

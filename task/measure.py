@@ -48,7 +48,8 @@ def draw_images(
         stream: what the images are for.
 
     Returns:
-        The images, uint8 on the CPU, with their labels.
+        The images, uint8 on the CPU, with their labels; truncated where they are evaluated in
+        the paper's range, else rounded.
 
     Raises:
         ValueError: `eval.precision` is "auto".
@@ -68,7 +69,9 @@ def draw_images(
             block_generator=partial(torch_generator, config.seed, stream, device=device),
             advance=advance,
         )
-    drawn = to_uint8(images).cpu()
+    # The published figures are of images that were truncated.
+    truncated = stream is Stream.EVALUATED_IMAGES and config.eval.image_range == "paper"
+    drawn = to_uint8(images, truncated=truncated).cpu()
     # Clients in other processes may train on the same GPU.
     torch.cuda.empty_cache()
     return ImageSet(drawn, labels)

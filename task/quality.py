@@ -67,7 +67,7 @@ def score_images(
     real = extract_real(
         own,
         extractor=extractor,
-        horizontal_flip=config.data.horizontal_flip,
+        data_name=config.data.name,
         seed=seed,
         batch_size=config.eval.batch_size,
         cache_dir=Path(config.data.cache_dir),

@@ -378,12 +378,18 @@ def block_noise(
     return join_blocks(places, block_source, torch.cat)
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Turn float images in [-1, 1] (clamped to it) into uint8 of the same shape, rounded.
+def to_uint8(images: Tensor, *, truncated: bool = False) -> Tensor:
+    """Turn float images in [-1, 1] (clamped to it) into uint8 of the same shape.
+
+    Args:
+        images: float, any shape.
+        truncated: whether to drop what is beyond whole numbers, as the released code did in its
+            files of generated images, instead of rounding.
 
     Raises:
         TypeError: `images` is not floating-point.
     """
     if not images.is_floating_point():
         raise TypeError(f"images must be floating-point in [-1, 1], got {images.dtype}")
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    levels = (images.float().clamp(-1, 1) + 1) * 127.5
+    return (levels if truncated else levels.round()).to(torch.uint8)

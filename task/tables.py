@@ -400,7 +400,8 @@ def _table(
             laid_out.append(_published_column(kind, data))
     return Table(
         title=title,
-        rows=[*rows, floor],
+        # Without a floor of as many images as the scores are of, there is no row of it.
+        rows=[*rows, *[floor] * any(column.rows.get(floor) for column in laid_out)],
         metrics=[name for name in METRICS if any(name in each.found for each in members)],
         columns=laid_out,
         caption=_caption(settings, columns, published, apart),
@@ -514,7 +515,7 @@ def _verdicts(kind: Kind, label: str, rows: Mapping[str, Scores], data: str) -> 
         theirs = [Score(value) for p in published if (value := getattr(p, name)) is not None]
         if theirs:
             holds = min(gap.mean for gap in _gaps(theirs, kind.worst, name)) > 0
-            line += "; in the paper, of one run each, it " + ("holds" if holds else "does not hold")
+            line += "; in the paper it " + ("holds" if holds else "does not hold")
         yield line
 
 
@@ -530,12 +531,15 @@ def verdict(scores: Sequence[Score], worst: int, metric: str) -> str:
         The verdict, with the difference to the score that it is least shown for, the interval
         of that difference, and Welch's p value. A single seed has no interval and shows nothing.
     """
-    gap = min(_gaps(scores, worst, metric), key=lambda gap: gap.low)
+    gaps = _gaps(scores, worst, metric)
+    gap = min(gaps, key=lambda gap: (gap.low, gap.mean))
     said = f"difference {gap.mean:.4g}"
     if not math.isfinite(gap.low):
         return f"not shown ({said}; a single seed, so that no interval is known)"
     said += f", {CONFIDENCE:.0%} interval {gap.low:.4g} to {gap.high:.4g}, p={gap.p_value:.2g}"
-    return f"{'shown' if gap.low > 0 else 'not shown'} ({said})"
+    if gap.low > 0:
+        return f"shown ({said})"
+    return f"{'the opposite is shown' if gap.high < 0 else 'not shown'} ({said})"
 
 
 def _gaps(scores: Sequence[Score], worst: int, metric: str) -> list[Gap]:

@@ -1,5 +1,6 @@
 """Samplers against models whose best prediction is known in closed form."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -373,6 +374,9 @@ def test_to_uint8_rounds_and_clamps() -> None:
     assert to_uint8(images).tolist() == [0, 0, 0, 128, 254, 255, 255]
     levels = torch.arange(256)
     assert torch.equal(to_uint8(levels / 127.5 - 1), levels.to(torch.uint8))
+    cut = to_uint8(images, truncated=True).tolist()
+    assert cut == [math.floor((min(max(x, -1), 1) + 1) * 127.5) for x in images.tolist()]
+    assert cut != to_uint8(images).tolist()
 
 
 def test_samplers_reject_what_they_cannot_do() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from scipy.stats import ttest_ind_from_stats
 from typer.testing import CliRunner
 
 from task.checkpoint import save_weights
@@ -21,6 +22,7 @@ from task.tables import KINDS, Score, Table, build_tables, measurements, row_lab
 SMALL = ("data=digits", "model.width=8", "model.num_poolings=1", "federation.rounds=3")
 FULL = ("experiment=table1", "eval.extractor=inception", "eval.image_range=paper")
 FULL_COUNTS = {"n_generated": 10_000, "n_train": 50_000, "n_test": 10_000, "n_floor": 10_000}
+FULL_COUNTS["n_scored"] = FULL_COUNTS["n_floor"]
 
 
 class Sweep:
@@ -50,6 +52,7 @@ class Sweep:
             **{"data": "digits", "extractor": "classifier", "extractor_sha256": "0123456789abcdef"},
             **{"image_range": "correct", "real_flipped": False, "kid_subset_size": 100, "seed": 0},
             **{"n_generated": 200, "n_train": 1618, "n_test": 179, "n_floor": 179, "round": 3},
+            "n_scored": 179,
             **{"inception_score": 3.0, "inception_score_std": 0.1, "fid_train": 20.0},
             **{"fid_test": 21.0, "precision": 0.5, "floor_inception_score": 9.0},
             **{"floor_inception_score_std": 0.2, "floor_fid_train": 1.5, "floor_fid_test": 0.75},
@@ -102,8 +105,8 @@ Table I: centralised and federated
 - R=3, E=5, N=10, beta=0.5, clients per round=10, batch=32, lr=0.001, width=8, poolings=1, \
 bottom blocks=2, prediction=v_prediction, T=300, sampler=ddim.
 - Centralised: R x E epochs on the pooled images, without N clients.
-- digits: 16x16, 200 generated, 1,618 training and 179 test images; floor of 179 real ones, \
-which are fewer and make its FID larger; 13,249 parameters; extractor classifier 0123456789ab.
+- digits: 16x16, 200 generated, 1,618 training and 179 test images; scores of 179 \
+generated and floor of 179 real ones; 13,249 parameters; extractor classifier 0123456789ab.
 - Image range correct; FID depends on n: compare equal n only.
 - Not the scores of the literature, which look through Inception.
 - ±: the sample standard deviation over the seeds, where a cell says how many; of a single seed \
@@ -115,12 +118,12 @@ and of real images that of IS over its 10 splits.
 | FedAvg | 2.50 ± 0.10 | 20.00 | 21.00 |
 | real images (floor, n=179) | 9.00 ± 0.20 | 1.50 | 0.7500 |
 
-- Centralised better than FedAvg, digits, IS: holds (gap 0.5; a single seed, so no spread is \
-known)
-- Centralised better than FedAvg, digits, FID (train): holds (gap 10; a single seed, so no spread \
-is known)
-- Centralised better than FedAvg, digits, FID (test): holds (gap 10; a single seed, so no spread \
-is known)
+- Centralised better than FedAvg, digits, IS: not shown (difference 0.5; a single seed, \
+so that no interval is known)
+- Centralised better than FedAvg, digits, FID (train): not shown (difference 10; a single seed, \
+so that no interval is known)
+- Centralised better than FedAvg, digits, FID (test): not shown (difference 10; a single seed, \
+so that no interval is known)
 
 """
     )
@@ -352,22 +355,37 @@ def test_table_v_is_at_full_scale_with_the_papers_split(sweep: Sweep) -> None:
 @pytest.mark.parametrize(
     ("means", "std", "seeds", "metric", "expected"),
     [
-        ((30.0, 20.0, 10.0), 1.0, 3, "fid_train", "holds, by more than the spread of the seeds"),
-        ((21.0, 20.0, 10.0), 1.0, 3, "fid_train", "holds in the means, within the spread"),
-        ((19.5, 20.0, 10.0), 1.0, 3, "fid_train", "does not hold in the means, within the spread"),
-        ((10.0, 20.0, 30.0), 1.0, 3, "fid_train", "does not hold, by more than the spread"),
-        ((20.0, 20.0, 10.0), 1.0, 3, "fid_train", "does not hold in the means, within the spread"),
-        ((30.0, 20.0, 10.0), None, 1, "fid_train", "holds (gap 10; a single seed, so no spread"),
-        ((2.0, 3.0, 4.0), 0.1, 2, "inception_score", "holds, by more than the spread"),
-        ((4.0, 3.0, 2.0), None, 1, "inception_score", "does not hold (gap -2; a single seed"),
+        ((30.0, 20.0, 10.0), 1.0, 3, "fid_train", "shown (difference 10, 95% interval 7.7"),
+        ((21.0, 20.0, 10.0), 1.0, 3, "fid_train", "not shown (difference 1, 95% interval -1.2"),
+        # Further apart than the two deviations together, which is not enough with three seeds.
+        ((22.0, 20.0, 10.0), 1.0, 3, "fid_train", "not shown (difference 2, 95% interval -0.26"),
+        ((19.5, 20.0, 10.0), 1.0, 3, "fid_train", "not shown (difference -0.5"),
+        ((10.0, 20.0, 30.0), 1.0, 3, "fid_train", "the opposite is shown (difference -20"),
+        ((30.0, 20.0, 10.0), None, 1, "fid_train", "not shown (difference 10; a single seed"),
+        ((2.0, 3.0, 4.0), 0.1, 2, "inception_score", "shown (difference 1, 95% interval 0.5"),
+        ((4.0, 3.0, 2.0), None, 1, "inception_score", "not shown (difference -2; a single seed"),
     ],
 )
-def test_verdicts_weigh_the_gap_against_the_spread(
+def test_verdicts_rest_on_the_interval_of_the_difference(
     means: tuple[float, ...], std: float | None, seeds: int, metric: str, expected: str
 ) -> None:
     scores = [Score(mean, std, seeds) for mean in means]
     assert verdict(scores, 0, metric).startswith(expected)
     assert verdict(scores[::-1], -1, metric).startswith(expected)
+
+
+def test_p_value_of_a_verdict_is_that_of_welchs_test() -> None:
+    worse, better = Score(9.0, 2.5, 3), Score(5.0, 0.5, 4)
+    expected = ttest_ind_from_stats(9.0, 2.5, 3, 5.0, 0.5, 4, equal_var=False).pvalue
+    assert f"p={expected:.2g})" in verdict([worse, better], 0, "fid_train")
+
+
+def test_floor_of_another_number_of_images_is_left_out(sweep: Sweep) -> None:
+    sweep.add("c", "train.mode=centralized", n_scored=200)
+    sweep.add("f", n_scored=200)
+    (table,) = measured(sweep.tables())
+    assert not any("real images" in row for row in table.rows)
+    assert any("cannot be compared and is left out" in line for line in table.caption)
 
 
 def test_the_csv_has_a_line_per_run_and_evaluation(sweep: Sweep) -> None:

@@ -96,6 +96,15 @@ def test_unet_has_released_number_of_parameters_and_no_buffers() -> None:
     assert list(model.state_dict()) == [name for name, _ in model.named_parameters()]
 
 
+@pytest.mark.parametrize("data", ["cifar10", "svhn", "fashion_mnist", "mnist"])
+def test_paper_preset_is_the_released_network_for_all_of_its_data(data: str) -> None:
+    config = load_config(["experiment=paper", f"data={data}"])
+    with torch.device("meta"):
+        assert count(build_unet(config)) == 23_211_315
+    grey = load_config(["experiment=paper", f"data={data}", "data.channels=1"])
+    assert grey.data.channels == 1
+
+
 def test_unet_tiny_is_tiny() -> None:
     assert count(seeded_unet(TINY)) == 840_753
 

@@ -21,7 +21,7 @@ from task.measure import (
     measure_images,
     write_measurements,
 )
-from task.metric_table import TITLES, lay_out, looked_through, span, stand_ins
+from task.metric_table import TITLES, lay_out, looked_through, scored, span, stand_ins
 from task.partition import partition_dataset
 from task.randomness import Stream
 from task.runs import final_model
@@ -104,7 +104,7 @@ def _measure(
         real = extract_real(
             dataset,
             extractor=extractor,
-            horizontal_flip=config.data.horizontal_flip,
+            data_name=config.data.name,
             seed=config.eval.seed,
             batch_size=config.eval.batch_size,
         )
@@ -177,12 +177,13 @@ def client_caption(
     neighbours = "test" if everything.n_test > 0 else "training"
     return [
         f"own: {own.n_generated:,} generated images of each model ({span(counts['own'])} of each "
-        f"class), measured against the client's {own.n_train:,} training images of the same "
-        "classes, where copies of them score best",
+        f"class), measured against one half of the client's {own.n_train:,} training images of the "
+        f"same classes, where copies of them score best; {scored(own)}",
         f"real, own: {stand_ins(own)}; KID: {KID_SUBSETS} subsets of {own.kid_subset_size:,}",
         f"all: {everything.n_generated:,} generated images of each model ({span(counts['all'])} "
-        f"of each class), measured against all {everything.n_train:,} training images; precision, "
-        f"recall and coverage against the {neighbours} images",
+        f"of each class), measured against {'' if everything.n_test else 'one half of '}all "
+        f"{everything.n_train:,} training images; precision, recall and coverage against the "
+        f"{neighbours} images; {scored(everything)}",
         f"real, all: {stand_ins(everything)}; KID: {KID_SUBSETS} subsets of "
         f"{everything.kid_subset_size:,}",
         f"data {own.data}; both models drew from the same noise, once, so that the spread over "

@@ -10,7 +10,10 @@ from tests.benchmarks.feddm import Feddm
 from tests.benchmarks.report import Figures, available_cores
 
 # Digits, which come with a library; a GPU trains the paper's net, a CPU a narrow one of its kind.
-DIGITS = ("experiment=paper", "data=digits", "train.precision=float32", "train.batch_size=64")
+DIGITS = (
+    *("experiment=paper", "data=digits", "data.channels=1"),
+    *("train.precision=float32", "train.batch_size=64"),
+)
 NETWORK = {"cpu": ("model.width=16",), "cuda": ("data.image_size=32",)}
 
 

@@ -32,6 +32,8 @@ SECTIONS = {
     "Flower's FedAvg as well)",
     "scale": "seconds per round and memory for 10 and 100 clients (2 minutes; --full: 1,000 as "
     "well, 4 minutes)",
+    "copying": "false alarms of the search for copies, and copies found (1 minute; --full: ten "
+    "times as many trials)",
     "loss_curves": "loss curves of bfloat16 and float32 (only with --full or by name)",
     "sampling_quality": "Frechet distance of 20 steps against 300 on a model that is trained for "
     "it (only with --full or by name)",

@@ -60,7 +60,8 @@ def compare(run: Path, *, num_images: int, seeds: Sequence[int]) -> Figures:
     Returns:
         Mean Frechet distances to the training images over the seeds, `sample.fd_<way>` with the
         number of steps behind "ancestral", the largest less the smallest of the seeds,
-        `sample.fd_<way>_range`, and `sample.fd_floor`: of the real test images, which are fewer.
+        `sample.fd_<way>_range`, and `sample.fd_floor_of_<number>`: of the real test images, which
+        are fewer, so that it lies higher than that of `num_images` would.
 
     Raises:
         ValueError: there is no test split, or no final model.
@@ -73,13 +74,14 @@ def compare(run: Path, *, num_images: int, seeds: Sequence[int]) -> Figures:
     real = extract_real(
         dataset,
         extractor=extractor,
-        horizontal_flip=config.data.horizontal_flip,
+        data_name=config.data.name,
         seed=config.eval.seed,
     )
     if real.test is None:
         raise ValueError(f"run must be one on a data set with test images, got {run}")
     labels = balanced_labels(num_images, len(config.data.classes))
-    found: Figures = {"sample.fd_floor": frechet_distance(real.train.features, real.test.features)}
+    floor = frechet_distance(real.train.features, real.test.features)
+    found: Figures = {f"sample.fd_floor_of_{len(real.test)}": floor}
     for name, way in WAYS.items():
         steps = f"_{config.diffusion.num_timesteps}" if way[1] is None else ""
         distances = []
