@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from task.cli.bench import run_benchmarks
-from tests.benchmarks import loss_curves, peers, sampling, training
+from tests.benchmarks import copying, loss_curves, peers, sampling, training
 from tests.benchmarks.__main__ import chosen_sections, main, run_section
 from tests.benchmarks.contestants import Contestant, take_turns
 from tests.benchmarks.feddm import PAPER, Feddm
@@ -288,6 +288,14 @@ def test_sections_are_chosen_by_name_and_run_in_their_order() -> None:
 def test_every_section_is_a_module_with_a_measure(name: str) -> None:
     module = import_module(f"tests.benchmarks.{name}")
     assert {"full", "device"} <= set(inspect.signature(module.measure).parameters)
+
+
+def test_search_for_copies_finds_them_and_seldom_alarms_otherwise() -> None:
+    found = copying.measure(full=False, device="cpu", held_out=(30,), trials=20, copies=(0.5,))
+    assert float(found["copying.false_alarm_share_of_30"]) <= 0.1
+    assert found["copying.found_50_percent_share_of_30"] == 1
+    # What the search replaces: a threshold at the nearest 1 % of 30 images.
+    assert float(found["copying.threshold_false_alarm_share_of_30"]) > 0.2
 
 
 def test_failure_of_a_section_is_its_figure() -> None:

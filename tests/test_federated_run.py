@@ -40,6 +40,7 @@ from task.fingerprint import code_fingerprint
 from task.history import read_history
 from task.run_directory import RunDirectory, weights_file
 from task.runs import kept_clients
+from task.warning_signs import State, checks
 from task.wire import Key, WeightLayout
 from tests.helpers import SMALL_RUN, ClientNodes, Network, Order, simulated, write_digits_as_mnist
 
@@ -609,12 +610,21 @@ def test_float16_on_the_wire_changes_the_weights_by_rounding_only(tmp_path: Path
     assert 0 < (half - full).norm() < 2e-3 * full.norm()
 
 
-def test_final_images_are_shown_to_a_classifier_of_real_ones(tmp_path: Path) -> None:
+def test_final_images_of_an_untrained_network_are_measured_and_look_like_noise(
+    tmp_path: Path,
+) -> None:
     changes = {"federation.rounds": 1, "eval.num_images": 20}
     folder = play(configured(tmp_path, changes))
     assert recorded(folder, "num_generated_images") == {(1, "global"): 20}
     assert 0 <= recorded(folder, "class_agreement")[1, "global"] <= 1
     assert recorded(folder, "classifier_test_accuracy")[1, "global"] > 0.8
+    assert recorded(folder, "chance_agreement") == {(1, "global"): 0.1}
+    assert recorded(folder, "noise_position")[1, "global"] > 0.6
+    assert recorded(folder, "floor_noise_position")[1, "global"] < 0.2
+    assert recorded(folder, "pixel_p_value")[1, "global"] > 0.01
+    states = {check.subject: check.state for check in checks(read_history(folder))}
+    assert states["images that look like noise"] is State.WARNING
+    assert states["fewer than 50 measured images of a class"] is State.WARNING
 
 
 def test_kept_local_models_are_what_the_clients_sent_in_the_last_round(tmp_path: Path) -> None:
