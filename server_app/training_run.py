@@ -32,6 +32,7 @@ from task.train import (
     select_device,
 )
 from task.unet import UNet, build_unet
+from task.warning_signs import closing_lines
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -265,7 +266,8 @@ class TrainingRun(ABC):
         path = self.directory.path
         self.directory.record_time()
         try:
-            for line in summary_lines(read_history(path)):
+            history = read_history(path)
+            for line in [*summary_lines(history), *closing_lines(history)]:
                 log(line)
             log(f"report: {write_report(path)}")
         # Nothing of the run depends on it, and a run that fails at its end would be repeated.

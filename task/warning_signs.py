@@ -92,6 +92,14 @@ def warning_signs(history: RunHistory) -> list[str]:
     return [check.says for check in checks(history) if check.state is State.WARNING]
 
 
+def closing_lines(history: RunHistory) -> list[str]:
+    """Say for the end of a log what may be wrong, and what was not measured of the images."""
+    gaps = [check for check in image_checks(history) if check.state is State.UNMEASURED]
+    return [f"{State.WARNING}: {sign}" for sign in warning_signs(history)] + [
+        f"{gap.state}: {gap.subject}. {gap.says}" for gap in gaps
+    ]
+
+
 def comparison_checks(runs: Mapping[str, RunHistory]) -> list[Check]:
     """List what makes figures of several runs, by their names, unfit to be compared."""
     rounds = {name: str(run.rounds_done) for name, run in runs.items()}

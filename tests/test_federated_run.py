@@ -611,7 +611,7 @@ def test_float16_on_the_wire_changes_the_weights_by_rounding_only(tmp_path: Path
 
 
 def test_final_images_of_an_untrained_network_are_measured_and_look_like_noise(
-    tmp_path: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = {"federation.rounds": 1, "eval.num_images": 20}
     folder = play(configured(tmp_path, changes))
@@ -625,6 +625,7 @@ def test_final_images_of_an_untrained_network_are_measured_and_look_like_noise(
     states = {check.subject: check.state for check in checks(read_history(folder))}
     assert states["images that look like noise"] is State.WARNING
     assert states["fewer than 50 measured images of a class"] is State.WARNING
+    assert "warning: The images look untrained" in capsys.readouterr().out
 
 
 def test_kept_local_models_are_what_the_clients_sent_in_the_last_round(tmp_path: Path) -> None:
