@@ -104,10 +104,11 @@ def comparison_checks(runs: Mapping[str, RunHistory]) -> list[Check]:
     """List what makes figures of several runs, by their names, unfit to be compared."""
     rounds = {name: str(run.rounds_done) for name, run in runs.items()}
     values = {name: _data_values(run) for name, run in runs.items()}
-    first, *others = values.values()
-    unlike = [key for key in first if any(other[key] != first[key] for other in others)]
+    keys = dict.fromkeys(key for value in values.values() for key in value)
+    unlike = [key for key in keys if len({value.get(key) for value in values.values()}) > 1]
     data = {
-        name: ", ".join(f"{key} {value[key]}" for key in unlike) for name, value in values.items()
+        name: ", ".join(f"{key} {value[key]}" for key in unlike if key in value)
+        for name, value in values.items()
     }
     signs = {
         "unequal rounds": _differing("The runs have trained for unequal numbers of rounds", rounds),

@@ -613,7 +613,10 @@ def test_float16_on_the_wire_changes_the_weights_by_rounding_only(tmp_path: Path
 def test_final_images_of_an_untrained_network_are_measured_and_look_like_noise(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes = {"federation.rounds": 1, "eval.num_images": 20}
+    changes = {
+        **{"federation.rounds": 1, "eval.num_images": 20},
+        "data.cache_dir": str(tmp_path / "cache"),
+    }
     folder = play(configured(tmp_path, changes))
     assert recorded(folder, "num_generated_images") == {(1, "global"): 20}
     assert 0 <= recorded(folder, "class_agreement")[1, "global"] <= 1
