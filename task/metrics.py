@@ -400,10 +400,13 @@ def copying_test(generated: Tensor, held_out: Tensor) -> tuple[float, float]:
     chances = np.zeros(len(order) + 1)
     chances[0] = 1.0
     counts = np.arange(len(order) + 1)
-    for depth in depths:
-        taken = np.clip((n - counts) / (n + m - depth + 1), 0, 1)
-        chances = chances * (1 - taken) + np.roll(chances * taken, 1)
-        chances[_evidence(counts, depth, n / (n + m)) >= most - ROUNDING] = 0.0
+    reached = _evidence(counts, depths[:, None], n / (n + m)) >= most - ROUNDING
+    taken = np.clip((n - counts) / (n + m - depths[:, None] + 1), 0, 1)
+    for take, out in zip(taken, reached, strict=True):
+        moved = chances * take
+        chances = chances - moved
+        chances[1:] += moved[:-1]
+        chances[out] = 0.0
     at = int(evidence.argmax())
     share = among[at] / n - (depths[at] - among[at]) / m
     return float(np.clip(1 - chances.sum(), 0, 1)), float(share)
@@ -434,7 +437,7 @@ def least_share_shown(generated: int, held_out: int, p_value: float) -> float | 
 
 
 def _evidence(
-    among: NDArray[np.int64], depth: NDArray[np.int64] | int, share: float
+    among: NDArray[np.int64], depth: NDArray[np.int64], share: float
 ) -> NDArray[np.float64]:
     """Return the log likelihood ratio of a larger share than `share`; 0 where it is smaller."""
     found = np.minimum(among / depth, 1)
