@@ -32,8 +32,8 @@ class Found(NamedTuple):
 def summary_lines(history: RunHistory) -> list[str]:
     """Say how a run ended, in lines for its log, which are fewer than 15."""
     metrics = [
-        (title, f"{generated} (real images {real})" if real else generated)
-        for title, _, generated, real in found_metrics(history, *HEADLINES)
+        (title, f"{generated} ({f'real images {real}; ' if real else ''}{of})")
+        for title, of, generated, real in found_metrics(history, *HEADLINES)
     ]
     rows = [*key_figures(history), *metrics]
     width = max(len(name) for name, _ in rows)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from statistics import median
 
@@ -173,7 +173,7 @@ def _clients_check(history: RunHistory) -> list[Check]:
     if history.setting == "centralised":
         return []
     signs = [*_left_out(history), *_absent(history)]
-    everyone = f"Each of {len(history.clients)} clients replied whenever it was asked."
+    everyone = f"Every client replied whenever it was asked ({len(history.clients)} in all)."
     return _found("clients left out or not there", signs, everyone)
 
 
@@ -182,7 +182,7 @@ def _drift_check(history: RunHistory) -> list[Check]:
         return []
     subject, number = "clients that drift", len(history.clients)
     if number < LEAST_COMPARED:
-        few = f"{number} clients are too few to compare, which takes {LEAST_COMPARED} of a round."
+        few = f"Clients are compared where there are {LEAST_COMPARED} or more; here: {number}."
         return [Check(subject, State.UNMEASURED, few)]
     alike = f"None of {number} clients is far from the others in loss or in the size of its update."
     return _found(subject, _drifting(history), alike)
@@ -229,6 +229,14 @@ def _class_checks(history: RunHistory) -> list[Check]:
         _class_check(subject, each, _chance_beside(history, each))
         for each in _measured(history, "class_agreement", "classifier_test_accuracy")
     ]
+    if any(check.state is State.WARNING for check in _noise_checks(history)):
+        noise = "A classifier may find any class in images that look like noise."
+        found = [
+            replace(check, state=State.UNMEASURED, says=f"{noise} {check.says}")
+            if check.state is State.CLEAR
+            else check
+            for check in found
+        ]
     return found or [Check(subject, State.UNMEASURED, _why_unmeasured(history))]
 
 

@@ -136,6 +136,13 @@ def test_copies_and_few_images_are_warned_of(tmp_path: Path) -> None:
             State.CLEAR,
             State.CLEAR,
         ),
+        # What a classifier finds in noise says nothing.
+        (
+            {"noise_position": 0.9, "class_agreement": 1.0},
+            State.WARNING,
+            State.UNMEASURED,
+            State.UNMEASURED,
+        ),
         (
             {
                 **{"classifier_test_accuracy": 0.1, "class_agreement": 0.5},
@@ -278,7 +285,13 @@ def test_run_ends_with_few_lines_of_what_it_found(tmp_path: Path) -> None:
     run = written_run(tmp_path / "run", recorded, rounds_done=2)
     text = "\n".join(lines := summary_lines(read_history(run)))
     assert len(lines) <= 15
-    for words in ("2 of 2", "0.3 (round 2)", "2:05", "25%", "2.5 (real images 2.5)"):
+    for words in (
+        "2 of 2",
+        "0.3 (round 2)",
+        "2:05",
+        "25%",
+        "2.5 (real images 2.5; classifier, correct, n=2,000)",
+    ):
         assert words in text
     assert duration(3723) == "1:02:03"
     assert read_config(run / "config.yaml").run_name == "run"
