@@ -8,11 +8,9 @@ from statistics import median
 
 from scipy.stats import binomtest
 
-from task.config import FILE_SETS
 from task.history import GLOBAL, RunHistory, Series
-from task.metric_table import REAL_BESIDE, TITLES
+from task.metric_table import REAL_BESIDE
 from task.metrics import least_share_shown
-from task.run_summary import Found, evaluated_metrics
 
 # Below five values a median and its deviations say nothing of a sixth.
 LEAST_COMPARED = 5
@@ -98,58 +96,6 @@ def closing_lines(history: RunHistory) -> list[str]:
     return [f"{State.WARNING}: {sign}" for sign in warning_signs(history)] + [
         f"{gap.state}: {gap.subject}. {gap.says}" for gap in gaps
     ]
-
-
-def comparison_checks(runs: Mapping[str, RunHistory]) -> list[Check]:
-    """List what makes figures of several runs, by their names, unfit to be compared."""
-    rounds = {name: str(run.rounds_done) for name, run in runs.items()}
-    values = {name: _data_values(run) for name, run in runs.items()}
-    keys = dict.fromkeys(key for value in values.values() for key in value)
-    unlike = [key for key in keys if len({value.get(key) for value in values.values()}) > 1]
-    data = {
-        name: ", ".join(f"{key} {value[key]}" for key in unlike if key in value)
-        for name, value in values.items()
-    }
-    signs = {
-        "unequal rounds": _differing("The runs have trained for unequal numbers of rounds", rounds),
-        "different data": _differing("The runs were trained on different data", data),
-        "figures that were measured otherwise": [
-            sign
-            for title in dict.fromkeys(each.title for run in runs.values() for each in _all(run))
-            for sign in _differing(
-                f"What stands under {title.rstrip(' ^v')!r} was measured otherwise",
-                {
-                    name: "; ".join(each.of for each in _all(run) if each.title == title)
-                    for name, run in runs.items()
-                },
-            )
-        ],
-    }
-    return [
-        check
-        for subject, found in signs.items()
-        for check in _found(subject, found, "They are alike in this.")
-    ]
-
-
-def _all(history: RunHistory) -> list[Found]:
-    return evaluated_metrics(history, *TITLES)
-
-
-def _data_values(history: RunHistory) -> dict[str, str]:
-    """Return what tells data apart, but for where a packaged set lies."""
-    data = history.config.data
-    places = {"cache_dir", "on_corrupt"} | ({"root"} if data.name not in FILE_SETS else set())
-    values = {f"data.{key}": str(value) for key, value in vars(data).items() if key not in places}
-    return values | {"training images": str(history.num_images)}
-
-
-def _differing(says: str, found: Mapping[str, str]) -> list[str]:
-    """Make a sentence of values by run that are not all equal."""
-    if len(set(found.values())) < 2:
-        return []
-    told = "; ".join(f"{name}: {value or 'not measured'}" for name, value in found.items())
-    return [f"{says}: {told}. Do not compare their figures."]
 
 
 def _found(subject: str, signs: Iterable[str], otherwise: str) -> list[Check]:

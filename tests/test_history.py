@@ -17,7 +17,6 @@ from task.warning_signs import (
     Check,
     State,
     checks,
-    comparison_checks,
     far_rounds,
     num_scored,
     warning_signs,
@@ -187,26 +186,6 @@ def test_hospitals_scores_are_checked_one_by_one(tmp_path: Path) -> None:
     assert "2 hospitals" in found(history, "noise")[0].says
     # Of one class alone nothing is shown by finding it.
     assert [check.state for check in found(history, "other classes")] == [State.UNMEASURED]
-
-
-def test_runs_that_cannot_be_compared_say_why(tmp_path: Path) -> None:
-    recorded = [(2, "global", {"noise_position": 0.2, "num_generated_images": 500})]
-    first, second = (
-        read_history(written_run(tmp_path / name, recorded, rounds_done=2)) for name in "ab"
-    )
-    states = {check.subject: check.state for check in comparison_checks({"a": first, "b": second})}
-    assert set(states.values()) == {State.CLEAR} and len(states) == 3
-    others = [(1, "global", {"noise_position": 0.2, "num_generated_images": 20})]
-    other = written_run(tmp_path / "c", others, rounds_done=1, data__image_size=16)
-    found = comparison_checks({"a": first, "c": read_history(other)})
-    assert {check.state for check in found} == {State.WARNING}
-    said = " ".join(check.says for check in found)
-    for words in (
-        "rounds: a: 2; c: 1.",
-        "data.image_size 8; c: data.image_size 16",
-        "n=500; c: pixels and spectra, n=20",
-    ):
-        assert words in said
 
 
 def test_client_far_from_all_others_drifts_and_a_spread_of_clients_does_not() -> None:
