@@ -53,13 +53,15 @@ def measure(
     trials *= 10 if full else 1
     found: Figures = {"copying.trials": float(trials)}
     for number in held_out:
-        counts = dict.fromkeys(("threshold", 0.0, *copies), 0)
+        counts: dict[str | float, int] = dict.fromkeys(("threshold", 0.0, *copies), 0)
         generator = torch.Generator().manual_seed(number)
         for _ in range(trials):
             for kind, alarmed in _trial(images, number, copies, generator).items():
                 counts[kind] += alarmed
-        words = {"threshold": "threshold_false_alarm", 0.0: "false_alarm"}
-        words |= {share: f"found_{share * 100:.0f}_percent" for share in copies}
+        words: dict[str | float, str] = {
+            **{"threshold": "threshold_false_alarm", 0.0: "false_alarm"},
+            **{share: f"found_{share * 100:.0f}_percent" for share in copies},
+        }
         found |= {
             f"copying.{words[kind]}_share_of_{number}": count / trials
             for kind, count in counts.items()
