@@ -357,18 +357,16 @@ def cached_features(
 
 def _store(file: Path, tensors: Mapping[str, Tensor], key: str) -> None:
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    save_weights(file, tensors, {"key": key, "sha256": weights_sha256(tensors)})
+    save_weights(file, tensors, {"key": key})
 
 
 def _stored(file: Path) -> dict[str, Tensor]:
-    tensors, metadata = load_weights(file)
-    require(
-        metadata.get("sha256") == weights_sha256(tensors),
-        "data.cache_dir",
-        "a folder of whole files",
-        f"{file} with other values than were stored; delete it",
-    )
-    return tensors
+    try:
+        return load_weights(file)[0]
+    except ValueError as error:
+        raise ValueError(
+            f"data.cache_dir must be a folder of whole files, got a damaged one, delete it: {error}"
+        ) from error
 
 
 def _train(train: ImageSet, settings: Mapping[str, Any]) -> nn.Sequential:
