@@ -136,7 +136,12 @@ def balanced_accuracy(
     number = int(torch.cat([labels, like]).max()) + 1
     counts, wanted = (each.bincount(minlength=number).double() for each in (labels, like))
     wanted[counts == 0] = 0
-    require(bool(wanted.sum() > 0), "labels", "some of the classes asked for", labels.unique())
+    require(
+        bool(wanted.sum() > 0),
+        "labels",
+        "some of the classes asked for",
+        sorted(set(labels.tolist())),
+    )
     shares = labels.bincount(right, minlength=number) / counts.clamp(min=1)
     return float((shares * wanted).sum() / wanted.sum())
 

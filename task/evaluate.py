@@ -527,12 +527,11 @@ def _meetings(
 
 def _mean(scores: Sequence[Scores]) -> Scores:
     values = [dataclasses.asdict(each) for each in scores]
-    return Scores(
-        **{
-            name: None if value is None else fmean(each[name] for each in values)
-            for name, value in values[0].items()
-        }
-    )
+    means: dict[str, Any] = {
+        name: None if value is None else fmean(each[name] for each in values)
+        for name, value in values[0].items()
+    }
+    return Scores(**means)
 
 
 @progress(1, "comparing features with those of real images")

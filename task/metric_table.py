@@ -74,7 +74,9 @@ def metric_rows(report: MetricReport) -> list[Row]:
 
 def _agreement_rows(found: Classification) -> list[Row]:
     real, chance = found.agreement_real, found.chance_agreement
-    rows = [("found in the class asked for ^", f"{found.agreement:.4f}", _with_std(real, None))]
+    rows: list[Row] = [
+        ("found in the class asked for ^", f"{found.agreement:.4f}", _with_std(real, None))
+    ]
     return rows + ([] if chance is None else [("  by chance", *_pair(chance, chance))])
 
 
@@ -118,7 +120,9 @@ def _pair(generated: float, real: float) -> tuple[str, str]:
 
 
 def _copying_rows(space: str, copies: Copying) -> list[Row]:
-    rows = [(f"nearest training image, {space}", *_pair(copies.generated, copies.held_out))]
+    rows: list[Row] = [
+        (f"nearest training image, {space}", *_pair(copies.generated, copies.held_out))
+    ]
     if copies.p_value is not None:
         rows += [
             (f"  nearer than held-out ones, {space} v", f"{copies.copied:.4f}", "0.0000"),

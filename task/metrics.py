@@ -387,7 +387,7 @@ def copying_test(generated: Tensor, held_out: Tensor) -> tuple[float, float]:
     """
     n, m = len(generated), len(held_out)
     nearness = torch.cat([held_out, generated]).numpy()
-    is_generated = np.arange(n + m) >= m
+    is_generated = (np.arange(n + m) >= m).astype(np.int64)
     # Of equal distances those of held-out images come first, which is on the safe side.
     order = np.argsort(nearness, kind="stable")[: min(DEEPEST, (n + m) // 2)]
     among = np.cumsum(is_generated[order])

@@ -4,7 +4,6 @@ It imports nothing of feddm, because `feddm export` ships this file beside the w
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,6 +61,6 @@ def generation_noise(
     def block_source(number: int) -> Callable[[], np.ndarray]:
         key = (GENERATED_IMAGES, label, number)
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
-        return partial(rng.standard_normal, (NOISE_BLOCK, *image_shape), np.float32)
+        return lambda: rng.standard_normal((NOISE_BLOCK, *image_shape), np.float32)
 
     return join_blocks(places, block_source, np.concatenate)

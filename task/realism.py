@@ -100,4 +100,5 @@ def _spectra(images: Tensor) -> Tensor:
     rings = torch.hypot(down[:, None], across).round().long().clamp(max=height // 2).flatten()
     sums = power.new_zeros(*images.shape[:2], height // 2 + 1)
     sums.index_add_(2, rings, power.flatten(2))
-    return (sums / rings.bincount() + LEAST_POWER).log().flatten(1)
+    spectrum: Tensor = (sums / rings.bincount() + LEAST_POWER).log()
+    return spectrum.flatten(1)

@@ -422,7 +422,7 @@ def _cell(kind: Kind, row: Any, column: Sequence[Measurement], *, whole: bool) -
     scores = {}
     for name in METRICS:
         found = [
-            e.found | _whole(e.found) if whole else e.found
+            {**e.found, **_whole(e.found)} if whole else e.found
             for e in column
             if e.row(kind) == row and name in e.found
         ]

@@ -354,7 +354,7 @@ _EVALUATED = {"class_agreement": "agreement", "classifier_test_accuracy": "agree
 def _measured(history: RunHistory, name: str, real: str) -> Iterator[_Figure]:
     """Find a figure wherever it was measured last: files of evaluations, the run, hospitals."""
     for each in history.evaluations:
-        values = each.report.describe()
+        values = {n: v for n, v in each.report.describe().items() if not isinstance(v, str)}
         number = each.report.label.n_generated
         value = values.get(_EVALUATED.get(name, name))
         if value is not None:
@@ -391,8 +391,8 @@ def _searches(history: RunHistory) -> Iterator[_Search]:
                 yield _Search(found.copied, found.p_value, space, *numbers, each.name)
     share, p_value = history.final("pixel_copied"), history.final("pixel_p_value")
     if share is not None and p_value is not None:
-        numbers = [history.final(f"num_{of}") for of in ("generated_images", "held_out_searched")]
-        number, held_out = (int(number or 0) for number in numbers)
+        told = [history.final(f"num_{of}") for of in ("generated_images", "held_out_searched")]
+        number, held_out = (int(each or 0) for each in told)
         yield _Search(share, p_value, "pixels", number, held_out, "in the run")
     for client in history.clients:
         yield from _searches_of(history, client)

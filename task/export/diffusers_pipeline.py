@@ -6,6 +6,7 @@ that the model was measured with stand in `steps.py` beside this file.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -97,8 +98,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             whole = (len(labels), *shape)
             return partial(randn_tensor, whole, generator=generator, device=labels.device)
         seed = settings["seed"] if seed is None else seed
-        numbers, counts = labels.unique_consecutive(return_counts=True)
-        runs = zip(numbers.tolist(), counts.tolist(), strict=True)
+        runs = [(label, len(list(same))) for label, same in groupby(labels.tolist())]
         sources = [generation_noise(range(n), shape, seed=seed, label=label) for label, n in runs]
 
         def draw_noise() -> Tensor:
