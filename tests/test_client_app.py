@@ -509,7 +509,7 @@ def test_every_reply_of_a_hospital_is_free_of_paths_and_names(tmp_path: Path) ->
     model = initial_model(config)
     weights = WeightLayout.of(model).pack(model.state_dict())
     agreed = {
-        "query": {Key.CONFIG: {Key.FINGERPRINT, Key.CLASS_COUNTS}},
+        "query": {Key.CONFIG: {Key.FINGERPRINT, Key.NUM_IMAGES, Key.CLASS_COUNTS}},
         "train": {Key.ARRAYS: {Key.PACKED}, Key.METRICS: TRAINED_KEYS},
         "evaluate": {Key.METRICS: {Key.NUM_EXAMPLES, Key.LOSS}},
         QUALITY_TYPE: {Key.METRICS: {Key.NUM_EXAMPLES, *SCORES, *CLASS_SCORES}},
