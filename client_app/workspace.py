@@ -37,7 +37,7 @@ class Workspace:
 
     Attributes:
         config: of the run, with the node's own data folder and the paths of its machine.
-        run_config: of the run, as the server says it.
+        run_config: of the run, as the server says it to a real node.
         device: where it trains.
         num_processes: that train together.
         model: its weights are replaced with every message.
@@ -107,7 +107,11 @@ def _build_workspace(
     run_config: str, node: NodeConfig | None, num_partitions: int | None
 ) -> Workspace:
     given: RunConfig = json.loads(run_config)
-    config = load_run_config(given) if node is None else own_config(compose_run_config(given), node)
+    if node is None:
+        said = config = load_run_config(given, has_images=True)
+    else:
+        said = compose_run_config(given)
+        config = own_config(said, node)
     keep_freed_memory()
     configure_torch(num_threads=config.train.num_threads, deterministic=config.train.deterministic)
     dataset = build_dataset(config, download=node is None)
@@ -117,7 +121,7 @@ def _build_workspace(
     compile_where_wanted(model, config.train.compile, device, deterministic=deterministic)
     return Workspace(
         config=config,
-        run_config=compose_run_config(given),
+        run_config=said,
         device=device,
         num_processes=count_processes(
             config.train.num_processes, device, one_per_gpu=node is not None

@@ -5,6 +5,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from server_app.federated_run import FederatedRun
 from server_app.log import log
+from server_app.simulation import is_simulation
 from server_app.submission import write_submission
 from server_app.superlink import end_with_submitter
 from task.config import load_run_config, require
@@ -17,7 +18,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Train one model over all hospitals, or go on where an earlier start of the run ended."""
     end_with_submitter()
-    config = load_run_config(context.run_config)
+    config = load_run_config(context.run_config, has_images=is_simulation(grid))
     require(
         config.train.mode == "federated",
         "train.mode",

@@ -7,7 +7,6 @@ answered at once.
 import dataclasses
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -24,12 +23,12 @@ from hydra.errors import OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from server_app.own_images import as_begun, command_to_go_on, fit_to_images, named
 from task.config import (
     CONF_DIR,
     Config,
     anchored,
     config_from_hydra,
-    hydra_override,
     read_override,
     register_schema,
     require,
@@ -125,14 +124,15 @@ def _hydra_main(composed: DictConfig) -> None:
     words = cast(list[str], OmegaConf.to_container(job.overrides.task))
     config = None
     try:
-        config = config_from_hydra(composed)
+        config = config_from_hydra(composed, images_below=Path.cwd())
         require_data_root(config)
         if sweep:
             # The runs of a sweep lie side by side in its folder.
             config = dataclasses.replace(
                 config, output_dir=job.sweep.dir, run_name=job.sweep.subdir
             )
-        config = anchored(config, Path.cwd())
+        given = {named(word) for word in words}
+        config = as_begun(anchored(config, Path.cwd()), given)
         with leaving_no_empty_run(run_path(config)):
             if not sweep:
                 check_startable(config)
@@ -140,9 +140,10 @@ def _hydra_main(composed: DictConfig) -> None:
 
             if sweep:
                 config = go_on_with_sweep(config)
-                if (done := equal_finished_run(config)) is not None:
-                    print(f"finished already: {done}", flush=True)
-                    return
+            config = fit_to_images(config, given)
+            if sweep and (done := equal_finished_run(config)) is not None:
+                print(f"finished already: {done}", flush=True)
+                return
             train(config, words)
     except KeyboardInterrupt:
         print(f"feddm-train: interrupted; {how_to_go_on(config, words, sweep)}", file=sys.stderr)
@@ -197,7 +198,4 @@ def how_to_go_on(config: Config | None, words: list[str], sweep: bool) -> str:
         return f"to go on, {HOW_TO_RESUME}"
     if config is None or not is_begun(run_path(config)):
         return "nothing of the run is left"
-    named = {"run_name": config.run_name, "resume": True}
-    again = [word for word in words if word.split("=")[0].lstrip("+") not in named]
-    again += [hydra_override(key, value) for key, value in named.items()]
-    return f"to go on: {shlex.join(['feddm-train', *again])}"
+    return f"to go on: {command_to_go_on(config, words)}"

@@ -11,13 +11,19 @@ import torch
 from server_app.centralized_run import CentralizedRun
 from server_app.evaluation import check_numbers, is_complete, wants_metrics
 from server_app.follow import follow
+from server_app.own_images import named
+from server_app.plan import describe_plan, how_to_train_on
 from server_app.simulation import load_images
 from task.config import (
     CONF_DIR,
+    FITTED_VALUES,
+    OWN_IMAGES,
     Config,
+    flat_values,
     hydra_override,
     require,
 )
+from task.data import Dataset
 from task.features import build_extractor
 from task.parallel import count_processes
 from task.partition import partition_dataset
@@ -88,13 +94,17 @@ def train(config: Config, overrides: list[str]) -> None:
         f"at most federation.num_supernodes={config.federation.num_supernodes} in a simulation",
         config.federation.min_nodes,
     )
-    check_images(config)
+    dataset = check_images(config)
     check_startable(config)
     print(f"results: {run_path(config)}", flush=True)
+    for line in describe_plan(config, dataset):
+        print(line, flush=True)
     if config.train.mode == "centralized":
         train_here(config)
     else:
         submit(config, overrides)
+    if config.data.name in OWN_IMAGES:
+        print(how_to_train_on(config, overrides), flush=True)
     print(f"results: {run_path(config)}", flush=True)
 
 
@@ -165,8 +175,8 @@ def check_ray() -> None:
         ) from error
 
 
-def check_images(config: Config) -> None:
-    """Check the data set of a run, and what it is to be dealt out to and measured with.
+def check_images(config: Config) -> Dataset:
+    """Load the data set of a run, and check what it is to be dealt out to and measured with.
 
     Raises:
         FileNotFoundError: the data set, or a file of the extractor, is not there.
@@ -180,6 +190,7 @@ def check_images(config: Config) -> None:
         # The classifier is trained on the images; the others come from files.
         if config.eval.extractor != "classifier":
             build_extractor(config, dataset.train, "cpu")
+    return dataset
 
 
 def train_here(config: Config) -> None:
@@ -215,7 +226,10 @@ def submit(config: Config, overrides: list[str]) -> None:
         "eval.inception_weights": config.eval.inception_weights,
         "eval.exported_program": config.eval.exported_program,
     }
-    job = [o for o in overrides if o.split("=")[0].lstrip("+") not in {*settled, "resume"}]
+    if config.data.name in OWN_IMAGES:
+        values = flat_values(config)
+        settled |= {path: values[path] for path in ("data.classes", *FITTED_VALUES)}
+    job = [override for override in overrides if named(override) not in {*settled, "resume"}]
     job += [hydra_override(key, value) for key, value in settled.items()]
     federation = config.federation
     print(f"starting a simulation of {federation.num_supernodes} hospitals", flush=True)

@@ -44,6 +44,10 @@ FILE_SETS = {
 }
 # Of all values these alone; none may be nan.
 MAY_BE_INFINITE = ("partition.beta",)
+# Those of which conf/ cannot know how many images they hold: feddm-train fits hospitals and epochs
+# to them.
+OWN_IMAGES = ("image_folder", "dicom_folder")
+FITTED_VALUES = ("federation.num_supernodes", "train.local_epochs")
 TRAIN_MODES = ("federated", "centralized")
 DATA_SETS = (*PACKAGED_SETS, *FILE_SETS)
 # The inception score parts the images into 10 splits.
@@ -146,6 +150,31 @@ def class_folders(folder: Path) -> list[str]:
     return sorted(name for name in names if not is_hidden(name))
 
 
+def image_classes(root: Path) -> list[str]:
+    """Name the folders of classes in a tree of images, `root/train/<class>` or `root/<class>`."""
+    return class_folders(root / "train") or class_folders(root)
+
+
+def are_named_by_folders(data: DictConfig) -> bool:
+    """Whether the classes of a data set, not checked yet, are to be the names of its folders."""
+    return FILE_SETS.get(data.name) in ("image_folder", "dicom_folder") and not data.classes
+
+
+def classes_below(root: Path) -> list[str]:
+    """Name the classes of a tree of images by its folders; see `image_classes`.
+
+    Raises:
+        FileNotFoundError: there is no such tree, or it has no folders.
+    """
+    require_folder(root)
+    if not (classes := image_classes(root)):
+        raise FileNotFoundError(
+            f"data.root={root}: no class folders there; put the images of each class into a "
+            f"folder named as the class, and those of a single class into one, e.g. {root}/cells/"
+        )
+    return classes
+
+
 @dataclass
 class DataConfig:
     """A data set and the shape in which the model sees it."""
@@ -195,8 +224,7 @@ class DataConfig:
     def _expected_classes(self) -> str:
         if self.name not in FILE_SETS:
             return "at least one class"
-        root = Path(self.root).expanduser()
-        found = class_folders(root / "train") or class_folders(root)
+        found = image_classes(Path(self.root).expanduser())
         return (
             "at least one class, the names of the folders with their images, in the order of "
             f"their labels, e.g. 'data.classes=[{','.join(found) or 'normal,pneumonia'}]' "
@@ -318,6 +346,7 @@ class TrainConfig:
 
     mode: str = MISSING
     local_epochs: int = MISSING
+    steps_per_round: int | None = None
     batch_size: int = MISSING
     lr: float = MISSING
     device: str = MISSING
@@ -331,7 +360,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_one_of("train.mode", self.mode, TRAIN_MODES)
         require_positive("train", self, "local_epochs", "batch_size", "lr")
-        require_positive("train", self, "num_threads", "num_processes")
+        require_positive("train", self, "num_threads", "num_processes", "steps_per_round")
         require_one_of("train.precision", self.precision, PRECISIONS)
         require(
             not (self.compile and self.deterministic),
@@ -353,6 +382,7 @@ class FederationConfig:
     """The hospitals, the rounds and what the server waits for."""
 
     num_supernodes: int = MISSING
+    images_per_client: int | None = None
     clients_per_round: int | None = None
     rounds: int = MISSING
     min_nodes: int = MISSING
@@ -381,6 +411,7 @@ class FederationConfig:
             *("num_supernodes", "clients_per_round", "rounds", "min_nodes", "min_replies"),
             *("node_wait", "round_timeout", "keep_checkpoints", "cpus_per_client"),
             *("max_in_flight", "round_attempts", "num_selected", "max_update_norm"),
+            "images_per_client",
         )
         require(
             self.clients_per_round is None or self.clients_per_round <= self.num_supernodes,
@@ -562,17 +593,18 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
-def load_config(overrides: Iterable[str] = ()) -> Config:
+def load_config(overrides: Iterable[str] = (), *, images_below: Path | None = None) -> Config:
     """Compose `conf/` with Hydra overrides and check the result.
 
     Args:
         overrides: as on `feddm-train`'s command line, e.g. `["data=mnist", "partition.beta=0.1"]`.
+        images_below: see `config_from_hydra`.
 
     Raises:
         ValueError: a name is unknown, a value is of the wrong type or out of range.
     """
     try:
-        return config_from_hydra(_composed(overrides))
+        return config_from_hydra(_composed(overrides), images_below=images_below)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(composition_error(error)) from error
 
@@ -589,8 +621,13 @@ def _composed(overrides: Iterable[str]) -> DictConfig:
         GlobalHydra.instance().hydra = hydra
 
 
-def config_from_hydra(composed: DictConfig) -> Config:
+def config_from_hydra(composed: DictConfig, *, images_below: Path | None = None) -> Config:
     """Turn what Hydra composed into a checked `Config`.
+
+    Args:
+        composed: whole.
+        images_below: the folder from which a relative `data.root` counts, where the images of the
+            run lie on this machine: classes that are left open take the names of their folders.
 
     Raises:
         ValueError: a value is missing, of the wrong type or out of range.
@@ -600,6 +637,9 @@ def config_from_hydra(composed: DictConfig) -> Config:
         unknown = leaves(OmegaConf.to_container(composed)).keys() - known  # type: ignore[arg-type]
         if unknown:
             raise ValueError(f"configuration: no such value: {', '.join(sorted(unknown))}")
+        if images_below is not None and are_named_by_folders(composed.data):
+            root = images_below / Path(composed.data.root).expanduser()
+            composed = OmegaConf.merge(composed, {"data": {"classes": classes_below(root)}})  # type: ignore[assignment]
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise ValueError(composition_error(error)) from error
@@ -627,17 +667,25 @@ def composition_error(error: Exception) -> str:
     )
 
 
-def load_run_config(run_config: Mapping[str, Any]) -> Config:
+def load_run_config(run_config: Mapping[str, Any], *, has_images: bool = False) -> Config:
     """Compose the configuration of a run, with the paths of this machine; see `compose_run_config`.
+
+    Args:
+        run_config: `context.run_config`.
+        has_images: whether the images of the run lie on this machine, as in a simulation.
 
     Raises:
         ValueError: see `load_config`.
     """
     # The working directory is that of whichever process runs the app, so nothing counts from it.
-    return anchored(compose_run_config(run_config), Path.home())
+    home = Path.home()
+    images_below = home if has_images else None
+    return anchored(compose_run_config(run_config, images_below=images_below), home)
 
 
-def compose_run_config(run_config: Mapping[str, Any]) -> Config:
+def compose_run_config(
+    run_config: Mapping[str, Any], *, images_below: Path | None = None
+) -> Config:
     """Compose the configuration that Flower's run config asks for, with its paths as they stand.
 
     An empty string means "what conf/ says". `experiment` names a preset, `overrides` is one
@@ -645,6 +693,7 @@ def compose_run_config(run_config: Mapping[str, Any]) -> Config:
 
     Args:
         run_config: `context.run_config`, flat, keys as `[tool.flwr.app.config]` lists them.
+        images_below: see `config_from_hydra`.
 
     Raises:
         ValueError: see `load_config`.
@@ -661,7 +710,7 @@ def compose_run_config(run_config: Mapping[str, Any]) -> Config:
             f"got {run_config['overrides']}"
         ) from error
     overrides += [hydra_override(key, value) for key, value in given.items()]
-    return load_config(overrides + further)
+    return load_config(overrides + further, images_below=images_below)
 
 
 def anchored(config: Config, folder: Path) -> Config:

@@ -134,11 +134,13 @@ def _check(given: Mapping[str, object], types: Mapping[str, type], whose: str) -
 def own_config(config: Config, node: NodeConfig) -> Config:
     """Point the configuration of a run to the node's own images, with paths of this machine.
 
+    Of its images a node holds out `data.val_fraction`; a `data.test_fraction` is a simulation's.
+
     Raises:
         ValueError: the node was started without saying where they are.
     """
     if node.data_path is not None:
-        data = dataclasses.replace(config.data, root=node.data_path)
+        data = dataclasses.replace(config.data, root=node.data_path, test_fraction=None)
         config = dataclasses.replace(config, data=data)
     elif config.data.name != "digits":
         raise ValueError(
@@ -156,7 +158,7 @@ class ImageCounts:
     Attributes:
         train: to be trained on, without the held-out ones.
         held_out: for the test loss.
-        test: of the data set's own test split, or that of `data.test_fraction`.
+        test: of the data set's own test split.
         files: what becomes of every file.
     """
 

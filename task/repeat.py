@@ -9,6 +9,8 @@ from typing import Any
 from task.config import (
     CONF_DIR,
     FILE_SETS,
+    FITTED_VALUES,
+    OWN_IMAGES,
     Config,
     flat_values,
     hydra_override,
@@ -37,6 +39,9 @@ def training_words(config: Config) -> list[str]:
             f"data={config.data.name}",
             hydra_override("data.classes", config.data.classes),
         ]
+    if config.data.name in OWN_IMAGES:
+        # Even where conf/ has the same: feddm-train fits what it is not given.
+        groups += [hydra_override(path, flat_values(config)[path]) for path in FITTED_VALUES]
     changes = _changes(values, groups)
     for group in NAMELESS_GROUPS:
         if any(change.startswith(f"{group}.") for change in changes):

@@ -68,6 +68,8 @@ FREE_TO_CHANGE = NAMES_AND_PLACES | frozenset(
         *("federation.keep_checkpoints", "federation.cpus_per_client"),
         *("federation.gpus_per_client", "federation.keep_local_models"),
         *("federation.max_in_flight", "federation.round_attempts"),
+        # They choose other values before a run begins.
+        *("federation.images_per_client", "train.steps_per_round"),
         *("eval.every", "eval.images_per_class"),
         *("eval.num_images", "eval.metrics_every", "eval.final_metrics", "eval.num_per_class"),
         *("eval.seed", "eval.batch_size", "eval.precision"),
