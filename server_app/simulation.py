@@ -42,7 +42,8 @@ def load_images(config: Config) -> Dataset:
         inventory = take_inventory(config, dataset)
         raise ValueError(
             f"data.classes must be only classes that have training images, got also {missing}; "
-            f"{inventory.describe_missing(missing)}"
+            f"{inventory.describe_missing(missing)}; name others, or move folders without images "
+            "out of data.root"
         )
     return dataset
 

@@ -9,9 +9,11 @@ import torch
 
 from server_app.own_images import as_begun, command_to_go_on, fit_to_images
 from server_app.plan import describe_plan, how_to_train_on
+from server_app.simulation import load_images
 from server_app.time_estimate import Estimate, at_once, estimate_seconds, images_to_draw
-from task.config import Config, anchored, load_config, write_config
-from task.data import build_dataset
+from task.config import Config, anchored, hydra_override, load_config, load_run_config, write_config
+from task.data import build_dataset, list_dataset
+from task.node import NodeConfig, count_images, own_config
 from task.run_directory import run_config, run_path
 from tests.helpers import Recorded, written_run
 from tests.test_data_files import write_tree
@@ -25,6 +27,48 @@ def own_images(root: Path, *words: str, name: str = "image_folder") -> Config:
 
 def named_values(words: tuple[str, ...]) -> set[str]:
     return {word.split("=")[0] for word in words}
+
+
+@pytest.mark.parametrize("layout", ["", "train/"])
+def test_classes_left_open_are_the_names_of_the_folders(tmp_path: Path, layout: str) -> None:
+    names = ["$q", "[z]", "a,b", "it's", "rote Zellen", "weiß", "x=y"]
+    write_tree(tmp_path / "set", {f"{layout}{name}": 1 for name in reversed(names)})
+    (tmp_path / "set" / layout / "stray.png").write_bytes(b"")
+    config = own_images(tmp_path / "set")
+    assert config.data.classes == names
+    # As the job of a simulation reads them again.
+    word = hydra_override("data.classes", config.data.classes)
+    assert load_config(["data=image_folder", word]).data.classes == names
+    given = own_images(tmp_path / "set", "data.classes=[weiß]")
+    assert given.data.classes == ["weiß"]
+
+
+def test_images_without_class_folders_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {".": 2})
+    with pytest.raises(FileNotFoundError, match=r"no class folders there; put the images of each"):
+        own_images(tmp_path / "set")
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        own_images(tmp_path / "missing")
+    write_tree(tmp_path / "set", {"a": 2})
+    (tmp_path / "set" / "b").mkdir()
+    with pytest.raises(ValueError, match=r"also \['b'\]; b: .*move folders without images out"):
+        load_images(own_images(tmp_path / "set"))
+
+
+def test_classes_are_taken_from_folders_only_where_the_images_are(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"a": 1, "b": 1})
+    words = {"overrides": f"data=image_folder data.root={tmp_path / 'set'}"}
+    assert load_run_config(words, has_images=True).data.classes == ["a", "b"]
+    with pytest.raises(ValueError, match=r"data\.classes must be at least one class"):
+        load_run_config(words)
+
+
+def test_real_node_holds_out_no_test_share_of_its_own_images(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"a": 20})
+    config = own_images(tmp_path / "set")
+    assert [len(part) for part in list_dataset(config)] == [18, 2]
+    counts = count_images(own_config(config, NodeConfig(str(tmp_path / "set"))))
+    assert (counts.train, counts.held_out, counts.test) == ((18,), (2,), (0,))
 
 
 @pytest.mark.parametrize(
