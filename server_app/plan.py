@@ -46,6 +46,13 @@ def describe_plan(config: Config, dataset: Dataset) -> Iterator[str]:
             f"it ({duration(estimate.training)} to train, {duration(estimate.drawing)} to draw "
             "images)"
         )
+        patience, per_round = config.federation.round_timeout, estimate.training / (rounds - done)
+        if train.mode == "federated" and per_round > patience / 2:
+            yield (
+                f"warning: a round takes about {duration(per_round)}, and is over after "
+                f"federation.round_timeout={patience:g} seconds; give more, or a smaller "
+                "train.local_epochs"
+            )
 
 
 def how_to_train_on(config: Config, words: Collection[str]) -> str:

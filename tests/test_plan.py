@@ -164,6 +164,10 @@ def test_plan_says_images_hospitals_training_and_time(
         training == "training: 20 rounds of 60 epochs in batches of 32, 1,200 steps at a hospital"
     )
     assert time.startswith("time: about 2:00 on this machine")
+    slow = Estimate(20 * 400.0, 20.0)
+    monkeypatch.setattr("server_app.plan.estimate_seconds", lambda config, sizes, rounds: slow)
+    *_, warning = describe_plan(config, build_dataset(config, download=False))
+    assert warning.startswith("warning: a round takes about 6:40, and is over after")
     pooled = dataclasses.replace(
         config, train=dataclasses.replace(config.train, mode="centralized")
     )
