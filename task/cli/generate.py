@@ -1,7 +1,7 @@
 """`feddm generate`: a folder of images of chosen classes from a run's final weights."""
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from task.config import GENERATION_VALUES, Config, changed_config
@@ -66,20 +66,35 @@ def generate_images(
         folder.write_manifest()
         if grid:
             folder.write_grid(labels, num_images)
-        for label in labels:
-            more = folder.count(label) - num_images
-            say(
-                f"{names[label]}: {num_images:,} images"
-                + (f"; {more:,} more of an earlier call are there or still to come" if more else "")
-            )
-        numbers = folder.image_folder_labels()
-        if any(label != number for label, number in numbers.items()):
-            say(
-                "torchvision's ImageFolder numbers these folders in the order of their names: "
-                + ", ".join(f"{names[label]} {n} (here {label})" for label, n in numbers.items())
-                + "; manifest.json has both"
-            )
-        say(f"\nin {out}; to train on them:\nfeddm-train {shlex.join(folder.overrides())}")
+        for line in describe_folder(folder, names, labels, num_images):
+            say(line)
+
+
+def describe_folder(
+    folder: SyntheticFolder, names: Sequence[str], labels: Sequence[int], num_images: int
+) -> Iterator[str]:
+    """Say what a folder holds after a call, how its classes are numbered, and how to train on it.
+
+    Args:
+        folder: the folder.
+        names: of all classes, in the order of their labels.
+        labels: of the classes that were asked for.
+        num_images: that were asked for of each.
+    """
+    for label in labels:
+        more = folder.count(label) - num_images
+        yield (
+            f"{names[label]}: {num_images:,} images"
+            + (f"; {more:,} more of an earlier call are there or still to come" if more else "")
+        )
+    numbers = folder.image_folder_labels()
+    if any(label != number for label, number in numbers.items()):
+        yield (
+            "torchvision's ImageFolder numbers these folders in the order of their names: "
+            + ", ".join(f"{names[label]} {n} (here {label})" for label, n in numbers.items())
+            + "; manifest.json has both"
+        )
+    yield f"\nin {folder.path}; to train on them:\nfeddm-train {shlex.join(folder.overrides())}"
 
 
 def fill_folder(
