@@ -140,7 +140,7 @@ def seconds_per_image(step: Callable[[int], None], most: int) -> float:
 
     seconds(1)  # warms up
     alone = seconds(1)
-    num_images = max(1, min(most, TIMED_IMAGES, int(TIMED_SECONDS / 4 / alone)))
+    num_images = max(1, min(most, TIMED_IMAGES, int(TIMED_SECONDS / alone)))
     found = [alone if num_images == 1 else seconds(num_images)]
     while sum(found) + min(found) < TIMED_SECONDS:
         found.append(seconds(num_images))
