@@ -6,6 +6,7 @@ carries the extractor's name, its hash and the range of the images that it saw.
 
 import hashlib
 import io
+import logging
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ LOOKED_AT_ONCE = 256
 
 # Of a hash, where a person reads it.
 HASH_DIGITS = 12
+
+_log = logging.getLogger(__name__)
 
 # network(images [N, C, H, W] uint8 in the range asked for) -> features [N, D], logits [N, K] or
 # None
@@ -303,7 +306,7 @@ def cached_classifier(
         cache_dir: folder of the cache, made if need be; None: no cache.
 
     Raises:
-        ValueError: see `task.classifier.train_classifier`; or a file of the cache is broken.
+        ValueError: see `task.classifier.train_classifier`.
     """
     settings = dict(
         num_classes=num_classes, horizontal_flip=horizontal_flip, seed=seed, device=device
@@ -312,11 +315,11 @@ def cached_classifier(
         return _train(train, settings)
     key = _training_key(train, settings)
     file = cache_dir / f"classifier-{key[:32]}.safetensors"
-    if not file.exists():
+    weights = _stored(file)
+    if weights is None:
         model = _train(train, settings)
         _store(file, model.state_dict(), key)
         return model
-    weights = _stored(file)
     _, channels, image_size, _ = train.images.shape
     # Modules draw their first weights, of no use here, from the global generator.
     with torch.random.fork_rng(devices=[]):
@@ -341,17 +344,18 @@ def cached_features(
         cache_dir: folder of the cache, made if need be.
 
     Raises:
-        ValueError: see `extract`; or a file of the cache is broken.
+        ValueError: see `extract`.
     """
     told = (extractor.name, extractor.sha256, extractor.image_range, extractor.device.type)
     key = _key(told, images)
     file = cache_dir / f"features-{key[:32]}.safetensors"
-    if not file.exists():
+    stored = _stored(file)
+    if stored is None:
         found = extract(extractor, images, batch_size=batch_size)
         seen = {"features": found.features, "probabilities": found.probabilities}
         _store(file, {name: t for name, t in seen.items() if t is not None}, key)
         return found
-    tensors = {name: tensor.to(extractor.device) for name, tensor in _stored(file).items()}
+    tensors = {name: tensor.to(extractor.device) for name, tensor in stored.items()}
     return Features(tensors["features"], tensors.get("probabilities"))
 
 
@@ -360,13 +364,15 @@ def _store(file: Path, tensors: Mapping[str, Tensor], key: str) -> None:
     save_weights(file, tensors, {"key": key})
 
 
-def _stored(file: Path) -> dict[str, Tensor]:
+def _stored(file: Path) -> dict[str, Tensor] | None:
+    """Return what a file of the cache holds; None where there is none, or a damaged one."""
+    if not file.exists():
+        return None
     try:
         return load_weights(file)[0]
     except ValueError as error:
-        raise ValueError(
-            f"data.cache_dir must be a folder of whole files, got a damaged one, delete it: {error}"
-        ) from error
+        _log.warning("A file of data.cache_dir is damaged and is made anew: %s", error)
+        return None
 
 
 def _train(train: ImageSet, settings: Mapping[str, Any]) -> nn.Sequential:

@@ -372,6 +372,24 @@ def test_changed_files_and_settings_are_decoded_anew(tmp_path: Path) -> None:
     assert load(tmp_path / "set", image_size=16).train.images.shape == (1, 3, 16, 16)
 
 
+@pytest.mark.parametrize("name", ["images.npy", "hashes.npy", "unreadable.json"])
+def test_a_damaged_entry_of_the_cache_is_made_anew(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tree(tmp_path / "set", {"a": 3})
+    expected = load(tmp_path / "set").train.images.clone()
+    (file,) = tmp_path.glob(f"**/{name}")
+    content = file.read_bytes()
+    for length in (0, len(content) - 1):
+        file.write_bytes(content[:length])
+        assert torch.equal(load(tmp_path / "set").train.images, expected)
+        assert file.read_bytes() == content
+        assert "is damaged and is made anew" in caplog.text
+        caplog.clear()
+    file.unlink()
+    assert torch.equal(load(tmp_path / "set").train.images, expected)
+
+
 def count_decoding(root: Path, folder: Path, barrier: object) -> None:
     def decode(path: Path) -> torch.Tensor:
         (folder / f"{path.stem}-{os.getpid()}").touch()

@@ -13,6 +13,7 @@ from task.features import (
     FeatureExtractor,
     build_extractor,
     cached_classifier,
+    cached_features,
     classifier_extractor,
     exported_extractor,
     extract,
@@ -88,15 +89,26 @@ def test_classifier_comes_from_the_cache_for_the_same_images_and_settings_only(
     assert len([*cache.iterdir()]) == 4
 
 
-def test_damaged_cache_is_refused(digits: Dataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [None, 0, 7, -1], ids=["bit", "empty", "head", "cut"])
+def test_damaged_files_of_the_cache_are_made_anew(
+    digits: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture, length: int | None
+) -> None:
     few = digits.train.subset(torch.arange(20))
+    extractor = classifier_extractor(cached(few, tmp_path), image_range="correct")
+    found = cached_features(extractor, few.images, cache_dir=tmp_path)
+    whole = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert len(whole) == 2
+    for file, content in whole.items():
+        flipped = content[:-1] + bytes([content[-1] ^ 1])
+        file.write_bytes(flipped if length is None else content[:length])
+    assert weights_sha256(cached(few, tmp_path).state_dict()) == extractor.sha256
+    again = cached_features(extractor, few.images, cache_dir=tmp_path)
+    assert torch.equal(again.features, found.features)
+    told = [record.getMessage() for record in caplog.records]
+    assert all(str(file) in line for file, line in zip(sorted(whole), told, strict=True))
     cached(few, tmp_path)
-    (file,) = tmp_path.iterdir()
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"data\.cache_dir must be .* delete it"):
-        cached(few, tmp_path)
+    cached_features(extractor, few.images, cache_dir=tmp_path)
+    assert len(caplog.records) == 2
 
 
 class Program(nn.Module):

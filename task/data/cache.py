@@ -7,7 +7,8 @@
 <cache_dir>/.<key>.lock    held by the process that decodes; the others wait for it
 
 A file that could not be read is tried again, with the others of its entry, once its state has
-changed: the file, the rights to it, or the libraries that decode.
+changed: the file, the rights to it, or the libraries that decode. An entry that is not whole is
+made anew.
 
 No other entry is ever taken out: delete `cache_dir`, or any entry, when no run is going.
 """
@@ -141,9 +142,17 @@ def cached_images(
 
 
 def _is_current(entry: Path, paths: list[Path]) -> bool:
-    return entry.is_dir() and all(
-        failure.state == read_state(paths[failure.position]) for failure in _failures(entry)
-    )
+    if not entry.is_dir():
+        return False
+    try:
+        failures, hashes = _failures(entry), np.load(entry / "hashes.npy")
+        images = np.load(entry / "images.npy", mmap_mode="r")  # a file that was cut is refused
+        if not len(images) == len(hashes) == len(paths) - len(failures):
+            raise ValueError(f"{len(images)} images, {len(hashes)} hashes, {len(paths)} files")
+    except (OSError, EOFError, ValueError, TypeError) as error:
+        _log.warning("%s in data.cache_dir is damaged and is made anew: %s", entry.name, error)
+        return False
+    return all(failure.state == read_state(paths[failure.position]) for failure in failures)
 
 
 def _failures(entry: Path) -> list[Failure]:
@@ -226,7 +235,7 @@ def _write_entry(
             report_unreadable({paths[f.position]: f.reason for f in failures}, "refuse")
         np.save(aside / "hashes.npy", hashes)
         (aside / "unreadable.json").write_text(json.dumps(failures), encoding="utf-8")
-        if entry.is_dir():  # files that could not be read have changed since
+        if entry.is_dir():  # it is damaged, or files that could not be read have changed since
             shutil.rmtree(entry)
         aside.rename(entry)
     finally:
