@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -164,6 +164,23 @@ class RunHistory:
         return self.path.resolve().name
 
     @property
+    def current_evaluations(self) -> tuple[Evaluation, ...]:
+        """Those of the newest weights: a run that was prolonged keeps files of earlier ones."""
+        return self.of_round(self.rounds_done).evaluations
+
+    def of_round(self, number: int) -> "RunHistory":
+        """Leave out what was measured of the weights of other rounds."""
+        return replace(
+            self,
+            rounds_done=number,
+            evaluations=tuple(each for each in self.evaluations if each.round == number),
+            values=_of_round(self.values, number),
+            client_values={
+                client: _of_round(values, number) for client, values in self.client_values.items()
+            },
+        )
+
+    @property
     def clients(self) -> list[int]:
         """The numbers of all clients that the folder knows of, ascending."""
         counted = {client for client in self.class_counts if isinstance(client, int)}
@@ -239,6 +256,10 @@ class RunHistory:
                 states[number, client_number(who)] = "trained"
         missed = [each for each in self.left_out if each.activity == "train"]
         return states | {(each.round, each.client): "left out" for each in missed}
+
+
+def _of_round(values: Mapping[str, Series], number: int) -> dict[str, Series]:
+    return {name: {number: of[number]} for name, of in values.items() if number in of}
 
 
 def client_number(who: str) -> int:
@@ -344,7 +365,22 @@ def _recorded(run: Path, rounds_done: int) -> _Recorded:
         for line in read_metrics(run):
             if line["round"] <= rounds_done:
                 recorded.add(line)
+    recorded.values = _with_like_floors(recorded.values)
     return recorded
+
+
+def _with_like_floors(values: Mapping[str, Series]) -> dict[str, Series]:
+    """Leave out floors of another number of images than the scores beside them.
+
+    Versions that wrote down no "n_scored" took them of as many as there were real ones.
+    """
+    scored = values.get("n_scored", {})
+    floors = {n for n in values if n.startswith("floor_")} - {"floor_noise_position"}
+    kept = {
+        name: {number: value for number, value in values[name].items() if number in scored}
+        for name in floors
+    }
+    return {name: series for name, series in {**values, **kept}.items() if series}
 
 
 def _final_round(run: Path) -> int | None:

@@ -283,7 +283,7 @@ def results_section(run: FinishedRun, server_round: int) -> str:
     parts += _held_out_loss(metrics) if centralised else _hospital_scores(metrics)
     if not parts:
         return UNMEASURED
-    return "\n".join(["## Results and memorisation\n", *parts, _checked(run)])
+    return "\n".join(["## Results and memorisation\n", *parts, _checked(run, server_round)])
 
 
 def _own_scores(metrics: Sequence[Metric]) -> list[str]:
@@ -304,12 +304,12 @@ def _own_scores(metrics: Sequence[Metric]) -> list[str]:
     return [title, table(["metric", "generated", "real"], rows) + "\n"]
 
 
-def _checked(run: FinishedRun) -> str:
-    """Say what is wrong with the images, and what nobody has measured of them.
+def _checked(run: FinishedRun, server_round: int) -> str:
+    """Say what is wrong with the images of a round, and what nobody has measured of them.
 
     A single client's own scores are left out, and so is what a single hospital has scored.
     """
-    history = read_history(run.path)
+    history = read_history(run.path).of_round(server_round)
     alone = history.final("quality_num_hospitals") or MIN_COUNTED
     if alone < MIN_COUNTED:
         return ""

@@ -517,12 +517,12 @@ def _picture(history: RunHistory, number: int, *, title: str, says: str) -> Pict
 
 def _metrics(history: RunHistory) -> list[Block]:
     blocks = [block for each in history.evaluations for block in _evaluation(each, history)]
-    blocks += _hospitals(history)
-    found = found_metrics(history)
-    if not blocks and found:
+    hospitals, found = _hospitals(history), found_metrics(history)
+    blocks += hospitals
+    if found and not hospitals and not history.current_evaluations:
         rows = [(with_arrows(title), *figures) for title, _, *figures in found]
         notes = [f"{with_arrows(each.title)}: {each.of}" for each in found]
-        blocks = [Table("Measured in the run", HEADS, rows), Listing(notes)]
+        blocks = [Table("Measured in the run", HEADS, rows), Listing(notes), *blocks]
     return blocks
 
 

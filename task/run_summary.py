@@ -69,6 +69,8 @@ def found_metrics(history: RunHistory, *names: str) -> list[Found]:
             real = history.final(REAL_BESIDE.get(name, f"floor_{name}"))
             beside = "" if real is None else f"{real:.4g}"
             of = _looked_at(history, name) + _by_chance(history, name)
+            last = max(history.values[name])
+            of += f", round {last}" * (last != history.rounds_done)
             rows.append(Found(title, of, f"{found:.4g}", beside))
     return rows
 
@@ -82,14 +84,14 @@ def _by_chance(history: RunHistory, name: str) -> str:
 
 
 def evaluated_metrics(history: RunHistory, *names: str) -> list[Found]:
-    """List metrics of the files of evaluations; where there is none, of the run itself.
+    """List metrics of the evaluations of the newest weights; without one, of the run itself.
 
     Args:
         history: of the run.
         *names: of the metrics of the full evaluation.
     """
     rows = []
-    for each in history.evaluations:
+    for each in history.current_evaluations:
         label, values = each.report.label, each.report.describe()
         n_scored = label.n_generated if label.n_scored is None else label.n_scored
         of = f"{label.extractor}, {label.image_range}, n={n_scored:,}"

@@ -80,7 +80,9 @@ def checks(history: RunHistory) -> list[Check]:
 
 
 def image_checks(history: RunHistory) -> list[Check]:
-    """List those of the checks that are about the generated images."""
+    """List those of the checks that are about the generated images; of a finished run, its last."""
+    if history.finished:
+        history = history.of_round(history.rounds_done)
     looks = (_noise_checks, _class_checks, _copying_checks, _number_checks)
     return [check for look in looks for check in look(history)]
 
@@ -353,17 +355,18 @@ _EVALUATED = {"class_agreement": "agreement", "classifier_test_accuracy": "agree
 
 def _measured(history: RunHistory, name: str, real: str) -> Iterator[_Figure]:
     """Find a figure wherever it was measured last: files of evaluations, the run, hospitals."""
-    for each in history.evaluations:
+    evaluated = False
+    for each in history.current_evaluations:
         values = {n: v for n, v in each.report.describe().items() if not isinstance(v, str)}
         number = each.report.label.n_generated
         value = values.get(_EVALUATED.get(name, name))
         if value is not None:
             beside = values.get(_EVALUATED.get(real, real))
-            where = f"n={number:,}, {each.name}"
+            where, evaluated = f"n={number:,}, {each.name}", True
             yield _Figure(value, beside, number, where, values)
     last = {key: series[max(series)] for key, series in history.values.items()}
     # An evaluation at the end of a run is recorded in the run, too.
-    if name in last and not history.evaluations:
+    if name in last and not evaluated:
         number = int(last.get("num_generated_images") or last.get("n_generated") or 0)
         yield _Figure(last[name], last.get(real), number, f"n={number:,}", last)
     quality = f"quality_{name}"
@@ -380,7 +383,7 @@ def _chance_beside(history: RunHistory, found: _Figure) -> float:
 
 
 def _searches(history: RunHistory) -> Iterator[_Search]:
-    for each in history.evaluations:
+    for each in history.current_evaluations:
         label = each.report.label
         for space, found in (
             ("pixels", each.report.pixel_copying),
@@ -431,7 +434,7 @@ def _why_not_searched(history: RunHistory) -> str:
 
 
 def _number_checks(history: RunHistory) -> list[Check]:
-    measured = {each.name: each.report.label.n_generated for each in history.evaluations}
+    measured = {each.name: each.report.label.n_generated for each in history.current_evaluations}
     quick = history.final("num_generated_images")
     if quick is not None:
         measured["the run"] = int(quick)

@@ -12,12 +12,19 @@ from task.history import LeftOut, RunHistory, read_history
 from task.progress import duration
 from task.repeat import PLACES, resuming_command, training_words
 from task.run_directory import check_same_run, run_path
-from task.run_summary import describe_run, key_figures, summary_lines
+from task.run_summary import (
+    describe_run,
+    evaluated_metrics,
+    found_metrics,
+    key_figures,
+    summary_lines,
+)
 from task.warning_signs import (
     Check,
     State,
     checks,
     far_rounds,
+    image_checks,
     num_scored,
     warning_signs,
 )
@@ -114,6 +121,35 @@ def test_copies_and_few_images_are_warned_of(tmp_path: Path) -> None:
         assert [check.state for check in found(read_history(run), "fewer")] == [State.CLEAR]
     file.write_text(json.dumps({**metric_report().describe(), "round": 2, "n_generated": 499}))
     assert any("499 of 10 classes" in sign for sign in warning_signs(read_history(run)))
+
+
+def test_what_was_measured_before_a_run_was_prolonged_is_not_said_of_its_end(
+    tmp_path: Path,
+) -> None:
+    quick: dict[str, float | str] = {"num_generated_images": 500, "noise_position": 0.1}
+    lines = [*losses(1, {0: 0.5}), (1, "global", quick), *losses(2, {0: 0.5})]
+    run = written_run(tmp_path / "run", lines, rounds_done=2)
+    file = run / "evaluation-classifier-correct.json"
+    file.write_text(json.dumps({**metric_report(0.5).describe(), "round": 1}))
+    assert {check.state for check in image_checks(read_history(run))} == {State.UNMEASURED}
+    (found_before,) = found_metrics(read_history(run), "noise_position")
+    assert found_before.of.endswith("n=500, round 1")
+    lines += [(2, "global", {**quick, "noise_position": 0.9})]
+    run = written_run(tmp_path / "measured", lines, rounds_done=2)
+    (run / file.name).write_text(file.read_text())
+    history = read_history(run)
+    assert [check.state for check in found(history, "noise")] == [State.WARNING]
+    assert [each.generated for each in evaluated_metrics(history, "noise_position")] == ["0.9"]
+    before = image_checks(history.of_round(1))
+    assert "0.10" in before[0].says and before[0].state is State.CLEAR
+
+
+def test_floors_of_another_number_of_images_are_left_out(tmp_path: Path) -> None:
+    described = metric_report().describe()
+    told = {n: v for n, v in described.items() if n not in ("n_scored", "n_floor")}
+    for name, values, real in (("old", told, ""), ("new", {**told, "n_scored": 2000}, "2.5")):
+        run = written_run(tmp_path / name, [(2, "global", values)], rounds_done=2)
+        assert [each.real for each in found_metrics(read_history(run), "fid_train")][:1] == [real]
 
 
 @pytest.mark.parametrize(
@@ -261,7 +297,8 @@ def test_run_ends_with_few_lines_of_what_it_found(tmp_path: Path) -> None:
         *losses(1, {0: 0.5, 1: 0.7}),
         *losses(2, {0: 0.25, 1: 0.35}),
         (2, "global", {"round_seconds": 100.0, "seconds_training": 75.0, "test_loss": 0.4}),
-        (2, "global", {**metric_report().describe(), "seconds_evaluating": 25.0}),
+        (2, "global", {**metric_report().describe(), "n_scored": 2000}),
+        (2, "global", {"seconds_evaluating": 25.0}),
     ]
     run = written_run(tmp_path / "run", recorded, rounds_done=2)
     text = "\n".join(lines := summary_lines(read_history(run)))
