@@ -34,7 +34,7 @@ from task.config import (
     require,
     require_data_root,
 )
-from task.processes import have_home, write_any_letter
+from task.processes import have_home, let_threads_sleep, write_any_letter
 from task.run_directory import HOW_TO_RESUME, LOG_FILE, check_startable, is_begun, run_path
 
 
@@ -45,6 +45,7 @@ def main() -> None:
         if signal.getsignal(ending) is not signal.SIG_IGN:  # as nohup leaves it
             signal.signal(ending, signal.default_int_handler)
     have_home()
+    let_threads_sleep()
     write_any_letter()
     register_schema()
     OmegaConf.register_new_resolver("one_folder", one_folder, replace=True)

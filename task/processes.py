@@ -24,6 +24,15 @@ def have_home() -> None:
         os.environ["HOME"] = tempfile.gettempdir()
 
 
+def let_threads_sleep() -> None:
+    """Let threads of this process that wait leave the cores to others.
+
+    To be called before torch is imported, whose OpenMP reads it once. It lets them wait in busy
+    loops otherwise, at the cost of what else the machine does.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def write_any_letter() -> None:
     """Let this process write whatever it has to say, in whatever locale."""
     for stream in (sys.stdout, sys.stderr):

@@ -16,7 +16,7 @@ import click
 import typer
 from typer.core import TyperGroup
 
-from task.processes import have_home, write_any_letter
+from task.processes import have_home, let_threads_sleep, write_any_letter
 
 
 def _without_markup(text: str) -> str:
@@ -578,5 +578,6 @@ def bench(context: typer.Context) -> None:
 def main() -> None:
     """Run the command line."""
     have_home()
+    let_threads_sleep()
     write_any_letter()
     app(prog_name="feddm")
