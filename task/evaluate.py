@@ -132,7 +132,8 @@ class Classification:
 
     Attributes:
         cas: classification accuracy score: trained on the generated images.
-        cas_real_same_n: trained on as many real training images as there are generated ones.
+        cas_real_same_n: trained on as many real training images as there are generated ones, or
+            on all where these are fewer.
         cas_real: trained on all real training images.
         agreement: share of the generated images that the last of them takes for the class asked.
         agreement_real: the same of the real test images, their classes in the proportions of the

@@ -62,7 +62,7 @@ def metric_rows(report: MetricReport) -> list[Row]:
     found = report.classification
     if found is not None:
         rows += [
-            ("classification accuracy score, same n ^", *_pair(found.cas, found.cas_real_same_n)),
+            _accuracy_row(found, report.label),
             ("  trained on all real images ^", "", f"{found.cas_real:.4f}"),
             *_agreement_rows(found),
         ]
@@ -70,6 +70,12 @@ def metric_rows(report: MetricReport) -> list[Row]:
         if copies is not None:
             rows += _copying_rows(space, copies)
     return rows
+
+
+def _accuracy_row(found: Classification, label: Label) -> Row:
+    if label.n_generated > label.n_train:  # there are not as many real ones to train on
+        return "classification accuracy score ^", f"{found.cas:.4f}", ""
+    return "classification accuracy score, same n ^", *_pair(found.cas, found.cas_real_same_n)
 
 
 def _agreement_rows(found: Classification) -> list[Row]:

@@ -9,6 +9,7 @@ import pytest
 from task.config import OWN_IMAGES, anchored, flat_values, load_config, read_config
 from task.evaluate import MetricReport
 from task.history import LeftOut, RunHistory, read_history
+from task.metric_table import metric_rows
 from task.progress import duration
 from task.repeat import PLACES, resuming_command, training_words
 from task.run_directory import check_same_run, run_path
@@ -105,6 +106,15 @@ def test_report_of_metrics_reads_back_as_it_was_described() -> None:
     assert MetricReport.from_description(metric_report().describe()) == metric_report()
     with pytest.raises(ValueError, match="no measurements"):
         MetricReport.from_description({"fid_train": 1.0})
+
+
+@pytest.mark.parametrize(("n_train", "real"), [(1999, ""), (2000, "0.9000")])
+def test_accuracy_of_real_images_stands_beside_as_many_generated_ones_only(
+    n_train: int, real: str
+) -> None:
+    report = MetricReport.from_description({**metric_report().describe(), "n_train": n_train})
+    (row,) = [row for row in metric_rows(report) if row[0].startswith("classification")]
+    assert row[1:] == ("0.8000", real) and ("same n" in row[0]) == (real != "")
 
 
 def found(history: RunHistory, subject: str) -> list[Check]:
