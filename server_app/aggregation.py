@@ -212,7 +212,7 @@ class Weighing:
 
 def exact(share: float) -> Fraction:
     """Return the fraction that a share was written as, such as 1/10 of 0.1."""
-    return Fraction(share).limit_denominator(10**6)
+    return Fraction(str(share))
 
 
 def counted_loss(content: RecordDict) -> tuple[int, float]:

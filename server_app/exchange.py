@@ -276,12 +276,13 @@ def check_numbers(metrics: MetricRecord, bounds: Mapping[str, tuple[float, float
     """
     for name in (Key.NUM_EXAMPLES, *bounds):
         value = metrics.get(name)
-        if not isinstance(value, int | float) or not np.isfinite(value):
-            kind = Diverged if name == Key.LOSS and isinstance(value, float) else UnusableReply
-            raise kind(f"{name} must be a finite number, got {value!r}")
         least, most = bounds.get(name, (-np.inf, np.inf))
+        too_large = isinstance(value, float) and not value <= most
+        kind = Diverged if name == Key.LOSS and too_large else UnusableReply
+        if not isinstance(value, int | float) or not np.isfinite(value):
+            raise kind(f"{name} must be a finite number, got {value!r}")
         if not least <= value <= most:
-            raise UnusableReply(f"{name} must be from {least:g} to {most:g}, got {value!r}")
+            raise kind(f"{name} must be from {least:g} to {most:g}, got {value!r}")
     num_examples = metrics[Key.NUM_EXAMPLES]
     if not isinstance(num_examples, int) or not 0 < num_examples <= LARGEST_METRIC:
         raise UnusableReply(f"{Key.NUM_EXAMPLES} must be a whole number > 0, got {num_examples}")

@@ -103,8 +103,9 @@ def supervise(
     """Submit runs that failed again, with resume=true, until they complete.
 
     It runs on the SuperLink's host and reads its run directories. A run that a person stopped
-    with `flwr stop` is left alone. A run that it gives up it names, and goes on with the others.
-    Without --until-done it ends only when it is asked to (SIGTERM, SIGHUP), with 0.
+    with `flwr stop` is left alone, and so is one that has diverged. A run that it gives up it
+    names, and goes on with the others. Without --until-done it ends only when it is asked to
+    (SIGTERM, SIGHUP), with 0.
     """
     # Never in the midst of a submission.
     ending = [False]
@@ -264,6 +265,8 @@ class Supervisor:
         text, again = f"run {run.run_id} is {verdict.value}", math.inf
         if verdict is Verdict.GIVEN_UP:
             text = f"run {run.run_id} was given up before: {run.details}"
+        elif verdict is Verdict.DIVERGED:
+            text = f"run {run.run_id} is not submitted again: {run.details}"
         elif verdict is Verdict.HELD:
             text = (
                 f"run {run.run_id} failed, but process {folder.holder} holds its folder; "

@@ -11,7 +11,13 @@ from typing import Any
 from server_app.submission import Submission, read_submission
 from task.config import require
 from task.files import write_json
-from task.run_directory import SUBMISSION_FILE, holder, is_begun, last_complete_round
+from task.run_directory import (
+    DIVERGED,
+    SUBMISSION_FILE,
+    holder,
+    is_begun,
+    last_complete_round,
+)
 
 SUPERVISION_FILE = "supervision.json"
 
@@ -48,6 +54,11 @@ class ListedRun:
     def is_over(self) -> bool:
         """Whether it has ended, well or not."""
         return self.status.startswith("finished")
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether it failed because training diverged; Flower puts words before the error."""
+        return self.details.partition(": ")[2].startswith(DIVERGED)
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,7 @@ class Verdict(Enum):
     RESUBMIT = "failed, and to be submitted again"
     HOPELESS = "failed, and attempts do not help"
     GIVEN_UP = "given up before"
+    DIVERGED = "failed, and would fail alike again"
 
 
 def judge(
@@ -147,6 +159,8 @@ def judge(
     if run.status in ended:
         return ended[run.status]
     require(run.status == "finished:failed", "the status of a run", "known to feddm", run.status)
+    if run.has_diverged:
+        return Verdict.DIVERGED
     done = folder.supervised
     if done is not None and done.given_up:
         return Verdict.GIVEN_UP

@@ -16,6 +16,7 @@ from task.history import read_history
 from task.progress import duration, progress
 from task.randomness import Stream, torch_generator
 from task.run_directory import (
+    DIVERGED,
     MACHINE_FILE,
     REPORT_FILE,
     RunDirectory,
@@ -231,7 +232,7 @@ class TrainingRun(ABC):
             "is far above the others)"
         )
         return DivergedError(
-            f"round {server_round} has diverged ({what}); {saved}; resume=true would repeat the "
+            f"{DIVERGED} in round {server_round} ({what}); {saved}; resume=true would repeat the "
             f"same: start a new run with a smaller learning rate than train.lr={lr:g}, such as "
             f"train.lr={lr / 10:g}{harmful if self.config.train.mode == 'federated' else ''}"
         )

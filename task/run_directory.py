@@ -103,6 +103,8 @@ LOG_FILE = "log.txt"
 DAMAGED = "damaged-"
 
 HOW_TO_RESUME = "pass the same words again, with run_name=... and resume=true"
+# What the error of a run begins with that would end in it again.
+DIVERGED = "training has diverged"
 
 
 def run_path(config: Config) -> Path:

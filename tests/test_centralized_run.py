@@ -223,7 +223,7 @@ def test_divergence_is_named_with_the_last_good_checkpoint_and_what_to_change(
     tmp_path: Path,
 ) -> None:
     config = configured(tmp_path, federation__rounds=3, train__lr=1e25)
-    message = r"round 1 has diverged \(.*\); no checkpoint is good; .* such as train\.lr=1e\+24$"
+    message = r"in round 1 \(.*\); no checkpoint is good; .* such as train\.lr=1e\+24$"
     with pytest.raises(DivergedError, match=message):
         play(config)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -235,7 +235,9 @@ def test_test_loss_that_is_not_finite_is_a_divergence(
     monkeypatch.setattr("server_app.centralized_run.held_out_loss", lambda *_, **__: float("inf"))
     config = configured(tmp_path, federation__rounds=2)
     good = tmp_path / "run" / "checkpoints" / "round_0001.safetensors"
-    message = rf"round 2 has diverged \(test loss inf\); the last good checkpoint is {good}; "
+    message = (
+        rf"training has diverged in round 2 \(test loss inf\); the last good checkpoint is {good}; "
+    )
     with pytest.raises(DivergedError, match=message):
         play(config)
     assert good.exists()

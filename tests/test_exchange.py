@@ -1,4 +1,5 @@
 import io
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 
 from server_app.aggregation import SUM_LIMIT, FixedPointSum
 from server_app.exchange import (
+    Diverged,
     FalseClaim,
     Reply,
     UnusableReply,
@@ -403,6 +405,17 @@ def test_bad_weights_are_unusable(packed: np.ndarray, message: str) -> None:
 def test_other_arrays_than_the_packed_one_are_unusable(changed: RecordDict) -> None:
     with pytest.raises(UnusableReply, match=r"^arrays must be \['packed'\], got \["):
         check_weights(changed, size=SIZE, num_clients=3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "diverged"), [(math.nan, True), (math.inf, True), (1e20, True), (-1.0, False)]
+)
+def test_loss_that_is_not_finite_or_beyond_all_bounds_is_divergence(
+    loss: float, diverged: bool
+) -> None:
+    with pytest.raises(UnusableReply) as refused:
+        check_metrics(content(loss=loss))
+    assert isinstance(refused.value, Diverged) is diverged
 
 
 @pytest.mark.parametrize("num_clients", [1, 3])

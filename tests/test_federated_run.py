@@ -515,8 +515,8 @@ def test_divergence_of_every_client_ends_the_run_and_says_what_to_change(
 
     good = r".*checkpoints/round_0001\.safetensors"
     message = (
-        r"round 2 has diverged \(clients 0 1: loss must be a finite number, got nan\); the last "
-        rf"good checkpoint is {good}; .* smaller learning rate than train\.lr=.* train\.lr=.*"
+        r"training has diverged in round 2 \(clients 0 1: loss must be a finite number, got nan\); "
+        rf"the last good checkpoint is {good}; .* smaller learning rate than train\.lr=.* train\.lr="
     )
     with (
         opened({**run_config, "train.precision": "float32"}, nodes=nodes, alter=alter) as run,

@@ -43,7 +43,7 @@ from server_app.supervision import (
 from task.config import anchored, load_config, load_run_config
 from task.fingerprint import ROOT, code_fingerprint
 from task.repeat import as_toml
-from task.run_directory import SUBMISSION_FILE, RunDirectory, hold
+from task.run_directory import DIVERGED, SUBMISSION_FILE, RunDirectory, hold
 from tests.processes import COMMANDS, process, wait_for
 
 FAILED = "finished:failed"
@@ -167,6 +167,22 @@ def test_pause_counts_from_the_failure_and_not_from_the_submission() -> None:
     early = {2: replace(failed, changed_at=900.0)}
     assert verdict(waiting, early, now=1059.9) is Verdict.WAITING
     assert verdict(waiting, early, now=1060.1) is Verdict.RESUBMIT
+
+
+def test_run_that_diverged_is_not_submitted_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_disk(tmp_path / "night")
+    (failed,) = listed(r1=FAILED).values()
+
+    def handle(reason: str) -> list[Verdict]:
+        details = f"ServerApp failed with exception: {reason}"
+        return handled(Supervisor("night", tmp_path, 1), {1: replace(failed, details=details)})
+
+    assert handle(f"{DIVERGED} in round 3 (why); start anew") == [Verdict.DIVERGED]
+    assert "night: run 1 is not submitted again: ServerApp failed" in capsys.readouterr().out
+    # A node's words, which stand within an error, decide nothing.
+    assert handle(f"round 3: 0 replies (client 1: {DIVERGED} in round 3)") == [Verdict.RESUBMIT]
 
 
 def test_giving_up_without_an_attempt_is_an_error() -> None:
