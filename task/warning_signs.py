@@ -393,9 +393,10 @@ def _searches(history: RunHistory) -> Iterator[_Search]:
                 numbers = label.n_generated, label.n_test
                 yield _Search(found.copied, found.p_value, space, *numbers, each.name)
     share, p_value = history.final("pixel_copied"), history.final("pixel_p_value")
-    if share is not None and p_value is not None:
-        told = [history.final(f"num_{of}") for of in ("generated_images", "held_out_searched")]
-        number, held_out = (int(each or 0) for each in told)
+    told = [history.final(f"num_{of}") for of in ("generated_images", "held_out_searched")]
+    number, held_out = (int(each or 0) for each in told)
+    # All metrics at the end of a run are recorded in the run, too, without these numbers.
+    if share is not None and p_value is not None and number and held_out:
         yield _Search(share, p_value, "pixels", number, held_out, "in the run")
     for client in history.clients:
         yield from _searches_of(history, client)

@@ -253,6 +253,12 @@ def test_claim_of_a_hundred_million_images_counts_for_its_share_in_any_order() -
         assert np.array_equal(arrays[Key.PACKED].numpy(), plain)
 
 
+def test_share_of_any_size_is_taken_as_it_was_written() -> None:
+    for share, kept in ((0.1, 9), (0.3, 3), (0.5, 1), (1.0, 0)):
+        assert Weighing(max_share=share).most_capped == kept
+    assert Weighing(max_share=1e-9).weights([5, 6, 7]) == [5, 5, 5]
+
+
 def test_weighted_median_is_that_of_as_many_equal_values() -> None:
     generator = np.random.default_rng(6)
     for _ in range(200):
