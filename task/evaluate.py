@@ -66,6 +66,7 @@ class Label:
         seed: of all that is random in the measuring.
         n_scored: generated images behind each of the scores beside the floor, as many as
             `n_floor`; None of an older version, which scored `n_generated`.
+        n_rarest: generated images of the class that has the fewest; None of an older version.
     """
 
     data: str
@@ -80,6 +81,7 @@ class Label:
     kid_subset_size: int
     seed: int
     n_scored: int | None = None
+    n_rarest: int | None = None
 
     @property
     def has_comparable_floor(self) -> bool:
@@ -360,6 +362,7 @@ def evaluate_images(
         kid_subset_size=min(KID_SUBSET_SIZE, n_floor),
         seed=seed,
         n_scored=n_floor,
+        n_rarest=int(generated.labels.bincount(minlength=num_classes).min()),
     )
 
     def scores(meetings: Meetings, place: float) -> Scores:

@@ -435,25 +435,33 @@ def _why_not_searched(history: RunHistory) -> str:
 
 
 def _number_checks(history: RunHistory) -> list[Check]:
-    measured = {each.name: each.report.label.n_generated for each in history.current_evaluations}
+    classes = len(history.config.data.classes)
+    # By what measured them: the images, and those of the class that has the fewest.
+    measured: dict[str, tuple[int, int]] = {}
+    for each in history.current_evaluations:
+        label = each.report.label
+        even = label.n_generated // classes
+        measured[each.name] = label.n_generated, even if label.n_rarest is None else label.n_rarest
     quick = history.final("num_generated_images")
     if quick is not None:
-        measured["the run"] = int(quick)
+        measured["the run"] = int(quick), int(quick) // classes
     if history.final("quality_num_hospitals"):
-        measured["the hospitals' scores"] = num_scored(history)
+        scored = num_scored(history)
+        measured["the hospitals' scores"] = scored, scored // classes
     if not measured:
         return []
-    classes = len(history.config.data.classes)
     subject = f"fewer than {LEAST_PER_CLASS} measured images of a class"
+    counts = {
+        what: f"{number:,} of {classes} classes in {what}, at least {least:,} of each"
+        for what, (number, least) in measured.items()
+    }
     signs = [
-        f"Few images were measured: {number:,} of {classes} classes in {what}, on average "
-        f"{number / classes:.0f} of each. Below {LEAST_PER_CLASS} the figures are left to chance; "
-        "raise eval.num_images or eval.num_per_class."
-        for what, number in measured.items()
-        if number < LEAST_PER_CLASS * classes
+        f"Few images of a class were measured: {counts[what]}. Below {LEAST_PER_CLASS} the figures "
+        "are left to chance; raise eval.num_images or eval.num_per_class."
+        for what, (_, least) in measured.items()
+        if least < LEAST_PER_CLASS
     ]
-    counts = ", ".join(f"{number:,} in {what}" for what, number in measured.items())
-    return _found(subject, signs, f"Measured were {counts}, of {classes} classes.")
+    return _found(subject, signs, f"Measured were {'; '.join(counts.values())}.")
 
 
 def _times(number: int) -> str:

@@ -93,11 +93,12 @@ def noise(number: int) -> ImageSet:
 
 
 def test_real_images_in_place_of_generated_ones_reach_the_floor(
-    report: MetricReport, digits: Dataset
+    report: MetricReport, digits: Dataset, honest: ImageSet
 ) -> None:
     found, floor = report.generated, report.floor
     assert report.label.n_floor == len(digits.test) < report.label.n_generated == HONEST
     assert report.label.n_scored == report.label.n_floor and report.label.has_comparable_floor
+    assert report.label.n_rarest == min((honest.labels == label).sum() for label in range(10))
     assert max(found.noise_position or 0, floor.noise_position or 0) < 0.1
     for name in ("fid_train", "fid_test"):
         assert getattr(found, name) == pytest.approx(getattr(floor, name), rel=1)

@@ -129,8 +129,9 @@ def test_copies_and_few_images_are_warned_of(tmp_path: Path) -> None:
         file.write_text(json.dumps({**described, "round": 2}))
         assert [check.state for check in found(read_history(run), "copies")] == [state]
         assert [check.state for check in found(read_history(run), "fewer")] == [State.CLEAR]
-    file.write_text(json.dumps({**metric_report().describe(), "round": 2, "n_generated": 499}))
-    assert any("499 of 10 classes" in sign for sign in warning_signs(read_history(run)))
+    for few, said in (({"n_generated": 499}, "499 of 10"), ({"n_rarest": 3}, "at least 3 of each")):
+        file.write_text(json.dumps({**metric_report().describe(), "round": 2, **few}))
+        assert any(said in sign for sign in warning_signs(read_history(run)))
 
 
 def test_what_was_measured_before_a_run_was_prolonged_is_not_said_of_its_end(

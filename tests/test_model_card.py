@@ -75,7 +75,8 @@ def test_card_of_a_simulation_tells_counts_training_metrics_and_copies(tmp_path:
         "nearer than held-out ones, pixels v | 0.1250 | 0.0000 |",
         "p where nothing is copied | 0.0312 |",
         "Not measured: images that look like noise.",
-        "Warning: fewer than 50 measured images of a class. Few images were measured: 20",
+        "Warning: fewer than 50 measured images of a class. Few images of a class were measured: "
+        "20 of 2 classes",
         "drawn by ddim in 50 steps",
         "extractor classifier cdcdcdcdcdcd, image range correct",
         "no formal guarantee",
