@@ -35,7 +35,10 @@ from task.config import (
     require_data_root,
 )
 from task.processes import have_home, let_threads_sleep, write_any_letter
-from task.run_directory import HOW_TO_RESUME, LOG_FILE, check_startable, is_begun, run_path
+from task.run_directory import LOG_FILE, check_startable, is_begun, run_path
+
+# Hydra's own value that says what does not stand in the name of a job.
+NAMING = "hydra.job.config.override_dirname.exclude_keys"
 
 
 def main() -> None:
@@ -103,7 +106,7 @@ def name_by_what_is_swept(arguments: list[str]) -> list[str]:
             # A value of a preset's sweep that was given stays in the name of its run.
             fixed -= preset_sweep(str(override.value()))
     last = max((i for i, a in enumerate(arguments) if not a.startswith("-")), default=-1)
-    own = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(fixed))}]"
+    own = f"{NAMING}=[{','.join(sorted(fixed))}]"
     # Among the other overrides: argparse refuses them on both sides of a flag.
     return [*arguments[: last + 1], own, *arguments[last + 1 :]]
 
@@ -160,6 +163,10 @@ def _hydra_main(composed: DictConfig) -> None:
         if sweep:
             # Hydra goes on with the next job and ends with status 1.
             raise
+        # What is wrong in an input stays so.
+        if isinstance(error, RuntimeError) and config is not None and is_begun(run_path(config)):
+            how = how_to_go_on(config, words, sweep)
+            print(f"feddm-train: {how}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
@@ -195,8 +202,10 @@ def how_to_go_on(config: Config | None, words: list[str], sweep: bool) -> str:
         words: the Hydra overrides that it was composed from.
         sweep: whether it is a job of a sweep.
     """
-    if sweep:
-        return f"to go on, {HOW_TO_RESUME}"
+    if sweep and config is not None:
+        typed = [word for word in sys.argv[1:] if named(word) != NAMING]
+        whole = dataclasses.replace(config, run_name=Path(config.output_dir).name)
+        return f"to go on: {command_to_go_on(whole, typed)}"
     if config is None or not is_begun(run_path(config)):
         return "nothing of the run is left"
     return f"to go on: {command_to_go_on(config, words)}"

@@ -58,7 +58,12 @@ from task.data import ImageSet
 from task.memory import total_memory
 from task.partition import partition_dataset
 from task.progress import tracked
-from task.run_directory import CLASS_COUNTS_FILE, HOW_TO_RESUME, NODES_FILE, RunDirectory
+from task.run_directory import (
+    CLASS_COUNTS_FILE,
+    NODES_FILE,
+    RunDirectory,
+    describe_report_of,
+)
 from task.wire import QUALITY, Key, WeightLayout
 
 # What is written down of a client's training, whatever else it sends.
@@ -204,11 +209,12 @@ class FederatedRun(TrainingRun):
         self.directory.write_json(CLASS_COUNTS_FILE, found)
 
     def what_is_saved(self) -> str:
-        """Say how to go on after a failure, where a round is complete."""
+        """Say after a failure what the run can go on from, if a round is complete."""
         last = self.directory.last_round
         if last == 0:
             return ""
-        return f"; everything up to round {last} is saved: to go on, {HOW_TO_RESUME}"
+        how = describe_report_of(self.directory.path)
+        return f"; everything up to round {last} is saved, {how}"
 
     def train(self, server_round: int) -> str:
         """Let the clients of a round train and average their weights.

@@ -14,7 +14,6 @@ from typing import IO, Any
 
 from server_app.log import log
 from server_app.superlink import CONNECTION, SuperLink, private_superlink
-from task.run_directory import HOW_TO_RESUME
 
 POLL_SECONDS = 1.0
 # From the end of the simulation's process to what Flower says of the run.
@@ -163,8 +162,7 @@ def described_end(status: int) -> str:
     if status > 128:
         hint = " (by hand, or because memory ran out: then fewer clients at once, or a smaller "
         hint = f"{hint}train.batch_size)" if status == 128 + signal.SIGKILL else ""
-        killed = f"the simulation was killed by signal {status - 128}{hint}"
-        return f"{killed}; to go on after the last complete round, {HOW_TO_RESUME}"
+        return f"the simulation was killed by signal {status - 128}{hint}"
     return f"the simulation's process ended with status {status}"
 
 

@@ -43,13 +43,6 @@ CHECKOUT = CONF_DIR.parent
 RAY_ANSWER_SECONDS = 10.0
 
 
-def main() -> None:
-    """Run `feddm-train` where it was installed before it had a module of its own."""
-    from server_app.command import main as run
-
-    run()
-
-
 def go_on_with_sweep(config: Config) -> Config:
     """Let `resume` of a sweep go on with the runs that it had begun and start the rest."""
     begun = (run_path(config) / "config.yaml").exists()

@@ -40,8 +40,8 @@ from server_app.supervision import (
 )
 from task.config import require
 from task.fingerprint import fingerprint_of
-from task.repeat import as_toml
-from task.run_directory import HOW_TO_RESUME, SUBMISSION_FILE, hold
+from task.repeat import as_toml, resubmitting_command
+from task.run_directory import SUBMISSION_FILE, hold
 
 LOCK_FILE = ".supervisor.lock"
 # Flower's commands take seconds, and a minute on a machine that is out of breath.
@@ -246,10 +246,12 @@ class Supervisor:
             OSError: it cannot be remembered.
         """
         self.make_present(run)
+        words, code = folder.submission.run_config, folder.submission.app
         self.say_once(
             f"GIVING UP {folder.path} after {fruitless(folder)} attempts without a further "
             f"complete round; complete: {folder.last_round}; run {run.run_id} failed: "
-            f"{run.details}. Remove the cause; then {HOW_TO_RESUME}",
+            f"{run.details}. Remove the cause; then, in {code}:\n"
+            f"{resubmitting_command(words, folder.path, connection=self._connection)}",
             # And not once more in the words of a later supervisor.
             *(run.run_id, Verdict.GIVEN_UP, fruitless(folder)),
         )

@@ -16,7 +16,7 @@ from task.config import (
     hydra_override,
     load_config,
 )
-from task.run_directory import NAMES_AND_PLACES
+from task.run_directory import NAMES_AND_PLACES, is_begun
 
 Word = str | int | float | bool
 
@@ -57,21 +57,34 @@ def training_command(config: Config) -> str:
     return shlex.join(["feddm-train", *training_words(config)])
 
 
-def resuming_command(config: Config, run: Path, words: Mapping[str, Word] | None) -> str:
-    """Return the lines for a shell that go on with a run where its folder is now.
+def resuming_command(config: Config, run: Path) -> str:
+    """Return the line for a shell that goes on with a run of this machine where its folder is now.
 
     Args:
         config: of the run, resolved.
         run: its folder.
-        words: of the run's submission; None of a run that was not submitted to real nodes.
     """
-    place = {"output_dir": str(run.resolve().parent), "run_name": run.resolve().name}
-    if words is not None:
-        return _submitting({**words, **place, "resume": True})
     # The digits lie in their library; files of other sets may be anywhere.
     root = {} if config.data.name in (*FILE_SETS, "digits") else {"data.root": config.data.root}
-    values = [hydra_override(key, value) for key, value in {**root, **place}.items()]
+    values = [hydra_override(key, value) for key, value in {**root, **_place(run)}.items()]
     return shlex.join(["feddm-train", *training_words(config), *values, "resume=true"])
+
+
+def resubmitting_command(
+    words: Mapping[str, Word], run: Path, *, connection: str = "CONNECTION"
+) -> str:
+    """Return the lines for a shell that let real nodes go on with a run where its folder is now.
+
+    Args:
+        words: of the run's submission.
+        run: its folder.
+        connection: name of the SuperLink's; else a word to be replaced.
+    """
+    return _submitting({**words, **_place(run), "resume": is_begun(run)}, connection)
+
+
+def _place(run: Path) -> dict[str, str]:
+    return {"output_dir": str(run.resolve().parent), "run_name": run.resolve().name}
 
 
 def submitting_command(words: Mapping[str, Word]) -> str:
@@ -80,13 +93,14 @@ def submitting_command(words: Mapping[str, Word]) -> str:
     Args:
         words: of the run's submission.
     """
-    return _submitting({key: word for key, word in words.items() if key not in PLACES})
+    return _submitting({k: word for k, word in words.items() if k not in PLACES}, "CONNECTION")
 
 
-def _submitting(words: Mapping[str, Word]) -> str:
+def _submitting(words: Mapping[str, Word], connection: str) -> str:
     """Hand the words over in a file, because Flower takes a line of them apart in its own way."""
     lines = as_toml(words).rstrip("\n")
-    return f"cat > words.toml <<'END'\n{lines}\nEND\nflwr run . CONNECTION --run-config words.toml"
+    submit = f"flwr run . {shlex.quote(connection)} --run-config words.toml"
+    return f"cat > words.toml <<'END'\n{lines}\nEND\n{submit}"
 
 
 def as_toml(words: Mapping[str, Word]) -> str:

@@ -40,7 +40,7 @@ from task.metric_table import (
     with_arrows,
 )
 from task.progress import duration
-from task.repeat import resuming_command, submitting_command, training_command
+from task.repeat import resubmitting_command, resuming_command, submitting_command, training_command
 from task.report_page import SCRIPT, STYLE, TEMPLATE
 from task.run_directory import REPORT_FILE, different_values
 from task.run_summary import (
@@ -321,8 +321,9 @@ def _state(history: RunHistory) -> list[Block]:
         return [Text(f"The run {history.name} is going on: {done}, and this page shows them.")]
     if history.finished:
         return []
-    words = history.run_config if history.setting == "real nodes" else None
-    command = resuming_command(history.config, history.path, words)
+    command = resuming_command(history.config, history.path)
+    if history.setting == "real nodes" and history.run_config is not None:
+        command = resubmitting_command(history.run_config, history.path)
     return [Code(f"To go on with {history.name}, of which {done}:", command)]
 
 

@@ -43,7 +43,6 @@ from typing import IO, TYPE_CHECKING, Any
 from task.config import (
     Config,
     flat_values,
-    hydra_override,
     read_config,
     settle_precisions,
     unknown_values,
@@ -102,7 +101,6 @@ LOG_FILE = "log.txt"
 # Put before the name of a file with weights that cannot be read.
 DAMAGED = "damaged-"
 
-HOW_TO_RESUME = "pass the same words again, with run_name=... and resume=true"
 # What the error of a run begins with that would end in it again.
 DIVERGED = "training has diverged"
 
@@ -496,13 +494,18 @@ def require_weights(run: Path) -> None:
         ValueError: it has none.
     """
     if not weights_file(run).is_file():
-        place = {"output_dir": str(run.absolute().parent), "run_name": run.absolute().name}
-        words = [hydra_override(name, value) for name, value in place.items()]
-        raise ValueError(
-            f"no final weights in {run}: finish it with "
-            f"{shlex.join(['feddm-train', *words, 'resume=true'])} and the words that it was "
-            "started with"
-        )
+        # Imported here because it needs what this module says of a run's folder.
+        from task.repeat import resuming_command
+
+        how = f"finish it with {resuming_command(run_config(run), run)}"
+        if (run / NODES_FILE).exists():
+            how = describe_report_of(run)
+        raise ValueError(f"no final weights in {run}: {how}")
+
+
+def describe_report_of(run: Path) -> str:
+    """Say where the command stands that goes on with a run; that for real nodes has many lines."""
+    return f"`{shlex.join(['feddm', 'report', str(run)])}` shows how to go on with it"
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -265,9 +265,11 @@ def test_unusable_weights_are_errors_of_one_line(run: Path, tmp_path: Path) -> N
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     assert_fails_in_one_line(
         feddm("evaluate", tmp_path),
-        f"no final weights in {tmp_path}: finish it with feddm-train",
-        "resume=true",
+        f"no final weights in {tmp_path}: finish it with feddm-train experiment=",
+        f"output_dir={tmp_path.parent} run_name={tmp_path.name} resume=true",
     )
+    (tmp_path / "nodes.json").touch()
+    assert_fails_in_one_line(feddm("evaluate", tmp_path), f"`feddm report {tmp_path}` shows how")
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"nothing of the kind")
     assert_fails_in_one_line(feddm("evaluate", tmp_path), "not a readable safetensors file")

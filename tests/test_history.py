@@ -11,7 +11,7 @@ from task.evaluate import MetricReport
 from task.history import LeftOut, RunHistory, read_history
 from task.metric_table import metric_rows
 from task.progress import duration
-from task.repeat import PLACES, resuming_command, training_words
+from task.repeat import PLACES, resubmitting_command, resuming_command, training_words
 from task.run_directory import check_same_run, run_path
 from task.run_summary import (
     describe_run,
@@ -277,13 +277,13 @@ def test_words_that_resume_a_run_name_its_folder_of_now(tmp_path: Path) -> None:
     run = written_run(tmp_path / "old", losses(1, {0: 0.5}), rounds_done=1)
     moved = run.rename(tmp_path / "it's new")
     history = read_history(moved)
-    command = shlex.split(resuming_command(history.config, moved, None))
+    command = shlex.split(resuming_command(history.config, moved))
     assert command[0] == "feddm-train"
     resumed = anchored(load_config(command[1:]), tmp_path)
     assert resumed.resume and run_path(resumed) == moved
     check_same_run(resumed, moved)
     words = {"output_dir": "/gone", "run_name": "old", "train.lr": 0.1}
-    command = resuming_command(history.config, moved, words)
+    command = resubmitting_command(words, moved, connection="it's")
     toml = command.partition("<<'END'\n")[2].partition("\nEND\n")[0]
     assert tomllib.loads(toml) == {
         "train": {"lr": 0.1},
@@ -291,6 +291,7 @@ def test_words_that_resume_a_run_name_its_folder_of_now(tmp_path: Path) -> None:
         "run_name": "it's new",
         "resume": True,
     }
+    assert command.endswith("""\nflwr run . 'it'"'"'s' --run-config words.toml""")
 
 
 def test_test_images_that_were_trained_on_are_warned_of(tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ def test_run_that_is_not_over_says_how_to_go_on_or_that_it_does(tmp_path: Path) 
     run = written_run(tmp_path / "it's", losses(1, {0: 0.5}), rounds_done=1)
     with (run / ".lock").open("a+") as lock:
         page = describe(read_history(run))
-        command = resuming_command(read_history(run).config, run, None)
+        command = resuming_command(read_history(run).config, run)
         assert command in [each.text for each in blocks(page, "warnings") if each.kind == "code"]
         assert "The run is not finished: 1 of 2 rounds are done" in str(page.sections[0])
         # Held as another process would.

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from server_app.command import (
+    how_to_go_on,
     leaving_no_empty_run,
     name_by_what_is_swept,
     one_folder,
@@ -23,6 +24,7 @@ from server_app.submit import (
 )
 from task.config import Config, anchored, hydra_override, load_config, load_run_config
 from task.data import Dataset, ImageSet
+from task.run_directory import run_path
 from tests.helpers import SMALL_RUN
 
 CENTRALIZED = {"train.mode": "centralized", "federation.rounds": 1, "eval.num_images": 10}
@@ -153,6 +155,22 @@ def test_several_texts_are_given_in_a_sweep_alone(
     arguments: list[str], expected: list[str]
 ) -> None:
     assert read_arguments(arguments) == expected
+
+
+def test_way_on_is_the_command_of_the_run_or_of_the_whole_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = ["-m", "seed=0,1", "run_name=old", "output_dir=out"]
+    monkeypatch.setattr("sys.argv", ["feddm-train", *name_by_what_is_swept(typed)])
+    config = job(tmp_path / "it's", "seed=0")
+    expected = """feddm-train -m seed=0,1 output_dir=out 'run_name="it'"'"'s"' resume=true"""
+    assert how_to_go_on(config, ["seed=0"], sweep=True) == f"to go on: {expected}"
+    assert how_to_go_on(config, ["seed=0"], sweep=False) == "nothing of the run is left"
+    assert how_to_go_on(None, ["seed=0"], sweep=True) == "nothing of the run is left"
+    run_path(config).mkdir(parents=True)
+    (run_path(config) / "config.yaml").touch()
+    expected = "to go on: feddm-train seed=0 'run_name=\"seed=0\"' resume=true"
+    assert how_to_go_on(config, ["seed=0"], sweep=False) == expected
 
 
 def test_tables_are_not_swept_themselves() -> None:

@@ -296,6 +296,8 @@ def test_giving_up_is_loud_and_remembered_by_the_next_supervisor(
     said = capsys.readouterr().out
     assert f"could not be submitted: its code is not at {gone}" in said
     assert f"GIVING UP {path} after 1 attempts without a further complete round" in said
+    assert f"then, in {gone}:\ncat > words.toml" in said
+    assert "\nflwr run . night --run-config words.toml\n" in said
     assert f"{path}: run 1 was given up before: why" in said
 
 
