@@ -24,6 +24,7 @@ from server_app.quality import (
     wants_scores,
 )
 from server_app.records import recorded_name
+from server_app.time_estimate import seconds_to_draw
 from task.checkpoint import load_weights
 from task.config import MIN_MEASURED_IMAGES, Config, require
 from task.data import Dataset, ImageSet
@@ -46,12 +47,8 @@ from task.run_directory import (
     read_metrics,
     weights_file,
 )
-from task.sampler import evaluations_per_image
 from task.unet import UNet
 from task.wire import QUALITY, Key
-
-# As many as a CPU needs to be about as fast as with more.
-TIMED_IMAGES = 16
 
 
 def wants_metrics(config: Config) -> bool:
@@ -191,28 +188,15 @@ class GlobalEvaluation(ABC):
         return drawn
 
     def _expected_seconds_per_image(self) -> float:
-        """Return what an image took when images were drawn last, or what a single step says."""
+        """Return what an image took when images were drawn last, or what a few steps say."""
         if self._seconds_per_image is None and self._device.type == "cuda":
             return 0.0  # a GPU would compile for the step, which takes longer than images do
         if self._seconds_per_image is None:
-            self._seconds_per_image = seconds_per_image(self._config, self._model, self._device)
+            precision = self._config.eval.precision
+            self._seconds_per_image = seconds_to_draw(
+                self._config, self._model, self._device, precision
+            )
         return self._seconds_per_image
-
-
-def seconds_per_image(config: Config, model: UNet, device: torch.device) -> float:
-    """Estimate how long an image is drawn, from a single step of the sampler.
-
-    Args:
-        config: of the run, with its sampler.
-        model: moved to `device`.
-        device: that draws.
-    """
-    step = dataclasses.replace(config.diffusion, sampler="ddim", num_inference_steps=1)
-    labels, start = torch.zeros(TIMED_IMAGES, dtype=torch.int64), time.monotonic()
-    single = dataclasses.replace(config, diffusion=step)
-    draw_images(single, model, labels, device=device, stream=Stream.SAMPLE_GRID)
-    steps = evaluations_per_image(config) / evaluations_per_image(single)
-    return (time.monotonic() - start) / TIMED_IMAGES * steps
 
 
 class PooledEvaluation(GlobalEvaluation):

@@ -58,11 +58,11 @@ from task.data import ImageSet
 from task.memory import total_memory
 from task.partition import partition_dataset
 from task.progress import tracked
+from task.repeat import describe_report_of
 from task.run_directory import (
     CLASS_COUNTS_FILE,
     NODES_FILE,
     RunDirectory,
-    describe_report_of,
 )
 from task.wire import QUALITY, Key, WeightLayout
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from server_app.training_run import initial_model
 from task.config import Config
 from task.diffusion import build_objective
 from task.generation import image_shape
+from task.sampler import evaluations_per_image
 from task.train import autocast, move, new_optimizer, select_device, torch_configured, train_epochs
-from task.unet import UNet
+from task.unet import UNet, build_unet
 
 # Seconds that a timing takes beyond its first images, and images of a timed step at most.
 TIMED_SECONDS, TIMED_IMAGES = 1.0, 32
@@ -45,7 +45,9 @@ def estimate_seconds(config: Config, sizes: Sequence[int], *, rounds: range) -> 
         rounds: 1-based, those that are still to come.
     """
     device = select_device(config.train.device)
-    model = initial_model(config)
+    # Modules draw their first weights, of no use here, from the global generator.
+    with torch.random.fork_rng(devices=[]):
+        model = build_unet(config)
     move(model, device, channels_last=config.train.channels_last)
     precision = config.train.precision
     precisions = ("float32", "bfloat16") if precision == "auto" else (precision,)
@@ -109,10 +111,6 @@ def seconds_to_train(config: Config, model: UNet, device: torch.device, precisio
 
 def seconds_to_draw(config: Config, model: UNet, device: torch.device, precision: str) -> float:
     """Time denoising steps; returns the seconds that an image takes with all of its steps."""
-    diffusion = config.diffusion
-    steps = diffusion.num_inference_steps or diffusion.num_timesteps
-    # Guidance shows every image to the network twice.
-    passes = steps * (1 if diffusion.guidance_scale == 1 else 2)
     model.eval()
 
     @torch.inference_mode()
@@ -122,7 +120,7 @@ def seconds_to_draw(config: Config, model: UNet, device: torch.device, precision
         with autocast(device, precision):
             model(x_t, log_snr, log_snr.long()).sum().item()
 
-    return passes * seconds_per_image(step, TIMED_IMAGES)
+    return evaluations_per_image(config) * seconds_per_image(step, TIMED_IMAGES)
 
 
 def seconds_per_image(step: Callable[[int], None], most: int) -> float:

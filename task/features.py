@@ -360,18 +360,20 @@ def cached_features(
 
 
 def _store(file: Path, tensors: Mapping[str, Tensor], key: str) -> None:
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    save_weights(file, tensors, {"key": key})
+    """Keep what was computed; a machine without such a folder computes it each time."""
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        save_weights(file, tensors, {"key": key})
+    except OSError as error:
+        _log.warning("data.cache_dir cannot be written, and nothing is kept: %s", error)
 
 
 def _stored(file: Path) -> dict[str, Tensor] | None:
     """Return what a file of the cache holds; None where there is none, or a damaged one."""
-    if not file.exists():
-        return None
     try:
-        return load_weights(file)[0]
-    except ValueError as error:
-        _log.warning("A file of data.cache_dir is damaged and is made anew: %s", error)
+        return load_weights(file)[0] if file.exists() else None
+    except (OSError, ValueError) as error:
+        _log.warning("A file of data.cache_dir cannot be read and is made anew: %s", error)
         return None
 
 

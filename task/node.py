@@ -134,13 +134,15 @@ def _check(given: Mapping[str, object], types: Mapping[str, type], whose: str) -
 def own_config(config: Config, node: NodeConfig) -> Config:
     """Point the configuration of a run to the node's own images, with paths of this machine.
 
-    Of its images a node holds out `data.val_fraction`; a `data.test_fraction` is a simulation's.
+    Of its images a node holds out `data.val_fraction`; a `data.test_fraction` is a simulation's,
+    and that of the digits, which have no files.
 
     Raises:
         ValueError: the node was started without saying where they are.
     """
     if node.data_path is not None:
-        data = dataclasses.replace(config.data, root=node.data_path, test_fraction=None)
+        fraction = config.data.test_fraction if config.data.name == "digits" else None
+        data = dataclasses.replace(config.data, root=node.data_path, test_fraction=fraction)
         config = dataclasses.replace(config, data=data)
     elif config.data.name != "digits":
         raise ValueError(

@@ -16,7 +16,7 @@ from task.config import (
     hydra_override,
     load_config,
 )
-from task.run_directory import NAMES_AND_PLACES, is_begun
+from task.run_directory import NAMES_AND_PLACES, NODES_FILE, is_begun, run_config, weights_file
 
 Word = str | int | float | bool
 
@@ -81,6 +81,24 @@ def resubmitting_command(
         connection: name of the SuperLink's; else a word to be replaced.
     """
     return _submitting({**words, **_place(run), "resume": is_begun(run)}, connection)
+
+
+def require_weights(run: Path) -> None:
+    """Raise a ValueError unless the run in a folder has its final weights.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not weights_file(run).is_file():
+        how = f"finish it with {resuming_command(run_config(run), run)}"
+        if (run / NODES_FILE).exists():
+            how = describe_report_of(run)
+        raise ValueError(f"no final weights in {run}: {how}")
+
+
+def describe_report_of(run: Path) -> str:
+    """Say where the command stands that goes on with a run; that for real nodes has many lines."""
+    return f"`{shlex.join(['feddm', 'report', str(run)])}` shows how to go on with it"
 
 
 def _place(run: Path) -> dict[str, str]:

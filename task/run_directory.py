@@ -32,7 +32,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -485,27 +484,6 @@ def run_config(run: Path) -> Config:
     if not is_begun(run):
         raise ValueError(f"RUN: {run} holds no run (there is no {run / 'config.yaml'})")
     return read_config(run / "config.yaml")
-
-
-def require_weights(run: Path) -> None:
-    """Raise a ValueError unless the run in a folder has its final weights.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if not weights_file(run).is_file():
-        # Imported here because it needs what this module says of a run's folder.
-        from task.repeat import resuming_command
-
-        how = f"finish it with {resuming_command(run_config(run), run)}"
-        if (run / NODES_FILE).exists():
-            how = describe_report_of(run)
-        raise ValueError(f"no final weights in {run}: {how}")
-
-
-def describe_report_of(run: Path) -> str:
-    """Say where the command stands that goes on with a run; that for real nodes has many lines."""
-    return f"`{shlex.join(['feddm', 'report', str(run)])}` shows how to go on with it"
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -23,8 +23,9 @@ from task.config import (
     require,
 )
 from task.generation import GeneratedImages, ImageSource, class_labels
+from task.repeat import require_weights
 from task.restoration import RESTORATION_VALUES, Restorer, known_part, restoration_config
-from task.run_directory import PARTITION_FILE, require_weights, run_config, weights_file
+from task.run_directory import PARTITION_FILE, run_config, weights_file
 from task.train import select_device
 from task.unet import UNet, build_unet
 

@@ -271,6 +271,7 @@ def test_copies_across_splits_are_found_in_files_whatever_their_format(tmp_path:
         assert found.describe() == [
             "14 in all: 13 images are used (8 to train on, 5 to test with), "
             "1 left out (1 .csv files)",
+            "test/ is the test split, data.test_fraction=0.1 is not used",
             "1 training and 0 test images repeat another of their split, pixel by pixel",
             "WARNING: 2 of 5 test images are training images too, pixel by pixel (a 2): what is "
             "measured with them is too good; take them out of one of the splits",
@@ -282,7 +283,7 @@ def test_copies_across_splits_are_found_in_files_whatever_their_format(tmp_path:
         "train_counts": [4, 4],
         "test_counts": [3, 2],
         "left_out": {".csv files": 1},
-        "note": "",
+        "note": "test/ is the test split, data.test_fraction=0.1 is not used",
         "duplicates": {
             "within_train": 1,
             "within_test": 0,
@@ -329,6 +330,7 @@ def test_run_says_and_writes_down_what_became_of_its_files(
     lines = [line.split(" ", 1)[1] for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         "data: 22 images are used (18 to train on, 4 to test with)",
+        "data: test/ is the test split, data.test_fraction=0.1 is not used",
         "data: 6 training and 0 test images repeat another of their split, pixel by pixel",
         f"data: {shared} training images are at more than one client",
     ]

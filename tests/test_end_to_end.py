@@ -219,8 +219,7 @@ def test_diverging_run_ends_with_status_1_and_names_the_clients(tmp_path: Path) 
     result = feddm_train(*SMALL, "run_name=diverging", "train.lr=1e30", cwd=tmp_path)
     assert result.returncode == 1
     assert "client 2 is left out: loss must be a finite number, got nan" in result.stdout
-    assert "0 of 3 clients sent usable weights, federation.min_replies=1" in result.stderr
-    assert "clients 0 1 2: loss must be a finite number, got nan" in result.stderr
+    assert "training has diverged in round 1 (clients 0 1 2: loss must be" in result.stderr
     # Nothing of a round that failed is kept, so that a resume repeats it as a whole.
     assert not (tmp_path / "runs" / "diverging" / "metrics.jsonl").exists()
 

@@ -111,6 +111,19 @@ def test_damaged_files_of_the_cache_are_made_anew(
     assert len(caplog.records) == 2
 
 
+def test_cache_that_cannot_be_written_is_said_and_done_without(
+    digits: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = digits.train.subset(torch.arange(20))
+    (tmp_path / "file").touch()
+    nowhere = tmp_path / "file" / "cache"
+    for _ in range(2):
+        model = cached(few, nowhere)
+        assert weights_sha256(model.state_dict()) == weights_sha256(cached(few, None).state_dict())
+    assert [str(nowhere) in record.getMessage() for record in caplog.records] == [True, True]
+    assert "data.cache_dir cannot be written" in caplog.text
+
+
 class Program(nn.Module):
     """Means over the plane, and logits where asked for."""
 

@@ -60,7 +60,8 @@ app = typer.Typer(
 
 def finished(run: Path) -> Path:
     """Check that a folder holds a finished run, before anything that takes long is imported."""
-    from task.run_directory import require_weights, run_config
+    from task.repeat import require_weights
+    from task.run_directory import run_config
 
     run_config(run)
     require_weights(run)
