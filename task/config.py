@@ -48,6 +48,8 @@ MAY_BE_INFINITE = ("partition.beta",)
 # to them.
 OWN_IMAGES = ("image_folder", "dicom_folder")
 FITTED_VALUES = ("federation.num_supernodes", "train.local_epochs")
+# What runs did whose configuration lacks the value, where conf/ may have another by now.
+BEFORE_WRITTEN = {"data.fit": "stretch"}
 TRAIN_MODES = ("federated", "centralized")
 DATA_SETS = (*PACKAGED_SETS, *FILE_SETS)
 # The inception score parts the images into 10 splits.
@@ -200,6 +202,8 @@ class DataConfig:
         require(
             len(set(self.classes)) == len(self.classes), "data.classes", "distinct", self.classes
         )
+        for name in self.classes:
+            require_text("the name of a class, or of its folder below data.root,", name)
         require_one_of("data.channels", str(self.channels), ("1", "3"))
         require(
             self.image_size > 0 and self.image_size % IMAGE_SIZE_DIVISOR == 0,
@@ -885,8 +889,9 @@ def write_config(config: Config, path: Path) -> None:
 def read_config(path: Path) -> Config:
     """Read a configuration that `write_config` of this version of feddm, or of another, wrote.
 
-    A value that it lacks takes the default of conf/ for its experiment and its data set; one that
-    is unknown here is left out. Both are logged.
+    A value that it lacks is what runs did before it could be chosen (`BEFORE_WRITTEN`), else the
+    default of conf/ for its experiment and its data set; one that is unknown here is left out.
+    Both are logged.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -898,7 +903,8 @@ def read_config(path: Path) -> Config:
         unknown = stored.keys() - value_paths().keys()
         defaults = _defaults(stored.get("experiment"), stored.get("data.name")) if missing else {}
         # Where a run lies is known without its configuration.
-        defaults = defaults | {"output_dir": str(path.parent.parent), "run_name": path.parent.name}
+        place = {"output_dir": str(path.parent.parent), "run_name": path.parent.name}
+        defaults = defaults | BEFORE_WRITTEN | place
         tree = OmegaConf.create()
         for name in value_paths():
             OmegaConf.update(tree, name, defaults[name] if name in missing else stored[name])
@@ -906,7 +912,10 @@ def read_config(path: Path) -> Config:
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a configuration of this feddm: {error}") from error
     for name in sorted(missing):
-        _log_once(f"{path} has no {name}; taken for {flat_values(config)[name]!r}, as conf/ has it")
+        why = (
+            "which runs did before it was written" if name in BEFORE_WRITTEN else "as conf/ has it"
+        )
+        _log_once(f"{path} has no {name}; taken for {flat_values(config)[name]!r}, {why}")
     for name in sorted(unknown):
         _log_once(f"{path} has {name}, which this version of feddm does not know; left out")
     return config

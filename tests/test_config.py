@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -488,6 +489,23 @@ def test_value_that_a_stored_configuration_lacks_is_that_of_conf(
     assert unknown_values(file) == {unknown: 3}
     for said in (f"{file} has no {path}; taken for ", f"{file} has {unknown}, which this version"):
         assert said in caplog.text
+
+
+def test_pictures_of_a_run_that_could_not_choose_how_they_fit_are_stretched(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    config = load_config(["data=image_folder", "data.classes=[a,b]"])
+    assert config.data.fit != "stretch"
+    write_config(config, file)
+    stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+    del stored["data"]["fit"]
+    file.write_text(yaml.safe_dump(stored), encoding="utf-8")
+    assert read_config(file).data.fit == "stretch"
+
+
+def test_name_of_a_class_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"gr\xfcn")).mkdir()
+    with pytest.raises(ValueError, match=r"folder below data\.root, must be text in UTF-8"):
+        load_config(["data=image_folder", f"data.root={tmp_path}"], images_below=tmp_path)
 
 
 def test_stored_values_are_checked_like_given_ones(tmp_path: Path) -> None:
