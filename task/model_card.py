@@ -11,7 +11,7 @@ from typing import Any
 
 from task.config import FederationConfig
 from task.evaluate import MetricReport
-from task.history import read_history
+from task.history import RunHistory, read_history
 from task.markdown import bullets, plain, table
 from task.metric_table import caption, metric_rows
 from task.run_directory import (
@@ -134,8 +134,9 @@ def write_model_card(
         exported: "round", "client" (None: the global weights), "weights_sha256", "format", "by".
 
     Raises:
-        ValueError: an evaluation of the run is of another version of feddm.
+        ValueError: a file of the run is not what a run of this version of feddm writes.
     """
+    history = read_history(run.path).of_round(exported["round"])
     measured = exported["client"] is None  # the evaluations are of the global weights
     parts = [
         front_matter(library),
@@ -143,7 +144,7 @@ def write_model_card(
         f"## How to use\n\n{usage}",
         data_section(run),
         training_section(run, exported),
-        results_section(run, exported["round"]) if measured else UNMEASURED,
+        results_section(run, history, exported["round"]) if measured else UNMEASURED,
         LIMITS.format(size=run.config.data.image_size, trained_where=trained_where(run)),
         origin_section(run, exported),
     ]
@@ -219,7 +220,8 @@ def training_counts(run: FinishedRun) -> tuple[list[int] | None, int | None, int
         of clients, None for a centralised run; how many of them did not say.
     """
     if run.partition is not None:
-        return _summed(run.partition["train_counts"]), run.partition["num_clients"], 0
+        counts = run.partition["train_counts"]
+        return _summed(counts), len(counts), 0
     pooled = _read(run.path / POOLED_FILE)
     if pooled is not None:
         return pooled["train_counts"], None, 0
@@ -274,7 +276,7 @@ def _federation_rows(federation: FederationConfig) -> list[tuple[str, object]]:
     ]
 
 
-def results_section(run: FinishedRun, server_round: int) -> str:
+def results_section(run: FinishedRun, history: RunHistory, server_round: int) -> str:
     """Show what was measured of the weights of a round, with the same of real images beside it."""
     metrics = [line for line in read_metrics(run.path) if line["round"] == server_round]
     evaluations = [found for found in run.evaluations if found["round"] == server_round]
@@ -283,7 +285,7 @@ def results_section(run: FinishedRun, server_round: int) -> str:
     parts += _held_out_loss(metrics) if centralised else _hospital_scores(metrics)
     if not parts:
         return UNMEASURED
-    return "\n".join(["## Results and memorisation\n", *parts, _checked(run, server_round)])
+    return "\n".join(["## Results and memorisation\n", *parts, _checked(history)])
 
 
 def _own_scores(metrics: Sequence[Metric]) -> list[str]:
@@ -304,12 +306,11 @@ def _own_scores(metrics: Sequence[Metric]) -> list[str]:
     return [title, table(["metric", "generated", "real"], rows) + "\n"]
 
 
-def _checked(run: FinishedRun, server_round: int) -> str:
+def _checked(history: RunHistory) -> str:
     """Say what is wrong with the images of a round, and what nobody has measured of them.
 
     A single client's own scores are left out, and so is what a single hospital has scored.
     """
-    history = read_history(run.path).of_round(server_round)
     alone = history.final("quality_num_hospitals") or MIN_COUNTED
     if alone < MIN_COUNTED:
         return ""
@@ -326,8 +327,9 @@ def _evaluation(found: Mapping[str, Any]) -> str:
     report = MetricReport.from_description(found)
     title = f"### Through {report.label.extractor}, image range {report.label.image_range}\n"
     scores = table(["metric", "generated", "real"], metric_rows(report))
-    drawn = f"after round {found['round']}, drawn by {found['sampler']} in "
-    drawn += f"{found['num_inference_steps']} steps"
+    drawn = f"after round {found['round']}"
+    if "sampler" in found:
+        drawn += f", drawn by {found['sampler']} in {found['num_inference_steps']} steps"
     held = bullets([drawn, *caption(report, [])])
     return f"{title}\n{scores}\n\n{held}\n"
 

@@ -195,6 +195,22 @@ def test_scores_of_a_single_client_are_not_told(tmp_path: Path, others: bool) ->
     assert "Nothing was measured" not in text
 
 
+def test_card_of_an_earlier_run_tells_what_its_files_hold(tmp_path: Path) -> None:
+    files = {
+        "partition.json": {"train_counts": [[30, 10], [20, 40]]},
+        "evaluation-classifier-correct.json": {**REPORT.describe(), "round": 3},
+    }
+    text = card(run_of(tmp_path, files))
+    assert "Clients: 2." in text and "- after round 3\n" in text and "drawn by" not in text
+
+
+@pytest.mark.parametrize("name", ["partition.json", "evaluation-classifier-correct.json"])
+def test_file_that_no_run_has_written_is_named(name: str, tmp_path: Path) -> None:
+    run = run_of(tmp_path, {name: {"sampler": "ddim"}})
+    with pytest.raises(ValueError, match=re.escape(name)):
+        card(run)
+
+
 def test_card_of_a_clients_weights_claims_no_results(tmp_path: Path) -> None:
     drawn = {"round": 3, "sampler": "ddim", "num_inference_steps": 50}
     files = {"evaluation-classifier-correct.json": {**REPORT.describe(), **drawn}}
