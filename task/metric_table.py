@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from task.evaluate import DRAWS, KID_SUBSETS, Classification, Label, MetricReport
 from task.features import HASH_DIGITS
 from task.metrics import Copying
+from task.realism import MOST_COMPARED
 
 TITLES = {
     "noise_position": "between real (0) and noise (1) v",
@@ -42,7 +43,8 @@ REAL_BESIDE = {
 POSITION = (
     "between real and noise: the energy distance to the training images, in pixels or in the "
     "power at each spatial frequency, whichever is larger, as a share of that of noise (the "
-    "N(0, 1) that sampling starts from); 0 as near as real images, 1 as far as noise"
+    "N(0, 1) that sampling starts from), of at most "
+    f"{MOST_COMPARED} images of each; 0 as near as real images, 1 as far as noise"
 )
 
 Row = tuple[str, ...]

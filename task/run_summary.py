@@ -7,6 +7,7 @@ from task.config import Config
 from task.history import RunHistory
 from task.metric_table import HOSPITAL_TITLES, REAL_BESIDE, TITLES
 from task.progress import duration
+from task.realism import MOST_COMPARED
 
 AGREEMENT = {"class_agreement": "found in the class asked for ^"}
 # Of the metrics, those that say the most in one line each.
@@ -119,8 +120,9 @@ def _looked_at(history: RunHistory, name: str) -> str:
     if name in AGREEMENT:
         number = history.final("num_generated_images") or 0
         return f"a classifier trained on the real images, n={number:,.0f}"
-    if name == "noise_position" and history.final("num_generated_images"):
-        return f"pixels and spectra, n={history.final('num_generated_images'):,.0f}"
+    generated = history.final("num_generated_images")
+    if name == "noise_position" and generated:
+        return f"pixels and spectra, n={min(generated, MOST_COMPARED):,.0f}"
     chosen = history.config.eval
     number = history.final("n_scored") or history.final("n_generated") or chosen.num_images
     of = f"{chosen.extractor}, {chosen.image_range}, n={number:,.0f}"

@@ -11,6 +11,7 @@ from scipy.stats import binomtest
 from task.history import GLOBAL, RunHistory, Series
 from task.metric_table import REAL_BESIDE
 from task.metrics import least_share_shown
+from task.realism import MOST_COMPARED
 
 # Below five values a median and its deviations say nothing of a sixth.
 LEAST_COMPARED = 5
@@ -157,12 +158,19 @@ def _noise_checks(history: RunHistory) -> list[Check]:
             State.WARNING if place.value >= UNTRAINED else State.CLEAR,
             f"{_SAYS_PLACE[place.value >= UNTRAINED]} Between real images (0) and noise (1) they "
             f"lie at {place.value:.2f}"
-            + ("" if place.real is None else f", held-out real images at {place.real:.2f}")
-            + f" ({place.where}).",
+            + ("" if place.real is None else f", other real images at {place.real:.2f}")
+            + f" ({place.where}{_compared(place)}).",
         )
         for place in _measured(history, "noise_position", "floor_noise_position")
     ]
     return found or [Check(subject, State.UNMEASURED, _why_unmeasured(history))]
+
+
+def _compared(place: "_Figure") -> str:
+    """Say how many images a place between real and noise is of, where that is another number."""
+    some = f", {MOST_COMPARED} of them compared" if place.number > MOST_COMPARED else ""
+    number = place.values.get("num_noise_position_real")
+    return some + ("" if number is None else f", {number:,.0f} real ones")
 
 
 _SAYS_PLACE = {

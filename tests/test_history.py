@@ -155,6 +155,17 @@ def test_what_was_measured_before_a_run_was_prolonged_is_not_said_of_its_end(
     assert "0.10" in before[0].says and before[0].state is State.CLEAR
 
 
+def test_place_between_real_and_noise_names_the_numbers_that_it_is_of(tmp_path: Path) -> None:
+    quick: dict[str, float | str] = {
+        **{"num_generated_images": 1000, "num_noise_position_real": 179},
+        **{"noise_position": 0.1, "floor_noise_position": 0.03},
+    }
+    history = read_history(written_run(tmp_path / "run", [(2, "global", quick)], rounds_done=2))
+    said = "other real images at 0.03 (n=1,000, 500 of them compared, 179 real ones)"
+    assert said in found(history, "noise")[0].says
+    assert found_metrics(history, "noise_position")[0].of == "pixels and spectra, n=500"
+
+
 def test_floors_of_another_number_of_images_are_left_out(tmp_path: Path) -> None:
     described = metric_report().describe()
     told = {n: v for n, v in described.items() if n not in ("n_scored", "n_floor")}
