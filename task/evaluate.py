@@ -341,7 +341,6 @@ def evaluate_images(
     looked_at = _as_released(generated.images, extractor, data_name, seed, 9)
     seen = extract(extractor, looked_at, batch_size=batch_size)
     draws, floor_meetings, whole = _meetings(seen, real, seed)
-    n_floor = len(floor_meetings["train"].images)
     position = noise_position(
         generated.images,
         dataset.train.images,
@@ -349,20 +348,14 @@ def evaluate_images(
         seed=seed,
         device=extractor.device,
     )
-    label = Label(
-        data=data_name,
-        extractor=extractor.name,
-        extractor_sha256=extractor.sha256,
-        image_range=extractor.image_range,
-        real_flipped=_mirrors(extractor, data_name),
-        n_generated=len(generated),
-        n_train=len(dataset.train),
-        n_test=len(dataset.test),
-        n_floor=n_floor,
-        kid_subset_size=min(KID_SUBSET_SIZE, n_floor),
+    label = _label(
+        generated,
+        dataset,
+        extractor,
+        data_name=data_name,
+        num_classes=num_classes,
+        n_floor=len(floor_meetings["train"].images),
         seed=seed,
-        n_scored=n_floor,
-        n_rarest=int(generated.labels.bincount(minlength=num_classes).min()),
     )
 
     def scores(meetings: Meetings, place: float) -> Scores:
@@ -393,6 +386,33 @@ def evaluate_images(
         feature_copying=feature_copying(seen, real.train, real.test)
         if with_copying and real.test is not None
         else None,
+    )
+
+
+def _label(
+    generated: ImageSet,
+    dataset: Dataset,
+    extractor: FeatureExtractor,
+    *,
+    data_name: str,
+    num_classes: int,
+    n_floor: int,
+    seed: int,
+) -> Label:
+    return Label(
+        data=data_name,
+        extractor=extractor.name,
+        extractor_sha256=extractor.sha256,
+        image_range=extractor.image_range,
+        real_flipped=_mirrors(extractor, data_name),
+        n_generated=len(generated),
+        n_train=len(dataset.train),
+        n_test=len(dataset.test),
+        n_floor=n_floor,
+        kid_subset_size=min(KID_SUBSET_SIZE, n_floor),
+        seed=seed,
+        n_scored=n_floor,
+        n_rarest=int(generated.labels.bincount(minlength=num_classes).min()),
     )
 
 

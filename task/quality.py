@@ -52,59 +52,89 @@ def score_images(
         ValueError: the images have another shape than the run's, or a label is out of range.
     """
     check_generated(config, generated)
-    seed, num_classes = config.eval.seed, len(config.data.classes)
     known = generated.subset(torch.isin(generated.labels, own.train.labels))
     compared, stand_ins = in_proportion(
         own.test.labels,
         known.labels,
         own.train.labels,
-        num_classes=num_classes,
-        generator=torch_generator(seed, Stream.METRICS, 7),
+        num_classes=len(config.data.classes),
+        generator=torch_generator(config.eval.seed, Stream.METRICS, 7),
     )
     if min(len(compared), len(own.test)) < MIN_MEASURED_IMAGES:
         return {Key.NUM_EXAMPLES: 0}
+    scores: Scores = {
+        Key.NUM_EXAMPLES: len(own.test),
+        **_scores_of_features(config, known, own, compared, stand_ins, device),
+        **_scores_of_pixels(config, known, own, device),
+    }
+    if len(set(own.train.labels.tolist())) < 2:
+        return scores
+    return scores | _scores_of_classes(config, known, own, device)
+
+
+def _scores_of_features(
+    config: Config,
+    known: ImageSet,
+    own: Dataset,
+    compared: Tensor,
+    stand_ins: Tensor,
+    device: torch.device,
+) -> Scores:
+    """Measure distances and copies in features; the indices are of `in_proportion`."""
     extractor = build_extractor(config, own.train, device)
+    seed, batch_size = config.eval.seed, config.eval.batch_size
     real = extract_real(
         own,
         extractor=extractor,
         data_name=config.data.name,
         seed=seed,
-        batch_size=config.eval.batch_size,
+        batch_size=batch_size,
         cache_dir=Path(config.data.cache_dir),
     )
     held_out = cast(Features, real.test)  # of images that are there
-    seen = extract(extractor, known.images, batch_size=config.eval.batch_size)
+    seen = extract(extractor, known.images, batch_size=batch_size)
     fid, kernel = _distances(seen.subset(compared), held_out, seed)
     floor_fid, floor_kernel = _distances(real.train.subset(stand_ins), held_out, seed)
-    pixels = pixel_copying(known, own, horizontal_flip=config.data.horizontal_flip, device=device)
-    features = feature_copying(seen, real.train, held_out)
-    position = noise_position(
-        known.images, own.train.images, own.test.images, seed=seed, device=device
-    )
-    scores: Scores = {
-        Key.NUM_EXAMPLES: len(own.test),
+    copies = feature_copying(seen, real.train, held_out)
+    return {
         Key.FID: fid,
         Key.FLOOR_FID: floor_fid,
         Key.KID: kernel,
         Key.FLOOR_KID: floor_kernel,
+        Key.FEATURE_COPIED: copies.copied,
+        Key.FEATURE_P_VALUE: cast(float, copies.p_value),
+    }
+
+
+def _scores_of_pixels(
+    config: Config, known: ImageSet, own: Dataset, device: torch.device
+) -> Scores:
+    """Search for copies in pixels, and find the place between real images and noise."""
+    position = noise_position(
+        known.images, own.train.images, own.test.images, seed=config.eval.seed, device=device
+    )
+    copies = pixel_copying(known, own, horizontal_flip=config.data.horizontal_flip, device=device)
+    return {
         Key.NOISE_POSITION: position.generated,
         Key.FLOOR_NOISE_POSITION: position.real,
-        Key.PIXEL_COPIED: pixels.copied,
-        Key.PIXEL_P_VALUE: cast(float, pixels.p_value),
-        Key.FEATURE_COPIED: features.copied,
-        Key.FEATURE_P_VALUE: cast(float, features.p_value),
+        Key.PIXEL_COPIED: copies.copied,
+        Key.PIXEL_P_VALUE: cast(float, copies.p_value),
     }
-    if len(set(own.train.labels.tolist())) < 2:
-        return scores
+
+
+def _scores_of_classes(
+    config: Config, known: ImageSet, own: Dataset, device: torch.device
+) -> Scores:
+    """Let a classifier of the training images find the classes that were asked for."""
     classifier = cached_classifier(
         own.train,
-        num_classes=num_classes,
+        num_classes=len(config.data.classes),
         horizontal_flip=config.data.horizontal_flip,
-        seed=seed,
+        seed=config.eval.seed,
         device=device,
         cache_dir=Path(config.data.cache_dir),
     )
-    return scores | {
+    return {
         Key.CLASS_AGREEMENT: accuracy(classifier, known.images, known.labels),
         Key.HELD_OUT_ACCURACY: balanced_accuracy(
             classifier, own.test.images, own.test.labels, like=known.labels
