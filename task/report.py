@@ -520,7 +520,8 @@ def _metrics(history: RunHistory) -> list[Block]:
     blocks = [block for each in history.evaluations for block in _evaluation(each, history)]
     hospitals, found = _hospitals(history), found_metrics(history)
     blocks += hospitals
-    if found and not hospitals and not history.current_evaluations:
+    evaluated = any(not each.otherwise for each in history.current_evaluations)
+    if found and not hospitals and not evaluated:
         rows = [(with_arrows(title), *figures) for title, _, *figures in found]
         notes = [f"{with_arrows(each.title)}: {each.of}" for each in found]
         blocks = [Table("Measured in the run", HEADS, rows), Listing(notes), *blocks]

@@ -370,8 +370,8 @@ def _measured(history: RunHistory, name: str, real: str) -> Iterator[_Figure]:
         value = values.get(_EVALUATED.get(name, name))
         if value is not None:
             beside = values.get(_EVALUATED.get(real, real))
-            where, evaluated = f"n={number:,}, {each.name}", True
-            yield _Figure(value, beside, number, where, values)
+            evaluated = evaluated or not each.otherwise
+            yield _Figure(value, beside, number, f"n={number:,}, {each.name}", values)
     last = {key: series[max(series)] for key, series in history.values.items()}
     # An evaluation at the end of a run is recorded in the run, too.
     if name in last and not evaluated:

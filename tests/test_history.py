@@ -155,6 +155,18 @@ def test_what_was_measured_before_a_run_was_prolonged_is_not_said_of_its_end(
     assert "0.10" in before[0].says and before[0].state is State.CLEAR
 
 
+def test_images_drawn_otherwise_do_not_hide_what_the_run_measured(tmp_path: Path) -> None:
+    quick: dict[str, float | str] = {"num_generated_images": 500, "noise_position": 0.1}
+    run = written_run(tmp_path / "run", [(2, "global", quick)], rounds_done=2)
+    places = {"noise_position": 0.9, "floor_noise_position": 0.03}
+    content = json.dumps({**metric_report().describe(), **places, "round": 2})
+    (run / "evaluation-classifier-correct-sampler=ddpm.json").write_text(content)
+    states = [check.state for check in found(read_history(run), "noise")]
+    assert states == [State.WARNING, State.CLEAR]
+    (run / "evaluation-classifier-correct.json").write_text(content)
+    assert {check.state for check in found(read_history(run), "noise")} == {State.WARNING}
+
+
 def test_place_between_real_and_noise_names_the_numbers_that_it_is_of(tmp_path: Path) -> None:
     quick: dict[str, float | str] = {
         **{"num_generated_images": 1000, "num_noise_position_real": 179},
