@@ -108,8 +108,12 @@ def with_arrows(title: str) -> str:
 
 def _score_rows(report: MetricReport) -> list[Row]:
     ours, floor = dataclasses.asdict(report.generated), dataclasses.asdict(report.floor)
-    if not report.label.has_comparable_floor:
+    label = report.label
+    if not label.has_comparable_floor:
         floor = dict.fromkeys(floor)
+    if label.kid_subset_size == label.n_floor == label.n_test:
+        # Each subset is all there is, which has no spread.
+        ours["kid_test_std"] = floor["kid_test_std"] = None
     return [
         (title, *(_with_std(part[name], part.get(f"{name}_std")) for part in (ours, floor)))
         for name, title in TITLES.items()

@@ -1,5 +1,6 @@
 """What a model card says of a run, and what it keeps to itself."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 
 from task.config import anchored, load_config, write_config
 from task.evaluate import Classification, Label, MetricReport, Scores
+from task.metric_table import metric_rows
 from task.metrics import Copying
 from task.model_card import training_counts, write_model_card
 from task.runs import FinishedRun, find_runs
@@ -255,6 +257,14 @@ def test_card_tells_the_versions_that_trained_where_they_are_known(tmp_path: Pat
     assert "- Trained with feddm 1.2, torch 3.4.\n" in card(run_of(tmp_path / "new", machine))
     unknown = "- Trained with versions that the run does not record.\n"
     assert unknown in card(run_of(tmp_path / "old", {}))
+
+
+@pytest.mark.parametrize(("n_test", "told"), [(20, "0.5000"), (30, "0.5000 +- 0.1000")])
+def test_subsets_that_are_all_images_have_no_spread(n_test: int, told: str) -> None:
+    scores = dataclasses.replace(REPORT.generated, kid_test=0.5, kid_test_std=0.1)
+    label = dataclasses.replace(LABEL, n_test=n_test)
+    report = dataclasses.replace(REPORT, label=label, generated=scores, floor=scores)
+    assert ("KID (test) v", told, told) in metric_rows(report)
 
 
 def test_a_report_survives_its_description() -> None:
