@@ -418,7 +418,8 @@ def _counts_of(name: str, content: Mapping[str, Any]) -> dict[int | str, list[in
 
 def _evaluations(run: Path) -> list[Evaluation]:
     found = []
-    for file in sorted(run.glob("evaluation-*.json")):
+    # By their stems, so that what is drawn otherwise comes after what it differs from.
+    for file in sorted(run.glob("evaluation-*.json"), key=lambda file: file.stem):
         pattern = rf"evaluation-({'|'.join(EXTRACTORS)})-({'|'.join(IMAGE_RANGES)})(?:-(.+))?"
         match = re.fullmatch(pattern, file.stem)
         otherwise = (match[3] or "") if match else None

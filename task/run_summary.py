@@ -95,14 +95,14 @@ def evaluated_metrics(history: RunHistory, *names: str) -> list[Found]:
     for each in history.current_evaluations:
         label, values = each.report.label, each.report.describe()
         n_scored = label.n_generated if label.n_scored is None else label.n_scored
-        of = f"{label.extractor}, {label.image_range}, n={n_scored:,}"
-        of += f", seed {label.seed}" * (label.seed != 0)
+        looked_at = f"{label.extractor}, {label.image_range}, n={n_scored:,}"
+        of = f", seed {label.seed}" * (label.seed != 0)
         of += f", drawn with {each.otherwise}" * bool(each.otherwise)
         of += f", round {each.round}" * (each.round != history.config.federation.rounds)
         rows += [
             Found(
                 TITLES[name],
-                of,
+                (_compared(label.n_generated) if name == "noise_position" else looked_at) + of,
                 f"{values[name]:.4g}",
                 f"{values[f'floor_{name}']:.4g}" if label.has_comparable_floor else "",
             )
@@ -122,11 +122,16 @@ def _looked_at(history: RunHistory, name: str) -> str:
         return f"a classifier trained on the real images, n={number:,.0f}"
     generated = history.final("num_generated_images")
     if name == "noise_position" and generated:
-        return f"pixels and spectra, n={min(generated, MOST_COMPARED):,.0f}"
+        return _compared(generated)
     chosen = history.config.eval
     number = history.final("n_scored") or history.final("n_generated") or chosen.num_images
     of = f"{chosen.extractor}, {chosen.image_range}, n={number:,.0f}"
     return of + f", seed {chosen.seed}" * (chosen.seed != 0)
+
+
+def _compared(num_generated: float) -> str:
+    """Say what a place between real images and noise is of."""
+    return f"pixels and spectra, n={min(num_generated, MOST_COMPARED):,.0f}"
 
 
 def describe_run(history: RunHistory) -> list[str]:

@@ -164,6 +164,9 @@ def test_images_drawn_otherwise_do_not_hide_what_the_run_measured(tmp_path: Path
     states = [check.state for check in found(read_history(run), "noise")]
     assert states == [State.WARNING, State.CLEAR]
     (run / "evaluation-classifier-correct.json").write_text(content)
+    first, second = evaluated_metrics(read_history(run), "noise_position")
+    assert first.of.startswith("pixels and spectra, n=")
+    assert (first.of + ", drawn with sampler=ddpm") == second.of
     assert {check.state for check in found(read_history(run), "noise")} == {State.WARNING}
 
 
