@@ -137,7 +137,7 @@ def _copying_rows(space: str, copies: Copying) -> list[Row]:
     ]
     if copies.p_value is not None:
         rows += [
-            (f"  nearer than held-out ones, {space} v", f"{copies.copied:.4f}", "0.0000"),
+            (f"  nearer than held-out ones, {space} v", f"{copies.copied:.4f}", ""),
             ("    p where nothing is copied", f"{copies.p_value:.4f}", ""),
         ]
     return rows

@@ -74,7 +74,7 @@ def test_card_of_a_simulation_tells_counts_training_metrics_and_copies(tmp_path:
         "| all | 100 |",
         "| partition.beta (Dirichlet) | 0.25 |",
         "| FID (train) v | 1.2500 | 0.7500 |",
-        "nearer than held-out ones, pixels v | 0.1250 | 0.0000 |",
+        "nearer than held-out ones, pixels v | 0.1250 |  |",
         "p where nothing is copied | 0.0312 |",
         "Not measured: images that look like noise.",
         "Warning: fewer than 50 measured images of a class. Few images of a class were measured: "
