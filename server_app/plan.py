@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator
 import numpy as np
 
 from server_app.own_images import command_to_go_on
+from server_app.simulation import described_range
 from server_app.time_estimate import estimate_seconds
 from task.config import Config
 from task.data import Dataset
@@ -89,9 +90,3 @@ def described_images(config: Config, dataset: Dataset) -> str:
         f"images: {sum(train) + sum(test):,}, seen as {data.image_size}x{data.image_size} {color} "
         f"({per_class}); {sum(train):,} to train on, {sum(test):,} held out to test"
     )
-
-
-def described_range(numbers: np.ndarray) -> str:
-    """Write the smallest and the largest of some numbers."""
-    least, most = int(numbers.min()), int(numbers.max())
-    return f"{least:,}" if least == most else f"{least:,} to {most:,}"

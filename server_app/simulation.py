@@ -3,6 +3,7 @@
 import dataclasses
 import os
 
+import numpy as np
 import ray
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
@@ -93,7 +94,7 @@ def record_partition(config: Config, partition: Partition, directory: RunDirecto
         title=f"{config.data.name}, {described_split(config)}",
     )
     sizes = partition.counts.sum(1)
-    log(f"{sizes.sum():,} training images, {sizes.min()} to {sizes.max()} at a hospital")
+    log(f"{sizes.sum():,} training images, {described_range(sizes)} at a hospital")
 
 
 def simulated_at_once(message_bytes: int) -> int:
@@ -116,3 +117,9 @@ def described_split(config: Config) -> str:
     """Say in a few words how the images were dealt out."""
     beta = config.partition.beta
     return "given counts" if beta is None else f"beta={beta:g}"
+
+
+def described_range(numbers: np.ndarray) -> str:
+    """Write the smallest and the largest of some numbers."""
+    least, most = int(numbers.min()), int(numbers.max())
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"

@@ -225,7 +225,7 @@ def submit(config: Config, overrides: list[str]) -> None:
     job = [override for override in overrides if named(override) not in {*settled, "resume"}]
     job += [hydra_override(key, value) for key, value in settled.items()]
     federation = config.federation
-    print(f"starting a simulation of {federation.num_supernodes} hospitals", flush=True)
+    print("starting the simulation", flush=True)
 
     def run_config() -> str:
         """Say what is to be run, now; Flower loses keys where --run-config is repeated."""

@@ -74,20 +74,20 @@ def test_real_node_holds_out_no_test_share_of_its_own_images(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("per_class", "words", "expected"),
     [
-        # 540 training images bear two hospitals of 270, who take 9 of their 60 steps an epoch.
-        (300, (), (2, 7)),
-        # 54 are one hospital's, who takes 2 of its 120 steps an epoch.
-        (30, (), (1, 60)),
-        (30, ("federation.num_supernodes=10",), (10, 30)),
-        (300, ("federation.num_supernodes=10",), (10, 15)),
+        # 540 training images bear two hospitals of 270, who take 9 of their 80 steps an epoch.
+        (300, (), (2, 9)),
+        # 54 are one hospital's, who takes 2 of its 160 steps an epoch.
+        (30, (), (1, 80)),
+        (30, ("federation.num_supernodes=10",), (10, 40)),
+        (300, ("federation.num_supernodes=10",), (10, 20)),
         (300, ("train.local_epochs=9",), (2, 9)),
-        (300, ("train.batch_size=270",), (2, 60)),
-        (300, ("train.mode=centralized",), (2, 7)),
-        (300, ("federation.images_per_client=100",), (5, 8)),
-        (300, ("federation.images_per_client=1",), (10, 15)),
+        (300, ("train.batch_size=270",), (2, 80)),
+        (300, ("train.mode=centralized",), (2, 9)),
+        (300, ("federation.images_per_client=100",), (5, 10)),
+        (300, ("federation.images_per_client=1",), (10, 20)),
         (300, ("federation.images_per_client=null", "train.steps_per_round=null"), (10, 5)),
-        (30, ("federation.clients_per_round=3",), (3, 40)),
-        (30, ("partition.beta=null", "partition.counts=[[27,0],[0,27]]"), (2, 60)),
+        (30, ("federation.clients_per_round=3",), (3, 53)),
+        (30, ("partition.beta=null", "partition.counts=[[27,0],[0,27]]"), (2, 80)),
         (30, ("experiment=paper",), (10, 5)),
     ],
 )
@@ -161,7 +161,7 @@ def test_plan_says_images_hospitals_training_and_time(
     )
     assert hospitals == "hospitals: 2 simulated, with 13 to 14 training images each"
     assert (
-        training == "training: 20 rounds of 60 epochs in batches of 32, 1,200 steps at a hospital"
+        training == "training: 20 rounds of 80 epochs in batches of 32, 1,600 steps at a hospital"
     )
     assert time.startswith("time: about 2:00 on this machine")
     slow = Estimate(20 * 400.0, 20.0)
