@@ -927,6 +927,26 @@ def test_run_by_the_median_bears_a_hospital_that_sends_anything(tmp_path: Path) 
         play(believing, alter=alter)
 
 
+def test_drawn_hospital_that_sends_nan_does_not_end_the_run(
+    hospitals: tuple[RunConfig, ClientNodes],
+) -> None:
+    run_config, nodes = hospitals
+    spoil = changed(metrics={Key.LOSS: math.nan})
+    asked: list[int] = []
+
+    def alter(message: Message, reply: Message) -> Message | None:
+        if message.metadata.message_type != "train":
+            return reply
+        asked.append(message.metadata.dst_node_id)
+        return spoil(message, reply) if len(asked) == 1 else reply
+
+    changes = {"federation.rounds": 1, "federation.clients_per_round": 1}
+    changes |= {"federation.min_replies": 1}
+    with opened({**run_config, **changes}, nodes=nodes, alter=alter) as run:
+        run.run()
+    assert len(set(asked)) == len(asked) == 2
+
+
 def lying(images: int, *, from_the_start: bool, loss: float = 1e14) -> Alter:
     """Let client 2 claim images, a loss and seconds, and perhaps introduce itself so."""
 
