@@ -34,6 +34,7 @@ SECTIONS = {
     "well, 4 minutes)",
     "copying": "false alarms of the search for copies, and copies found (1 minute; --full: ten "
     "times as many trials)",
+    "realism": "places of faulty images between real ones and noise (seconds)",
     "loss_curves": "loss curves of bfloat16 and float32 (only with --full or by name)",
     "sampling_quality": "Frechet distance of 20 steps against 300 on a model that is trained for "
     "it (only with --full or by name)",
