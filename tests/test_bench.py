@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from task.cli.bench import run_benchmarks
-from tests.benchmarks import copying, loss_curves, peers, sampling, training
+from tests.benchmarks import copying, loss_curves, peers, realism, sampling, training
 from tests.benchmarks.__main__ import chosen_sections, main, run_section
 from tests.benchmarks.contestants import Contestant, take_turns
 from tests.benchmarks.feddm import PAPER, Feddm
@@ -288,6 +288,13 @@ def test_sections_are_chosen_by_name_and_run_in_their_order() -> None:
 def test_every_section_is_a_module_with_a_measure(name: str) -> None:
     module = import_module(f"tests.benchmarks.{name}")
     assert {"full", "device"} <= set(inspect.signature(module.measure).parameters)
+
+
+def test_faults_lie_between_real_images_and_noise_in_their_order() -> None:
+    found = realism.measure(full=False, device="cpu")
+    names = ("held_out", "blurred_by_1_pixel", "blurred_by_4_pixels", "noise_smoothed_over_3x3")
+    places = [float(found[f"realism.{name}"]) for name in names]
+    assert places == sorted(places) and places[0] < 0.1 < 0.5 < places[2] < 1 < places[3]
 
 
 def test_search_for_copies_finds_them_and_seldom_alarms_otherwise() -> None:

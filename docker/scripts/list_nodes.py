@@ -36,6 +36,7 @@ def client_numbers(run: Path) -> dict[int, int]:
 
     Raises:
         OSError: it has none, as the folder of no run over real nodes has.
+        ValueError: they cannot be read.
     """
     # Imported here because it takes torch, which the list alone does not.
     from task.run_directory import NODES_FILE
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         numbers = client_numbers(Path(arguments[1])) if len(arguments) == 2 else None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"list_nodes.py: RUN must be the folder of a run: {error}", file=sys.stderr)
         return 1
     try:
