@@ -128,15 +128,13 @@ def _hydra_main(composed: DictConfig) -> None:
     words = cast(list[str], OmegaConf.to_container(job.overrides.task))
     config = None
     try:
-        config = config_from_hydra(composed, images_below=Path.cwd())
-        require_data_root(config)
+        asked = config_from_hydra(composed, images_below=Path.cwd())
+        require_data_root(asked)
         if sweep:
             # The runs of a sweep lie side by side in its folder.
-            config = dataclasses.replace(
-                config, output_dir=job.sweep.dir, run_name=job.sweep.subdir
-            )
+            asked = dataclasses.replace(asked, output_dir=job.sweep.dir, run_name=job.sweep.subdir)
         given = {named(word) for word in words}
-        config = as_begun(anchored(config, Path.cwd()), given)
+        config = as_begun(anchored(asked, Path.cwd()), given)
         with leaving_no_empty_run(run_path(config)):
             if not sweep:
                 check_startable(config)
@@ -204,7 +202,8 @@ def how_to_go_on(config: Config | None, words: list[str], sweep: bool) -> str:
     """
     if sweep and config is not None:
         typed = [word for word in sys.argv[1:] if named(word) != NAMING]
-        whole = dataclasses.replace(config, run_name=Path(config.output_dir).name)
+        folder = Path(config.output_dir)
+        whole = dataclasses.replace(config, output_dir=str(folder.parent), run_name=folder.name)
         return f"to go on: {command_to_go_on(whole, typed)}"
     if config is None or not is_begun(run_path(config)):
         return "nothing of the run is left"

@@ -77,7 +77,7 @@ def follow_once(app: Path, run_config: str, federation_config: str, log_file: Pa
         if failure is None:
             return
         whole.write(superlink.output.read_text(encoding="utf-8", errors="replace"))
-    cause = OVERLOADED.search(failure + log_file.read_text(encoding="utf-8")[begin:])
+    cause = OVERLOADED.search(failure + log_file.read_bytes()[begin:].decode(errors="replace"))
     if cause is not None:
         load, cores = os.getloadavg()[0], os.cpu_count()
         raise OverloadedError(

@@ -21,11 +21,12 @@ def command_to_go_on(config: Config, words: Collection[str], *, rounds: int | No
     """Write the command that goes on with a run.
 
     Args:
-        config: of the run.
+        config: of the run, with absolute folders.
         words: the Hydra overrides that it was composed from.
         rounds: `federation.rounds`, where it is to become another.
     """
-    settled: dict[str, object] = {"run_name": config.run_name, "resume": True}
+    settled: dict[str, object] = {"output_dir": config.output_dir, "run_name": config.run_name}
+    settled["resume"] = True
     if rounds is not None:
         settled["federation.rounds"] = rounds
     again = [word for word in words if named(word) not in settled]

@@ -85,7 +85,7 @@ def described_images(config: Config, dataset: Dataset) -> str:
         f"{name} {kept + held_out:,}"
         for name, kept, held_out in zip(classes, train, test, strict=True)
     )
-    color = "grey" if data.channels == 1 else "color"
+    color = "gray" if data.channels == 1 else "color"
     return (
         f"images: {sum(train) + sum(test):,}, seen as {data.image_size}x{data.image_size} {color} "
         f"({per_class}); {sum(train):,} to train on, {sum(test):,} held out to test"

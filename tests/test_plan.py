@@ -131,18 +131,22 @@ def test_command_to_go_on_keeps_the_words_and_takes_more_rounds(tmp_path: Path) 
     words = [f"data.root='{tmp_path}/it (1)'", "++federation.rounds=2", "run_name=x"]
     config = own_images(tmp_path / "set", *words[1:])
     again = shlex.split(command_to_go_on(config, words, rounds=4))
-    expected = ["run_name=x", "resume=true", "federation.rounds=4"]
-    assert again == ["feddm-train", words[0], *expected]
-    assert shlex.split(command_to_go_on(config, words))[2:] == [words[1], *expected[:2]]
+    expected = [f"output_dir={config.output_dir}", "run_name=x", "resume=true"]
+    assert again == ["feddm-train", words[0], *expected, "federation.rounds=4"]
+    assert shlex.split(command_to_go_on(config, words))[2:] == [words[1], *expected]
 
 
 @pytest.mark.parametrize(("position", "said"), [(0.8, "0.80 of the way"), (0.1, "if the images")])
 def test_finished_run_says_how_to_train_longer(tmp_path: Path, position: float, said: str) -> None:
     recorded: list[Recorded] = [(2, "global", {"train_loss": 0.1, "noise_position": position})]
     path = written_run(tmp_path / "x", recorded, rounds_done=2)
-    text = how_to_train_on(run_config(path), ["data=image_folder"])
+    # As of a job of a sweep, whose words name the folder of the whole.
+    text = how_to_train_on(run_config(path), ["data=image_folder", "output_dir=out", "run_name=s"])
     assert said in text
-    assert text.endswith("feddm-train data=image_folder run_name=x resume=true federation.rounds=4")
+    assert text.endswith(
+        f"feddm-train data=image_folder output_dir={tmp_path} run_name=x resume=true "
+        "federation.rounds=4"
+    )
 
 
 def test_plan_says_images_hospitals_training_and_time(

@@ -163,13 +163,15 @@ def test_way_on_is_the_command_of_the_run_or_of_the_whole_sweep(
     typed = ["-m", "seed=0,1", "run_name=old", "output_dir=out"]
     monkeypatch.setattr("sys.argv", ["feddm-train", *name_by_what_is_swept(typed)])
     config = job(tmp_path / "it's", "seed=0")
-    expected = """feddm-train -m seed=0,1 output_dir=out 'run_name="it'"'"'s"' resume=true"""
+    place = f"""output_dir={tmp_path} 'run_name="it'"'"'s"'"""
+    expected = f"feddm-train -m seed=0,1 {place} resume=true"
     assert how_to_go_on(config, ["seed=0"], sweep=True) == f"to go on: {expected}"
     assert how_to_go_on(config, ["seed=0"], sweep=False) == "nothing of the run is left"
     assert how_to_go_on(None, ["seed=0"], sweep=True) == "nothing of the run is left"
     run_path(config).mkdir(parents=True)
     (run_path(config) / "config.yaml").touch()
-    expected = "to go on: feddm-train seed=0 'run_name=\"seed=0\"' resume=true"
+    place = f"""'output_dir="{tmp_path}/it'"'"'s"' 'run_name="seed=0"'"""
+    expected = f"to go on: feddm-train seed=0 {place} resume=true"
     assert how_to_go_on(config, ["seed=0"], sweep=False) == expected
 
 
