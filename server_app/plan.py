@@ -7,7 +7,7 @@ import numpy as np
 from server_app.own_images import command_to_go_on
 from server_app.simulation import described_range
 from server_app.time_estimate import estimate_seconds
-from task.config import Config
+from task.config import OWN_IMAGES, Config
 from task.data import Dataset
 from task.history import read_history
 from task.partition import partition_dataset
@@ -86,6 +86,9 @@ def described_images(config: Config, dataset: Dataset) -> str:
         for name, kept, held_out in zip(classes, train, test, strict=True)
     )
     color = "gray" if data.channels == 1 else "color"
+    some = dataset.train.images[:1000]
+    if data.name in OWN_IMAGES and data.channels == 3 and bool((some == some[:, :1]).all()):
+        color = "color, although they are gray (data.channels=1 keeps them so)"
     return (
         f"images: {sum(train) + sum(test):,}, seen as {data.image_size}x{data.image_size} {color} "
         f"({per_class}); {sum(train):,} to train on, {sum(test):,} held out to test"

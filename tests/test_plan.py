@@ -158,11 +158,16 @@ def test_plan_says_images_hospitals_training_and_time(
     monkeypatch.setattr(
         "server_app.plan.estimate_seconds", lambda config, sizes, rounds: Estimate(100.0, 20.0)
     )
-    images, hospitals, training, time = describe_plan(config, build_dataset(config, download=False))
+    dataset = build_dataset(config, download=False)
+    images, hospitals, training, time = describe_plan(config, dataset)
     assert images == (
         "images: 30, seen as 8x8 color (rote Zellen 20, weiß 10); 27 to train on, "
         "3 held out to test"
     )
+    gray = dataset.train.images[:, :1].expand(-1, 3, -1, -1)
+    gray_set = dataclasses.replace(dataset.train, images=gray)
+    images, *_ = describe_plan(config, dataclasses.replace(dataset, train=gray_set))
+    assert "8x8 color, although they are gray (data.channels=1 keeps them so)" in images
     assert hospitals == "hospitals: 2 simulated, with 13 to 14 training images each"
     assert (
         training == "training: 20 rounds of 80 epochs in batches of 32, 1,600 steps at a hospital"
