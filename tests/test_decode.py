@@ -240,12 +240,16 @@ def test_half_transparent_pixels_are_half_as_bright(
 
 
 def write_png(
-    path: Path, pixels: np.ndarray, color_type: int, *chunks: tuple[bytes, bytes]
+    path: Path,
+    pixels: np.ndarray,
+    color_type: int,
+    *chunks: tuple[bytes, bytes],
+    bits: int = 16,
 ) -> None:
-    """Write 16-bit PNG with further chunks, which Pillow does not write."""
+    """Write PNG of 16, or 4 or 2 bits, with further chunks, which Pillow does not write."""
     height, width = pixels.shape[:2]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
+    rows = b"".join(b"\0" + png_row(row, bits) for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     path.write_bytes(
         b"\x89PNG\r\n\x1a\n"
@@ -254,6 +258,21 @@ def write_png(
             for name, data in parts
         )
     )
+
+
+def png_row(row: np.ndarray, bits: int) -> bytes:
+    if bits == 16:
+        return row.astype(">u2").tobytes()
+    return bytes(np.packbits(np.unpackbits(row.astype(np.uint8)[:, None], axis=1)[:, -bits:]))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_transparent_gray_of_few_bits_is_black(tmp_path: Path, bits: int) -> None:
+    top = 2**bits - 1
+    values = np.array([[0, 1, 2, top]])
+    write_png(tmp_path / "x.png", values, 0, (b"tRNS", struct.pack(">H", 2)), bits=bits)
+    found = decode_picture(tmp_path / "x.png")[0].flatten().tolist()
+    assert found == [0, 255 // top, 0, 255]
 
 
 def test_transparent_gray_of_16_bits_is_black_and_of_deep_colors_refused(tmp_path: Path) -> None:
@@ -517,6 +536,8 @@ def test_colors_of_every_kind_become_rgb(tmp_path: Path) -> None:
         ({"WindowCenter": 40}, "WindowCenter and WindowWidth must be both there"),
         ({"RescaleSlope": 2}, "RescaleSlope and RescaleIntercept must be both there"),
         ({"RescaleSlope": 0, "RescaleIntercept": 1}, "the slope not 0"),
+        ({"RescaleSlope": 1, "RescaleIntercept": "1E999"}, "RescaleIntercept must be finite"),
+        ({"WindowCenter": ["0", "-1E999"], "WindowWidth": 9}, "WindowCenter must be finite"),
         ({"PresentationLUTShape": "INVERSE"}, "PresentationLUTShape must be IDENTITY"),
         ({"HighBit": 11, "BitsStored": 10}, "HighBit must be 9 with BitsStored 10"),
         ({"NumberOfFrames": 2}, "it has 2 frames"),

@@ -30,6 +30,9 @@ MAX_ASPECT = 10
 
 WINDOW = ("WindowCenter", "WindowWidth")
 
+# Written as text, which may say NaN or be too large for a number.
+DECIMALS = ("RescaleSlope", "RescaleIntercept", "DoseGridScaling", *WINDOW)
+
 # An element that is there and empty says as much as one that is not.
 OPTIONAL = (
     *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
@@ -171,6 +174,9 @@ def _gray(raw: np.ndarray, file: "Dataset", window: tuple[float, float] | None) 
         file.get("PresentationLUTShape"),
     )
     require(raw.ndim == 2, "SamplesPerPixel", "1 with gray values", int(file.SamplesPerPixel))
+    for name in filter(file.__contains__, DECIMALS):
+        numbers = np.ravel(file[name].value).astype(float)
+        require(bool(np.isfinite(numbers).all()), name, "finite", numbers.tolist())
     padding = _padding(raw, file)
     if padding.all():
         raise ValueError("every pixel is padding (PixelPaddingValue)")

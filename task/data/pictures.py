@@ -42,6 +42,7 @@ def decode_picture(path: Path) -> Tensor:
         if frames > 1 and opened.format != "MPO":
             raise ValueError(f"it has {frames} frames; store one image per file")
         _check_layout(opened)
+        _scale_transparent_gray(opened)
         ends = _deep_ends(opened)
         picture = ImageOps.exif_transpose(opened)
         if ends is not None:
@@ -97,6 +98,14 @@ def _check_layout(opened: Image.Image) -> None:
         "RGB unless JPEG compresses the file",
         "YCbCr",
     )
+
+
+def _scale_transparent_gray(opened: Image.Image) -> None:
+    """Scale the transparent gray of a PNG file of 2 or 4 bits, as Pillow scales its pixels."""
+    if isinstance(opened, PngImagePlugin.PngImageFile) and "transparency" in opened.info:
+        top = {"L;2": 3, "L;4": 15}.get(str(opened.tile[0].args))
+        if top is not None:
+            opened.info["transparency"] *= 255 // top
 
 
 def _deep_ends(opened: Image.Image) -> tuple[int, int] | None:
