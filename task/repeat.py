@@ -1,6 +1,7 @@
 """The words that repeat a run, for either of its two commands."""
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,7 +125,12 @@ def _submitting(words: Mapping[str, Word], connection: str) -> str:
 def as_toml(words: Mapping[str, Word]) -> str:
     """Write words as the TOML file that `flwr run --run-config` reads."""
     # A string of JSON is one of TOML, where it holds no pair of surrogates and no raw DEL.
-    return "".join(f"{k} = {_toml_value(value)}\n" for k, value in words.items())
+    return "".join(f"{_toml_key(key)} = {_toml_value(value)}\n" for key, value in words.items())
+
+
+def _toml_key(key: str) -> str:
+    # In the lines for a shell a key from a file that was tampered with must not end a line.
+    return key if re.fullmatch(r"[A-Za-z0-9_.-]+", key) else _toml_value(key)
 
 
 def _toml_value(value: Word) -> str:

@@ -11,7 +11,13 @@ from task.evaluate import MetricReport
 from task.history import LeftOut, RunHistory, read_history
 from task.metric_table import metric_rows
 from task.progress import duration
-from task.repeat import PLACES, resubmitting_command, resuming_command, training_words
+from task.repeat import (
+    PLACES,
+    resubmitting_command,
+    resuming_command,
+    submitting_command,
+    training_words,
+)
 from task.run_directory import check_same_run, run_path
 from task.run_summary import (
     describe_run,
@@ -318,6 +324,11 @@ def test_words_that_resume_a_run_name_its_folder_of_now(tmp_path: Path) -> None:
         "resume": True,
     }
     assert command.endswith("""\nflwr run . 'it'"'"'s' --run-config words.toml""")
+    # A key of a file that was tampered with ends no line of what a reader may paste into a shell.
+    hostile = {"a\nEND\ntouch owned\nb": "c\nEND\n"}
+    lines = submitting_command(hostile).splitlines()
+    assert lines[0].endswith("<<'END'") and lines[2] == "END" and len(lines) == 4
+    assert tomllib.loads(lines[1]) == hostile
 
 
 def test_test_images_that_were_trained_on_are_warned_of(tmp_path: Path) -> None:
