@@ -10,7 +10,13 @@ import torch
 from server_app.own_images import as_begun, command_to_go_on, fit_to_images
 from server_app.plan import describe_plan, how_to_train_on
 from server_app.simulation import load_images
-from server_app.time_estimate import Estimate, at_once, estimate_seconds, images_to_draw
+from server_app.time_estimate import (
+    Estimate,
+    at_once,
+    estimate_seconds,
+    images_to_draw,
+    seconds_per_image,
+)
 from task.config import Config, anchored, hydra_override, load_config, load_run_config, write_config
 from task.data import build_dataset, list_dataset
 from task.node import NodeConfig, count_images, own_config
@@ -222,3 +228,16 @@ def test_steps_are_timed_on_this_machine() -> None:
     found = estimate_seconds(config, [32], rounds=range(1, 21))
     assert 0 < found.training < 60 and 0 < found.drawing < 60
     assert at_once(load_config(["train.mode=centralized"]), torch.device("cpu")) == 1
+
+
+def test_one_slow_step_does_not_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a step may take a hundred times as long as the next."""
+    now = 0.0
+    took = iter([5.0, 2.0, *[0.02] * 1000])
+
+    def step(num_images: int) -> None:
+        nonlocal now
+        now += next(took) * num_images
+
+    monkeypatch.setattr("server_app.time_estimate.time.perf_counter", lambda: now)
+    assert seconds_per_image(step, 32) == pytest.approx(0.02)
