@@ -228,6 +228,7 @@ def test_node_that_can_take_part_is_told_all_about_itself(tmp_path: Path) -> Non
         "flwr 1.41",
     ):
         assert words in printed
+    assert printed.count("30 images are used") == 1
 
 
 def test_every_problem_is_listed_before_the_first_is_named(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """`feddm check-node`: whether a hospital's machine can take part in a run, told on the spot."""
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from task.cli.check_superlink import check_superlink
@@ -62,7 +62,8 @@ class Check(Findings):
         dataset = build_dataset(config, download=False)
         unreadable = listed - len(dataset.train) - len(dataset.test)
         yield "unreadable files", f"{unreadable}" + (" (named above)" if unreadable else "")
-        yield from found_files(take_inventory(config, own_images(config, dataset)))
+        inventory = take_inventory(config, own_images(config, dataset))
+        yield from found_files(inventory, said=counts.files.describe())
 
     def places(self) -> Iterator[Finding]:
         """Look at the disks."""
@@ -137,9 +138,10 @@ def format_counts(classes: Iterable[str], counts: ImageCounts) -> str:
     return lay_out([*rows, ("all", *map(str, sums))])
 
 
-def found_files(inventory: Inventory) -> Iterator[Finding]:
-    """Say what became of every file, a line for each finding."""
-    for number, line in enumerate(inventory.describe()):
+def found_files(inventory: Inventory, said: Collection[str] = ()) -> Iterator[Finding]:
+    """Say what became of every file, a line for each finding that has not been said."""
+    new = (line for line in inventory.describe() if line not in said)
+    for number, line in enumerate(new):
         yield "files" if number == 0 else "", line
 
 
