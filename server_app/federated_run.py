@@ -63,6 +63,7 @@ from task.run_directory import (
     CLASS_COUNTS_FILE,
     NODES_FILE,
     RunDirectory,
+    client_numbers,
 )
 from task.wire import QUALITY, Key, WeightLayout
 
@@ -125,11 +126,12 @@ class FederatedRun(TrainingRun):
         self.ema: Weights | None = None
         self._grid = grid
         self.simulated = is_simulation(grid)
+        has_numbers = (directory.path / NODES_FILE).exists()
         self._roster = Roster(
             grid,
             simulated=self.simulated,
             num_classes=len(self.config.data.classes),
-            known=directory.read_json(NODES_FILE),
+            known=client_numbers(directory.path) if has_numbers else None,
         )
         self._weighing = Weighing.of(self.config.federation, simulated=self.simulated)
         self._aggregate = build_aggregation(self.config.federation, self._weighing)

@@ -127,7 +127,7 @@ class Roster:
         *,
         simulated: bool,
         num_classes: int,
-        known: Mapping[str, int] | None = None,
+        known: Mapping[int, int] | None = None,
     ) -> None:
         """Start without nodes.
 
@@ -143,7 +143,7 @@ class Roster:
         self._grid = grid
         self._simulated = simulated
         self._num_classes = num_classes
-        self._numbers = {int(node): number for node, number in (known or {}).items()}
+        self._numbers = dict(known or {})
         self._present: dict[int, int] = {}
         self._introductions = Introductions(grid)
         # They have introduced themselves and get their numbers together.
@@ -157,9 +157,9 @@ class Roster:
         return dict(sorted(self._present.items()))
 
     @property
-    def numbers(self) -> dict[str, int]:
+    def numbers(self) -> dict[int, int]:
         """Client numbers by node id, of every real node ever seen; for the run directory."""
-        return {str(node): number for node, number in self._numbers.items()}
+        return dict(self._numbers)
 
     def wait_for(
         self, minimum: int, *, seconds: float, patience: float = QUERY_TIMEOUT_SECONDS

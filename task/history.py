@@ -302,7 +302,6 @@ def read_history(run: Path) -> RunHistory:
     rounds_done = max(last_complete_round(run), final or 0)
     recorded = _recorded(run, rounds_done)
     machine = _read_json(run / MACHINE_FILE) or {}
-    submission = _read_json(run / SUBMISSION_FILE) or {}
     data = _read_json(run / DATA_FILE) or {}
     return RunHistory(
         path=run,
@@ -322,7 +321,7 @@ def read_history(run: Path) -> RunHistory:
         class_counts=_class_counts(run, len(config.data.classes)),
         evaluations=tuple(_evaluations(run)),
         grids={round_of(file): file for file in sorted(run.glob("samples/round_*.png"))},
-        run_config=submission.get("run_config"),
+        run_config=_submitted_words(run / SUBMISSION_FILE),
         work_times=_work_times(run / TIMES_FILE),
         data_source=data.get("source"),
         data_hashes=data.get("sha256", {}),
@@ -352,7 +351,14 @@ def _naming(file: Path) -> Iterator[None]:
     """Say of a file that cannot be understood which it is and what to do."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError, SafetensorError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
             f"{file} is not what a run writes ({why}); mend it, or move it out of the folder"
@@ -431,6 +437,14 @@ def _evaluations(run: Path) -> list[Evaluation]:
             per_class = content.get("num_per_class")
             found.append(Evaluation(file.name, report, content["round"], otherwise, per_class))
     return found
+
+
+def _submitted_words(file: Path) -> Mapping[str, Word] | None:
+    words = (_read_json(file) or {}).get("run_config")
+    with _naming(file):
+        if not isinstance(words, dict | None):
+            raise TypeError(f"run_config must be an object, got {type(words).__name__}")
+    return words
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

@@ -304,9 +304,13 @@ class RunDirectory:
         write_json(self.path / name, content)
 
     def read_json(self, name: str) -> Any:
-        """Read a JSON file of the run; None where it is not there."""
+        """Read a JSON file of the run; None where it is not there.
+
+        Raises:
+            ValueError: it is damaged.
+        """
         file = self.path / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return read_json(file) if file.exists() else None
 
     def record_time(self) -> None:
         """Write down for how long this process has worked on the run until now."""
@@ -452,6 +456,36 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
         # The last line may have been cut off by the end of the process.
         for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
             yield json.loads(line)
+
+
+def read_json(file: Path) -> Any:
+    """Read a JSON file of a run.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}); bring a copy of it back") from error
+
+
+def client_numbers(run: Path) -> dict[int, int]:
+    """Read the client numbers of a run over real nodes by node id.
+
+    Raises:
+        OSError: it has none, as the folder of no run over real nodes has.
+        ValueError: they are damaged.
+    """
+    numbers = read_json(run / NODES_FILE)
+    if isinstance(numbers, dict):
+        pairs = [(node, number) for node, number in numbers.items() if type(number) is int]
+        if len(pairs) == len(numbers) and all(node.isdecimal() for node in numbers):
+            return {int(node): number for node, number in pairs}
+    raise ValueError(
+        f"{run / NODES_FILE} is damaged: it must hold a number for each node id; bring a copy of "
+        "it back"
+    )
 
 
 def what_is_wrong(file: Path) -> str | None:

@@ -255,6 +255,12 @@ def test_page_says_when_where_and_of_what_a_run_is(tmp_path: Path) -> None:
     (run / "times.json").write_text('[{"begun": "yesterday"}]')
     with pytest.raises(ValueError, match=r"times\.json is not what a run writes"):
         read_history(run)
+    (run / "times.json").unlink()
+    for file, content in (("submission.json", '{"run_config": 5}'), ("metrics.jsonl", "[" * 10**5)):
+        (run / file).write_text(content + "\n")
+        with pytest.raises(ValueError, match=rf"{file} is not what a run writes"):
+            read_history(run)
+        (run / file).unlink()
 
 
 def test_run_that_is_not_over_says_how_to_go_on_or_that_it_does(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def network() -> Network:
     return Network()
 
 
-def real(network: Network, *, known: Mapping[str, int] | None = None) -> Roster:
+def real(network: Network, *, known: Mapping[int, int] | None = None) -> Roster:
     return Roster(network.grid, simulated=False, num_classes=3, known=known)
 
 
@@ -106,7 +106,7 @@ def test_real_nodes_are_numbered_by_their_first_appearance(network: Network) -> 
             appeared += network.add_nodes(1)
             known.wait_for(number, seconds=20)
     assert known.node_ids == dict(enumerate(appeared))
-    assert known.numbers == {str(node): number for number, node in enumerate(appeared)}
+    assert known.numbers == {node: number for number, node in enumerate(appeared)}
     assert known.num_partitions is None
 
 
@@ -126,7 +126,7 @@ def test_numbers_of_nodes_that_appear_together_do_not_depend_on_who_answers_firs
 def test_numbers_are_kept_across_a_restart(network: Network) -> None:
     first, second, third = network.add_nodes(3)
     # The third is new; the number of one that has left is not given to another.
-    known = real(network, known={str(first): 2, str(second): 0, "4711": 5})
+    known = real(network, known={first: 2, second: 0, 4711: 5})
     with network.answering(introduced):
         known.wait_for(3, seconds=20)
     assert known.node_ids == {0: second, 2: first, 6: third}
@@ -172,7 +172,7 @@ def test_node_with_other_code_is_refused_and_named(
     known = real(network)
     with network.answering(by_node({bad: other_code})):
         known.wait_for(1, seconds=20)
-        assert known.node_ids == {0: good} and known.numbers == {str(good): 0}
+        assert known.node_ids == {0: good} and known.numbers == {good: 0}
         refused = f"node {bad} was refused: it runs other code than the server"
         assert refused in capsys.readouterr().out
         with pytest.raises(TimeoutError, match=rf"1 of 2 nodes .*federation\.node_wait.*{refused}"):
@@ -244,7 +244,7 @@ def test_client_in_doubt_is_absent_until_it_introduces_itself_again(network: Net
     with network.answering(introduced):
         known.wait_for(1, seconds=20)
         known.doubt(0, "is silent")
-        assert known.node_ids == {} and known.numbers == {str(node): 0}
+        assert known.node_ids == {} and known.numbers == {node: 0}
         known.wait_for(1, seconds=20)
     assert known.node_ids == {0: node}
 
@@ -330,7 +330,7 @@ def test_leaving_and_returning_are_told_and_a_missing_client_is_named(
     network: Network, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = network.add_nodes(2)
-    known = real(network, known={"4711": 5})
+    known = real(network, known={4711: 5})
     with network.answering(introduced):
         known.wait_for(2, seconds=20)
         network.state.deactivate_node(first)

@@ -1,5 +1,6 @@
 import json
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from task.config import Config, anchored, load_config, read_config, value_paths
 from task.history import read_history
 from task.run_directory import (
     FREE_TO_CHANGE,
+    NODES_FILE,
     RunDirectory,
     check_startable,
+    client_numbers,
     read_metrics,
     run_path,
 )
@@ -535,3 +538,15 @@ def test_folder_that_cannot_be_made_is_named_with_a_way_out(tmp_path: Path) -> N
 def test_name_that_the_disk_refuses_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"(run_name|output_dir): .*x{300}"):
         check_startable(configured(tmp_path, f"run_name={'x' * 300}"))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1", "3", "[1, 2]", '{"x": 1}', '{"7": "\\u001b[31m"}', "[" * 10**5]
+)
+def test_damaged_numbers_of_clients_are_refused_by_their_file(tmp_path: Path, text: str) -> None:
+    file = tmp_path / NODES_FILE
+    file.write_text('{"18446744073709551615": 2}')
+    assert client_numbers(tmp_path) == {2**64 - 1: 2}
+    file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"{file} is damaged")):
+        client_numbers(tmp_path)

@@ -6,7 +6,6 @@ offline or unregistered. With the folder of a run each line ends with "client 3"
 which the run's log and report name the node, or "-" where it has not taken part.
 """
 
-import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -31,18 +30,12 @@ def registered_nodes(connection: str) -> list[NodeInfo]:
         client.close()
 
 
-def client_numbers(run: Path) -> dict[int, int]:
-    """Read the client numbers of a run by node id.
-
-    Raises:
-        OSError: it has none, as the folder of no run over real nodes has.
-        ValueError: they cannot be read.
-    """
+def read_client_numbers(run: Path) -> dict[int, int]:
+    """Read the client numbers of a run by node id."""
     # Imported here because it takes torch, which the list alone does not.
-    from task.run_directory import NODES_FILE
+    from task.run_directory import client_numbers
 
-    numbers = json.loads((run / NODES_FILE).read_text(encoding="utf-8"))
-    return {int(node): number for node, number in numbers.items()}
+    return client_numbers(run)
 
 
 def main(arguments: list[str]) -> int:
@@ -51,7 +44,7 @@ def main(arguments: list[str]) -> int:
         print("usage: list_nodes.py CONNECTION [RUN]", file=sys.stderr)
         return 2
     try:
-        numbers = client_numbers(Path(arguments[1])) if len(arguments) == 2 else None
+        numbers = read_client_numbers(Path(arguments[1])) if len(arguments) == 2 else None
     except (OSError, ValueError) as error:
         print(f"list_nodes.py: RUN must be the folder of a run: {error}", file=sys.stderr)
         return 1
