@@ -40,6 +40,10 @@ from task.run_directory import LOG_FILE, check_startable, is_begun, run_path
 # Hydra's own value that says what does not stand in the name of a job.
 NAMING = "hydra.job.config.override_dirname.exclude_keys"
 
+# Folders of the jobs of this process's sweep that failed: Hydra returns nothing of a sweep, and
+# would answer an error with its own words and a traceback.
+FAILED_JOBS: list[str] = []
+
 
 def main() -> None:
     """Run `feddm-train`."""
@@ -58,6 +62,9 @@ def main() -> None:
         print(f"feddm-train: {error}", file=sys.stderr)
         sys.exit(1)
     _hydra_main()
+    if FAILED_JOBS:
+        print(f"feddm-train: {len(FAILED_JOBS)} failed: {'; '.join(FAILED_JOBS)}", file=sys.stderr)
+        sys.exit(1)
 
 
 def read_arguments(arguments: list[str]) -> list[str]:
@@ -159,8 +166,8 @@ def _hydra_main(composed: DictConfig) -> None:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"feddm-train: {error}", file=sys.stderr, flush=True)
         if sweep:
-            # Hydra goes on with the next job and ends with status 1.
-            raise
+            FAILED_JOBS.append(one_folder(job.job.override_dirname, job.job.num))
+            return
         # What is wrong in an input stays so.
         if isinstance(error, RuntimeError) and config is not None and is_begun(run_path(config)):
             how = how_to_go_on(config, words, sweep)

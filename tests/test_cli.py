@@ -124,6 +124,15 @@ def test_wrong_calls_are_answered_without_torch(words: str, expected: str, tmp_p
     assert "Traceback" not in done.stderr and [*tmp_path.iterdir()] == []
 
 
+def test_sweep_ends_with_the_names_of_the_runs_that_failed(tmp_path: Path) -> None:
+    words = ["-m", "seed=1,2", "data=chest_xray", "data.root=nothing"]
+    command = [sys.executable, "-c", "from server_app.command import main; main()", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    *each, last = done.stderr.splitlines()
+    assert last == "feddm-train: 2 failed: seed=1; seed=2" and done.returncode == 1
+    assert ["nothing: there is no such folder" in line for line in each] == [True, True]
+
+
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [("feddm tab", "tables"), ("feddm evaluate --extractor i", "inception")],
