@@ -156,10 +156,12 @@ class SyntheticFolder:
     def overrides(self) -> list[str]:
         """Say in words of a configuration how to train on the images."""
         data = self._origin["data"]
+        # A simulation takes no class without an image.
+        drawn = [f.name for f, num in zip(self._folders, self._counts, strict=True) if num]
         return [
             "data=image_folder",
             hydra_override("data.root", str(self.path.absolute())),
-            hydra_override("data.classes", [folder.name for folder in self._folders]),
+            hydra_override("data.classes", drawn),
             *(f"data.{name}={data[name]}" for name in ("image_size", "channels")),
             "data.test_fraction=0.1",
         ]

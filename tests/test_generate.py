@@ -56,7 +56,11 @@ def test_folder_holds_what_sample_draws_and_reads_back_as_a_data_set(
     config = load_config([*words, f"data.cache_dir={tmp_path / 'cache'}"])
     found = build_dataset(config, download=False)
     assert len(found.train) + len(found.test) == 14 and len(found.test) > 0
-    assert images_by_label(found.train, found.test) == images_by_label(expected)
+    # A simulation refuses to train on classes without images.
+    assert config.data.classes == ["3", "8"]
+    read = images_by_label(found.train, found.test)
+    read = {(int(config.data.classes[label]), image) for label, image in read}
+    assert read == images_by_label(expected)
     in_torchvision = ImageFolder(out)
     assert in_torchvision.classes == ["3", "8"] and len(in_torchvision) == 14
     file = Image.open(out / "3" / "000000.png")
