@@ -356,6 +356,7 @@ def _naming(file: Path) -> Iterator[None]:
         TypeError,
         LookupError,
         AttributeError,
+        ArithmeticError,
         RecursionError,
         SafetensorError,
     ) as error:

@@ -256,7 +256,12 @@ def test_page_says_when_where_and_of_what_a_run_is(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"times\.json is not what a run writes"):
         read_history(run)
     (run / "times.json").unlink()
-    for file, content in (("submission.json", '{"run_config": 5}'), ("metrics.jsonl", "[" * 10**5)):
+    huge = json.dumps({"round": 1, "who": "global", "name": "train_loss", "value": 10**400})
+    for file, content in (
+        ("submission.json", '{"run_config": 5}'),
+        ("metrics.jsonl", "[" * 10**5),
+        ("metrics.jsonl", huge),
+    ):
         (run / file).write_text(content + "\n")
         with pytest.raises(ValueError, match=rf"{file} is not what a run writes"):
             read_history(run)
