@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from task.checkpoint import load_weights
@@ -276,8 +277,11 @@ def final_model(run: Path, config: Config, client: int | None = None) -> tuple[U
     require("round" in metadata, f"the metadata of {file}", "with a round", metadata)
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     require(not broken, str(file), "finite weights", f"NaN or infinity in {broken[:3]}")
-    model = build_unet(config)
     try:
+        # First without memory: a changed configuration may ask for more than there is.
+        with torch.device("meta"):
+            build_unet(config).load_state_dict(weights, assign=True)
+        model = build_unet(config)
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit the network of {run}/config.yaml: {error}") from None

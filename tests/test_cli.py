@@ -284,6 +284,10 @@ def test_unusable_weights_are_errors_of_one_line(run: Path, tmp_path: Path) -> N
     assert_fails_in_one_line(feddm("evaluate", tmp_path), "not a readable safetensors file")
     save_weights(file, {"weight": torch.ones(1)}, {"round": "3"})
     assert_fails_in_one_line(feddm("evaluate", tmp_path), "does not fit the network")
+    config = read_config(tmp_path / "config.yaml")
+    vast = dataclasses.replace(config, model=dataclasses.replace(config.model, width=10**8))
+    write_config(vast, tmp_path / "config.yaml")
+    assert_fails_in_one_line(feddm("evaluate", tmp_path), "does not fit the network")
     save_weights(file, {"weight": torch.full((1,), math.nan)}, {"round": "3"})
     assert_fails_in_one_line(feddm("evaluate", tmp_path), "finite weights, got", "['weight']")
 
