@@ -166,7 +166,7 @@ class TrainingRun(ABC):
             why = missing_for_compiling(self.device) or "code that is not train.deterministic"
             log(f"not compiled, which would train faster: no {why}")
         log(
-            f"{self.config.experiment}: {self.describe()}, data {self.config.data.name}, "
+            f"{self.config.run_name}: {self.describe()}, data {self.config.data.name}, "
             f"{sum(t.numel() for t in self.weights.values()):,} parameters, "
             f"{self.config.train.precision} on {self.device}{', compiled' if compiled else ''}"
         )

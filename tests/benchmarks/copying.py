@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from task.data import load_dataset
+from task.config import load_config
+from task.data import build_dataset
 from task.metrics import copying_test, neighbour_distances
 from tests.benchmarks.report import Figures
 
@@ -39,16 +40,7 @@ def measure(
         each share of them; and of alarms by the rule that more than 1 % and three standard errors
         of it are as near as the nearest 1 % of the held-out ones.
     """
-    dataset = load_dataset(
-        "digits",
-        root=".",
-        image_size=8,
-        channels=1,
-        num_classes=10,
-        test_fraction=0.1,
-        seed=0,
-        download=False,
-    )
+    dataset = build_dataset(load_config(["data.image_size=8"]), download=False)
     images = torch.cat([dataset.train.images, dataset.test.images]).flatten(1)
     trials *= 10 if full else 1
     found: Figures = {"copying.trials": float(trials)}

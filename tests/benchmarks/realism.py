@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from task.data import load_dataset
+from task.config import load_config
+from task.data import build_dataset
 from task.realism import noise_position, starting_noise
 from task.train import select_device
 from tests.benchmarks.report import Figures
@@ -20,16 +21,7 @@ def measure(*, full: bool, device: str) -> Figures:
     Returns:
         By fault the place of as many images as are held out.
     """
-    dataset = load_dataset(
-        "digits",
-        root=".",
-        image_size=16,
-        channels=1,
-        num_classes=10,
-        test_fraction=0.1,
-        seed=0,
-        download=False,
-    )
+    dataset = build_dataset(load_config([]), download=False)
     train, held_out = dataset.train.images, dataset.test.images
     noise = starting_noise(len(held_out), held_out.shape[1:], seed=1)
     faulty = {
