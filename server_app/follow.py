@@ -20,15 +20,17 @@ POLL_SECONDS = 1.0
 GRACE_SECONDS = 5.0
 
 COLORS = re.compile(r"\x1b\[[0-9;]*m")
-# What Flower and Ray say in every run, and nobody needs. Errors and other warnings are shown.
+# What Flower and Ray say in every run, and nobody needs. Errors and other warnings are shown, but
+# for the lines of code that led to an error.
 NOISE = re.compile(
     r"(\(\w+ pid=\d+\) )?(INFO *:|WARNING *: +(Since flwr 1\.32|Manually terminating))"
     r"|Using SuperLink: |Successfully (started|installed) "
     r"|\S+ \S+\tINFO worker\.py:"
     r"|.*/site-packages/.*: (Future|Deprecation)Warning: "
+    r"|(\(\w+ pid=\d+\) )?Traceback \(most recent call last\):"
 )
-# The line of code that Python shows below a warning.
-WARNED_LINE = re.compile(r"(\(\w+ pid=\d+\) )?  \S")
+# The lines of code that Python shows below a warning or in a traceback.
+CODE_LINE = re.compile(r"(\(\w+ pid=\d+\) )?  \s*\S")
 OVERLOADED = re.compile(r"No heartbeat received from the task|node timed out during startup")
 
 
@@ -128,14 +130,15 @@ def stream(command: list[str], superlink: SuperLink, whole: IO[str]) -> int:
 
 def show(lines: Iterable[str], whole: IO[str]) -> None:
     """Print what is no noise, and write everything into a file."""
-    warned = False
+    code_follows = False
     for line in lines:
         whole.write(line)
         whole.flush()
         plain = COLORS.sub("", line)
-        noise = NOISE.match(plain) is not None or (warned and WARNED_LINE.match(plain) is not None)
-        warned = noise and "Warning: " in plain
-        if not noise:
+        is_code = code_follows and CODE_LINE.match(plain) is not None
+        noise = NOISE.match(plain) is not None
+        code_follows = is_code or (noise and ("Warning: " in plain or "Traceback " in plain))
+        if not noise and not is_code:
             print(line, end="", flush=True)
 
 

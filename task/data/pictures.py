@@ -17,7 +17,8 @@ PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")
 
 UNREAD = (
     "it is damaged, or no PNG, JPEG, BMP, TIFF, GIF or WebP file, or a TIFF file of another layout "
-    "than 1, 2, 4, 8, 12 or 16 bits of gray, or 8 or 16 of colors"
+    "than 1, 2, 4, 8, 12 or 16 bits of gray, or 8 or 16 of colors (some of them, with 12 bits or "
+    "white is zero, in one byte order alone)"
 )
 
 WHITE_IS_ZERO, YCBCR = 0, 6
