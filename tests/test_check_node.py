@@ -165,7 +165,7 @@ def test_what_is_no_superlink_is_named(authority: Authority, tmp_path: Path) -> 
         dict(check_superlink(address, tmp_path / "missing"))
     with pytest.raises(ValueError, match="must be certificates in PEM format"):
         dict(check_superlink(address, authority.key))
-    for wrong in ("superlink", "superlink:0", ":443", "https://superlink"):
+    for wrong in ("superlink", "superlink:0", ":443", "https://superlink:443"):
         with pytest.raises(ValueError, match="--superlink must be HOST:PORT"):
             dict(check_superlink(wrong, authority.certificate))
 
@@ -245,6 +245,14 @@ def test_every_problem_is_listed_before_the_first_is_named(tmp_path: Path) -> No
     assert "it is damaged, or no PNG" in corrupt
     assert output.startswith("output-path must be a folder")
     assert "001.png" in "\n".join(said) and "original sizes" in "\n".join(said)
+
+
+def test_node_without_held_out_images_is_told(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"a": 1})
+    words = ["data=image_folder", "data.classes=[a]", f"data.cache_dir={tmp_path / 'cache'}"]
+    node = NodeConfig(str(tmp_path / "set"))
+    check = Check(own_config(load_config(words), node), node, print)
+    assert str(dict(check.data())["held out"]).startswith("none")
 
 
 def test_node_that_cannot_take_part_ends_with_one_line_and_status_1(tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ class Check(Findings):
         if train.paths:
             yield "original sizes", describe_sizes(config, train)
         check_number(counts, self._node)
+        if sum(counts.held_out) == 0:
+            yield "held out", "none: there are too few images for a test loss and for scores"
         listed = len(train) + len(test)
         yield "decoding", f"{listed} images into {config.data.cache_dir}, once"
         dataset = build_dataset(config, download=False)

@@ -50,9 +50,9 @@ def check_superlink(address: str, root_certificates: Path | None) -> Iterator[tu
 def _parted(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     require(
-        host != "" and port.isdecimal() and 0 < int(port) < 2**16,
+        host != "" and "/" not in host and port.isdecimal() and 0 < int(port) < 2**16,
         "--superlink",
-        "HOST:PORT, such as fl.example.org:8443",
+        "HOST:PORT, such as fl.example.org:8443, without https://",
         address,
     )
     return host.strip("[]"), int(port)
