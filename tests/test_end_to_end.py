@@ -163,6 +163,15 @@ def test_run_whose_server_is_killed_fails_and_resumes_to_the_same_weights(
     assert sorted(per_round) == [r for r in (1, 2, 3) for _ in range(4)]  # 3 clients and global
 
 
+@pytest.fixture
+def heard_hangup() -> Iterator[None]:
+    """Let SIGHUP end what is started: under nohup it is ignored, which feddm-train keeps so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heard_hangup")
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
 def test_ended_feddm_train_takes_its_simulation_along(tmp_path: Path, end: signal.Signals) -> None:
     run = tmp_path / "runs" / "orphan"
