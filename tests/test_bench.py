@@ -69,6 +69,7 @@ class Process:
         raise KeyError("no such thing")
 
 
+@pytest.mark.slow
 def test_contestants_keep_their_state_in_processes_of_their_own() -> None:
     with Contestant(Process, 1) as one, Contestant(Process, 10) as two:
         assert [one.call("add", 1), two.call("add", 1), one.call("add", 1)] == [2, 11, 3]
@@ -117,6 +118,7 @@ def test_matmul_rate_leaves_sizes_out_that_would_take_long(monkeypatch: pytest.M
     assert matmul_rate(CPU) == 2 * 8**3 / 2
 
 
+@pytest.mark.slow
 def test_training_measures_ours_against_the_plain_recipe() -> None:
     figures = training.measure(
         full=True, device="cpu", overrides=TINY, batch_size=8, turns=1, num_threads=1
@@ -171,6 +173,7 @@ def test_loss_curves_are_compared_with_the_spread_of_seeds() -> None:
     assert "outside" in str(apart["train.bf16_verdict"])
 
 
+@pytest.mark.slow
 def test_loss_curves_come_from_training_on_digits() -> None:
     found = loss_curves.measure(
         full=False, device="cpu", num_threads=1, further=TINY, seeds=2, checkpoints=2, epochs=1

@@ -22,6 +22,7 @@ def weights(model: nn.Module) -> torch.Tensor:
     return torch.cat([value.double().flatten() for value in model.state_dict().values()])
 
 
+@pytest.mark.slow
 def test_classifier_reads_digits_it_has_not_seen(digits: Dataset) -> None:
     model = train(digits.train)
     assert accuracy(model, digits.test.images, digits.test.labels) >= 0.97

@@ -71,6 +71,7 @@ def gaps(one: Training, other: Training) -> float:
     return max((one.weights()[n] - t).abs().max().item() for n, t in other.weights().items())
 
 
+@pytest.mark.slow
 def test_two_processes_go_where_one_goes_with_the_same_batch(digits: ImageSet) -> None:
     alone, together = (Training(new_model(dropout=0), num_processes=n) for n in (1, 2))
     start = copy.deepcopy(alone)
