@@ -124,6 +124,8 @@ def private_environment(folder: Path) -> dict[str, str]:
         # Otherwise Ray joins what runs on this machine, or waits for what has run.
         "RAY_ADDRESS": os.environ.get("RAY_ADDRESS") or "local",
         "RAY_TMPDIR": os.environ.get("RAY_TMPDIR") or str(folder),
+        # Below `uv run` Ray would start each worker through uv, which makes an environment anew.
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "PATH": os.pathsep.join(path),
         # What a run says may hold any letter, whatever the locale.
         "PYTHONUTF8": "1",

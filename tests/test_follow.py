@@ -119,6 +119,7 @@ def test_simulation_has_no_proxies_and_a_ray_of_its_own(
     environment = private_environment(tmp_path)
     assert not [name for name in environment if name.lower().endswith("_proxy")]
     assert environment["RAY_ADDRESS"] == "local"
+    assert environment["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0"
     assert environment["RAY_TMPDIR"] == str(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert private_environment(tmp_path)["RAY_ADDRESS"] == "10.0.0.1:6379"
