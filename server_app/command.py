@@ -166,7 +166,7 @@ def _hydra_main(composed: DictConfig) -> None:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"feddm-train: {error}", file=sys.stderr, flush=True)
         if sweep:
-            FAILED_JOBS.append(one_folder(job.job.override_dirname, job.job.num))
+            FAILED_JOBS.append(job.sweep.subdir)
             return
         # What is wrong in an input stays so.
         if isinstance(error, RuntimeError) and config is not None and is_begun(run_path(config)):

@@ -59,12 +59,7 @@ from task.memory import total_memory
 from task.partition import partition_dataset
 from task.progress import tracked
 from task.repeat import describe_report_of
-from task.run_directory import (
-    CLASS_COUNTS_FILE,
-    NODES_FILE,
-    RunDirectory,
-    client_numbers,
-)
+from task.run_directory import CLASS_COUNTS_FILE, NODES_FILE, RunDirectory, client_numbers
 from task.wire import QUALITY, Key, WeightLayout
 
 # What is written down of a client's training, whatever else it sends.
@@ -126,12 +121,11 @@ class FederatedRun(TrainingRun):
         self.ema: Weights | None = None
         self._grid = grid
         self.simulated = is_simulation(grid)
-        has_numbers = (directory.path / NODES_FILE).exists()
         self._roster = Roster(
             grid,
             simulated=self.simulated,
             num_classes=len(self.config.data.classes),
-            known=client_numbers(directory.path) if has_numbers else None,
+            known=client_numbers(directory.path),
         )
         self._weighing = Weighing.of(self.config.federation, simulated=self.simulated)
         self._aggregate = build_aggregation(self.config.federation, self._weighing)

@@ -45,7 +45,7 @@ def describe_plan(config: Config, dataset: Dataset) -> Iterator[str]:
         yield (
             f"time: about {duration(estimate.total)} on this machine, as a few timed steps have "
             f"it ({duration(estimate.training)} to train, {duration(estimate.drawing)} to draw "
-            "images; to start and to measure comes on top)"
+            "images; starting and measuring come on top)"
         )
         patience, per_round = config.federation.round_timeout, estimate.training / (rounds - done)
         if train.mode == "federated" and per_round > patience / 2:

@@ -3,7 +3,6 @@
 It speaks of images in numbers only. Names and paths of runs, nodes and files stay out of it.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from task.run_directory import (
     MACHINE_FILE,
     NODES_FILE,
     POOLED_FILE,
+    read_json,
     read_metrics,
 )
 from task.runs import FinishedRun
@@ -222,22 +222,18 @@ def training_counts(run: FinishedRun) -> tuple[list[int] | None, int | None, int
     if run.partition is not None:
         counts = run.partition["train_counts"]
         return _summed(counts), len(counts), 0
-    pooled = _read(run.path / POOLED_FILE)
+    pooled = read_json(run.path / POOLED_FILE)
     if pooled is not None:
         return pooled["train_counts"], None, 0
-    told = (_read(run.path / CLASS_COUNTS_FILE) or {"clients": {}})["clients"]
+    told = (read_json(run.path / CLASS_COUNTS_FILE) or {"clients": {}})["clients"]
     known = [counts for counts in told.values() if counts is not None]
-    num_clients = len(_read(run.path / NODES_FILE) or told)
+    num_clients = len(read_json(run.path / NODES_FILE) or told)
     counts = _summed(known) if len(known) >= MIN_COUNTED else None
     return counts, num_clients or None, num_clients - len(known)
 
 
 def _summed(counts: Iterable[Sequence[int]]) -> list[int]:
     return [sum(of_class) for of_class in zip(*counts, strict=True)]
-
-
-def _read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def training_section(run: FinishedRun, exported: Mapping[str, Any]) -> str:
@@ -381,7 +377,7 @@ def _of_the_whole(metrics: Sequence[Metric]) -> dict[str, Metric]:
 
 def origin_section(run: FinishedRun, exported: Mapping[str, Any]) -> str:
     """Say which weights these are, and what trained and wrote them."""
-    versions = (_read(run.path / MACHINE_FILE) or {}).get("versions", {})
+    versions = (read_json(run.path / MACHINE_FILE) or {}).get("versions", {})
     trained = ", ".join(f"{name} {number}" for name, number in versions.items())
     return f"""\
 ## How this was made

@@ -309,8 +309,7 @@ class RunDirectory:
         Raises:
             ValueError: it is damaged.
         """
-        file = self.path / name
-        return read_json(file) if file.exists() else None
+        return read_json(self.path / name)
 
     def record_time(self) -> None:
         """Write down for how long this process has worked on the run until now."""
@@ -459,24 +458,27 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_json(file: Path) -> Any:
-    """Read a JSON file of a run.
+    """Read a JSON file of a run; None where it is not there.
 
     Raises:
         ValueError: it is damaged.
     """
+    if not file.exists():
+        return None
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}); bring a copy of it back") from error
 
 
-def client_numbers(run: Path) -> dict[int, int]:
-    """Read the client numbers of a run over real nodes by node id.
+def client_numbers(run: Path) -> dict[int, int] | None:
+    """Read the client numbers of a run over real nodes by node id; None of any other folder.
 
     Raises:
-        OSError: it has none, as the folder of no run over real nodes has.
         ValueError: they are damaged.
     """
+    if not (run / NODES_FILE).exists():
+        return None
     numbers = read_json(run / NODES_FILE)
     if isinstance(numbers, dict):
         pairs = [(node, number) for node, number in numbers.items() if type(number) is int]

@@ -18,6 +18,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key
 
 from task.cli.check_key import fingerprint
+from task.run_directory import NODES_FILE, client_numbers
 
 
 def registered_nodes(connection: str) -> list[NodeInfo]:
@@ -30,22 +31,16 @@ def registered_nodes(connection: str) -> list[NodeInfo]:
         client.close()
 
 
-def read_client_numbers(run: Path) -> dict[int, int]:
-    """Read the client numbers of a run by node id."""
-    # Imported here because it takes torch, which the list alone does not.
-    from task.run_directory import client_numbers
-
-    return client_numbers(run)
-
-
 def main(arguments: list[str]) -> int:
     """Print a line per node."""
     if len(arguments) not in (1, 2):
         print("usage: list_nodes.py CONNECTION [RUN]", file=sys.stderr)
         return 2
     try:
-        numbers = read_client_numbers(Path(arguments[1])) if len(arguments) == 2 else None
-    except (OSError, ValueError) as error:
+        numbers = client_numbers(Path(arguments[1])) if len(arguments) == 2 else {}
+        if numbers is None:
+            raise ValueError(f"there is no {Path(arguments[1]) / NODES_FILE}")
+    except ValueError as error:
         print(f"list_nodes.py: RUN must be the folder of a run: {error}", file=sys.stderr)
         return 1
     try:
@@ -58,7 +53,7 @@ def main(arguments: list[str]) -> int:
     for node in nodes:
         words = [node.node_id, node.status, fingerprint(bytes_to_public_key(node.public_key))]
         words += [node.name]
-        if numbers is not None:
+        if len(arguments) == 2:
             number = numbers.get(node.node_id)
             words += ["-" if number is None else f"client {number}"]
         print(*words)

@@ -30,7 +30,7 @@ def measure(*, full: bool, device: str) -> Figures:
         "noise_smoothed_over_3x3": torch.nn.functional.avg_pool2d(
             noise.float(), 3, stride=1, padding=1, count_include_pad=False
         ).byte(),
-        "one_grey": torch.full_like(held_out, 128),
+        "one_gray": torch.full_like(held_out, 128),
     }
     found: Figures = {}
     for name, images in faulty.items():
