@@ -26,7 +26,7 @@ def _require_own_task() -> None:
 
 _require_own_task()
 
-from task.generation import GeneratedImages  # noqa: E402
-from task.runs import FinishedRun, find_runs, load_run  # noqa: E402
+from task.generation.images import GeneratedImages  # noqa: E402
+from task.runs.run import FinishedRun, find_runs, load_run  # noqa: E402
 
 __all__ = ["FinishedRun", "GeneratedImages", "find_runs", "load_run"]

@@ -16,13 +16,13 @@ from client_app.quality import images_of, with_own_extractor
 from client_app.workspace import Workspace, choose_precision, named_run, open_workspace
 from task.config import compose_run_config
 from task.data import Dataset
+from task.evaluation.quality import score_images
 from task.fingerprint import code_fingerprint
-from task.node import NodeConfig, check_node, own_config, read_node_config
-from task.parallel import train_in_processes
-from task.quality import score_images
+from task.protocol.node import NodeConfig, check_node, own_config, read_node_config
+from task.protocol.wire import QUALITY, Key, from_npy, to_npy
 from task.randomness import Stream, torch_generator
-from task.train import device_name, held_out_loss, new_optimizer
-from task.wire import QUALITY, Key, from_npy, to_npy
+from task.training.parallel import train_in_processes
+from task.training.train import device_name, held_out_loss, new_optimizer
 
 app = ClientApp()
 

@@ -2,9 +2,9 @@
 
 from client_app.log import logger
 from client_app.workspace import Workspace
-from task.checkpoint import save_weights, weights_metadata
 from task.config import settle_precisions
-from task.node import output_folder
+from task.protocol.node import output_folder
+from task.runs.checkpoint import save_weights, weights_metadata
 
 LOCAL_MODEL = "local-model.safetensors"
 

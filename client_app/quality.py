@@ -9,8 +9,8 @@ from flwr.app import ArrayRecord, Message
 
 from task.config import Config, anchored, require
 from task.data import ImageSet
-from task.features import hub_inception_file
-from task.wire import Key, from_npy
+from task.evaluation.features import hub_inception_file
+from task.protocol.wire import Key, from_npy
 
 
 def images_of(message: Message) -> ImageSet:

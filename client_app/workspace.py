@@ -11,19 +11,19 @@ from flwr.app import ConfigRecord, Context
 from client_app.log import logger
 from task.config import Config, compose_run_config, load_run_config
 from task.data import Dataset, ImageSet, build_dataset, take_inventory
-from task.diffusion import DiffusionObjective, build_objective
-from task.node import NodeConfig, own_config, own_images, read_node_config
-from task.parallel import count_processes
-from task.partition import Partition, partition_dataset
-from task.train import (
+from task.data.partition import Partition, partition_dataset
+from task.generators.diffusion.diffusion import DiffusionObjective, build_objective
+from task.generators.diffusion.unet import UNet, build_unet
+from task.protocol.node import NodeConfig, own_config, own_images, read_node_config
+from task.protocol.wire import Key, WeightLayout
+from task.training.parallel import count_processes
+from task.training.train import (
     compile_where_wanted,
     configure_torch,
     fastest_precision,
     keep_freed_memory,
     select_device,
 )
-from task.unet import UNet, build_unet
-from task.wire import Key, WeightLayout
 
 # The name of an empty record of the node's own state.
 INVENTORY_SAID = "inventory-said"

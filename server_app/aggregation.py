@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from server_app.records import packed_record, packed_weights, record_of
 from task.config import FederationConfig
-from task.wire import Key
+from task.protocol.wire import Key
 
 # Steps of 2^-32 are finer than float32 needs for a mean of weights; int64 holds the sum.
 FRACTION_BITS = 32

@@ -4,12 +4,12 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from server_app.federated_run import FederatedRun
+from server_app.launch.submission import write_submission
+from server_app.launch.superlink import end_with_submitter
 from server_app.log import log
 from server_app.simulation import is_simulation
-from server_app.submission import write_submission
-from server_app.superlink import end_with_submitter
 from task.config import load_run_config, require
-from task.run_directory import RunDirectory
+from task.runs.run_directory import RunDirectory
 
 app = ServerApp()
 

@@ -10,12 +10,12 @@ import torch
 from server_app.simulation import load_images, record_data
 from server_app.training_run import TrainingRun, Weights
 from task.data import Dataset
-from task.diffusion import build_objective
-from task.parallel import count_processes, train_in_processes
+from task.generators.diffusion.diffusion import build_objective
 from task.progress import progress
 from task.randomness import Stream, torch_generator
-from task.run_directory import POOLED_FILE, RunDirectory
-from task.train import (
+from task.runs.run_directory import POOLED_FILE, RunDirectory
+from task.training.parallel import count_processes, train_in_processes
+from task.training.train import (
     compile_where_wanted,
     held_out_loss,
     keep_freed_memory,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from server_app.launch.time_estimate import seconds_to_draw
 from server_app.log import log
 from server_app.quality import (
     SCORED,
@@ -24,14 +25,11 @@ from server_app.quality import (
     wants_scores,
 )
 from server_app.records import recorded_name
-from server_app.time_estimate import seconds_to_draw
-from task.checkpoint import load_weights
 from task.config import MIN_MEASURED_IMAGES, Config, require
 from task.data import Dataset, ImageSet
-from task.evaluate import MetricReport, RealFeatures, extract_real
-from task.features import FeatureExtractor, build_extractor
-from task.figures import mosaic, save_sample_grid
-from task.measure import (
+from task.evaluation.evaluate import MetricReport, RealFeatures, extract_real
+from task.evaluation.features import FeatureExtractor, build_extractor
+from task.evaluation.measure import (
     balanced_labels,
     draw_images,
     evaluation_file,
@@ -40,15 +38,17 @@ from task.measure import (
     quick_measures,
     write_report,
 )
+from task.generation.grids import mosaic, save_sample_grid
+from task.generators.diffusion.unet import UNet
+from task.protocol.wire import QUALITY, Key
 from task.randomness import Stream
-from task.run_directory import (
+from task.runs.checkpoint import load_weights
+from task.runs.run_directory import (
     NODES_FILE,
     RunDirectory,
     read_metrics,
     weights_file,
 )
-from task.unet import UNet
-from task.wire import QUALITY, Key
 
 
 def wants_metrics(config: Config) -> bool:

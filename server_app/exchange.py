@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from server_app.aggregation import SUM_LIMIT, distance, largest_magnitude
 from server_app.phases import Phases
 from server_app.records import packed_weights, record_of
-from task.wire import FailureCode, Key
+from task.protocol.wire import FailureCode, Key
 
 # A reply that would come after the deadline is refused by the network with an error of its own,
 # and a node that wakes up late does not work through rounds that are over.

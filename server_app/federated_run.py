@@ -55,12 +55,12 @@ from server_app.simulation import (
 )
 from server_app.training_run import TrainingRun, Weights
 from task.data import ImageSet
+from task.data.partition import partition_dataset
 from task.memory import total_memory
-from task.partition import partition_dataset
 from task.progress import tracked
-from task.repeat import describe_report_of
-from task.run_directory import CLASS_COUNTS_FILE, NODES_FILE, RunDirectory, client_numbers
-from task.wire import QUALITY, Key, WeightLayout
+from task.protocol.wire import QUALITY, Key, WeightLayout
+from task.runs.repeat import describe_report_of
+from task.runs.run_directory import CLASS_COUNTS_FILE, NODES_FILE, RunDirectory, client_numbers
 
 # What is written down of a client's training, whatever else it sends.
 TRAIN_METRICS = (

@@ -13,9 +13,9 @@ from server_app.exchange import LARGEST_METRIC, UnusableReply, check_numbers
 from server_app.log import log
 from server_app.records import record_of
 from task.config import MIN_MEASURED_IMAGES, Config, require
-from task.measure import balanced_labels
-from task.run_directory import read_metrics
-from task.wire import QUALITY, Key
+from task.evaluation.measure import balanced_labels
+from task.protocol.wire import QUALITY, Key
+from task.runs.run_directory import read_metrics
 
 QUALITY_TYPE = f"{MessageType.EVALUATE}.{QUALITY}"
 

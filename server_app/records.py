@@ -8,7 +8,7 @@ from flwr.common.constant import SType
 from numpy.typing import NDArray
 
 from task.data import ImageSet
-from task.wire import Key, from_npy, to_npy
+from task.protocol.wire import Key, from_npy, to_npy
 
 Record = TypeVar("Record", ArrayRecord, MetricRecord, ConfigRecord)
 

@@ -22,7 +22,7 @@ from server_app.aggregation import (
 )
 from server_app.records import packed_record, packed_weights, record_of
 from task.config import FederationConfig
-from task.wire import Key, to_npy
+from task.protocol.wire import Key, to_npy
 
 # From the replies of a round, each with the number of its client, and the packed weights that
 # were sent, to the packed weights and the loss; (None, None) where no reply came.

@@ -11,8 +11,8 @@ from server_app.exchange import SLOW_CODES, Reply, UnusableReply, addressed, che
 from server_app.log import log
 from server_app.records import record_of
 from task.fingerprint import code_fingerprint
+from task.protocol.wire import Key
 from task.randomness import Stream, numpy_generator
-from task.wire import Key
 
 QUERY_TIMEOUT_SECONDS = 120.0
 # What a round waits for nodes that have just come: the server and a node look every 3 s, and a

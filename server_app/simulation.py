@@ -11,10 +11,10 @@ from flwr.superlink.grid import InMemoryGrid
 from server_app.log import log
 from task.config import Config
 from task.data import Dataset, build_dataset, count_across_clients, take_inventory
+from task.data.partition import Partition
 from task.data.source import describe_source, hash_images
-from task.figures import save_partition_heatmap
-from task.partition import Partition
-from task.run_directory import DATA_FILE, PARTITION_FILE, RunDirectory
+from task.reporting.figures import save_partition_heatmap
+from task.runs.run_directory import DATA_FILE, PARTITION_FILE, RunDirectory
 
 # Small messages that are handed out together, and bytes of messages that may wait as replies.
 MANY_AT_ONCE, BYTES_AT_ONCE = 32, 1 << 28

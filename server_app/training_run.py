@@ -12,10 +12,13 @@ from server_app.phases import Pace, Phases
 from task.config import Config, settle_precisions
 from task.data import Dataset
 from task.fingerprint import code_fingerprint, installed_versions
-from task.history import read_history
+from task.generators.diffusion.unet import UNet, build_unet
 from task.progress import duration, progress
 from task.randomness import Stream, torch_generator
-from task.run_directory import (
+from task.reporting.history import read_history
+from task.reporting.run_summary import summary_lines
+from task.reporting.warning_signs import closing_lines
+from task.runs.run_directory import (
     DIVERGED,
     MACHINE_FILE,
     REPORT_FILE,
@@ -23,8 +26,7 @@ from task.run_directory import (
     checkpoints,
     round_of,
 )
-from task.run_summary import summary_lines
-from task.train import (
+from task.training.train import (
     device_name,
     fastest_precision,
     is_compiled,
@@ -32,8 +34,6 @@ from task.train import (
     seeded_global_generator,
     select_device,
 )
-from task.unet import UNet, build_unet
-from task.warning_signs import closing_lines
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -262,7 +262,7 @@ class TrainingRun(ABC):
     def report(self) -> None:
         """Sum the run up in the log, and write all that it left behind on one page."""
         # Imported here because it takes libraries that no round needs.
-        from task.report import write_report
+        from task.reporting.report import write_report
 
         path = self.directory.path
         self.directory.record_time()

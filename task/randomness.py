@@ -9,7 +9,7 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-from task import noise
+from task.generators import noise
 
 
 class Stream(IntEnum):

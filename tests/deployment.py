@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from server_app.superlink import free_port
+from server_app.launch.superlink import free_port
 from tests.processes import CHECKOUT, COMMANDS, process, wait_for
 
 SCRIPTS = CHECKOUT / "docker" / "scripts"

@@ -31,10 +31,10 @@ from server_app.federated_run import FederatedRun
 from server_app.training_run import initial_model
 from task.config import load_run_config
 from task.data import Dataset, load_dataset
-from task.evaluate import Classification, Label, MetricReport, Scores
-from task.metrics import Copying
-from task.run_directory import RunDirectory
-from task.wire import Key
+from task.evaluation.evaluate import Classification, Label, MetricReport, Scores
+from task.evaluation.metrics import Copying
+from task.protocol.wire import Key
+from task.runs.run_directory import RunDirectory
 
 T = TypeVar("T")
 

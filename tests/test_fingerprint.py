@@ -40,7 +40,12 @@ def test_fingerprint_is_the_same_wherever_the_code_lies(checkout: Path) -> None:
 @pytest.mark.parametrize(
     "file",
     [
-        *("task/train.py", "task/__init__.py", "client_app/app.py", "conf/data/digits.yaml"),
+        *(
+            "task/training/train.py",
+            "task/__init__.py",
+            "client_app/app.py",
+            "conf/data/digits.yaml",
+        ),
         "server_app/aggregation.py",
     ],
 )

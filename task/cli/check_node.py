@@ -16,8 +16,8 @@ from task.data import (
     original_size,
     take_inventory,
 )
-from task.metric_table import Row, lay_out
-from task.node import (
+from task.progress import tracked
+from task.protocol.node import (
     ImageCounts,
     NodeConfig,
     check_number,
@@ -27,8 +27,8 @@ from task.node import (
     own_config,
     own_images,
 )
-from task.progress import tracked
-from task.train import device_name, select_device
+from task.reporting.metric_table import Row, lay_out
+from task.training.train import device_name, select_device
 
 
 class Check(Findings):

@@ -19,10 +19,10 @@ from task.cli.findings import (
 from task.config import DATA_SETS, FILE_SETS, Config, class_folders, hydra_override, load_config
 from task.data import list_dataset
 from task.data.packaged import missing_files
+from task.evaluation.features import hub_inception_file
 from task.export.formats import FORMATS
-from task.features import hub_inception_file
-from task.run_directory import holder, is_begun, last_complete_round, weights_file
-from task.train import device_name, missing_for_compiling, select_device
+from task.runs.run_directory import holder, is_begun, last_complete_round, weights_file
+from task.training.train import device_name, missing_for_compiling, select_device
 
 # Any folder may be one of these, and its classes are not known.
 ANY_FOLDER = ("image_folder", "dicom_folder")

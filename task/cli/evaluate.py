@@ -10,9 +10,9 @@ from task.config import (
     value_paths,
 )
 from task.data import build_dataset
-from task.evaluate import MetricReport
-from task.features import build_extractor
-from task.measure import (
+from task.evaluation.evaluate import MetricReport
+from task.evaluation.features import build_extractor
+from task.evaluation.measure import (
     draw_images,
     drawn_otherwise,
     evaluation_file,
@@ -20,11 +20,11 @@ from task.measure import (
     measure_images,
     write_report,
 )
-from task.metric_table import caption, format_table
 from task.randomness import Stream
-from task.run_directory import run_config
-from task.runs import final_model
-from task.train import select_device
+from task.reporting.metric_table import caption, format_table
+from task.runs.run import final_model
+from task.runs.run_directory import run_config
+from task.training.train import select_device
 
 
 def evaluation_config(

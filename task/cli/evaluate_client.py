@@ -11,9 +11,10 @@ from torch import Tensor
 
 from task.config import Config, require
 from task.data import Dataset, build_dataset
-from task.evaluate import KID_SUBSETS, MetricReport, extract_real
-from task.features import build_extractor
-from task.measure import (
+from task.data.partition import partition_dataset
+from task.evaluation.evaluate import KID_SUBSETS, MetricReport, extract_real
+from task.evaluation.features import build_extractor
+from task.evaluation.measure import (
     draw_images,
     drawn_otherwise,
     evaluation_file,
@@ -21,12 +22,11 @@ from task.measure import (
     measure_images,
     write_measurements,
 )
-from task.metric_table import TITLES, lay_out, looked_through, scored, span, stand_ins
-from task.partition import partition_dataset
+from task.generators.diffusion.unet import UNet
 from task.randomness import Stream
-from task.runs import final_model
-from task.train import select_device
-from task.unet import UNet
+from task.reporting.metric_table import TITLES, lay_out, looked_through, scored, span, stand_ins
+from task.runs.run import final_model
+from task.training.train import select_device
 
 # The floor takes one half of the images, and the Inception score parts those into 10 splits.
 MIN_IMAGES = 20

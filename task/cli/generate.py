@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from task.config import GENERATION_VALUES, Config, changed_config
-from task.generation import ImageSource, class_labels
+from task.generation.folder import SyntheticFolder, batch_size_of, describe_origin, open_folder
+from task.generation.images import ImageSource, class_labels
 from task.progress import progress
-from task.run_directory import weights_file
-from task.runs import final_model
-from task.synthetic_folder import SyntheticFolder, batch_size_of, describe_origin, open_folder
-from task.train import select_device
+from task.runs.run import final_model
+from task.runs.run_directory import weights_file
+from task.training.train import select_device
 
 
 def generate_images(
@@ -25,7 +25,7 @@ def generate_images(
     scale: int,
     say: Callable[[str], object],
 ) -> None:
-    """Draw images into a folder, or those that it still lacks; see `task.synthetic_folder`.
+    """Draw images into a folder, or those that it still lacks; see `task.generation.folder`.
 
     Args:
         run: the folder of the run.

@@ -60,8 +60,8 @@ app = typer.Typer(
 
 def finished(run: Path) -> Path:
     """Check that a folder holds a finished run, before anything that takes long is imported."""
-    from task.repeat import require_weights
-    from task.run_directory import run_config
+    from task.runs.repeat import require_weights
+    from task.runs.run_directory import run_config
 
     run_config(run)
     require_weights(run)
@@ -70,7 +70,7 @@ def finished(run: Path) -> Path:
 
 def begun(runs: list[Path]) -> list[Path]:
     """Check that folders hold runs."""
-    from task.run_directory import run_config
+    from task.runs.run_directory import run_config
 
     for run in runs:
         run_config(run)
@@ -267,7 +267,7 @@ def generate(
         diffusion.num_inference_steps=20
     """
     from task.config import GENERATION_VALUES, changed_config
-    from task.run_directory import run_config
+    from task.runs.run_directory import run_config
 
     config = changed_config(
         run_config(run),
@@ -401,7 +401,7 @@ def tables(
       feddm tables runs/skew
     """
     from task.cli.tables import write_tables
-    from task.train import select_device
+    from task.training.train import select_device
 
     write_tables(sweep_dir, device=select_device(device) if figures else None, say=typer.echo)
 
@@ -440,7 +440,7 @@ def export(
       feddm export runs/demo --to diffusers --client 0
     """
     from task.export.folder import export_run
-    from task.runs import load_run
+    from task.runs.run import load_run
 
     written = export_run(load_run(run), to, out=out, client=client)
     typer.echo(
@@ -471,7 +471,7 @@ def report(
       feddm report runs/demo
       feddm report runs/demo runs/pooled --out comparison.html
     """
-    from task.report import write_report
+    from task.reporting.report import write_report
 
     typer.echo(f"written to {write_report(*runs, file=out)}")
 
@@ -520,7 +520,7 @@ def check_node(
         --root-certificates ca.crt --private-key keys/hospital-a data=digits
     """
     from task.cli.check_node import check_node
-    from task.node import NodeConfig
+    from task.protocol.node import NodeConfig
 
     check_node(
         overrides or [],

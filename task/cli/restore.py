@@ -8,19 +8,19 @@ from torch import Tensor
 
 from task.config import Config, require
 from task.data.decode import decode_picture, resize_decoded
-from task.generation import class_labels
-from task.progress import progress
-from task.restoration import (
+from task.evaluation.restoration import (
     Projection,
     Restorer,
     known_part,
     picture_shape,
     restoration_config,
 )
-from task.run_directory import run_config
-from task.runs import final_model
-from task.synthetic_folder import write_image
-from task.train import select_device
+from task.generation.folder import write_image
+from task.generation.images import class_labels
+from task.progress import progress
+from task.runs.run import final_model
+from task.runs.run_directory import run_config
+from task.training.train import select_device
 
 NOTICE = "partly synthetic image, restored by a diffusion model"
 
@@ -50,12 +50,12 @@ def restore_files(
         class_: name or label of the class of all files.
         num_images: for each file.
         mask: file of a mask, white where to fill.
-        upscale: see `task.restoration.known_part`.
-        colorize: see `task.restoration.known_part`.
-        jump_length: see `task.restoration.Restorer`.
-        num_resamples: see `task.restoration.Restorer`.
+        upscale: see `task.evaluation.restoration.known_part`.
+        colorize: see `task.evaluation.restoration.known_part`.
+        jump_length: see `task.evaluation.restoration.Restorer`.
+        num_resamples: see `task.evaluation.restoration.Restorer`.
         client: whose own weights draw; None: the global ones.
-        options: see `task.restoration.restoration_config`.
+        options: see `task.evaluation.restoration.restoration_config`.
         say: takes the text for the reader.
 
     Raises:

@@ -9,11 +9,18 @@ import torch
 
 from task.config import flat_values
 from task.files import atomic_path
-from task.run_directory import FREE_TO_CHANGE, weights_file
-from task.runs import FinishedRun, find_runs
-from task.sweep_figures import draw_figures
-from task.table_formats import Page, csv_text, html, markdown
-from task.tables import Measurement, Table, build_tables, current_evaluations, measurements, scale
+from task.reporting.sweep_figures import draw_figures
+from task.reporting.table_formats import Page, csv_text, html, markdown
+from task.reporting.tables import (
+    Measurement,
+    Table,
+    build_tables,
+    current_evaluations,
+    measurements,
+    scale,
+)
+from task.runs.run import FinishedRun, find_runs
+from task.runs.run_directory import FREE_TO_CHANGE, weights_file
 
 # Of the values that change no weights, those that are of use beside the figures.
 ALSO_RECORDED = {"experiment", "federation.rounds", "federation.num_supernodes"}

@@ -13,10 +13,11 @@ from typing import TypeVar, cast
 import torch
 
 from task.config import Config
-from task.diffusion import build_objective
-from task.parallel import count_processes, train_in_processes
+from task.generators.diffusion.diffusion import build_objective
+from task.generators.diffusion.unet import build_unet
 from task.processes import end_with_parent
-from task.train import (
+from task.training.parallel import count_processes, train_in_processes
+from task.training.train import (
     compile_where_wanted,
     configure_torch,
     fastest_precision,
@@ -25,7 +26,6 @@ from task.train import (
     new_optimizer,
     select_device,
 )
-from task.unet import build_unet
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")

@@ -16,8 +16,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from task.noise import generation_noise
-from task.steps import draw_by_settings
+from task.generators.diffusion.steps import draw_by_settings
+from task.generators.noise import generation_noise
 
 
 class ClassConditionalPipeline(DiffusionPipeline):

@@ -3,7 +3,7 @@
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from task.network import UNet
+from task.generators.diffusion.network import UNet
 
 
 class ClassConditionalUNet(UNet, ModelMixin, ConfigMixin):

@@ -15,14 +15,14 @@ from task.export.drawing import Model, Settings, image_shape
 from task.export.formats import FORMATS, Format
 from task.export.sources import ship
 from task.files import atomic_folder
-from task.model_card import write_model_card
-from task.network import UNet
-from task.run_directory import weights_file
-from task.runs import FinishedRun, final_model
-from task.schedule import build_schedule
-from task.steps import half_log_snr
-from task.synthetic_folder import NOTICE, folder_names
-from task.unet import unet_arguments
+from task.generation.folder import NOTICE, folder_names
+from task.generators.diffusion.network import UNet
+from task.generators.diffusion.schedule import build_schedule
+from task.generators.diffusion.steps import half_log_snr
+from task.generators.diffusion.unet import unet_arguments
+from task.reporting.model_card import write_model_card
+from task.runs.run import FinishedRun, final_model
+from task.runs.run_directory import weights_file
 
 # Of predictions of up to 1: other libraries add up in another order.
 TOLERANCE = 1e-4
@@ -203,8 +203,8 @@ def fill(folder: Path, form: Format, unet: UNet, settings: Settings) -> None:
     """Write the model in its format, what describes it, and the code that draws with it."""
     form.write(unet, settings, folder)
     (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    ship("steps.py", folder / "steps.py")
-    ship("noise.py", folder / "noise.py")
+    ship("generators/diffusion/steps.py", folder / "steps.py")
+    ship("generators/noise.py", folder / "noise.py")
     ship("export/drawing.py", folder / "drawing.py")
     ship(f"export/{form.loader}.py", folder / "sample.py")
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from task.config import require
 from task.export.drawing import Model, Settings, image_shape
 from task.export.sources import ship
-from task.network import UNet
+from task.generators.diffusion.network import UNet
 
 # Of the example that the graph is traced with. One image would be taken for a constant.
 EXAMPLE_BATCH = 2
@@ -84,7 +84,7 @@ class Format:
 def write_safetensors(unet: UNet, settings: Settings, folder: Path) -> None:
     """Write the weights, and the network as a file of Python."""
     save_file(unet.state_dict(), folder / "model.safetensors", {"format": "pt"})
-    ship("network.py", folder / "network.py")
+    ship("generators/diffusion/network.py", folder / "network.py")
 
 
 def write_torch_export(unet: UNet, settings: Settings, folder: Path) -> None:
@@ -138,7 +138,7 @@ def write_diffusers(unet: UNet, settings: Settings, folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     ship("export/diffusers_pipeline.py", folder / "pipeline.py", in_package=True)
     ship("export/diffusers_unet.py", folder / "unet" / "diffusers_unet.py", in_package=True)
-    ship("network.py", folder / "unet" / "network.py")
+    ship("generators/diffusion/network.py", folder / "unet" / "network.py")
 
 
 def traced(unet: UNet, settings: Settings) -> torch.export.ExportedProgram:

@@ -16,7 +16,7 @@ def load_model(folder: Path) -> Model:
     import torch
     from safetensors.torch import load_file
 
-    from task.network import UNet
+    from task.generators.diffusion.network import UNet
 
     unet = UNet(**read_settings(folder)["network"])
     unet.load_state_dict(load_file(folder / "model.safetensors"))

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from task.config import load_config, require
-from task.train import select_device
+from task.training.train import select_device
 from tests.benchmarks.report import (
     LONGER,
     SECTIONS,

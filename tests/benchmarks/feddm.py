@@ -8,10 +8,11 @@ from torch import Tensor
 
 from task.config import Config, load_config, settle_precisions
 from task.data import build_dataset
-from task.diffusion import build_objective
-from task.measure import balanced_labels, draw_images
+from task.evaluation.measure import balanced_labels, draw_images
+from task.generators.diffusion.diffusion import build_objective
+from task.generators.diffusion.unet import UNet, build_unet
 from task.randomness import Stream, torch_generator
-from task.train import (
+from task.training.train import (
     autocast,
     compile_where_wanted,
     configure_torch,
@@ -24,7 +25,6 @@ from task.train import (
     select_device,
     train_epochs,
 )
-from task.unet import UNet, build_unet
 from tests.benchmarks.contestants import timed
 from tests.benchmarks.flops import count_flop, matmul_rate
 

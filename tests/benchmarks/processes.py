@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from task.run_directory import read_metrics
+from task.runs.run_directory import read_metrics
 from tests.processes import CHECKOUT, COMMANDS
 
 Rounds = dict[int, dict[str, float]]

@@ -6,8 +6,8 @@ from torchvision.transforms.functional import gaussian_blur
 
 from task.config import load_config
 from task.data import build_dataset
-from task.realism import noise_position, starting_noise
-from task.train import select_device
+from task.evaluation.realism import noise_position, starting_noise
+from task.training.train import select_device
 from tests.benchmarks.report import Figures
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from task.classifier import accuracy
 from task.data import ImageSet, build_dataset
-from task.features import cached_classifier
-from task.figures import Panel, save_panels
-from task.runs import FinishedRun, load_run
+from task.evaluation.classifier import accuracy
+from task.evaluation.features import cached_classifier
+from task.generation.grids import Panel, save_panels
+from task.runs.run import FinishedRun, load_run
 
 COLUMNS = 5
 GREY = 128

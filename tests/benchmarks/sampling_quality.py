@@ -8,13 +8,13 @@ from statistics import mean
 
 from task.config import Config, read_config
 from task.data import build_dataset
-from task.evaluate import extract_real
-from task.features import build_extractor, extract
-from task.measure import balanced_labels, draw_images
-from task.metrics import frechet_distance
+from task.evaluation.evaluate import extract_real
+from task.evaluation.features import build_extractor, extract
+from task.evaluation.measure import balanced_labels, draw_images
+from task.evaluation.metrics import frechet_distance
 from task.randomness import Stream
-from task.runs import final_model
-from task.train import select_device
+from task.runs.run import final_model
+from task.training.train import select_device
 from tests.benchmarks.processes import RUN_NAME, feddm_train
 from tests.benchmarks.report import Figures
 

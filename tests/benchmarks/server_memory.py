@@ -15,9 +15,9 @@ from server_app.federated_run import FederatedRun
 from server_app.records import packed_record
 from task.config import load_run_config
 from task.fingerprint import code_fingerprint
-from task.run_directory import RunDirectory
-from task.unet import build_unet
-from task.wire import Key, WeightLayout
+from task.generators.diffusion.unet import build_unet
+from task.protocol.wire import Key, WeightLayout
+from task.runs.run_directory import RunDirectory
 from tests.benchmarks.processes import CHECKOUT, Peak, own_memory
 from tests.benchmarks.report import Figures
 

@@ -1,0 +1,217 @@
+"""`feddm-train`: its command line, for one run or a sweep of runs.
+
+What takes its arguments apart imports nothing of torch, which takes seconds: a wrong word is
+answered at once.
+"""
+
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from server_app.launch.own_images import as_begun, command_to_go_on, fit_to_images, named
+from task.config import (
+    CONF_DIR,
+    Config,
+    anchored,
+    config_from_hydra,
+    read_override,
+    register_schema,
+    require,
+    require_data_root,
+)
+from task.processes import have_home, let_threads_sleep, write_any_letter
+from task.runs.run_directory import LOG_FILE, check_startable, is_begun, run_path
+
+# Hydra's own value that says what does not stand in the name of a job.
+NAMING = "hydra.job.config.override_dirname.exclude_keys"
+
+# Folders of the jobs of this process's sweep that failed: Hydra returns nothing of a sweep, and
+# would answer an error with its own words and a traceback.
+FAILED_JOBS: list[str] = []
+
+
+def main() -> None:
+    """Run `feddm-train`."""
+    # So that a plain `kill` and a closed terminal also end the SuperLink that a job has started.
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(ending, signal.default_int_handler)
+    have_home()
+    let_threads_sleep()
+    write_any_letter()
+    register_schema()
+    OmegaConf.register_new_resolver("one_folder", one_folder, replace=True)
+    try:
+        sys.argv[1:] = name_by_what_is_swept(read_arguments(sys.argv[1:]))
+    except ValueError as error:
+        print(f"feddm-train: {error}", file=sys.stderr)
+        sys.exit(1)
+    _hydra_main()
+    if FAILED_JOBS:
+        print(f"feddm-train: {len(FAILED_JOBS)} failed: {'; '.join(FAILED_JOBS)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def read_arguments(arguments: list[str]) -> list[str]:
+    """Write the overrides of a command line in Hydra's grammar; see `task.config.read_override`.
+
+    Raises:
+        ValueError: a text cannot be kept in a configuration.
+    """
+    sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(arguments)
+    for argument in arguments:
+        if preset := re.fullmatch(r"experiment=['\"]?(\w+)['\"]?", argument):
+            sweep = sweep or bool(preset_sweep(preset[1]))
+    return [a if a.startswith("-") else read_override(a, sweep=sweep) for a in arguments]
+
+
+def one_folder(overrides: str, number: int) -> str:
+    """Name the folder of a job of a sweep by the values that were swept, if any were."""
+    return overrides.replace("/", "_").replace('"', "") or f"job-{number}"
+
+
+def name_by_what_is_swept(arguments: list[str]) -> list[str]:
+    """Add the Hydra override that leaves what is the same in all jobs out of their names.
+
+    Args:
+        arguments: of the command line.
+
+    Raises:
+        ValueError: the presets of tables are swept, whose own sweeps Hydra would leave out.
+    """
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException:
+        return arguments  # Hydra reads them next, and says what is wrong.
+    # Of a word that is given twice Hydra takes the last.
+    last_given = {o.key_or_group: o for o in parsed if not o.is_delete()}
+    fixed = {name for name, o in last_given.items() if not o.is_sweep_override()}
+    for override in parsed:
+        if override.key_or_group != "experiment":
+            continue
+        if override.is_sweep_override():
+            swept = [str(choice) for choice in override.sweep_string_iterator()]
+            sweeping = [name for name in swept if preset_sweep(name)]
+            require(not sweeping, "experiment", "one at a time of those that sweep", swept)
+        else:
+            # A value of a preset's sweep that was given stays in the name of its run.
+            fixed -= preset_sweep(str(override.value()))
+    last = max((i for i, a in enumerate(arguments) if not a.startswith("-")), default=-1)
+    own = f"{NAMING}=[{','.join(sorted(fixed))}]"
+    # Among the other overrides: argparse refuses them on both sides of a flag.
+    return [*arguments[: last + 1], own, *arguments[last + 1 :]]
+
+
+def preset_sweep(experiment: str) -> set[str]:
+    """Return the paths of the values that a preset sweeps by itself; none where it is unknown."""
+    file = CONF_DIR / "experiment" / f"{experiment}.yaml"
+    if not file.is_file():
+        return set()
+    params = OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params")
+    return {str(key) for key in params or {}}
+
+
+@hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
+def _hydra_main(composed: DictConfig) -> None:
+    job = HydraConfig.get()
+    sweep = job.mode == RunMode.MULTIRUN
+    # As they were given: an interpolation that a text only looks like stays escaped.
+    words = cast(list[str], OmegaConf.to_container(job.overrides.task))
+    config = None
+    try:
+        asked = config_from_hydra(composed, images_below=Path.cwd())
+        require_data_root(asked)
+        if sweep:
+            # The runs of a sweep lie side by side in its folder.
+            asked = dataclasses.replace(asked, output_dir=job.sweep.dir, run_name=job.sweep.subdir)
+        given = {named(word) for word in words}
+        config = as_begun(anchored(asked, Path.cwd()), given)
+        with leaving_no_empty_run(run_path(config)):
+            if not sweep:
+                check_startable(config)
+            from server_app.launch.submit import equal_finished_run, go_on_with_sweep, train
+
+            if sweep:
+                config = go_on_with_sweep(config)
+            config = fit_to_images(config, given)
+            if sweep and (done := equal_finished_run(config)) is not None:
+                print(f"finished already: {done}", flush=True)
+                return
+            train(config, words)
+    except KeyboardInterrupt:
+        print(f"feddm-train: interrupted; {how_to_go_on(config, words, sweep)}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # What is still to be printed goes nowhere, as Python's own flush at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        how = how_to_go_on(config, words, sweep)
+        print(f"feddm-train: ended, because its output was closed; {how}", file=sys.stderr)
+        sys.exit(1)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"feddm-train: {error}", file=sys.stderr, flush=True)
+        if sweep:
+            FAILED_JOBS.append(job.sweep.subdir)
+            return
+        # What is wrong in an input stays so.
+        if isinstance(error, RuntimeError) and config is not None and is_begun(run_path(config)):
+            how = how_to_go_on(config, words, sweep)
+            print(f"feddm-train: {how}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+@contextmanager
+def leaving_no_empty_run(path: Path) -> Iterator[None]:
+    """Take the folder of a run away where the block has made it, and fails before the run begins.
+
+    Raises:
+        RuntimeError: that of the block, with where to read all that was said.
+    """
+    # Not Path's own, which raise where a name is too long; what follows says so.
+    new, log_file = not os.path.exists(path), path / LOG_FILE
+    try:
+        yield
+    except BaseException as error:
+        failed = isinstance(error, RuntimeError) and os.path.exists(log_file)
+        if new and os.path.isdir(path) and not is_begun(path):
+            if failed:
+                kept = Path(tempfile.gettempdir()) / f"feddm-{path.name}-{os.getpid()}.log"
+                shutil.move(log_file, kept)
+                log_file = kept
+            shutil.rmtree(path, ignore_errors=True)
+        if failed:
+            raise RuntimeError(f"{error}\nall that was said: {log_file}") from error
+        raise
+
+
+def how_to_go_on(config: Config | None, words: list[str], sweep: bool) -> str:
+    """Say how to go on with a run that was ended.
+
+    Args:
+        config: of the run; None where there is none yet.
+        words: the Hydra overrides that it was composed from.
+        sweep: whether it is a job of a sweep.
+    """
+    if sweep and config is not None:
+        typed = [word for word in sys.argv[1:] if named(word) != NAMING]
+        folder = Path(config.output_dir)
+        whole = dataclasses.replace(config, output_dir=str(folder.parent), run_name=folder.name)
+        return f"to go on: {command_to_go_on(whole, typed)}"
+    if config is None or not is_begun(run_path(config)):
+        return "nothing of the run is left"
+    return f"to go on: {command_to_go_on(config, words)}"

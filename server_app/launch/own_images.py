@@ -1,0 +1,125 @@
+"""What `feddm-train` chooses for a user's own images: hospitals, and epochs of a round."""
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Collection
+
+from task.config import OWN_IMAGES, Config, hydra_override
+from task.runs.run_directory import is_begun, run_config, run_path
+
+# Hospitals that share the steps of a round; where there are more, each would take too few.
+SHARED_BY = 4
+
+
+def named(override: str) -> str:
+    """Return the dotted path of the value that a Hydra override sets."""
+    return override.split("=")[0].lstrip("+")
+
+
+def command_to_go_on(config: Config, words: Collection[str], *, rounds: int | None = None) -> str:
+    """Write the command that goes on with a run.
+
+    Args:
+        config: of the run, with absolute folders.
+        words: the Hydra overrides that it was composed from.
+        rounds: `federation.rounds`, where it is to become another.
+    """
+    settled: dict[str, object] = {"output_dir": config.output_dir, "run_name": config.run_name}
+    settled["resume"] = True
+    if rounds is not None:
+        settled["federation.rounds"] = rounds
+    again = [word for word in words if named(word) not in settled]
+    again += [hydra_override(key, value) for key, value in settled.items()]
+    return shlex.join(["feddm-train", *again])
+
+
+def as_begun(config: Config, given: Collection[str]) -> Config:
+    """Let a run that is resumed keep what was chosen when it began.
+
+    Args:
+        config: of the run, with absolute folders.
+        given: dotted paths of the values that were asked for, which stay as they are.
+
+    Raises:
+        ValueError: what it began with cannot be read.
+    """
+    path = run_path(config)
+    if config.data.name not in OWN_IMAGES or not config.resume or not is_begun(path):
+        return config
+    begun = run_config(path)
+    return _with(
+        config,
+        given,
+        num_supernodes=begun.federation.num_supernodes,
+        local_epochs=begun.train.local_epochs,
+    )
+
+
+def fit_to_images(config: Config, given: Collection[str]) -> Config:
+    """Choose how many hospitals share a user's own images, and how many epochs a round has.
+
+    There are as many hospitals as have `federation.images_per_client` training images each, one
+    at least and `federation.num_supernodes` at most. Up to `SHARED_BY` of them share the
+    `train.steps_per_round` of a round, so that a run takes about the same time for few images.
+    Other data sets, and a run that is resumed, stay as they are.
+
+    Args:
+        config: of the run, with absolute folders.
+        given: dotted paths of the values that were asked for, which stay as they are.
+
+    Raises:
+        FileNotFoundError: there are no images.
+        ValueError: they do not fit the configuration.
+    """
+    if config.data.name not in OWN_IMAGES or config.resume:
+        return config
+    # Imported here because it takes torch, without which wrong words are answered at once.
+    from task.data import list_dataset
+
+    num_images = len(list_dataset(config)[0])
+    config = _with(config, given, num_supernodes=fitting_clients(config, num_images))
+    shares = config.federation.num_supernodes if config.train.mode == "federated" else 1
+    return _with(config, given, local_epochs=fitting_epochs(config, num_images, shares))
+
+
+def fitting_clients(config: Config, num_images: int) -> int:
+    """Return how many hospitals so many training images are enough for."""
+    federation = config.federation
+    if config.partition.counts is not None:
+        return len(config.partition.counts)
+    if federation.images_per_client is None:
+        return federation.num_supernodes
+    # What else was asked for needs so many.
+    least = max(
+        federation.clients_per_round or 1,
+        federation.min_nodes,
+        federation.min_replies,
+        *(client + 1 for client in federation.keep_local_models),
+    )
+    most = federation.num_supernodes
+    return min(max(num_images // federation.images_per_client, least), most)
+
+
+def fitting_epochs(config: Config, num_images: int, shares: int) -> int:
+    """Return how many epochs make a share of so many images take its part of a round's steps."""
+    train = config.train
+    if train.steps_per_round is None:
+        return train.local_epochs
+    steps = train.steps_per_round / min(shares, SHARED_BY)
+    return max(1, round(steps / math.ceil(num_images / shares / train.batch_size)))
+
+
+def _with(
+    config: Config,
+    given: Collection[str],
+    *,
+    num_supernodes: int | None = None,
+    local_epochs: int | None = None,
+) -> Config:
+    federation, train = config.federation, config.train
+    if num_supernodes is not None and "federation.num_supernodes" not in given:
+        federation = dataclasses.replace(federation, num_supernodes=num_supernodes)
+    if local_epochs is not None and "train.local_epochs" not in given:
+        train = dataclasses.replace(train, local_epochs=local_epochs)
+    return dataclasses.replace(config, federation=federation, train=train)

@@ -1,0 +1,95 @@
+"""What a run of `feddm-train` is going to do, and about how long, told before it starts."""
+
+from collections.abc import Collection, Iterator
+
+import numpy as np
+
+from server_app.launch.own_images import command_to_go_on
+from server_app.launch.time_estimate import estimate_seconds
+from server_app.simulation import described_range
+from task.config import OWN_IMAGES, Config
+from task.data import Dataset
+from task.data.partition import partition_dataset
+from task.progress import duration
+from task.reporting.history import read_history
+from task.reporting.warning_signs import UNTRAINED
+from task.runs.run_directory import last_complete_round, run_path
+
+
+def describe_plan(config: Config, dataset: Dataset) -> Iterator[str]:
+    """Say in plain words what a run will train on, how long, and about how much time it takes.
+
+    Args:
+        config: of the run, which is about to start or to go on.
+        dataset: all images.
+    """
+    train, rounds = config.train, config.federation.rounds
+    yield described_images(config, dataset)
+    sizes = np.array([len(dataset.train)])
+    if train.mode == "federated":
+        partition = partition_dataset(config, dataset, config.federation.num_supernodes)
+        sizes = partition.counts.sum(1)
+        yield (
+            f"hospitals: {len(sizes)} simulated, with {described_range(sizes)} training images "
+            f"{'each' if len(sizes) > 1 else ''}".rstrip()
+        )
+    steps = rounds * train.local_epochs * np.ceil(sizes / train.batch_size).astype(int)
+    yield (
+        f"training: {rounds} rounds of {train.local_epochs} epochs in batches of "
+        f"{train.batch_size}, {described_range(steps)} steps"
+        f"{' at a hospital' if train.mode == 'federated' else ''}"
+    )
+    done = last_complete_round(run_path(config))
+    if done < rounds:
+        estimate = estimate_seconds(config, sizes.tolist(), rounds=range(done + 1, rounds + 1))
+        yield (
+            f"time: about {duration(estimate.total)} on this machine, as a few timed steps have "
+            f"it ({duration(estimate.training)} to train, {duration(estimate.drawing)} to draw "
+            "images; starting and measuring come on top)"
+        )
+        patience, per_round = config.federation.round_timeout, estimate.training / (rounds - done)
+        if train.mode == "federated" and per_round > patience / 2:
+            yield (
+                f"warning: a round takes about {duration(per_round)}, and is over after "
+                f"federation.round_timeout={patience:g} seconds; give more, or a smaller "
+                "train.local_epochs"
+            )
+
+
+def how_to_train_on(config: Config, words: Collection[str]) -> str:
+    """Say of a finished run how to train longer, and whether its images need it.
+
+    Args:
+        config: of the run.
+        words: the Hydra overrides that it was composed from.
+    """
+    last = config.federation.rounds
+    found = read_history(run_path(config)).final("noise_position")
+    said = "if the images are not clear enough"
+    if found is not None and found >= UNTRAINED:
+        said = (
+            f"the images look untrained, {found:.2f} of the way from real ones to noise: more "
+            "training is needed"
+        )
+    return f"{said}: {command_to_go_on(config, words, rounds=2 * last)}"
+
+
+def described_images(config: Config, dataset: Dataset) -> str:
+    """Say how many images of each class there are, and how they are split."""
+    data, classes = config.data, config.data.classes
+    train, test = (
+        images.labels.bincount(minlength=len(classes)).tolist()
+        for images in (dataset.train, dataset.test)
+    )
+    per_class = ", ".join(
+        f"{name} {kept + held_out:,}"
+        for name, kept, held_out in zip(classes, train, test, strict=True)
+    )
+    color = "gray" if data.channels == 1 else "color"
+    some = dataset.train.images[:1000]
+    if data.name in OWN_IMAGES and data.channels == 3 and bool((some == some[:, :1]).all()):
+        color = "color, although they are gray (data.channels=1 keeps them so)"
+    return (
+        f"images: {sum(train) + sum(test):,}, seen as {data.image_size}x{data.image_size} {color} "
+        f"({per_class}); {sum(train):,} to train on, {sum(test):,} held out to test"
+    )

@@ -1,0 +1,152 @@
+"""How long a run is going to take, from a few steps that are timed on this machine."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from task.config import Config
+from task.generation.images import image_shape
+from task.generators.diffusion.diffusion import build_objective
+from task.generators.diffusion.sampler import evaluations_per_image
+from task.generators.diffusion.unet import UNet, build_unet
+from task.training.train import (
+    autocast,
+    move,
+    new_optimizer,
+    select_device,
+    torch_configured,
+    train_epochs,
+)
+
+# Seconds that a timing takes beyond its first images, and images of a timed step at most.
+TIMED_SECONDS, TIMED_IMAGES = 1.0, 32
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of the stages of a run.
+
+    Attributes:
+        training: of all rounds.
+        drawing: of grids, and of the images that are measured.
+    """
+
+    training: float
+    drawing: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole run, without starting and measuring, which take less."""
+        return self.training + self.drawing
+
+
+def estimate_seconds(config: Config, sizes: Sequence[int], *, rounds: range) -> Estimate:
+    """Estimate how long a run is going to take.
+
+    Args:
+        config: of the run.
+        sizes: training images of each hospital, or of the pooled data.
+        rounds: 1-based, those that are still to come.
+    """
+    device = select_device(config.train.device)
+    # Modules draw their first weights, of no use here, from the global generator.
+    with torch.random.fork_rng(devices=[]):
+        model = build_unet(config)
+    move(model, device, channels_last=config.train.channels_last)
+    precision = config.train.precision
+    precisions = ("float32", "bfloat16") if precision == "auto" else (precision,)
+    per_trained = min(seconds_to_train(config, model, device, each) for each in precisions)
+    per_drawn = min(seconds_to_draw(config, model, device, each) for each in precisions)
+    share = (config.federation.clients_per_round or len(sizes)) / len(sizes)
+    # Hospitals train side by side, and a round is over when the largest has finished.
+    passes = max(sum(sizes) * min(1.0, share) / at_once(config, device), max(sizes))
+    training = len(rounds) * config.train.local_epochs * passes * per_trained
+    return Estimate(training, images_to_draw(config, rounds) * per_drawn)
+
+
+def at_once(config: Config, device: torch.device) -> int:
+    """Return how many hospitals train at the same time, each as fast as alone."""
+    if config.train.mode == "centralized":
+        return 1
+    if device.type == "cuda":
+        return max(1, torch.cuda.device_count())
+    return max(1, (os.cpu_count() or 1) // config.federation.cpus_per_client)
+
+
+def images_to_draw(config: Config, rounds: range) -> int:
+    """Count the images that a run draws in some of its rounds."""
+    last, evaluation = config.federation.rounds, config.eval
+    grids = sum(number % evaluation.every == 0 or number == last for number in rounds)
+    every = evaluation.metrics_every
+    measured = sum(every is not None and number % every == 0 for number in rounds)
+    classes = len(config.data.classes)
+    per_grid = classes * evaluation.images_per_class
+    final = evaluation.num_images
+    if evaluation.final_metrics and evaluation.num_per_class is not None:
+        final = classes * evaluation.num_per_class
+    return grids * per_grid + measured * evaluation.num_images + final
+
+
+def seconds_to_train(config: Config, model: UNet, device: torch.device, precision: str) -> float:
+    """Time training steps; returns the seconds that an image takes."""
+    train, data = config.train, config.data
+    objective = build_objective(config)
+    optimizer = new_optimizer(model, train.lr)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def step(num_images: int) -> None:
+        train_epochs(
+            model,
+            torch.zeros(num_images, *image_shape(config), dtype=torch.uint8),
+            torch.zeros(num_images, dtype=torch.int64),
+            objective=objective,
+            optimizer=optimizer,
+            epochs=1,
+            batch_size=num_images,
+            horizontal_flip=data.horizontal_flip,
+            precision=precision,
+            channels_last=train.channels_last,
+            generator=generator,
+        )
+
+    with torch_configured(num_threads=train.num_threads, deterministic=train.deterministic):
+        return seconds_per_image(step, train.batch_size)
+
+
+def seconds_to_draw(config: Config, model: UNet, device: torch.device, precision: str) -> float:
+    """Time denoising steps; returns the seconds that an image takes with all of its steps."""
+    model.eval()
+
+    @torch.inference_mode()
+    def step(num_images: int) -> None:
+        x_t = torch.zeros(num_images, *image_shape(config), device=device)
+        log_snr = x_t.new_zeros(num_images)
+        with autocast(device, precision):
+            model(x_t, log_snr, log_snr.long()).sum().item()
+
+    return evaluations_per_image(config) * seconds_per_image(step, TIMED_IMAGES)
+
+
+def seconds_per_image(step: Callable[[int], None], most: int) -> float:
+    """Time a step for about `TIMED_SECONDS`; what else runs on the machine only adds to the least.
+
+    Args:
+        step: runs on so many images.
+        most: images of a step.
+    """
+
+    def seconds(num_images: int) -> float:
+        start = time.perf_counter()
+        step(num_images)
+        return time.perf_counter() - start
+
+    seconds(1)  # warms up
+    alone = min(seconds(1) for _ in range(3))
+    num_images = max(1, min(most, TIMED_IMAGES, int(TIMED_SECONDS / alone)))
+    found = [alone if num_images == 1 else seconds(num_images)]
+    while sum(found) + min(found) < TIMED_SECONDS:
+        found.append(seconds(num_images))
+    return min(found) / num_images

@@ -1,0 +1,472 @@
+"""`feddm-supervise`: submit runs that failed again, beside a SuperLink, for as long as it helps."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from server_app.launch.superlink import without_proxies
+from server_app.log import log
+from server_app.supervisor.supervision import (
+    ATTEMPTS,
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    ListedRun,
+    RunFolder,
+    Verdict,
+    all_pauses,
+    attempt,
+    earliest,
+    failed_without_folder,
+    fruitless,
+    giving_up,
+    is_unnamed_start,
+    judge,
+    read_folder,
+    remember,
+)
+from task.config import require
+from task.fingerprint import fingerprint_of
+from task.runs.repeat import as_toml, resubmitting_command
+from task.runs.run_directory import SUBMISSION_FILE, hold
+
+LOCK_FILE = ".supervisor.lock"
+# Flower's commands take seconds, and a minute on a machine that is out of breath.
+COMMAND_TIMEOUT_SECONDS = 180.0
+NAP_SECONDS = 0.2
+# What may need a person's hand is said again.
+REPEAT_SECONDS = 600.0
+MOST_RUNS = 1_000_000
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class NoAnswer(Exception):
+    """Flower's command did not do what it was asked to; the text says why."""
+
+
+def main() -> None:
+    """Run `feddm-supervise`."""
+    app()
+
+
+@app.command()
+def supervise(
+    connection: Annotated[
+        str,
+        typer.Argument(
+            help="The SuperLink's name in the config.toml of FLWR_HOME, as for `flwr run`.",
+            show_default=False,
+        ),
+    ],
+    runs: Annotated[
+        Path,
+        typer.Option(
+            file_okay=False,
+            resolve_path=True,
+            help="The folder with the run directories, at any depth; made where there is none.",
+            show_default=False,
+        ),
+    ],
+    attempts: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=100,
+            help="Submissions in a row without a further complete round, then give up. The pauses "
+            f"between them grow from {FIRST_PAUSE:g} s to {LONGEST_PAUSE / 60:g} min; those of "
+            f"{ATTEMPTS} sum to about {all_pauses(ATTEMPTS) / 3600:.0f} hours.",
+        ),
+    ] = ATTEMPTS,
+    poll: Annotated[float, typer.Option(min=1, help="Seconds between two looks.")] = 10,
+    until_done: Annotated[
+        bool,
+        typer.Option(
+            help="End when no run is going: 0 if all completed that were going at the start, came "
+            "later or were submitted again; 1 if one of them did not, or there were none.",
+        ),
+    ] = False,
+) -> None:
+    """Submit runs that failed again, with resume=true, until they complete.
+
+    It runs on the SuperLink's host and reads its run directories. A run that a person stopped
+    with `flwr stop` is left alone, and so is one that has diverged. A run that it gives up it
+    names, and goes on with the others. Without --until-done it ends only when it is asked to
+    (SIGTERM, SIGHUP), with 0.
+    """
+    # Never in the midst of a submission.
+    ending = [False]
+    for end in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(end) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(end, lambda *_: ending.__setitem__(0, True))
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        lock = hold(runs / LOCK_FILE, "--runs", patience=0.0)
+    except (OSError, ValueError) as error:
+        typer.echo(f"feddm-supervise: {error}", err=True)
+        raise typer.Exit(1) from error
+    with lock:
+        log(f"supervising the runs in {runs}")
+        supervisor = Supervisor(connection, runs, attempts)
+        while not ending[0]:
+            status = supervisor.look(until_done=until_done)
+            if status is not None:
+                raise typer.Exit(status)
+            deadline = time.monotonic() + poll
+            while not ending[0] and time.monotonic() < deadline:
+                time.sleep(NAP_SECONDS)
+        log("asked to end; the runs go on without a supervisor")
+
+
+class Supervisor:
+    """The runs of one SuperLink whose directories lie in one folder."""
+
+    def __init__(self, connection: str, runs: Path, attempts: int) -> None:
+        """Nothing is asked of the SuperLink yet; see `supervise` for the arguments."""
+        self._connection = connection
+        self._runs = runs
+        self._attempts = attempts
+        self._answered = True
+        self._said: dict[tuple[object, ...], float] = {}
+        # The runs that were over at the first look; None before it.
+        self._history: set[int] | None = None
+
+    def look(self, *, until_done: bool = False) -> int | None:
+        """Look once at what Flower lists and at the folders, and do what is to be done.
+
+        Returns:
+            The status to end with; None to go on.
+        """
+        # The folders first: what is listed then is at least as new as what they say.
+        folders, all_read = self.read_folders()
+        try:
+            listed = list_runs(self._connection)
+        except NoAnswer as reason:
+            if self._answered:
+                log(f"no answer from the SuperLink, waiting for it: {reason}")
+            self._answered = False
+            return None
+        if not self._answered:
+            log("the SuperLink answers again")
+        self._answered = True
+        if self._history is None:
+            self._history = {run.run_id for run in listed.values() if run.is_over}
+        self.say_what_has_no_folder(listed, folders)
+        verdicts = {folder.run_id: self.handle(folder, listed, folders) for folder in folders}
+        return self.status(verdicts, listed, folders) if until_done and all_read else None
+
+    def read_folders(self) -> tuple[list[RunFolder], bool]:
+        """Read every run directory that names its run, and say which cannot be read.
+
+        Returns:
+            What was read, and whether nothing is left that may be readable later.
+        """
+        folders, all_read = [], True
+        try:
+            files = sorted(self._runs.rglob(SUBMISSION_FILE))
+        except OSError as error:
+            self.say_trouble(self._runs, error)
+            return [], False
+        for file in files:
+            try:
+                folders.append(read_folder(file.parent))
+            except ValueError as error:
+                self.say_once(f"left alone: {error}", file)
+            except OSError as error:
+                self.say_trouble(file.parent, error)
+                all_read = False
+        return folders, all_read
+
+    def handle(
+        self, folder: RunFolder, listed: Mapping[int, ListedRun], folders: Collection[RunFolder]
+    ) -> Verdict:
+        """Judge a run and do what it asks for; what cannot be done now waits."""
+        now = time.time()
+        starting = any(is_unnamed_start(run, folders, now=now) for run in listed.values())
+        try:
+            verdict = judge(folder, listed, attempts=self._attempts, starting=starting, now=now)
+            run = listed.get(folder.run_id)
+            if run is None:
+                self.say_foreign(folder)
+            elif verdict is Verdict.RESUBMIT:
+                self.submit_again(folder, run, now=now)
+            elif verdict is Verdict.HOPELESS:
+                self.give_up(folder, run)
+            else:
+                self.say_verdict(folder, run, verdict)
+        except (OSError, ValueError) as error:
+            self.say_trouble(folder.path, error)
+            return Verdict.WAITING
+        return verdict
+
+    def submit_again(self, folder: RunFolder, run: ListedRun, *, now: float) -> None:
+        """Submit a run once more, and remember the attempt unless the disk hindered it.
+
+        Raises:
+            OSError: the words or what is remembered cannot be written.
+        """
+        this_attempt = attempt(folder, now=now)
+        self.say_once(
+            f"{folder.path}: run {run.run_id} failed ({run.details}) after round "
+            f"{folder.last_round}; submitting it again, attempt {this_attempt.attempts} of "
+            f"{self._attempts}",
+            *(run.run_id, Verdict.RESUBMIT, this_attempt.attempts),
+        )
+        try:
+            with submittable(folder) as arguments:
+                # Before, so that a crash in between cannot make attempts endless.
+                remember(folder.path, this_attempt)
+                self.make_present(run)
+                run_id = submit(*arguments, connection=self._connection)
+        except NoAnswer as reason:
+            remember(folder.path, this_attempt)
+            self.make_present(run)
+            log(f"{folder.path}: could not be submitted: {reason}")
+            return
+        log(f"{folder.path}: goes on as run {run_id}")
+        remember(folder.path, replace(this_attempt, run_id=run_id))
+
+    def give_up(self, folder: RunFolder, run: ListedRun) -> None:
+        """Say that a run is given up, and remember it.
+
+        Raises:
+            OSError: it cannot be remembered.
+        """
+        self.make_present(run)
+        words, code = folder.submission.run_config, folder.submission.app
+        self.say_once(
+            f"GIVING UP {folder.path} after {fruitless(folder)} attempts without a further "
+            f"complete round; complete: {folder.last_round}; run {run.run_id} failed: "
+            f"{run.details}. Remove the cause; then, in {code}:\n"
+            f"{resubmitting_command(words, folder.path, connection=self._connection)}",
+            # And not once more in the words of a later supervisor.
+            *(run.run_id, Verdict.GIVEN_UP, fruitless(folder)),
+        )
+        remember(folder.path, giving_up(folder))
+
+    def make_present(self, run: ListedRun) -> None:
+        """Count a run in for the status, which was over at the first look."""
+        if self._history is not None:
+            self._history.discard(run.run_id)
+
+    def say_verdict(self, folder: RunFolder, run: ListedRun, verdict: Verdict) -> None:
+        """Say where a run stands, which asks for nothing now."""
+        text, again = f"run {run.run_id} is {verdict.value}", math.inf
+        if verdict is Verdict.GIVEN_UP:
+            text = f"run {run.run_id} was given up before: {run.details}"
+        elif verdict is Verdict.DIVERGED:
+            text = f"run {run.run_id} is not submitted again: {run.details}"
+        elif verdict is Verdict.HELD:
+            text = (
+                f"run {run.run_id} failed, but process {folder.holder} holds its folder; "
+                "waiting for its end"
+            )
+            again = REPEAT_SECONDS
+        elif verdict is Verdict.WAITING:
+            due = datetime.fromtimestamp(earliest(folder, run)).astimezone()
+            text = (
+                f"run {run.run_id} failed ({run.details}); to be submitted again after "
+                f"{due.isoformat(' ', 'seconds')}, and not while another run starts"
+            )
+        about = (run.run_id, verdict, fruitless(folder))
+        self.say_once(f"{folder.path}: {text}", *about, again=again)
+
+    def say_foreign(self, folder: RunFolder) -> None:
+        """Say of a run that the SuperLink does not know it."""
+        self.say_once(
+            f"{folder.path}: left alone, this SuperLink does not list its run {folder.run_id}",
+            folder.run_id,
+            Verdict.FOREIGN,
+        )
+
+    def say_trouble(self, path: Path, error: OSError | ValueError) -> None:
+        """Say that nothing can be done for a folder now."""
+        # Not its text, which may hold the name of a temporary file.
+        kind = getattr(error, "errno", None)
+        self.say_once(f"{path}: waiting, it is tried again: {error}", path, type(error), kind)
+
+    def say_what_has_no_folder(
+        self, listed: Mapping[int, ListedRun], folders: Collection[RunFolder]
+    ) -> None:
+        """Say of the newest run that it failed before it had a folder, if it did."""
+        run = failed_without_folder(listed, folders)
+        if run is not None:
+            self.say_once(
+                f"run {run.run_id} failed and has no folder below {self._runs}, so it is not "
+                f"submitted again: {run.details}",
+                run.run_id,
+            )
+
+    def status(
+        self,
+        verdicts: Mapping[int, Verdict],
+        listed: Mapping[int, ListedRun],
+        folders: Collection[RunFolder],
+    ) -> int | None:
+        """Return the status to end with when nothing is going any more; None before.
+
+        Args:
+            verdicts: by the number of the run.
+            listed: what Flower lists.
+            folders: what is on the disk.
+        """
+        open_cases = {Verdict.GOING, Verdict.HELD, Verdict.WAITING, Verdict.RESUBMIT}
+        going = any(not run.is_over for run in listed.values())
+        if going or not open_cases.isdisjoint(verdicts.values()):
+            return None
+        present = listed.keys() - (self._history or set())
+        ours = {verdict for run_id, verdict in verdicts.items() if run_id in present}
+        lost = failed_without_folder(listed, folders)
+        if not ours and (lost is None or lost.run_id not in present):
+            log(f"no run of {self._runs} was going since the start; nothing to wait for")
+            return 1
+        done = ours == {Verdict.COMPLETED} and (lost is None or lost.run_id not in present)
+        log("all runs completed" if done else "no run is going, and not all completed")
+        return 0 if done else 1
+
+    def say_once(self, text: str, *about: object, again: float = math.inf) -> None:
+        """Print a line, unless it was printed before about the same.
+
+        Args:
+            text: the line.
+            about: what it is about.
+            again: seconds after which it is printed again.
+        """
+        now, before = time.monotonic(), self._said.get(about)
+        if before is None or now - before >= again:
+            self._said[about] = now
+            log(text)
+
+
+def list_runs(connection: str) -> dict[int, ListedRun]:
+    """Ask the SuperLink for its runs, by number.
+
+    Raises:
+        NoAnswer: it does not answer, or not as Flower does.
+    """
+    # Without a limit it lists the newest 20.
+    answer = flwr("list", connection, "--limit", str(MOST_RUNS))
+    try:
+        runs = [listed_run(run) for run in answer["runs"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise NoAnswer(f"`flwr list` gave a list that is none of Flower's: {error!r}") from error
+    return {run.run_id: run for run in runs}
+
+
+def listed_run(said: Mapping[str, str]) -> ListedRun:
+    """Read what `flwr list` says of a run.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not what Flower says.
+    """
+    times = [
+        datetime.fromisoformat(said[step]).timestamp()
+        for step in ("pending-at", "starting-at", "running-at", "finished-at")
+        if said[step] != "N/A"
+    ]
+    require(bool(times), "the times of a run", "there", said)
+    return ListedRun(
+        int(said["run-id"]), str(said["status"]), str(said["status-details"]), times[0], times[-1]
+    )
+
+
+@contextmanager
+def submittable(folder: RunFolder) -> Iterator[tuple[Path, Path]]:
+    """Yield the code that a run was started with, and a file with its words.
+
+    Raises:
+        NoAnswer: the code is not there any more.
+        OSError: the disk does not allow it.
+    """
+    code = Path(folder.submission.app)
+    if not (code / "pyproject.toml").is_file():
+        raise NoAnswer(
+            f"its code is not at {code}: keep the FLWR_HOME of the SuperLink's host, "
+            "and let the supervisor see it under the same path"
+        )
+    found, started_with = fingerprint_of(code), folder.submission.fingerprint
+    if found != started_with:
+        raise NoAnswer(
+            f"the code at {code} has the fingerprint {found}, and the run was started with "
+            f"{started_with}: put that code back"
+        )
+    with tempfile.TemporaryDirectory(prefix="feddm-") as aside:
+        words = Path(aside) / "run-config.toml"
+        run_config = {**folder.submission.run_config, "resume": folder.begun}
+        words.write_text(as_toml(run_config), encoding="utf-8")
+        yield code, words
+
+
+def submit(code: Path, words: Path, *, connection: str) -> int:
+    """Submit a run.
+
+    Args:
+        code: folder of the app.
+        words: TOML file with its run config.
+        connection: name of the SuperLink's.
+
+    Returns:
+        The number of the new run.
+
+    Raises:
+        NoAnswer: the SuperLink does not take it.
+    """
+    answer = flwr("run", str(code), connection, "--run-config", str(words))
+    try:
+        return int(answer["run-id"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise NoAnswer(f"`flwr run` gave no number of a run: {answer}") from error
+
+
+def flwr(*arguments: str) -> dict[str, Any]:
+    """Run a command of Flower and return its answer.
+
+    Raises:
+        NoAnswer: it failed.
+    """
+    # That of this environment comes first, whatever the shell has found.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    command = [shutil.which("flwr", path=path) or "flwr", *arguments, "--format", "json"]
+    name = f"`flwr {arguments[0]}`"
+    environment = without_proxies(os.environ)
+    if "FLWR_HOME" in environment:
+        environment["FLWR_HOME"] = str(Path(environment["FLWR_HOME"]).absolute())
+    try:
+        # In a folder of its own, because Flower takes a connection for a path where an app lies.
+        with tempfile.TemporaryDirectory(prefix="feddm-") as aside:
+            done = subprocess.run(
+                command,
+                cwd=aside,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=COMMAND_TIMEOUT_SECONDS,
+            )
+        answer = json.loads(done.stdout)
+    except subprocess.TimeoutExpired as error:
+        raise NoAnswer(f"{name} took over {COMMAND_TIMEOUT_SECONDS:g} s") from error
+    except OSError as error:
+        raise NoAnswer(f"{name} could not be run: {error}") from error
+    except ValueError as error:
+        said = " ".join(f"{done.stdout} {done.stderr}".split())
+        raise NoAnswer(f"{name} said: {said[-500:]}") from error
+    if not isinstance(answer, dict):
+        raise NoAnswer(f"{name} said: {done.stdout[-500:]}")
+    # Flower ends with status 0 and says here that it failed.
+    if not answer.get("success"):
+        raise NoAnswer(" ".join(str(answer.get("error-message", answer)).split()))
+    return answer

@@ -1,0 +1,1 @@
+"""The diffusion model of the paper: network, noise schedule, loss and samplers."""

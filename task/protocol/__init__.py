@@ -1,0 +1,4 @@
+"""What both ends of the network agree on: messages, packed weights, the configuration of a node.
+
+It knows nothing of Flower: server_app and client_app put it into Flower's messages.
+"""

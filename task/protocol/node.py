@@ -1,0 +1,286 @@
+"""A hospital's node: what it is told about itself, and whether it can take part in a run.
+
+The ClientApp and `feddm check-node` both ask here, so that they cannot disagree.
+"""
+
+import dataclasses
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+
+from task.config import Config, anchored, require
+from task.data import Dataset, Inventory, inventory_of_listings, list_dataset, split_validation
+from task.protocol.wire import Key
+from task.randomness import Stream, numpy_generator
+
+
+class NodeKey(StrEnum):
+    """What a SuperNode's `--node-config` may say."""
+
+    DATA_PATH = "data-path"
+    OUTPUT_PATH = "output-path"
+    MIN_IMAGES = "min-images"
+    REPORT_CLASS_COUNTS = "report-class-counts"
+    SCORE_IMAGES = "score-images"
+    INCEPTION_WEIGHTS = "inception-weights"
+
+
+OWN_TEST_SPLIT = "in the test split of the data set, which a node does not use"
+
+
+class TooFewImagesError(ValueError):
+    """The node has fewer training images than its hospital wants it to take part with."""
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """What a real node is told about itself when it is started.
+
+    Attributes:
+        data_path: the hospital's own data set, in the form that the run's `data` names; None
+            where the run's data set needs no files.
+        output_path: folder of what stays at the hospital; None: nothing is kept.
+        min_images: training images below which the node takes no part; at least 1.
+        report_class_counts: whether the server learns how many images of each class there are.
+        score_images: whether the node compares images that the server sends with its own.
+        inception_weights: the file of Inception's weights, for runs that score images with them;
+            None: the one in torch.hub's folder.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    data_path: str | None = None
+    output_path: str | None = None
+    min_images: int = 1
+    report_class_counts: bool = False
+    score_images: bool = True
+    inception_weights: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in (NodeKey.DATA_PATH, NodeKey.OUTPUT_PATH, NodeKey.INCEPTION_WEIGHTS):
+            value = getattr(self, _field(key))
+            require(value != "", key, "a path", value)
+        require(self.min_images >= 1, NodeKey.MIN_IMAGES, ">= 1", self.min_images)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which client of a simulation a node is.
+
+    Attributes:
+        number: of the share, 0-based.
+        shares: how many there are.
+    """
+
+    number: int
+    shares: int
+
+
+def read_node_config(given: Mapping[str, object]) -> NodeConfig | Share:
+    """Check what a node was started with.
+
+    Args:
+        given: Flower's `context.node_config`. A simulation fills it with the numbers of a share;
+            a real node's holds the words of `--node-config` and nothing of Flower's.
+
+    Raises:
+        TypeError: a value is of another type.
+        ValueError: a key is unknown or a value out of range.
+    """
+    if Key.PARTITION_ID in given or Key.NUM_PARTITIONS in given:
+        _check(given, {Key.PARTITION_ID: int, Key.NUM_PARTITIONS: int}, "a simulated node")
+        missing = {Key.PARTITION_ID, Key.NUM_PARTITIONS} - given.keys()
+        require(not missing, "node config", f"given {', '.join(missing)} as well", dict(given))
+        return Share(given[Key.PARTITION_ID], given[Key.NUM_PARTITIONS])  # type: ignore[arg-type]
+    types: dict[str, type] = {
+        NodeKey.DATA_PATH: str,
+        NodeKey.OUTPUT_PATH: str,
+        NodeKey.MIN_IMAGES: int,
+        NodeKey.REPORT_CLASS_COUNTS: bool,
+        NodeKey.SCORE_IMAGES: bool,
+        NodeKey.INCEPTION_WEIGHTS: str,
+    }
+    _check(given, types, "a node")
+    return NodeConfig(**{_field(key): value for key, value in given.items()})  # type: ignore[arg-type]
+
+
+def _field(key: str) -> str:
+    return key.replace("-", "_")
+
+
+def _check(given: Mapping[str, object], types: Mapping[str, type], whose: str) -> None:
+    unknown = sorted(given.keys() - types.keys())
+    require(
+        not unknown,
+        "node config",
+        f"of the keys {', '.join(types)} for {whose}",
+        ", ".join(unknown),
+    )
+    for key, value in given.items():
+        # Not isinstance: True is an int to Python.
+        if type(value) is not types[key]:
+            raise TypeError(
+                f"node config: {key} must be of type {types[key].__name__}, got {value!r} "
+                "(strings stand in quotes, true and false and numbers do not)"
+            )
+
+
+def own_config(config: Config, node: NodeConfig) -> Config:
+    """Point the configuration of a run to the node's own images, with paths of this machine.
+
+    Of its images a node holds out `data.val_fraction`; a `data.test_fraction` is a simulation's,
+    and that of the digits, which have no files.
+
+    Raises:
+        ValueError: the node was started without saying where they are.
+    """
+    if node.data_path is not None:
+        fraction = config.data.test_fraction if config.data.name == "digits" else None
+        data = dataclasses.replace(config.data, root=node.data_path, test_fraction=fraction)
+        config = dataclasses.replace(config, data=data)
+    elif config.data.name != "digits":
+        raise ValueError(
+            "a node needs its own images: start it with --node-config 'data-path=\"/folder\"'"
+        )
+    return anchored(config, Path.home())
+
+
+@dataclass(frozen=True)
+class ImageCounts:
+    """How many images a node has, of each class of `data.classes`.
+
+    Files are counted and not opened: those that turn out to be damaged are among them.
+
+    Attributes:
+        train: to be trained on, without the held-out ones.
+        held_out: for the test loss.
+        test: of the data set's own test split.
+        files: what becomes of every file.
+    """
+
+    train: tuple[int, ...]
+    held_out: tuple[int, ...]
+    test: tuple[int, ...]
+    files: Inventory
+
+
+def hold_out(
+    config: Config, labels: np.ndarray, groups: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Part a node's images into those to train on and those held out, alike in every process.
+
+    Args:
+        config: of the run.
+        labels: [N] int64.
+        groups: [N] int64, equal for the images of one patient, or None.
+
+    Returns:
+        The indices of both, sorted, [M] int64.
+    """
+    # Not the run's seed: runs of several seeds are measured on the same images.
+    generator = numpy_generator(config.data.split_seed, Stream.HOLD_OUT)
+    return split_validation(labels, config.data.val_fraction, generator=generator, groups=groups)
+
+
+def count_images(config: Config) -> ImageCounts:
+    """Count a node's images of each class without decoding files, which could take minutes.
+
+    Args:
+        config: of `own_config`.
+
+    Raises:
+        FileNotFoundError: the data set is not there.
+        UnknownClassError: there are images of a class that `data.classes` does not name.
+        ValueError: the data set does not fit the run in another way.
+    """
+    train, test = list_dataset(config)
+    kept, held_out = hold_out(config, train.labels, train.groups)
+
+    def counted(labels: np.ndarray) -> tuple[int, ...]:
+        return tuple(np.bincount(labels, minlength=len(config.data.classes)).tolist())
+
+    files = inventory_of_listings(
+        config.data.classes,
+        dataclasses.replace(
+            train.subset(kept), left_out=train.left_out + test.left_out + unused(len(test))
+        ),
+        dataclasses.replace(train.subset(held_out), note=test.note),
+    )
+    return ImageCounts(
+        counted(train.labels[kept]), counted(train.labels[held_out]), counted(test.labels), files
+    )
+
+
+def own_images(config: Config, dataset: Dataset) -> Dataset:
+    """Return the images that a node trains on, and those that it holds out; see `hold_out`."""
+    train = dataset.train
+    groups = None if train.groups is None else train.groups.numpy()
+    kept, held_out = hold_out(config, train.labels.numpy(), groups)
+    left_out = dataset.left_out + unused(len(dataset.test))
+    return Dataset(train.subset(kept), train.subset(held_out), left_out, dataset.note)
+
+
+def unused(number: int) -> Counter[tuple[str, str]]:
+    """Count images of the data set's own test split as left out."""
+    return Counter({("", OWN_TEST_SPLIT): number})
+
+
+def check_number(counts: ImageCounts, node: NodeConfig) -> None:
+    """Check that there are enough images to train on.
+
+    Raises:
+        TooFewImagesError: there are not.
+    """
+    if sum(counts.train) < node.min_images:
+        raise TooFewImagesError(
+            f"{NodeKey.MIN_IMAGES.value}: the node takes part with at least {node.min_images} "
+            f"training images, and data-path={node.data_path} has {sum(counts.train)} "
+            f"({sum(counts.held_out)} more are held out); add images or lower it "
+            f"({'; '.join(counts.files.describe())})"
+        )
+
+
+def check_output_path(node: NodeConfig) -> None:
+    """Check that what stays at the hospital can be written; nothing to do without `output-path`.
+
+    Raises:
+        ValueError: the folder is not there or cannot be written.
+    """
+    if node.output_path is None:
+        return
+    try:
+        # The folder itself is not made: it may be a disk that is not mounted.
+        tempfile.TemporaryFile(dir=output_folder(node.output_path)).close()
+    except OSError as error:
+        raise ValueError(
+            f"{NodeKey.OUTPUT_PATH.value} must be a folder that the node can write to, "
+            f"got {node.output_path!r} ({error.strerror}); make it, or mount and own it"
+        ) from error
+
+
+def output_folder(output_path: str) -> Path:
+    """Return `output-path` as an absolute path; relative ones count from the home directory."""
+    return (Path.home() / Path(output_path).expanduser()).absolute()
+
+
+def check_node(config: Config, node: NodeConfig) -> ImageCounts:
+    """Check early that a node can take part in a run, and count its images.
+
+    Args:
+        config: of `own_config`.
+        node: what it was started with.
+
+    Raises:
+        FileNotFoundError: see `count_images`.
+        ValueError: see `check_output_path`, `count_images` and `check_number`.
+    """
+    check_output_path(node)
+    counts = count_images(config)
+    check_number(counts, node)
+    return counts

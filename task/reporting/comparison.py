@@ -1,0 +1,90 @@
+"""Which runs can be compared: what their figures are figures of, and how long they were trained."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from task.config import flat_values
+from task.reporting.history import RunHistory
+
+# What images are measured against: figures of other data are figures of something else.
+DATA_KEYS = ("data.name", "data.classes", "data.image_size", "data.channels")
+# A loss is that of an objective, too.
+LOSS_KEYS = (
+    *DATA_KEYS,
+    *("diffusion.num_timesteps", "diffusion.schedule", "diffusion.prediction_type"),
+    *("diffusion.loss_weighting", "diffusion.loss_reduction"),
+)
+
+
+def alike(runs: Mapping[str, RunHistory], keys: Sequence[str]) -> dict[str, dict[str, RunHistory]]:
+    """Put runs together whose values of some keys, and whose images, are equal.
+
+    Args:
+        runs: by label.
+        keys: dotted paths of the configuration.
+
+    Returns:
+        The runs of each group by label, by what to write behind the name of a figure of theirs;
+        nothing where there is one group.
+    """
+    groups: dict[Any, dict[str, RunHistory]] = {}
+    hashed = all(run.data_hashes for run in runs.values())
+    for label, run in runs.items():
+        values = flat_values(run.config)
+        key = repr([values[name] for name in keys]), run.data_hashes["all"] if hashed else None
+        groups.setdefault(key, {})[label] = run
+    if len(groups) == 1:
+        return {"": dict(runs)}
+    return {f" (of {', '.join(group)} alone)": group for group in groups.values()}
+
+
+def incomparable(runs: Mapping[str, RunHistory]) -> list[str]:
+    """Say in sentences what keeps figures of runs from being compared; first what weighs most."""
+    found = []
+    if len(alike(runs, DATA_KEYS)) > 1:
+        data = _listed(runs, _data)
+        found.append(f"The data differ, so that no figures are set beside each other: {data}.")
+    elif len(alike(runs, LOSS_KEYS)) > 1:
+        found.append("The losses are those of different objectives and cannot be compared.")
+    if len({_epochs(run) for run in runs.values()}) > 1:
+        rounds = _listed(runs, _rounds)
+        found.append(
+            f"The training is unequally long ({rounds}): a better figure may be that of the longer "
+            "one."
+        )
+    if len({_clients(run) for run in runs.values()}) > 1:
+        found.append(f"Those who trained differ: {_listed(runs, _clients)}.")
+    return [*found, *_seeds(runs)]
+
+
+def _listed(runs: Mapping[str, RunHistory], say: Any) -> str:
+    return "; ".join(f"{label}: {say(run)}" for label, run in runs.items())
+
+
+def _data(run: RunHistory) -> str:
+    data = run.config.data
+    digest = f", SHA-256 {run.data_hashes['all'][:12]}" if run.data_hashes else ""
+    number = "" if run.num_images is None else f", {run.num_images:,} training images"
+    return (
+        f"{data.name}, {len(data.classes)} classes, {data.image_size}x{data.image_size}{number}"
+        f"{digest}"
+    )
+
+
+def _epochs(run: RunHistory) -> int:
+    return run.rounds_done * run.config.train.local_epochs
+
+
+def _rounds(run: RunHistory) -> str:
+    return f"{run.rounds_done} rounds of {run.config.train.local_epochs} local epochs"
+
+
+def _clients(run: RunHistory) -> str:
+    return run.setting if run.setting == "centralised" else f"{len(run.clients)} clients"
+
+
+def _seeds(runs: Mapping[str, RunHistory]) -> list[str]:
+    seeds = {run.config.seed for run in runs.values()}
+    if len(seeds) == 1:
+        return []
+    return [f"The seeds differ: {_listed(runs, lambda run: str(run.config.seed))}."]

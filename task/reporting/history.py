@@ -1,0 +1,458 @@
+"""What happened in a run, finished or not, read back from its folder."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from task.config import EXTRACTORS, IMAGE_RANGES, Config
+from task.evaluation.evaluate import MetricReport
+from task.generators.diffusion.unet import build_unet
+from task.runs.repeat import Word
+from task.runs.run_directory import (
+    CLASS_COUNTS_FILE,
+    DATA_FILE,
+    MACHINE_FILE,
+    METRICS_FILE,
+    NODES_FILE,
+    PARTITION_FILE,
+    POOLED_FILE,
+    SUBMISSION_FILE,
+    TIMES_FILE,
+    holder,
+    last_complete_round,
+    read_metrics,
+    round_of,
+    run_config,
+    weights_file,
+)
+
+# A value by round.
+Series = dict[int, float]
+
+GLOBAL = "global"
+LEFT_OUT = "_left_out"
+POOLED = "pooled"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A client whose reply was not used.
+
+    Attributes:
+        round: 1-based.
+        client: its number.
+        activity: "train", "evaluate" or "quality".
+        reason: as the server noted it.
+    """
+
+    round: int
+    client: int
+    activity: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A file of the full metrics of a run's global weights.
+
+    Attributes:
+        name: of the file.
+        report: what it holds.
+        round: whose weights were measured.
+        otherwise: how the images were drawn otherwise than the run draws; empty: as the run does.
+        num_per_class: images of each class; None: as many as the real ones it was measured beside.
+    """
+
+    name: str
+    report: MetricReport
+    round: int
+    otherwise: str
+    num_per_class: int | None
+
+
+@dataclass(frozen=True)
+class WorkTime:
+    """A time in which a process worked on a run, from a start to an end or an interruption.
+
+    Attributes:
+        begun: with the time zone of the machine.
+        seconds: until the last thing that was written down.
+        host: name of the machine.
+    """
+
+    begun: datetime
+    seconds: float
+    host: str
+
+    @property
+    def ended(self) -> datetime:
+        """When the last thing was written down."""
+        return self.begun + timedelta(seconds=self.seconds)
+
+
+@dataclass(frozen=True, eq=False)
+class RunHistory:
+    """All that the folder of a run says of it.
+
+    Values of rounds that were not completed are left out, as a resumed run forgets them.
+
+    Attributes:
+        path: the folder.
+        config: as resolved.
+        rounds_done: complete rounds.
+        finished: whether the final weights are there and of the last round asked for.
+        running: whether another process holds the folder.
+        setting: "simulation", "real nodes" or "centralised".
+        device: that trained, or, with real nodes, drew; None where it was not written down.
+        versions: of what ran, by name; empty where they were not written down.
+        code: its fingerprint; None where it was not written down.
+        values: of the whole run, by name; finite ones only.
+        client_values: by client, by name; finite ones only.
+        texts: what was written of the whole run in words, by name, by round.
+        not_finite: round, who ("global" or "client-3") and name of what was no finite number.
+        left_out: in order.
+        class_counts: training images of each class by client number, or under `POOLED`; None of
+            a client that does not say.
+        evaluations: of the global weights.
+        grids: pictures of samples by round.
+        run_config: what `flwr run` was given; None where it was not asked.
+        work_times: in order; empty of a run that did not write them down.
+        data_source: where the images are from; None where they are not on one machine, or where
+            it was not written down.
+        data_hashes: of the images: "all" and "train"; empty where there is no `data_source`.
+        trained_on_test: test images of each class that are training images too; None where it was
+            not written down.
+    """
+
+    path: Path
+    config: Config
+    rounds_done: int
+    finished: bool
+    running: bool
+    setting: str
+    device: str | None
+    versions: Mapping[str, str]
+    code: str | None
+    values: Mapping[str, Series]
+    client_values: Mapping[int, Mapping[str, Series]]
+    texts: Mapping[str, Mapping[int, str]]
+    not_finite: tuple[tuple[int, str, str], ...]
+    left_out: tuple[LeftOut, ...]
+    class_counts: Mapping[int | str, list[int] | None]
+    evaluations: tuple[Evaluation, ...]
+    grids: Mapping[int, Path]
+    run_config: Mapping[str, Word] | None
+    work_times: tuple[WorkTime, ...]
+    data_source: str | None
+    data_hashes: Mapping[str, str]
+    trained_on_test: list[int] | None
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder."""
+        return self.path.resolve().name
+
+    @property
+    def current_evaluations(self) -> tuple[Evaluation, ...]:
+        """Those of the newest weights: a run that was prolonged keeps files of earlier ones."""
+        return self.of_round(self.rounds_done).evaluations
+
+    def of_round(self, number: int) -> "RunHistory":
+        """Leave out what was measured of the weights of other rounds."""
+        return replace(
+            self,
+            rounds_done=number,
+            evaluations=tuple(each for each in self.evaluations if each.round == number),
+            values=_of_round(self.values, number),
+            client_values={
+                client: _of_round(values, number) for client, values in self.client_values.items()
+            },
+        )
+
+    @property
+    def clients(self) -> list[int]:
+        """The numbers of all clients that the folder knows of, ascending."""
+        counted = {client for client in self.class_counts if isinstance(client, int)}
+        return sorted(counted | set(self.client_values) | {each.client for each in self.left_out})
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """The weights of the network."""
+        with torch.device("meta"):
+            return sum(weight.numel() for weight in build_unet(self.config).parameters())
+
+    @property
+    def num_images(self) -> int | None:
+        """The training images of all that say how many they have; None where none does."""
+        known = [sum(counts) for counts in self.class_counts.values() if counts is not None]
+        told = [values.get("train_num_examples", {}) for values in self.client_values.values()]
+        known = known or [int(max(series.values())) for series in told if series]
+        return sum(known) if known else None
+
+    @property
+    def seconds(self) -> float:
+        """The time of the whole run: of all its starts, with the drawing and measuring at its end.
+
+        Of a run that did not write it down, the time of all rounds, with their evaluations.
+        """
+        if self.work_times:
+            return sum(each.seconds for each in self.work_times)
+        spent = [self.values.get(name, {}) for name in ("round_seconds", "seconds_evaluating")]
+        return sum(sum(series.values()) for series in spent)
+
+    @property
+    def scoring(self) -> str | None:
+        """What hospitals scored last, and by what; None where they scored nothing.
+
+        It begins with the number of images. A run says it of its last round alone; on the way
+        `eval.num_images` are scored.
+        """
+        scored = self.values.get("quality_num_hospitals")
+        if not scored:
+            return None
+        wanted = self.config.eval
+        return self.texts.get("quality_scored", {}).get(
+            max(scored),
+            f"{wanted.num_images} images, extractor {wanted.extractor}, image range "
+            f"{wanted.image_range}, seed {wanted.seed}",
+        )
+
+    def final(self, name: str) -> float | None:
+        """Return the last value of the whole run under a name; None where there is none."""
+        series = self.values.get(name)
+        return series[max(series)] if series else None
+
+    def of_clients(self, name: str) -> dict[int, Series]:
+        """Return the values of a name by client, of the clients that have some."""
+        found = {client: self.client_values.get(client, {}).get(name) for client in self.clients}
+        return {client: series for client, series in found.items() if series}
+
+    def participation(self) -> dict[tuple[int, int], str]:
+        """Say of each round and client whether it "trained", or why it did not.
+
+        It was "left out", or "not asked"; where every client is asked, it was "not there".
+        """
+        absent = "not there" if self.config.federation.clients_per_round is None else "not asked"
+        states = {
+            (number, client): absent
+            for number in range(1, self.rounds_done + 1)
+            for client in self.clients
+        }
+        for client, series in self.of_clients("train_loss").items():
+            states |= {(number, client): "trained" for number in series}
+        for number, who, name in self.not_finite:
+            if who != GLOBAL and name == "train_loss":
+                states[number, client_number(who)] = "trained"
+        missed = [each for each in self.left_out if each.activity == "train"]
+        return states | {(each.round, each.client): "left out" for each in missed}
+
+
+def _of_round(values: Mapping[str, Series], number: int) -> dict[str, Series]:
+    return {name: {number: of[number]} for name, of in values.items() if number in of}
+
+
+def client_number(who: str) -> int:
+    """Return the number of "client-3"."""
+    return int(who.removeprefix("client-"))
+
+
+@dataclass(eq=False)
+class _Recorded:
+    values: dict[str, Series] = field(default_factory=dict)
+    clients: dict[int, dict[str, Series]] = field(default_factory=dict)
+    texts: dict[str, dict[int, str]] = field(default_factory=dict)
+    not_finite: list[tuple[int, str, str]] = field(default_factory=list)
+    # Keyed, because a round may be evaluated once more after a restart.
+    left_out: dict[tuple[int, int, str], str] = field(default_factory=dict)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        number, who, name, value = (line[key] for key in ("round", "who", "name", "value"))
+        client = None if who == GLOBAL else client_number(who)
+        if isinstance(value, str):
+            if client is None:
+                self.texts.setdefault(name, {})[number] = value
+            elif name.endswith(LEFT_OUT):
+                self.left_out[number, client, name.removesuffix(LEFT_OUT)] = value
+        elif not math.isfinite(value):
+            self.not_finite.append((number, who, name))
+        else:
+            values = self.values if client is None else self.clients.setdefault(client, {})
+            values.setdefault(name, {})[number] = value
+
+
+def read_history(run: Path) -> RunHistory:
+    """Read what the folder of a run says, whether it is finished, going on, or was ended.
+
+    Raises:
+        ValueError: there is no run, or a file is not what this version of feddm writes.
+    """
+    config = run_config(run)
+    final = _final_round(run)
+    rounds_done = max(last_complete_round(run), final or 0)
+    recorded = _recorded(run, rounds_done)
+    machine = _read_json(run / MACHINE_FILE) or {}
+    data = _read_json(run / DATA_FILE) or {}
+    return RunHistory(
+        path=run,
+        config=config,
+        rounds_done=rounds_done,
+        finished=final == config.federation.rounds,
+        running=holder(run) not in (None, str(os.getpid())),
+        setting=machine.get("setting") or _setting(run, config),
+        device=machine.get("device"),
+        versions=machine.get("versions", {}),
+        code=machine.get("code"),
+        values=recorded.values,
+        client_values=recorded.clients,
+        texts=recorded.texts,
+        not_finite=tuple(recorded.not_finite),
+        left_out=tuple(LeftOut(*key, why) for key, why in sorted(recorded.left_out.items())),
+        class_counts=_class_counts(run, len(config.data.classes)),
+        evaluations=tuple(_evaluations(run)),
+        grids={round_of(file): file for file in sorted(run.glob("samples/round_*.png"))},
+        run_config=_submitted_words(run / SUBMISSION_FILE),
+        work_times=_work_times(run / TIMES_FILE),
+        data_source=data.get("source"),
+        data_hashes=data.get("sha256", {}),
+        trained_on_test=(data.get("duplicates") or {}).get("in_both"),
+    )
+
+
+def _work_times(file: Path) -> tuple[WorkTime, ...]:
+    if not file.exists():
+        return ()
+    with _naming(file):
+        return tuple(
+            WorkTime(datetime.fromisoformat(part["begun"]), float(part["seconds"]), part["host"])
+            for part in json.loads(file.read_text(encoding="utf-8"))
+        )
+
+
+def _setting(run: Path, config: Config) -> str:
+    # Of a run that did not write it down.
+    if config.train.mode == "centralized":
+        return "centralised"
+    return "real nodes" if (run / NODES_FILE).exists() else "simulation"
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Say of a file that cannot be understood which it is and what to do."""
+    try:
+        yield
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{file} is not what a run writes ({why}); mend it, or move it out of the folder"
+        ) from error
+
+
+def _recorded(run: Path, rounds_done: int) -> _Recorded:
+    recorded = _Recorded()
+    with _naming(run / METRICS_FILE):
+        for line in read_metrics(run):
+            if line["round"] <= rounds_done:
+                recorded.add(line)
+    recorded.values = _with_like_floors(recorded.values)
+    return recorded
+
+
+def _with_like_floors(values: Mapping[str, Series]) -> dict[str, Series]:
+    """Leave out floors of another number of images than the scores beside them.
+
+    Versions that wrote down no "n_scored" took them of as many as there were real ones.
+    """
+    scored = values.get("n_scored", {})
+    floors = {n for n in values if n.startswith("floor_")} - {"floor_noise_position"}
+    kept = {
+        name: {number: value for number, value in values[name].items() if number in scored}
+        for name in floors
+    }
+    return {name: series for name, series in {**values, **kept}.items() if series}
+
+
+def _final_round(run: Path) -> int | None:
+    file = weights_file(run)
+    if not file.is_file():
+        return None
+    with _naming(file), safe_open(file, framework="pt") as weights:
+        return int((weights.metadata() or {})["round"])
+
+
+def _class_counts(run: Path, num_classes: int) -> dict[int | str, list[int] | None]:
+    for name in (POOLED_FILE, PARTITION_FILE, CLASS_COUNTS_FILE):
+        content = _read_json(run / name)
+        if content is not None:
+            with _naming(run / name):
+                counts = _counts_of(name, content)
+                for each in counts.values():
+                    _check_counts(each, num_classes)
+            return counts
+    return {}
+
+
+def _check_counts(counts: list[int] | None, num_classes: int) -> None:
+    if counts is not None and [type(number) for number in counts] != [int] * num_classes:
+        raise ValueError(f"expected {num_classes} numbers, got {counts!r}")
+
+
+def _counts_of(name: str, content: Mapping[str, Any]) -> dict[int | str, list[int] | None]:
+    if name == POOLED_FILE:
+        return {POOLED: content["train_counts"]}
+    if name == PARTITION_FILE:
+        return dict(enumerate(content["train_counts"]))
+    return {int(client): counts for client, counts in content["clients"].items()}
+
+
+def _evaluations(run: Path) -> list[Evaluation]:
+    found = []
+    # By their stems, so that what is drawn otherwise comes after what it differs from.
+    for file in sorted(run.glob("evaluation-*.json"), key=lambda file: file.stem):
+        pattern = rf"evaluation-({'|'.join(EXTRACTORS)})-({'|'.join(IMAGE_RANGES)})(?:-(.+))?"
+        match = re.fullmatch(pattern, file.stem)
+        otherwise = (match[3] or "") if match else None
+        if otherwise is None or re.match(r"client-\d+", otherwise):
+            continue  # of a client's own model
+        content = _read_json(file) or {}
+        with _naming(file):
+            report = MetricReport.from_description(content)
+            per_class = content.get("num_per_class")
+            found.append(Evaluation(file.name, report, content["round"], otherwise, per_class))
+    return found
+
+
+def _submitted_words(file: Path) -> Mapping[str, Word] | None:
+    words = (_read_json(file) or {}).get("run_config")
+    with _naming(file):
+        if not isinstance(words, dict | None):
+            raise TypeError(f"run_config must be an object, got {type(words).__name__}")
+    return words
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    with _naming(file):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"expected an object, got {type(content).__name__}")
+        return content

@@ -1,0 +1,622 @@
+"""The paper's tables from finished runs: which runs stand side by side, and what they show.
+
+Runs belong into one table where all that determines their weights is equal but the value that
+the table varies; seeds are averaged over. Figures belong into one column where, besides, data,
+numbers of images and extractor are equal.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from scipy.stats import t as student_t
+
+from task.config import FILE_SETS, require
+from task.evaluation.features import HASH_DIGITS
+from task.generators.diffusion.unet import build_unet
+from task.reporting.published import (
+    PAPER_SIZES,
+    PUBLISHED,
+    PublishedScores,
+    is_papers_federation,
+    paper_values,
+)
+from task.runs.run import FinishedRun
+from task.runs.run_directory import WITHOUT_INFLUENCE, is_about_clients
+
+METRICS = {"inception_score": "IS ↑", "fid_train": "FID (train) ↓", "fid_test": "FID (test) ↓"}
+
+# Measures of unequal ones of these are not put into one column.
+COLUMN_VALUES = ("n_generated", "n_train", "n_test", "n_floor", "extractor_sha256")
+
+# What a caption says of the settings that all runs of a table share.
+SCALE = {
+    "federation.rounds": "R",
+    "train.local_epochs": "E",
+    "federation.num_supernodes": "N",
+    "partition.beta": "beta",
+    "partition.counts": "counts",
+    "federation.clients_per_round": "clients per round",
+    "train.batch_size": "batch",
+    "train.lr": "lr",
+    "model.width": "width",
+    "model.num_poolings": "poolings",
+    "model.bottom_blocks": "bottom blocks",
+    "diffusion.prediction_type": "prediction",
+    "diffusion.num_timesteps": "T",
+    "diffusion.sampler": "sampler",
+}
+
+LITERATURE = "Not the scores of the literature, which look through Inception."
+WRAPPED = "The wrapped range of the published tables: never beside figures in the correct range."
+PUBLISHED_SCALE = (
+    "As published, at the paper's full scale, through Inception, in the wrapped image range: not "
+    "comparable with the measured figures above."
+)
+
+SPREAD = (
+    "±: the sample standard deviation over the seeds, where a cell says how many; of a single seed "
+    "and of real images that of IS over its 10 splits."
+)
+
+# Of the interval of a difference that a verdict rests on.
+CONFIDENCE = 0.95
+
+Settings = frozenset[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the paper's tables.
+
+    Attributes:
+        number: in Roman figures.
+        key: path of the value that differs between its rows.
+        subject: what it is about.
+        ordering: what the paper concludes from it.
+        worst: index of the row that is worst by that.
+    """
+
+    number: str
+    key: str
+    subject: str
+    ordering: str
+    worst: int
+
+    def takes(self, values: Mapping[str, Any]) -> bool:
+        """Say whether a run of such a configuration can be in this table.
+
+        I and V are one comparison, V of images that lie in files. The others take any data.
+        """
+        if self.key == "train.mode":
+            return (values["data.name"] in FILE_SETS) == (self.number == "V")
+        return values["train.mode"] == "federated" and values[self.key] is not None
+
+
+KINDS = (
+    Kind("I", "train.mode", "centralised and federated", "Centralised better than FedAvg", -1),
+    Kind("II", "partition.beta", "skew of the partition", "the smallest beta worst", 0),
+    Kind("III", "federation.num_supernodes", "number of clients", "the largest N worst", -1),
+    Kind("IV", "train.local_epochs", "local epochs", "the smallest E worst", 0),
+    Kind(
+        "V",
+        "train.mode",
+        "centralised and federated, image files",
+        "Centralised better than FedAvg",
+        -1,
+    ),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """A run, seen through one extractor in one image range.
+
+    Attributes:
+        run: the run.
+        values: its configuration, flat.
+        found: its evaluation.
+        settings: what determined its weights, by path, without data and seed, and through what
+            it was seen.
+        column: what must be equal for figures to stand in one column.
+    """
+
+    run: FinishedRun
+    values: Mapping[str, Any]
+    found: Mapping[str, Any]
+    settings: Settings
+    column: Settings
+
+    def row(self, kind: Kind) -> Any:
+        """Return the value that a table varies."""
+        return self.values[kind.key]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A cell: of one run, the mean over several seeds, or a published or real one.
+
+    Attributes:
+        mean: the value.
+        std: over the seeds, or, of a single inception score, over its splits; or None.
+        seeds: their number.
+    """
+
+    mean: float
+    std: float | None = None
+    seeds: int = 1
+
+    def __str__(self) -> str:
+        digits = 2 if abs(self.mean) >= 1 else 4
+        spread = "" if self.std is None else f" ± {self.std:.{digits}f}"
+        return f"{self.mean:.{digits}f}{spread}" + f" ({self.seeds} seeds)" * (self.seeds > 1)
+
+
+class Gap(NamedTuple):
+    """By how much one mean is worse than another, with the interval of that and its p value."""
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+
+
+Scores = dict[str, Score]
+Columns = Mapping[str, Sequence[Measurement]]
+
+
+@dataclass(frozen=True)
+class Column:
+    """The scores of one data set: by row, then by metric."""
+
+    label: str
+    rows: Mapping[str, Scores]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as it is to be laid out.
+
+    Attributes:
+        title: with its number.
+        rows: their labels, from top to bottom.
+        metrics: of each column, of `METRICS`.
+        columns: one per data set, and one more where there are published values to compare with.
+        caption: what it holds for, a sentence per line.
+        verdicts: whether the paper's ordering holds, a line per data set and metric.
+        members: the measurements in it.
+    """
+
+    title: str
+    rows: Sequence[str]
+    metrics: Sequence[str]
+    columns: Sequence[Column]
+    caption: Sequence[str]
+    verdicts: Sequence[str] = ()
+    members: Sequence[Measurement] = ()
+
+
+def current_evaluations(run: FinishedRun) -> list[dict[str, Any]]:
+    """Return what was measured of a run's final weights, and not before it was prolonged."""
+    return [each for each in run.evaluations if each.get("round") == run.config.federation.rounds]
+
+
+def measurements(runs: Iterable[FinishedRun]) -> tuple[list[Measurement], dict[str, list[str]]]:
+    """Take the evaluations of runs apart, without those that must not be in a table.
+
+    Returns:
+        The measurements, and by reason the runs whose evaluations were left out.
+    """
+    taken: dict[object, Measurement] = {}
+    unmeasured, stale, repeats = [], [], []
+    broken: list[str] = []
+    for run in runs:
+        current = current_evaluations(run)
+        if not run.evaluations:
+            unmeasured.append(str(run.path))
+        if len(current) < len(run.evaluations):
+            stale.append(f"{run.path} (it now ends after round {run.config.federation.rounds})")
+        for each in _whole_measurements(run, current, broken):
+            mode = each.values["train.mode"]
+            trained = each.settings if mode == "federated" else _without_clients(each.settings)
+            same = (trained, each.column, mode, each.values["seed"])
+            twin = taken.setdefault(same, each)
+            if twin is not each:
+                repeats.append(f"{run.path} (of {twin.run.path})")
+    left_out = {
+        "finished, not measured (feddm evaluate RUN)": unmeasured,
+        "measured before the last round (feddm evaluate RUN)": stale,
+        "repeats, but for rounding, of another run": repeats,
+        "an evaluation that is not whole (feddm evaluate RUN)": broken,
+    }
+    return [*taken.values()], {why: which for why, which in left_out.items() if which}
+
+
+def _whole_measurements(
+    run: FinishedRun, evaluations: Iterable[Mapping[str, Any]], broken: list[str]
+) -> Iterator[Measurement]:
+    for found in evaluations:
+        try:
+            yield _measurement(run, found)
+        except ValueError as error:
+            broken.append(f"{run.path} ({error})")
+
+
+def _measurement(run: FinishedRun, found: Mapping[str, Any]) -> Measurement:
+    needed = {"extractor", "image_range", "seed", *COLUMN_VALUES}
+    missing = sorted(needed - found.keys())
+    require(not missing, f"an evaluation of {run.path}", "whole", f"none of {missing}")
+    values, column = run.values, run.data_values
+    column |= {name: found[name] for name in COLUMN_VALUES} | {"eval.seed": found["seed"]}
+    column["n_scored"] = found.get("n_scored", found["n_generated"])
+    settings = _weight_settings(values)
+    settings |= {"extractor": found["extractor"], "image_range": found["image_range"]}
+    return Measurement(run, values, found, _as_text(settings), _as_text(column))
+
+
+def _weight_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick what determines weights, but for the mode, the data and the seed."""
+    ignored = WITHOUT_INFLUENCE | {"seed", "train.mode"}
+    found = {k: v for k, v in values.items() if not k.startswith("data.") and k not in ignored}
+    if found["federation.clients_per_round"] is None:
+        found["federation.clients_per_round"] = values["federation.num_supernodes"]
+    return found
+
+
+def _as_text(values: Mapping[str, Any]) -> Settings:
+    return frozenset((name, _text(value)) for name, value in values.items())
+
+
+def _text(value: object) -> str:
+    """Write a value so that equal ones look equal: 5.0 as 5, None as null."""
+    if isinstance(value, float):
+        return str(value).removesuffix(".0")
+    return "null" if value is None else str(value)
+
+
+def build_tables(measured: Sequence[Measurement]) -> list[Table]:
+    """Build every table that measurements give, in the paper's order; published ones at the end.
+
+    A table has two rows or more, or is none. Where settings that are equal within a table differ
+    between measurements, there are several tables of a number, the fullest first.
+    """
+    tables, published = [], []
+    for kind in KINDS:
+        groups = [
+            (key, columns) for key, m in _groups(kind, measured) if (columns := _columns(kind, m))
+        ]
+        groups.sort(key=lambda group: -sum(map(len, group[1].values())))
+        apart = _told_apart([settings for settings, _ in groups])
+        found = []
+        for number, (settings, columns) in enumerate(groups, 1):
+            count = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
+            title = f"Table {kind.number}{count}: {kind.subject}"
+            found.append(_table(kind, title, settings, columns, apart))
+        beside = any(
+            len(table.columns) > len(group[1]) for table, group in zip(found, groups, strict=True)
+        )
+        if found and not beside:
+            published.append(_published_table(kind))
+        tables += found
+    return [*tables, *published]
+
+
+def _groups(
+    kind: Kind, measured: Sequence[Measurement]
+) -> Iterator[tuple[Settings, list[Measurement]]]:
+    """Put measurements together that are equal in all but what a table varies."""
+    groups: dict[Settings, list[Measurement]] = {}
+    centralised = []
+    for each in measured:
+        if not kind.takes(each.values):
+            continue
+        if each.values["train.mode"] == "centralized":
+            centralised.append(each)
+            continue
+        for settings in _group_settings(kind, each):
+            groups.setdefault(settings, []).append(each)
+    baselines: dict[Settings, list[Measurement]] = {}
+    for each in centralised:
+        # It has no clients, so that it fits any federation; the paper's, where that is there.
+        fitting = [s for s in groups if _without_clients(s) == _without_clients(each.settings)]
+        for settings in [
+            s for s in fitting if is_papers_federation(groups[s][0].values)
+        ] or fitting:
+            baselines.setdefault(settings, []).append(each)
+    for settings, members in groups.items():
+        yield settings, members + baselines.get(settings, [])
+
+
+def _without_clients(settings: Settings) -> Settings:
+    return frozenset((name, value) for name, value in settings if not is_about_clients(name))
+
+
+def _group_settings(kind: Kind, each: Measurement) -> Iterator[Settings]:
+    settings = dict(each.settings)
+    varied = settings.pop(kind.key, None)
+    yield frozenset(settings.items())
+    if kind.number == "III" and settings["federation.clients_per_round"] == varied:
+        # All of N=10 goes with 10 of N=30, as in the paper, and with all of N=30.
+        yield frozenset((settings | {"federation.clients_per_round": "all"}).items())
+
+
+def _columns(kind: Kind, members: Sequence[Measurement]) -> Columns:
+    """Split a group into columns, by label, without those that do not compare two rows."""
+    columns: dict[Settings, list[Measurement]] = {}
+    for each in members:
+        columns.setdefault(each.column, []).append(each)
+    compared = {
+        key: column
+        for key, column in columns.items()
+        if len({each.row(kind) for each in column}) > 1
+    }
+    return dict(zip(_labels([*compared]), compared.values(), strict=True))
+
+
+def _labels(columns: Sequence[Settings]) -> list[str]:
+    """Name columns by their data sets, and those of one data set by what sets them apart."""
+    values = [dict(column) for column in columns]
+    labels = []
+    for value in values:
+        others = [other for other in values if other["data.name"] == value["data.name"]]
+        apart = [name for name in sorted(value) if len({other[name] for other in others}) > 1]
+        words = ", ".join(f"{name}={value[name]}" for name in apart)
+        labels.append(value["data.name"] + (f" ({words})" if words else ""))
+    return labels
+
+
+def _told_apart(groups: Sequence[Settings]) -> list[str]:
+    """Name the settings, beyond those that every caption says, that differ between groups."""
+    names = {name for settings in groups for name, _ in settings}
+    return sorted(
+        name
+        for name in names - SCALE.keys() - {"extractor", "image_range"}
+        if len({dict(settings).get(name) for settings in groups}) > 1
+    )
+
+
+def _table(
+    kind: Kind, title: str, settings: Settings, columns: Columns, apart: Sequence[str]
+) -> Table:
+    members = [each for column in columns.values() for each in column]
+    rows = {row_label(kind, row): row for row in sorted({each.row(kind) for each in members})}
+    sizes = dict.fromkeys(f"{column[0].found['n_floor']:,}" for column in columns.values())
+    floor = f"real images (floor, n={' / '.join(sizes)})"
+    published = {
+        name: column for name, column in columns.items() if _at_full_scale(kind, settings, column)
+    }
+    laid_out: list[Column] = []
+    verdicts: list[str] = []
+    for name, column in columns.items():
+        whole = name in published
+        scores = {label: _cell(kind, row, column, whole=whole) for label, row in rows.items()}
+        data = column[0].values["data.name"]
+        verdicts += _verdicts(kind, name, scores, data)
+        laid_out.append(Column(name, scores | {floor: _floor(column[0], whole=whole)}))
+        if name in published:
+            laid_out.append(_published_column(kind, data))
+    return Table(
+        title=title,
+        # Without a floor of as many images as the scores are of, there is no row of it.
+        rows=[*rows, *[floor] * any(column.rows.get(floor) for column in laid_out)],
+        metrics=[name for name in METRICS if any(name in each.found for each in members)],
+        columns=laid_out,
+        caption=_caption(settings, columns, published, apart),
+        verdicts=verdicts,
+        members=members,
+    )
+
+
+def row_label(kind: Kind, value: Any) -> str:
+    """Name a row as the paper does."""
+    if kind.key == "train.mode":
+        return "Centralised" if value == "centralized" else "FedAvg"
+    return f"{SCALE[kind.key]}={_text(value)}"
+
+
+def _cell(kind: Kind, row: Any, column: Sequence[Measurement], *, whole: bool) -> Scores:
+    """Average over the seeds: scores of as many images as the floor has, or of the whole."""
+    scores = {}
+    for name in METRICS:
+        found = [
+            {**e.found, **_whole(e.found)} if whole else e.found
+            for e in column
+            if e.row(kind) == row and name in e.found
+        ]
+        values = [each[name] for each in found]
+        if len(values) == 1:
+            scores[name] = Score(values[0], found[0].get(f"{name}_std"))
+        elif values:
+            scores[name] = Score(mean(values), stdev(values), len(values))
+    return scores
+
+
+def _whole(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scores of all generated images under their own names."""
+    return {
+        name.removeprefix("whole_"): value
+        for name, value in found.items()
+        if name.startswith("whole_")
+    }
+
+
+def _floor(each: Measurement, *, whole: bool) -> Scores:
+    """Return what real images reach, where as many of them are beside as many generated ones."""
+    if _scored(each, whole=whole) != each.found["n_floor"]:
+        return {}
+    return {
+        name: Score(each.found[f"floor_{name}"], each.found.get(f"floor_{name}_std"))
+        for name in METRICS
+        if f"floor_{name}" in each.found
+    }
+
+
+def _scored(each: Measurement, *, whole: bool) -> int:
+    """Return how many generated images the scores of a column are of."""
+    number: int = each.found["n_generated"]
+    return number if whole else each.found.get("n_scored", number)
+
+
+def scale(settings: Settings, *further: str) -> str:
+    """Say the settings of `SCALE` in a line, and further ones by their names."""
+    values = {name: value for name, value in settings if value != "null"}
+    words = [f"{symbol}={values[key]}" for key, symbol in SCALE.items() if key in values]
+    return ", ".join(words + [f"{name}={values.get(name, 'null')}" for name in further])
+
+
+def _caption(
+    settings: Settings, columns: Columns, published: Columns, apart: Sequence[str]
+) -> list[str]:
+    values = dict(settings)
+    lines = [scale(settings, *apart) + "."]
+    if any(len({m.values["train.mode"] for m in column}) > 1 for column in columns.values()):
+        lines.append("Centralised: R x E epochs on the pooled images, without N clients.")
+    lines += [
+        _column_caption(label, column[0], whole=label in published)
+        for label, column in columns.items()
+    ]
+    lines.append(f"Image range {values['image_range']}; FID depends on n: compare equal n only.")
+    if values["image_range"] == "paper":
+        lines.append(WRAPPED)
+    if values["extractor"] != "inception":
+        lines.append(LITERATURE)
+    return [*lines, SPREAD]
+
+
+def _column_caption(label: str, each: Measurement, *, whole: bool) -> str:
+    found, data = each.found, each.run.config.data
+    with torch.device("meta"):
+        parameters = sum(weight.numel() for weight in build_unet(each.run.config).parameters())
+    scored = _scored(each, whole=whole)
+    return (
+        f"{label}: {data.image_size}x{data.image_size}, {found['n_generated']:,} generated, "
+        f"{found['n_train']:,} training and {found['n_test']:,} test images; scores of "
+        f"{scored:,} generated and floor of {found['n_floor']:,} real ones"
+        + (", which cannot be compared and is left out" if scored != found["n_floor"] else "")
+        + f"; {parameters:,} parameters; extractor {found['extractor']} "
+        f"{found['extractor_sha256'][:HASH_DIGITS]}."
+    )
+
+
+def _verdicts(kind: Kind, label: str, rows: Mapping[str, Scores], data: str) -> Iterator[str]:
+    """Say for each metric whether the paper's ordering holds, and whether it held in the paper."""
+    in_paper = {row_label(kind, value): row for value, row in PUBLISHED[kind.number].items()}
+    published = [row[data] for row in in_paper.values() if data in row]
+    if [*rows][kind.worst] != [*in_paper][kind.worst]:
+        published = []  # It speaks of another row.
+    for name, title in METRICS.items():
+        scores = [row[name] for row in rows.values() if name in row]
+        if len(scores) < 2:
+            continue
+        line = f"{kind.ordering}, {label}, {title[:-2]}: {verdict(scores, kind.worst, name)}"
+        theirs = [Score(value) for p in published if (value := getattr(p, name)) is not None]
+        if theirs:
+            holds = min(gap.mean for gap in _gaps(theirs, kind.worst, name)) > 0
+            line += "; in the paper it " + ("holds" if holds else "does not hold")
+        yield line
+
+
+def verdict(scores: Sequence[Score], worst: int, metric: str) -> str:
+    """Say whether one score is shown to be worse than all others, by Welch's t test of each pair.
+
+    Args:
+        scores: two or more.
+        worst: index of the one that should be.
+        metric: of `METRICS`.
+
+    Returns:
+        The verdict, with the difference to the score that it is least shown for, the interval
+        of that difference, and Welch's p value. A single seed has no interval and shows nothing.
+    """
+    gaps = _gaps(scores, worst, metric)
+    gap = min(gaps, key=lambda gap: (gap.low, gap.mean))
+    said = f"difference {gap.mean:.4g}"
+    if not math.isfinite(gap.low):
+        return f"not shown ({said}; a single seed, so that no interval is known)"
+    said += f", {CONFIDENCE:.0%} interval {gap.low:.4g} to {gap.high:.4g}, p={gap.p_value:.2g}"
+    if gap.low > 0:
+        return f"shown ({said})"
+    return f"{'the opposite is shown' if gap.high < 0 else 'not shown'} ({said})"
+
+
+def _gaps(scores: Sequence[Score], worst: int, metric: str) -> list[Gap]:
+    """By how much the worst is worse than each other one."""
+    sign = -1 if metric == "inception_score" else 1
+    chosen = scores[worst]
+    return [_gap(chosen, other, sign) for other in scores if other is not chosen]
+
+
+def _gap(worse: Score, better: Score, sign: int) -> Gap:
+    """Compare two means by Welch's t test, with the interval of their difference."""
+    mean = sign * (worse.mean - better.mean) + 0.0
+    if min(worse.seeds, better.seeds) < 2:
+        return Gap(mean, -math.inf, math.inf, math.nan)
+    variances = [(score.std or 0.0) ** 2 / score.seeds for score in (worse, better)]
+    if sum(variances) == 0:
+        return Gap(mean, mean, mean, float(mean == 0))
+    freedom = sum(variances) ** 2 / sum(
+        variance**2 / (score.seeds - 1)
+        for variance, score in zip(variances, (worse, better), strict=True)
+    )
+    error = math.sqrt(sum(variances))
+    half = float(student_t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    return Gap(mean, mean - half, mean + half, 2 * float(student_t.sf(abs(mean) / error, freedom)))
+
+
+def _at_full_scale(kind: Kind, settings: Settings, column: Sequence[Measurement]) -> bool:
+    """Say whether a column was trained and measured as the paper's was."""
+    found, run = column[0].found, column[0].run
+    sizes = PAPER_SIZES.get(run.config.data.name)
+    if sizes != (found["n_train"], found["n_generated"]):
+        return False
+    seen = {"extractor": "inception", "image_range": "paper"}
+    ignored = {kind.key, "data.root", "data.cache_dir", "data.on_corrupt"}
+    return any(
+        _as_text({**_weight_settings(values), **seen}) - {(kind.key, _text(values[kind.key]))}
+        == settings
+        and all(
+            run.values[k] == v
+            for k, v in values.items()
+            if k.startswith("data.") and k not in ignored
+        )
+        for values in paper_values(run.config.data.name)
+    )
+
+
+def _published_column(kind: Kind, data: str) -> Column:
+    return Column(
+        f"{data} (paper)",
+        {
+            row_label(kind, value): _published_scores(row[data])
+            for value, row in PUBLISHED[kind.number].items()
+        },
+    )
+
+
+def _published_scores(published: PublishedScores) -> Scores:
+    scores = {
+        "inception_score": Score(published.inception_score, published.inception_score_std),
+        "fid_train": Score(published.fid_train),
+    }
+    if published.fid_test is not None:
+        scores["fid_test"] = Score(published.fid_test)
+    return scores
+
+
+def _published_table(kind: Kind) -> Table:
+    rows = PUBLISHED[kind.number]
+    columns = [_published_column(kind, data) for data in next(iter(rows.values()))]
+    return Table(
+        title=f"Published values of Table {kind.number}: {kind.subject}",
+        rows=[row_label(kind, value) for value in rows],
+        metrics=[
+            name
+            for name in METRICS
+            if any(name in scores for column in columns for scores in column.rows.values())
+        ],
+        columns=columns,
+        caption=[PUBLISHED_SCALE, "±: as published, of IS."],
+    )

@@ -1,0 +1,480 @@
+"""What a reader of a run should know first: signs that its figures may mislead."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from statistics import median
+
+from scipy.stats import binomtest
+
+from task.evaluation.metrics import least_share_shown
+from task.evaluation.realism import MOST_COMPARED
+from task.reporting.history import GLOBAL, RunHistory, Series
+from task.reporting.metric_table import REAL_BESIDE
+
+# Below five values a median and its deviations say nothing of a sixth.
+LEAST_COMPARED = 5
+# Deviations from the median, in units of a normal distribution's sigma. Clients whose images differ
+# in kind spread widely, so that the usual 3.5 would point at honest ones.
+FAR = 6.0
+# 1.4826 times the median absolute deviation is the sigma of a normal distribution.
+SIGMAS_PER_MAD = 1.4826
+# Clients that are nearly alike are not far apart for a difference below a tenth of the median.
+LEAST_SPREAD = 0.1 / FAR
+# Of the rounds in which a client could be compared: a single odd round is no drift.
+DRIFTING_SHARE = 0.25
+LEAST_DRIFTING_ROUNDS = 2
+
+# What is compared between the clients of a round.
+COMPARED = {"train_loss": "train loss", "train_update_norm": "update norm"}
+
+# Of each class; fewer leave an agreement or a distance to chance.
+LEAST_PER_CLASS = 50
+# Between real images and noise, see `task.evaluation.realism`: blurred real images come so far,
+# and a model that was hardly trained further.
+UNTRAINED = 0.5
+# One in a hundred honest runs comes so far.
+SIGNIFICANT = 0.01
+
+
+# Of the way from chance to real images, of an agreement that shows the classes.
+LEAST_ABOVE_CHANCE = 0.5
+
+
+class State(StrEnum):
+    """What came of looking for something."""
+
+    WARNING = "warning"
+    CLEAR = "not found"
+    UNMEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked for in a run, or could not be.
+
+    Attributes:
+        subject: what was looked for, as the end of "looked for ...".
+        state: what came of it.
+        says: a sentence or more with the figures, their numbers of images, and what to do.
+        client: whose own score it is about; None: it is about the run.
+    """
+
+    subject: str
+    state: State
+    says: str
+    client: int | None = None
+
+
+def checks(history: RunHistory) -> list[Check]:
+    """List what was looked for in a run, with what came of it; all that can mislead is in it."""
+    looks = (
+        _unfinished_check,
+        _finite_check,
+        _clients_check,
+        _drift_check,
+        _leak_check,
+        image_checks,
+    )
+    return [check for look in looks for check in look(history)]
+
+
+def image_checks(history: RunHistory) -> list[Check]:
+    """List those of the checks that are about the generated images; of a finished run, its last."""
+    if history.finished:
+        history = history.of_round(history.rounds_done)
+    looks = (_noise_checks, _class_checks, _copying_checks, _number_checks)
+    return [check for look in looks for check in look(history)]
+
+
+def warning_signs(history: RunHistory) -> list[str]:
+    """List what a reader should know first, a sentence each; empty where there is nothing."""
+    return [check.says for check in checks(history) if check.state is State.WARNING]
+
+
+def closing_lines(history: RunHistory) -> list[str]:
+    """Say for the end of a log what may be wrong, and what was not measured of the images."""
+    gaps = [check for check in image_checks(history) if check.state is State.UNMEASURED]
+    return [f"{State.WARNING}: {sign}" for sign in warning_signs(history)] + [
+        f"{gap.state}: {gap.subject}. {gap.says}" for gap in gaps
+    ]
+
+
+def _found(subject: str, signs: Iterable[str], otherwise: str) -> list[Check]:
+    """Make a warning of each sign, or say that there is none."""
+    found = [Check(subject, State.WARNING, sign) for sign in signs]
+    return found or [Check(subject, State.CLEAR, otherwise)]
+
+
+def _unfinished_check(history: RunHistory) -> list[Check]:
+    if history.running and not history.finished:
+        return []
+    rounds = f"All {history.config.federation.rounds} rounds are done."
+    return _found("an unfinished run", _unfinished(history), rounds)
+
+
+def _finite_check(history: RunHistory) -> list[Check]:
+    return _found("values that are no numbers", _not_finite(history), "Every value is a number.")
+
+
+def _clients_check(history: RunHistory) -> list[Check]:
+    if history.setting == "centralised":
+        return []
+    signs = [*_left_out(history), *_absent(history)]
+    everyone = f"Every client replied whenever it was asked ({len(history.clients)} in all)."
+    return _found("clients left out or not there", signs, everyone)
+
+
+def _drift_check(history: RunHistory) -> list[Check]:
+    if history.setting == "centralised":
+        return []
+    subject, number = "clients that drift", len(history.clients)
+    if number < LEAST_COMPARED:
+        few = f"Clients are compared where there are {LEAST_COMPARED} or more; here: {number}."
+        return [Check(subject, State.UNMEASURED, few)]
+    alike = f"None of {number} clients is far from the others in loss or in the size of its update."
+    return _found(subject, _drifting(history), alike)
+
+
+def _leak_check(history: RunHistory) -> list[Check]:
+    if history.trained_on_test is None:
+        return []
+    classes = zip(history.config.data.classes, history.trained_on_test, strict=True)
+    each = ", ".join(f"{name} {number:,}" for name, number in classes if number)
+    sign = (
+        f"Test images are training images too, pixel by pixel ({each}): what is measured with them "
+        "is too good; take them out of one of the splits."
+    )
+    clear = "No test image is a training image too."
+    return _found("test images that were trained on", [sign] if each else [], clear)
+
+
+def _noise_checks(history: RunHistory) -> list[Check]:
+    subject = "images that look like noise"
+    found = [
+        Check(
+            subject,
+            State.WARNING if place.value >= UNTRAINED else State.CLEAR,
+            f"{_SAYS_PLACE[place.value >= UNTRAINED]} Between real images (0) and noise (1) they "
+            f"lie at {place.value:.2f}"
+            + ("" if place.real is None else f", other real images at {place.real:.2f}")
+            + f" ({place.where}{_compared(place)}).",
+        )
+        for place in _measured(history, "noise_position", "floor_noise_position")
+    ]
+    return found or [Check(subject, State.UNMEASURED, _why_unmeasured(history))]
+
+
+def _compared(place: "_Figure") -> str:
+    """Say how many images a place between real and noise is of, where that is another number."""
+    some = f", {MOST_COMPARED} of them compared" if place.number > MOST_COMPARED else ""
+    number = place.values.get("num_noise_position_real")
+    return some + ("" if number is None else f", {number:,.0f} real ones")
+
+
+_SAYS_PLACE = {
+    True: "The images look untrained: they are nearer to noise than to real images. Train longer.",
+    False: "The images are nearer to real images than to noise.",
+}
+
+
+def _class_checks(history: RunHistory) -> list[Check]:
+    subject = "images of other classes than asked for"
+    found = [
+        _class_check(subject, each, _chance_beside(history, each))
+        for each in _measured(history, "class_agreement", "classifier_test_accuracy")
+    ]
+    if any(check.state is State.WARNING for check in _noise_checks(history)):
+        noise = "A classifier may find any class in images that look like noise."
+        found = [
+            replace(check, state=State.UNMEASURED, says=f"{noise} {check.says}")
+            if check.state is State.CLEAR
+            else check
+            for check in found
+        ]
+    return found or [Check(subject, State.UNMEASURED, _why_unmeasured(history))]
+
+
+def _class_check(subject: str, found: "_Figure", chance: float) -> Check:
+    real = "" if found.real is None else f", of held-out real images in {found.real:.1%}"
+    says = (
+        f"The class asked for is found in {found.value:.1%} of the images{real}; one class for all "
+        f"would be right in {chance:.1%} ({found.where})."
+    )
+    if chance == 1:
+        return Check(subject, State.UNMEASURED, f"There is one class alone. {says}")
+    if found.real is not None and found.real <= chance:
+        blind = f"The classifier does not know real images either, so nothing can be said. {says}"
+        return Check(subject, State.UNMEASURED, blind)
+    right = round(found.value * found.number)
+    if binomtest(right, found.number, chance, "greater").pvalue >= SIGNIFICANT:
+        return Check(subject, State.WARNING, f"The classes do not show beyond chance. {says}")
+    if found.value - chance < LEAST_ABOVE_CHANCE * ((found.real or 1) - chance):
+        return Check(subject, State.WARNING, f"The classes show little. {says}")
+    return Check(subject, State.CLEAR, says)
+
+
+def _copying_checks(history: RunHistory) -> list[Check]:
+    subject = "copies of training images"
+    searches = [*_searches(history)]
+    found = [_copying_check(subject, each, len(searches)) for each in searches]
+    return found or [Check(subject, State.UNMEASURED, _why_not_searched(history))]
+
+
+def _copying_check(subject: str, found: "_Search", num_searches: int) -> Check:
+    where = f"{found.where}, n={found.number:,}, {found.held_out:,} held out, p={found.p_value:.2g}"
+    # As many searches as there are would find something where nothing is.
+    if found.p_value < SIGNIFICANT / num_searches:
+        says = (
+            "Generated images lie closer to training images than real held-out ones do: "
+            f"{found.share:.1%} more of them are near in {found.space} ({where}). Look at them for "
+            "copies."
+        )
+        return Check(subject, State.WARNING, says, found.client)
+    least = least_share_shown(found.number, found.held_out, SIGNIFICANT / num_searches)
+    if least is None:
+        few = f"Too few images were held out to show any copies in {found.space} ({where})."
+        return Check(subject, State.UNMEASURED, few, found.client)
+    says = (
+        f"Generated images lie no closer to training images in {found.space} than held-out ones do "
+        f"({where}); fewer copies than {least:.1%} would not show."
+    )
+    return Check(subject, State.CLEAR, says, found.client)
+
+
+def far_rounds(series: Mapping[int, Series]) -> dict[int, tuple[int, int]]:
+    """Count the rounds in which each client's value is far from those of the others.
+
+    Far is more than `FAR` sigmas from the median of the clients of the round, where sigma is
+    estimated from the median absolute deviation, which a few odd clients do not move.
+
+    Args:
+        series: values by client.
+
+    Returns:
+        By client, the rounds in which it is far, and those in which it could be compared.
+    """
+    counts = dict.fromkeys(series, (0, 0))
+    for number in {number for values in series.values() for number in values}:
+        present = {client: values[number] for client, values in series.items() if number in values}
+        if len(present) < LEAST_COMPARED:
+            continue
+        middle = median(present.values())
+        deviation = median(abs(value - middle) for value in present.values())
+        sigma = max(SIGMAS_PER_MAD * deviation, LEAST_SPREAD * abs(middle))
+        for client, value in present.items():
+            far, compared = counts[client]
+            counts[client] = (far + (abs(value - middle) > FAR * sigma), compared + 1)
+    return counts
+
+
+def _unfinished(history: RunHistory) -> Iterator[str]:
+    if not history.finished:
+        done = f"{history.rounds_done} of {history.config.federation.rounds} rounds are done"
+        yield f"The run is not finished: {done}, and nothing goes on with it."
+
+
+def _not_finite(history: RunHistory) -> Iterator[str]:
+    rounds: dict[tuple[str, str], list[int]] = {}
+    for number, who, name in history.not_finite:
+        rounds.setdefault((who, name), []).append(number)
+    for (who, name), numbers in rounds.items():
+        whose = "" if who == GLOBAL else f" of {who.replace('-', ' ')}"
+        means = ": the run has diverged" if name.endswith("_loss") else ""
+        title = name.replace("_", " ").capitalize()
+        yield (
+            f"{title}{whose} was not a number in {_rounds(len(set(numbers)))}, from round "
+            f"{min(numbers)} on{means}."
+        )
+
+
+def _left_out(history: RunHistory) -> Iterator[str]:
+    for client in history.clients:
+        own = [each for each in history.left_out if each.client == client]
+        reasons = dict.fromkeys(each.reason for each in own)
+        if own:
+            rounds = len({each.round for each in own})
+            yield (
+                f"Client {client} was left out {_times(len(own))} in {_rounds(rounds)}: "
+                f"{'; '.join(reasons)}."
+            )
+
+
+def _absent(history: RunHistory) -> Iterator[str]:
+    states = history.participation()
+    for client in history.clients:
+        missed = [
+            number
+            for (number, who), state in states.items()
+            if who == client and state == "not there"
+        ]
+        if missed:
+            yield (
+                f"Client {client} was not there in {_rounds(len(missed))} although all clients are "
+                f"asked (first in round {min(missed)}, last in round {max(missed)})."
+            )
+
+
+def _drifting(history: RunHistory) -> Iterator[str]:
+    for name, title in COMPARED.items():
+        for client, (far, compared) in far_rounds(history.of_clients(name)).items():
+            if far >= max(LEAST_DRIFTING_ROUNDS, DRIFTING_SHARE * compared):
+                yield (
+                    f"Client {client} drifts: its {title} is far from that of the other clients "
+                    f"in {far} of {compared} rounds (more than {FAR:g} robust standard deviations "
+                    "from their median). It may have other images, many more or fewer, or a fault."
+                )
+
+
+def num_scored(history: RunHistory) -> int:
+    """Return the number of images that hospitals scored last."""
+    said = re.match(r"\d+", history.scoring or "")
+    return int(said[0]) if said else history.config.eval.num_images
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """A figure with that of real images, the number of generated images, and what it is of."""
+
+    value: float
+    real: float | None
+    number: int
+    where: str
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """A search for copies: how many more images are near than of those held out, and p."""
+
+    share: float
+    p_value: float
+    space: str
+    number: int
+    held_out: int
+    where: str
+    client: int | None = None
+
+
+# The names of an evaluation's figures that a run itself calls otherwise.
+_EVALUATED = {"class_agreement": "agreement", "classifier_test_accuracy": "agreement_real"}
+
+
+def _measured(history: RunHistory, name: str, real: str) -> Iterator[_Figure]:
+    """Find a figure wherever it was measured last: files of evaluations, the run, hospitals."""
+    evaluated = False
+    for each in history.current_evaluations:
+        values = {n: v for n, v in each.report.describe().items() if not isinstance(v, str)}
+        number = each.report.label.n_generated
+        value = values.get(_EVALUATED.get(name, name))
+        if value is not None:
+            beside = values.get(_EVALUATED.get(real, real))
+            evaluated = evaluated or not each.otherwise
+            yield _Figure(value, beside, number, f"n={number:,}, {each.name}", values)
+    last = {key: series[max(series)] for key, series in history.values.items()}
+    # An evaluation at the end of a run is recorded in the run, too.
+    if name in last and not evaluated:
+        number = int(last.get("num_generated_images") or last.get("n_generated") or 0)
+        yield _Figure(last[name], last.get(real), number, f"n={number:,}", last)
+    quality = f"quality_{name}"
+    if quality in last:
+        number, beside = num_scored(history), last.get(REAL_BESIDE[quality])
+        where = f"n={number:,}, scored by {last['quality_num_hospitals']:.0f} hospitals"
+        yield _Figure(last[quality], beside, number, where, last)
+
+
+def _chance_beside(history: RunHistory, found: _Figure) -> float:
+    """Return the agreement by chance, of an older version as with equally many of each class."""
+    chance = found.values.get("chance_agreement", found.values.get("quality_chance_agreement"))
+    return 1 / len(history.config.data.classes) if chance is None else chance
+
+
+def _searches(history: RunHistory) -> Iterator[_Search]:
+    for each in history.current_evaluations:
+        label = each.report.label
+        for space, found in (
+            ("pixels", each.report.pixel_copying),
+            ("features", each.report.feature_copying),
+        ):
+            if found is not None and found.p_value is not None:
+                numbers = label.n_generated, label.n_test
+                yield _Search(found.copied, found.p_value, space, *numbers, each.name)
+    share, p_value = history.final("pixel_copied"), history.final("pixel_p_value")
+    told = [history.final(f"num_{of}") for of in ("generated_images", "held_out_searched")]
+    number, held_out = (int(each or 0) for each in told)
+    # All metrics at the end of a run are recorded in the run, too, without these numbers.
+    if share is not None and p_value is not None and number and held_out:
+        yield _Search(share, p_value, "pixels", number, held_out, "in the run")
+    for client in history.clients:
+        yield from _searches_of(history, client)
+
+
+def _searches_of(history: RunHistory, client: int) -> Iterator[_Search]:
+    series = history.client_values.get(client, {})
+    last = {name: values[max(values)] for name, values in series.items()}
+    held_out = int(last.get("quality_num_examples", 0))
+    for space in ("pixel", "feature"):
+        share, p_value = (last.get(f"quality_{space}_{of}") for of in ("copied", "p_value"))
+        if share is not None and p_value is not None:
+            numbers = num_scored(history), held_out
+            yield _Search(share, p_value, f"{space}s", *numbers, f"at client {client}", client)
+
+
+def _why_unmeasured(history: RunHistory) -> str:
+    """Say why a run has not measured what it could have."""
+    if not history.finished:
+        return "The run measures its images at its end."
+    if history.setting == "real nodes":
+        return "No hospital has said how the images compare with its own."
+    if history.config.eval.num_images == 0 and not history.config.eval.final_metrics:
+        return "eval.num_images=0: measure with feddm evaluate."
+    return "The run did not measure it: measure with feddm evaluate."
+
+
+def _why_not_searched(history: RunHistory) -> str:
+    data = history.config.data
+    if history.finished and history.setting != "real nodes" and data.test_fraction is None:
+        return (
+            "No search was recorded. It needs real images that were not trained on: a test split, "
+            "or data.test_fraction."
+        )
+    return _why_unmeasured(history)
+
+
+def _number_checks(history: RunHistory) -> list[Check]:
+    classes = len(history.config.data.classes)
+    # By what measured them: the images, and those of the class that has the fewest.
+    measured: dict[str, tuple[int, int]] = {}
+    for each in history.current_evaluations:
+        label = each.report.label
+        even = label.n_generated // classes
+        measured[each.name] = label.n_generated, even if label.n_rarest is None else label.n_rarest
+    quick = history.final("num_generated_images")
+    if quick is not None:
+        measured["the run"] = int(quick), int(quick) // classes
+    if history.final("quality_num_hospitals"):
+        scored = num_scored(history)
+        measured["the hospitals' scores"] = scored, scored // classes
+    if not measured:
+        return []
+    subject = f"fewer than {LEAST_PER_CLASS} measured images of a class"
+    counts = {
+        what: f"{number:,} of {classes} classes in {what}, at least {least:,} of each"
+        for what, (number, least) in measured.items()
+    }
+    signs = [
+        f"Few images of a class were measured: {counts[what]}. Below {LEAST_PER_CLASS} the figures "
+        "are left to chance; raise eval.num_images or eval.num_per_class."
+        for what, (_, least) in measured.items()
+        if least < LEAST_PER_CLASS
+    ]
+    return _found(subject, signs, f"Measured were {'; '.join(counts.values())}.")
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
+
+
+def _rounds(number: int) -> str:
+    return f"{number} round{'' if number == 1 else 's'}"

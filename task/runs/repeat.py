@@ -1,0 +1,158 @@
+"""The words that repeat a run, for either of its two commands."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from task.config import (
+    CONF_DIR,
+    FILE_SETS,
+    FITTED_VALUES,
+    OWN_IMAGES,
+    Config,
+    flat_values,
+    hydra_override,
+    load_config,
+)
+from task.runs.run_directory import NAMES_AND_PLACES, NODES_FILE, is_begun, run_config, weights_file
+
+Word = str | int | float | bool
+
+# Where a run lies says nothing of what it is.
+PLACES = NAMES_AND_PLACES - {"experiment"}
+# Of these groups a configuration does not say which option it began with.
+NAMELESS_GROUPS = ("model", "diffusion", "partition")
+
+
+def training_words(config: Config) -> list[str]:
+    """Return the Hydra overrides that compose the configuration of a run, but for its places.
+
+    Args:
+        config: of a run, resolved.
+    """
+    groups = [f"experiment={config.experiment}"]
+    values = _identifying_values(config)
+    if load_config(groups).data.name != config.data.name:
+        groups += [
+            f"data={config.data.name}",
+            hydra_override("data.classes", config.data.classes),
+        ]
+    if config.data.name in OWN_IMAGES:
+        # Even where conf/ has the same: feddm-train fits what it is not given.
+        groups += [hydra_override(path, flat_values(config)[path]) for path in FITTED_VALUES]
+    changes = _changes(values, groups)
+    for group in NAMELESS_GROUPS:
+        if any(change.startswith(f"{group}.") for change in changes):
+            for option in _options(group):
+                others = _changes(values, [*groups, option])
+                if len(others) + 1 < len(changes):
+                    groups, changes = [*groups, option], others
+    return [*groups, *changes]
+
+
+def training_command(config: Config) -> str:
+    """Return the line for a shell that trains a run once more."""
+    return shlex.join(["feddm-train", *training_words(config)])
+
+
+def resuming_command(config: Config, run: Path) -> str:
+    """Return the line for a shell that goes on with a run of this machine where its folder is now.
+
+    Args:
+        config: of the run, resolved.
+        run: its folder.
+    """
+    # The digits lie in their library; files of other sets may be anywhere.
+    root = {} if config.data.name in (*FILE_SETS, "digits") else {"data.root": config.data.root}
+    values = [hydra_override(key, value) for key, value in {**root, **_place(run)}.items()]
+    return shlex.join(["feddm-train", *training_words(config), *values, "resume=true"])
+
+
+def resubmitting_command(
+    words: Mapping[str, Word], run: Path, *, connection: str = "CONNECTION"
+) -> str:
+    """Return the lines for a shell that let real nodes go on with a run where its folder is now.
+
+    Args:
+        words: of the run's submission.
+        run: its folder.
+        connection: name of the SuperLink's; else a word to be replaced.
+    """
+    return _submitting({**words, **_place(run), "resume": is_begun(run)}, connection)
+
+
+def require_weights(run: Path) -> None:
+    """Raise a ValueError unless the run in a folder has its final weights.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not weights_file(run).is_file():
+        how = f"finish it with {resuming_command(run_config(run), run)}"
+        if (run / NODES_FILE).exists():
+            how = describe_report_of(run)
+        raise ValueError(f"no final weights in {run}: {how}")
+
+
+def describe_report_of(run: Path) -> str:
+    """Say where the command stands that goes on with a run; that for real nodes has many lines."""
+    return f"`{shlex.join(['feddm', 'report', str(run)])}` shows how to go on with it"
+
+
+def _place(run: Path) -> dict[str, str]:
+    return {"output_dir": str(run.resolve().parent), "run_name": run.resolve().name}
+
+
+def submitting_command(words: Mapping[str, Word]) -> str:
+    """Return the lines for a shell that let real nodes train once more.
+
+    Args:
+        words: of the run's submission.
+    """
+    return _submitting({k: word for k, word in words.items() if k not in PLACES}, "CONNECTION")
+
+
+def _submitting(words: Mapping[str, Word], connection: str) -> str:
+    """Hand the words over in a file, because Flower takes a line of them apart in its own way."""
+    lines = as_toml(words).rstrip("\n")
+    submit = f"flwr run . {shlex.quote(connection)} --run-config words.toml"
+    return f"cat > words.toml <<'END'\n{lines}\nEND\n{submit}"
+
+
+def as_toml(words: Mapping[str, Word]) -> str:
+    """Write words as the TOML file that `flwr run --run-config` reads."""
+    # A string of JSON is one of TOML, where it holds no pair of surrogates and no raw DEL.
+    return "".join(f"{_toml_key(key)} = {_toml_value(value)}\n" for key, value in words.items())
+
+
+def _toml_key(key: str) -> str:
+    # In the lines for a shell a key from a file that was tampered with must not end a line.
+    return key if re.fullmatch(r"[A-Za-z0-9_.-]+", key) else _toml_value(key)
+
+
+def _toml_value(value: Word) -> str:
+    if type(value) is float:
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _options(group: str) -> list[str]:
+    return [f"{group}={file.stem}" for file in sorted((CONF_DIR / group).glob("*.yaml"))]
+
+
+def _identifying_values(config: Config) -> dict[str, Any]:
+    ignored = set(PLACES)
+    if config.data.name not in FILE_SETS:
+        ignored.add("data.root")  # of a packaged set: where it is kept
+    return {path: value for path, value in flat_values(config).items() if path not in ignored}
+
+
+def _changes(values: Mapping[str, Any], overrides: list[str]) -> list[str]:
+    """List the values that overrides do not compose yet."""
+    composed = flat_values(load_config(overrides))
+    return [
+        hydra_override(path, value) for path, value in values.items() if composed[path] != value
+    ]

@@ -1,0 +1,183 @@
+"""Hospitals in a bad night: real SuperLink and SuperNodes with TLS, authentication, a database."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from task.runs.checkpoint import load_weights
+from tests.deployment import Deployment, deployed, write_digit_folders
+from tests.processes import CHECKOUT, wait_for
+
+pytestmark = pytest.mark.slow
+
+# Of which hospital has images: all of them, or some.
+CLASSES = {"north": range(10), "south": range(5), "west": range(5, 10)}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of real digits for each hospital, no digit in two of them."""
+    folder = tmp_path_factory.mktemp("images")
+    return {
+        name: write_digit_folders(folder / name, classes=classes, share=share, shares=len(CLASSES))
+        for share, (name, classes) in enumerate(CLASSES.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def deployment(
+    tmp_path_factory: pytest.TempPathFactory, images: dict[str, Path]
+) -> Iterator[Deployment]:
+    """A federation with one hospital that is always there."""
+    with deployed(tmp_path_factory.mktemp("deployment")) as started:
+        started.add_node("north", data=images["north"])
+        yield started
+
+
+def values(run: Path, name: str) -> dict[tuple[int, str], Any]:
+    """Read what was recorded under a name, by round and client."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {(line["round"], line["who"]): line["value"] for line in lines if line["name"] == name}
+
+
+def number_of(deployment: Deployment, run: Path, name: str) -> str:
+    """Find out which client a hospital is, as a coordinator does."""
+    numbers = json.loads((run / "nodes.json").read_text())
+    return f"client-{numbers[deployment.node_ids()[name]]}"
+
+
+@pytest.fixture(scope="module")
+def faulty_app(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The app with a client that goes wrong where its node's environment says so."""
+    app = tmp_path_factory.mktemp("app")
+    for name in ("server_app", "client_app", "task", "conf"):
+        shutil.copytree(CHECKOUT / name, app / name)
+    for name in ("README.md", "LICENSE"):
+        shutil.copy(CHECKOUT / name, app / name)
+    shutil.copy(CHECKOUT / "tests" / "faulty_client.py", app / "client_app" / "faulty.py")
+    project = (CHECKOUT / "pyproject.toml").read_text()
+    (app / "pyproject.toml").write_text(
+        project.replace("client_app.app:app", "client_app.faulty:app")
+    )
+    return app
+
+
+def test_faulty_hospitals_are_left_out_and_named(
+    deployment: Deployment, images: dict[str, Path], faulty_app: Path
+) -> None:
+    deployment.add_node(
+        "broken", data=images["south"], variables={"FEDDM_FAULTS": "raise memory shape killed"}
+    )
+    deployment.add_node(
+        "sick", data=images["west"], variables={"FEDDM_FAULTS": "nan norm none hang"}
+    )
+    deployment.add_node("unmounted", data=deployment.folder / "patient-4711")
+    timeout = 75.0
+    deployment.submit(
+        "faults",
+        app=faulty_app,
+        **{
+            "federation.rounds": 4,
+            "federation.min_nodes": 3,
+            "federation.round_attempts": 1,
+            "federation.round_timeout": timeout,
+            "federation.max_update_norm": 50.0,
+        },
+    )
+    status = deployment.wait_for_end()
+    for name in ("broken", "sick", "unmounted"):
+        deployment.kill(name)
+    assert status == "finished:completed"
+    run = deployment.results / "faults"
+    broken, sick = (number_of(deployment, run, name) for name in ("broken", "sick"))
+    reasons = values(run, "train_left_out")
+    expected = {
+        (1, broken): r"ValueError \(code 101\)",
+        (2, broken): r"RuntimeError \(code 103\)",
+        (3, broken): "of shape",
+        # Flower notices after a minute, about when the round's time is over.
+        (4, broken): "its ClientApp was killed|no reply in time",
+        (1, sick): "not finite",
+        (2, sick): "federation.max_update_norm=50",
+        (4, sick): "no reply in time",
+    }
+    assert reasons.keys() == expected.keys()
+    for who, words in expected.items():
+        assert re.search(words, reasons[who]), who
+    assert [*values(run, "num_clients").values()] == [1, 1, 2, 1]
+    assert values(run, "round_seconds")[4, "global"] < timeout + 15
+    # Who has let a round's time pass is not waited for a second time in it.
+    assert (4, sick) not in values(run, "evaluate_left_out")
+    printed = deployment.run_log() + deployment.log("superlink")
+    assert f"client {broken.removeprefix('client-')} is left out" in printed
+    assert "was refused: FileNotFoundError (code 102)" in printed
+    told = printed + "".join(file.read_text() for file in run.glob("*.json*"))
+    assert "patient-4711" not in told and "patient-4711" in deployment.log("broken")
+
+
+def test_run_survives_a_hospital_that_is_killed_and_one_that_comes_late(
+    deployment: Deployment, images: dict[str, Path]
+) -> None:
+    deployment.add_node("south", data=images["south"])
+    deployment.submit(
+        "night",
+        **{
+            "federation.rounds": 7,
+            "federation.min_nodes": 2,
+            "federation.round_timeout": 120.0,
+            "eval.num_images": 40,
+        },
+    )
+    deployment.wait_for_round("night", 1)
+    deployment.kill("south")
+    deployment.add_node("west", data=images["west"])
+    deployment.wait_for_round("night", 2)
+    # Flower takes the node for present until a minute after its last sign of life.
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        deployment.start_node("south", data=images["south"])
+        time.sleep(10)
+        if deployment.is_running("south"):
+            break
+    assert deployment.is_running("south"), deployment.log("south")
+    assert deployment.wait_for_end() == "finished:completed"
+    run = deployment.results / "night"
+    south, west = (number_of(deployment, run, name) for name in ("south", "west"))
+    rounds_of = {
+        who: {r for r, name in values(run, "train_num_examples") if name == who}
+        for who in (south, west)
+    }
+    assert 2 not in rounds_of[south] and max(rounds_of[south]) > 2
+    assert 1 not in rounds_of[west] and 7 in rounds_of[west]
+    assert (2, south) in values(run, "train_left_out")
+    assert values(run, "train_loss")[7, "global"] > 0
+    _, metadata = load_weights(run / "model.safetensors")
+    assert metadata["round"] == "7"
+
+
+def test_run_goes_on_when_its_server_and_the_superlink_are_killed(deployment: Deployment) -> None:
+    # A name that would be another one when the same words are given again.
+    deployment.submit("reboot-${now:%H%M%S}", **{"federation.rounds": 4})
+    deployment.supervise()
+    wait_for(lambda: [*deployment.results.glob("reboot-*")] != [], seconds=300, what="its folder")
+    (run,) = deployment.results.glob("reboot-*")
+    deployment.wait_for_round(run.name, 1)
+    first = values(run, "round_seconds")[1, "global"]
+    os.kill(int((run / ".lock").read_text()), signal.SIGKILL)
+    deployment.wait_for_round(run.name, 2)
+    deployment.kill("superlink")
+    deployment.start_superlink()
+    assert deployment.wait_for_supervisor(seconds=900) == 0, deployment.log("supervisor")
+    assert deployment.statuses()[-3:] == ["finished:failed"] * 2 + ["finished:completed"]
+    assert [*deployment.results.glob("reboot-*")] == [run]
+    complete = sorted(r for r, who in values(run, "train_loss") if who == "global")
+    assert complete == [1, 2, 3, 4]
+    assert values(run, "round_seconds")[1, "global"] == first

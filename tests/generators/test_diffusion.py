@@ -1,0 +1,204 @@
+"""The forward process and the loss against closed forms."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from task.config import load_config
+from task.generators.diffusion.diffusion import (
+    DiffusionObjective,
+    build_objective,
+    diffusion_loss,
+    q_sample,
+    training_target,
+)
+from task.generators.diffusion.schedule import log_snr
+from task.generators.diffusion.steps import predict_x_start
+from task.generators.diffusion.unet import build_unet
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def batch(num: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return x_start, labels, noise and alphas_cumprod, all that can be float64."""
+    x_start = torch.rand(num, 3, 4, 4, dtype=torch.float64, generator=seeded()) * 2 - 1
+    noise = torch.randn(num, 3, 4, 4, dtype=torch.float64, generator=seeded(1))
+    alphas_cumprod = torch.linspace(0.9999, 3e-5, num, dtype=torch.float64)
+    return x_start, torch.arange(num), noise, alphas_cumprod
+
+
+def objective(**changes: Any) -> DiffusionObjective:
+    return replace(build_objective(load_config()), **changes)
+
+
+def test_q_sample_has_closed_form_moments() -> None:
+    x_start = 0.3 + 0.5 * torch.randn(2, 1, 400, 400, generator=seeded())
+    noise = torch.randn(2, 1, 400, 400, generator=seeded(1))
+    alphas_cumprod = torch.tensor([0.9, 0.1], dtype=torch.float64)
+    x_t = q_sample(x_start, noise, alphas_cumprod).flatten(1)
+    assert x_t.dtype == torch.float32
+    expected = (alphas_cumprod.sqrt() * 0.3).float()
+    torch.testing.assert_close(x_t.mean(1), expected, atol=0.01, rtol=0)
+    expected = (alphas_cumprod * 0.25 + 1 - alphas_cumprod).float()
+    torch.testing.assert_close(x_t.var(1), expected, atol=0, rtol=0.02)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_predict_x_start_inverts_training_target(prediction_type: str) -> None:
+    x_start, _, noise, alphas_cumprod = batch()
+    x_t = q_sample(x_start, noise, alphas_cumprod)
+    target = training_target(x_start, noise, alphas_cumprod, prediction_type)
+    for image, alpha_cumprod in enumerate(alphas_cumprod.tolist()):
+        known = (target[image], x_t[image], alpha_cumprod, prediction_type)
+        torch.testing.assert_close(predict_x_start(*known), x_start[image])
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_released_loss_is_paper_loss_per_pixel(prediction_type: str) -> None:
+    x_start, labels, noise, alphas_cumprod = batch()
+    alpha = alphas_cumprod.sqrt().view(-1, 1, 1, 1)
+    sigma = (1 - alphas_cumprod).sqrt().view(-1, 1, 1, 1)
+
+    def loss_and_gradient(
+        prediction_type: str, loss_reduction: str
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+        def model(x_t: Tensor, log_snr: Tensor, labels: Tensor) -> Tensor:
+            epsilon = torch.tanh(weight * x_t)
+            x_0 = (x_t - sigma * epsilon) / alpha
+            v = alpha * epsilon - sigma * x_0
+            return {"epsilon": epsilon, "sample": x_0, "v_prediction": v}[prediction_type]
+
+        loss = diffusion_loss(
+            model,
+            x_start,
+            labels,
+            alphas_cumprod=alphas_cumprod,
+            noise=noise,
+            prediction_type=prediction_type,
+            loss_weighting="epsilon",
+            loss_reduction=loss_reduction,
+        )
+        return loss, torch.autograd.grad(loss, weight)
+
+    paper = loss_and_gradient("epsilon", "sum")
+    released = loss_and_gradient(prediction_type, "mean")
+    num_pixels = x_start[0].numel()
+    torch.testing.assert_close(paper[0] / num_pixels, released[0])
+    torch.testing.assert_close(paper[1][0] / num_pixels, released[1][0])
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_diffusion_loss_uniform_of_silent_model_is_mean_square_of_target(
+    prediction_type: str,
+) -> None:
+    x_start, labels, noise, alphas_cumprod = batch()
+    seen: list[Tensor] = []
+
+    def silent(x_t: Tensor, log_snr: Tensor, labels: Tensor) -> Tensor:
+        seen.extend([x_t, log_snr, labels])
+        return torch.zeros_like(x_t)
+
+    loss = diffusion_loss(
+        silent,
+        x_start,
+        labels,
+        alphas_cumprod=alphas_cumprod,
+        noise=noise,
+        prediction_type=prediction_type,
+        loss_weighting="uniform",
+        loss_reduction="mean",
+    )
+    target = training_target(x_start, noise, alphas_cumprod, prediction_type)
+    torch.testing.assert_close(loss, target.square().mean())
+    torch.testing.assert_close(seen[0], q_sample(x_start, noise, alphas_cumprod))
+    assert torch.equal(seen[1], log_snr(alphas_cumprod).float())
+    assert torch.equal(seen[2], labels)
+
+
+@pytest.mark.parametrize("timestep_sampling", ["uniform", "stratified", "sobol"])
+def test_objective_follows_generator_alone(timestep_sampling: str) -> None:
+    drawn = objective(timestep_sampling=timestep_sampling)
+    x_start, labels, *_ = batch()
+
+    def loss(seed: int) -> Tensor:
+        return drawn(lambda x_t, *_: x_t, x_start.float(), labels, seeded(seed))
+
+    state = torch.get_rng_state()
+    assert torch.equal(loss(0), loss(0))
+    assert not torch.equal(loss(0), loss(1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_objective_drops_labels_at_its_rate() -> None:
+    seen: list[Tensor] = []
+
+    def model(x_t: Tensor, log_snr: Tensor, labels: Tensor) -> Tensor:
+        seen.append(labels)
+        return x_t
+
+    x_start, labels = torch.zeros(20_000, 1, 1, 1), torch.arange(20_000) % 10
+    objective(label_dropout=0.1, null_label=10)(model, x_start, labels, seeded())
+    objective()(model, x_start, labels, seeded())
+    dropped = seen[0] == 10
+    assert dropped.float().mean() == pytest.approx(0.1, abs=0.01)
+    assert torch.equal(seen[0][~dropped], labels[~dropped])
+    assert torch.equal(seen[1], labels)
+
+
+def test_objective_reaches_every_parameter_in_float32_under_autocast() -> None:
+    config = load_config(["model=tiny", "diffusion.label_dropout=0.2"])
+    model = build_unet(config)
+    x_start = torch.zeros(4, 1, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = build_objective(config)(model, x_start, torch.arange(4), seeded())
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_build_objective_takes_configuration() -> None:
+    built = build_objective(
+        load_config(["experiment=table1", "diffusion.label_dropout=0.1", "data=cifar10"])
+    )
+    assert (built.prediction_type, built.loss_weighting) == ("v_prediction", "epsilon")
+    assert (built.loss_reduction, built.timestep_sampling) == ("mean", "sobol")
+    assert (built.label_dropout, built.null_label) == (0.1, 10)
+    assert built.schedule.continuous
+
+
+@pytest.mark.parametrize(
+    "name", ["prediction_type", "loss_weighting", "loss_reduction", "timestep_sampling"]
+)
+def test_objective_rejects_unknown_words(name: str) -> None:
+    x_start, labels, *_ = batch()
+    with pytest.raises(ValueError, match=f"{name} must be .* got 'x0'"):
+        objective(**{name: "x0"})(lambda x_t, *_: x_t, x_start, labels, seeded())
+
+
+def test_objective_rejects_dropout_without_null_label() -> None:
+    with pytest.raises(ValueError, match=r"null_label must be a label .*=0.1, got None"):
+        objective(label_dropout=0.1)
+
+
+def test_diffusion_loss_rejects_uint8_images() -> None:
+    with pytest.raises(TypeError, match=r"x_start must be floating-point .* got torch.uint8"):
+        diffusion_loss(
+            lambda x_t, *_: x_t,
+            torch.zeros(1, 1, 2, 2, dtype=torch.uint8),
+            torch.zeros(1, dtype=torch.int64),
+            alphas_cumprod=torch.tensor([0.5]),
+            noise=torch.zeros(1, 1, 2, 2),
+            prediction_type="epsilon",
+            loss_weighting="uniform",
+            loss_reduction="mean",
+        )
