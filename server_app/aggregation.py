@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
-from server_app.records import packed_record, packed_weights, record_of
+from server_app.messages import packed_record, packed_weights, record_of
 from task.config import FederationConfig
 from task.protocol.wire import Key
 

@@ -3,11 +3,11 @@
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from server_app.federated_run import FederatedRun
+from server_app.dataset import is_simulation
+from server_app.federated import FederatedTraining
 from server_app.launch.submission import write_submission
 from server_app.launch.superlink import end_with_submitter
 from server_app.log import log
-from server_app.simulation import is_simulation
 from task.config import load_run_config, require
 from task.runs.run_directory import RunDirectory
 
@@ -29,7 +29,7 @@ def main(grid: Grid, context: Context) -> None:
     log(f"results: {directory.path}")
     try:
         write_submission(directory, context.run_id, context.run_config)
-        FederatedRun(grid, directory).run()
+        FederatedTraining(grid, directory).run()
     finally:
         directory.close()
         log(f"results: {directory.path}")

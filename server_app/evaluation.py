@@ -13,6 +13,7 @@ from torch import Tensor
 
 from server_app.launch.time_estimate import seconds_to_draw
 from server_app.log import log
+from server_app.messages import recorded_name
 from server_app.quality import (
     SCORED,
     Scores,
@@ -24,7 +25,6 @@ from server_app.quality import (
     scored_labels,
     wants_scores,
 )
-from server_app.records import recorded_name
 from task.config import MIN_MEASURED_IMAGES, Config, require
 from task.data import Dataset, ImageSet
 from task.evaluation.evaluate import MetricReport, RealFeatures, extract_real

@@ -13,8 +13,8 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from server_app.aggregation import SUM_LIMIT, distance, largest_magnitude
-from server_app.phases import Phases
-from server_app.records import packed_weights, record_of
+from server_app.messages import packed_weights, record_of
+from server_app.timing import PhaseTimer
 from task.protocol.wire import FailureCode, Key
 
 # A reply that would come after the deadline is refused by the network with an error of its own,
@@ -143,7 +143,7 @@ def exchange(
     timeout: float,
     poll_seconds: float,
     at_once: int | None = None,
-    phases: Phases | None = None,
+    phases: PhaseTimer | None = None,
 ) -> Iterator[Reply]:
     """Send a message to each client and yield replies as they arrive, then what never came.
 
@@ -159,7 +159,7 @@ def exchange(
             `PATIENCE_SHARE` of the time no longer counts, so that it holds up nobody.
         phases: are told when this sends, and when it waits.
     """
-    phases = phases or Phases()
+    phases = phases or PhaseTimer()
     start = time.monotonic()
     turns = Turns(grid, messages, timeout=timeout, at_once=at_once)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from server_app.aggregation import Weighing
 from server_app.exchange import LARGEST_METRIC, UnusableReply, check_numbers
 from server_app.log import log
-from server_app.records import record_of
+from server_app.messages import record_of
 from task.config import MIN_MEASURED_IMAGES, Config, require
 from task.evaluation.measure import balanced_labels
 from task.protocol.wire import QUALITY, Key

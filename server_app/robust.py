@@ -20,7 +20,7 @@ from server_app.aggregation import (
     counted_loss,
     loss_record,
 )
-from server_app.records import packed_record, packed_weights, record_of
+from server_app.messages import packed_record, packed_weights, record_of
 from task.config import FederationConfig
 from task.protocol.wire import Key, to_npy
 

@@ -27,8 +27,8 @@ from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 from sklearn.datasets import load_digits
 
 from client_app.app import app
-from server_app.federated_run import FederatedRun
-from server_app.training_run import initial_model
+from server_app.federated import FederatedTraining
+from server_app.rounds import initial_model
 from task.config import load_run_config
 from task.data import Dataset, load_dataset
 from task.evaluation.evaluate import Classification, Label, MetricReport, Scores
@@ -258,7 +258,7 @@ def played(run_config: dict, nodes: ClientNodes, answer: Handler) -> Path:
         nodes.network.answering(answer),
         closing(RunDirectory(load_run_config(run_config))) as directory,
     ):
-        FederatedRun(nodes.grid, directory).run()
+        FederatedTraining(nodes.grid, directory).run()
     return directory.path
 
 

@@ -4,9 +4,9 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 
+from server_app.dataset import described_range
 from server_app.launch.own_images import command_to_go_on
 from server_app.launch.time_estimate import estimate_seconds
-from server_app.simulation import described_range
 from task.config import OWN_IMAGES, Config
 from task.data import Dataset
 from task.data.partition import partition_dataset

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from server_app.centralized_run import CentralizedRun
+from server_app.centralized import CentralizedTraining
+from server_app.dataset import load_images
 from server_app.evaluation import check_numbers, is_complete, wants_metrics
 from server_app.launch.follow import follow
 from server_app.launch.own_images import named
 from server_app.launch.plan import describe_plan, how_to_train_on
-from server_app.simulation import load_images
 from task.config import (
     CONF_DIR,
     FITTED_VALUES,
@@ -193,7 +193,7 @@ def train_here(config: Config) -> None:
     try:
         # All of it, because cuBLAS reads once whether it must be deterministic.
         with torch_configured(num_threads=torch.get_num_threads(), deterministic=deterministic):
-            CentralizedRun(directory).run()
+            CentralizedTraining(directory).run()
     finally:
         directory.close()
         # The clients of the next job of a sweep may share the GPU.

@@ -11,8 +11,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
-from server_app.federated_run import FederatedRun
-from server_app.records import packed_record
+from server_app.federated import FederatedTraining
+from server_app.messages import packed_record
 from task.config import load_run_config
 from task.fingerprint import code_fingerprint
 from task.generators.diffusion.unet import build_unet
@@ -101,7 +101,7 @@ def one_round(grid: Grid, server: str) -> None:
         config = load_run_config({**RUN, "output_dir": folder})
         if server == "feddm":
             with closing(RunDirectory(config)) as directory:
-                run = FederatedRun(grid, directory)
+                run = FederatedTraining(grid, directory)
                 run.prepare()
                 run.train(1)
             return

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from server_app.simulation import load_images, record_data
+from server_app.dataset import load_images, record_data
 from task.config import load_config
 from task.data import Dataset, ImageSet, Inventory, build_dataset, list_files, take_inventory
 from task.data.duplicates import Duplicates, count_across_clients, find_duplicates

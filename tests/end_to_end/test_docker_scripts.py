@@ -10,7 +10,7 @@ import pytest
 from flwr.app import RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from server_app.records import packed_record
+from server_app.messages import packed_record
 from task.protocol.wire import Key
 
 DOCKER = Path(__file__).resolve().parents[2] / "docker"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from server_app.dataset import load_images
 from server_app.launch.own_images import as_begun, command_to_go_on, fit_to_images
 from server_app.launch.plan import describe_plan, how_to_train_on
 from server_app.launch.time_estimate import (
@@ -16,7 +17,6 @@ from server_app.launch.time_estimate import (
     images_to_draw,
     seconds_per_image,
 )
-from server_app.simulation import load_images
 from task.config import Config, anchored, hydra_override, load_config, load_run_config, write_config
 from task.data import build_dataset, list_dataset
 from task.protocol.node import NodeConfig, count_images, own_config

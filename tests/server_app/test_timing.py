@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from server_app.phases import Pace, Phases
+from server_app.timing import MeanSeconds, PhaseTimer
 
 
 def union(intervals: list[tuple[float, float]]) -> float:
@@ -25,20 +25,20 @@ def union(intervals: list[tuple[float, float]]) -> float:
 def test_training_is_the_union_of_the_clients_intervals(
     intervals: list[tuple[float, float]],
 ) -> None:
-    phases = Phases()
+    phases = PhaseTimer()
     for begin, end in intervals:
         phases.trained(end - begin, since=0.0, until=end)
     assert phases.training() == pytest.approx(union(intervals))
 
 
 def test_training_never_began_before_the_client_was_asked() -> None:
-    phases = Phases()
+    phases = PhaseTimer()
     phases.trained(1e15, since=3.0, until=5.0)
     assert phases.training() == 2.0
 
 
 def test_phases_add_up_to_the_round_whatever_is_entered_in_between() -> None:
-    phases = Phases()
+    phases = PhaseTimer()
     time.sleep(0.02)  # before the round
     start = time.monotonic()
     for name in ("sending", "waiting", "sending", "aggregating", "checkpoint"):
@@ -57,7 +57,7 @@ def test_phases_add_up_to_the_round_whatever_is_entered_in_between() -> None:
 
 
 def test_overhead_is_what_is_outside_training() -> None:
-    phases = Phases()
+    phases = PhaseTimer()
     phases.enter("waiting")
     time.sleep(0.04)
     phases.trained(0.01, since=0.0, until=time.monotonic())
@@ -67,13 +67,13 @@ def test_overhead_is_what_is_outside_training() -> None:
 
 
 def test_round_in_which_nobody_trained_is_all_overhead() -> None:
-    phases = Phases()
+    phases = PhaseTimer()
     phases.enter("waiting")
     assert phases.finish()["overhead_share"] == 1.0
 
 
 def test_pace_is_the_mean_of_what_was_done_or_what_is_expected() -> None:
-    pace = Pace()
+    pace = MeanSeconds()
     assert pace.mean("training", 7.0) == 7.0
     pace.note("training", 2.0)
     pace.note("training", 4.0)

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from server_app.app import app as server_app
-from server_app.centralized_run import CentralizedRun
-from server_app.training_run import DivergedError, initial_model
+from server_app.centralized import CentralizedTraining
+from server_app.rounds import DivergedError, initial_model
 from task.config import Config, load_run_config, read_config
 from task.data import build_dataset
 from task.generators.diffusion.diffusion import build_objective
@@ -31,7 +31,7 @@ def configured(folder: Path, name: str = "run", **changes: Any) -> Config:
 
 def play(config: Config) -> Path:
     with closing(RunDirectory(config)) as directory:
-        CentralizedRun(directory).run()
+        CentralizedTraining(directory).run()
     return directory.path
 
 
@@ -232,7 +232,7 @@ def test_divergence_is_named_with_the_last_good_checkpoint_and_what_to_change(
 def test_test_loss_that_is_not_finite_is_a_divergence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server_app.centralized_run.held_out_loss", lambda *_, **__: float("inf"))
+    monkeypatch.setattr("server_app.centralized.held_out_loss", lambda *_, **__: float("inf"))
     config = configured(tmp_path, federation__rounds=2)
     good = tmp_path / "run" / "checkpoints" / "round_0001.safetensors"
     message = (

@@ -8,7 +8,7 @@ import torch
 
 from server_app.evaluation import GlobalEvaluation, PooledEvaluation, is_measured
 from server_app.log import log
-from server_app.phases import Pace, Phases
+from server_app.timing import MeanSeconds, PhaseTimer
 from task.config import Config, settle_precisions
 from task.data import Dataset
 from task.fingerprint import code_fingerprint, installed_versions
@@ -42,7 +42,7 @@ class DivergedError(RuntimeError):
     """A training whose loss or weights are no finite numbers any more."""
 
 
-class TrainingRun(ABC):
+class RoundLoop(ABC):
     """The rounds of one run, from the first to the final weights.
 
     Attributes:
@@ -61,8 +61,8 @@ class TrainingRun(ABC):
         """
         self.config = directory.config
         self.dataset: Dataset | None = None
-        self.phases = Phases()
-        self.pace = Pace()
+        self.phases = PhaseTimer()
+        self.pace = MeanSeconds()
         self.directory = directory
         self.device = select_device(self.config.train.device)
         self.model = initial_model(self.config)
@@ -203,7 +203,7 @@ class TrainingRun(ABC):
         Returns:
             What happened, in one line.
         """
-        self.phases = Phases()
+        self.phases = PhaseTimer()
         summary = self.train(server_round)
         self.phases.enter("checkpoint")
         spent: dict[str, float] = {}

@@ -18,11 +18,11 @@ from flwr.app import Array, Context, Error, Message, MetricRecord, RecordDict
 from PIL import Image
 
 from client_app import workspace
-from server_app import federated_run, roster, training_run
 from server_app.app import app as server_app
+from server_app.dataset import simulated_at_once
 from server_app.evaluation import is_measured
 from server_app.exchange import UnusableReply
-from server_app.federated_run import FederatedRun, moving_average
+from server_app.federated import FederatedTraining, moving_average
 from server_app.quality import (
     CLASS_SCORES,
     QUALITY_TYPE,
@@ -32,8 +32,7 @@ from server_app.quality import (
     describe_means,
     scores_of,
 )
-from server_app.simulation import simulated_at_once
-from server_app.training_run import DivergedError, initial_model
+from server_app.rounds import DivergedError, initial_model
 from task.config import load_run_config, read_config
 from task.fingerprint import code_fingerprint
 from task.protocol.wire import Key, WeightLayout
@@ -58,9 +57,9 @@ RECORDED_OF_TRAINING = {
 @pytest.fixture(autouse=True, scope="module")
 def quick_looks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(federated_run, "POLL_SIMULATION", 0.01)
-        patch.setattr(federated_run, "POLL_NETWORK", 0.01)
-        patch.setattr(roster, "POLL_NETWORK", 0.02)
+        patch.setattr("server_app.federated.POLL_SIMULATION", 0.01)
+        patch.setattr("server_app.federated.POLL_NETWORK", 0.01)
+        patch.setattr("server_app.nodes.POLL_NETWORK", 0.02)
         yield
 
 
@@ -81,7 +80,7 @@ def opened(
     nodes: ClientNodes | None = None,
     order: Order = list,
     alter: Alter = lambda asked, reply: reply,
-) -> Iterator[FederatedRun]:
+) -> Iterator[FederatedTraining]:
     """Open a run over nodes with the real ClientApp, whose replies may be altered on their way.
 
     Args:
@@ -95,7 +94,7 @@ def opened(
         nodes.network.answering(lambda asked: alter(asked, nodes(asked)), order=order),
         closing(RunDirectory(load_run_config(run_config))) as directory,
     ):
-        yield FederatedRun(nodes.grid, directory)
+        yield FederatedTraining(nodes.grid, directory)
 
 
 def play(run_config: RunConfig, **options: Any) -> Path:
@@ -432,7 +431,7 @@ BAD_REPLIES: list[tuple[str, Alter, str]] = [
 class Spoiled:
     """Round 1 of a run, over and over from the same weights, with bad replies of client 1."""
 
-    def __init__(self, run: FederatedRun, folder: Path) -> None:
+    def __init__(self, run: FederatedTraining, folder: Path) -> None:
         self.spoil: Alter = lambda asked, _: failure(asked)
         self._run, self._folder = run, folder
 
@@ -715,7 +714,7 @@ def test_start_that_was_interrupted_before_round_1_leaves_the_name_free(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_run, "fastest_precision", interrupted)
+        patch.setattr("server_app.rounds.fastest_precision", interrupted)
         run_config = configured(tmp_path, {"train.precision": "auto"})
         with opened(run_config) as run, pytest.raises(KeyboardInterrupt):
             run.run()
@@ -882,7 +881,7 @@ def test_kill_after_the_checkpoint_leaves_no_round_without_its_numbers(
 
     run_config = configured(tmp_path, {"eval.every": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(FederatedRun, "evaluate", killed)
+        patch.setattr(FederatedTraining, "evaluate", killed)
         with opened(run_config) as run, pytest.raises(KeyboardInterrupt):
             run.run()
     folder = play({**run_config, "resume": True})
@@ -1078,7 +1077,7 @@ def test_hospitals_score_the_same_images_and_their_means_are_weighted(
     ],
 )
 def test_scores_that_cannot_be_used_are_left_out_and_named(
-    spoil: Alter, reason: str, scored: tuple[FederatedRun, list[Alter], Path]
+    spoil: Alter, reason: str, scored: tuple[FederatedTraining, list[Alter], Path]
 ) -> None:
     run, alter, folder = scored
     alter[:] = [spoiled_quality(1, spoil)]
@@ -1129,7 +1128,7 @@ def test_scores_beside_a_count_of_0_are_not_taken_up() -> None:
 @pytest.fixture(scope="module")
 def scored(
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[FederatedRun, list[Alter], Path]]:
+) -> Iterator[tuple[FederatedTraining, list[Alter], Path]]:
     """A run over two real nodes that has begun, and what is done to their replies."""
     folder = tmp_path_factory.mktemp("scored")
     run_config, nodes = real_nodes(folder, {"eval.num_images": 100, "train.precision": "float32"})

@@ -7,8 +7,7 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from client_app.app import app
-from server_app import roster
-from server_app.roster import Introduction, Roster, sample_clients
+from server_app.nodes import Introduction, Nodes, sample_clients
 from task.fingerprint import code_fingerprint
 from task.protocol.wire import Key
 from tests.helpers import ClientNodes, Network, node_context, simulated
@@ -18,8 +17,8 @@ Handler = Callable[[Message], Message | None]
 
 @pytest.fixture(autouse=True)
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roster, "POLL_SIMULATION", 0.02)
-    monkeypatch.setattr(roster, "POLL_NETWORK", 0.02)
+    monkeypatch.setattr("server_app.nodes.POLL_SIMULATION", 0.02)
+    monkeypatch.setattr("server_app.nodes.POLL_NETWORK", 0.02)
 
 
 @pytest.fixture
@@ -27,12 +26,12 @@ def network() -> Network:
     return Network()
 
 
-def real(network: Network, *, known: Mapping[int, int] | None = None) -> Roster:
-    return Roster(network.grid, simulated=False, num_classes=3, known=known)
+def real(network: Network, *, known: Mapping[int, int] | None = None) -> Nodes:
+    return Nodes(network.grid, simulated=False, num_classes=3, known=known)
 
 
-def simulation(network: Network) -> Roster:
-    return Roster(network.simulation, simulated=True, num_classes=3)
+def simulation(network: Network) -> Nodes:
+    return Nodes(network.simulation, simulated=True, num_classes=3)
 
 
 def introduced(message: Message) -> Message:
@@ -67,7 +66,7 @@ def test_simulated_clients_are_numbered_by_their_partition(network: Network) -> 
 
 
 def test_simulation_waits_for_all_of_its_nodes(network: Network) -> None:
-    # Two of three have connected when the roster looks for the first time.
+    # Two of three have connected when the server looks for the first time.
     nodes = ClientNodes(network, {}, *simulated(3)[:2])
     known = simulation(network)
     with network.answering(nodes), pytest.raises(TimeoutError, match=r"^2 of 3 nodes are ready"):
@@ -228,7 +227,7 @@ def test_refused_node_may_come_back(network: Network) -> None:
 
 
 def test_slow_node_is_asked_again(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roster, "QUERY_TIMEOUT_SECONDS", 2.0)
+    monkeypatch.setattr("server_app.nodes.QUERY_TIMEOUT_SECONDS", 2.0)
     (node,) = network.add_nodes(1)
     known = real(network)
     with pytest.raises(TimeoutError, match=rf"node {node} has not introduced itself yet$"):
@@ -286,7 +285,7 @@ def test_silent_newcomer_holds_a_round_up_for_the_patience_once_and_joins_when_i
 def test_node_that_let_a_query_expire_is_asked_anew_and_not_waited_for(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roster, "QUERY_TIMEOUT_SECONDS", 0.4)
+    monkeypatch.setattr("server_app.nodes.QUERY_TIMEOUT_SECONDS", 0.4)
     first, silent = network.add_nodes(2)
     asked = []
 
@@ -309,7 +308,7 @@ def test_node_that_let_a_query_expire_is_asked_anew_and_not_waited_for(
 def test_refused_node_is_asked_again_after_a_while(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roster, "REFUSED_SECONDS", 4.0)
+    monkeypatch.setattr("server_app.nodes.REFUSED_SECONDS", 4.0)
     (node,) = network.add_nodes(1)
     asked = []
 
@@ -445,7 +444,7 @@ def test_missing_nodes_end_the_wait(network: Network) -> None:
 def test_silent_node_does_not_prolong_the_wait(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roster, "QUERY_TIMEOUT_SECONDS", 5.0)  # not to wait for 300 s here
+    monkeypatch.setattr("server_app.nodes.QUERY_TIMEOUT_SECONDS", 5.0)  # not to wait for 300 s here
     network.add_nodes(1)
     start = time.monotonic()
     with pytest.raises(TimeoutError, match=r"^0 of 1 nodes are ready"):

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from server_app.simulation import load_images, record_data
-from server_app.training_run import TrainingRun, Weights
+from server_app.dataset import load_images, record_data
+from server_app.rounds import RoundLoop, Weights
 from task.data import Dataset
 from task.generators.diffusion.diffusion import build_objective
 from task.progress import progress
@@ -25,7 +25,7 @@ from task.training.train import (
 )
 
 
-class CentralizedRun(TrainingRun):
+class CentralizedTraining(RoundLoop):
     """`federation.rounds` times `train.local_epochs` epochs with one Adam.
 
     What a federated run calls a round is a stretch of `train.local_epochs` epochs here, so that

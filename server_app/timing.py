@@ -3,7 +3,7 @@
 import time
 
 
-class Pace:
+class MeanSeconds:
     """The mean seconds of what a run does again and again."""
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Pace:
         return otherwise if seconds is None else sum(seconds) / len(seconds)
 
 
-class Phases:
+class PhaseTimer:
     """The seconds of a round, phase by phase.
 
     The server is in one phase at a time, so that the phases add up to the round. The clients

@@ -20,6 +20,13 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from server_app.aggregation import Weighing, counted_loss
+from server_app.dataset import (
+    is_simulation,
+    load_images,
+    record_data,
+    record_partition,
+    simulated_at_once,
+)
 from server_app.evaluation import GlobalEvaluation, HospitalEvaluation
 from server_app.exchange import (
     Diverged,
@@ -35,25 +42,18 @@ from server_app.exchange import (
     is_silent,
 )
 from server_app.log import log
-from server_app.phases import Phases
-from server_app.quality import QUALITY_TYPE, Scores, check_scores, scores_of
-from server_app.records import (
+from server_app.messages import (
     images_record,
     packed_record,
     packed_weights,
     record_of,
     recorded_name,
 )
+from server_app.nodes import GRACE_SECONDS, QUERY_TIMEOUT_SECONDS, Nodes, sample_clients
+from server_app.quality import QUALITY_TYPE, Scores, check_scores, scores_of
 from server_app.robust import build_aggregation
-from server_app.roster import GRACE_SECONDS, QUERY_TIMEOUT_SECONDS, Roster, sample_clients
-from server_app.simulation import (
-    is_simulation,
-    load_images,
-    record_data,
-    record_partition,
-    simulated_at_once,
-)
-from server_app.training_run import TrainingRun, Weights
+from server_app.rounds import RoundLoop, Weights
+from server_app.timing import PhaseTimer
 from task.data import ImageSet
 from task.data.partition import partition_dataset
 from task.memory import total_memory
@@ -102,7 +102,7 @@ class Question:
     activity: str
 
 
-class FederatedRun(TrainingRun):
+class FederatedTraining(RoundLoop):
     """Algorithm 1 of the paper, on the server's side.
 
     Attributes:
@@ -121,7 +121,7 @@ class FederatedRun(TrainingRun):
         self.ema: Weights | None = None
         self._grid = grid
         self.simulated = is_simulation(grid)
-        self._roster = Roster(
+        self._nodes = Nodes(
             grid,
             simulated=self.simulated,
             num_classes=len(self.config.data.classes),
@@ -157,7 +157,7 @@ class FederatedRun(TrainingRun):
 
     def describe(self) -> str:
         """Say how many hospitals train."""
-        return f"{len(self._roster.node_ids)} hospitals"
+        return f"{len(self._nodes.node_ids)} hospitals"
 
     def state(self) -> dict[str, Weights]:
         """Return the moving average, where the run keeps one."""
@@ -175,7 +175,7 @@ class FederatedRun(TrainingRun):
         """Wait for enough nodes and return the numbers of all that are there.
 
         Args:
-            patience: see `Roster.wait_for`.
+            patience: see `Nodes.wait_for`.
 
         Raises:
             TimeoutError: fewer than `federation.min_nodes` nodes came, or, of real ones, fewer
@@ -186,19 +186,19 @@ class FederatedRun(TrainingRun):
         if not self.simulated:
             minimum = max(minimum, federation.min_replies)
         try:
-            self._roster.wait_for(minimum, seconds=federation.node_wait, patience=patience)
+            self._nodes.wait_for(minimum, seconds=federation.node_wait, patience=patience)
         except TimeoutError as error:
             raise TimeoutError(f"{error}{self.what_is_saved()}") from error
         if not self.simulated:
-            self.directory.write_json(NODES_FILE, self._roster.numbers)
+            self.directory.write_json(NODES_FILE, self._nodes.numbers)
             self.record_class_counts()
-        return list(self._roster.node_ids)
+        return list(self._nodes.node_ids)
 
     def record_class_counts(self) -> None:
         """Write down the images of each class of every client that this run has seen."""
         classes = self.config.data.classes
         stored = self.directory.read_json(CLASS_COUNTS_FILE) or {"classes": classes, "clients": {}}
-        told = {str(client): said.class_counts for client, said in self._roster.introduced.items()}
+        told = {str(client): said.class_counts for client, said in self._nodes.introduced.items()}
         clients = {**(stored["clients"] if stored["classes"] == classes else {}), **told}
         ordered = {client: clients[client] for client in sorted(clients, key=int)}
         found = {"classes": classes, "clients": ordered}
@@ -379,10 +379,10 @@ class FederatedRun(TrainingRun):
             if metrics.get(Key.NUM_EXAMPLES) != 0:
                 check_metrics(content)
 
-        clients = list(self._roster.node_ids)
+        clients = list(self._nodes.node_ids)
         packed = self._layout.pack(self.final_weights(), self.config.federation.wire_dtype)
         question = self.about_weights(MessageType.EVALUATE, server_round, packed, check_loss)
-        for client, reply, _ in self.ask(question, server_round, clients, Phases()):
+        for client, reply, _ in self.ask(question, server_round, clients, PhaseTimer()):
             metrics = record_of(reply.content, Key.METRICS, MetricRecord)
             if metrics[Key.NUM_EXAMPLES] != 0:
                 losses.append(counted_loss(reply.content))
@@ -411,8 +411,8 @@ class FederatedRun(TrainingRun):
         content = RecordDict({Key.ARRAYS: images_record(generated), Key.CONFIG: config})
         question = Question(QUALITY_TYPE, content, check_scores, QUALITY)
         answers = []
-        clients = list(self._roster.node_ids)
-        for client, reply, _ in self.ask(question, server_round, clients, Phases()):
+        clients = list(self._nodes.node_ids)
+        for client, reply, _ in self.ask(question, server_round, clients, PhaseTimer()):
             scores = scores_of(reply.content)
             self.record(server_round, client, QUALITY, scores)
             answers.append(scores)
@@ -439,7 +439,7 @@ class FederatedRun(TrainingRun):
         return Question(message_type, content, check, message_type)
 
     def ask(
-        self, question: Question, server_round: int, clients: list[int], phases: Phases
+        self, question: Question, server_round: int, clients: list[int], phases: PhaseTimer
     ) -> Iterator[tuple[int, Message, float]]:
         """Ask clients and yield the replies that can be used, as they arrive.
 
@@ -457,7 +457,7 @@ class FederatedRun(TrainingRun):
             Client, reply, and `time.monotonic()` when the client was asked.
         """
         federation = self.config.federation
-        node_ids = self._roster.node_ids
+        node_ids = self._nodes.node_ids
         self._left_out.clear()
         arrays = record_of(question.content, Key.ARRAYS, ArrayRecord)
         messages = {
@@ -483,15 +483,15 @@ class FederatedRun(TrainingRun):
             phases.enter("aggregating")
             try:
                 content = checked_content(reply, timeout=federation.round_timeout)
-                check_claim(content, self._roster.num_images(reply.client))
+                check_claim(content, self._nodes.num_images(reply.client))
                 question.check(content)
             except UnusableReply as reason:
                 self._left_out[reply.client] = reason
                 log(f"round {server_round}: client {reply.client} is left out: {reason}")
                 if is_silent(reply) and not self.simulated:
-                    self._roster.doubt(reply.client, "is silent")
+                    self._nodes.doubt(reply.client, "is silent")
                 if isinstance(reason, FalseClaim):
-                    self._roster.doubt(reply.client, "claims more images than it said it has")
+                    self._nodes.doubt(reply.client, "claims more images than it said it has")
                 # Those of a training are recorded once it has succeeded.
                 if question.message_type != MessageType.TRAIN:
                     told = {"left_out": str(reason)}

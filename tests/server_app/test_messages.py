@@ -7,7 +7,7 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from server_app.exchange import check_metrics, check_weights
-from server_app.records import packed_record, packed_weights, record_of
+from server_app.messages import packed_record, packed_weights, record_of
 from task.protocol.wire import Key
 
 WEIGHTS = np.arange(5, dtype=np.float32) / 7

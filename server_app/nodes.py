@@ -9,7 +9,7 @@ from flwr.serverapp import Grid
 
 from server_app.exchange import SLOW_CODES, Reply, UnusableReply, addressed, checked_content
 from server_app.log import log
-from server_app.records import record_of
+from server_app.messages import record_of
 from task.fingerprint import code_fingerprint
 from task.protocol.wire import Key
 from task.randomness import Stream, numpy_generator
@@ -109,7 +109,7 @@ class Introductions:
         return any(sent > since for node, (_, sent) in self._out.items() if node not in self._tardy)
 
 
-class Roster:
+class Nodes:
     """The nodes of a run by client number.
 
     In a simulation the number is the partition-id. A real node gets the next free number when it
