@@ -56,7 +56,7 @@ def test_one_byte_more_is_another_fingerprint(checkout: Path, file: str) -> None
 
 
 def test_moved_code_is_another_fingerprint(checkout: Path) -> None:
-    (checkout / "task" / "wire.py").rename(checkout / "task" / "wires.py")
+    (checkout / "task" / "files.py").rename(checkout / "task" / "file.py")
     assert fingerprint_of(checkout) != code_fingerprint()
 
 

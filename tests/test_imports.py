@@ -62,11 +62,7 @@ def test_task_has_no_circles() -> None:
         name: imported(file.read_text(encoding="utf-8"), "task") & modules.keys()
         for name, file in modules.items()
     }
-    order = [*TopologicalSorter(graph).static_order()]  # raises on a circle
-    assert order.index("task.generators.diffusion.unet") < order.index(
-        "task.generators.diffusion.sampler"
-    )
-    assert order.index("task.generators.diffusion.diffusion") < order.index("task.training.train")
+    TopologicalSorter(graph).prepare()  # raises on a circle
 
 
 @pytest.mark.parametrize(
@@ -76,8 +72,8 @@ def test_task_has_no_circles() -> None:
         ("from flwr.app import Message", "flwr.app"),
         ("from flwr import app", "flwr.app"),
         ("def f():\n    import flwr", "flwr"),
-        ("from . import wire", "task.protocol.wire"),
-        ("from .wire import Key", "task.protocol.wire"),
+        ("from . import wire", "task.wire"),
+        ("from .wire import Key", "task.wire"),
     ],
 )
 def test_every_form_of_import_is_seen(source: str, expected: str) -> None:

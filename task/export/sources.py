@@ -4,7 +4,9 @@ import re
 from importlib import resources
 from pathlib import Path
 
-IMPORT = re.compile(r"^(\s*)from task\.(?:\w+\.)*(\w+) import ", re.MULTILINE)
+IMPORT = re.compile(
+    r"^(\s*)from task\.(?:export|generators(?:\.diffusion)?)\.(\w+) import ", re.MULTILINE
+)
 
 
 def ship(source: str, target: Path, *, in_package: bool = False) -> None:
