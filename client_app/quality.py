@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from flwr.app import ArrayRecord, Message
 
-from task.config import Config, anchored, require
+from task.checks import require
+from task.config import Config, anchored
 from task.data import ImageSet
 from task.evaluation.features import hub_inception_file
 from task.protocol.wire import Key, from_npy

@@ -8,7 +8,8 @@ from server_app.federated import FederatedTraining
 from server_app.launch.submission import write_submission
 from server_app.launch.superlink import end_with_submitter
 from server_app.log import log
-from task.config import load_run_config, require
+from task.checks import require
+from task.config import load_run_config
 from task.runs.run_directory import RunDirectory
 
 app = ServerApp()

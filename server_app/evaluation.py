@@ -25,7 +25,8 @@ from server_app.quality import (
     scored_labels,
     wants_scores,
 )
-from task.config import MIN_MEASURED_IMAGES, Config, require
+from task.checks import require
+from task.config import MIN_MEASURED_IMAGES, Config
 from task.data import Dataset, ImageSet
 from task.evaluation.evaluate import MetricReport, RealFeatures, extract_real
 from task.evaluation.features import FeatureExtractor, build_extractor

@@ -12,7 +12,8 @@ from server_app.aggregation import Weighing
 from server_app.exchange import LARGEST_METRIC, UnusableReply, check_numbers
 from server_app.log import log
 from server_app.messages import record_of
-from task.config import MIN_MEASURED_IMAGES, Config, require
+from task.checks import require
+from task.config import MIN_MEASURED_IMAGES, Config
 from task.evaluation.measure import balanced_labels
 from task.protocol.wire import QUALITY, Key
 from task.runs.run_directory import read_metrics

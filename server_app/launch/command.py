@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from server_app.launch.own_images import as_begun, command_to_go_on, fit_to_images, named
+from task.checks import require
 from task.config import (
     CONF_DIR,
     Config,
@@ -31,7 +32,6 @@ from task.config import (
     config_from_hydra,
     read_override,
     register_schema,
-    require,
     require_data_root,
 )
 from task.processes import have_home, let_threads_sleep, write_any_letter

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from task.config import require
+from task.checks import require
 from task.fingerprint import ROOT, code_fingerprint
 from task.runs.repeat import Word
 from task.runs.run_directory import SUBMISSION_FILE, RunDirectory

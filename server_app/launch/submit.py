@@ -14,15 +14,8 @@ from server_app.evaluation import check_numbers, is_complete, wants_metrics
 from server_app.launch.follow import follow
 from server_app.launch.own_images import named
 from server_app.launch.plan import describe_plan, how_to_train_on
-from task.config import (
-    CONF_DIR,
-    FITTED_VALUES,
-    OWN_IMAGES,
-    Config,
-    flat_values,
-    hydra_override,
-    require,
-)
+from task.checks import require
+from task.config import CONF_DIR, FITTED_VALUES, OWN_IMAGES, Config, flat_values, hydra_override
 from task.data import Dataset
 from task.data.partition import partition_dataset
 from task.evaluation.features import build_extractor

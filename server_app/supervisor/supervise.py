@@ -38,7 +38,7 @@ from server_app.supervisor.supervision import (
     read_folder,
     remember,
 )
-from task.config import require
+from task.checks import require
 from task.fingerprint import fingerprint_of
 from task.runs.repeat import as_toml, resubmitting_command
 from task.runs.run_directory import SUBMISSION_FILE, hold

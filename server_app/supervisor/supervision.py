@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from server_app.launch.submission import Submission, read_submission
-from task.config import require
+from task.checks import require
 from task.files import write_json
 from task.runs.run_directory import (
     DIVERGED,

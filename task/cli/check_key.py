@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_private_key,
 )
 
-from task.config import require
+from task.checks import require
 
 HOW_TO_MAKE = "make one: ssh-keygen -t ecdsa -b 384 -N '' -f FILE"
 # The curves of OpenSSH, all of which Flower accepts.

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from task.config import require
+from task.checks import require
 
 TIMEOUT_SECONDS = 10.0
 DAYS_OF_WARNING = 30

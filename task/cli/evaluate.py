@@ -3,12 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from task.config import (
-    DRAWING_VALUES,
-    Config,
-    changed_config,
-    value_paths,
-)
+from task.config import DRAWING_VALUES, Config, changed_config, value_paths
 from task.data import build_dataset
 from task.evaluation.evaluate import MetricReport
 from task.evaluation.features import build_extractor

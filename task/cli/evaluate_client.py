@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from task.config import Config, require
+from task.checks import require
+from task.config import Config
 from task.data import Dataset, build_dataset
 from task.data.partition import partition_dataset
 from task.evaluation.evaluate import KID_SUBSETS, MetricReport, extract_real

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from task.config import Config, require
+from task.checks import require
+from task.config import Config
 from task.data.decode import decode_picture, resize_decoded
 from task.evaluation.restoration import (
     Projection,

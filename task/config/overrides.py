@@ -1,84 +1,46 @@
-"""Values of a configuration as people type them, written so that Hydra reads what was meant.
-
-Hydra gives `=`, `(`, `[`, `,`, `#`, `~` and more a meaning, reads `1e5` as a number, and has no
-letters beyond ASCII. In a field of text all of them are text.
-"""
+"""Overrides `path=value`, written in Hydra's grammar by the type of the value that they set."""
 
 import re
-from collections.abc import Callable
-from typing import Any
 
-# One token of Hydra's grammar, as its lexer has it.
-_QUOTED = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
-_ELEMENT = re.compile(rf"\s*({_QUOTED}|[^,]*?)\s*(?:,|\Z)", re.DOTALL)
-_SWEEP_FUNCTION = r"(?:choice|glob|interval|range|shuffle|sort|tag)\(.*\)"
+from task.config.grammar import hydra_value, require_text, typed_text, typed_texts
+from task.config.schema import value_paths
 
 
-def escaped(text: str) -> str:
-    """Write a text so that OmegaConf sees no interpolation in it."""
-    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+def hydra_override(path: str, value: object) -> str:
+    """Write `path=value` in Hydra's grammar, so that text is read back as it stands.
 
-
-def quoted(text: str) -> str:
-    """Write a text in Hydra's grammar, in quotes unless it is plain."""
-    plain = re.fullmatch(r"[A-Za-z_/][\w./-]*", text, re.ASCII) is not None
-    if plain and text.lower() not in {"null", "true", "false", "inf", "nan"}:
-        return text
-    # In Hydra's quotes a backslash means itself, except before a quote.
-    doubled = re.sub(r'(\\*)("|\Z)', lambda match: match[1] * 2 + match[2], escaped(text))
-    return '"' + doubled.replace('"', '\\"') + '"'
-
-
-def hydra_value(value: Any) -> str:
-    """Write a value of a configuration in Hydra's grammar; a list may hold lists.
+    A string for a field that is not text is left to Hydra to read (`"null"`, `"inf"`, `"[a,b]"`).
 
     Raises:
-        TypeError: a configuration holds no such value.
+        ValueError: a text cannot be kept in a configuration.
     """
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, str):
-        return quoted(value)
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(hydra_value, value))}]"
-    raise TypeError(f"a value must be a number, a text, null or a list of them, got {value!r}")
+    if value_paths().get(path) is str:
+        require_text(path, value)
+    elif isinstance(value, str):
+        return f"{path}={value}"
+    return f"{path}={hydra_value(value)}"
 
 
-def typed_text(typed: str, *, sweep: bool = False) -> str:
-    """Write in Hydra's grammar what somebody typed as the value of a text field.
+def read_override(word: str, *, sweep: bool = False) -> str:
+    """Write an override in Hydra's grammar as somebody typed it: `data.root=/tmp/a=b (x)`.
+
+    What follows the `=` of a text field is text, unless it stands in Hydra's quotes.
 
     Args:
-        typed: text, or a text in Hydra's quotes, in which Hydra's own rules hold.
-        sweep: whether several may be given: with commas between them, or by a function of Hydra's.
+        word: `path=value`; anything else is left as it is.
+        sweep: whether a field may be given several values, with commas between them.
+
+    Raises:
+        ValueError: a text cannot be kept in a configuration.
     """
-    if re.fullmatch(_QUOTED, typed, re.DOTALL) or (sweep and re.fullmatch(_SWEEP_FUNCTION, typed)):
-        return typed
-    return _each_of(typed, typed_text) if sweep and "," in typed else quoted(typed)
-
-
-def typed_texts(typed: str, *, sweep: bool = False) -> str:
-    """Write in Hydra's grammar what somebody typed as a list of texts: `[normal,it's]`.
-
-    Args:
-        typed: the list; anything else is left to Hydra.
-        sweep: whether several may be given, with commas between them.
-    """
-    lists = re.split(r"(?<=\])\s*,\s*(?=\[)", typed.strip()) if sweep else [typed.strip()]
-    if not all(text.startswith("[") and text.endswith("]") for text in lists):
-        return typed
-    return ",".join(f"[{_each_of(text[1:-1], typed_text)}]" for text in lists)
-
-
-def _each_of(typed: str, write: Callable[[str], str]) -> str:
-    """Write each of the texts between commas that are not in quotes."""
-    if typed.strip() == "":
-        return ""
-    written, place, more = [], 0, True
-    while more and (match := _ELEMENT.match(typed, place)):
-        written.append(write(match[1]))
-        place, more = match.end(), match[0].endswith(",")
-    return ",".join(written)
+    given = re.fullmatch(r"(\+{0,2})([\w.]+)=(.*)", word, re.DOTALL)
+    if given is None:
+        return word
+    plus, path, typed = given.groups()
+    kind = value_paths().get(path)
+    if kind is str:
+        require_text(path, typed)
+        typed = typed_text(typed, sweep=sweep)
+    elif kind in (list[str], list[str] | None):
+        typed = typed_texts(typed, sweep=sweep)
+    return f"{plus}{path}={typed}"

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from task.config import require_one_of
+from task.checks import require_one_of
 from task.data.duplicates import image_hash
 from task.data.walk import escaped
 from task.fingerprint import installed_versions

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from task.config import DATA_FITS, require_one_of
+from task.checks import require_one_of
+from task.config import DATA_FITS
 from task.data.dicom import apply_window, decode_dicom, dicom_size
 from task.data.images import resize
 from task.data.pictures import PICTURE_FORMATS, decode_picture, picture_size

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from task.config import require
+from task.checks import require
 
 if TYPE_CHECKING:
     from pydicom import Dataset

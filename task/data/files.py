@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from task.config import FILE_SETS, require, require_folder, require_one_of
+from task.checks import require, require_one_of
+from task.config import FILE_SETS, require_folder
 from task.data.cache import cached_images
 from task.data.decode import (
     crop_round_field,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from task.config import require
+from task.checks import require
 
 # Bounds the memory of the float copies that resizing needs.
 RESIZE_CHUNK = 4096

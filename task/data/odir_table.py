@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from task.config import require
+from task.checks import require
 
 ODIR_TABLE = "full_df.csv"
 ODIR_COLUMNS = ("ID", "filename", "labels")

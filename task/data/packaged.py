@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from task.config import PACKAGED_SETS, require, require_one_of
+from task.checks import require, require_one_of
+from task.config import PACKAGED_SETS
 from task.data.images import Dataset, ImageSet, reshape
 from task.data.listing import UnknownClassError
 from task.data.split import split_validation

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from task.config import Config, require
+from task.checks import require
+from task.config import Config
 from task.data import Dataset
 from task.randomness import Stream, numpy_generator
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from task.config import require
+from task.checks import require
 
 
 def split_validation(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from task.config import require
+from task.checks import require
 from task.data import ImageSet, normalize, random_horizontal_flip
 from task.progress import tracked
 from task.randomness import Stream, torch_generator

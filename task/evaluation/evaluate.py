@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from task.config import require
+from task.checks import require
 from task.data import Dataset, ImageSet, random_horizontal_flip
 from task.evaluation.classifier import accuracy, balanced_accuracy, train_classifier
 from task.evaluation.features import (

@@ -17,7 +17,8 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
-from task.config import IMAGE_RANGES, Config, require, require_one_of
+from task.checks import require, require_one_of
+from task.config import IMAGE_RANGES, Config
 from task.data import ImageSet, normalize
 from task.evaluation import classifier
 from task.progress import tracked

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import xlogy
 from torch import Tensor
 
-from task.config import require
+from task.checks import require
 
 # 64 MiB of float64: bounds what a block of N x M distances takes.
 BLOCK_ROWS = 1024

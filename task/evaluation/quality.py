@@ -6,7 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from task.config import MIN_MEASURED_IMAGES, Config, require
+from task.checks import require
+from task.config import MIN_MEASURED_IMAGES, Config
 from task.data import Dataset, ImageSet
 from task.evaluation.classifier import accuracy, balanced_accuracy
 from task.evaluation.evaluate import (

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from task.config import require
+from task.checks import require
 from task.evaluation.metrics import energy_distance
 from task.generators.diffusion.sampler import to_uint8
 from task.randomness import Stream, torch_generator

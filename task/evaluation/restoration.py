@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from task.config import DIFFUSION_CHOICES, Config, changed_config, require, require_one_of
+from task.checks import require, require_one_of
+from task.config import DIFFUSION_CHOICES, Config, changed_config
 from task.data import normalize
 from task.data.decode import LUMA
 from task.generation.images import GeneratedImages, image_shape

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from task.config import DRAWING_VALUES, Config, require
+from task.checks import require
+from task.config import DRAWING_VALUES, Config
 from task.export.drawing import Model, Settings, image_shape
 from task.export.formats import FORMATS, Format
 from task.export.sources import ship

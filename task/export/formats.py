@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from task.config import require
+from task.checks import require
 from task.export.drawing import Model, Settings, image_shape
 from task.export.sources import ship
 from task.generators.diffusion.network import UNet

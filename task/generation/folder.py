@@ -26,7 +26,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from task.config import DRAWING_VALUES, Config, flat_values, hydra_override, require
+from task.checks import require
+from task.config import DRAWING_VALUES, Config, flat_values, hydra_override
 from task.files import atomic_path, remove_left_overs, write_json
 from task.generation.grids import save_sample_grid
 from task.generation.images import ImageSource, to_pil

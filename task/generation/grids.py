@@ -15,7 +15,7 @@ from matplotlib.transforms import IdentityTransform
 from PIL import Image
 from torch import Tensor
 
-from task.config import require
+from task.checks import require
 from task.files import atomic_path
 
 # Sizes of the grids in pixels; the margin of the names is measured.

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from task.config import Config, require
+from task.checks import require
+from task.config import Config
 from task.data import ImageSet
 from task.generation.grids import mosaic
 from task.generators.diffusion.sampler import (

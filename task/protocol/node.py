@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from task.config import Config, anchored, require
+from task.checks import require
+from task.config import Config, anchored
 from task.data import Dataset, Inventory, inventory_of_listings, list_dataset, split_validation
 from task.protocol.wire import Key
 from task.randomness import Stream, numpy_generator

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from task.config import require
+from task.checks import require
 from task.generation.grids import FONT, INK, write_png
 
 MAP_DPI = 150

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from scipy.stats import t as student_t
 
-from task.config import FILE_SETS, require
+from task.checks import require
+from task.config import FILE_SETS
 from task.evaluation.features import HASH_DIGITS
 from task.generators.diffusion.unet import build_unet
 from task.reporting.published import (

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from task.checks import require
 from task.config import (
     EXTRACTORS,
     FILE_SETS,
@@ -20,7 +21,6 @@ from task.config import (
     changed_config,
     flat_values,
     read_config,
-    require,
 )
 from task.evaluation.restoration import RESTORATION_VALUES, Restorer, known_part, restoration_config
 from task.generation.images import GeneratedImages, ImageSource, class_labels

@@ -24,7 +24,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch._C._distributed_c10d import FileStore
 from torch.nn.parallel import DistributedDataParallel
 
-from task.config import require
+from task.checks import require
 from task.generators.diffusion.diffusion import DiffusionObjective, Model
 from task.processes import end_with_parent
 from task.training.train import (

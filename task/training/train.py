@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from task.config import Config, require
+from task.checks import require
+from task.config import Config
 from task.data import normalize, random_horizontal_flip
 from task.generators.diffusion.diffusion import Objective, build_objective
 

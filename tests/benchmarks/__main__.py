@@ -6,7 +6,8 @@ import time
 from importlib import import_module
 from pathlib import Path
 
-from task.config import load_config, require
+from task.checks import require
+from task.config import load_config
 from task.training.train import select_device
 from tests.benchmarks.report import (
     LONGER,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from task.config import require
+from task.checks import require
 from task.files import atomic_path
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent

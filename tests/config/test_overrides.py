@@ -20,7 +20,7 @@ from task.config import (
     read_override,
     write_config,
 )
-from task.config.overrides import quoted
+from task.config.grammar import quoted
 from task.runs.repeat import as_toml, training_command
 
 SIGNS = "ab1e_\\\\'\"=,[](){}$${#~:;! \t.-+*?%&|<>@`^/\x7fé東😀"

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from task.config import DIFFUSION_CHOICES, Config, require, require_one_of
+from task.checks import require, require_one_of
+from task.config import DIFFUSION_CHOICES, Config
 from task.generators.diffusion.schedule import NoiseSchedule, build_schedule, log_snr, sample_times
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from task.config import Config, require
+from task.checks import require
+from task.config import Config
 from task.generators.diffusion.diffusion import Model
 from task.generators.diffusion.schedule import NoiseSchedule, build_schedule
 from task.generators.diffusion.steps import (

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from task.config import Config, require
+from task.checks import require
+from task.config import Config
 
 # The largest float64 below 1.
 BELOW_ONE = 1 - 2.0**-53

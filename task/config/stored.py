@@ -1,0 +1,96 @@
+"""The configuration in the folder of a run: written, and read again by any later version."""
+
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from task.checks import require
+from task.config.compose import as_hydra, compose_conf, config_from_hydra
+from task.config.schema import CONF_DIR, Config, flat_values, leaves, value_paths
+from task.files import atomic_path
+
+# What runs did whose configuration lacks the value, where conf/ may have another by now.
+BEFORE_WRITTEN = {"data.fit": "stretch"}
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML, atomically."""
+    with atomic_path(path) as aside:
+        aside.write_text(OmegaConf.to_yaml(as_hydra(config)), encoding="utf-8")
+
+
+def read_config(path: Path) -> Config:
+    """Read a configuration that `write_config` of this version of feddm, or of another, wrote.
+
+    A value that it lacks is what runs did before it could be chosen (`BEFORE_WRITTEN`), else the
+    default of conf/ for its experiment and its data set; one that is unknown here is left out.
+    Both are logged.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not the configuration of a run, or a value is wrong.
+    """
+    try:
+        stored = _stored_values(path)
+        missing = value_paths().keys() - stored.keys()
+        unknown = stored.keys() - value_paths().keys()
+        defaults = _defaults(stored.get("experiment"), stored.get("data.name")) if missing else {}
+        # Where a run lies is known without its configuration.
+        place = {"output_dir": str(path.parent.parent), "run_name": path.parent.name}
+        defaults = defaults | BEFORE_WRITTEN | place
+        tree = OmegaConf.create()
+        for name in value_paths():
+            OmegaConf.update(tree, name, defaults[name] if name in missing else stored[name])
+        config = config_from_hydra(OmegaConf.merge(OmegaConf.structured(Config), tree))  # type: ignore[arg-type]
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a configuration of this feddm: {error}") from error
+    for name in sorted(missing):
+        why = (
+            "which runs did before it was written" if name in BEFORE_WRITTEN else "as conf/ has it"
+        )
+        _log_once(f"{path} has no {name}; taken for {flat_values(config)[name]!r}, {why}")
+    for name in sorted(unknown):
+        _log_once(f"{path} has {name}, which this version of feddm does not know; left out")
+    return config
+
+
+def unknown_values(path: Path) -> dict[str, Any]:
+    """Return the values of a written configuration that this version of feddm does not know."""
+    return {n: value for n, value in _stored_values(path).items() if n not in value_paths()}
+
+
+def _stored_values(path: Path) -> dict[str, Any]:
+    """Read the values of a written configuration, by dotted path."""
+    stored = yaml.safe_load(path.read_bytes())
+    sections = {name.partition(".")[0] for name in value_paths() if "." in name}
+    lacking = {"data", "diffusion", "model", "train"} - set(
+        stored if isinstance(stored, dict) else ()
+    )
+    if lacking:
+        raise ValueError(f"it has no section {', '.join(sorted(lacking))}")
+    for name in sections & stored.keys():
+        require(isinstance(stored[name], dict), name, "a mapping", stored[name])
+    return leaves(stored)
+
+
+@cache
+def _defaults(experiment: object, data: object) -> dict[str, Any]:
+    """Return the values of conf/ by dotted path, for an experiment and a data set if known."""
+    given = {"experiment": experiment, "data": data}
+    known = {
+        group: name
+        for group, name in given.items()
+        if name in {file.stem for file in (CONF_DIR / group).glob("*.yaml")}
+    }
+    tree = compose_conf([f"{group}={name}" for group, name in known.items()])
+    return {name: OmegaConf.select(tree, name) for name in value_paths()}
+
+
+@cache
+def _log_once(text: str) -> None:
+    logging.getLogger(__name__).warning(text)
