@@ -21,8 +21,9 @@ from task.fingerprint import code_fingerprint
 from task.protocol.node import NodeConfig, check_node, own_config, read_node_config
 from task.protocol.wire import QUALITY, Key, from_npy, to_npy
 from task.randomness import Stream, torch_generator
-from task.training.parallel import train_in_processes
-from task.training.train import device_name, held_out_loss, new_optimizer
+from task.training.devices import device_name
+from task.training.distributed import train_in_processes
+from task.training.loop import held_out_loss, new_optimizer
 
 app = ClientApp()
 

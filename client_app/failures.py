@@ -9,7 +9,7 @@ from client_app.log import logger, show_log
 from task.data import UnknownClassError
 from task.protocol.node import TooFewImagesError
 from task.protocol.wire import FailureCode, Key
-from task.training.train import is_out_of_memory
+from task.training.devices import is_out_of_memory
 
 Handler = Callable[[Message, Context], Message]
 

@@ -12,18 +12,18 @@ from client_app.log import logger
 from task.config import Config, compose_run_config, load_run_config
 from task.data import Dataset, ImageSet, build_dataset, take_inventory
 from task.data.partition import Partition, partition_dataset
-from task.generators.diffusion.diffusion import DiffusionObjective, build_objective
+from task.generators.diffusion.objective import DiffusionObjective, build_objective
 from task.generators.diffusion.unet import UNet, build_unet
 from task.protocol.node import NodeConfig, own_config, own_images, read_node_config
 from task.protocol.wire import Key, WeightLayout
-from task.training.parallel import count_processes
-from task.training.train import (
+from task.training.devices import (
     compile_where_wanted,
     configure_torch,
-    fastest_precision,
     keep_freed_memory,
     select_device,
 )
+from task.training.distributed import count_processes
+from task.training.precision import fastest_precision
 
 # The name of an empty record of the node's own state.
 INVENTORY_SAID = "inventory-said"

@@ -10,19 +10,13 @@ import torch
 from server_app.dataset import load_images, record_data
 from server_app.rounds import RoundLoop, Weights
 from task.data import Dataset
-from task.generators.diffusion.diffusion import build_objective
+from task.generators.diffusion.objective import build_objective
 from task.progress import progress
 from task.randomness import Stream, torch_generator
 from task.runs.run_directory import POOLED_FILE, RunDirectory
-from task.training.parallel import count_processes, train_in_processes
-from task.training.train import (
-    compile_where_wanted,
-    held_out_loss,
-    keep_freed_memory,
-    move,
-    new_optimizer,
-    torch_configured,
-)
+from task.training.devices import compile_where_wanted, keep_freed_memory, move, torch_configured
+from task.training.distributed import count_processes, train_in_processes
+from task.training.loop import held_out_loss, new_optimizer
 
 
 class CentralizedTraining(RoundLoop):

@@ -14,7 +14,7 @@ from task.data import Dataset
 from task.fingerprint import code_fingerprint, installed_versions
 from task.generators.diffusion.unet import UNet, build_unet
 from task.progress import duration, progress
-from task.randomness import Stream, torch_generator
+from task.randomness import Stream, seeded_global_generator, torch_generator
 from task.reporting.history import read_history
 from task.reporting.run_summary import summary_lines
 from task.reporting.warning_signs import closing_lines
@@ -26,14 +26,8 @@ from task.runs.run_directory import (
     checkpoints,
     round_of,
 )
-from task.training.train import (
-    device_name,
-    fastest_precision,
-    is_compiled,
-    missing_for_compiling,
-    seeded_global_generator,
-    select_device,
-)
+from task.training.devices import device_name, is_compiled, missing_for_compiling, select_device
+from task.training.precision import fastest_precision
 
 Weights = Mapping[str, torch.Tensor]
 

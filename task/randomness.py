@@ -4,6 +4,8 @@ No part of feddm reads a global generator, so that the draws of one client do no
 which others trained before it, nor on the process that it trains in.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 import numpy as np
@@ -54,3 +56,20 @@ def torch_generator(
 def _sequence(seed: int, stream: Stream, *key: int) -> np.random.SeedSequence:
     # A spawn key keeps (1,) and (1, 0) apart, which a list of entropy does not.
     return np.random.SeedSequence(seed, spawn_key=(int(stream), *key))
+
+
+@contextmanager
+def seeded_global_generator(generator: torch.Generator, rank: int = 0) -> Iterator[None]:
+    """Fork torch's global generators and seed them with a draw from `generator`.
+
+    For what takes no generator: the initialisation of layers and channel dropout.
+
+    Args:
+        generator: one and the same draw is taken from it, whatever the rank.
+        rank: processes of other ranks get other seeds.
+    """
+    device = generator.device
+    seed = int(torch.randint(2**62, (), generator=generator, device=device))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed + rank)
+        yield

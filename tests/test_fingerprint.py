@@ -41,7 +41,7 @@ def test_fingerprint_is_the_same_wherever_the_code_lies(checkout: Path) -> None:
     "file",
     [
         *(
-            "task/training/train.py",
+            "task/training/loop.py",
             "task/__init__.py",
             "client_app/app.py",
             "conf/data/digits.yaml",

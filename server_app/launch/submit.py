@@ -29,8 +29,8 @@ from task.runs.run_directory import (
     is_begun,
     run_path,
 )
-from task.training.parallel import count_processes
-from task.training.train import is_compiled, select_device, torch_configured
+from task.training.devices import is_compiled, select_device, torch_configured
+from task.training.distributed import count_processes
 
 CHECKOUT = CONF_DIR.parent
 RAY_ANSWER_SECONDS = 10.0

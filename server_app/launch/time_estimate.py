@@ -9,17 +9,11 @@ import torch
 
 from task.config import Config
 from task.generation.images import image_shape
-from task.generators.diffusion.diffusion import build_objective
+from task.generators.diffusion.objective import build_objective
 from task.generators.diffusion.sampler import evaluations_per_image
 from task.generators.diffusion.unet import UNet, build_unet
-from task.training.train import (
-    autocast,
-    move,
-    new_optimizer,
-    select_device,
-    torch_configured,
-    train_epochs,
-)
+from task.training.devices import autocast, move, select_device, torch_configured
+from task.training.loop import new_optimizer, train_epochs
 
 # Seconds that a timing takes beyond its first images, and images of a timed step at most.
 TIMED_SECONDS, TIMED_IMAGES = 1.0, 32

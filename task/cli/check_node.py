@@ -28,7 +28,7 @@ from task.protocol.node import (
     own_images,
 )
 from task.reporting.metric_table import Row, lay_out
-from task.training.train import device_name, select_device
+from task.training.devices import device_name, select_device
 
 
 class Check(Findings):

@@ -22,7 +22,7 @@ from task.data.packaged import missing_files
 from task.evaluation.features import hub_inception_file
 from task.export.formats import FORMATS
 from task.runs.run_directory import holder, is_begun, last_complete_round, weights_file
-from task.training.train import device_name, missing_for_compiling, select_device
+from task.training.devices import device_name, missing_for_compiling, select_device
 
 # Any folder may be one of these, and its classes are not known.
 ANY_FOLDER = ("image_folder", "dicom_folder")

@@ -19,7 +19,7 @@ from task.randomness import Stream
 from task.reporting.metric_table import caption, format_table
 from task.runs.run import final_model
 from task.runs.run_directory import run_config
-from task.training.train import select_device
+from task.training.devices import select_device
 
 
 def evaluation_config(

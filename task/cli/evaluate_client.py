@@ -27,7 +27,7 @@ from task.generators.diffusion.unet import UNet
 from task.randomness import Stream
 from task.reporting.metric_table import TITLES, lay_out, looked_through, scored, span, stand_ins
 from task.runs.run import final_model
-from task.training.train import select_device
+from task.training.devices import select_device
 
 # The floor takes one half of the images, and the Inception score parts those into 10 splits.
 MIN_IMAGES = 20

@@ -10,7 +10,7 @@ from task.generation.images import ImageSource, class_labels
 from task.progress import progress
 from task.runs.run import final_model
 from task.runs.run_directory import weights_file
-from task.training.train import select_device
+from task.training.devices import select_device
 
 
 def generate_images(

@@ -401,7 +401,7 @@ def tables(
       feddm tables runs/skew
     """
     from task.cli.tables import write_tables
-    from task.training.train import select_device
+    from task.training.devices import select_device
 
     write_tables(sweep_dir, device=select_device(device) if figures else None, say=typer.echo)
 

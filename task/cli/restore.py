@@ -9,19 +9,19 @@ from torch import Tensor
 from task.checks import require
 from task.config import Config
 from task.data.decode import decode_picture, resize_decoded
-from task.evaluation.restoration import (
+from task.generation.folder import write_image
+from task.generation.images import class_labels
+from task.generation.restoration import (
     Projection,
     Restorer,
     known_part,
     picture_shape,
     restoration_config,
 )
-from task.generation.folder import write_image
-from task.generation.images import class_labels
 from task.progress import progress
 from task.runs.run import final_model
 from task.runs.run_directory import run_config
-from task.training.train import select_device
+from task.training.devices import select_device
 
 NOTICE = "partly synthetic image, restored by a diffusion model"
 
@@ -51,12 +51,12 @@ def restore_files(
         class_: name or label of the class of all files.
         num_images: for each file.
         mask: file of a mask, white where to fill.
-        upscale: see `task.evaluation.restoration.known_part`.
-        colorize: see `task.evaluation.restoration.known_part`.
-        jump_length: see `task.evaluation.restoration.Restorer`.
-        num_resamples: see `task.evaluation.restoration.Restorer`.
+        upscale: see `task.generation.restoration.known_part`.
+        colorize: see `task.generation.restoration.known_part`.
+        jump_length: see `task.generation.restoration.Restorer`.
+        num_resamples: see `task.generation.restoration.Restorer`.
         client: whose own weights draw; None: the global ones.
-        options: see `task.evaluation.restoration.restoration_config`.
+        options: see `task.generation.restoration.restoration_config`.
         say: takes the text for the reader.
 
     Raises:

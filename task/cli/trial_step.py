@@ -13,19 +13,19 @@ from typing import TypeVar, cast
 import torch
 
 from task.config import Config
-from task.generators.diffusion.diffusion import build_objective
+from task.generators.diffusion.objective import build_objective
 from task.generators.diffusion.unet import build_unet
 from task.processes import end_with_parent
-from task.training.parallel import count_processes, train_in_processes
-from task.training.train import (
+from task.training.devices import (
     compile_where_wanted,
     configure_torch,
-    fastest_precision,
     is_out_of_memory,
     keep_freed_memory,
-    new_optimizer,
     select_device,
 )
+from task.training.distributed import count_processes, train_in_processes
+from task.training.loop import new_optimizer
+from task.training.precision import fastest_precision
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")

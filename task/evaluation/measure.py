@@ -31,7 +31,7 @@ from task.generators.diffusion.sampler import (
 from task.generators.diffusion.unet import UNet
 from task.progress import progress
 from task.randomness import Stream, torch_generator
-from task.training.train import autocast, move
+from task.training.devices import autocast, move
 
 # Held-out images that every run searches for copies beside the generated ones.
 MOST_SEARCHED = 1000

@@ -1,7 +1,7 @@
 """A pipeline of Diffusers that draws images of the classes that it is asked for.
 
 It holds no scheduler: the network takes log-SNRs and no timesteps, and the steps of the samplers
-that the model was measured with stand in `steps.py` beside this file.
+that the model was measured with stand in `samplers.py` beside this file.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from task.generators.diffusion.steps import draw_by_settings
+from task.generators.diffusion.samplers import draw_by_settings
 from task.generators.noise import generation_noise
 
 

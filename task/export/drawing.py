@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from task.generators.diffusion.steps import draw_by_settings
+from task.generators.diffusion.samplers import draw_by_settings
 from task.generators.noise import generation_noise
 
 # model(x_t [N, C, H, W] float32, log_snr [N] float32, labels [N] int64) -> [N, C, H, W] float32

@@ -18,8 +18,8 @@ from task.export.sources import ship
 from task.files import atomic_folder
 from task.generation.folder import NOTICE, folder_names
 from task.generators.diffusion.network import UNet
-from task.generators.diffusion.schedule import build_schedule
-from task.generators.diffusion.steps import half_log_snr
+from task.generators.diffusion.noise_schedule import build_schedule
+from task.generators.diffusion.samplers import half_log_snr
 from task.generators.diffusion.unet import unet_arguments
 from task.reporting.model_card import write_model_card
 from task.runs.run import FinishedRun, final_model
@@ -204,7 +204,7 @@ def fill(folder: Path, form: Format, unet: UNet, settings: Settings) -> None:
     """Write the model in its format, what describes it, and the code that draws with it."""
     form.write(unet, settings, folder)
     (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    ship("generators/diffusion/steps.py", folder / "steps.py")
+    ship("generators/diffusion/samplers.py", folder / "samplers.py")
     ship("generators/noise.py", folder / "noise.py")
     ship("export/drawing.py", folder / "drawing.py")
     ship(f"export/{form.loader}.py", folder / "sample.py")

@@ -20,7 +20,7 @@ from task.generators.diffusion.sampler import (
 )
 from task.generators.diffusion.unet import UNet
 from task.generators.noise import generation_noise
-from task.training.train import autocast, move
+from task.training.devices import autocast, move
 
 # In a picture of many images.
 IMAGES_PER_ROW = 16

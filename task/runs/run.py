@@ -22,13 +22,13 @@ from task.config import (
     flat_values,
     read_config,
 )
-from task.evaluation.restoration import RESTORATION_VALUES, Restorer, known_part, restoration_config
 from task.generation.images import GeneratedImages, ImageSource, class_labels
+from task.generation.restoration import RESTORATION_VALUES, Restorer, known_part, restoration_config
 from task.generators.diffusion.unet import UNet, build_unet
 from task.runs.checkpoint import load_weights
 from task.runs.repeat import require_weights
 from task.runs.run_directory import PARTITION_FILE, run_config, weights_file
-from task.training.train import select_device
+from task.training.devices import select_device
 
 
 def log_unreadable(run: Path, error: Exception) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from task.checks import require
 from task.config import load_config
-from task.training.train import select_device
+from task.training.devices import select_device
 from tests.benchmarks.report import (
     LONGER,
     SECTIONS,

@@ -9,22 +9,19 @@ from torch import Tensor
 from task.config import Config, load_config, settle_precisions
 from task.data import build_dataset
 from task.evaluation.measure import balanced_labels, draw_images
-from task.generators.diffusion.diffusion import build_objective
+from task.generators.diffusion.objective import build_objective
 from task.generators.diffusion.unet import UNet, build_unet
-from task.randomness import Stream, torch_generator
-from task.training.train import (
+from task.randomness import Stream, seeded_global_generator, torch_generator
+from task.training.devices import (
     autocast,
     compile_where_wanted,
     configure_torch,
-    faster_precision,
-    held_out_loss,
     keep_freed_memory,
     move,
-    new_optimizer,
-    seeded_global_generator,
     select_device,
-    train_epochs,
 )
+from task.training.loop import held_out_loss, new_optimizer, train_epochs
+from task.training.precision import faster_precision
 from tests.benchmarks.contestants import timed
 from tests.benchmarks.flops import count_flop, matmul_rate
 

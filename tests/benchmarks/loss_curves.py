@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from task.training.train import select_device
+from task.training.devices import select_device
 from tests.benchmarks.contestants import Contestant
 from tests.benchmarks.feddm import Feddm
 from tests.benchmarks.report import Figures, available_cores

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from task.training.train import autocast, select_device
+from task.training.devices import autocast, select_device
 from tests.benchmarks.contestants import Contestant, take_turns, timed
 from tests.benchmarks.feddm import PAPER, Feddm
 from tests.benchmarks.flops import count_flop

@@ -1,6 +1,6 @@
 """Where the time of a round goes: a real run of the paper's network, phase by phase."""
 
-from task.training.train import select_device
+from task.training.devices import select_device
 from tests.benchmarks.processes import after_the_first, rounds_of
 
 # A client of the paper trains 5 epochs on 5,000 images between two messages.

@@ -6,7 +6,7 @@ from statistics import median
 
 from task.config import load_config
 from task.generators.diffusion.sampler import CPU_BATCH_SIZE, GPU_BATCH_SIZE
-from task.training.train import select_device
+from task.training.devices import select_device
 from tests.benchmarks.contestants import Contestant, take_turns
 from tests.benchmarks.feddm import PAPER, Feddm
 from tests.benchmarks.report import Figures, available_cores

@@ -14,7 +14,7 @@ from task.evaluation.measure import balanced_labels, draw_images
 from task.evaluation.metrics import frechet_distance
 from task.randomness import Stream
 from task.runs.run import final_model
-from task.training.train import select_device
+from task.training.devices import select_device
 from tests.benchmarks.processes import RUN_NAME, feddm_train
 from tests.benchmarks.report import Figures
 

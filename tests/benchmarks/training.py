@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from task.config import Config, load_config
-from task.generators.diffusion.diffusion import build_objective
-from task.training.train import select_device
+from task.generators.diffusion.objective import build_objective
+from task.training.devices import select_device
 from tests.benchmarks.contestants import Contestant, take_turns, timed
 from tests.benchmarks.feddm import PAPER, Feddm, new_model, random_images
 from tests.benchmarks.report import Figures, available_cores

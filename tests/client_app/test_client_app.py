@@ -33,12 +33,12 @@ from task.data import Dataset, ImageSet, UnknownClassError, build_dataset, split
 from task.data.partition import build_partition
 from task.evaluation.quality import score_images
 from task.fingerprint import code_fingerprint
-from task.generators.diffusion.diffusion import build_objective
+from task.generators.diffusion.objective import build_objective
 from task.protocol.node import TooFewImagesError
 from task.protocol.wire import FailureCode, Key, WeightLayout
 from task.randomness import Stream, numpy_generator, torch_generator
 from task.runs.checkpoint import load_weights
-from task.training.train import held_out_loss, new_optimizer, train_epochs
+from task.training.loop import held_out_loss, new_optimizer, train_epochs
 from tests.data.test_data_files import write_tree
 from tests.helpers import (
     SMALL_RUN,

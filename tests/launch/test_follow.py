@@ -44,7 +44,7 @@ NEEDED = """\
 ValueError: no
 \x1b[93mWARNING \x1b[0m:   something new
 (raylet) [2026-11-25] A worker was killed due to the node running low on memory
-/home/me/feddm/task/training/train.py:1: UserWarning: look here
+/home/me/feddm/task/training/loop.py:1: UserWarning: look here
   at_this()
 """
 TRACEBACK = """\

@@ -12,11 +12,11 @@ from server_app.centralized import CentralizedTraining
 from server_app.rounds import DivergedError, initial_model
 from task.config import Config, load_run_config, read_config
 from task.data import build_dataset
-from task.generators.diffusion.diffusion import build_objective
+from task.generators.diffusion.objective import build_objective
 from task.randomness import Stream, torch_generator
 from task.runs.checkpoint import load_weights
 from task.runs.run_directory import RunDirectory, read_metrics
-from task.training.train import new_optimizer, train_epochs
+from task.training.loop import new_optimizer, train_epochs
 from tests.helpers import SMALL_RUN, Network, node_context
 
 Weights = dict[str, torch.Tensor]

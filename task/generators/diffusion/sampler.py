@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from task.checks import require
 from task.config import Config
-from task.generators.diffusion.diffusion import Model
-from task.generators.diffusion.schedule import NoiseSchedule, build_schedule
-from task.generators.diffusion.steps import (
+from task.generators.diffusion.noise_schedule import NoiseSchedule, build_schedule
+from task.generators.diffusion.objective import Model
+from task.generators.diffusion.samplers import (
     Predict,
     Step,
     ddim_steps,
@@ -75,8 +75,8 @@ def draw_along(
     """Draw images along the steps of a sampler.
 
     Args:
-        steps: see `task.generators.diffusion.steps`.
-        model: see `task.generators.diffusion.diffusion`.
+        steps: see `task.generators.diffusion.samplers`.
+        model: see `task.generators.diffusion.objective`.
         labels: [N] int64, what to draw.
         prediction_type: what the model returns.
         clip_x_start: whether to clamp each prediction of x_start to [-1, 1].
@@ -121,7 +121,7 @@ def ddpm_sample(
     """Draw images by ancestral sampling, one step per timestep.
 
     Args:
-        model: see `task.generators.diffusion.diffusion`.
+        model: see `task.generators.diffusion.objective`.
         labels: [N] int64, what to draw.
         schedule: the model's.
         prediction_type: what the model returns.
@@ -164,7 +164,7 @@ def ddim_sample(
     the continuous schedule is the sampler of the released code.
 
     Args:
-        model: see `task.generators.diffusion.diffusion`.
+        model: see `task.generators.diffusion.objective`.
         labels: [N] int64, what to draw.
         schedule: the model's.
         prediction_type: what the model returns.
@@ -204,7 +204,7 @@ def dpmpp_2m_sample(
     """Draw images by DPM-Solver++(2M): the path of DDIM with `eta` = 0, to second order.
 
     Args:
-        model: see `task.generators.diffusion.diffusion`.
+        model: see `task.generators.diffusion.objective`.
         labels: [N] int64, what to draw.
         schedule: the model's.
         prediction_type: what the model returns.

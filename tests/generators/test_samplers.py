@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from task.config import load_config
-from task.generators.diffusion.diffusion import Model
+from task.generators.diffusion.noise_schedule import NoiseSchedule, build_schedule
+from task.generators.diffusion.objective import Model
 from task.generators.diffusion.sampler import (
     GuidedModel,
     NoiseSource,
@@ -25,8 +26,7 @@ from task.generators.diffusion.sampler import (
     sample_batches,
     to_uint8,
 )
-from task.generators.diffusion.schedule import NoiseSchedule, build_schedule
-from task.generators.diffusion.steps import inference_timesteps
+from task.generators.diffusion.samplers import inference_timesteps
 from task.generators.noise import NOISE_BLOCK
 
 SHAPE = (1, 4, 4)

@@ -15,7 +15,12 @@ from torch import Tensor
 
 from task.checks import require, require_one_of
 from task.config import DIFFUSION_CHOICES, Config
-from task.generators.diffusion.schedule import NoiseSchedule, build_schedule, log_snr, sample_times
+from task.generators.diffusion.noise_schedule import (
+    NoiseSchedule,
+    build_schedule,
+    log_snr,
+    sample_times,
+)
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Of a model, x_start, labels and the source of all draws: the loss of a batch.

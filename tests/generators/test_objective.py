@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from task.config import load_config
-from task.generators.diffusion.diffusion import (
+from task.generators.diffusion.noise_schedule import log_snr
+from task.generators.diffusion.objective import (
     DiffusionObjective,
     build_objective,
     diffusion_loss,
     q_sample,
     training_target,
 )
-from task.generators.diffusion.schedule import log_snr
-from task.generators.diffusion.steps import predict_x_start
+from task.generators.diffusion.samplers import predict_x_start
 from task.generators.diffusion.unet import build_unet
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")

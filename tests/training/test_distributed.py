@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from task.config import load_config
 from task.data import ImageSet, build_dataset
-from task.generators.diffusion.diffusion import build_objective
+from task.generators.diffusion.objective import build_objective
 from task.generators.diffusion.unet import UNet, build_unet
-from task.training.parallel import SharedObjective, count_processes, train_in_processes
-from task.training.train import TrainResult, new_optimizer
+from task.training.distributed import SharedObjective, count_processes, train_in_processes
+from task.training.loop import TrainResult, new_optimizer
 from tests.processes import process, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]

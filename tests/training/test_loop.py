@@ -15,21 +15,18 @@ from torch import Tensor, nn
 
 from task.config import load_config
 from task.data import ImageSet, build_dataset, normalize
-from task.generators.diffusion.diffusion import DiffusionObjective, build_objective
+from task.generators.diffusion.objective import DiffusionObjective, build_objective
 from task.generators.diffusion.unet import UNet, build_unet
-from task.training.train import (
-    TrainResult,
+from task.randomness import seeded_global_generator
+from task.training.devices import (
     autocast,
     compile_where_wanted,
     configure_torch,
-    faster_precision,
-    held_out_loss,
     is_compiled,
-    new_optimizer,
-    seeded_global_generator,
     select_device,
-    train_epochs,
 )
+from task.training.loop import TrainResult, held_out_loss, new_optimizer, train_epochs
+from task.training.precision import faster_precision
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = load_config(
@@ -330,7 +327,7 @@ def test_faster_precision_names_the_faster(
     objective: DiffusionObjective,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("task.training.train.PRECISION_SECONDS", patience)
+    monkeypatch.setattr("task.training.precision.PRECISION_SECONDS", patience)
     named = faster_precision(
         Slow(slow),
         objective=objective,
@@ -383,7 +380,7 @@ def step_faults() -> str:
     """Return the code of a process that counts page faults of a buffer used again and again."""
     return """
 import resource, sys, torch
-from task.training.train import keep_freed_memory
+from task.training.devices import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def fill():
@@ -415,7 +412,7 @@ def everything_to_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     for name in ("CC", "CXX"):
         monkeypatch.setenv(name, sys.executable)  # any program that there is
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr("task.training.train.find_spec", lambda _: True)
+    monkeypatch.setattr("?.find_spec", lambda _: True)
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
     (tmp_path / "Python.h").touch()
     return tmp_path

@@ -31,7 +31,8 @@ from task.config import DIFFUSION_CHOICES, Config, changed_config
 from task.data import normalize
 from task.data.decode import LUMA
 from task.generation.images import GeneratedImages, image_shape
-from task.generators.diffusion.diffusion import Model
+from task.generators.diffusion.noise_schedule import NoiseSchedule, build_schedule
+from task.generators.diffusion.objective import Model
 from task.generators.diffusion.sampler import (
     NoiseSource,
     block_noise,
@@ -40,11 +41,10 @@ from task.generators.diffusion.sampler import (
     predicting,
     to_uint8,
 )
-from task.generators.diffusion.schedule import NoiseSchedule, build_schedule
-from task.generators.diffusion.steps import ddim_steps, see, take
+from task.generators.diffusion.samplers import ddim_steps, see, take
 from task.generators.diffusion.unet import UNet
 from task.randomness import Stream, torch_generator
-from task.training.train import autocast, move
+from task.training.devices import autocast, move
 
 # RePaint's own, for its 250 steps.
 JUMP_LENGTH = 10
@@ -147,13 +147,13 @@ def repaint_sample(
     """Draw images that have a known projection.
 
     Args:
-        model: see `task.generators.diffusion.diffusion`.
+        model: see `task.generators.diffusion.objective`.
         labels: [N] int64, what to draw.
         known: [N, C, H, W] float32 in [-1, 1], any images that have the known projection.
         projection: onto what is known.
         schedule: the model's.
         prediction_type: what the model returns.
-        num_inference_steps: 1 to T, see `task.generators.diffusion.steps.inference_timesteps`.
+        num_inference_steps: 1 to T, see `task.generators.diffusion.samplers.inference_timesteps`.
         jump_length: steps that are taken back at a time, see `resampling_walk`.
         num_resamples: how often each stretch of that length is walked, >= 1; 1: no jumps.
         clip_x_start: whether to clamp each prediction of x_start to [-1, 1].

@@ -25,17 +25,10 @@ from torch._C._distributed_c10d import FileStore
 from torch.nn.parallel import DistributedDataParallel
 
 from task.checks import require
-from task.generators.diffusion.diffusion import DiffusionObjective, Model
+from task.generators.diffusion.objective import DiffusionObjective, Model
 from task.processes import end_with_parent
-from task.training.train import (
-    TrainResult,
-    compile_where_wanted,
-    configure_torch,
-    keep_freed_memory,
-    move,
-    new_optimizer,
-    train_epochs,
-)
+from task.training.devices import compile_where_wanted, configure_torch, keep_freed_memory, move
+from task.training.loop import TrainResult, new_optimizer, train_epochs
 
 # How long one process waits for another, which may still be compiling.
 PATIENCE = timedelta(minutes=10)
@@ -114,7 +107,7 @@ def train_in_processes(
     generator: torch.Generator,
     **options: Any,
 ) -> TrainResult:
-    """Run epochs as `task.training.train.train_epochs` does, in so many processes; 1: in this one.
+    """Run epochs as `task.training.loop.train_epochs` does, in so many processes; 1: in this one.
 
     Each has as many threads, and is as deterministic, as this process. Whatever one of them
     raises ends all of them and is raised here.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from task.config import load_config
 from task.data.decode import LUMA
-from task.evaluation.restoration import (
+from task.generation.restoration import (
     BlockMean,
     Luma,
     Mask,
@@ -23,8 +23,8 @@ from task.evaluation.restoration import (
     resampling_walk,
     restoration_config,
 )
+from task.generators.diffusion.noise_schedule import NoiseSchedule, linear_alphas_cumprod
 from task.generators.diffusion.sampler import NoiseSource, to_uint8
-from task.generators.diffusion.schedule import NoiseSchedule, linear_alphas_cumprod
 from task.runs.run import final_model, load_run
 from task.runs.run_directory import run_config
 from tests.cli.test_cli import assert_fails_in_one_line, feddm, finished_run

@@ -7,7 +7,7 @@ import torch
 from torch.quasirandom import SobolEngine
 
 from task.config import load_config
-from task.generators.diffusion.schedule import (
+from task.generators.diffusion.noise_schedule import (
     BELOW_ONE,
     NoiseSchedule,
     build_schedule,
