@@ -11,10 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server_app.launch.time_estimate import seconds_to_draw
-from server_app.log import log
-from server_app.messages import recorded_name
-from server_app.quality import (
+from server_app.hospital_scores import (
     SCORED,
     Scores,
     check_scoring,
@@ -25,20 +22,22 @@ from server_app.quality import (
     scored_labels,
     wants_scores,
 )
+from server_app.launch.time_estimate import seconds_to_draw
+from server_app.log import log
+from server_app.messages import recorded_name
 from task.checks import require
 from task.config import MIN_MEASURED_IMAGES, Config
 from task.data import Dataset, ImageSet
-from task.evaluation.evaluate import MetricReport, RealFeatures, extract_real
-from task.evaluation.features import FeatureExtractor, build_extractor
-from task.evaluation.measure import (
-    balanced_labels,
-    draw_images,
-    evaluation_file,
-    full_labels,
+from task.evaluation.evaluate import (
+    MetricReport,
+    RealFeatures,
+    extract_real,
     measure_images,
     quick_measures,
-    write_report,
 )
+from task.evaluation.evaluation_file import evaluation_file, write_report
+from task.evaluation.features import FeatureExtractor, build_extractor
+from task.generation.draw_images import balanced_labels, draw_images, full_labels
 from task.generation.grids import mosaic, save_sample_grid
 from task.generators.diffusion.unet import UNet
 from task.protocol.wire import QUALITY, Key

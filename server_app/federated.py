@@ -41,6 +41,7 @@ from server_app.exchange import (
     exchange,
     is_silent,
 )
+from server_app.hospital_scores import QUALITY_TYPE, Scores, check_scores, scores_of
 from server_app.log import log
 from server_app.messages import (
     images_record,
@@ -50,7 +51,6 @@ from server_app.messages import (
     recorded_name,
 )
 from server_app.nodes import GRACE_SECONDS, QUERY_TIMEOUT_SECONDS, Nodes, sample_clients
-from server_app.quality import QUALITY_TYPE, Scores, check_scores, scores_of
 from server_app.robust import build_aggregation
 from server_app.rounds import RoundLoop, Weights
 from server_app.timing import PhaseTimer

@@ -31,8 +31,8 @@ from server_app.federated import FederatedTraining
 from server_app.rounds import initial_model
 from task.config import load_run_config
 from task.data import Dataset, load_dataset
+from task.evaluation.copying import Copying
 from task.evaluation.evaluate import Classification, Label, MetricReport, Scores
-from task.evaluation.metrics import Copying
 from task.protocol.wire import Key
 from task.runs.run_directory import RunDirectory
 

@@ -5,16 +5,10 @@ from pathlib import Path
 
 from task.config import DRAWING_VALUES, Config, changed_config, value_paths
 from task.data import build_dataset
-from task.evaluation.evaluate import MetricReport
+from task.evaluation.evaluate import MetricReport, measure_images
+from task.evaluation.evaluation_file import drawn_otherwise, evaluation_file, write_report
 from task.evaluation.features import build_extractor
-from task.evaluation.measure import (
-    draw_images,
-    drawn_otherwise,
-    evaluation_file,
-    full_labels,
-    measure_images,
-    write_report,
-)
+from task.generation.draw_images import draw_images, full_labels
 from task.randomness import Stream
 from task.reporting.metric_table import caption, format_table
 from task.runs.run import final_model

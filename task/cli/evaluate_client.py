@@ -13,16 +13,10 @@ from task.checks import require
 from task.config import Config
 from task.data import Dataset, build_dataset
 from task.data.partition import partition_dataset
-from task.evaluation.evaluate import KID_SUBSETS, MetricReport, extract_real
+from task.evaluation.evaluate import KID_SUBSETS, MetricReport, extract_real, measure_images
+from task.evaluation.evaluation_file import drawn_otherwise, evaluation_file, write_measurements
 from task.evaluation.features import build_extractor
-from task.evaluation.measure import (
-    draw_images,
-    drawn_otherwise,
-    evaluation_file,
-    full_labels,
-    measure_images,
-    write_measurements,
-)
+from task.generation.draw_images import draw_images, full_labels
 from task.generators.diffusion.unet import UNet
 from task.randomness import Stream
 from task.reporting.metric_table import TITLES, lay_out, looked_through, scored, span, stand_ins

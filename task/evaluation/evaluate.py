@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,17 @@ import torch
 from torch import Tensor
 
 from task.checks import require
+from task.config import Config
 from task.data import Dataset, ImageSet, random_horizontal_flip
 from task.evaluation.classifier import accuracy, balanced_accuracy, train_classifier
+from task.evaluation.copying import Copying, feature_copying, pixel_copying
+from task.evaluation.distances import (
+    density_coverage,
+    frechet_distance,
+    inception_score,
+    kid,
+    precision_recall,
+)
 from task.evaluation.features import (
     FeatureExtractor,
     Features,
@@ -22,17 +30,7 @@ from task.evaluation.features import (
     cached_features,
     extract,
 )
-from task.evaluation.metrics import (
-    Copying,
-    copying,
-    density_coverage,
-    frechet_distance,
-    inception_score,
-    kid,
-    neighbour_distances,
-    precision_recall,
-)
-from task.evaluation.realism import noise_position
+from task.evaluation.noise_position import noise_position
 from task.progress import progress
 from task.randomness import Stream, torch_generator
 from task.reporting.published import MIRRORED
@@ -45,6 +43,8 @@ KID_SUBSET_SIZE = 1000
 DRAWS = 10
 # Numbers below it are taken by other random choices.
 FIRST_DRAW = 100
+# Held-out images that every run searches for copies beside the generated ones.
+MOST_SEARCHED = 1000
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Scores:
         density: how densely the images lie around test images, about 1 for real ones.
         coverage: share of the test images whose neighbourhood holds one of the images.
         noise_position: how far the images are from training images, as a share of how far noise
-            is; see `task.evaluation.realism`. None of an older version.
+            is; see `task.evaluation.noise_position`. None of an older version.
     """
 
     inception_score: float | None = None
@@ -598,37 +598,90 @@ def _order(number: int, seed: int, purpose: int) -> Tensor:
     return torch.randperm(number, generator=torch_generator(seed, Stream.METRICS, purpose))
 
 
-@progress(1, "searching for copies in features")
-def feature_copying(seen: Features, train: Features, test: Features) -> Copying:
-    """Compare how near images come to the training images, in features; see `copying`.
-
-    Args:
-        seen: of the generated images.
-        train: of the training images.
-        test: of real images that were not trained on.
-    """
-    return copying(
-        neighbour_distances(seen.features, train.features),
-        neighbour_distances(test.features, train.features),
-    )
-
-
-@progress(1, "searching for copies in pixels")
-def pixel_copying(
+def measure_images(
+    config: Config,
     generated: ImageSet,
     dataset: Dataset,
     *,
-    horizontal_flip: bool,
-    device: str | torch.device,
-) -> Copying:
-    """Compare how near images come to the training images, in pixels; see `MetricReport`."""
-    train = dataset.train.images.to(device)
-    if horizontal_flip:
-        train = torch.cat([train, train.flip(-1)])
-    scale = 255 * math.sqrt(train[0].numel())
+    extractor: FeatureExtractor,
+    real: RealFeatures | None = None,
+    full: bool = True,
+) -> MetricReport:
+    """Measure generated images as a configuration says; see `evaluate_images`.
 
-    def distances(images: Tensor) -> tuple[Tensor, Tensor]:
-        nearest, relative = neighbour_distances(images.flatten(1).to(device), train.flatten(1))
-        return nearest / scale, relative
+    Args:
+        config: of the run, with absolute folders.
+        generated: the images.
+        dataset: the real ones.
+        extractor: of `build_extractor`.
+        real: of `extract_real`, where it is known.
+        full: whether to train classifiers and to search for copies as well.
+    """
+    return evaluate_images(
+        generated,
+        dataset,
+        extractor=extractor,
+        data_name=config.data.name,
+        num_classes=len(config.data.classes),
+        horizontal_flip=config.data.horizontal_flip,
+        seed=config.eval.seed,
+        batch_size=config.eval.batch_size,
+        cache_dir=Path(config.data.cache_dir),
+        real=real,
+        with_classification=full,
+        with_copying=full,
+    )
 
-    return copying(distances(generated.images), distances(dataset.test.images))
+
+def quick_measures(
+    config: Config, generated: ImageSet, dataset: Dataset, *, device: torch.device
+) -> dict[str, float]:
+    """Measure what every run ends with: classes, the place between real and noise, and copies.
+
+    Args:
+        config: of the run, with absolute folders.
+        generated: images with the classes that were asked for.
+        dataset: the real ones.
+        device: that computes.
+
+    Returns:
+        "num_generated_images", "class_agreement", "chance_agreement" and, of what there are real
+        images for, "classifier_test_accuracy", "noise_position" and "pixel_..." of `Copying`, each
+        with its floor and numbers of images.
+    """
+    flip, seed = config.data.horizontal_flip, config.eval.seed
+    train, test = dataset.train, dataset.test
+    classifier = cached_classifier(
+        train,
+        num_classes=len(config.data.classes),
+        horizontal_flip=flip,
+        seed=seed,
+        device=device,
+        cache_dir=Path(config.data.cache_dir),
+    )
+    found: dict[str, float] = {
+        "num_generated_images": len(generated),
+        "class_agreement": accuracy(classifier, generated.images, generated.labels),
+        "chance_agreement": chance_agreement(generated.labels),
+    }
+    if torch.isin(test.labels, generated.labels).any():
+        found["classifier_test_accuracy"] = balanced_accuracy(
+            classifier, test.images, test.labels, like=generated.labels
+        )
+    if len(generated) >= 2 and len(train) >= 4:
+        place = noise_position(
+            generated.images, train.images, test.images, seed=seed, device=device
+        )
+        found |= {
+            "noise_position": place.generated,
+            "floor_noise_position": place.real,
+            "num_noise_position_real": place.n_real,
+        }
+    if len(test) > 0:
+        order = torch.randperm(len(test), generator=torch_generator(seed, Stream.METRICS, 8))
+        held_out = test.subset(order[:MOST_SEARCHED])
+        searched = Dataset(train, held_out)
+        copies = pixel_copying(generated, searched, horizontal_flip=flip, device=device)
+        found |= {f"pixel_{name}": value for name, value in copies._asdict().items()}
+        found["num_held_out_searched"] = len(held_out)
+    return found

@@ -3,10 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 
+from task.evaluation.copying import Copying
 from task.evaluation.evaluate import DRAWS, KID_SUBSETS, Classification, Label, MetricReport
 from task.evaluation.features import HASH_DIGITS
-from task.evaluation.metrics import Copying
-from task.evaluation.realism import MOST_COMPARED
+from task.evaluation.noise_position import MOST_COMPARED
 
 TITLES = {
     "noise_position": "between real (0) and noise (1) v",

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from task.config import Config
-from task.evaluation.realism import MOST_COMPARED
+from task.evaluation.noise_position import MOST_COMPARED
 from task.progress import duration
 from task.reporting.history import RunHistory
 from task.reporting.metric_table import HOSPITAL_TITLES, REAL_BESIDE, TITLES

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from task.config import FILE_SETS, Config
 from task.data import build_dataset
-from task.evaluation.measure import draw_images
+from task.generation.draw_images import draw_images
 from task.generation.grids import Panel, save_panels
 from task.randomness import Stream, numpy_generator
 from task.reporting.figures import Picture, save_partition_heatmaps

@@ -8,8 +8,8 @@ from statistics import median
 
 from scipy.stats import binomtest
 
-from task.evaluation.metrics import least_share_shown
-from task.evaluation.realism import MOST_COMPARED
+from task.evaluation.copying import least_share_shown
+from task.evaluation.noise_position import MOST_COMPARED
 from task.reporting.history import GLOBAL, RunHistory, Series
 from task.reporting.metric_table import REAL_BESIDE
 
@@ -31,8 +31,8 @@ COMPARED = {"train_loss": "train loss", "train_update_norm": "update norm"}
 
 # Of each class; fewer leave an agreement or a distance to chance.
 LEAST_PER_CLASS = 50
-# Between real images and noise, see `task.evaluation.realism`: blurred real images come so far,
-# and a model that was hardly trained further.
+# Between real images and noise (`noise_position`): blurred real images come so far, and a model
+# that was hardly trained further.
 UNTRAINED = 0.5
 # One in a hundred honest runs comes so far.
 SIGNIFICANT = 0.01

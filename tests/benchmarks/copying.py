@@ -8,7 +8,8 @@ from torch import Tensor
 
 from task.config import load_config
 from task.data import build_dataset
-from task.evaluation.metrics import copying_test, neighbour_distances
+from task.evaluation.copying import copying_test
+from task.evaluation.distances import neighbour_distances
 from tests.benchmarks.report import Figures
 
 # Of generated images; the numbers of held-out ones are given.

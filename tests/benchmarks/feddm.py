@@ -8,7 +8,7 @@ from torch import Tensor
 
 from task.config import Config, load_config, settle_precisions
 from task.data import build_dataset
-from task.evaluation.measure import balanced_labels, draw_images
+from task.generation.draw_images import balanced_labels, draw_images
 from task.generators.diffusion.objective import build_objective
 from task.generators.diffusion.unet import UNet, build_unet
 from task.randomness import Stream, seeded_global_generator, torch_generator

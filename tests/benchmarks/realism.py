@@ -6,7 +6,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from task.config import load_config
 from task.data import build_dataset
-from task.evaluation.realism import noise_position, starting_noise
+from task.evaluation.noise_position import noise_position, starting_noise
 from task.training.devices import select_device
 from tests.benchmarks.report import Figures
 

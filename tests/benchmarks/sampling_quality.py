@@ -8,10 +8,10 @@ from statistics import mean
 
 from task.config import Config, read_config
 from task.data import build_dataset
+from task.evaluation.distances import frechet_distance
 from task.evaluation.evaluate import extract_real
 from task.evaluation.features import build_extractor, extract
-from task.evaluation.measure import balanced_labels, draw_images
-from task.evaluation.metrics import frechet_distance
+from task.generation.draw_images import balanced_labels, draw_images
 from task.randomness import Stream
 from task.runs.run import final_model
 from task.training.devices import select_device

@@ -11,8 +11,8 @@ from task.cli.evaluate_client import client_images, verdict
 from task.config import Config, read_config, write_config
 from task.data import Dataset, build_dataset
 from task.data.partition import partition_dataset
+from task.evaluation.evaluate import measure_images
 from task.evaluation.features import FeatureExtractor, build_extractor
-from task.evaluation.measure import measure_images
 from task.runs.checkpoint import load_weights, save_weights
 from tests.cli.test_cli import FILE, assert_fails_in_one_line, feddm, finished_run
 

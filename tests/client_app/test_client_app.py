@@ -25,13 +25,13 @@ from client_app.failures import failure_code, failures_stay_local
 from client_app.log import logger
 from client_app.workspace import choose_precision, open_workspace
 from server_app.exchange import addressed
+from server_app.hospital_scores import CLASS_SCORES, QUALITY_TYPE, SCORES
 from server_app.messages import images_record
-from server_app.quality import CLASS_SCORES, QUALITY_TYPE, SCORES
 from server_app.rounds import initial_model
 from task.config import Config, load_run_config
 from task.data import Dataset, ImageSet, UnknownClassError, build_dataset, split_validation
 from task.data.partition import build_partition
-from task.evaluation.quality import score_images
+from task.evaluation.hospital_scores import score_images
 from task.fingerprint import code_fingerprint
 from task.generators.diffusion.objective import build_objective
 from task.protocol.node import TooFewImagesError

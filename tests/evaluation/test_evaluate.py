@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from task.data import Dataset, ImageSet
+from task.evaluation.distances import frechet_distance, inception_score
 from task.evaluation.evaluate import (
     MetricReport,
     classification_accuracy_score,
@@ -16,7 +17,6 @@ from task.evaluation.evaluate import (
     extract_real,
 )
 from task.evaluation.features import FeatureExtractor, cached_classifier, classifier_extractor
-from task.evaluation.metrics import frechet_distance, inception_score
 from task.randomness import Stream, torch_generator
 from tests.helpers import digits_dataset
 

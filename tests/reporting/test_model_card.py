@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import save_file
 
 from task.config import anchored, load_config, write_config
+from task.evaluation.copying import Copying
 from task.evaluation.evaluate import Classification, Label, MetricReport, Scores
-from task.evaluation.metrics import Copying
 from task.reporting.metric_table import metric_rows
 from task.reporting.model_card import training_counts, write_model_card
 from task.runs.run import FinishedRun, find_runs

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from task.config import load_config, write_config
-from task.evaluation.measure import draw_images
+from task.generation.draw_images import draw_images
 from task.generation.grids import GAP, MARGIN, PANEL_GAP, TITLE_HEIGHT, mosaic
 from task.generators.diffusion.unet import build_unet
 from task.randomness import Stream

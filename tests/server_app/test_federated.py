@@ -23,7 +23,7 @@ from server_app.dataset import simulated_at_once
 from server_app.evaluation import is_measured
 from server_app.exchange import UnusableReply
 from server_app.federated import FederatedTraining, moving_average
-from server_app.quality import (
+from server_app.hospital_scores import (
     CLASS_SCORES,
     QUALITY_TYPE,
     SCORES,

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from task.config import Config, load_config, write_config
-from task.evaluation.measure import draw_images, drawn_otherwise, evaluation_file
+from task.evaluation.evaluation_file import drawn_otherwise, evaluation_file
+from task.generation.draw_images import draw_images
 from task.generators.diffusion.unet import UNet, build_unet
 from task.randomness import Stream
 from tests.benchmarks import sampling_quality

@@ -8,17 +8,15 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from task.evaluation import metrics
-from task.evaluation.metrics import (
-    copying_test,
+from task.evaluation import distances
+from task.evaluation.copying import copying_test, least_share_shown
+from task.evaluation.distances import (
     density_coverage,
     energy_distance,
     frechet_distance,
     gaussian_distance,
     inception_score,
     kid,
-    least_share_shown,
-    nearest_distances,
     neighbour_distances,
     precision_recall,
     squared_mmd,
@@ -49,8 +47,8 @@ def points(number: int, dimensions: int = 6, *, seed: int = 0, shift: float = 0)
 
 @pytest.fixture(params=[(1024, 8192), (7, 5)], ids=["whole", "small blocks"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "BLOCK_ROWS", request.param[0])
-    monkeypatch.setattr(metrics, "BLOCK_COLUMNS", request.param[1])
+    monkeypatch.setattr(distances, "BLOCK_ROWS", request.param[0])
+    monkeypatch.setattr(distances, "BLOCK_COLUMNS", request.param[1])
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -68,7 +66,7 @@ def test_a_set_against_itself_is_at_distance_zero_and_covers_itself() -> None:
     assert abs(squared_mmd(x, points(200, seed=1))) < 0.1 * squared_mmd(x, points(200, shift=3))
     assert precision_recall(x, x) == (1, 1)
     assert density_coverage(x, x) == pytest.approx((1, 1), abs=0.02)
-    assert nearest_distances(x, x).max() == 0
+    assert neighbour_distances(x, x)[0].max() == 0
 
 
 def test_a_set_against_noise_elsewhere_is_far_and_covers_nothing() -> None:
@@ -189,9 +187,9 @@ def test_nearest_distances_are_those_of_loops_and_zero_for_copies() -> None:
     reference = torch.randint(256, (40, 9), generator=generator(), dtype=torch.uint8)
     queries = torch.randint(256, (10, 9), generator=generator(1), dtype=torch.uint8)
     expected = [min(distance(q, x) for x in reference) for q in queries]
-    assert nearest_distances(queries, reference).tolist() == pytest.approx(expected)
-    assert nearest_distances(reference[11:33], reference).tolist() == [0] * 22
-    assert nearest_distances(points(30)[7:9].float(), points(30).float()).tolist() == [0, 0]
+    assert neighbour_distances(queries, reference)[0].tolist() == pytest.approx(expected)
+    assert neighbour_distances(reference[11:33], reference)[0].tolist() == [0] * 22
+    assert neighbour_distances(points(30)[7:9].float(), points(30).float())[0].tolist() == [0, 0]
 
 
 def test_nearest_beside_the_next_ones_is_0_for_copies_and_1_among_equals() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from task.checks import require
-from task.evaluation.metrics import energy_distance
+from task.evaluation.distances import energy_distance
 from task.generators.diffusion.sampler import to_uint8
 from task.randomness import Stream, torch_generator
 

@@ -14,7 +14,7 @@ from server_app.log import log
 from server_app.messages import record_of
 from task.checks import require
 from task.config import MIN_MEASURED_IMAGES, Config
-from task.evaluation.measure import balanced_labels
+from task.generation.draw_images import balanced_labels
 from task.protocol.wire import QUALITY, Key
 from task.runs.run_directory import read_metrics
 

@@ -10,17 +10,11 @@ from task.checks import require
 from task.config import MIN_MEASURED_IMAGES, Config
 from task.data import Dataset, ImageSet
 from task.evaluation.classifier import accuracy, balanced_accuracy
-from task.evaluation.evaluate import (
-    KID_SUBSET_SIZE,
-    KID_SUBSETS,
-    chance_agreement,
-    extract_real,
-    feature_copying,
-    pixel_copying,
-)
+from task.evaluation.copying import feature_copying, pixel_copying
+from task.evaluation.distances import frechet_distance, kid
+from task.evaluation.evaluate import KID_SUBSET_SIZE, KID_SUBSETS, chance_agreement, extract_real
 from task.evaluation.features import Features, build_extractor, cached_classifier, extract
-from task.evaluation.metrics import frechet_distance, kid
-from task.evaluation.realism import noise_position
+from task.evaluation.noise_position import noise_position
 from task.protocol.wire import Key
 from task.randomness import Stream, torch_generator
 

@@ -1,18 +1,14 @@
-"""Measures of generated images, as pure functions of features [N, D] or probabilities [N, C].
+"""Distances and shares of two sets of features [N, D], and the score of probabilities [N, C].
 
 They compute in float64 on the device of their arguments, block by block, so that memory does not
 grow with the product of two sets. What is random draws from a generator.
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.special import xlogy
 from torch import Tensor
 
 from task.checks import require
@@ -23,10 +19,6 @@ BLOCK_COLUMNS = 8192
 
 # Of an image, among the training images.
 NEIGHBOURS = 10
-# Of the images nearest to training images, as many are looked at; see `copying_test`.
-DEEPEST = 1000
-# Sums of logarithms that are equal may differ by so much.
-ROUNDING = 1e-9
 
 
 class MeanStd(NamedTuple):
@@ -48,24 +40,6 @@ class Manifold(NamedTuple):
 
     density: float
     coverage: float
-
-
-class Copying(NamedTuple):
-    """How near generated images come to training images, beside held-out real images.
-
-    Attributes:
-        generated: median distance of a generated image to its nearest training image.
-        held_out: the same of real images that were not trained on.
-        copied: share of the generated images that lie near a training image beyond the share of
-            held-out ones that do, in [0, 1]; see `copying_test`.
-        p_value: that held-out images come out at least so unlike the generated ones where nothing
-            is copied; None: not tested, by an older version.
-    """
-
-    generated: float
-    held_out: float
-    copied: float
-    p_value: float | None = None
 
 
 def inception_score(
@@ -314,22 +288,6 @@ def _distance_sum(first: Tensor, second: Tensor) -> float:
     )
 
 
-def nearest_distances(queries: Tensor, reference: Tensor) -> Tensor:
-    """Return the Euclidean distance of each query to its nearest reference; 0 for exact copies.
-
-    Args:
-        queries: [N, D], any dtype.
-        reference: [M, D], M >= 1.
-
-    Returns:
-        [N] float64, on the CPU.
-
-    Raises:
-        ValueError: a set is empty, or D differs.
-    """
-    return neighbour_distances(queries, reference)[0]
-
-
 def neighbour_distances(queries: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Return how near the nearest reference of each query is, alone and beside the next ones.
 
@@ -364,101 +322,6 @@ def neighbour_distances(queries: Tensor, reference: Tensor) -> tuple[Tensor, Ten
         found.append(nearest.cpu())
         relative.append((nearest / mean.clamp(min=torch.finfo(mean.dtype).tiny)).cpu())
     return torch.cat(found), torch.cat(relative)
-
-
-def copying_test(generated: Tensor, held_out: Tensor) -> tuple[float, float]:
-    """Test whether more generated images than held-out ones lie near a training image.
-
-    Both sets are put in one order, the nearest first. Without copies each order is as likely as
-    any other. For each number of nearest images the share of generated ones among them is held
-    against their share of all by the likelihood ratio of two binomials; the largest of these is
-    compared with its exact distribution over all orders. So the p value is right for any numbers
-    and any distribution of distances; with few held-out images only many copies show.
-
-    Args:
-        generated: [N], how near each generated image is, small for copies.
-        held_out: [M], the same of real images that were not trained on.
-
-    Returns:
-        The p value, and by how much the share of the generated images among the nearest exceeds
-        that of the held-out ones, where the evidence is greatest.
-
-    Source: Berk & Jones 1979 (the statistic), for two samples.
-    """
-    n, m = len(generated), len(held_out)
-    nearness = torch.cat([held_out, generated]).numpy()
-    is_generated = (np.arange(n + m) >= m).astype(np.int64)
-    # Of equal distances those of held-out images come first, which is on the safe side.
-    order = np.argsort(nearness, kind="stable")[: min(DEEPEST, (n + m) // 2)]
-    among = np.cumsum(is_generated[order])
-    depths = np.arange(1, len(order) + 1)
-    evidence = _evidence(among, depths, n / (n + m))
-    most = evidence.max()
-    if most <= 0:
-        return 1.0, 0.0
-    # chances[k]: of k generated images among the nearest, with less evidence at each depth so far.
-    chances = np.zeros(len(order) + 1)
-    chances[0] = 1.0
-    counts = np.arange(len(order) + 1)
-    reached = _evidence(counts, depths[:, None], n / (n + m)) >= most - ROUNDING
-    taken = np.clip((n - counts) / (n + m - depths[:, None] + 1), 0, 1)
-    for take, out in zip(taken, reached, strict=True):
-        moved = chances * take
-        chances = chances - moved
-        chances[1:] += moved[:-1]
-        chances[out] = 0.0
-    at = int(evidence.argmax())
-    share = among[at] / n - (depths[at] - among[at]) / m
-    return float(np.clip(1 - chances.sum(), 0, 1)), float(share)
-
-
-def least_share_shown(generated: int, held_out: int, p_value: float) -> float | None:
-    """Return the smallest share of copies for which `copying_test` falls below a p value.
-
-    The other generated images are as near to training images as the held-out ones.
-
-    Args:
-        generated: their number, with the copies.
-        held_out: their number.
-        p_value: to be reached.
-
-    Returns:
-        The share, or None where not even copies alone would show.
-    """
-    real = torch.arange(1, held_out + 1, dtype=torch.float64) / (held_out + 1)
-
-    def shows(copies: int) -> bool:
-        others = torch.arange(1, generated - copies + 1, dtype=torch.float64)
-        nearness = torch.cat([torch.zeros(copies), others / (generated - copies + 1)])
-        return copying_test(nearness, real)[0] < p_value
-
-    least = bisect_left(range(generated + 1), True, key=shows)
-    return least / generated if least <= generated else None
-
-
-def _evidence(
-    among: NDArray[np.int64], depth: NDArray[np.int64], share: float
-) -> NDArray[np.float64]:
-    """Return the log likelihood ratio of a larger share than `share`; 0 where it is smaller."""
-    found = np.minimum(among / depth, 1)
-    ratio = xlogy(found, found / share) + xlogy(1 - found, (1 - found) / (1 - share))
-    return np.where(found > share, depth * ratio, 0.0)
-
-
-def copying(generated: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]) -> Copying:
-    """Compare distances to the training images; see `neighbour_distances`.
-
-    Args:
-        generated: of generated images.
-        held_out: of real images that were not trained on.
-    """
-    p_value, copied = copying_test(generated[1], held_out[1])
-    return Copying(
-        generated=generated[0].median().item(),
-        held_out=held_out[0].median().item(),
-        copied=copied,
-        p_value=p_value,
-    )
 
 
 def _squared_radii(features: Tensor, k: int) -> Tensor:

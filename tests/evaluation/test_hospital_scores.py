@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from server_app.quality import CLASS_SCORES
+from server_app.hospital_scores import CLASS_SCORES
 from task.config import Config, load_config
 from task.data import Dataset, ImageSet
 from task.evaluation import features
+from task.evaluation.evaluate import measure_images
 from task.evaluation.features import build_extractor
-from task.evaluation.measure import measure_images
-from task.evaluation.quality import in_proportion, score_images
+from task.evaluation.hospital_scores import in_proportion, score_images
 from task.protocol.wire import Key
 from task.randomness import torch_generator
 from tests.helpers import digits_dataset
