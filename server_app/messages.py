@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from task.data import ImageSet
 from task.protocol.wire import Key, from_npy, to_npy
 
-Record = TypeVar("Record", ArrayRecord, MetricRecord, ConfigRecord)
+FlowerRecord = TypeVar("FlowerRecord", ArrayRecord, MetricRecord, ConfigRecord)
 
 
-def record_of(content: RecordDict, name: str, kind: type[Record]) -> Record:
+def record_of(content: RecordDict, name: str, kind: type[FlowerRecord]) -> FlowerRecord:
     """Return a record of a message; an empty one where there is none of that name and kind.
 
     Flower's own views, such as `content.array_records`, refer to the content and to themselves:
