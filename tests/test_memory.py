@@ -12,12 +12,7 @@ def test_total_memory_is_that_of_the_container_where_it_has_less(tmp_path: Path)
 
 
 def test_free_memory_is_that_of_the_container_where_it_has_less(tmp_path: Path) -> None:
-    machine = tmp_path / "meminfo"
-    assert free_memory(machine, tmp_path) is None
-    machine.write_text("MemTotal:  8 kB\nMemAvailable:  4 kB\n")
-    assert free_memory(machine, tmp_path) == 4096
+    assert 2**20 < free_memory(tmp_path) < total_memory(tmp_path)
     (tmp_path / "memory.max").write_text("3000\n")
     (tmp_path / "memory.current").write_text("1000\n")
-    assert free_memory(machine, tmp_path) == 2000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory(machine, tmp_path) == 4096
+    assert free_memory(tmp_path) == 2000

@@ -50,8 +50,7 @@ def versions() -> Iterator[Finding]:
 
 def memory() -> Iterator[Finding]:
     """Say how much memory programs can still get."""
-    free = free_memory()
-    yield "free memory", "unknown on this system" if free is None else f"{free / GIB:.1f} GiB"
+    yield "free memory", f"{free_memory() / GIB:.1f} GiB"
 
 
 def gpu_memory(device: torch.device) -> Iterator[Finding]:

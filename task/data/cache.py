@@ -14,21 +14,20 @@ No other entry is ever taken out: delete `cache_dir`, or any entry, when no run 
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from task.checks import require_one_of
@@ -123,7 +122,8 @@ def cached_images(
     entry = cache_dir / cache_key(paths, root=root, settings=f"{shape} {settings}")
     try:
         if not _is_current(entry, paths):
-            with _held(entry):
+            cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with FileLock(entry.with_name(f".{entry.name}.lock")):
                 if not _is_current(entry, paths):
                     _write_entry(entry, paths, decode, shape, keep=on_corrupt == "skip")
     except OSError as error:
@@ -207,14 +207,6 @@ def report_unreadable(reasons: dict[Path, str], on_corrupt: str) -> None:
     if on_corrupt == "refuse":
         raise ValueError(f"{text}\nMend or remove them, or set data.on_corrupt=skip")
     _log.warning("%s\nThey are left out (data.on_corrupt=skip)", text)
-
-
-@contextmanager
-def _held(entry: Path) -> Iterator[None]:
-    entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with entry.with_name(f".{entry.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the system when a process dies
-        yield
 
 
 def _write_entry(

@@ -25,7 +25,7 @@ from server_app.launch.superlink import (
 )
 from task.processes import have_home, write_any_letter
 
-# What a run said with flwr 1.41 and ray 2.55.
+# What a run said with flwr 1.42 and ray 2.55.
 SAID = """\
 Using SuperLink: feddm (127.0.0.1:53431)
 Successfully started run 18366193085890170336
