@@ -29,8 +29,8 @@ from sklearn.datasets import load_digits
 from client_app.app import app
 from server_app.federated import FederatedTraining
 from server_app.rounds import initial_model
-from task.config import load_run_config
-from task.data import Dataset, load_dataset
+from task.config import load_config, load_run_config
+from task.data import Dataset, build_dataset
 from task.evaluation.copying import Copying
 from task.evaluation.evaluate import Classification, Label, MetricReport, Scores
 from task.protocol.wire import Key
@@ -226,16 +226,8 @@ def simulated(number: int) -> list[dict[str, int]]:
 
 def digits_dataset(*, image_size: int, test_fraction: float) -> Dataset:
     """Load the digits, with a share of them held out."""
-    return load_dataset(
-        "digits",
-        root=".",
-        image_size=image_size,
-        channels=1,
-        num_classes=10,
-        test_fraction=test_fraction,
-        seed=0,
-        download=False,
-    )
+    words = [f"data.image_size={image_size}", f"data.test_fraction={test_fraction}"]
+    return build_dataset(load_config(["data=digits", *words]), download=False)
 
 
 def write_digits_as_mnist(folder: Path, *, train: int, test: int, classes: int = 10) -> None:

@@ -10,7 +10,7 @@ from task.data.files import list_files, load_files, original_size
 from task.data.images import Dataset, ImageSet, normalize, random_horizontal_flip, resize
 from task.data.inventory import Inventory, inventory_of_dataset, inventory_of_listings
 from task.data.listing import Listing, UnknownClassError
-from task.data.packaged import load_dataset
+from task.data.packaged import load_packaged
 from task.data.split import split_validation
 
 __all__ = [
@@ -23,9 +23,6 @@ __all__ = [
     "count_across_clients",
     "inventory_of_listings",
     "list_dataset",
-    "list_files",
-    "load_dataset",
-    "load_files",
     "normalize",
     "original_size",
     "random_horizontal_flip",
@@ -36,48 +33,19 @@ __all__ = [
 
 
 def build_dataset(config: Config, *, download: bool) -> Dataset:
-    """Load the data set that the configuration names; see `load_dataset` and `load_files`."""
-    data = config.data
-    if data.name in FILE_SETS:
-        return load_files(
-            data.name,
-            root=data.root,
-            classes=data.classes,
-            image_size=data.image_size,
-            channels=data.channels,
-            fit=data.fit,
-            window=None if data.window is None else (data.window[0], data.window[1]),
-            test_fraction=data.test_fraction,
-            seed=config.data.split_seed,
-            cache_dir=data.cache_dir,
-            on_corrupt=data.on_corrupt,
-        )
-    return load_dataset(
-        data.name,
-        root=data.root,
-        image_size=data.image_size,
-        channels=data.channels,
-        num_classes=len(data.classes),
-        test_fraction=data.test_fraction,
-        seed=config.data.split_seed,
-        download=download,
-    )
+    """Load the data set of a configuration; see `load_packaged` and `load_files`."""
+    if config.data.name in FILE_SETS:
+        return load_files(config.data)
+    return load_packaged(config.data, download=download)
 
 
 def list_dataset(config: Config) -> tuple[Listing, Listing]:
     """List the training and the test split that `build_dataset` would load, decoding no file.
 
-    Nothing is downloaded. See `list_files` and `load_dataset`.
+    Nothing is downloaded. See `list_files` and `load_packaged`.
     """
-    data = config.data
-    if data.name in FILE_SETS:
-        return list_files(
-            data.name,
-            root=data.root,
-            classes=data.classes,
-            test_fraction=data.test_fraction,
-            seed=data.split_seed,
-        )
+    if config.data.name in FILE_SETS:
+        return list_files(config.data)
     dataset = build_dataset(config, download=False)
     return Listing([], dataset.train.labels.numpy()), Listing([], dataset.test.labels.numpy())
 

@@ -30,7 +30,6 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from task.checks import require_one_of
 from task.data.duplicates import image_hash
 from task.data.walk import escaped
 from task.fingerprint import installed_versions
@@ -112,7 +111,6 @@ def cached_images(
     Raises:
         ValueError: files cannot be read, or the cache cannot be written.
     """
-    require_one_of("data.on_corrupt", on_corrupt, ("refuse", "skip"))
     if not paths:
         return CachedImages(
             torch.empty((0, *shape), dtype=torch.uint8),

@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from task.checks import require, require_one_of
-from task.config import FILE_SETS, require_folder
+from task.checks import require
+from task.config import FILE_SETS, DataConfig, require_folder
 from task.data.cache import cached_images
 from task.data.decode import (
     crop_round_field,
@@ -32,97 +31,39 @@ from task.randomness import Stream, numpy_generator
 NONE = np.empty(0, dtype=np.int64)
 
 
-def load_files(
-    name: str,
-    *,
-    root: str | Path,
-    classes: Sequence[str],
-    image_size: int,
-    channels: int,
-    fit: str,
-    window: tuple[float, float] | None,
-    test_fraction: float | None,
-    seed: int,
-    cache_dir: str | Path,
-    on_corrupt: str,
-) -> Dataset:
+def load_files(data: DataConfig) -> Dataset:
     """Load a data set of files as square images with the channels that the model expects.
 
-    The images of each split are a view of the cache. A set without a test split of its own and
-    without `test_fraction` has an empty one.
-
-    Args:
-        name: one of `task.config.FILE_SETS`.
-        root: folder of the files; see `list_class_folders` and `list_odir`.
-        classes: names of the classes, in the order of their labels.
-        image_size: height and width.
-        channels: 1 turns colours into grey, 3 repeats grey.
-        fit: how images become square: one of `task.config.DATA_FITS`, see `to_square`.
-        window: center and width for data=dicom_folder, see `decode_dicom`.
-        test_fraction: share of the images, in (0, 1), that becomes the test split of a set
-            without one.
-        seed: of the run; decides which images these are.
-        cache_dir: of the decoded images; see `cached_images`.
-        on_corrupt: "refuse" or "skip" files that cannot be read.
+    The images of each split are a view of the cache, see `cached_images`. A set without a test
+    split of its own and without `data.test_fraction` has an empty one.
 
     Raises:
         FileNotFoundError: the files are not there.
-        UnknownClassError: there are images of a class that `classes` does not name.
+        UnknownClassError: there are images of a class that `data.classes` does not name.
         ValueError: an option does not fit the set, or files cannot be read.
     """
-    require_one_of("data.name", name, tuple(FILE_SETS))
-    kind = FILE_SETS[name]
     require(
-        window is None or kind == "dicom_folder",
+        data.window is None or FILE_SETS[data.name] == "dicom_folder",
         "data.window",
-        f"null for data={name} (data=dicom_folder has windows)",
-        window,
+        f"null for data={data.name} (data=dicom_folder has windows)",
+        data.window,
     )
-    root = Path(root)
-    train, test = list_files(
-        name, root=root, classes=classes, test_fraction=test_fraction, seed=seed
-    )
-    decode = partial(
-        _decode, kind, window=window, fit=fit, image_size=image_size, channels=channels
-    )
-
-    def opened(listing: Listing) -> tuple[ImageSet, Listing]:
-        images, kept, hashes = cached_images(
-            listing.paths,
-            decode,
-            root=root,
-            shape=(channels, image_size, image_size),
-            settings=f"{kind} {fit} {window}",
-            cache_dir=Path(cache_dir),
-            on_corrupt=on_corrupt,
-        )
-        found = listing.readable(kept, classes)
-        groups = None if found.groups is None else torch.from_numpy(found.groups)
-        return ImageSet(images, torch.from_numpy(found.labels), groups, hashes), found
-
-    (images, train), (test_images, test) = opened(train), opened(test)
+    train, test = list_files(data)
+    (images, train), (test_images, test) = _open(train, data), _open(test, data)
     if len(train) == 0:
         raise ValueError(
-            f"data.root={root}: none of its images can be read; "
-            + inventory_of_listings(classes, train, test).describe()[0]
+            f"data.root={data.root}: none of its images can be read; "
+            + inventory_of_listings(data.classes, train, test).describe()[0]
         )
     return Dataset(images, test_images, train.left_out + test.left_out, test.note)
 
 
-def list_files(
-    name: str,
-    *,
-    root: str | Path,
-    classes: Sequence[str],
-    test_fraction: float | None,
-    seed: int,
-) -> tuple[Listing, Listing]:
+def list_files(data: DataConfig) -> tuple[Listing, Listing]:
     """List the training and the test split of a data set of files, without opening an image.
 
-    Arguments and errors are those of `load_files`.
+    Errors are those of `load_files`.
     """
-    require_one_of("data.name", name, tuple(FILE_SETS))
-    return _split(*_list(FILE_SETS[name], Path(root), classes), test_fraction, seed)
+    return _split(*_list(FILE_SETS[data.name], Path(data.root), data.classes), data)
 
 
 def original_size(name: str, path: Path) -> tuple[int, int] | None:
@@ -152,9 +93,8 @@ def _list(kind: str, root: Path, classes: Sequence[str]) -> tuple[Listing, Listi
     return train, test
 
 
-def _split(
-    train: Listing, test: Listing | None, fraction: float | None, seed: int
-) -> tuple[Listing, Listing]:
+def _split(train: Listing, test: Listing | None, data: DataConfig) -> tuple[Listing, Listing]:
+    fraction = data.test_fraction
     if test is not None and len(test) > 0:
         ignored = f"test/ is the test split, data.test_fraction={fraction} is not used"
         return train, replace(test, note="" if fraction is None else ignored)
@@ -162,28 +102,33 @@ def _split(
         train = replace(train, left_out=train.left_out + test.left_out)
     if fraction is None:
         return train, train.subset(NONE)
-    generator = numpy_generator(seed, Stream.TEST_SPLIT)
+    generator = numpy_generator(data.split_seed, Stream.TEST_SPLIT)
     kept, held_out = split_validation(
         train.labels, fraction, generator=generator, groups=train.groups
     )
     return replace(train.subset(kept), left_out=train.left_out), train.subset(held_out)
 
 
-def _decode(
-    kind: str,
-    path: Path,
-    *,
-    window: tuple[float, float] | None,
-    fit: str,
-    image_size: int,
-    channels: int,
-) -> Tensor:
-    if kind == "dicom_folder":
-        pixels = decode_dicom(path, window)
-    elif kind == "odir":
-        pixels = crop_round_field(decode_picture(path))
-    elif kind == "image_folder":
-        pixels = decode_picture(path)
-    else:
-        raise ValueError(f"kind must be image_folder, dicom_folder or odir, got {kind!r}")
-    return resize_decoded(to_square(pixels, fit), image_size, channels)
+def _open(listing: Listing, data: DataConfig) -> tuple[ImageSet, Listing]:
+    """Decode the files of a split; returns the images, and the listing of those that are read."""
+    window = None if data.window is None else (data.window[0], data.window[1])
+    kind = FILE_SETS[data.name]
+
+    def decode(path: Path) -> Tensor:
+        pixels = decode_dicom(path, window) if kind == "dicom_folder" else decode_picture(path)
+        if kind == "odir":
+            pixels = crop_round_field(pixels)
+        return resize_decoded(to_square(pixels, data.fit), data.image_size, data.channels)
+
+    images, kept, hashes = cached_images(
+        listing.paths,
+        decode,
+        root=Path(data.root),
+        shape=(data.channels, data.image_size, data.image_size),
+        settings=f"{kind} {data.fit} {window}",
+        cache_dir=Path(data.cache_dir),
+        on_corrupt=data.on_corrupt,
+    )
+    found = listing.readable(kept, data.classes)
+    groups = None if found.groups is None else torch.from_numpy(found.groups)
+    return ImageSet(images, torch.from_numpy(found.labels), groups, hashes), found

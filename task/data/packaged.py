@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from task.checks import require, require_one_of
-from task.config import PACKAGED_SETS
+from task.checks import require
+from task.config import DataConfig
 from task.data.images import Dataset, ImageSet, reshape
 from task.data.listing import UnknownClassError
 from task.data.split import split_validation
@@ -33,29 +33,12 @@ TORCHVISION_SETS = {
 }
 
 
-def load_dataset(
-    name: str,
-    *,
-    root: str | Path,
-    image_size: int,
-    channels: int,
-    num_classes: int,
-    test_fraction: float | None,
-    seed: int,
-    download: bool,
-) -> Dataset:
+def load_packaged(data: DataConfig, *, download: bool) -> Dataset:
     """Load a data set as square images with the channels that the model expects.
 
     Args:
-        name: one of `task.config.PACKAGED_SETS`.
-        root: folder of torchvision's sets.
-        image_size: height and width.
-        channels: 1 or 3; grey images fill all three.
-        num_classes: how many classes the set may have.
-        test_fraction: share of the images, in (0, 1), that becomes the test split of a set
-            without one; None for a set that has its own.
-        seed: of the run; decides which images these are.
-        download: whether to fetch what is not below `root`; never on a hospital's own node,
+        data: of one of `task.config.PACKAGED_SETS`; gray images fill three channels.
+        download: whether to fetch what is not below `data.root`; never on a hospital's own node,
             which would train on public images in the place of its own.
 
     Raises:
@@ -63,27 +46,28 @@ def load_dataset(
         ValueError: an option is out of range or does not fit the set.
         UnknownClassError: the set has more classes.
     """
-    require_one_of("data.name", name, PACKAGED_SETS)
-    if name == "digits":
-        train, test = read_digits(test_fraction, seed)
+    if data.name == "digits":
+        train, test = read_digits(data.test_fraction, data.split_seed)
     else:
         require(
-            test_fraction is None,
+            data.test_fraction is None,
             "data.test_fraction",
-            f"null for data={name}, which has its own test split",
-            test_fraction,
+            f"null for data={data.name}, which has its own test split",
+            data.test_fraction,
         )
         train, test = (
-            read_torchvision(name, Path(root), train=part, download=download)
+            read_torchvision(data.name, Path(data.root), train=part, download=download)
             for part in (True, False)
         )
     found = 1 + int(max(train.labels.max(), test.labels.max()))
     # Fewer are welcome: a hospital need not have every class of a run.
-    if found > num_classes:
+    if found > len(data.classes):
         raise UnknownClassError(
-            f"data.classes must be at least {found} names for data={name}, got {num_classes}"
+            f"data.classes must be at least {found} names for data={data.name}, "
+            f"got {len(data.classes)}"
         )
-    return Dataset(reshape(train, image_size, channels), reshape(test, image_size, channels))
+    train, test = (reshape(part, data.image_size, data.channels) for part in (train, test))
+    return Dataset(train, test)
 
 
 def read_digits(test_fraction: float | None, seed: int) -> tuple[ImageSet, ImageSet]:

@@ -19,8 +19,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from client_app.workspace import Workspace
-from task.config import load_config
-from task.data import Dataset, build_dataset, cache, load_files, take_inventory
+from task.config import hydra_override, load_config
+from task.data import Dataset, build_dataset, cache, take_inventory
 from task.data.cache import cache_key, cached_images, read_state, report_unreadable
 from task.data.decode import decode_picture, resize_decoded
 from task.data.listing import class_label
@@ -42,18 +42,18 @@ def unpack(name: str, folder: Path, *, every: int) -> list[str]:
 
 
 def load(root: Path, name: str = "image_folder", **options: object) -> Dataset:
-    defaults: dict[str, object] = {
+    values: dict[str, object] = {
+        "root": str(root),
         "classes": ["a", "b"],
         "image_size": 8,
         "channels": 3,
         "fit": "stretch",
-        "window": None,
         "test_fraction": None,
-        "seed": 0,
-        "cache_dir": root.parent / "cache",
-        "on_corrupt": "refuse",
+        "cache_dir": str(root.parent / "cache"),
+        **options,
     }
-    return load_files(name, root=root, **(defaults | options))  # type: ignore[arg-type]
+    words = [hydra_override(f"data.{key}", value) for key, value in values.items()]
+    return build_dataset(load_config([f"data={name}", *words]), download=False)
 
 
 def write_tree(root: Path, sizes: dict[str, int]) -> None:
@@ -82,7 +82,7 @@ def test_tree_with_both_splits_keeps_every_pixel_and_label(tmp_path: Path) -> No
 @pytest.mark.parametrize("layout", ["", "train/"])
 def test_tree_without_test_folder_is_split_by_class_and_seed(tmp_path: Path, layout: str) -> None:
     write_tree(tmp_path / "set", {f"{layout}a": 10, f"{layout}b": 30})
-    splits = [load(tmp_path / "set", test_fraction=0.1, seed=seed) for seed in (0, 0, 1)]
+    splits = [load(tmp_path / "set", test_fraction=0.1, split_seed=seed) for seed in (0, 0, 1)]
     first, again, other = splits
     assert first.test.labels.bincount().tolist() == [1, 3]
     everything = torch.cat([first.train.images, first.test.images]).flatten(1)
@@ -147,8 +147,7 @@ def test_missing_files_are_said_with_the_place_and_the_layout(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "digits"}, r"data\.name must be one of image_folder, .*'digits'"),
-        ({"window": (40, 400)}, r"data\.window must be null for data=image_folder"),
+        ({"window": [40, 400]}, r"data\.window must be null for data=image_folder"),
         ({"on_corrupt": "ignore"}, r"data\.on_corrupt must be one of refuse, skip"),
     ],
 )
@@ -228,7 +227,7 @@ def test_dicom_folder_is_read_with_its_window(tmp_path: Path) -> None:
     for i in range(4):
         write_dicom(tmp_path / "set" / "ab"[i % 2] / f"{i}.dcm", HOUNSFIELD + i, **RESCALED)
     whole = load(tmp_path / "set", "dicom_folder", image_size=2, channels=1)
-    lungs = load(tmp_path / "set", "dicom_folder", image_size=2, channels=1, window=(-600, 1500))
+    lungs = load(tmp_path / "set", "dicom_folder", image_size=2, channels=1, window=[-600, 1500])
     assert whole.train.labels.tolist() == [0, 0, 1, 1]
     assert whole.train.images[0].flatten().tolist() == [0, 51, 66, 255]
     # -1024 HU: ((-1024 + 600.5) / 1499 + 0.5) * 255 = 55.46
@@ -486,7 +485,7 @@ def test_folder_that_cannot_hold_the_cache_is_named(tmp_path: Path) -> None:
     write_tree(tmp_path / "set", {"a": 1})
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"data\.cache_dir must be a folder .*file/cache"):
-        load(tmp_path / "set", cache_dir=tmp_path / "file" / "cache")
+        load(tmp_path / "set", cache_dir=str(tmp_path / "file" / "cache"))
 
 
 def test_cached_reasons_are_plain_json(tmp_path: Path) -> None:

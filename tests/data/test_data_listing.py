@@ -14,7 +14,7 @@ from PIL import Image
 
 from server_app.dataset import load_images, record_data
 from task.config import load_config
-from task.data import Dataset, ImageSet, Inventory, build_dataset, list_files, take_inventory
+from task.data import Dataset, ImageSet, Inventory, build_dataset, list_dataset, take_inventory
 from task.data.duplicates import Duplicates, count_across_clients, find_duplicates
 from task.data.listing import (
     DICOM,
@@ -204,7 +204,8 @@ def test_numbers_of_patients_are_the_same_however_they_are_written(tmp_path: Pat
     groups = odir(tmp_path, HEAD + rows).groups
     assert groups is not None
     assert len(set(groups[:5])) == 1 and len(set(groups)) == 4
-    everything = list_files("odir", root=tmp_path, classes=["N"], test_fraction=0.3, seed=0)
+    words = [f"data.root={tmp_path}", "data.classes=[N]", "data.test_fraction=0.3"]
+    everything = list_dataset(load_config(["data=odir", *words]))
     ours, theirs = (set(part.groups.tolist()) for part in everything)  # type: ignore[union-attr]
     assert not ours & theirs
 
@@ -297,11 +298,10 @@ def test_copies_across_splits_are_found_in_files_whatever_their_format(tmp_path:
 def test_class_whose_files_are_all_left_out_is_named_with_them(tmp_path: Path) -> None:
     write_tree(tmp_path / "set", {"a": 3, "b/.thumbnails": 2})
     (tmp_path / "set" / "b" / "x.heic").touch()
-    train, test = list_files(
-        "image_folder", root=tmp_path / "set", classes=["a", "b", "c"], test_fraction=None, seed=0
-    )
-    config = load_config(["data=image_folder", f"data.root={tmp_path}/set", "data.classes=[a,b,c]"])
+    words = [f"data.root={tmp_path}/set", "data.classes=[a,b,c]", "data.test_fraction=null"]
+    config = load_config(["data=image_folder", *words])
     found = take_inventory(config)
+    train, test = list_dataset(config)
     assert len(train) == 3 and len(test) == 0
     held = "3 left out (2 in hidden folders and those of the system, 1 .heic files)"
     assert found.describe()[1:] == [f"WARNING: b has no images: {held}"]
