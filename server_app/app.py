@@ -5,9 +5,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from server_app.dataset import is_simulation
 from server_app.federated import FederatedTraining
-from server_app.launch.submission import write_submission
 from server_app.launch.superlink import end_with_submitter
 from server_app.log import log
+from server_app.supervisor.submission import write_submission
 from task.checks import require
 from task.config import load_run_config
 from task.runs.run_directory import RunDirectory

@@ -15,7 +15,7 @@ from task.runs import run as runs
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("task", "server_app", "client_app")
 FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
-HYDRA = {ROOT / "task/config/compose.py", ROOT / "server_app/launch/command.py"}
+HYDRA = {ROOT / "task/config/compose.py", ROOT / "server_app/launch/feddm_train.py"}
 FORBIDDEN = {
     "task": {"server_app", "client_app", "flwr"},
     "server_app": {"client_app"},

@@ -1,5 +1,6 @@
-"""Starting a run: `feddm-train`, the plan for own images, and the SuperLink of a simulation.
+"""Starting a run: `feddm_train` is that command, and `job` carries one of its runs out.
 
-`command` is `feddm-train`, `submit` hands a run to a SuperLink and `follow` watches it.
+Before it starts, `fit_to_images` chooses what is left open for own images and `plan` says what is
+going to happen. A federated run is a `simulation` by `flwr run` on a private `superlink`.
 What happens within a run is in `server_app` itself.
 """

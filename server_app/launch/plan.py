@@ -1,11 +1,11 @@
 """What a run of `feddm-train` is going to do, and about how long, told before it starts."""
 
-from collections.abc import Collection, Iterator
+import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
 from server_app.dataset import described_range
-from server_app.launch.own_images import command_to_go_on
 from server_app.launch.time_estimate import estimate_seconds
 from task.config import OWN_IMAGES, Config
 from task.data import Dataset
@@ -13,6 +13,7 @@ from task.data.partition import partition_dataset
 from task.progress import duration
 from task.reporting.history import read_history
 from task.reporting.warning_signs import UNTRAINED
+from task.runs.repeat import resuming_command
 from task.runs.run_directory import last_complete_round, run_path
 
 
@@ -56,14 +57,10 @@ def describe_plan(config: Config, dataset: Dataset) -> Iterator[str]:
             )
 
 
-def how_to_train_on(config: Config, words: Collection[str]) -> str:
-    """Say of a finished run how to train longer, and whether its images need it.
-
-    Args:
-        config: of the run.
-        words: the Hydra overrides that it was composed from.
-    """
-    last = config.federation.rounds
+def how_to_train_on(config: Config) -> str:
+    """Say of a finished run how to train longer, and whether its images need it."""
+    longer = dataclasses.replace(config.federation, rounds=2 * config.federation.rounds)
+    command = resuming_command(dataclasses.replace(config, federation=longer), run_path(config))
     found = read_history(run_path(config)).final("noise_position")
     said = "if the images are not clear enough"
     if found is not None and found >= UNTRAINED:
@@ -71,7 +68,7 @@ def how_to_train_on(config: Config, words: Collection[str]) -> str:
             f"the images look untrained, {found:.2f} of the way from real ones to noise: more "
             "training is needed"
         )
-    return f"{said}: {command_to_go_on(config, words, rounds=2 * last)}"
+    return f"{said}: {command}"
 
 
 def described_images(config: Config, dataset: Dataset) -> str:

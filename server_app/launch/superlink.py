@@ -12,11 +12,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from server_app.launch.flwr_command import local_environment
 from task.processes import end_with_parent
 
 START_TIMEOUT_SECONDS = 60.0
@@ -24,7 +25,7 @@ STOP_TIMEOUT_SECONDS = 3.0
 CONNECTION = "feddm"
 WATCH_SECONDS = 2.0
 SUBMITTER_VARIABLE = "FEDDM_SUBMITTER_PID"
-PROCESS = Path(__file__).with_name("simulation_process.py")
+PATIENT_FLOWER = Path(__file__).with_name("patient_flower.py")
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Ray's sockets lie 68 characters below its folder, and may have paths of 107.
 LONGEST_FOLDER = 38
@@ -112,10 +113,9 @@ def private_environment(folder: Path) -> dict[str, str]:
     Args:
         folder: its own.
     """
-    # The commands of this environment come first, whatever the shell has found.
-    path = [str(folder / "bin"), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    own = local_environment()
     return {
-        **without_proxies(os.environ),
+        **own,
         SUBMITTER_VARIABLE: str(os.getpid()),
         "FLWR_HOME": str(folder / "flwr"),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -126,21 +126,16 @@ def private_environment(folder: Path) -> dict[str, str]:
         "RAY_TMPDIR": os.environ.get("RAY_TMPDIR") or str(folder),
         # Below `uv run` Ray would start each worker through uv, which makes an environment anew.
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        "PATH": os.pathsep.join(path),
+        "PATH": f"{folder / 'bin'}{os.pathsep}{own['PATH']}",
         # What a run says may hold any letter, whatever the locale.
         "PYTHONUTF8": "1",
         "PYTHONIOENCODING": "utf-8",
     }
 
 
-def without_proxies(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment without its proxies, which are for what lies outside this machine."""
-    return {name: v for name, v in environment.items() if not name.lower().endswith("_proxy")}
-
-
 def patient(command: str) -> list[str]:
-    """Return how to run a command of Flower with more patience, see `simulation_process`."""
-    return [sys.executable, "-P", str(PROCESS), command]
+    """Return how to run a command of Flower with more patience, see `patient_flower.py`."""
+    return [sys.executable, "-P", str(PATIENT_FLOWER), command]
 
 
 @contextmanager

@@ -1,12 +1,7 @@
 """`feddm-supervise`: submit runs that failed again, beside a SuperLink, for as long as it helps."""
 
-import json
 import math
-import os
-import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -14,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from server_app.launch.superlink import without_proxies
+from server_app.launch.flwr_command import NoAnswer, flwr, local_environment
 from server_app.log import log
-from server_app.supervisor.supervision import (
+from server_app.supervisor.decisions import (
     ATTEMPTS,
     FIRST_PAUSE,
     LONGEST_PAUSE,
@@ -43,19 +38,13 @@ from task.fingerprint import fingerprint_of
 from task.runs.repeat import as_toml, resubmitting_command
 from task.runs.run_directory import SUBMISSION_FILE, hold
 
-LOCK_FILE = ".supervisor.lock"
-# Flower's commands take seconds, and a minute on a machine that is out of breath.
-COMMAND_TIMEOUT_SECONDS = 180.0
+SUPERVISOR_LOCK = ".supervisor.lock"
 NAP_SECONDS = 0.2
 # What may need a person's hand is said again.
 REPEAT_SECONDS = 600.0
 MOST_RUNS = 1_000_000
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-class NoAnswer(Exception):
-    """Flower's command did not do what it was asked to; the text says why."""
 
 
 def main() -> None:
@@ -107,28 +96,15 @@ def supervise(
     names, and goes on with the others. Without --until-done it ends only when it is asked to
     (SIGTERM, SIGHUP), with 0.
     """
-    # Never in the midst of a submission.
-    ending = [False]
-    for end in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(end) is not signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(end, lambda *_: ending.__setitem__(0, True))
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        lock = hold(runs / LOCK_FILE, "--runs", patience=0.0)
+        lock = hold(runs / SUPERVISOR_LOCK, "--runs", patience=0.0)
     except (OSError, ValueError) as error:
         typer.echo(f"feddm-supervise: {error}", err=True)
         raise typer.Exit(1) from error
     with lock:
-        log(f"supervising the runs in {runs}")
         supervisor = Supervisor(connection, runs, attempts)
-        while not ending[0]:
-            status = supervisor.look(until_done=until_done)
-            if status is not None:
-                raise typer.Exit(status)
-            deadline = time.monotonic() + poll
-            while not ending[0] and time.monotonic() < deadline:
-                time.sleep(NAP_SECONDS)
-        log("asked to end; the runs go on without a supervisor")
+        raise typer.Exit(supervisor.watch(poll, until_done=until_done))
 
 
 class Supervisor:
@@ -143,6 +119,32 @@ class Supervisor:
         self._said: dict[tuple[object, ...], float] = {}
         # The runs that were over at the first look; None before it.
         self._history: set[int] | None = None
+
+    def watch(self, poll: float, *, until_done: bool) -> int:
+        """Look again and again, until nothing is going or this process is asked to end.
+
+        Args:
+            poll: seconds between two looks.
+            until_done: whether to end when nothing is going.
+
+        Returns:
+            The status to end with.
+        """
+        # Not an exception, which could come in the midst of a submission.
+        ending: list[int] = []
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, lambda number, _: ending.append(number))
+        log(f"supervising the runs in {self._runs}")
+        while not ending:
+            status = self.look(until_done=until_done)
+            if status is not None:
+                return status
+            deadline = time.monotonic() + poll
+            while not ending and time.monotonic() < deadline:
+                time.sleep(NAP_SECONDS)
+        log("asked to end; the runs go on without a supervisor")
+        return 0
 
     def look(self, *, until_done: bool = False) -> int | None:
         """Look once at what Flower lists and at the folders, and do what is to be done.
@@ -358,7 +360,8 @@ def list_runs(connection: str) -> dict[int, ListedRun]:
         NoAnswer: it does not answer, or not as Flower does.
     """
     # Without a limit it lists the newest 20.
-    answer = flwr("list", connection, "--limit", str(MOST_RUNS))
+    arguments = ("list", connection, "--limit", str(MOST_RUNS))
+    answer = flwr(*arguments, environment=local_environment())
     try:
         runs = [listed_run(run) for run in answer["runs"]]
     except (KeyError, TypeError, ValueError) as error:
@@ -424,49 +427,9 @@ def submit(code: Path, words: Path, *, connection: str) -> int:
     Raises:
         NoAnswer: the SuperLink does not take it.
     """
-    answer = flwr("run", str(code), connection, "--run-config", str(words))
+    arguments = ("run", str(code), connection, "--run-config", str(words))
+    answer = flwr(*arguments, environment=local_environment())
     try:
         return int(answer["run-id"])
     except (KeyError, TypeError, ValueError) as error:
         raise NoAnswer(f"`flwr run` gave no number of a run: {answer}") from error
-
-
-def flwr(*arguments: str) -> dict[str, Any]:
-    """Run a command of Flower and return its answer.
-
-    Raises:
-        NoAnswer: it failed.
-    """
-    # That of this environment comes first, whatever the shell has found.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    command = [shutil.which("flwr", path=path) or "flwr", *arguments, "--format", "json"]
-    name = f"`flwr {arguments[0]}`"
-    environment = without_proxies(os.environ)
-    if "FLWR_HOME" in environment:
-        environment["FLWR_HOME"] = str(Path(environment["FLWR_HOME"]).absolute())
-    try:
-        # In a folder of its own, because Flower takes a connection for a path where an app lies.
-        with tempfile.TemporaryDirectory(prefix="feddm-") as aside:
-            done = subprocess.run(
-                command,
-                cwd=aside,
-                env=environment,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=COMMAND_TIMEOUT_SECONDS,
-            )
-        answer = json.loads(done.stdout)
-    except subprocess.TimeoutExpired as error:
-        raise NoAnswer(f"{name} took over {COMMAND_TIMEOUT_SECONDS:g} s") from error
-    except OSError as error:
-        raise NoAnswer(f"{name} could not be run: {error}") from error
-    except ValueError as error:
-        said = " ".join(f"{done.stdout} {done.stderr}".split())
-        raise NoAnswer(f"{name} said: {said[-500:]}") from error
-    if not isinstance(answer, dict):
-        raise NoAnswer(f"{name} said: {done.stdout[-500:]}")
-    # Flower ends with status 0 and says here that it failed.
-    if not answer.get("success"):
-        raise NoAnswer(" ".join(str(answer.get("error-message", answer)).split()))
-    return answer

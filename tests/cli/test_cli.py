@@ -114,7 +114,7 @@ def test_every_command_teaches_by_examples_that_can_be_copied(name: str) -> None
 )
 def test_wrong_calls_are_answered_without_torch(words: str, expected: str, tmp_path: Path) -> None:
     program, *arguments = words.split()
-    module = {"feddm": "task.cli.main", "feddm-train": "server_app.launch.command"}[program]
+    module = {"feddm": "task.cli.main", "feddm-train": "server_app.launch.feddm_train"}[program]
     # An import of torch fails.
     code = f"import sys; sys.modules['torch'] = None; from {module} import main; main()"
     command = [sys.executable, "-c", code, *arguments]
@@ -126,7 +126,8 @@ def test_wrong_calls_are_answered_without_torch(words: str, expected: str, tmp_p
 
 def test_sweep_ends_with_the_names_of_the_runs_that_failed(tmp_path: Path) -> None:
     words = ["-m", "seed=1,2", "data=chest_xray", "data.root=nothing"]
-    command = [sys.executable, "-c", "from server_app.launch.command import main; main()", *words]
+    code = "from server_app.launch.feddm_train import main; main()"
+    command = [sys.executable, "-c", code, *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     *each, last = done.stderr.splitlines()
     assert last == "feddm-train: 2 failed: seed=1; seed=2" and done.returncode == 1

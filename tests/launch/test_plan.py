@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from server_app.dataset import load_images
-from server_app.launch.own_images import as_begun, command_to_go_on, fit_to_images
+from server_app.launch.fit_to_images import as_begun, fit_to_images
 from server_app.launch.plan import describe_plan, how_to_train_on
 from server_app.launch.time_estimate import (
     Estimate,
@@ -132,27 +132,15 @@ def test_resumed_run_keeps_what_it_began_with(tmp_path: Path) -> None:
     assert fit_to_images(as_begun(config, ()), ()) == begun
 
 
-def test_command_to_go_on_keeps_the_words_and_takes_more_rounds(tmp_path: Path) -> None:
-    write_tree(tmp_path / "set", {"a": 1})
-    words = [f"data.root='{tmp_path}/it (1)'", "++federation.rounds=2", "run_name=x"]
-    config = own_images(tmp_path / "set", *words[1:])
-    again = shlex.split(command_to_go_on(config, words, rounds=4))
-    expected = [f"output_dir={config.output_dir}", "run_name=x", "resume=true"]
-    assert again == ["feddm-train", words[0], *expected, "federation.rounds=4"]
-    assert shlex.split(command_to_go_on(config, words))[2:] == [words[1], *expected]
-
-
 @pytest.mark.parametrize(("position", "said"), [(0.8, "0.80 of the way"), (0.1, "if the images")])
 def test_finished_run_says_how_to_train_longer(tmp_path: Path, position: float, said: str) -> None:
     recorded: list[Recorded] = [(2, "global", {"train_loss": 0.1, "noise_position": position})]
     path = written_run(tmp_path / "x", recorded, rounds_done=2)
-    # As of a job of a sweep, whose words name the folder of the whole.
-    text = how_to_train_on(run_config(path), ["data=image_folder", "output_dir=out", "run_name=s"])
+    text = how_to_train_on(run_config(path))
     assert said in text
-    assert text.endswith(
-        f"feddm-train data=image_folder output_dir={tmp_path} run_name=x resume=true "
-        "federation.rounds=4"
-    )
+    *_, rounds, output_dir, run_name, resume = shlex.split(text)
+    assert (rounds, output_dir) == ("federation.rounds=4", f"output_dir={tmp_path}")
+    assert (run_name, resume) == ("run_name=x", "resume=true")
 
 
 def test_plan_says_images_hospitals_training_and_time(

@@ -12,16 +12,9 @@ from typing import Any
 
 import pytest
 
-from server_app.launch.submission import (
-    Submission,
-    read_submission,
-    settled_words,
-    write_submission,
-)
 from server_app.launch.superlink import free_port
 from server_app.supervisor import supervise
-from server_app.supervisor.supervise import Supervisor
-from server_app.supervisor.supervision import (
+from server_app.supervisor.decisions import (
     ATTEMPTS,
     LONGEST_PAUSE,
     NAMING_SECONDS,
@@ -40,6 +33,13 @@ from server_app.supervisor.supervision import (
     read_folder,
     remember,
 )
+from server_app.supervisor.submission import (
+    Submission,
+    read_as,
+    settled_words,
+    write_submission,
+)
+from server_app.supervisor.supervise import Supervisor
 from task.config import anchored, load_config, load_run_config
 from task.fingerprint import ROOT, code_fingerprint
 from task.runs.repeat import as_toml
@@ -247,7 +247,7 @@ def test_submission_reads_back_and_the_folder_says_what_lies_in_it(tmp_path: Pat
     config = anchored(load_config([f"output_dir={tmp_path}", "run_name=night"]), tmp_path)
     directory = RunDirectory(config)
     submission = write_submission(directory, 2**63 + 1, {"run_name": "", "seed": 1})
-    assert submission == read_submission(directory.path / SUBMISSION_FILE)
+    assert submission == read_as(Submission, directory.path / SUBMISSION_FILE)
     assert (submission.app, submission.fingerprint) == (str(ROOT), code_fingerprint())
     held = read_folder(directory.path)
     assert (held.holder, held.begun, held.last_round) == (str(os.getpid()), False, 0)
@@ -265,7 +265,7 @@ def test_damaged_files_are_named(tmp_path: Path, content: str) -> None:
         read_folder(tmp_path)
     (tmp_path / SUBMISSION_FILE).write_text(json.dumps(vars(folder().submission)))
     (tmp_path / SUPERVISION_FILE).write_text(content)
-    with pytest.raises(ValueError, match=r"supervision\.json must be of this feddm's supervisor"):
+    with pytest.raises(ValueError, match=r"supervision\.json must be a supervision of this feddm"):
         read_folder(tmp_path)
 
 

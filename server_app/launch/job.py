@@ -11,9 +11,9 @@ import torch
 from server_app.centralized import CentralizedTraining
 from server_app.dataset import load_images
 from server_app.evaluation import check_numbers, is_complete, wants_metrics
-from server_app.launch.follow import follow
-from server_app.launch.own_images import named
+from server_app.launch.fit_to_images import named
 from server_app.launch.plan import describe_plan, how_to_train_on
+from server_app.launch.simulation import simulate
 from task.checks import require
 from task.config import CONF_DIR, FITTED_VALUES, OWN_IMAGES, Config, flat_values, hydra_override
 from task.data import Dataset
@@ -90,7 +90,7 @@ def train(config: Config, overrides: list[str]) -> None:
     else:
         submit(config, overrides)
     if config.data.name in OWN_IMAGES:
-        print(how_to_train_on(config, overrides), flush=True)
+        print(how_to_train_on(config), flush=True)
     print(f"results: {run_path(config)}", flush=True)
 
 
@@ -225,7 +225,7 @@ def submit(config: Config, overrides: list[str]) -> None:
         begun = hydra_override("resume", config.resume or is_begun(run_path(config)))
         return as_toml({"overrides": shlex.join([*job, begun])})
 
-    follow(
+    simulate(
         CHECKOUT,
         run_config=run_config,
         federation_config=f"num-supernodes={federation.num_supernodes} "

@@ -1,15 +1,18 @@
 """What was submitted to start a run, written down where the run can be submitted again."""
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from task.checks import require
+from pydantic import TypeAdapter, ValidationError
+
 from task.fingerprint import ROOT, code_fingerprint
 from task.runs.repeat import Word
 from task.runs.run_directory import SUBMISSION_FILE, RunDirectory
+
+Kind = TypeVar("Kind")
 
 # What a resubmission says by itself.
 SETTLED = ("output_dir", "run_name", "resume")
@@ -69,20 +72,18 @@ def settled_words(run_config: Mapping[str, Word], path: Path) -> dict[str, Word]
     return {**words, "output_dir": str(path.parent), "run_name": path.name}
 
 
-def read_submission(file: Path) -> Submission:
-    """Read what `write_submission` wrote.
+def read_as(kind: type[Kind], file: Path) -> Kind:
+    """Read a JSON file with the fields of a dataclass: a `Submission` or a `Supervision`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no submission of this version of feddm.
+        ValueError: its fields are others; names the first that is.
     """
-    expected = "a submission of this feddm"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} must be {expected}: {error}") from error
-    kinds = {"run_id": int, "app": str, "fingerprint": str, "run_config": dict}
-    fits = isinstance(content, dict) and kinds.keys() <= content.keys()
-    fits = fits and all(isinstance(content[key], kind) for key, kind in kinds.items())
-    require(fits, str(file), expected, content)
-    return Submission(**{key: content[key] for key in kinds})
+        return TypeAdapter(kind).validate_json(file.read_bytes(), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "its text"
+        raise ValueError(
+            f"{file} must be a {kind.__name__.lower()} of this feddm; {field}: {first['msg']}"
+        ) from error

@@ -14,11 +14,11 @@ import pytest
 import ray._private.node
 import ray._private.services
 
-from server_app.launch import follow as module
-from server_app.launch.follow import OverloadedError, described_end, follow, show
+from server_app.launch import simulation as module
+from server_app.launch.simulation import OverloadedError, described_end, show, simulate
 from server_app.launch.superlink import (
     LONGEST_FOLDER,
-    PROCESS,
+    PATIENT_FLOWER,
     private_environment,
     private_folder,
     uninterrupted,
@@ -88,17 +88,17 @@ def test_only_a_busy_machine_is_given_one_more_chance(
         if (failure := failures[len(words) - 1]) is not None:
             raise failure
 
-    monkeypatch.setattr(module, "follow_once", once)
+    monkeypatch.setattr(module, "simulate_once", once)
     start = {
         "run_config": lambda: f"attempt {len(words)}",
         "federation_config": "",
         "log_file": Path("log"),
     }
     if raised is None:
-        follow(Path("app"), **start)  # type: ignore[arg-type]
+        simulate(Path("app"), **start)  # type: ignore[arg-type]
     else:
         with pytest.raises(RuntimeError, match=raised):
-            follow(Path("app"), **start)  # type: ignore[arg-type]
+            simulate(Path("app"), **start)  # type: ignore[arg-type]
     assert words == [f"attempt {number}" for number in range(calls)]
     assert ("busy; trying once more" in capsys.readouterr().out) == (calls == 2)
 
@@ -162,7 +162,7 @@ def test_cleaning_up_is_not_interrupted() -> None:
 
 def test_superlink_waits_longer_for_a_sign_of_life() -> None:
     code = (
-        f"import runpy; runpy.run_path({str(PROCESS)!r})['be_patient_with_heartbeats']()\n"
+        f"import runpy; runpy.run_path({str(PATIENT_FLOWER)!r})['be_patient_with_heartbeats']()\n"
         "from flwr.supercore.corestate import in_memory_corestate as state\n"
         "print(state.HEARTBEAT_PATIENCE * state.HEARTBEAT_DEFAULT_INTERVAL)"
     )
@@ -182,7 +182,7 @@ def test_ray_waits_longer_for_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
         return answer
 
     monkeypatch.setattr(ray._private.services, "get_node", get_node)
-    patience: Callable[[], None] = runpy.run_path(str(PROCESS))["be_patient_with_ray"]
+    patience: Callable[[], None] = runpy.run_path(str(PATIENT_FLOWER))["be_patient_with_ray"]
     patience()
     assert ray._private.services.get_node("address", "id") == {"node": 1}
 

@@ -2,10 +2,9 @@
 
 import dataclasses
 import math
-import shlex
 from collections.abc import Collection
 
-from task.config import OWN_IMAGES, Config, hydra_override
+from task.config import OWN_IMAGES, Config
 from task.runs.run_directory import is_begun, run_config, run_path
 
 # Hospitals that share the steps of a round; where there are more, each would take too few.
@@ -15,23 +14,6 @@ SHARED_BY = 4
 def named(override: str) -> str:
     """Return the dotted path of the value that a Hydra override sets."""
     return override.split("=")[0].lstrip("+")
-
-
-def command_to_go_on(config: Config, words: Collection[str], *, rounds: int | None = None) -> str:
-    """Write the command that goes on with a run.
-
-    Args:
-        config: of the run, with absolute folders.
-        words: the Hydra overrides that it was composed from.
-        rounds: `federation.rounds`, where it is to become another.
-    """
-    settled: dict[str, object] = {"output_dir": config.output_dir, "run_name": config.run_name}
-    settled["resume"] = True
-    if rounds is not None:
-        settled["federation.rounds"] = rounds
-    again = [word for word in words if named(word) not in settled]
-    again += [hydra_override(key, value) for key, value in settled.items()]
-    return shlex.join(["feddm-train", *again])
 
 
 def as_begun(config: Config, given: Collection[str]) -> Config:

@@ -1,14 +1,12 @@
 """What to do about the runs of a folder, from what Flower lists and what lies on the disk."""
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
-from server_app.launch.submission import Submission, read_submission
+from server_app.supervisor.submission import Submission, read_as
 from task.checks import require
 from task.files import write_json
 from task.runs.run_directory import (
@@ -243,10 +241,11 @@ def read_folder(path: Path) -> RunFolder:
         ValueError: a file is no file of this version of feddm.
         OSError: a file cannot be read.
     """
+    supervision = path / SUPERVISION_FILE
     return RunFolder(
         path=path,
-        submission=read_submission(path / SUBMISSION_FILE),
-        supervision=_read_supervision(path / SUPERVISION_FILE),
+        submission=read_as(Submission, path / SUBMISSION_FILE),
+        supervision=read_as(Supervision, supervision) if supervision.exists() else None,
         last_round=last_complete_round(path),
         begun=is_begun(path),
         holder=holder(path),
@@ -260,13 +259,3 @@ def remember(path: Path, supervision: Supervision) -> None:
         OSError: it cannot be written.
     """
     write_json(path / SUPERVISION_FILE, asdict(supervision))
-
-
-def _read_supervision(file: Path) -> Supervision | None:
-    if not file.exists():
-        return None
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return Supervision(**content)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} must be of this feddm's supervisor: {error}") from error

@@ -7,6 +7,7 @@ answered at once.
 import dataclasses
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -23,18 +24,20 @@ from hydra.errors import OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from server_app.launch.own_images import as_begun, command_to_go_on, fit_to_images, named
+from server_app.launch.fit_to_images import as_begun, fit_to_images, named
 from task.checks import require
 from task.config import (
     CONF_DIR,
     Config,
     anchored,
     config_from_hydra,
+    hydra_override,
     read_override,
     register_schema,
     require_data_root,
 )
 from task.processes import have_home, let_threads_sleep, write_any_letter
+from task.runs.repeat import resuming_command
 from task.runs.run_directory import LOG_FILE, check_startable, is_begun, run_path
 
 # Hydra's own value that says what does not stand in the name of a job.
@@ -145,7 +148,7 @@ def _hydra_main(composed: DictConfig) -> None:
         with leaving_no_empty_run(run_path(config)):
             if not sweep:
                 check_startable(config)
-            from server_app.launch.submit import equal_finished_run, go_on_with_sweep, train
+            from server_app.launch.job import equal_finished_run, go_on_with_sweep, train
 
             if sweep:
                 config = go_on_with_sweep(config)
@@ -155,12 +158,12 @@ def _hydra_main(composed: DictConfig) -> None:
                 return
             train(config, words)
     except KeyboardInterrupt:
-        print(f"feddm-train: interrupted; {how_to_go_on(config, words, sweep)}", file=sys.stderr)
+        print(f"feddm-train: interrupted; {how_to_go_on(config, sweep=sweep)}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # What is still to be printed goes nowhere, as Python's own flush at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        how = how_to_go_on(config, words, sweep)
+        how = how_to_go_on(config, sweep=sweep)
         print(f"feddm-train: ended, because its output was closed; {how}", file=sys.stderr)
         sys.exit(1)
     except (ValueError, OSError, RuntimeError) as error:
@@ -170,7 +173,7 @@ def _hydra_main(composed: DictConfig) -> None:
             return
         # What is wrong in an input stays so.
         if isinstance(error, RuntimeError) and config is not None and is_begun(run_path(config)):
-            how = how_to_go_on(config, words, sweep)
+            how = how_to_go_on(config, sweep=sweep)
             print(f"feddm-train: {how}", file=sys.stderr, flush=True)
         sys.exit(1)
 
@@ -199,19 +202,19 @@ def leaving_no_empty_run(path: Path) -> Iterator[None]:
         raise
 
 
-def how_to_go_on(config: Config | None, words: list[str], sweep: bool) -> str:
+def how_to_go_on(config: Config | None, *, sweep: bool) -> str:
     """Say how to go on with a run that was ended.
 
     Args:
         config: of the run; None where there is none yet.
-        words: the Hydra overrides that it was composed from.
-        sweep: whether it is a job of a sweep.
+        sweep: whether it is a job of a sweep, which then goes on as a whole.
     """
     if sweep and config is not None:
-        typed = [word for word in sys.argv[1:] if named(word) != NAMING]
         folder = Path(config.output_dir)
-        whole = dataclasses.replace(config, output_dir=str(folder.parent), run_name=folder.name)
-        return f"to go on: {command_to_go_on(whole, typed)}"
+        settled = {"output_dir": str(folder.parent), "run_name": folder.name, "resume": True}
+        typed = [word for word in sys.argv[1:] if named(word) not in {NAMING, *settled}]
+        typed += [hydra_override(name, value) for name, value in settled.items()]
+        return f"to go on: {shlex.join(['feddm-train', *typed])}"
     if config is None or not is_begun(run_path(config)):
         return "nothing of the run is left"
-    return f"to go on: {command_to_go_on(config, words)}"
+    return f"to go on: {resuming_command(config, run_path(config))}"

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from server_app.evaluation import check_numbers
-from server_app.launch.command import (
+from server_app.launch.feddm_train import (
     how_to_go_on,
     leaving_no_empty_run,
     name_by_what_is_swept,
     one_folder,
     read_arguments,
 )
-from server_app.launch.submit import (
+from server_app.launch.job import (
     check_images,
     check_machine,
     equal_finished_run,
@@ -24,6 +24,7 @@ from server_app.launch.submit import (
 )
 from task.config import Config, anchored, hydra_override, load_config, load_run_config
 from task.data import Dataset, ImageSet
+from task.runs.repeat import resuming_command
 from task.runs.run_directory import run_path
 from tests.helpers import SMALL_RUN
 
@@ -165,14 +166,13 @@ def test_way_on_is_the_command_of_the_run_or_of_the_whole_sweep(
     config = job(tmp_path / "it's", "seed=0")
     place = f"""output_dir={tmp_path} 'run_name="it'"'"'s"'"""
     expected = f"feddm-train -m seed=0,1 {place} resume=true"
-    assert how_to_go_on(config, ["seed=0"], sweep=True) == f"to go on: {expected}"
-    assert how_to_go_on(config, ["seed=0"], sweep=False) == "nothing of the run is left"
-    assert how_to_go_on(None, ["seed=0"], sweep=True) == "nothing of the run is left"
-    run_path(config).mkdir(parents=True)
-    (run_path(config) / "config.yaml").touch()
-    place = f"""'output_dir="{tmp_path}/it'"'"'s"' 'run_name="seed=0"'"""
-    expected = f"to go on: feddm-train seed=0 {place} resume=true"
-    assert how_to_go_on(config, ["seed=0"], sweep=False) == expected
+    assert how_to_go_on(config, sweep=True) == f"to go on: {expected}"
+    assert how_to_go_on(config, sweep=False) == "nothing of the run is left"
+    assert how_to_go_on(None, sweep=True) == "nothing of the run is left"
+    path = run_path(config)
+    path.mkdir(parents=True)
+    (path / "config.yaml").touch()
+    assert how_to_go_on(config, sweep=False) == f"to go on: {resuming_command(config, path)}"
 
 
 def test_tables_are_not_swept_themselves() -> None:
@@ -304,7 +304,7 @@ def test_simulation_composes_the_configuration_of_its_job(
     config = anchored(load_config(words), tmp_path)
     submitted = []
     monkeypatch.setattr(
-        "server_app.launch.submit.follow",
+        "server_app.launch.job.simulate",
         lambda app, run_config, **_: submitted.append(run_config()),
     )
     submit(config, words)

@@ -1,6 +1,5 @@
-"""A run on a private SuperLink, followed to its end: what is shown of it, and why it failed."""
+"""A simulation by `flwr run`, followed to its end: what is shown of it, and why it failed."""
 
-import json
 import os
 import re
 import signal
@@ -12,12 +11,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
+from server_app.launch.flwr_command import NoAnswer, flwr
 from server_app.launch.superlink import CONNECTION, SuperLink, private_superlink
 from server_app.log import log
 
 POLL_SECONDS = 1.0
 # From the end of the simulation's process to what Flower says of the run.
-GRACE_SECONDS = 5.0
+STATUS_GRACE_SECONDS = 5.0
 
 COLORS = re.compile(r"\x1b\[[0-9;]*m")
 # What Flower and Ray say in every run, and nobody needs. Errors and other warnings are shown, but
@@ -38,7 +38,7 @@ class OverloadedError(RuntimeError):
     """The machine was too busy for Flower or Ray; the same run may succeed in a second attempt."""
 
 
-def follow(
+def simulate(
     app: Path, *, run_config: Callable[[], str], federation_config: str, log_file: Path
 ) -> None:
     """Run an app in a simulation of its own until it has finished; once more where that may help.
@@ -53,14 +53,14 @@ def follow(
         RuntimeError: the run did not finish as completed.
     """
     try:
-        follow_once(app, run_config(), federation_config, log_file)
+        simulate_once(app, run_config(), federation_config, log_file)
     except OverloadedError as error:
         log(f"{error}; trying once more")
-        follow_once(app, run_config(), federation_config, log_file)
+        simulate_once(app, run_config(), federation_config, log_file)
 
 
-def follow_once(app: Path, run_config: str, federation_config: str, log_file: Path) -> None:
-    """Run an app once; see `follow`.
+def simulate_once(app: Path, run_config: str, federation_config: str, log_file: Path) -> None:
+    """Run an app once; see `simulate`.
 
     Raises:
         OverloadedError: the machine was too busy.
@@ -114,7 +114,7 @@ def stream(command: list[str], superlink: SuperLink, whole: IO[str]) -> int:
     def end_with_simulation() -> None:
         while process.poll() is None:
             if superlink.status_file.exists():
-                time.sleep(GRACE_SECONDS)
+                time.sleep(STATUS_GRACE_SECONDS)
                 process.kill()
             time.sleep(POLL_SECONDS)
 
@@ -146,13 +146,13 @@ def described_failure(superlink: SuperLink) -> str | None:
     """Wait for the end of a private SuperLink's run and say why it failed; None where it did not.
 
     Raises:
-        RuntimeError: Flower does not answer as expected.
+        NoAnswer: Flower does not answer as expected.
     """
     ended: float | None = None
-    while not (run := only_run(superlink))["status"].startswith("finished"):
+    while not (run := _only_run(superlink))["status"].startswith("finished"):
         if superlink.status_file.exists():
             ended = ended or time.monotonic()
-            if time.monotonic() - ended > GRACE_SECONDS:
+            if time.monotonic() - ended > STATUS_GRACE_SECONDS:
                 return described_end(int(superlink.status_file.read_text()))
         time.sleep(POLL_SECONDS)
     if run["status"] == "finished:completed":
@@ -169,23 +169,10 @@ def described_end(status: int) -> str:
     return f"the simulation's process ended with status {status}"
 
 
-def only_run(superlink: SuperLink) -> dict[str, Any]:
-    """Return what Flower says of the one run of a private SuperLink.
-
-    Raises:
-        RuntimeError: Flower does not answer as expected.
-    """
-    command = ["flwr", "list", CONNECTION, "--format", "json"]
-    listed = subprocess.run(
-        command,
-        cwd=superlink.folder,
-        env=superlink.environment,
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
+def _only_run(superlink: SuperLink) -> dict[str, Any]:
+    answer = flwr("list", CONNECTION, environment=superlink.environment)
     try:
-        runs: list[dict[str, Any]] = json.loads(listed.stdout)["runs"]
-        return runs[0]
-    except (json.JSONDecodeError, KeyError, IndexError) as error:
-        raise RuntimeError(f"`flwr list` said {listed.stdout!r} {listed.stderr!r}") from error
+        run: dict[str, Any] = answer["runs"][0]
+    except (KeyError, IndexError) as error:
+        raise NoAnswer(f"`flwr list` named no run: {answer}") from error
+    return run
