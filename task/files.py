@@ -125,20 +125,20 @@ def write_json(path: Path, content: object) -> None:
     Raises:
         ValueError: a number is not finite, which JSON has no word for; names its place.
     """
-    for place, number in _not_finite(content):
+    for place, number in _infinite_numbers(content):
         raise ValueError(f"{path}: {place} must be finite, got {number}; it is not written")
     with atomic_path(path) as aside:
         aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _not_finite(content: object, place: str = "") -> Iterator[tuple[str, float]]:
+def _infinite_numbers(content: object, place: str = "") -> Iterator[tuple[str, float]]:
     """Yield the place and the value of every number that is not finite."""
     if isinstance(content, Mapping):
         for key, value in content.items():
-            yield from _not_finite(value, f"{place}.{key}" if place else str(key))
+            yield from _infinite_numbers(value, f"{place}.{key}" if place else str(key))
     elif isinstance(content, list | tuple):
         for number, value in enumerate(content):
-            yield from _not_finite(value, f"{place}[{number}]")
+            yield from _infinite_numbers(value, f"{place}[{number}]")
     elif isinstance(content, float) and not math.isfinite(content):
         yield place, content
 

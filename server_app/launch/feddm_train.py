@@ -148,7 +148,7 @@ def _hydra_main(composed: DictConfig) -> None:
         with leaving_no_empty_run(run_path(config)):
             if not sweep:
                 check_startable(config)
-            from server_app.launch.job import equal_finished_run, go_on_with_sweep, train
+            from server_app.launch.job import equal_finished_run, go_on_with_sweep, run_job
 
             if sweep:
                 config = go_on_with_sweep(config)
@@ -156,7 +156,7 @@ def _hydra_main(composed: DictConfig) -> None:
             if sweep and (done := equal_finished_run(config)) is not None:
                 print(f"finished already: {done}", flush=True)
                 return
-            train(config, words)
+            run_job(config, words)
     except KeyboardInterrupt:
         print(f"feddm-train: interrupted; {how_to_go_on(config, sweep=sweep)}", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""The job of `feddm-train`: a run, federated through `flwr run`, or centralized."""
+"""One run of `feddm-train`: federated through `flwr run`, or centralized in this process."""
 
 import dataclasses
 import os
@@ -15,10 +15,11 @@ from server_app.launch.fit_to_images import named
 from server_app.launch.plan import describe_plan, how_to_train_on
 from server_app.launch.simulation import simulate
 from task.checks import require
-from task.config import CONF_DIR, FITTED_VALUES, OWN_IMAGES, Config, flat_values, hydra_override
+from task.config import FITTED_VALUES, OWN_IMAGES, Config, flat_values, hydra_override
 from task.data import Dataset
 from task.data.partition import partition_dataset
 from task.evaluation.features import build_extractor
+from task.fingerprint import ROOT
 from task.runs.repeat import as_toml
 from task.runs.run import find_runs
 from task.runs.run_directory import (
@@ -32,7 +33,6 @@ from task.runs.run_directory import (
 from task.training.devices import is_compiled, select_device, torch_configured
 from task.training.distributed import count_processes
 
-CHECKOUT = CONF_DIR.parent
 RAY_ANSWER_SECONDS = 10.0
 
 
@@ -56,7 +56,7 @@ def equal_finished_run(config: Config) -> Path | None:
     return None
 
 
-def train(config: Config, overrides: list[str]) -> None:
+def run_job(config: Config, overrides: list[str]) -> None:
     """Run the job of a configuration to its end.
 
     Args:
@@ -68,9 +68,9 @@ def train(config: Config, overrides: list[str]) -> None:
         ValueError: the run cannot be started or resumed as configured.
         RuntimeError: the run failed.
     """
-    if not (CHECKOUT / "pyproject.toml").is_file():
+    if not (ROOT / "pyproject.toml").is_file():
         raise RuntimeError(
-            f"feddm-train runs from a checkout of feddm, and {CHECKOUT} is none; "
+            f"feddm-train runs from a checkout of feddm, and {ROOT} is none; "
             "clone the repository and install it with `pip install -e .`"
         )
     check_machine(config)
@@ -86,9 +86,9 @@ def train(config: Config, overrides: list[str]) -> None:
     for line in describe_plan(config, dataset):
         print(line, flush=True)
     if config.train.mode == "centralized":
-        train_here(config)
+        train_centralized(config)
     else:
-        submit(config, overrides)
+        train_federated(config, overrides)
     if config.data.name in OWN_IMAGES:
         print(how_to_train_on(config), flush=True)
     print(f"results: {run_path(config)}", flush=True)
@@ -179,8 +179,8 @@ def check_images(config: Config) -> Dataset:
     return dataset
 
 
-def train_here(config: Config) -> None:
-    """Train the centralised baseline in this process."""
+def train_centralized(config: Config) -> None:
+    """Train the centralized baseline in this process."""
     directory = RunDirectory(config)
     deterministic = config.train.deterministic
     try:
@@ -193,7 +193,7 @@ def train_here(config: Config) -> None:
         torch.cuda.empty_cache()
 
 
-def submit(config: Config, overrides: list[str]) -> None:
+def train_federated(config: Config, overrides: list[str]) -> None:
     """Submit a federated run to a SuperLink of its own and follow it to its end.
 
     Args:
@@ -226,7 +226,7 @@ def submit(config: Config, overrides: list[str]) -> None:
         return as_toml({"overrides": shlex.join([*job, begun])})
 
     simulate(
-        CHECKOUT,
+        ROOT,
         run_config=run_config,
         federation_config=f"num-supernodes={federation.num_supernodes} "
         f"client-resources-num-cpus={federation.cpus_per_client} "

@@ -12,7 +12,7 @@ from task.fingerprint import ROOT, code_fingerprint
 from task.runs.repeat import Word
 from task.runs.run_directory import SUBMISSION_FILE, RunDirectory
 
-Kind = TypeVar("Kind")
+Stored = TypeVar("Stored")
 
 # What a resubmission says by itself.
 SETTLED = ("output_dir", "run_name", "resume")
@@ -72,7 +72,7 @@ def settled_words(run_config: Mapping[str, Word], path: Path) -> dict[str, Word]
     return {**words, "output_dir": str(path.parent), "run_name": path.name}
 
 
-def read_as(kind: type[Kind], file: Path) -> Kind:
+def read_as(kind: type[Stored], file: Path) -> Stored:
     """Read a JSON file with the fields of a dataclass: a `Submission` or a `Supervision`.
 
     Raises:

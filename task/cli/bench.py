@@ -4,9 +4,7 @@ import os
 import sys
 from typing import NoReturn
 
-from task.config import CONF_DIR
-
-CHECKOUT = CONF_DIR.parent
+from task.fingerprint import ROOT
 
 
 def run_benchmarks(arguments: list[str]) -> NoReturn:
@@ -18,12 +16,12 @@ def run_benchmarks(arguments: list[str]) -> NoReturn:
     Raises:
         FileNotFoundError: feddm is installed without its checkout.
     """
-    if not (CHECKOUT / "tests" / "benchmarks" / "__main__.py").is_file():
+    if not (ROOT / "tests" / "benchmarks" / "__main__.py").is_file():
         raise FileNotFoundError(
-            f"feddm bench runs from a checkout of feddm, and {CHECKOUT} is none; "
+            f"feddm bench runs from a checkout of feddm, and {ROOT} is none; "
             "clone the repository and install it with `pip install -e .`"
         )
     # -P: no other package `tests`, that of the working directory, is taken for it.
     command = [sys.executable, "-P", "-m", "tests.benchmarks", *arguments]
-    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": path})

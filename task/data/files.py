@@ -49,7 +49,7 @@ def load_files(data: DataConfig) -> Dataset:
         data.window,
     )
     train, test = list_files(data)
-    (images, train), (test_images, test) = _open(train, data), _open(test, data)
+    (images, train), (test_images, test) = _read_split(train, data), _read_split(test, data)
     if len(train) == 0:
         raise ValueError(
             f"data.root={data.root}: none of its images can be read; "
@@ -109,7 +109,7 @@ def _split(train: Listing, test: Listing | None, data: DataConfig) -> tuple[List
     return replace(train.subset(kept), left_out=train.left_out), train.subset(held_out)
 
 
-def _open(listing: Listing, data: DataConfig) -> tuple[ImageSet, Listing]:
+def _read_split(listing: Listing, data: DataConfig) -> tuple[ImageSet, Listing]:
     """Decode the files of a split; returns the images, and the listing of those that are read."""
     window = None if data.window is None else (data.window[0], data.window[1])
     kind = FILE_SETS[data.name]

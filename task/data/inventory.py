@@ -66,7 +66,7 @@ class Inventory:
         left_out = sum(self.left_out.values())
         if left_out:
             total = sum(self.train) + sum(self.test) + left_out
-            used = f"{total:,} in all: {used}, {_described(_kinds(self.left_out))}"
+            used = f"{total:,} in all: {used}, {_most_common(_kinds(self.left_out))}"
         yield used
         if self.note:
             yield self.note
@@ -103,7 +103,7 @@ class Inventory:
         test = self.test[self.classes.index(name)]
         kinds = _kinds({key: n for key, n in self.left_out.items() if key[0] == name})
         held = [f"{test:,} images to test with"] if test else []
-        return ", ".join([*held, _described(kinds)] if kinds else held) or "no file at all"
+        return ", ".join([*held, _most_common(kinds)] if kinds else held) or "no file at all"
 
 
 def inventory_of_listings(classes: Sequence[str], train: Listing, test: Listing) -> Inventory:
@@ -140,7 +140,7 @@ def _kinds(left_out: Mapping[tuple[str, str], int]) -> Counter[str]:
     return kinds
 
 
-def _described(kinds: Counter[str]) -> str:
+def _most_common(kinds: Counter[str]) -> str:
     named = [f"{number:,} {kind}" for kind, number in kinds.most_common(MAX_KINDS)]
     rest = kinds.total() - sum(number for _, number in kinds.most_common(MAX_KINDS))
     if rest:

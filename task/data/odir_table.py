@@ -40,7 +40,7 @@ def read_odir_table(table: Path) -> list[OdirRow]:
             no class or several, a file outside of the folder, or one that another row names too.
     """
     rows: dict[str, OdirRow] = {}
-    for row in _rows(table):
+    for row in _table_rows(table):
         other = rows.setdefault(row.filename, row)
         if other is not row:
             raise ValueError(
@@ -50,8 +50,8 @@ def read_odir_table(table: Path) -> list[OdirRow]:
     return [*rows.values()]
 
 
-def _rows(table: Path) -> Iterator[OdirRow]:
-    reader = csv.DictReader(io.StringIO(_text(table), newline=""), strict=True)
+def _table_rows(table: Path) -> Iterator[OdirRow]:
+    reader = csv.DictReader(io.StringIO(_table_text(table), newline=""), strict=True)
     try:
         columns = list(reader.fieldnames or [])
         require(
@@ -61,7 +61,7 @@ def _rows(table: Path) -> Iterator[OdirRow]:
             columns,
         )
         for row in reader:
-            yield _row(row, reader.line_num, f"{table}, line {reader.line_num}")
+            yield _checked_row(row, reader.line_num, f"{table}, line {reader.line_num}")
     except csv.Error as error:
         raise ValueError(
             f"{table}, line {reader.line_num}: it must be a table of values between commas, with "
@@ -69,7 +69,7 @@ def _rows(table: Path) -> Iterator[OdirRow]:
         ) from error
 
 
-def _text(table: Path) -> str:
+def _table_text(table: Path) -> str:
     content = table.read_bytes()
     try:
         return content.decode("utf-8-sig")
@@ -81,7 +81,7 @@ def _text(table: Path) -> str:
         ) from error
 
 
-def _row(row: dict[Any, Any], line: int, place: str) -> OdirRow:
+def _checked_row(row: dict[Any, Any], line: int, place: str) -> OdirRow:
     require(
         None not in row.values() and not any(row.get(None, ())),
         place,
@@ -97,20 +97,20 @@ def _row(row: dict[Any, Any], line: int, place: str) -> OdirRow:
         "that of a photograph, in the folder of all of them or below it",
         filename,
     )
-    label = _label(labels, f"{place}: labels of {filename}")
-    return OdirRow(line, _number(patient), str(path), label)
+    label = _class_name(labels, f"{place}: labels of {filename}")
+    return OdirRow(line, _without_zeros(patient), str(path), label)
 
 
 def _leaves(path: PurePosixPath) -> bool:
     return path.is_absolute() or ".." in path.parts
 
 
-def _number(patient: str) -> str:
+def _without_zeros(patient: str) -> str:
     number = re.fullmatch(r"0*(\d+)(\.0*)?", patient)
     return patient if number is None else number[1]
 
 
-def _label(labels: str, name: str) -> str:
+def _class_name(labels: str, name: str) -> str:
     try:
         (label,) = ast.literal_eval(labels)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:

@@ -368,6 +368,6 @@ def test_command_runs_from_anywhere_and_says_how_long_it_takes(tmp_path: Path) -
 
 
 def test_command_needs_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("task.cli.bench.CHECKOUT", tmp_path)
+    monkeypatch.setattr("task.cli.bench.ROOT", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"runs from a checkout .*clone the repository"):
         run_benchmarks([])

@@ -19,8 +19,8 @@ from server_app.launch.job import (
     check_machine,
     equal_finished_run,
     go_on_with_sweep,
-    submit,
-    train,
+    run_job,
+    train_federated,
 )
 from task.config import Config, anchored, hydra_override, load_config, load_run_config
 from task.data import Dataset, ImageSet
@@ -45,7 +45,7 @@ def job(sweep: Path, name: str, **changes: str | int | bool) -> Config:
 
 @pytest.fixture(scope="module")
 def finished(sweep: Path) -> Path:
-    train(job(sweep, "first"), [])
+    run_job(job(sweep, "first"), [])
     return sweep / "first"
 
 
@@ -307,5 +307,5 @@ def test_simulation_composes_the_configuration_of_its_job(
         "server_app.launch.job.simulate",
         lambda app, run_config, **_: submitted.append(run_config()),
     )
-    submit(config, words)
+    train_federated(config, words)
     assert load_run_config(tomllib.loads(submitted[0])) == config
