@@ -8,7 +8,8 @@ from torch import Tensor
 
 from task.checks import require
 from task.config import Config
-from task.data.decode import decode_picture, resize_decoded
+from task.data.pictures import decode_picture
+from task.data.shape import resize_decoded
 from task.generation.folder import write_image
 from task.generation.images import class_labels
 from task.generation.restoration import (

@@ -1,7 +1,8 @@
 """The data sets: read, brought to the shape that the model sees, split, normalised.
 
 Images stay uint8 NCHW; batches are normalised on the device that trains. `packaged` reads what
-comes with a library; what lies in files goes `listing` -> `decode` -> `cache`, joined in `files`.
+comes with a library; what lies in files goes `listing` -> `pictures` or `dicom` -> `shape` ->
+`cache`, joined in `files`.
 """
 
 from task.config import FILE_SETS, Config

@@ -233,20 +233,20 @@ def _show(
 ) -> np.ndarray:
     """Choose what is shown of the rescaled values, as float64 in [0, 255]."""
     if window is not None:
-        return apply_window(values, *window)
+        return _apply_window(values, *window)
     if "VOILUTSequence" in file:
         return _apply_voi_lut(values, file)
     own = [float(np.ravel(file[name].value)[0]) if name in file else None for name in WINDOW]
     center, width = own
     if center is not None and width is not None:
-        return apply_window(values, center, width, str(file.get("VOILUTFunction", "LINEAR")))
+        return _apply_window(values, center, width, str(file.get("VOILUTFunction", "LINEAR")))
     require(center is width, " and ".join(WINDOW), "both there or neither; data.window wins", own)
     low, high = float(values[~padding].min()), float(values[~padding].max())
     stretched: np.ndarray = ((values - low) * (255 / max(high - low, 1e-12))).clip(0, 255)
     return stretched
 
 
-def apply_window(
+def _apply_window(
     values: np.ndarray, center: float, width: float, function: str = "LINEAR"
 ) -> np.ndarray:
     """Map a window to [0, 255] and cut off what lies outside.

@@ -11,19 +11,13 @@ from torch import Tensor
 from task.checks import require
 from task.config import FILE_SETS, DataConfig, require_folder
 from task.data.cache import cached_images
-from task.data.decode import (
-    crop_round_field,
-    decode_dicom,
-    decode_picture,
-    dicom_size,
-    picture_size,
-    resize_decoded,
-    to_square,
-)
-from task.data.forms import DICOM, PICTURES
+from task.data.dicom import decode_dicom, dicom_size
+from task.data.file_kinds import DICOM, PICTURES
 from task.data.images import Dataset, ImageSet
 from task.data.inventory import inventory_of_listings
 from task.data.listing import Listing, list_class_folders, list_odir
+from task.data.pictures import decode_picture, picture_size
+from task.data.shape import crop_round_field, resize_decoded, to_square
 from task.data.split import split_validation
 from task.data.walk import check_readable
 from task.randomness import Stream, numpy_generator

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from task.data.forms import DICOM as DICOM
-from task.data.forms import PICTURES, Form, other_kind
+from task.data.file_kinds import PICTURES, FileKind, other_kind
 from task.data.odir_table import ODIR_COLUMNS, ODIR_TABLE, OdirRow, read_odir_table
 from task.data.walk import FILE, FOLDER, HIDDEN_FOLDER, count_files, entries, files_below
 
@@ -65,7 +64,7 @@ class Listing:
 
 
 def list_class_folders(
-    root: Path, classes: Sequence[str], form: Form
+    root: Path, classes: Sequence[str], form: FileKind
 ) -> tuple[Listing, Listing | None]:
     """List `root/train/<class>/**` and `root/test/<class>/**`, or `root/<class>/**`.
 
@@ -95,7 +94,7 @@ def list_class_folders(
     return listing, held_out
 
 
-def _list_classes(folder: Path, classes: Sequence[str], form: Form) -> Listing:
+def _list_classes(folder: Path, classes: Sequence[str], form: FileKind) -> Listing:
     listing = Listing([], np.empty(0, dtype=np.int64))
     labels: list[int] = []
     for path, kind in entries(folder):
@@ -116,7 +115,7 @@ def _list_classes(folder: Path, classes: Sequence[str], form: Form) -> Listing:
     return replace(listing, labels=np.array(labels, dtype=np.int64))
 
 
-def _images_below(folder: Path, form: Form) -> tuple[list[Path], Counter[str]]:
+def _images_below(folder: Path, form: FileKind) -> tuple[list[Path], Counter[str]]:
     files, left_out = files_below(folder)
     images = []
     for path in files:

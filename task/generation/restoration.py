@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from task.checks import require, require_one_of
 from task.config import DIFFUSION_CHOICES, Config, changed_config
 from task.data import normalize
-from task.data.decode import LUMA
+from task.data.shape import LUMA
 from task.generation.images import GeneratedImages, image_shape
 from task.generators.diffusion.noise_schedule import NoiseSchedule, build_schedule
 from task.generators.diffusion.objective import Model

@@ -22,8 +22,9 @@ from client_app.workspace import Workspace
 from task.config import hydra_override, load_config
 from task.data import Dataset, build_dataset, cache, take_inventory
 from task.data.cache import cache_key, cached_images, read_state, report_unreadable
-from task.data.decode import decode_picture, resize_decoded
 from task.data.listing import class_label
+from task.data.pictures import decode_picture
+from task.data.shape import resize_decoded
 from tests.helpers import bound_by_modes, node_context
 from tests.image_files import HOUNSFIELD, RESCALED, picture, write_dicom
 

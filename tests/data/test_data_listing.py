@@ -16,9 +16,8 @@ from server_app.dataset import load_images, record_data
 from task.config import load_config
 from task.data import Dataset, ImageSet, Inventory, build_dataset, list_dataset, take_inventory
 from task.data.duplicates import Duplicates, count_across_clients, find_duplicates
+from task.data.file_kinds import DICOM, PICTURES
 from task.data.listing import (
-    DICOM,
-    PICTURES,
     Listing,
     class_label,
     list_class_folders,

@@ -22,14 +22,9 @@ from pydicom.sequence import Sequence
 from pydicom.uid import JPEGLossless
 from torchvision.transforms import v2
 
-from task.data.decode import (
-    crop_round_field,
-    decode_dicom,
-    decode_picture,
-    picture_size,
-    resize_decoded,
-    to_square,
-)
+from task.data.dicom import decode_dicom
+from task.data.pictures import decode_picture, picture_size
+from task.data.shape import crop_round_field, resize_decoded, to_square
 from tests.image_files import HOUNSFIELD, RESCALED, picture, write_dicom, write_tiff
 
 # The ramp from black to white that most files of these tests hold.

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from task.config import load_config
-from task.data.decode import LUMA
+from task.data.shape import LUMA
 from task.generation.restoration import (
     BlockMean,
     Luma,

@@ -1,7 +1,4 @@
-"""One file to one image: decoded, brought to a square and to the size that the model sees.
-
-`pictures` and `dicom` decode to [C, H, W] float32 in [0, 255], C = 1 (gray) or 3, of any size.
-"""
+"""An image of any size to what the model sees: a square, of its size, gray or in color."""
 
 import torch
 from torch import Tensor
@@ -9,22 +6,7 @@ from torch.nn import functional as F
 
 from task.checks import require_one_of
 from task.config import DATA_FITS
-from task.data.dicom import apply_window, decode_dicom, dicom_size
 from task.data.images import resize
-from task.data.pictures import PICTURE_FORMATS, decode_picture, picture_size
-
-__all__ = [
-    "LUMA",
-    "PICTURE_FORMATS",
-    "apply_window",
-    "crop_round_field",
-    "decode_dicom",
-    "decode_picture",
-    "dicom_size",
-    "picture_size",
-    "resize_decoded",
-    "to_square",
-]
 
 # JPEG leaves the black around a fundus photograph a little grey.
 BLACK = 16

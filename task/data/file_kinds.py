@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from task.data.decode import PICTURE_FORMATS
+from task.data.pictures import PICTURE_FORMATS
 
 UNOPENED = "files that cannot be opened"
 
@@ -26,7 +26,7 @@ NO_IMAGES = frozenset(
 
 
 @dataclass(frozen=True)
-class Form:
+class FileKind:
     """A kind of image files.
 
     Attributes:
@@ -60,11 +60,11 @@ def is_dicom(file: BinaryIO) -> bool:
     return file.read(4) == b"DICM"
 
 
-PICTURES = Form("pictures", (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"), is_picture)
-DICOM = Form("DICOM files", (".dcm", ".dicom"), is_dicom)
+PICTURES = FileKind("pictures", (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"), is_picture)
+DICOM = FileKind("DICOM files", (".dcm", ".dicom"), is_dicom)
 
 
-def other_kind(path: Path, form: Form) -> str | None:
+def other_kind(path: Path, form: FileKind) -> str | None:
     """Say what a file is that is none of a kind; None where it is one.
 
     A file is one by its ending or, where that is another, by its content.
