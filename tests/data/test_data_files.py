@@ -179,18 +179,18 @@ def test_folder_like_two_classes_is_of_neither() -> None:
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_pictures_become_square_by_crop_pad_or_stretch(tmp_path: Path, wide: bool) -> None:
-    pixels = torch.from_numpy(picture(0, size=8)[:, :4].copy()).permute(2, 0, 1)
+    pixels = torch.from_numpy(picture(0, size=16)[:, :8].copy()).permute(2, 0, 1)
     pixels = pixels.mT if wide else pixels
     (tmp_path / "set" / "a").mkdir(parents=True)
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "set" / "a" / "x.png")
-    middle = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    (middle[:, 2:6] if wide else middle[..., 2:6]).copy_(pixels)
-    cropped = pixels[..., 2:6] if wide else pixels[:, 2:6]
+    middle = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    (middle[:, 4:12] if wide else middle[..., 4:12]).copy_(pixels)
+    cropped = pixels[..., 4:12] if wide else pixels[:, 4:12]
     for fit, size, expected in (
-        ("pad", 8, middle),
-        ("crop", 4, cropped),
-        ("crop", 8, resize_decoded(cropped.float(), 8, 3)),
-        ("stretch", 8, resize_decoded(pixels.float(), 8, 3)),
+        ("pad", 16, middle),
+        ("crop", 8, cropped),
+        ("crop", 16, resize_decoded(cropped.float(), 16, 3)),
+        ("stretch", 16, resize_decoded(pixels.float(), 16, 3)),
     ):
         found = load(tmp_path / "set", image_size=size, fit=fit).train.images
         assert torch.equal(found[0], expected)
@@ -227,12 +227,12 @@ def test_cifar10_files_keep_what_pillow_reads(tmp_path: Path) -> None:
 def test_dicom_folder_is_read_with_its_window(tmp_path: Path) -> None:
     for i in range(4):
         write_dicom(tmp_path / "set" / "ab"[i % 2] / f"{i}.dcm", HOUNSFIELD + i, **RESCALED)
-    whole = load(tmp_path / "set", "dicom_folder", image_size=2, channels=1)
-    lungs = load(tmp_path / "set", "dicom_folder", image_size=2, channels=1, window=[-600, 1500])
+    whole = load(tmp_path / "set", "dicom_folder", channels=1)
+    lungs = load(tmp_path / "set", "dicom_folder", channels=1, window=[-600, 1500])
     assert whole.train.labels.tolist() == [0, 0, 1, 1]
-    assert whole.train.images[0].flatten().tolist() == [0, 51, 66, 255]
+    assert whole.train.images[0, 0, ::7, ::7].flatten().tolist() == [0, 51, 66, 255]
     # -1024 HU: ((-1024 + 600.5) / 1499 + 0.5) * 255 = 55.46
-    assert lungs.train.images[0].flatten().tolist() == [55, 196, 236, 255]
+    assert lungs.train.images[0, 0, ::7, ::7].flatten().tolist() == [55, 196, 236, 255]
 
 
 def test_multi_frame_and_strange_dicom_files_are_refused_by_name(tmp_path: Path) -> None:
