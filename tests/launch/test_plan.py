@@ -138,9 +138,9 @@ def test_finished_run_says_how_to_train_longer(tmp_path: Path, position: float, 
     path = written_run(tmp_path / "x", recorded, rounds_done=2)
     text = how_to_train_on(run_config(path))
     assert said in text
-    *_, rounds, output_dir, run_name, resume = shlex.split(text)
-    assert (rounds, output_dir) == ("federation.rounds=4", f"output_dir={tmp_path}")
-    assert (run_name, resume) == ("run_name=x", "resume=true")
+    words = shlex.split(text)
+    assert words[-3:] == [f"output_dir={tmp_path}", "run_name=x", "resume=true"]
+    assert "federation.rounds=4" in words
 
 
 def test_plan_says_images_hospitals_training_and_time(
