@@ -13,6 +13,7 @@ from task.data import Dataset
 from task.generators.diffusion.objective import build_objective
 from task.progress import progress
 from task.randomness import Stream, torch_generator
+from task.runs.records import TEST, TRAIN, Record
 from task.runs.run_directory import POOLED_FILE, RunDirectory
 from task.training.devices import compile_where_wanted, keep_freed_memory, move, torch_configured
 from task.training.distributed import count_processes, train_in_processes
@@ -112,8 +113,13 @@ class CentralizedTraining(RoundLoop):
         if not all(bool(t.isfinite().all()) for t in self.model.state_dict().values()):
             raise self.diverged(server_round, "weights that are not finite")
         self.weights = {n: t.detach().cpu().clone() for n, t in self.model.state_dict().items()}
-        told = {"train_loss": result.loss, "images_per_second": result.images_per_second}
-        self.directory.record(server_round, "global", told)
+        n = len(self.dataset.train)
+        self.directory.record(
+            [
+                Record(server_round, "loss", result.loss, reference=TRAIN, n=n),
+                Record(server_round, "images_per_second", result.images_per_second),
+            ]
+        )
         epochs = server_round * config.train.local_epochs
         return f"train loss {result.loss:.4f}, {epochs} epochs"
 
@@ -134,7 +140,7 @@ class CentralizedTraining(RoundLoop):
         )
         if not math.isfinite(loss):
             raise self.diverged(server_round, f"test loss {loss}")
-        self.directory.record(server_round, "global", {"test_loss": loss})
+        self.directory.record([Record(server_round, "loss", loss, reference=TEST, n=len(test))])
         return f"test loss {loss:.4f}"
 
     def state(self) -> dict[str, Weights]:

@@ -1,6 +1,5 @@
 """What is drawn and measured of the global weights, on the way and at the end."""
 
-import dataclasses
 import json
 import time
 from abc import ABC, abstractmethod
@@ -12,19 +11,18 @@ import torch
 from torch import Tensor
 
 from server_app.hospital_scores import (
-    SCORED,
     Scores,
     check_scoring,
     combined_scores,
     describe_means,
-    describe_scoring,
     is_scored,
+    score_records,
     scored_labels,
+    scoring_settings,
     wants_scores,
 )
 from server_app.launch.time_estimate import seconds_to_draw
 from server_app.log import log
-from server_app.messages import recorded_name
 from task.checks import require
 from task.config import MIN_MEASURED_IMAGES, Config
 from task.data import Dataset, ImageSet
@@ -40,13 +38,14 @@ from task.evaluation.features import FeatureExtractor, build_extractor
 from task.generation.draw_images import balanced_labels, draw_images, full_labels
 from task.generation.grids import mosaic, save_sample_grid
 from task.generators.diffusion.unet import UNet
-from task.protocol.wire import QUALITY, Key
+from task.protocol.wire import Key
 from task.randomness import Stream
 from task.runs.checkpoint import load_weights
+from task.runs.records import SCORING_CLIENTS, Record, Records, read_records
 from task.runs.run_directory import (
+    METRICS_FILE,
     NODES_FILE,
     RunDirectory,
-    read_metrics,
     weights_file,
 )
 
@@ -72,10 +71,8 @@ def is_measured(path: Path, config: Config) -> bool:
             "num_per_class": config.eval.num_per_class,
         }
         return all(found.get(name) == value for name, value in asked.items())
-    return config.eval.num_images == 0 or any(
-        metric["round"] == last and metric["name"] == "class_agreement"
-        for metric in read_metrics(path)
-    )
+    measured = read_records(path / METRICS_FILE).by_round("class_agreement")
+    return config.eval.num_images == 0 or last in measured
 
 
 def check_numbers(config: Config, dataset: Dataset) -> None:
@@ -272,14 +269,15 @@ class PooledEvaluation(GlobalEvaluation):
         num_classes = len(config.data.classes)
         labels = balanced_labels(config.eval.num_images, num_classes)
         images = self._draw(weights, labels, Stream.FINAL_IMAGES)
-        found = quick_measures(config, images, dataset, device=self._device)
-        self._directory.record(server_round, "global", found)
-        real = found.get("classifier_test_accuracy")
+        found = quick_measures(config, images, dataset, server_round, device=self._device)
+        self._directory.record(found)
+        measured = Records(tuple(found))
+        real = measured.value("class_agreement", real=True)
         beside = "there are no real test images" if real is None else f"of real ones in {real:.1%}"
         log(
             f"a classifier trained on the real images finds the asked class in "
-            f"{found['class_agreement']:.1%} of {len(images)} generated images ({beside}, by "
-            f"chance in {found['chance_agreement']:.1%})"
+            f"{measured.value('class_agreement'):.1%} of {len(images)} generated images ({beside}, "
+            f"by chance in {measured.value('chance_agreement'):.1%})"
         )
 
     def _report(self, weights: Mapping[str, Tensor], *, full: bool) -> MetricReport:
@@ -304,9 +302,7 @@ class PooledEvaluation(GlobalEvaluation):
         )
 
     def _record(self, server_round: int, report: MetricReport) -> None:
-        described = dataclasses.asdict(report.label).keys() - {"n_generated", "n_scored"}
-        found = {n: v for n, v in report.describe().items() if n not in described}
-        self._directory.record(server_round, "global", found)
+        self._directory.record(report.records(server_round))
 
 
 class HospitalEvaluation(GlobalEvaluation):
@@ -378,13 +374,14 @@ class HospitalEvaluation(GlobalEvaluation):
                 f"round {server_round}: {without} hospitals decline to score or have too few images"
             )
         means = combined_scores(scores, self._config) if scores else None
-        told: dict[str, str | int | float] = {
-            recorded_name(QUALITY, name): value for name, value in (means or {}).items()
-        }
+        config, n = self._config, len(images)
+        if means is not None:
+            self._directory.record(
+                score_records(server_round, means, config, n=n, num_clients=len(scores))
+            )
         # Without any answer the scoring is still to be done: a resumed run asks again.
         if answers:
-            told["quality_num_hospitals"] = len(scores)
-            if last:
-                told[SCORED] = describe_scoring(self._config)
-        self._directory.record(server_round, "global", told)
+            context = scoring_settings(config)
+            scored = Record(server_round, SCORING_CLIENTS, len(scores), n=n, context=context)
+            self._directory.record([scored])
         return means, len(scores)

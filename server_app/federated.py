@@ -41,14 +41,19 @@ from server_app.exchange import (
     exchange,
     is_silent,
 )
-from server_app.hospital_scores import QUALITY_TYPE, Scores, check_scores, scores_of
+from server_app.hospital_scores import (
+    QUALITY_TYPE,
+    Scores,
+    check_scores,
+    score_records,
+    scores_of,
+)
 from server_app.log import log
 from server_app.messages import (
     images_record,
     packed_record,
     packed_weights,
     record_of,
-    recorded_name,
 )
 from server_app.nodes import GRACE_SECONDS, QUERY_TIMEOUT_SECONDS, Nodes, sample_clients
 from server_app.robust import build_aggregation
@@ -59,19 +64,19 @@ from task.data.partition import partition_dataset
 from task.memory import total_memory
 from task.progress import tracked
 from task.protocol.wire import QUALITY, Key, WeightLayout
+from task.runs.records import LEFT_OUT, TEST, TRAIN, Record, records_of
 from task.runs.repeat import describe_report_of
 from task.runs.run_directory import CLASS_COUNTS_FILE, NODES_FILE, RunDirectory, client_numbers
 
-# What is written down of a client's training, whatever else it sends.
-TRAIN_METRICS = (
-    Key.NUM_EXAMPLES,
-    Key.LOSS,
-    Key.SECONDS,
-    Key.SECONDS_BESIDE,
-    Key.IMAGES_PER_SECOND,
-)
 # How far the weights of a client lie from those that it was sent; the server's own measurement.
 UPDATE_NORM = "update-norm"
+# What is recorded of a client's training beside its loss, whatever else it sends.
+TRAIN_METRICS = {
+    Key.SECONDS: "seconds",
+    Key.SECONDS_BESIDE: "seconds_beside",
+    Key.IMAGES_PER_SECOND: "images_per_second",
+    UPDATE_NORM: "update_norm",
+}
 
 # Seconds between two looks for replies: a simulation's network is in memory, and Flower hands
 # messages out there every 0.1 s, which a client's turn cannot be quicker than.
@@ -263,7 +268,7 @@ class FederatedTraining(RoundLoop):
         if wanted is not None:
             log(f"round {server_round}: clients {' '.join(map(str, clients))}")
         losses: dict[int, tuple[int, float]] = {}
-        told: list[tuple[int, Mapping[Any, Any]]] = []
+        told: list[Record] = []
         kept = self.clients_to_keep(server_round, clients)
         packed = self._layout.pack(self.weights, federation.wire_dtype)
         check_train = self.training_check(packed, len(clients))
@@ -275,8 +280,11 @@ class FederatedTraining(RoundLoop):
                 now = time.monotonic()
                 metrics = possible_times(reply.content, now - sent)
                 self.phases.trained(metrics.get(Key.SECONDS, 0.0), since=sent, until=now)
-                names = [name for name in (*TRAIN_METRICS, UPDATE_NORM) if name in metrics]
-                told.append((client, {name: metrics[name] for name in names}))
+                told.append(loss_record(server_round, losses[client], TRAIN, client))
+                spent = {
+                    name: metrics[key] for key, name in TRAIN_METRICS.items() if key in metrics
+                }
+                told.extend(records_of(server_round, spent, client=client))
                 if client in kept:
                     own = self._layout.unpack(packed_weights(reply.content))
                     self.directory.save_local_model(server_round, client, own)
@@ -294,21 +302,27 @@ class FederatedTraining(RoundLoop):
                 f"({described(self._left_out)})"
             )
         told += self.held_to_their_share(server_round, losses)
-        told += [(client, {"left_out": str(why)}) for client, why in self._left_out.items()]
-        for client, values in told:
-            self.record(server_round, client, "train", values)
+        told += [
+            left_out_record(server_round, client, MessageType.TRAIN, why)
+            for client, why in self._left_out.items()
+        ]
+        self.directory.record(told)
         self.weights = self._layout.unpack(arrays[Key.PACKED].numpy())
         self.ema = moving_average(self.ema, self.weights, federation.ema_decay)
         loss = float(metrics[Key.LOSS])  # type: ignore[arg-type]
+        num_images = sum(count for count, _ in losses.values())
         self.directory.record(
-            server_round, "global", {"train_loss": loss, "num_clients": len(losses)}
+            [
+                loss_record(server_round, (num_images, loss), TRAIN),
+                Record(server_round, "num_clients", len(losses)),
+            ]
         )
         found = self._weighing.describe([*losses.values()])
         return f"train loss {found}, {len(losses)} of {len(clients)} clients"
 
     def held_to_their_share(
         self, server_round: int, losses: Mapping[int, tuple[int, float]]
-    ) -> list[tuple[int, Mapping[str, int]]]:
+    ) -> list[Record]:
         """Log which clients count for fewer images than they claim; return what to record of it.
 
         Args:
@@ -326,7 +340,10 @@ class FederatedTraining(RoundLoop):
                 f"as {weights[client]}, at most "
                 f"federation.max_weight_share={self.config.federation.max_weight_share} of all"
             )
-        return [(client, {"counted_images": weights[client]}) for client in held]
+        return [
+            Record(server_round, "counted_images", weights[client], client=client)
+            for client in held
+        ]
 
     def check_not_diverged(self, server_round: int) -> None:
         """Check, where no reply was usable, that it is not because training has diverged.
@@ -386,15 +403,15 @@ class FederatedTraining(RoundLoop):
             metrics = record_of(reply.content, Key.METRICS, MetricRecord)
             if metrics[Key.NUM_EXAMPLES] != 0:
                 losses.append(counted_loss(reply.content))
-                told = dict(zip((Key.NUM_EXAMPLES, Key.LOSS), losses[-1], strict=True))
-                self.record(server_round, client, "test", told)
+                self.directory.record([loss_record(server_round, losses[-1], TEST, client)])
         if not losses:
             # One client of several does not end the run with what it sends.
             if len(self._left_out) == len(clients):
                 self.check_not_diverged(server_round)
             return None
-        loss = self._weighing.combine(losses)
-        self.directory.record(server_round, "global", {"test_loss": loss})
+        num_images = sum(count for count, _ in losses)
+        combined = num_images, self._weighing.combine(losses)
+        self.directory.record([loss_record(server_round, combined, TEST)])
         return f"test loss {self._weighing.describe(losses)}"
 
     def open_evaluation(self) -> GlobalEvaluation:
@@ -414,7 +431,10 @@ class FederatedTraining(RoundLoop):
         clients = list(self._nodes.node_ids)
         for client, reply, _ in self.ask(question, server_round, clients, PhaseTimer()):
             scores = scores_of(reply.content)
-            self.record(server_round, client, QUALITY, scores)
+            n = len(generated)
+            self.directory.record(
+                score_records(server_round, scores, self.config, n=n, client=client)
+            )
             answers.append(scores)
         return answers
 
@@ -494,8 +514,8 @@ class FederatedTraining(RoundLoop):
                     self._nodes.doubt(reply.client, "claims more images than it said it has")
                 # Those of a training are recorded once it has succeeded.
                 if question.message_type != MessageType.TRAIN:
-                    told = {"left_out": str(reason)}
-                    self.record(server_round, reply.client, question.activity, told)
+                    what = left_out_record(server_round, reply.client, question.activity, reason)
+                    self.directory.record([what])
                 continue
             if reply.message is not None and reply.sent is not None:
                 yield reply.client, reply.message, reply.sent
@@ -515,12 +535,19 @@ class FederatedTraining(RoundLoop):
             return simulated_at_once(message_bytes)
         return max(1, int(total_memory() * MEMORY_SHARE) // message_bytes)
 
-    def record(
-        self, server_round: int, client: int, activity: str, values: Mapping[Any, Any]
-    ) -> None:
-        """Write down what is known of a client's activity in a round."""
-        named = {recorded_name(activity, name): value for name, value in values.items()}
-        self.directory.record(server_round, f"client-{client}", named)
+
+def loss_record(
+    server_round: int, counted: tuple[int, float], reference: str, client: int | None = None
+) -> Record:
+    """Make the record of a loss over so many images, of a client or of all of them."""
+    n, loss = counted
+    return Record(server_round, "loss", loss, client=client, reference=reference, n=n)
+
+
+def left_out_record(server_round: int, client: int, activity: str, reason: UnusableReply) -> Record:
+    """Make the record of a reply that is not used."""
+    context = {"activity": activity, "reason": str(reason)}
+    return Record(server_round, LEFT_OUT, 1, client=client, context=context)
 
 
 def possible_times(content: RecordDict, elapsed: float) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from task.checks import require
 from task.config import MIN_MEASURED_IMAGES, Config
 from task.generation.draw_images import balanced_labels
 from task.protocol.wire import QUALITY, Key
-from task.runs.run_directory import read_metrics
+from task.runs.records import HELD_OUT, SCORING_CLIENTS, Record, read_records
+from task.runs.run_directory import METRICS_FILE
 
 QUALITY_TYPE = f"{MessageType.EVALUATE}.{QUALITY}"
 
@@ -42,7 +43,22 @@ CLASS_SCORES: dict[str, tuple[float, float]] = {
     Key.HELD_OUT_ACCURACY: SHARE,
     Key.CHANCE_AGREEMENT: SHARE,
 }
-SCORED = "quality_scored"
+# The metric of each, and whether real images stand in for the generated ones.
+RECORDED: dict[str, tuple[str, bool]] = {
+    Key.FID: ("fid", False),
+    Key.FLOOR_FID: ("fid", True),
+    Key.KID: ("kid", False),
+    Key.FLOOR_KID: ("kid", True),
+    Key.NOISE_POSITION: ("noise_position", False),
+    Key.FLOOR_NOISE_POSITION: ("noise_position", True),
+    Key.PIXEL_COPIED: ("pixel_copied", False),
+    Key.PIXEL_P_VALUE: ("pixel_p_value", False),
+    Key.FEATURE_COPIED: ("feature_copied", False),
+    Key.FEATURE_P_VALUE: ("feature_p_value", False),
+    Key.CLASS_AGREEMENT: ("class_agreement", False),
+    Key.HELD_OUT_ACCURACY: ("class_agreement", True),
+    Key.CHANCE_AGREEMENT: ("chance_agreement", False),
+}
 NUM_CLASS_HOSPITALS = "num-class-hospitals"
 
 
@@ -106,21 +122,63 @@ def has_class_scores(scores: Mapping[str, object]) -> bool:
     return any(name in scores for name in CLASS_SCORES)
 
 
-def describe_scoring(config: Config) -> str:
-    """Say by what the images after the last round are scored: figures of other words differ."""
+def scoring_settings(config: Config) -> dict[str, str | int]:
+    """Return by what images are scored; scores of other settings cannot be compared."""
     chosen = config.eval
-    return (
-        f"{len(scored_labels(config, last=True))} images, extractor {chosen.extractor}, "
-        f"image range {chosen.image_range}, seed {chosen.seed}"
-    )
+    return {
+        "extractor": chosen.extractor,
+        "image_range": chosen.image_range,
+        "seed": chosen.seed,
+    }
 
 
 def is_scored(path: Path, config: Config) -> bool:
     """Whether hospitals have scored the final images of the run in a folder, or are not to."""
-    told = {"round": config.federation.rounds, "name": SCORED, "value": describe_scoring(config)}
-    return not wants_scores(config) or any(
-        all(metric[name] == value for name, value in told.items()) for metric in read_metrics(path)
-    )
+    if not wants_scores(config):
+        return True
+    records = read_records(path / METRICS_FILE).by_round(SCORING_CLIENTS)
+    found = records.get(config.federation.rounds)
+    number = len(scored_labels(config, last=True))
+    return found is not None and (found.n, found.context) == (number, scoring_settings(config))
+
+
+def score_records(
+    server_round: int,
+    scores: Scores,
+    config: Config,
+    *,
+    n: int,
+    client: int | None = None,
+    num_clients: int | None = None,
+) -> list[Record]:
+    """Make the records of the scores of one hospital, or of all of them together.
+
+    Args:
+        server_round: 1-based.
+        scores: of `scores_of` or `combined_scores`.
+        config: of the run.
+        n: how many images were scored.
+        client: the hospital; None: all of them.
+        num_clients: of how many hospitals they are, where it is all of them.
+    """
+    records = [Record(server_round, "num_held_out", scores[Key.NUM_EXAMPLES], client=client)]
+    for name, (metric, real) in RECORDED.items():
+        if name in scores:
+            context: dict[str, str | float] = {**scoring_settings(config)}
+            if num_clients is not None:
+                of_classes = name in CLASS_SCORES
+                context["num_clients"] = scores[NUM_CLASS_HOSPITALS] if of_classes else num_clients
+            records.append(
+                Record(
+                    *(server_round, metric, scores[name]),
+                    client=client,
+                    reference=HELD_OUT,
+                    real=real,
+                    n=n,
+                    context=context,
+                )
+            )
+    return records
 
 
 def scores_of(content: RecordDict) -> Scores:

@@ -23,11 +23,6 @@ def record_of(content: RecordDict, name: str, kind: type[FlowerRecord]) -> Flowe
     return found if isinstance(found, kind) else kind()
 
 
-def recorded_name(activity: str, name: str) -> str:
-    """Name a number of a reply as it is written down: "num-examples" of "train" and so on."""
-    return f"{activity}_{name.replace('-', '_')}"
-
-
 def packed_record(packed: NDArray[np.floating]) -> ArrayRecord:
     """Make the record of packed weights that travels."""
     shape = (len(packed),)

@@ -18,6 +18,7 @@ from task.randomness import Stream, seeded_global_generator, torch_generator
 from task.reporting.history import read_history
 from task.reporting.run_summary import summary_lines
 from task.reporting.warning_signs import closing_lines
+from task.runs.records import Record
 from task.runs.run_directory import (
     DIVERGED,
     MACHINE_FILE,
@@ -241,7 +242,7 @@ class RoundLoop(ABC):
         self.evaluation.draw_grid(server_round, self.final_weights())
         spent = time.monotonic() - start
         self.pace.note("evaluating", spent)
-        self.directory.record(server_round, "global", {"seconds_evaluating": spent})
+        self.directory.record([Record(server_round, "seconds_evaluating", spent)])
         return ", ".join(found)
 
     def finish(self) -> None:

@@ -34,6 +34,7 @@ from task.data import Dataset, build_dataset
 from task.evaluation.copying import Copying
 from task.evaluation.evaluate import Classification, Label, MetricReport, Scores
 from task.protocol.wire import Key
+from task.runs.records import TRAIN, Record
 from task.runs.run_directory import RunDirectory
 
 T = TypeVar("T")
@@ -60,9 +61,6 @@ SMALL_RUN: dict[str, str | int | float | bool] = {
     "eval.images_per_class": 1,
     "eval.num_images": 0,
 }
-
-# A line of a run's metrics: round, who, values by name.
-Recorded = tuple[int, str, dict[str, float | str]]
 
 Handler = Callable[[Message], Message | None]
 Order = Callable[[list[Message]], list[Message]]
@@ -256,7 +254,7 @@ def played(run_config: dict, nodes: ClientNodes, answer: Handler) -> Path:
 
 def written_run(
     folder: Path,
-    recorded: Iterable[Recorded],
+    recorded: Iterable[Record],
     *,
     rounds_done: int,
     files: dict[str, object] | None = None,
@@ -278,8 +276,7 @@ def written_run(
         directory.write_config(config)
         for name, content in (files or {}).items():
             directory.write_json(name, content)
-        for number, who, values in recorded:
-            directory.record(number, who, values)
+        directory.record(recorded)
         weights = initial_model(config).state_dict()
         for number in range(1, rounds_done + 1):
             directory.save_checkpoint(number, weights, {})
@@ -288,14 +285,28 @@ def written_run(
     return folder
 
 
-def losses(number: int, by_client: dict[int, float], *, norm: float = 1.0) -> list[Recorded]:
+def losses(number: int, by_client: dict[int, float], *, norm: float = 1.0) -> list[Record]:
     """What a round records of training losses, and of their mean."""
-    clients: list[Recorded] = [
-        (number, f"client-{client}", {"train_loss": loss, "train_update_norm": norm})
+    clients = [
+        each
         for client, loss in by_client.items()
+        for each in (
+            Record(number, "loss", loss, client=client, reference=TRAIN),
+            Record(number, "update_norm", norm, client=client),
+        )
     ]
     mean = sum(by_client.values()) / len(by_client)
-    return [*clients, (number, "global", {"train_loss": mean, "num_clients": len(by_client)})]
+    return [
+        *clients,
+        Record(number, "loss", mean, reference=TRAIN),
+        Record(number, "num_clients", len(by_client)),
+    ]
+
+
+def left_out(number: int, client: int, reason: str) -> Record:
+    """What a round records of a client whose training was not used."""
+    context = {"activity": "train", "reason": reason}
+    return Record(number, "left_out", 1, client=client, context=context)
 
 
 LABEL = Label("digits", "classifier", "ab" * 32, "correct", False, 2000, 900, 897, 897, 500, 0)

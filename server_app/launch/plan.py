@@ -61,7 +61,7 @@ def how_to_train_on(config: Config) -> str:
     """Say of a finished run how to train longer, and whether its images need it."""
     longer = dataclasses.replace(config.federation, rounds=2 * config.federation.rounds)
     command = resuming_command(dataclasses.replace(config, federation=longer), run_path(config))
-    found = read_history(run_path(config)).final("noise_position")
+    found = read_history(run_path(config)).records.value("noise_position")
     said = "if the images are not clear enough"
     if found is not None and found >= UNTRAINED:
         said = (

@@ -19,13 +19,24 @@ from task.evaluation.features import build_extractor
 from task.generation.draw_images import draw_images, full_labels
 from task.generators.diffusion.unet import UNet
 from task.randomness import Stream
-from task.reporting.metric_table import TITLES, lay_out, looked_through, scored, span, stand_ins
+from task.reporting.metric_table import (
+    TITLES,
+    Figure,
+    lay_out,
+    looked_through,
+    scored,
+    span,
+    stand_ins,
+)
+from task.runs.records import TRAIN
 from task.runs.run import final_model
 from task.training.devices import select_device
 
 # The floor takes one half of the images, and the Inception score parts those into 10 splits.
 MIN_IMAGES = 20
-HEADLINES = ("fid_train", "kid_train", "precision", "recall", "coverage")
+HEADLINES: tuple[Figure, ...] = (
+    *(("fid", TRAIN), ("kid", TRAIN), ("precision", None), ("recall", None), ("coverage", None)),
+)
 
 
 def evaluate_client(
@@ -153,8 +164,11 @@ def format_client_table(reports: Mapping[str, MetricReport]) -> str:
         heads += [f"{name}, {whose}" for name in ("local", "global", "real")]
         columns += [local.generated, shared.generated, shared.floor]
     rows = [
-        (TITLES[name], *(f"{getattr(column, name):.4f}" for column in columns))
-        for name in HEADLINES
+        (
+            TITLES[figure],
+            *(f"{getattr(column, '_'.join(filter(None, figure))):.4f}" for column in columns),
+        )
+        for figure in HEADLINES
     ]
     return lay_out([tuple(heads), *rows])
 

@@ -34,6 +34,7 @@ from task.evaluation.noise_position import noise_position
 from task.progress import progress
 from task.randomness import Stream, torch_generator
 from task.reporting.published import MIRRORED
+from task.runs.records import Record, records_of
 
 T = TypeVar("T")
 
@@ -41,6 +42,8 @@ KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
 # Of as many generated images as the floor has real ones, where there are more.
 DRAWS = 10
+# The scores whose names say against which images.
+OF_REFERENCE = ("fid_train", "fid_test", "kid_train", "kid_test")
 # Numbers below it are taken by other random choices.
 FIRST_DRAW = 100
 # Held-out images that every run searches for copies beside the generated ones.
@@ -195,6 +198,42 @@ class MetricReport:
                 found |= {f"{space}_{name}": value for name, value in copies._asdict().items()}
         return {name: value for name, value in found.items() if value is not None}
 
+    def records(self, server_round: int) -> list[Record]:
+        """Make the records of all scores; those of `whole` are in the evaluation's file alone.
+
+        Args:
+            server_round: whose weights drew the images.
+        """
+        label = self.label
+        settings = {
+            "extractor": label.extractor,
+            "image_range": label.image_range,
+            "seed": label.seed,
+        }
+        n_scored = label.n_generated if label.n_scored is None else label.n_scored
+        records = _score_records(server_round, self.generated, settings, n=n_scored)
+        if label.has_comparable_floor:
+            records += _score_records(
+                server_round, self.floor, settings, n=label.n_floor, real=True
+            )
+        found = self.classification
+        values: dict[str, float | None] = {}
+        if found is not None:
+            real = {"cas": found.cas_real_same_n, "class_agreement": found.agreement_real}
+            records += _told(server_round, real, real=True, context=settings)
+            values = {
+                "cas": found.cas,
+                "cas_real": found.cas_real,
+                "class_agreement": found.agreement,
+                "chance_agreement": found.chance_agreement,
+            }
+        for space, copies in (("pixel", self.pixel_copying), ("feature", self.feature_copying)):
+            if copies is not None:
+                values |= {f"{space}_{name}": value for name, value in copies._asdict().items()}
+        if self.pixel_copying is not None:
+            records += _told(server_round, {"num_held_out": label.n_test})
+        return records + _told(server_round, values, n=label.n_generated, context=settings)
+
     @classmethod
     def from_description(cls, found: Mapping[str, Any]) -> "MetricReport":
         """Make the report that `describe` has flattened; further values are left aside.
@@ -223,6 +262,33 @@ class MetricReport:
             )
         except TypeError as error:
             raise ValueError(f"no measurements of this version of feddm: {error}") from error
+
+
+def _told(server_round: int, values: Mapping[str, float | None], **fields: Any) -> list[Record]:
+    """Make records of what was measured."""
+    measured = {metric: value for metric, value in values.items() if value is not None}
+    return records_of(server_round, measured, **fields)
+
+
+def _score_records(
+    server_round: int, scores: Scores, settings: Mapping[str, Any], *, n: int, real: bool = False
+) -> list[Record]:
+    values = dataclasses.asdict(scores)
+    records = []
+    for name, value in values.items():
+        if value is not None and not name.endswith("_std"):
+            metric, _, reference = name.partition("_") if name in OF_REFERENCE else (name, "", "")
+            records.append(
+                Record(
+                    *(server_round, metric, value),
+                    reference=reference or None,
+                    real=real,
+                    std=values.get(f"{name}_std"),
+                    n=n,
+                    context=settings,
+                )
+            )
+    return records
 
 
 @dataclass(frozen=True, eq=False)
@@ -634,20 +700,25 @@ def measure_images(
 
 
 def quick_measures(
-    config: Config, generated: ImageSet, dataset: Dataset, *, device: torch.device
-) -> dict[str, float]:
+    config: Config,
+    generated: ImageSet,
+    dataset: Dataset,
+    server_round: int,
+    *,
+    device: torch.device,
+) -> list[Record]:
     """Measure what every run ends with: classes, the place between real and noise, and copies.
 
     Args:
         config: of the run, with absolute folders.
         generated: images with the classes that were asked for.
         dataset: the real ones.
+        server_round: whose weights drew the images.
         device: that computes.
 
     Returns:
-        "num_generated_images", "class_agreement", "chance_agreement" and, of what there are real
-        images for, "classifier_test_accuracy", "noise_position" and "pixel_..." of `Copying`, each
-        with its floor and numbers of images.
+        Records of "class_agreement", "chance_agreement" and, where there are real images for it,
+        "noise_position" and "pixel_..." of `Copying`, with those of real images.
     """
     flip, seed = config.data.horizontal_flip, config.eval.seed
     train, test = dataset.train, dataset.test
@@ -659,29 +730,25 @@ def quick_measures(
         device=device,
         cache_dir=Path(config.data.cache_dir),
     )
-    found: dict[str, float] = {
-        "num_generated_images": len(generated),
+    found: dict[str, float | None] = {
         "class_agreement": accuracy(classifier, generated.images, generated.labels),
         "chance_agreement": chance_agreement(generated.labels),
     }
+    real: list[Record] = []
     if torch.isin(test.labels, generated.labels).any():
-        found["classifier_test_accuracy"] = balanced_accuracy(
-            classifier, test.images, test.labels, like=generated.labels
-        )
+        known = balanced_accuracy(classifier, test.images, test.labels, like=generated.labels)
+        real.append(Record(server_round, "class_agreement", known, real=True))
     if len(generated) >= 2 and len(train) >= 4:
         place = noise_position(
             generated.images, train.images, test.images, seed=seed, device=device
         )
-        found |= {
-            "noise_position": place.generated,
-            "floor_noise_position": place.real,
-            "num_noise_position_real": place.n_real,
-        }
+        found["noise_position"] = place.generated
+        real.append(Record(server_round, "noise_position", place.real, real=True, n=place.n_real))
     if len(test) > 0:
         order = torch.randperm(len(test), generator=torch_generator(seed, Stream.METRICS, 8))
         held_out = test.subset(order[:MOST_SEARCHED])
         searched = Dataset(train, held_out)
         copies = pixel_copying(generated, searched, horizontal_flip=flip, device=device)
         found |= {f"pixel_{name}": value for name, value in copies._asdict().items()}
-        found["num_held_out_searched"] = len(held_out)
-    return found
+        real.append(Record(server_round, "num_held_out", len(held_out)))
+    return [*_told(server_round, found, n=len(generated)), *real]

@@ -11,8 +11,9 @@ from typing import Any
 
 import altair as alt
 
-from task.reporting.history import POOLED, LeftOut, RunHistory, Series
-from task.reporting.metric_table import REAL_BESIDE
+from task.reporting.history import POOLED, RunHistory
+from task.reporting.metric_table import Figure
+from task.runs.records import TEST, TRAIN, Series
 
 # Told apart by readers without red, green or blue, at a contrast of 4.5 or more on white.
 COLOURS = ("#0072b2", "#b84300", "#007a5a", "#9a3f78", "#5b5b5b", "#7a6100")
@@ -88,13 +89,13 @@ class Drawing:
 def loss_chart(history: RunHistory) -> Drawing | None:
     """Draw the training loss of every client and of all, and the test loss, by round."""
     shared = {
-        title: history.values[name]
-        for title, name in (("train loss", "train_loss"), ("test loss", "test_loss"))
-        if name in history.values
+        f"{reference} loss": series
+        for reference in (TRAIN, TEST)
+        if (series := history.records.series("loss", reference=reference))
     }
     if not shared:
         return None
-    clients = history.of_clients("train_loss")
+    clients = history.records.of_clients("loss", reference=TRAIN)
     ends = "; ".join(f"{title} {_span(series)}" for title, series in shared.items())
     domain = _domain(*clients.values(), *shared.values())
     layers = _client_layers(clients, "loss", domain)
@@ -109,7 +110,7 @@ def loss_chart(history: RunHistory) -> Drawing | None:
 
 def update_chart(history: RunHistory) -> Drawing | None:
     """Draw how far the weights of each client moved in each round."""
-    clients = history.of_clients("train_update_norm")
+    clients = history.records.of_clients("update_norm")
     if not clients:
         return None
     values = [value for series in clients.values() for value in series.values()]
@@ -157,9 +158,9 @@ def time_chart(history: RunHistory) -> Drawing | None:
 
 def _phases(history: RunHistory) -> dict[str, Series]:
     """Return the seconds of each phase; of waiting only those in which no client trained."""
-    found = {name: history.values.get(f"seconds_{name}", {}) for name in PHASES}
-    if "seconds_epochs" in history.values:
-        return found | {"training": history.values["seconds_epochs"]}
+    found = {name: history.records.series(f"seconds_{name}") for name in PHASES}
+    if epochs := history.records.series("seconds_epochs"):
+        return found | {"training": epochs}
     waited, trained = found["waiting"], found["training"]
     trained = {number: min(trained.get(number, 0.0), spent) for number, spent in waited.items()}
     idle = {number: spent - trained[number] for number, spent in waited.items()}
@@ -168,7 +169,7 @@ def _phases(history: RunHistory) -> dict[str, Series]:
 
 def overhead_chart(history: RunHistory) -> Drawing | None:
     """Draw the share of every round in which no client trained."""
-    series = history.values.get("overhead_share")
+    series = history.records.series("overhead_share")
     if not series:
         return None
     named = {"outside training": series}
@@ -180,21 +181,20 @@ def overhead_chart(history: RunHistory) -> Drawing | None:
     )
 
 
-def metric_charts(runs: Mapping[str, RunHistory], titles: Mapping[str, str]) -> list[Drawing]:
+def metric_charts(runs: Mapping[str, RunHistory], titles: Mapping[Figure, str]) -> list[Drawing]:
     """Draw each metric that was recorded in several rounds, with its floor of real images.
 
     Args:
         runs: by label; several are compared.
-        titles: of the metrics, by name.
+        titles: of the metrics.
     """
     drawings = []
-    for name, title in titles.items():
-        lines = {label: run.values[name] for label, run in runs.items() if name in run.values}
+    for figure, title in titles.items():
+        lines = _lines(runs, figure)
         if not any(len(series) > 1 for series in lines.values()):
             continue
         says = "; ".join(f"{label} {_span(series)}" for label, series in lines.items())
-        floor = REAL_BESIDE.get(name, f"floor_{name}")
-        floors = {label: run.values[floor] for label, run in runs.items() if floor in run.values}
+        floors = _lines(runs, figure, real=True)
         if floors:
             ends = "; ".join(f"{label} {_span(series)}" for label, series in floors.items())
             says += f". Dashed, of real images: {ends}"
@@ -203,12 +203,28 @@ def metric_charts(runs: Mapping[str, RunHistory], titles: Mapping[str, str]) -> 
     return drawings
 
 
+def _lines(
+    runs: Mapping[str, RunHistory], figure: Figure, *, real: bool = False
+) -> dict[str, Series]:
+    """Return the values of a metric by run and round, of the runs that have some."""
+    metric, reference = figure
+    found = {
+        label: run.records.series(metric, reference=reference, real=real)
+        for label, run in runs.items()
+    }
+    return {label: series for label, series in found.items() if series}
+
+
 def participation_chart(history: RunHistory) -> Drawing | None:
     """Draw a map of which client trained in which round."""
     states = history.participation()
     if not states:
         return None
-    reasons = {(e.round, e.client): e for e in history.left_out if e.activity == "train"}
+    reasons = {
+        (each.round, each.client): str(each.context["reason"])
+        for each in history.records.left_out
+        if each.context["activity"] == "train"
+    }
     rows = _stretches(states, reasons, join=history.rounds_done > MOST_CELLS)
     seen = [state for state in STATES if state in states.values()]
     chart = (
@@ -278,9 +294,9 @@ def class_chart(history: RunHistory) -> Drawing | None:
     )
 
 
-def compared_chart(runs: Mapping[str, RunHistory], name: str, title: str) -> Drawing | None:
+def compared_chart(runs: Mapping[str, RunHistory], figure: Figure, title: str) -> Drawing | None:
     """Draw a global value of several runs by round."""
-    lines = {label: run.values[name] for label, run in runs.items() if name in run.values}
+    lines = _lines(runs, figure)
     if not lines:
         return None
     says = "; ".join(f"{label} {_span(series)}" for label, series in lines.items())
@@ -452,7 +468,7 @@ def _domain(*lines: Series) -> list[float]:
 
 def _stretches(
     states: Mapping[tuple[int, int], str],
-    reasons: Mapping[tuple[int, int], LeftOut],
+    reasons: Mapping[tuple[int, int | None], str],
     *,
     join: bool,
 ) -> list[dict[str, Any]]:
@@ -460,8 +476,7 @@ def _stretches(
     rows: list[dict[str, Any]] = []
     for number, client in sorted(states, key=lambda key: (key[1], key[0])):
         state = states[number, client]
-        left_out = reasons.get((number, client))
-        reason = left_out.reason if left_out else "-"
+        reason = reasons.get((number, client), "-")
         last = rows[-1] if rows else {}
         alike = [last.get(key) for key in ("client", "state", "reason")] == [client, state, reason]
         if join and alike:

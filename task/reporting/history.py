@@ -1,12 +1,11 @@
 """What happened in a run, finished or not, read back from its folder."""
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from task.config import EXTRACTORS, IMAGE_RANGES, Config
 from task.evaluation.evaluate import MetricReport
 from task.generators.diffusion.unet import build_unet
+from task.runs.records import TRAIN, Records, read_records
 from task.runs.repeat import Word
 from task.runs.run_directory import (
     CLASS_COUNTS_FILE,
@@ -31,35 +31,12 @@ from task.runs.run_directory import (
     TIMES_FILE,
     holder,
     last_complete_round,
-    read_metrics,
     round_of,
     run_config,
     weights_file,
 )
 
-# A value by round.
-Series = dict[int, float]
-
-GLOBAL = "global"
-LEFT_OUT = "_left_out"
 POOLED = "pooled"
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A client whose reply was not used.
-
-    Attributes:
-        round: 1-based.
-        client: its number.
-        activity: "train", "evaluate" or "quality".
-        reason: as the server noted it.
-    """
-
-    round: int
-    client: int
-    activity: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -79,6 +56,11 @@ class Evaluation:
     round: int
     otherwise: str
     num_per_class: int | None
+
+    @cached_property
+    def records(self) -> Records:
+        """What was measured."""
+        return Records(tuple(self.report.records(self.round)))
 
 
 @dataclass(frozen=True)
@@ -117,11 +99,7 @@ class RunHistory:
         device: that trained, or, with real nodes, drew; None where it was not written down.
         versions: of what ran, by name; empty where they were not written down.
         code: its fingerprint; None where it was not written down.
-        values: of the whole run, by name; finite ones only.
-        client_values: by client, by name; finite ones only.
-        texts: what was written of the whole run in words, by name, by round.
-        not_finite: round, who ("global" or "client-3") and name of what was no finite number.
-        left_out: in order.
+        records: of complete rounds.
         class_counts: training images of each class by client number, or under `POOLED`; None of
             a client that does not say.
         evaluations: of the global weights.
@@ -144,11 +122,7 @@ class RunHistory:
     device: str | None
     versions: Mapping[str, str]
     code: str | None
-    values: Mapping[str, Series]
-    client_values: Mapping[int, Mapping[str, Series]]
-    texts: Mapping[str, Mapping[int, str]]
-    not_finite: tuple[tuple[int, str, str], ...]
-    left_out: tuple[LeftOut, ...]
+    records: Records
     class_counts: Mapping[int | str, list[int] | None]
     evaluations: tuple[Evaluation, ...]
     grids: Mapping[int, Path]
@@ -174,17 +148,14 @@ class RunHistory:
             self,
             rounds_done=number,
             evaluations=tuple(each for each in self.evaluations if each.round == number),
-            values=_of_round(self.values, number),
-            client_values={
-                client: _of_round(values, number) for client, values in self.client_values.items()
-            },
+            records=self.records.of_round(number),
         )
 
     @property
     def clients(self) -> list[int]:
         """The numbers of all clients that the folder knows of, ascending."""
         counted = {client for client in self.class_counts if isinstance(client, int)}
-        return sorted(counted | set(self.client_values) | {each.client for each in self.left_out})
+        return sorted(counted.union(self.records.clients))
 
     @cached_property
     def num_parameters(self) -> int:
@@ -196,8 +167,12 @@ class RunHistory:
     def num_images(self) -> int | None:
         """The training images of all that say how many they have; None where none does."""
         known = [sum(counts) for counts in self.class_counts.values() if counts is not None]
-        told = [values.get("train_num_examples", {}) for values in self.client_values.values()]
-        known = known or [int(max(series.values())) for series in told if series]
+        told = [
+            each.n or 0
+            for client in self.clients
+            if (each := self.records.last("loss", reference=TRAIN, client=client))
+        ]
+        known = known or list(filter(None, told))
         return sum(known) if known else None
 
     @property
@@ -208,35 +183,8 @@ class RunHistory:
         """
         if self.work_times:
             return sum(each.seconds for each in self.work_times)
-        spent = [self.values.get(name, {}) for name in ("round_seconds", "seconds_evaluating")]
+        spent = [self.records.series(name) for name in ("round_seconds", "seconds_evaluating")]
         return sum(sum(series.values()) for series in spent)
-
-    @property
-    def scoring(self) -> str | None:
-        """What hospitals scored last, and by what; None where they scored nothing.
-
-        It begins with the number of images. A run says it of its last round alone; on the way
-        `eval.num_images` are scored.
-        """
-        scored = self.values.get("quality_num_hospitals")
-        if not scored:
-            return None
-        wanted = self.config.eval
-        return self.texts.get("quality_scored", {}).get(
-            max(scored),
-            f"{wanted.num_images} images, extractor {wanted.extractor}, image range "
-            f"{wanted.image_range}, seed {wanted.seed}",
-        )
-
-    def final(self, name: str) -> float | None:
-        """Return the last value of the whole run under a name; None where there is none."""
-        series = self.values.get(name)
-        return series[max(series)] if series else None
-
-    def of_clients(self, name: str) -> dict[int, Series]:
-        """Return the values of a name by client, of the clients that have some."""
-        found = {client: self.client_values.get(client, {}).get(name) for client in self.clients}
-        return {client: series for client, series in found.items() if series}
 
     def participation(self) -> dict[tuple[int, int], str]:
         """Say of each round and client whether it "trained", or why it did not.
@@ -249,46 +197,12 @@ class RunHistory:
             for number in range(1, self.rounds_done + 1)
             for client in self.clients
         }
-        for client, series in self.of_clients("train_loss").items():
+        for client, series in self.records.of_clients("loss", reference=TRAIN).items():
             states |= {(number, client): "trained" for number in series}
-        for number, who, name in self.not_finite:
-            if who != GLOBAL and name == "train_loss":
-                states[number, client_number(who)] = "trained"
-        missed = [each for each in self.left_out if each.activity == "train"]
-        return states | {(each.round, each.client): "left out" for each in missed}
-
-
-def _of_round(values: Mapping[str, Series], number: int) -> dict[str, Series]:
-    return {name: {number: of[number]} for name, of in values.items() if number in of}
-
-
-def client_number(who: str) -> int:
-    """Return the number of "client-3"."""
-    return int(who.removeprefix("client-"))
-
-
-@dataclass(eq=False)
-class _Recorded:
-    values: dict[str, Series] = field(default_factory=dict)
-    clients: dict[int, dict[str, Series]] = field(default_factory=dict)
-    texts: dict[str, dict[int, str]] = field(default_factory=dict)
-    not_finite: list[tuple[int, str, str]] = field(default_factory=list)
-    # Keyed, because a round may be evaluated once more after a restart.
-    left_out: dict[tuple[int, int, str], str] = field(default_factory=dict)
-
-    def add(self, line: Mapping[str, Any]) -> None:
-        number, who, name, value = (line[key] for key in ("round", "who", "name", "value"))
-        client = None if who == GLOBAL else client_number(who)
-        if isinstance(value, str):
-            if client is None:
-                self.texts.setdefault(name, {})[number] = value
-            elif name.endswith(LEFT_OUT):
-                self.left_out[number, client, name.removesuffix(LEFT_OUT)] = value
-        elif not math.isfinite(value):
-            self.not_finite.append((number, who, name))
-        else:
-            values = self.values if client is None else self.clients.setdefault(client, {})
-            values.setdefault(name, {})[number] = value
+        for each in self.records.left_out:
+            if each.client is not None and each.context["activity"] == "train":
+                states[each.round, each.client] = "left out"
+        return states
 
 
 def read_history(run: Path) -> RunHistory:
@@ -300,7 +214,6 @@ def read_history(run: Path) -> RunHistory:
     config = run_config(run)
     final = _final_round(run)
     rounds_done = max(last_complete_round(run), final or 0)
-    recorded = _recorded(run, rounds_done)
     machine = _read_json(run / MACHINE_FILE) or {}
     data = _read_json(run / DATA_FILE) or {}
     return RunHistory(
@@ -313,11 +226,7 @@ def read_history(run: Path) -> RunHistory:
         device=machine.get("device"),
         versions=machine.get("versions", {}),
         code=machine.get("code"),
-        values=recorded.values,
-        client_values=recorded.clients,
-        texts=recorded.texts,
-        not_finite=tuple(recorded.not_finite),
-        left_out=tuple(LeftOut(*key, why) for key, why in sorted(recorded.left_out.items())),
+        records=_recorded(run, rounds_done),
         class_counts=_class_counts(run, len(config.data.classes)),
         evaluations=tuple(_evaluations(run)),
         grids={round_of(file): file for file in sorted(run.glob("samples/round_*.png"))},
@@ -366,28 +275,9 @@ def _naming(file: Path) -> Iterator[None]:
         ) from error
 
 
-def _recorded(run: Path, rounds_done: int) -> _Recorded:
-    recorded = _Recorded()
+def _recorded(run: Path, rounds_done: int) -> Records:
     with _naming(run / METRICS_FILE):
-        for line in read_metrics(run):
-            if line["round"] <= rounds_done:
-                recorded.add(line)
-    recorded.values = _with_like_floors(recorded.values)
-    return recorded
-
-
-def _with_like_floors(values: Mapping[str, Series]) -> dict[str, Series]:
-    """Leave out floors of another number of images than the scores beside them.
-
-    Versions that wrote down no "n_scored" took them of as many as there were real ones.
-    """
-    scored = values.get("n_scored", {})
-    floors = {n for n in values if n.startswith("floor_")} - {"floor_noise_position"}
-    kept = {
-        name: {number: value for number, value in values[name].items() if number in scored}
-        for name in floors
-    }
-    return {name: series for name, series in {**values, **kept}.items() if series}
+        return read_records(run / METRICS_FILE).up_to(rounds_done)
 
 
 def _final_round(run: Path) -> int | None:

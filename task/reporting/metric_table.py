@@ -7,36 +7,32 @@ from task.evaluation.copying import Copying
 from task.evaluation.evaluate import DRAWS, KID_SUBSETS, Classification, Label, MetricReport
 from task.evaluation.features import HASH_DIGITS
 from task.evaluation.noise_position import MOST_COMPARED
+from task.runs.records import HELD_OUT, TEST, TRAIN
 
-TITLES = {
-    "noise_position": "between real (0) and noise (1) v",
-    "inception_score": "inception score ^",
-    "fid_train": "FID (train) v",
-    "fid_test": "FID (test) v",
-    "kid_train": "KID (train) v",
-    "kid_test": "KID (test) v",
-    "precision": "precision ^",
-    "recall": "recall ^",
-    "density": "density ~1",
-    "coverage": "coverage ^",
+# A metric, and against which images; see `task.runs.records.Record`.
+Figure = tuple[str, str | None]
+
+TITLES: dict[Figure, str] = {
+    ("noise_position", None): "between real (0) and noise (1) v",
+    ("inception_score", None): "inception score ^",
+    ("fid", TRAIN): "FID (train) v",
+    ("fid", TEST): "FID (test) v",
+    ("kid", TRAIN): "KID (train) v",
+    ("kid", TEST): "KID (test) v",
+    ("precision", None): "precision ^",
+    ("recall", None): "recall ^",
+    ("density", None): "density ~1",
+    ("coverage", None): "coverage ^",
 }
 
-# What hospitals say of images, each against its own; real ones beside them under `REAL_BESIDE`.
-HOSPITAL_TITLES = {
-    "quality_fid": "FID v",
-    "quality_kid": "KID v",
-    "quality_class_agreement": "found in the class asked for ^",
-    "quality_noise_position": TITLES["noise_position"],
-    "quality_pixel_copied": "nearer to training images than held-out ones, pixels v",
-    "quality_feature_copied": "nearer to training images than held-out ones, features v",
-}
-# The names under which a run records what real images reach; any other is "floor_" and the name.
-REAL_BESIDE = {
-    "quality_fid": "quality_floor_fid",
-    "quality_kid": "quality_floor_kid",
-    "quality_class_agreement": "quality_held_out_accuracy",
-    "quality_noise_position": "quality_floor_noise_position",
-    "class_agreement": "classifier_test_accuracy",
+# What hospitals say of images, each against its own.
+HOSPITAL_TITLES: dict[Figure, str] = {
+    ("fid", HELD_OUT): "FID v",
+    ("kid", HELD_OUT): "KID v",
+    ("class_agreement", HELD_OUT): "found in the class asked for ^",
+    ("noise_position", HELD_OUT): TITLES["noise_position", None],
+    ("pixel_copied", HELD_OUT): "nearer to training images than held-out ones, pixels v",
+    ("feature_copied", HELD_OUT): "nearer to training images than held-out ones, features v",
 }
 
 # What the first row of a table holds.
@@ -116,8 +112,8 @@ def _score_rows(report: MetricReport) -> list[Row]:
         ours["kid_test_std"] = floor["kid_test_std"] = None
     return [
         (title, *(_with_std(part[name], part.get(f"{name}_std")) for part in (ours, floor)))
-        for name, title in TITLES.items()
-        if ours[name] is not None
+        for figure, title in TITLES.items()
+        if ours[name := "_".join(filter(None, figure))] is not None
     ]
 
 
@@ -188,9 +184,9 @@ def all_scored(report: MetricReport) -> list[str]:
     if whole is None:
         return []
     told = [
-        f"{TITLES[name].removesuffix(' v')} {value:.4f}"
-        for name in ("fid_train", "fid_test")
-        if (value := getattr(whole, name)) is not None
+        f"{TITLES['fid', reference].removesuffix(' v')} {value:.4f}"
+        for reference in (TRAIN, TEST)
+        if (value := getattr(whole, f"fid_{reference}")) is not None
     ]
     return [
         f"of all {report.label.n_generated:,} generated images, not comparable with the table: "

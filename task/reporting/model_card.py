@@ -14,6 +14,7 @@ from task.reporting.history import RunHistory, read_history
 from task.reporting.markdown import bullets, plain, table
 from task.reporting.metric_table import caption, metric_rows
 from task.reporting.warning_signs import State, image_checks
+from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, Records
 from task.runs.run import FinishedRun
 from task.runs.run_directory import (
     CLASS_COUNTS_FILE,
@@ -21,44 +22,32 @@ from task.runs.run_directory import (
     NODES_FILE,
     POOLED_FILE,
     read_json,
-    read_metrics,
 )
 
 # A line of metrics.jsonl: "round", "who", "name", "value".
-Metric = Mapping[str, Any]
-
-# The hospitals' own scores of generated images, by the name of the recorded mean.
+# The hospitals' own scores of generated images, by metric and whether real images stood in.
 HOSPITAL_SCORES = {
-    "test_loss": "loss on held-out images",
-    "quality_fid": "FID to held-out images",
-    "quality_floor_fid": "FID of their training images, for comparison",
-    "quality_kid": "KID to held-out images",
-    "quality_floor_kid": "KID of their training images, for comparison",
-    "quality_noise_position": "generated images between real ones (0) and noise (1)",
-    "quality_floor_noise_position": "the same of held-out images",
-    "quality_class_agreement": "generated images found in the class asked for",
-    "quality_held_out_accuracy": "the same of held-out images",
-    "quality_chance_agreement": "the same of one class for all",
-    "quality_pixel_copied": "nearer to training images than held-out ones, pixels",
-    "quality_feature_copied": "nearer to training images than held-out ones, features",
+    ("fid", False): "FID to held-out images",
+    ("fid", True): "FID of their training images, for comparison",
+    ("kid", False): "KID to held-out images",
+    ("kid", True): "KID of their training images, for comparison",
+    ("noise_position", False): "generated images between real ones (0) and noise (1)",
+    ("noise_position", True): "the same of held-out images",
+    ("class_agreement", False): "generated images found in the class asked for",
+    ("class_agreement", True): "the same of held-out images",
+    ("chance_agreement", False): "the same of one class for all",
+    ("pixel_copied", False): "nearer to training images than held-out ones, pixels",
+    ("feature_copied", False): "nearer to training images than held-out ones, features",
 }
 
-# What a run measures at its end without an evaluation, by the name of the recorded value, with
-# the name of what real images reach.
+# What a run ends with.
 OWN_SCORES = {
-    "noise_position": ("between real images (0) and noise (1)", "floor_noise_position"),
-    "class_agreement": ("found in the class asked for", "classifier_test_accuracy"),
-    "chance_agreement": ("the same of one class for all", "chance_agreement"),
-    "pixel_copied": ("nearer to training images than held-out ones, pixels", None),
-    "pixel_p_value": ("p of this where nothing is copied", None),
+    "noise_position": "between real images (0) and noise (1)",
+    "class_agreement": "found in the class asked for",
+    "chance_agreement": "the same of one class for all",
+    "pixel_copied": "nearer to training images than held-out ones, pixels",
+    "pixel_p_value": "p of this where nothing is copied",
 }
-
-# Of hospitals with images of two classes or more.
-CLASS_SCORES = (
-    "quality_class_agreement",
-    "quality_held_out_accuracy",
-    "quality_chance_agreement",
-)
 
 # How `server_app` makes one number of those of real nodes.
 TOGETHER = """\
@@ -274,31 +263,29 @@ def _federation_rows(federation: FederationConfig) -> list[tuple[str, object]]:
 
 def results_section(run: FinishedRun, history: RunHistory, server_round: int) -> str:
     """Show what was measured of the weights of a round, with the same of real images beside it."""
-    metrics = [line for line in read_metrics(run.path) if line["round"] == server_round]
+    records = history.records.of_round(server_round)
     evaluations = [found for found in run.evaluations if found["round"] == server_round]
-    parts = [_evaluation(found) for found in evaluations] or _own_scores(metrics)
+    parts = [_evaluation(found) for found in evaluations] or _own_scores(records)
     centralised = run.config.train.mode == "centralized"
-    parts += _held_out_loss(metrics) if centralised else _hospital_scores(metrics)
+    parts += _held_out_loss(records) if centralised else _hospital_scores(records)
     if not parts:
         return UNMEASURED
     return "\n".join(["## Results and memorisation\n", *parts, _checked(history)])
 
 
-def _own_scores(metrics: Sequence[Metric]) -> list[str]:
-    last = _of_the_whole(metrics)
-    rows = [
-        (
-            title,
-            f"{last[name]['value']:.4f}",
-            f"{last[real]['value']:.4f}" if real in last else "",
-        )
-        for name, (title, real) in OWN_SCORES.items()
-        if name in last
-    ]
-    if not rows:
+def _own_scores(records: Records) -> list[str]:
+    rows = []
+    for metric, title in OWN_SCORES.items():
+        found, real = records.value(metric), records.value(metric, real=True)
+        if metric == "chance_agreement":
+            real = found
+        if found is not None:
+            rows.append((title, f"{found:.4f}", "" if real is None else f"{real:.4f}"))
+    measured = records.last("class_agreement")
+    if not rows or measured is None:
         return []
-    number = last["num_generated_images"]
-    title = f"### {number['value']:,} images at the end of the run, round {number['round']}\n"
+    number = "Images" if measured.n is None else f"{measured.n:,} images"
+    title = f"### {number} at the end of the run, round {measured.round}\n"
     return [title, table(["metric", "generated", "real"], rows) + "\n"]
 
 
@@ -307,7 +294,7 @@ def _checked(history: RunHistory) -> str:
 
     A single client's own scores are left out, and so is what a single hospital has scored.
     """
-    alone = history.final("quality_num_hospitals") or MIN_COUNTED
+    alone = history.records.value(SCORING_CLIENTS) or MIN_COUNTED
     if alone < MIN_COUNTED:
         return ""
     heads = {State.WARNING: "Warning", State.UNMEASURED: "Not measured"}
@@ -330,49 +317,44 @@ def _evaluation(found: Mapping[str, Any]) -> str:
     return f"{title}\n{scores}\n\n{held}\n"
 
 
-def _held_out_loss(metrics: Sequence[Metric]) -> list[str]:
-    found = _of_the_whole(metrics).get("test_loss")
+def _held_out_loss(records: Records) -> list[str]:
+    found = records.last("loss", reference=TEST)
     if found is None:
         return []
-    row = ("loss", f"{found['value']:.4f}", found["round"])
+    row = ("loss", f"{found.value:.4f}", found.round)
     return ["### On held-out images\n", table(["", "", "after round"], [row]) + "\n"]
 
 
-def _hospital_scores(metrics: Sequence[Metric]) -> list[str]:
-    last = _of_the_whole(metrics)
-    found = {name: last[name] for name in HOSPITAL_SCORES if name in last}
-    if not found:
+def _hospital_scores(records: Records) -> list[str]:
+    """Show what clients measured together, without what fewer than `MIN_COUNTED` measured."""
+    found = [
+        (title, records.last(metric, reference=HELD_OUT, real=real))
+        for (metric, real), title in HOSPITAL_SCORES.items()
+    ]
+    loss = records.last("loss", reference=TEST)
+    # The clients' own scores may be of a scoring that was broken off.
+    counted = [
+        (title, each, each.context.get("num_clients", 0))
+        for title, each in found
+        if each is not None
+    ]
+    if loss is not None:
+        tellers = len(records.of_clients("loss", reference=TEST))
+        counted.insert(0, ("loss on held-out images", loss, tellers))
+    if not counted:
         return []
-    counted = {name: _tellers(metrics, line) for name, line in found.items()}
     rows = [
-        (HOSPITAL_SCORES[name], f"{line['value']:.4f}", counted[name], line["round"])
-        for name, line in found.items()
-        if counted[name] >= MIN_COUNTED
+        (title, f"{each.value:.4f}", tellers, each.round)
+        for title, each, tellers in counted
+        if tellers >= MIN_COUNTED
     ]
     parts = ["### By the clients, on their own images\n"]
     if rows:
         parts.append(table(["", "together", "over clients", "after round"], rows) + "\n")
         parts.append(TOGETHER)
-    if len(rows) < len(found):
+    if len(rows) < len(counted):
         parts.append(f"Scores of fewer than {MIN_COUNTED} clients are not told.\n")
     return parts
-
-
-def _tellers(metrics: Sequence[Metric], mean: Metric) -> int:
-    """Count the clients that a recorded mean is over."""
-    if mean["name"] == "test_loss":
-        told = {line["who"] for line in metrics if line["name"] == "test_loss"}
-        return len(told - {"global"})
-    # The clients' own lines may be of a scoring that was broken off.
-    counts = _of_the_whole(metrics)
-    names = ["quality_num_hospitals"]
-    if mean["name"] in CLASS_SCORES:
-        names.insert(0, "quality_num_class_hospitals")
-    return next((counts[name]["value"] for name in names if name in counts), 0)
-
-
-def _of_the_whole(metrics: Sequence[Metric]) -> dict[str, Metric]:
-    return {line["name"]: line for line in metrics if line["who"] == "global"}
 
 
 def origin_section(run: FinishedRun, exported: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import vl_convert
 from jinja2 import Environment
@@ -33,7 +32,6 @@ from task.reporting.history import POOLED, Evaluation, RunHistory, read_history
 from task.reporting.metric_table import (
     HEADS,
     HOSPITAL_TITLES,
-    REAL_BESIDE,
     TITLES,
     Row,
     caption,
@@ -49,6 +47,7 @@ from task.reporting.run_summary import (
     loss_figures,
 )
 from task.reporting.warning_signs import Check, State, checks
+from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, TRAIN
 from task.runs.repeat import (
     resubmitting_command,
     resuming_command,
@@ -383,7 +382,7 @@ def _measured(history: RunHistory) -> list[tuple[str, str]]:
     return [
         (f"{with_arrows(title)}, {of}", f"{generated} (real {real})" if real else generated)
         for title, of, generated, real in evaluated_metrics(
-            history, "noise_position", "fid_train", "fid_test"
+            history, ("noise_position", None), ("fid", TRAIN), ("fid", TEST)
         )
     ]
 
@@ -405,20 +404,24 @@ def _charts(*drawings: Drawing | None) -> list[Block]:
 
 def _rounds_table(history: RunHistory) -> list[Block]:
     columns = {
-        "train loss": ("train_loss", ".4f"),
-        "test loss": ("test_loss", ".4f"),
-        "clients": ("num_clients", ".0f"),
-        "seconds": ("round_seconds", ".1f"),
-        "outside training": ("overhead_share", ".0%"),
-        "seconds evaluating": ("seconds_evaluating", ".1f"),
+        "train loss": ("loss", TRAIN, ".4f"),
+        "test loss": ("loss", TEST, ".4f"),
+        "clients": ("num_clients", None, ".0f"),
+        "seconds": ("round_seconds", None, ".1f"),
+        "outside training": ("overhead_share", None, ".0%"),
+        "seconds evaluating": ("seconds_evaluating", None, ".1f"),
     }
-    present = {head: c for head, c in columns.items() if c[0] in history.values}
+    present = {
+        head: (series, form)
+        for head, (metric, reference, form) in columns.items()
+        if (series := history.records.series(metric, reference=reference))
+    }
     if not present:
         return []
     rows = [
         [
             str(number),
-            *(_cell(history.values[name].get(number), form) for name, form in present.values()),
+            *(_cell(series.get(number), form) for series, form in present.values()),
         ]
         for number in range(1, history.rounds_done + 1)
     ]
@@ -433,8 +436,9 @@ def _participation(history: RunHistory) -> list[Block]:
     if history.setting == "centralised":
         return []
     rounds: dict[tuple[int, str, str], list[int]] = {}
-    for each in history.left_out:
-        rounds.setdefault((each.client, each.activity, each.reason), []).append(each.round)
+    for each in history.records.left_out:
+        key = each.client or 0, each.context["activity"], each.context["reason"]
+        rounds.setdefault(key, []).append(each.round)
     rows = [
         [str(client), activity, stretches(numbers), reason]
         for (client, activity, reason), numbers in sorted(rounds.items())
@@ -548,23 +552,35 @@ def _evaluation(each: Evaluation, history: RunHistory) -> list[Block]:
 
 
 def _hospitals(history: RunHistory) -> list[Block]:
-    number = history.final("quality_num_hospitals")
-    if number is None:
+    records, scored = history.records, history.records.last(SCORING_CLIENTS)
+    if scored is None:
         return []
-    last = max(history.values["quality_num_hospitals"])
-    whose = {f"client {n}": values for n, values in history.client_values.items()}
-    columns = [name for name in HOSPITAL_TITLES if name in history.values]
-    everyone: dict[str, Mapping[str, Any]] = {**whose, "all": history.values}
+    columns = [
+        figure for figure in HOSPITAL_TITLES if records.series(figure[0], reference=HELD_OUT)
+    ]
     rows = []
-    for who, values in everyone.items():
-        told = [values.get(name, {}).get(last) for name in columns]
-        real = [values.get(REAL_BESIDE.get(name, ""), {}).get(last) for name in columns]
-        count = values.get("quality_num_examples", {}).get(last)
-        pairs = zip(told, real, strict=True)
-        rows.append([who, _cell(count, ".0f"), *(_beside(ours, theirs) for ours, theirs in pairs)])
-    heads = ["hospital", "held-out images", *(ALL_TITLES[name] for name in columns)]
-    title = f"Scored by {number:.0f} hospitals after round {last}, real images in brackets"
-    return [Table(title, heads, rows), Text(f"Scored: {history.scoring}.")]
+    for client in (*history.clients, None):
+        count = records.series("num_held_out", client=client).get(scored.round)
+        pairs = [
+            [
+                records.series(metric, reference=reference, client=client, real=real).get(
+                    scored.round
+                )
+                for real in (False, True)
+            ]
+            for metric, reference in columns
+        ]
+        who = "all" if client is None else f"client {client}"
+        rows.append([who, _cell(count, ".0f"), *(_beside(*pair) for pair in pairs)])
+    heads = ["hospital", "held-out images", *(ALL_TITLES[figure] for figure in columns)]
+    title = (
+        f"Scored by {scored.value:.0f} hospitals after round {scored.round}, real images in "
+        "brackets"
+    )
+    number = "" if scored.n is None else f"{scored.n:,} images"
+    settings = [f"{name.replace('_', ' ')} {value}" for name, value in scored.context.items()]
+    told = ", ".join(filter(None, [number, *settings]))
+    return [Table(title, heads, rows), Text(f"Scored: {told or 'number not written down'}.")]
 
 
 def _beside(generated: float | None, real: float | None) -> str:
@@ -588,11 +604,10 @@ def _configuration(history: RunHistory) -> list[Block]:
 
 
 def _compared_losses(runs: Mapping[str, RunHistory]) -> list[Drawing | None]:
-    losses = (("train_loss", "train loss"), ("test_loss", "test loss"))
     return [
-        compared_chart(group, name, f"{title}{of}")
+        compared_chart(group, ("loss", reference), f"{reference} loss{of}")
         for of, group in alike(runs, LOSS_KEYS).items()
-        for name, title in losses
+        for reference in (TRAIN, TEST)
     ]
 
 

@@ -7,11 +7,16 @@ from task.config import Config
 from task.evaluation.noise_position import MOST_COMPARED
 from task.progress import duration
 from task.reporting.history import RunHistory
-from task.reporting.metric_table import HOSPITAL_TITLES, REAL_BESIDE, TITLES
+from task.reporting.metric_table import HOSPITAL_TITLES, TITLES, Figure
+from task.runs.records import HELD_OUT, TEST, TRAIN, Record, Records
 
-AGREEMENT = {"class_agreement": "found in the class asked for ^"}
+AGREEMENT: Figure = ("class_agreement", None)
+MEASURED = {**TITLES, AGREEMENT: "found in the class asked for ^", **HOSPITAL_TITLES}
 # Of the metrics, those that say the most in one line each.
-HEADLINES = ("noise_position", "fid_train", "fid_test", "precision", "recall")
+HEADLINES: tuple[Figure, ...] = (
+    *(("noise_position", None), ("fid", TRAIN), ("fid", TEST)),
+    *(("precision", None), ("recall", None), AGREEMENT, *HOSPITAL_TITLES),
+)
 
 
 class Found(NamedTuple):
@@ -55,83 +60,64 @@ def key_figures(history: RunHistory, *, losses: bool = True) -> list[tuple[str, 
     return figures
 
 
-def found_metrics(history: RunHistory, *names: str) -> list[Found]:
+def found_metrics(history: RunHistory, *figures: Figure) -> list[Found]:
     """List what was measured last in the run itself.
 
     Args:
         history: of the run.
-        *names: of the metrics of the full evaluation; none: all.
+        *figures: which metrics; none: all.
     """
-    chosen = {name: title for name, title in TITLES.items() if not names or name in names}
-    rows = []
-    for name, title in {**chosen, **AGREEMENT, **HOSPITAL_TITLES}.items():
-        found = history.final(name)
-        if found is not None:
-            real = history.final(REAL_BESIDE.get(name, f"floor_{name}"))
-            beside = "" if real is None else f"{real:.4g}"
-            of = _looked_at(history, name) + _by_chance(history, name)
-            last = max(history.values[name])
-            of += f", round {last}" * (last != history.rounds_done)
-            rows.append(Found(title, of, f"{found:.4g}", beside))
-    return rows
+    return [
+        _found(history.records, each, f", round {each.round}" * (each.round != history.rounds_done))
+        for metric, reference in MEASURED
+        if not figures or (metric, reference) in figures
+        if (each := history.records.last(metric, reference=reference)) is not None
+    ]
 
 
-def _by_chance(history: RunHistory, name: str) -> str:
-    """Name the agreement that one class for every image would have, beside an agreement."""
-    if not name.endswith("class_agreement"):
-        return ""
-    chance = history.final(name.replace("class_agreement", "chance_agreement"))
-    return f", by chance {1 / len(history.config.data.classes) if chance is None else chance:.4g}"
-
-
-def evaluated_metrics(history: RunHistory, *names: str) -> list[Found]:
+def evaluated_metrics(history: RunHistory, *figures: Figure) -> list[Found]:
     """List metrics of the evaluations of the newest weights; without one, of the run itself.
 
     Args:
         history: of the run.
-        *names: of the metrics of the full evaluation.
+        *figures: which metrics.
     """
     rows = []
     for each in history.current_evaluations:
-        label, values = each.report.label, each.report.describe()
-        n_scored = label.n_generated if label.n_scored is None else label.n_scored
-        looked_at = f"{label.extractor}, {label.image_range}, n={n_scored:,}"
-        of = f", seed {label.seed}" * (label.seed != 0)
-        of += f", drawn with {each.otherwise}" * bool(each.otherwise)
+        of = f", drawn with {each.otherwise}" * bool(each.otherwise)
         of += f", round {each.round}" * (each.round != history.config.federation.rounds)
         rows += [
-            Found(
-                TITLES[name],
-                (_compared(label.n_generated) if name == "noise_position" else looked_at) + of,
-                f"{values[name]:.4g}",
-                f"{values[f'floor_{name}']:.4g}" if label.has_comparable_floor else "",
-            )
-            for name in names
-            if values.get(name) is not None
+            _found(each.records, record, of)
+            for metric, reference in figures
+            if (record := each.records.last(metric, reference=reference)) is not None
         ]
-    return rows or found_metrics(history, *names)
+    return rows or found_metrics(history, *figures, AGREEMENT, *HOSPITAL_TITLES)
 
 
-def _looked_at(history: RunHistory, name: str) -> str:
-    if name in HOSPITAL_TITLES:
-        # As short as what other figures are of.
-        words = (history.scoring or "").replace("extractor ", "").replace("image range ", "")
-        return f"hospitals, {words}"
-    if name in AGREEMENT:
-        number = history.final("num_generated_images") or 0
-        return f"a classifier trained on the real images, n={number:,.0f}"
-    generated = history.final("num_generated_images")
-    if name == "noise_position" and generated:
-        return _compared(generated)
-    chosen = history.config.eval
-    number = history.final("n_scored") or history.final("n_generated") or chosen.num_images
-    of = f"{chosen.extractor}, {chosen.image_range}, n={number:,.0f}"
-    return of + f", seed {chosen.seed}" * (chosen.seed != 0)
+def _found(records: Records, each: Record, of: str) -> Found:
+    """Write a record down, with that of real images beside it."""
+    real = records.last(each.metric, reference=each.reference, real=True)
+    title, looked_at = MEASURED[each.metric, each.reference], _looked_at(each)
+    if each.metric == "class_agreement":
+        chance = records.value("chance_agreement", reference=each.reference)
+        looked_at += "" if chance is None else f", by chance {chance:.4g}"
+    return Found(
+        title, looked_at + of, f"{each.value:.4g}", "" if real is None else f"{real.value:.4g}"
+    )
 
 
-def _compared(num_generated: float) -> str:
-    """Say what a place between real images and noise is of."""
-    return f"pixels and spectra, n={min(num_generated, MOST_COMPARED):,.0f}"
+def _looked_at(each: Record) -> str:
+    """Say through what was looked, and at how many images."""
+    number = "" if each.n is None else f", n={each.n:,}"
+    if each.reference != HELD_OUT and each.metric == "class_agreement":
+        return f"a classifier trained on the real images{number}"
+    if each.reference != HELD_OUT and each.metric == "noise_position":
+        return f"pixels and spectra, n={min(each.n or MOST_COMPARED, MOST_COMPARED):,}"
+    context = each.context
+    settings = [str(context[name]) for name in ("extractor", "image_range") if name in context]
+    seed = f", seed {context['seed']}" if context.get("seed") else ""
+    who = "hospitals, " * (each.reference == HELD_OUT)
+    return who + ", ".join(settings) + number + seed
 
 
 def describe_run(history: RunHistory) -> list[str]:
@@ -187,16 +173,15 @@ def _where(history: RunHistory) -> str:
 
 def loss_figures(history: RunHistory) -> Iterator[tuple[str, str]]:
     """List the last losses of a run, by name."""
-    for name in ("train_loss", "test_loss"):
-        series = history.values.get(name)
-        if series:
-            last = max(series)
-            yield name.replace("_", " "), f"{series[last]:.4g} (round {last})"
+    for reference in (TRAIN, TEST):
+        last = history.records.last("loss", reference=reference)
+        if last is not None:
+            yield f"{reference} loss", f"{last.value:.4g} (round {last.round})"
 
 
 def _time(history: RunHistory) -> Iterator[tuple[str, str]]:
-    total = sum(history.values.get("round_seconds", {}).values())
-    training = sum(history.values.get("seconds_training", {}).values())
+    total = sum(history.records.series("round_seconds").values())
+    training = sum(history.records.series("seconds_training").values())
     if history.seconds > 0:
         yield "time", duration(history.seconds)
     if total > 0:
@@ -204,8 +189,9 @@ def _time(history: RunHistory) -> Iterator[tuple[str, str]]:
 
 
 def _left_out(history: RunHistory) -> str:
-    clients = sorted({each.client for each in history.left_out})
+    left_out = history.records.left_out
+    clients = sorted({each.client for each in left_out if each.client is not None})
     if not clients:
         return "no client"
     shown = " ".join(map(str, clients[:10])) + (" ..." if len(clients) > 10 else "")
-    return f"{len(history.left_out)} replies, of clients {shown}"
+    return f"{len(left_out)} replies, of clients {shown}"

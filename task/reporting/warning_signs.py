@@ -1,6 +1,5 @@
 """What a reader of a run should know first: signs that its figures may mislead."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -10,8 +9,9 @@ from scipy.stats import binomtest
 
 from task.evaluation.copying import least_share_shown
 from task.evaluation.noise_position import MOST_COMPARED
-from task.reporting.history import GLOBAL, RunHistory, Series
-from task.reporting.metric_table import REAL_BESIDE
+from task.reporting.history import RunHistory
+from task.reporting.metric_table import Figure
+from task.runs.records import HELD_OUT, SCORING_CLIENTS, TRAIN, Record, Records, Series
 
 # Below five values a median and its deviations say nothing of a sixth.
 LEAST_COMPARED = 5
@@ -27,7 +27,7 @@ DRIFTING_SHARE = 0.25
 LEAST_DRIFTING_ROUNDS = 2
 
 # What is compared between the clients of a round.
-COMPARED = {"train_loss": "train loss", "train_update_norm": "update norm"}
+COMPARED: dict[str, Figure] = {"train loss": ("loss", TRAIN), "update norm": ("update_norm", None)}
 
 # Of each class; fewer leave an agreement or a distance to chance.
 LEAST_PER_CLASS = 50
@@ -71,7 +71,6 @@ def checks(history: RunHistory) -> list[Check]:
     """List what was looked for in a run, with what came of it; all that can mislead is in it."""
     looks = (
         _unfinished_check,
-        _finite_check,
         _clients_check,
         _drift_check,
         _leak_check,
@@ -112,10 +111,6 @@ def _unfinished_check(history: RunHistory) -> list[Check]:
         return []
     rounds = f"All {history.config.federation.rounds} rounds are done."
     return _found("an unfinished run", _unfinished(history), rounds)
-
-
-def _finite_check(history: RunHistory) -> list[Check]:
-    return _found("values that are no numbers", _not_finite(history), "Every value is a number.")
 
 
 def _clients_check(history: RunHistory) -> list[Check]:
@@ -161,7 +156,7 @@ def _noise_checks(history: RunHistory) -> list[Check]:
             + ("" if place.real is None else f", other real images at {place.real:.2f}")
             + f" ({place.where}{_compared(place)}).",
         )
-        for place in _measured(history, "noise_position", "floor_noise_position")
+        for place in _measured(history, "noise_position")
     ]
     return found or [Check(subject, State.UNMEASURED, _why_unmeasured(history))]
 
@@ -169,8 +164,7 @@ def _noise_checks(history: RunHistory) -> list[Check]:
 def _compared(place: "_Figure") -> str:
     """Say how many images a place between real and noise is of, where that is another number."""
     some = f", {MOST_COMPARED} of them compared" if place.number > MOST_COMPARED else ""
-    number = place.values.get("num_noise_position_real")
-    return some + ("" if number is None else f", {number:,.0f} real ones")
+    return some + ("" if place.num_real is None else f", {place.num_real:,} real ones")
 
 
 _SAYS_PLACE = {
@@ -183,7 +177,7 @@ def _class_checks(history: RunHistory) -> list[Check]:
     subject = "images of other classes than asked for"
     found = [
         _class_check(subject, each, _chance_beside(history, each))
-        for each in _measured(history, "class_agreement", "classifier_test_accuracy")
+        for each in _measured(history, "class_agreement")
     ]
     if any(check.state is State.WARNING for check in _noise_checks(history)):
         noise = "A classifier may find any class in images that look like noise."
@@ -275,24 +269,10 @@ def _unfinished(history: RunHistory) -> Iterator[str]:
         yield f"The run is not finished: {done}, and nothing goes on with it."
 
 
-def _not_finite(history: RunHistory) -> Iterator[str]:
-    rounds: dict[tuple[str, str], list[int]] = {}
-    for number, who, name in history.not_finite:
-        rounds.setdefault((who, name), []).append(number)
-    for (who, name), numbers in rounds.items():
-        whose = "" if who == GLOBAL else f" of {who.replace('-', ' ')}"
-        means = ": the run has diverged" if name.endswith("_loss") else ""
-        title = name.replace("_", " ").capitalize()
-        yield (
-            f"{title}{whose} was not a number in {_rounds(len(set(numbers)))}, from round "
-            f"{min(numbers)} on{means}."
-        )
-
-
 def _left_out(history: RunHistory) -> Iterator[str]:
     for client in history.clients:
-        own = [each for each in history.left_out if each.client == client]
-        reasons = dict.fromkeys(each.reason for each in own)
+        own = [each for each in history.records.left_out if each.client == client]
+        reasons = dict.fromkeys(each.context["reason"] for each in own)
         if own:
             rounds = len({each.round for each in own})
             yield (
@@ -317,8 +297,9 @@ def _absent(history: RunHistory) -> Iterator[str]:
 
 
 def _drifting(history: RunHistory) -> Iterator[str]:
-    for name, title in COMPARED.items():
-        for client, (far, compared) in far_rounds(history.of_clients(name)).items():
+    for title, (metric, reference) in COMPARED.items():
+        series = history.records.of_clients(metric, reference=reference)
+        for client, (far, compared) in far_rounds(series).items():
             if far >= max(LEAST_DRIFTING_ROUNDS, DRIFTING_SHARE * compared):
                 yield (
                     f"Client {client} drifts: its {title} is far from that of the other clients "
@@ -327,21 +308,16 @@ def _drifting(history: RunHistory) -> Iterator[str]:
                 )
 
 
-def num_scored(history: RunHistory) -> int:
-    """Return the number of images that hospitals scored last."""
-    said = re.match(r"\d+", history.scoring or "")
-    return int(said[0]) if said else history.config.eval.num_images
-
-
 @dataclass(frozen=True)
 class _Figure:
-    """A figure with that of real images, the number of generated images, and what it is of."""
+    """A figure with those of real images and of chance, numbers of images, and what it is of."""
 
     value: float
     real: float | None
+    chance: float | None
     number: int
+    num_real: int | None
     where: str
-    values: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -357,68 +333,84 @@ class _Search:
     client: int | None = None
 
 
-# The names of an evaluation's figures that a run itself calls otherwise.
-_EVALUATED = {"class_agreement": "agreement", "classifier_test_accuracy": "agreement_real"}
-
-
-def _measured(history: RunHistory, name: str, real: str) -> Iterator[_Figure]:
+def _measured(history: RunHistory, metric: str) -> Iterator[_Figure]:
     """Find a figure wherever it was measured last: files of evaluations, the run, hospitals."""
     evaluated = False
     for each in history.current_evaluations:
-        values = {n: v for n, v in each.report.describe().items() if not isinstance(v, str)}
-        number = each.report.label.n_generated
-        value = values.get(_EVALUATED.get(name, name))
-        if value is not None:
-            beside = values.get(_EVALUATED.get(real, real))
+        found = each.records.last(metric)
+        if found is not None:
             evaluated = evaluated or not each.otherwise
-            yield _Figure(value, beside, number, f"n={number:,}, {each.name}", values)
-    last = {key: series[max(series)] for key, series in history.values.items()}
+            number = each.report.label.n_generated
+            yield _figure(each.records, found, number, f"n={number:,}, {each.name}")
+    found, scored = (history.records.last(metric, reference=of) for of in (None, HELD_OUT))
     # An evaluation at the end of a run is recorded in the run, too.
-    if name in last and not evaluated:
-        number = int(last.get("num_generated_images") or last.get("n_generated") or 0)
-        yield _Figure(last[name], last.get(real), number, f"n={number:,}", last)
-    quality = f"quality_{name}"
-    if quality in last:
-        number, beside = num_scored(history), last.get(REAL_BESIDE[quality])
-        where = f"n={number:,}, scored by {last['quality_num_hospitals']:.0f} hospitals"
-        yield _Figure(last[quality], beside, number, where, last)
+    if found is not None and not evaluated:
+        yield _figure(history.records, found, found.n or 0, f"n={found.n or 0:,}")
+    if scored is not None:
+        number = _num_scored(history)
+        where = f"n={number:,}, scored by {history.records.value(SCORING_CLIENTS):.0f} hospitals"
+        yield _figure(history.records, scored, number, where)
+
+
+def _figure(records: Records, found: Record, number: int, where: str) -> _Figure:
+    real = records.last(found.metric, reference=found.reference, real=True)
+    return _Figure(
+        found.value,
+        None if real is None else real.value,
+        records.value("chance_agreement", reference=found.reference),
+        number,
+        None if real is None or found.reference == HELD_OUT else real.n,
+        where,
+    )
+
+
+def _num_scored(history: RunHistory) -> int:
+    """Return the number of images that hospitals scored last; 0 where they scored none."""
+    scored = history.records.last(SCORING_CLIENTS)
+    if scored is None:
+        return 0
+    # A run of the first schema says it of its last round alone.
+    return history.config.eval.num_images if scored.n is None else scored.n
 
 
 def _chance_beside(history: RunHistory, found: _Figure) -> float:
     """Return the agreement by chance, of an older version as with equally many of each class."""
-    chance = found.values.get("chance_agreement", found.values.get("quality_chance_agreement"))
-    return 1 / len(history.config.data.classes) if chance is None else chance
+    return 1 / len(history.config.data.classes) if found.chance is None else found.chance
 
 
 def _searches(history: RunHistory) -> Iterator[_Search]:
+    evaluated = False
     for each in history.current_evaluations:
+        evaluated = evaluated or not each.otherwise
         label = each.report.label
-        for space, found in (
-            ("pixels", each.report.pixel_copying),
-            ("features", each.report.feature_copying),
-        ):
-            if found is not None and found.p_value is not None:
-                numbers = label.n_generated, label.n_test
-                yield _Search(found.copied, found.p_value, space, *numbers, each.name)
-    share, p_value = history.final("pixel_copied"), history.final("pixel_p_value")
-    told = [history.final(f"num_{of}") for of in ("generated_images", "held_out_searched")]
-    number, held_out = (int(each or 0) for each in told)
-    # All metrics at the end of a run are recorded in the run, too, without these numbers.
-    if share is not None and p_value is not None and number and held_out:
-        yield _Search(share, p_value, "pixels", number, held_out, "in the run")
+        numbers = label.n_generated, label.n_test
+        yield from _searches_in(each.records, numbers, each.name)
+    held_out, found = history.records.value("num_held_out"), history.records.last("pixel_copied")
+    # All metrics at the end of a run are recorded in the run, too.
+    if found is not None and held_out and not evaluated:
+        yield from _searches_in(history.records, (found.n or 0, int(held_out)), "in the run")
     for client in history.clients:
-        yield from _searches_of(history, client)
+        own = int(history.records.value("num_held_out", client=client) or 0)
+        numbers = _num_scored(history), own
+        yield from _searches_in(
+            history.records, numbers, f"at client {client}", client=client, reference=HELD_OUT
+        )
 
 
-def _searches_of(history: RunHistory, client: int) -> Iterator[_Search]:
-    series = history.client_values.get(client, {})
-    last = {name: values[max(values)] for name, values in series.items()}
-    held_out = int(last.get("quality_num_examples", 0))
+def _searches_in(
+    records: Records,
+    numbers: tuple[int, int],
+    where: str,
+    client: int | None = None,
+    reference: str | None = None,
+) -> Iterator[_Search]:
     for space in ("pixel", "feature"):
-        share, p_value = (last.get(f"quality_{space}_{of}") for of in ("copied", "p_value"))
+        share, p_value = (
+            records.value(f"{space}_{of}", client=client, reference=reference)
+            for of in ("copied", "p_value")
+        )
         if share is not None and p_value is not None:
-            numbers = num_scored(history), held_out
-            yield _Search(share, p_value, f"{space}s", *numbers, f"at client {client}", client)
+            yield _Search(share, p_value, f"{space}s", *numbers, where, client)
 
 
 def _why_unmeasured(history: RunHistory) -> str:
@@ -450,11 +442,11 @@ def _number_checks(history: RunHistory) -> list[Check]:
         label = each.report.label
         even = label.n_generated // classes
         measured[each.name] = label.n_generated, even if label.n_rarest is None else label.n_rarest
-    quick = history.final("num_generated_images")
-    if quick is not None:
-        measured["the run"] = int(quick), int(quick) // classes
-    if history.final("quality_num_hospitals"):
-        scored = num_scored(history)
+    quick = history.records.last("class_agreement")
+    if quick is not None and quick.n is not None and not measured:
+        measured["the run"] = quick.n, quick.n // classes
+    if history.records.value(SCORING_CLIENTS):
+        scored = _num_scored(history)
         measured["the hospitals' scores"] = scored, scored // classes
     if not measured:
         return []

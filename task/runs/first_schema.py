@@ -22,12 +22,13 @@ RENAMED: dict[str, tuple[str, str | None, bool]] = {
     "held_out_accuracy": ("class_agreement", None, True),
     "cas_real_same_n": ("cas", None, True),
     "num_hospitals": ("num_scoring_clients", None, False),
+    "num_examples": ("num_held_out", None, False),
+    "num_held_out_searched": ("num_held_out", None, False),
 }
 # Numbers of images, which are fields of the records beside them.
 NUMBERS = {
-    *("train_num_examples", "test_num_examples", "quality_num_examples", "num_generated_images"),
-    *("num_noise_position_real", "num_held_out_searched", "n_generated", "n_scored"),
-    *("quality_num_class_hospitals", "quality_scored"),
+    *("train_num_examples", "test_num_examples", "num_generated_images", "n_generated", "n_scored"),
+    *("num_noise_position_real", "quality_num_class_hospitals", "quality_scored"),
 }
 # Of as many generated images as were drawn, and not as there are real ones.
 OF_ALL = ("class_agreement", "chance_agreement", "cas", "pixel_", "feature_")
@@ -92,8 +93,6 @@ def _fields(name: str, values: Line, of_round: Line, client: int | None) -> dict
     fields = {"metric": metric, "real": real or "floor_" in name}
     if is_score:
         return fields | _score_fields(metric, values, of_round)
-    if name == "pixel_copied" and "num_held_out_searched" in values:
-        fields["context"] = {"num_held_out": values["num_held_out_searched"]}
     n, std = _number(name, metric, values), values.get(f"{name}_std")
     return fields | {"reference": reference, "n": n, "std": std}
 
@@ -112,17 +111,17 @@ def _number(name: str, metric: str, values: Line) -> Any:
 
 def _score_fields(metric: str, values: Line, of_round: Line) -> dict[str, Any]:
     """Say what was scored at a hospital, or at all of them together, and by what."""
-    clients = values.get("quality_num_hospitals")
-    if metric == "num_scoring_clients":
-        clients = None
+    if metric == "num_held_out":
+        return {}
+    clients = None if metric == "num_scoring_clients" else values.get("quality_num_hospitals")
     if metric in ("class_agreement", "chance_agreement"):
         clients = values.get("quality_num_class_hospitals", clients)
-    context = {"num_held_out": values.get("quality_num_examples"), "num_clients": clients}
+    context = {} if clients is None else {"num_clients": clients}
     said = SCORED.fullmatch(of_round.get("quality_scored", ""))
     if said:
         context |= {"extractor": said[2], "image_range": said[3], "seed": int(said[4])}
     return {
         "reference": None if metric == "num_scoring_clients" else "held_out",
         "n": int(said[1]) if said else None,
-        "context": {key: value for key, value in context.items() if value is not None},
+        "context": context,
     }

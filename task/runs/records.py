@@ -72,6 +72,12 @@ class Record:
             f"local model of client {self.client}" if self.local_model else f"client {self.client}"
         )
 
+    @property
+    def tag(self) -> str:
+        """What it is called in TensorBoard."""
+        of = ", ".join(filter(None, [self.reference, "real images" * self.real]))
+        return f"{self.metric}{f' ({of})' if of else ''}/{self.subject}"
+
     def line(self) -> str:
         """Write it as a line of JSON, without what has its default value."""
         told = {
@@ -80,6 +86,11 @@ class Record:
             if value is not None and value is not False and value != {}
         }
         return json.dumps(told, allow_nan=False) + "\n"
+
+
+def records_of(server_round: int, values: Mapping[str, float], **fields: Any) -> list[Record]:
+    """Make a record of each value, by metric; all of them have the same further fields."""
+    return [Record(server_round, metric, value, **fields) for metric, value in values.items()]
 
 
 @dataclass(frozen=True)

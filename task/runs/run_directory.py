@@ -2,7 +2,7 @@
 
 <output_dir>/<run_name>/
     config.yaml                     the resolved configuration
-    metrics.jsonl                   one object per line: round, who, name, value
+    metrics.jsonl                   a `task.runs.records.Record` per line
     partition.json, partition.png   images of each class at each client (simulation)
     pooled.json                     images of each class (centralised)
     data.json                       files used and left out, images that are the same, source and
@@ -29,12 +29,11 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -48,6 +47,7 @@ from task.config import (
     write_config,
 )
 from task.files import atomic_path, naming_full_disk, remove_left_overs, write_json
+from task.runs.records import Record, read_records, records_of
 
 # Whoever only asks what is in a folder does without torch, which takes seconds.
 if TYPE_CHECKING:
@@ -264,34 +264,18 @@ class RunDirectory:
         """The last complete round, 0 before the first."""
         return last_complete_round(self.path)
 
-    def record(self, server_round: int, who: str, values: Mapping[str, float | str]) -> None:
-        """Append metrics of a round, and hand the numbers to TensorBoard.
-
-        Args:
-            server_round: 1-based; 0 before the first round.
-            who: "global", or "client-3".
-            values: by name.
+    def record(self, records: Iterable[Record]) -> None:
+        """Append records, and hand them to TensorBoard.
 
         Raises:
             OSError: they cannot be written; a half line at the end is dropped by a resumed run.
-            ValueError: one is not finite; none is recorded.
         """
-        for name, value in values.items():
-            if not isinstance(value, str) and not math.isfinite(value):
-                raise ValueError(
-                    f"round {server_round}: {name} of {who} must be finite, got {value}; where "
-                    "training has diverged, start a new run with a smaller train.lr"
-                )
-        lines = [
-            {"round": server_round, "who": who, "name": name, "value": value}
-            for name, value in values.items()
-        ]
+        records = list(records)
         with naming_full_disk(self.path):
             with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-            for name, value in values.items():
-                if not isinstance(value, str):
-                    self._tensorboard.add_scalar(f"{name}/{who}", value, server_round)
+                file.writelines(map(Record.line, records))
+            for each in records:
+                self._tensorboard.add_scalar(each.tag, each.value, each.round)
 
     def record_picture(self, server_round: int, name: str, pixels: torch.Tensor) -> None:
         """Hand a picture, uint8 [C, H, W], to TensorBoard."""
@@ -338,7 +322,7 @@ class RunDirectory:
             server_round: 1-based.
             weights: the global weights.
             state: further groups of tensors that the next round goes on from, by group.
-            numbers: returns global metrics of the round. They are recorded when the file is
+            numbers: returns values of the round, by metric. They are recorded when the file is
                 written and not yet in its place, so that no round is complete without them.
         """
         from task.runs.checkpoint import write_weights
@@ -348,7 +332,7 @@ class RunDirectory:
         file = self.path / "checkpoints" / f"round_{server_round:04d}.safetensors"
         with atomic_path(file) as aside:
             write_weights(aside, {**weights, **beside}, self._metadata(server_round))
-            self.record(server_round, "global", numbers())
+            self.record(records_of(server_round, numbers()))
         for old in checkpoints(self.path)[: -self.config.federation.keep_checkpoints]:
             old.unlink()
 
@@ -443,18 +427,9 @@ class RunDirectory:
     def _forget_after(self, server_round: int) -> None:
         """Drop the metrics of rounds that were not completed; they are about to be repeated."""
         if self.metrics_file.exists():
-            kept = [line for line in read_metrics(self.path) if line["round"] <= server_round]
+            kept = read_records(self.metrics_file).up_to(server_round)
             with atomic_path(self.metrics_file) as aside:
-                aside.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
-
-
-def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
-    """Read every recorded metric of the run in a folder, in order."""
-    file = run / METRICS_FILE
-    if file.exists():
-        # The last line may have been cut off by the end of the process.
-        for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
-            yield json.loads(line)
+                aside.write_text("".join(map(Record.line, kept.all)), "utf-8")
 
 
 def read_json(file: Path) -> Any:

@@ -9,7 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from task.runs.run_directory import read_metrics
+from task.runs.records import read_records
+from task.runs.run_directory import METRICS_FILE
 from tests.processes import CHECKOUT, COMMANDS
 
 Rounds = dict[int, dict[str, float]]
@@ -48,9 +49,9 @@ def rounds_of(*overrides: str) -> tuple[Rounds, float]:
     with tempfile.TemporaryDirectory() as folder:
         peak = feddm_train(folder, *overrides)
         rounds: Rounds = defaultdict(dict)
-        for line in read_metrics(Path(folder) / RUN_NAME):
-            if line["who"] == "global":
-                rounds[line["round"]][line["name"]] = line["value"]
+        for each in read_records(Path(folder) / RUN_NAME / METRICS_FILE).all:
+            if each.client is None:
+                rounds[each.round][each.metric] = each.value
         return rounds, peak
 
 

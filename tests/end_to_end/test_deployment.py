@@ -8,11 +8,11 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from task.runs.checkpoint import load_weights
+from task.runs.records import TRAIN, Records, read_records
 from tests.deployment import Deployment, deployed, write_digit_folders
 from tests.processes import CHECKOUT, wait_for
 
@@ -42,16 +42,14 @@ def deployment(
         yield started
 
 
-def values(run: Path, name: str) -> dict[tuple[int, str], Any]:
-    """Read what was recorded under a name, by round and client."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {(line["round"], line["who"]): line["value"] for line in lines if line["name"] == name}
+def records_of(run: Path) -> Records:
+    return read_records(run / "metrics.jsonl")
 
 
-def number_of(deployment: Deployment, run: Path, name: str) -> str:
+def number_of(deployment: Deployment, run: Path, name: str) -> int:
     """Find out which client a hospital is, as a coordinator does."""
-    numbers = json.loads((run / "nodes.json").read_text())
-    return f"client-{numbers[deployment.node_ids()[name]]}"
+    numbers: dict[str, int] = json.loads((run / "nodes.json").read_text())
+    return numbers[deployment.node_ids()[name]]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +96,8 @@ def test_faulty_hospitals_are_left_out_and_named(
     assert status == "finished:completed"
     run = deployment.results / "faults"
     broken, sick = (number_of(deployment, run, name) for name in ("broken", "sick"))
-    reasons = values(run, "train_left_out")
+    records = records_of(run)
+    missed = {(e.round, e.client, e.context["activity"]): e for e in records.left_out}
     expected = {
         (1, broken): r"ValueError \(code 101\)",
         (2, broken): r"RuntimeError \(code 103\)",
@@ -109,15 +108,16 @@ def test_faulty_hospitals_are_left_out_and_named(
         (2, sick): "federation.max_update_norm=50",
         (4, sick): "no reply in time",
     }
-    assert reasons.keys() == expected.keys()
+    trained = {key[:2] for key in missed if key[2] == "train"}
+    assert trained == expected.keys()
     for who, words in expected.items():
-        assert re.search(words, reasons[who]), who
-    assert [*values(run, "num_clients").values()] == [1, 1, 2, 1]
-    assert values(run, "round_seconds")[4, "global"] < timeout + 15
+        assert re.search(words, missed[*who, "train"].context["reason"]), who
+    assert [*records.series("num_clients").values()] == [1, 1, 2, 1]
+    assert records.series("round_seconds")[4] < timeout + 15
     # Who has let a round's time pass is not waited for a second time in it.
-    assert (4, sick) not in values(run, "evaluate_left_out")
+    assert (4, sick, "evaluate") not in missed
     printed = deployment.run_log() + deployment.log("superlink")
-    assert f"client {broken.removeprefix('client-')} is left out" in printed
+    assert f"client {broken} is left out" in printed
     assert "was refused: FileNotFoundError (code 102)" in printed
     told = printed + "".join(file.read_text() for file in run.glob("*.json*"))
     assert "patient-4711" not in told and "patient-4711" in deployment.log("broken")
@@ -151,14 +151,15 @@ def test_run_survives_a_hospital_that_is_killed_and_one_that_comes_late(
     assert deployment.wait_for_end() == "finished:completed"
     run = deployment.results / "night"
     south, west = (number_of(deployment, run, name) for name in ("south", "west"))
+    records = records_of(run)
     rounds_of = {
-        who: {r for r, name in values(run, "train_num_examples") if name == who}
-        for who in (south, west)
+        client: set(records.series("loss", reference=TRAIN, client=client))
+        for client in (south, west)
     }
     assert 2 not in rounds_of[south] and max(rounds_of[south]) > 2
     assert 1 not in rounds_of[west] and 7 in rounds_of[west]
-    assert (2, south) in values(run, "train_left_out")
-    assert values(run, "train_loss")[7, "global"] > 0
+    assert (2, south) in [(each.round, each.client) for each in records.left_out]
+    assert records.series("loss", reference=TRAIN)[7] > 0
     _, metadata = load_weights(run / "model.safetensors")
     assert metadata["round"] == "7"
 
@@ -170,7 +171,7 @@ def test_run_goes_on_when_its_server_and_the_superlink_are_killed(deployment: De
     wait_for(lambda: [*deployment.results.glob("reboot-*")] != [], seconds=300, what="its folder")
     (run,) = deployment.results.glob("reboot-*")
     deployment.wait_for_round(run.name, 1)
-    first = values(run, "round_seconds")[1, "global"]
+    first = records_of(run).series("round_seconds")[1]
     os.kill(int((run / ".lock").read_text()), signal.SIGKILL)
     deployment.wait_for_round(run.name, 2)
     deployment.kill("superlink")
@@ -178,6 +179,5 @@ def test_run_goes_on_when_its_server_and_the_superlink_are_killed(deployment: De
     assert deployment.wait_for_supervisor(seconds=900) == 0, deployment.log("supervisor")
     assert deployment.statuses()[-3:] == ["finished:failed"] * 2 + ["finished:completed"]
     assert [*deployment.results.glob("reboot-*")] == [run]
-    complete = sorted(r for r, who in values(run, "train_loss") if who == "global")
-    assert complete == [1, 2, 3, 4]
-    assert values(run, "round_seconds")[1, "global"] == first
+    assert sorted(records_of(run).series("loss", reference=TRAIN)) == [1, 2, 3, 4]
+    assert records_of(run).series("round_seconds")[1] == first

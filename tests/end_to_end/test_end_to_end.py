@@ -10,7 +10,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,15 +17,12 @@ from PIL import Image
 
 from server_app.launch.superlink import CONNECTION, free_port, private_superlink
 from task.runs.checkpoint import load_weights
+from task.runs.records import TEST, TRAIN, read_records
 from tests.processes import CHECKOUT, COMMANDS, SMALL, feddm_train, process, wait_for
 
 pytestmark = pytest.mark.slow
 
 Run = tuple[Path, "subprocess.CompletedProcess[str]"]
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -104,17 +100,14 @@ def test_feddm_train_says_first_and_last_where_the_results_are(finished: Run) ->
 
 def test_metrics_hold_every_client_of_every_round(finished: Run) -> None:
     run, _ = finished
-    lines = metrics(run)
+    records = read_records(run / "metrics.jsonl")
     counts = json.loads((run / "partition.json").read_text())["train_counts"]
     for server_round in (1, 2, 3):
-        told = {
-            line["who"]: line["value"]
-            for line in lines
-            if line["round"] == server_round and line["name"] == "train_num_examples"
-        }
-        assert told == {f"client-{i}": sum(row) for i, row in enumerate(counts)}
-    names = {line["name"] for line in lines if line["who"] == "global"}
-    assert {"train_loss", "test_loss", "round_seconds", "class_agreement"} <= names
+        for client, row in enumerate(counts):
+            loss = records.by_round("loss", reference=TRAIN, client=client)[server_round]
+            assert loss.n == sum(row)
+    assert records.series("loss", reference=TEST) and records.series("round_seconds")
+    assert records.value("class_agreement") is not None
 
 
 def test_same_seed_gives_the_same_bits_in_another_order_of_clients(
@@ -159,7 +152,8 @@ def test_run_whose_server_is_killed_fails_and_resumes_to_the_same_weights(
     assert result.returncode == 0, result.stdout + result.stderr
     assert "going on after round" in result.stdout
     assert same_weights(finished[0], run)
-    per_round = [line["round"] for line in metrics(run) if line["name"] == "train_loss"]
+    records = read_records(run / "metrics.jsonl").all
+    per_round = [r.round for r in records if (r.metric, r.reference) == ("loss", TRAIN)]
     assert sorted(per_round) == [r for r in (1, 2, 3) for _ in range(4)]  # 3 clients and global
 
 

@@ -20,9 +20,10 @@ from server_app.launch.time_estimate import (
 from task.config import Config, anchored, hydra_override, load_config, load_run_config, write_config
 from task.data import build_dataset, list_dataset
 from task.protocol.node import NodeConfig, count_images, own_config
+from task.runs.records import Record
 from task.runs.run_directory import run_config, run_path
 from tests.data.test_data_files import write_tree
-from tests.helpers import Recorded, written_run
+from tests.helpers import written_run
 
 
 def own_images(root: Path, *words: str, name: str = "image_folder") -> Config:
@@ -134,7 +135,7 @@ def test_resumed_run_keeps_what_it_began_with(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("position", "said"), [(0.8, "0.80 of the way"), (0.1, "if the images")])
 def test_finished_run_says_how_to_train_longer(tmp_path: Path, position: float, said: str) -> None:
-    recorded: list[Recorded] = [(2, "global", {"train_loss": 0.1, "noise_position": position})]
+    recorded = [Record(2, "noise_position", position)]
     path = written_run(tmp_path / "x", recorded, rounds_done=2)
     text = how_to_train_on(run_config(path))
     assert said in text

@@ -9,7 +9,7 @@ import pytest
 from task.config import OWN_IMAGES, anchored, flat_values, load_config, read_config
 from task.evaluation.evaluate import MetricReport
 from task.progress import duration
-from task.reporting.history import LeftOut, RunHistory, read_history
+from task.reporting.history import RunHistory, read_history
 from task.reporting.metric_table import metric_rows
 from task.reporting.run_summary import (
     describe_run,
@@ -24,9 +24,9 @@ from task.reporting.warning_signs import (
     checks,
     far_rounds,
     image_checks,
-    num_scored,
     warning_signs,
 )
+from task.runs.records import HELD_OUT, TEST, TRAIN, Record, records_of
 from task.runs.repeat import (
     PLACES,
     resubmitting_command,
@@ -35,25 +35,28 @@ from task.runs.repeat import (
     training_words,
 )
 from task.runs.run_directory import check_same_run, run_path
-from tests.helpers import losses, metric_report, written_run
+from tests.helpers import left_out, losses, metric_report, written_run
+
+NOISE_POSITION = ("noise_position", None)
 
 
 def test_history_holds_what_was_recorded_of_complete_rounds(tmp_path: Path) -> None:
     recorded = [
         *losses(1, {0: 0.5, 1: 0.7}),
         *losses(2, {0: 0.3}),
-        (2, "client-1", {"train_left_out": "node unavailable"}),
+        left_out(2, 1, "node unavailable"),
         *losses(3, {0: 9.0, 1: 9.0}),
     ]
     files: dict[str, Any] = {"partition.json": {"train_counts": [[1] * 10, [2] * 10, [0] * 10]}}
     run = written_run(tmp_path / "run", recorded, rounds_done=2, files=files, federation__rounds=4)
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"round": 3, "who": "glo')
+        file.write('{"round": 3, "metr')
     history = read_history(run)
     assert (history.rounds_done, history.finished, history.running) == (2, False, False)
-    assert history.values["train_loss"] == {1: pytest.approx(0.6), 2: 0.3}
-    assert history.of_clients("train_loss") == {0: {1: 0.5, 2: 0.3}, 1: {1: 0.7}}
-    assert history.left_out == (LeftOut(2, 1, "train", "node unavailable"),)
+    records = history.records
+    assert records.series("loss", reference=TRAIN) == {1: pytest.approx(0.6), 2: 0.3}
+    assert records.of_clients("loss", reference=TRAIN) == {0: {1: 0.5, 2: 0.3}, 1: {1: 0.7}}
+    assert records.left_out == [left_out(2, 1, "node unavailable")]
     assert (history.clients, history.num_images) == ([0, 1, 2], 30)
     states = history.participation()
     assert (states[1, 1], states[2, 1], states[2, 2]) == ("trained", "left out", "not there")
@@ -91,16 +94,22 @@ def test_run_that_no_client_has_answered_says_where_it_runs(tmp_path: Path) -> N
 
 
 def test_what_hospitals_scored_is_read_from_the_run(tmp_path: Path) -> None:
-    said = "1200 images, extractor classifier, image range correct, seed 0"
+    settings = {"extractor": "classifier", "image_range": "correct", "seed": 7}
     recorded = [
-        (1, "global", {"quality_fid": 3.0, "quality_num_hospitals": 2}),
-        (2, "global", {"quality_fid": 2.0, "quality_num_hospitals": 2, "quality_scored": said}),
+        each
+        for number, n in ((1, 40), (2, 1200))
+        for each in (
+            Record(number, "fid", 2.0, reference=HELD_OUT, n=n, context=settings),
+            Record(number, "num_scoring_clients", 2, n=n, context=settings),
+        )
     ]
-    run = written_run(tmp_path / "run", recorded, rounds_done=2, eval__num_images=20)
-    history = read_history(run)
-    assert (history.scoring, num_scored(history)) == (said, 1200)
-    early = read_history(written_run(tmp_path / "early", recorded, rounds_done=1))
-    assert num_scored(early) == early.config.eval.num_images
+    run = written_run(tmp_path / "run", recorded, rounds_done=2)
+    (fid,) = found_metrics(read_history(run))
+    assert fid.of == "hospitals, classifier, correct, n=1,200, seed 7"
+    (check,) = found(read_history(run), "fewer")
+    assert "1,200 of 10 classes in the hospitals' scores" in check.says
+    (fid,) = found_metrics(read_history(written_run(tmp_path / "early", recorded, rounds_done=1)))
+    assert fid.of == "hospitals, classifier, correct, n=40, seed 7"
 
 
 def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
@@ -143,56 +152,56 @@ def test_copies_and_few_images_are_warned_of(tmp_path: Path) -> None:
 def test_what_was_measured_before_a_run_was_prolonged_is_not_said_of_its_end(
     tmp_path: Path,
 ) -> None:
-    quick: dict[str, float | str] = {"num_generated_images": 500, "noise_position": 0.1}
-    lines = [*losses(1, {0: 0.5}), (1, "global", quick), *losses(2, {0: 0.5})]
+    lines = [*losses(1, {0: 0.5}), Record(1, "noise_position", 0.1, n=500), *losses(2, {0: 0.5})]
     run = written_run(tmp_path / "run", lines, rounds_done=2)
     file = run / "evaluation-classifier-correct.json"
     file.write_text(json.dumps({**metric_report(0.5).describe(), "round": 1}))
     assert {check.state for check in image_checks(read_history(run))} == {State.UNMEASURED}
-    (found_before,) = found_metrics(read_history(run), "noise_position")
+    (found_before,) = found_metrics(read_history(run), NOISE_POSITION)
     assert found_before.of.endswith("n=500, round 1")
-    lines += [(2, "global", {**quick, "noise_position": 0.9})]
+    lines += [Record(2, "noise_position", 0.9, n=500)]
     run = written_run(tmp_path / "measured", lines, rounds_done=2)
     (run / file.name).write_text(file.read_text())
     history = read_history(run)
     assert [check.state for check in found(history, "noise")] == [State.WARNING]
-    assert [each.generated for each in evaluated_metrics(history, "noise_position")] == ["0.9"]
+    assert [each.generated for each in evaluated_metrics(history, NOISE_POSITION)] == ["0.9"]
     before = image_checks(history.of_round(1))
     assert "0.10" in before[0].says and before[0].state is State.CLEAR
 
 
 def test_images_drawn_otherwise_do_not_hide_what_the_run_measured(tmp_path: Path) -> None:
-    quick: dict[str, float | str] = {"num_generated_images": 500, "noise_position": 0.1}
-    run = written_run(tmp_path / "run", [(2, "global", quick)], rounds_done=2)
+    quick = Record(2, "noise_position", 0.1, n=500)
+    run = written_run(tmp_path / "run", [quick], rounds_done=2)
     places = {"noise_position": 0.9, "floor_noise_position": 0.03}
     content = json.dumps({**metric_report().describe(), **places, "round": 2})
     (run / "evaluation-classifier-correct-sampler=ddpm.json").write_text(content)
     states = [check.state for check in found(read_history(run), "noise")]
     assert states == [State.WARNING, State.CLEAR]
     (run / "evaluation-classifier-correct.json").write_text(content)
-    first, second = evaluated_metrics(read_history(run), "noise_position")
+    first, second = evaluated_metrics(read_history(run), NOISE_POSITION)
     assert first.of.startswith("pixels and spectra, n=")
     assert (first.of + ", drawn with sampler=ddpm") == second.of
     assert {check.state for check in found(read_history(run), "noise")} == {State.WARNING}
 
 
 def test_place_between_real_and_noise_names_the_numbers_that_it_is_of(tmp_path: Path) -> None:
-    quick: dict[str, float | str] = {
-        **{"num_generated_images": 1000, "num_noise_position_real": 179},
-        **{"noise_position": 0.1, "floor_noise_position": 0.03},
-    }
-    history = read_history(written_run(tmp_path / "run", [(2, "global", quick)], rounds_done=2))
+    quick = [
+        Record(2, "noise_position", 0.1, n=1000),
+        Record(2, "noise_position", 0.03, real=True, n=179),
+    ]
+    history = read_history(written_run(tmp_path / "run", quick, rounds_done=2))
     said = "other real images at 0.03 (n=1,000, 500 of them compared, 179 real ones)"
     assert said in found(history, "noise")[0].says
-    assert found_metrics(history, "noise_position")[0].of == "pixels and spectra, n=500"
+    assert found_metrics(history, NOISE_POSITION)[0].of == "pixels and spectra, n=500"
 
 
 def test_floors_of_another_number_of_images_are_left_out(tmp_path: Path) -> None:
     described = metric_report().describe()
-    told = {n: v for n, v in described.items() if n not in ("n_scored", "n_floor")}
-    for name, values, real in (("old", told, ""), ("new", {**told, "n_scored": 2000}, "2.5")):
-        run = written_run(tmp_path / name, [(2, "global", values)], rounds_done=2)
-        assert [each.real for each in found_metrics(read_history(run), "fid_train")][:1] == [real]
+    for name, n_scored, real in (("old", 2000, ""), ("new", 897, "2.5")):
+        report = MetricReport.from_description({**described, "n_scored": n_scored})
+        run = written_run(tmp_path / name, report.records(2), rounds_done=2)
+        (fid,) = found_metrics(read_history(run), ("fid", TRAIN))
+        assert (fid.generated, fid.real) == ("2.5", real)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +217,7 @@ def test_floors_of_another_number_of_images_are_left_out(tmp_path: Path) -> None
         (
             {
                 **{"noise_position": 0.2, "class_agreement": 0.6, "pixel_copied": 0.01},
-                **{"pixel_p_value": 0.3, "num_held_out_searched": 179},
+                **{"pixel_p_value": 0.3, "num_held_out": 179},
             },
             State.CLEAR,
             State.CLEAR,
@@ -223,8 +232,8 @@ def test_floors_of_another_number_of_images_are_left_out(tmp_path: Path) -> None
         ),
         (
             {
-                **{"classifier_test_accuracy": 0.1, "class_agreement": 0.5},
-                **{"pixel_copied": 0.5, "pixel_p_value": 0.3, "num_held_out_searched": 2},
+                **{"of_real": 0.1, "class_agreement": 0.5},
+                **{"pixel_copied": 0.5, "pixel_p_value": 0.3, "num_held_out": 2},
             },
             State.UNMEASURED,
             State.UNMEASURED,
@@ -233,10 +242,11 @@ def test_floors_of_another_number_of_images_are_left_out(tmp_path: Path) -> None
     ],
 )
 def test_nothing_is_called_clear_that_was_not_looked_at(
-    tmp_path: Path, recorded: dict[str, float | str], noise: State, classes: State, copies: State
+    tmp_path: Path, recorded: dict[str, float], noise: State, classes: State, copies: State
 ) -> None:
-    recorded = recorded | {"num_generated_images": 500, "chance_agreement": 0.1} if recorded else {}
-    lines = [*losses(2, {0: 0.5}), (2, "global", recorded)]
+    values = recorded | {"chance_agreement": 0.1} if recorded else {}
+    real = Record(2, "class_agreement", values.pop("of_real", 1.0), real=True)
+    lines = [*losses(2, {0: 0.5}), *records_of(2, values, n=500), real]
     history = read_history(written_run(tmp_path / "run", lines, rounds_done=2))
     for subject, state in (("noise", noise), ("other classes", classes), ("copies", copies)):
         assert [check.state for check in found(history, subject)] == [state]
@@ -244,20 +254,17 @@ def test_nothing_is_called_clear_that_was_not_looked_at(
 
 
 def test_hospitals_scores_are_checked_one_by_one(tmp_path: Path) -> None:
-    told: dict[str, float | str] = {"quality_num_examples": 200, "quality_pixel_copied": 0.1}
-    mean: dict[str, float | str] = {
-        **{"quality_num_hospitals": 2, "quality_noise_position": 0.8},
-        **{"quality_class_agreement": 1.0, "quality_chance_agreement": 1.0},
-    }
+    mean = {"noise_position": 0.8, "class_agreement": 1.0, "chance_agreement": 1.0}
     lines = [
         *losses(2, {0: 0.5, 1: 0.5}),
-        (2, "client-0", {**told, "quality_pixel_p_value": 0.001}),
-        (2, "client-1", {**told, "quality_pixel_p_value": 0.5}),
-        (2, "global", mean),
+        *records_of(2, mean, reference=HELD_OUT, n=500),
+        Record(2, "num_scoring_clients", 2, n=500),
     ]
-    history = read_history(
-        written_run(tmp_path / "run", lines, rounds_done=2, eval__num_images=500)
-    )
+    for client, p_value in ((0, 0.001), (1, 0.5)):
+        told = {"pixel_copied": 0.1, "pixel_p_value": p_value}
+        lines += records_of(2, told, client=client, reference=HELD_OUT, n=500)
+        lines += [Record(2, "num_held_out", 200, client=client)]
+    history = read_history(written_run(tmp_path / "run", lines, rounds_done=2))
     copies = found(history, "copies")
     assert [check.state for check in copies] == [State.WARNING, State.CLEAR]
     assert "at client 0" in copies[0].says and "n=500, 200 held out" in copies[0].says
@@ -342,12 +349,14 @@ def test_test_images_that_were_trained_on_are_warned_of(tmp_path: Path) -> None:
 
 
 def test_run_ends_with_few_lines_of_what_it_found(tmp_path: Path) -> None:
+    report = MetricReport.from_description({**metric_report().describe(), "n_scored": 897})
     recorded = [
         *losses(1, {0: 0.5, 1: 0.7}),
         *losses(2, {0: 0.25, 1: 0.35}),
-        (2, "global", {"round_seconds": 100.0, "seconds_training": 75.0, "test_loss": 0.4}),
-        (2, "global", {**metric_report().describe(), "n_scored": 2000}),
-        (2, "global", {"seconds_evaluating": 25.0}),
+        *records_of(2, {"round_seconds": 100.0, "seconds_training": 75.0}),
+        Record(2, "loss", 0.4, reference=TEST),
+        *report.records(2),
+        Record(2, "seconds_evaluating", 25.0),
     ]
     run = written_run(tmp_path / "run", recorded, rounds_done=2)
     text = "\n".join(lines := summary_lines(read_history(run)))
@@ -357,7 +366,7 @@ def test_run_ends_with_few_lines_of_what_it_found(tmp_path: Path) -> None:
         "0.3 (round 2)",
         "2:05",
         "25%",
-        "2.5 (real images 2.5; classifier, correct, n=2,000)",
+        "2.5 (real images 2.5; classifier, correct, n=897)",
     ):
         assert words in text
     assert duration(3723) == "1:02:03"

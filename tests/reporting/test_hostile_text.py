@@ -15,7 +15,7 @@ from task.cli.main import app
 from task.reporting.model_card import write_model_card
 from task.reporting.report import write_report
 from task.runs.run import load_run
-from tests.helpers import losses, metric_report, written_run
+from tests.helpers import left_out, losses, metric_report, written_run
 
 IMAGE = "<img src=x onerror=alert(1)>"
 RUN = f"=1+1 '\"`*_{IMAGE}_*|[a](javascript:alert(2))"
@@ -56,7 +56,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, beta in ((RUN, 1), ("other", 5)):
         run = written_run(
             folder / name,
-            [*losses(1, {0: 0.5, 1: 0.7}), (1, "client-1", {"train_left_out": REASON})],
+            [*losses(1, {0: 0.5, 1: 0.7}), left_out(1, 1, REASON)],
             rounds_done=2,
             files={"partition.json": {"num_clients": 2, "train_counts": [[3] * 4, [5] * 4]}},
             overrides=shlex.join(

@@ -14,6 +14,7 @@ from task.evaluation.copying import Copying
 from task.evaluation.evaluate import Classification, Label, MetricReport, Scores
 from task.reporting.metric_table import metric_rows
 from task.reporting.model_card import training_counts, write_model_card
+from task.runs.records import HELD_OUT, TEST, Record, records_of
 from task.runs.run import FinishedRun, find_runs
 
 EXPORTED = {
@@ -122,9 +123,9 @@ def test_card_of_a_run_without_evaluation_tells_what_it_measured_itself(tmp_path
     run = run_of(tmp_path, files)
     record(
         run,
-        *((3, "global", "num_generated_images", 500), (3, "global", "class_agreement", 0.5)),
-        *((3, "global", "chance_agreement", 0.5), (3, "global", "noise_position", 0.75)),
-        (3, "global", "floor_noise_position", 0.125),
+        Record(3, "class_agreement", 0.5, n=500),
+        *records_of(3, {"chance_agreement": 0.5, "noise_position": 0.75}, n=500),
+        Record(3, "noise_position", 0.125, real=True),
     )
     text = card(run)
     for words in (
@@ -139,26 +140,35 @@ def test_card_of_a_run_without_evaluation_tells_what_it_measured_itself(tmp_path
         assert words in text
 
 
-def record(run: FinishedRun, *metrics: tuple[int, str, str, float]) -> None:
-    names = ("round", "who", "name", "value")
-    lines = [json.dumps(dict(zip(names, metric, strict=True))) + "\n" for metric in metrics]
-    (run.path / "metrics.jsonl").write_text("".join(lines))
+def record(run: FinishedRun, *records: Record) -> None:
+    (run.path / "metrics.jsonl").write_text("".join(map(Record.line, records)))
+
+
+def loss(number: int, value: float, client: int | None = None) -> Record:
+    return Record(number, "loss", value, client=client, reference=TEST)
+
+
+def score(
+    number: int, metric: str, value: float, *, of: int | None = None, client: int | None = None
+) -> Record:
+    """What hospitals scored: one, or so many of them together."""
+    context = {} if of is None else {"num_clients": of}
+    return Record(number, metric, value, client=client, reference=HELD_OUT, context=context)
 
 
 def test_hospitals_scores_are_told_as_their_mean_alone(tmp_path: Path) -> None:
     run = run_of(tmp_path, {"nodes.json": {"7": 0, "8": 1}})
     record(
         run,
-        (2, "global", "quality_pixel_copied", 0.5),
-        (3, "client-0", "quality_pixel_copied", 0.75),
-        (3, "global", "quality_pixel_copied", 0.25),
-        (3, "global", "quality_num_hospitals", 2),
-        *((3, f"client-{client}", "test_loss", 0.75) for client in range(3)),
-        (3, "global", "test_loss", 0.125),
+        score(2, "pixel_copied", 0.5, of=2),
+        score(3, "pixel_copied", 0.75, client=0),
+        score(3, "pixel_copied", 0.25, of=2),
+        Record(3, "num_scoring_clients", 2),
+        *(loss(3, 0.75, client) for client in range(3)),
+        loss(3, 0.125),
         # Of a round before, and of a single hospital, the others having one class each.
-        (2, "global", "quality_fid", 0.5),
-        (3, "global", "quality_class_agreement", 0.75),
-        (3, "global", "quality_num_class_hospitals", 1),
+        score(2, "fid", 0.5, of=2),
+        score(3, "class_agreement", 0.75, of=1),
     )
     text = card(run)
     assert "than held-out ones, pixels | 0.2500 | 2 | 3 |" in text
@@ -171,7 +181,7 @@ def test_scores_of_another_round_than_that_of_the_weights_are_not_told(tmp_path:
     drawn = {"round": 2, "sampler": "ddim", "num_inference_steps": 50}
     files = {"evaluation-classifier-correct.json": {**REPORT.describe(), **drawn}}
     run = run_of(tmp_path, files, "train.mode=centralized")
-    record(run, (2, "global", "test_loss", 0.625))
+    record(run, loss(2, 0.625))
     assert "Nothing was measured of these weights: " in card(run)
     assert "0.625" not in card(run) and "FID (train)" not in card(run)
     of_round_2 = card(run, round=2)
@@ -181,15 +191,15 @@ def test_scores_of_another_round_than_that_of_the_weights_are_not_told(tmp_path:
 @pytest.mark.parametrize("others", [False, True])
 def test_scores_of_a_single_client_are_not_told(tmp_path: Path, others: bool) -> None:
     run = run_of(tmp_path, {"nodes.json": {"7": 0, "8": 1}})
-    elsewhere = [(2, "client-1", "test_loss", 0.75), (2, "global", "quality_num_hospitals", 2)]
+    elsewhere = [loss(2, 0.75, client=1), Record(2, "num_scoring_clients", 2)]
     record(
         run,
         *(elsewhere if others else []),
-        (3, "client-0", "quality_pixel_copied", 0.25),
-        (3, "global", "quality_pixel_copied", 0.25),
-        (3, "global", "quality_num_hospitals", 1),
-        (3, "client-0", "test_loss", 0.625),
-        (3, "global", "test_loss", 0.625),
+        score(3, "pixel_copied", 0.25, client=0),
+        score(3, "pixel_copied", 0.25, of=1),
+        Record(3, "num_scoring_clients", 1),
+        loss(3, 0.625, client=0),
+        loss(3, 0.625),
     )
     text = card(run)
     assert "0.25" not in text and "0.625" not in text
@@ -224,7 +234,7 @@ def test_card_of_a_clients_weights_claims_no_results(tmp_path: Path) -> None:
 def test_card_of_a_centralised_run_says_where_the_images_were(tmp_path: Path) -> None:
     files = {"pooled.json": {"train_counts": [5, 6], "test_counts": [1, 1]}}
     run = run_of(tmp_path, files, "train.mode=centralized")
-    record(run, (2, "global", "test_loss", 0.5), (3, "global", "test_loss", 0.125))
+    record(run, loss(2, 0.5), loss(3, 0.125))
     text = card(run)
     assert "on all images in one place" in text and "| algorithm | centralised training |" in text
     assert "| all | 11 |" in text

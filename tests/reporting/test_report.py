@@ -28,8 +28,9 @@ from task.reporting.report import (
     write_report,
 )
 from task.reporting.run_summary import key_figures
+from task.runs.records import TRAIN, records_of
 from task.runs.repeat import resuming_command
-from tests.helpers import losses, metric_report, written_run
+from tests.helpers import left_out, losses, metric_report, written_run
 
 EVIL = "<script>alert(1)</script>"
 REASON = "</script><img src=x onerror=alert(2)>"
@@ -42,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recorded = [
         *losses(1, {0: 0.512, 1: 0.734}),
         *losses(2, {0: 0.256}),
-        (2, "client-1", {"train_left_out": REASON}),
+        left_out(2, 1, REASON),
     ]
     counts = {"train_counts": [[3, 4], [5, 6]]}
     written_run(
@@ -100,7 +101,7 @@ def test_report_shows_the_figures_of_the_metrics(run: Path, page: str) -> None:
     history = read_history(run)
     assert {("0", 1): 0.512, ("1", 1): 0.734, ("0", 2): 0.256}.items() <= drawn.items()
     shared = {row["round"]: row["value"] for row in rows if row.get("line") == "train loss"}
-    assert shared == history.values["train_loss"]
+    assert shared == history.records.series("loss", reference=TRAIN)
     cells = {(row["client"], row["class"]): row["images"] for row in rows if "images" in row}
     assert cells[("1", "b")] == 6
     assert "<td>left out</td><td>2</td>" in bare(page) and "<td>5</td><td>6</td>" in bare(page)
@@ -256,11 +257,13 @@ def test_page_says_when_where_and_of_what_a_run_is(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"times\.json is not what a run writes"):
         read_history(run)
     (run / "times.json").unlink()
-    huge = json.dumps({"round": 1, "who": "global", "name": "train_loss", "value": 10**400})
+    huge = json.dumps({"round": 1, "metric": "loss", "value": 10**400})
     for file, content in (
         ("submission.json", '{"run_config": 5}'),
         ("metrics.jsonl", "[" * 10**5),
         ("metrics.jsonl", huge),
+        ("metrics.jsonl", '{"round": 1, "metric": "loss", "value": NaN}'),
+        ("metrics.jsonl", '{"round": 1, "metric": "loss", "value": 1, "other": 2}'),
     ):
         (run / file).write_text(content + "\n")
         with pytest.raises(ValueError, match=rf"{file} is not what a run writes"):
@@ -302,7 +305,7 @@ def test_ticks_are_whole_rounds(first: int, last: int, expected: list[int]) -> N
 
 def test_time_that_nobody_trained_is_told_from_training(tmp_path: Path) -> None:
     spent = {"seconds_waiting": 124.0, "seconds_training": 8.0, "round_seconds": 126.0}
-    run = written_run(tmp_path / "run", [(1, "global", spent)], rounds_done=2)
+    run = written_run(tmp_path / "run", records_of(1, spent), rounds_done=2)
     drawing = time_chart(read_history(run))
     assert drawing is not None
     rows = {row["phase"]: row["seconds"] for row in rows_in(drawing.spec) if "phase" in row}
@@ -359,17 +362,7 @@ def test_broken_file_is_named_in_one_line(tmp_path: Path) -> None:
             (run / name).unlink()
 
 
-def test_loss_that_was_not_a_number_is_said_and_kept_out_of_the_charts(tmp_path: Path) -> None:
-    run = written_run(tmp_path / "run", losses(1, {0: 0.5}), rounds_done=2)
-    lost = {"round": 2, "who": "global", "name": "train_loss", "value": float("nan")}
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(lost) + "\n" + json.dumps({**lost, "who": "client-0"}) + "\n")
-    history = read_history(run)
-    assert history.values["train_loss"] == {1: 0.5} and len(history.not_finite) == 2
-    assert history.participation()[2, 0] == "trained"
-    page = write_report(run).read_text(encoding="utf-8")
-    assert "Train loss was not a number in 1 round, from round 2 on: the run has diverged" in page
-    assert not any("NaN" in text for kind, text in Elements(page).scripts if kind)
+def test_page_holds_no_value_that_a_browser_cannot_read() -> None:
     bare = Charts([Drawing("t", "s", {"value": float("nan")})])
     with pytest.raises(ValueError, match="not JSON compliant"):
         render(Page("p", [Section("a", "t", [bare])]))

@@ -80,13 +80,14 @@ def test_scores_of_hospitals_of_the_first_schema_become_records(tmp_path: Path) 
     scored = {"extractor": "classifier", "image_range": "paper", "seed": 7}
     left_out = {"activity": "quality", "reason": "no reply"}
     assert list(read_records(file).all) == [
+        Record(5, "num_held_out", 40, client=0),
         Record(
             *(5, "fid", 2.5),
             client=0,
             reference=HELD_OUT,
             real=True,
             n=500,
-            context={"num_held_out": 40, **scored},
+            context=scored,
         ),
         Record(5, "left_out", 1, client=1, context=left_out),
         Record(

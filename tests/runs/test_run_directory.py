@@ -20,13 +20,13 @@ from task.config import Config, anchored, load_config, read_config, value_paths
 from task.reporting.history import read_history
 from task.runs import run_directory
 from task.runs.checkpoint import load_weights
+from task.runs.records import HELD_OUT, TRAIN, Record, read_records
 from task.runs.run_directory import (
     FREE_TO_CHANGE,
     NODES_FILE,
     RunDirectory,
     check_startable,
     client_numbers,
-    read_metrics,
     run_path,
 )
 
@@ -47,12 +47,13 @@ with open(sys.argv[1], "w") as file:
 FILL_DISK = """
 import sys, torch
 from pathlib import Path
+from task.runs.records import Record
 from task.runs.run_directory import RunDirectory
 from tests.runs.test_run_directory import configured, weights
 
 directory = RunDirectory(configured(Path(sys.argv[1])))
 directory.write_config(directory.config)
-directory.record(1, "global", {"train_loss": 1.0})
+directory.record([Record(1, "loss", 1.0)])
 directory.save_checkpoint(1, weights(1.0), {})
 try:
     directory.save_checkpoint(2, {"large": torch.zeros(2**20)}, {})
@@ -61,7 +62,7 @@ except OSError as error:
 print(sorted(file.name for file in (directory.path / "checkpoints").iterdir()))
 try:
     for i in range(2**20):
-        directory.record(2, f"client-{i}", {"train_left_out": "x" * 1000, "train_loss": 1.0})
+        directory.record([Record(2, "loss", 1.0, client=i, context={"reason": "x" * 1000})])
 except OSError as error:
     print(f"metrics: {error}")
 directory.metrics_file.read_bytes().endswith(b"\\n") or print("half a line")
@@ -97,13 +98,17 @@ def opened(tmp_path: Path, *overrides: str) -> "closing[RunDirectory]":
     return closing(RunDirectory(configured(tmp_path, *overrides)))
 
 
+def recorded(directory: RunDirectory) -> list[Record]:
+    return list(read_records(directory.metrics_file).all)
+
+
 @pytest.fixture
 def started(tmp_path: Path) -> Path:
     """A run of two complete rounds."""
     with opened(tmp_path) as directory:
         directory.write_config(directory.config)
         for server_round in (1, 2):
-            directory.record(server_round, "global", {"train_loss": 1 / server_round})
+            directory.record([Record(server_round, "loss", 1 / server_round)])
             directory.save_checkpoint(server_round, weights(server_round), {})
     return tmp_path / "run"
 
@@ -126,7 +131,7 @@ def lock_held(path: Path) -> Iterator["subprocess.Popen[str]"]:
 def test_run_directory_has_the_documented_layout(tmp_path: Path) -> None:
     with opened(tmp_path) as directory:
         directory.write_config(directory.config)
-        directory.record(1, "global", {"train_loss": 0.5})
+        directory.record([Record(1, "loss", 0.5)])
         directory.write_json("partition.json", {"num_clients": 2})
         directory.save_checkpoint(5, weights(1), {})
         directory.save_model(5, weights(1))
@@ -145,7 +150,7 @@ def test_run_directory_has_the_documented_layout(tmp_path: Path) -> None:
 def test_new_run_has_no_rounds_no_metrics_and_no_weights(tmp_path: Path) -> None:
     with opened(tmp_path) as directory:
         assert directory.last_round == 0
-        assert [*read_metrics(directory.path)] == []
+        assert recorded(directory) == []
         assert directory.load_checkpoint() is None
         assert directory.final_round() is None
         assert directory.read_json("partition.json") is None
@@ -260,28 +265,22 @@ def test_run_of_another_version_goes_on_where_its_values_are_known(started: Path
         RunDirectory(configured(started.parent, "resume=true"))
 
 
-def test_metrics_read_back_in_order(tmp_path: Path) -> None:
-    with opened(tmp_path) as directory:
-        directory.record(1, "client-3", {"train_loss": 0.25, "train_left_out": "no reply\n'"})
-        directory.record(1, "global", {"num_clients": 1})
-        expected = [
-            {"round": 1, "who": "client-3", "name": "train_loss", "value": 0.25},
-            {"round": 1, "who": "client-3", "name": "train_left_out", "value": "no reply\n'"},
-            {"round": 1, "who": "global", "name": "num_clients", "value": 1},
-        ]
-        assert [*read_metrics(directory.path)] == expected
-        lines = directory.metrics_file.read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == expected
+def test_records_of_the_first_schema_are_rewritten_where_a_run_is_resumed(started: Path) -> None:
+    old = [{"round": r, "who": "global", "name": "train_loss", "value": 0.5} for r in (1, 2, 3)]
+    (started / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    expected = [Record(number, "loss", 0.5, reference=TRAIN) for number in (1, 2, 3)]
+    with opened(started.parent, "resume=true") as directory:
+        directory.record(expected[2:])
+        assert recorded(directory) == expected
+        assert '"who"' not in directory.metrics_file.read_text(encoding="utf-8")
 
 
 def test_metrics_of_incomplete_rounds_are_dropped(started: Path) -> None:
     kept = (started / "metrics.jsonl").read_text(encoding="utf-8")
     with opened(started.parent, "resume=true") as directory:
-        directory.record(0, "global", {"before": 1.0})
-        directory.record(3, "client-0", {"train_loss": 9.0})
-        directory.record(3, "global", {"train_loss": 9.0})
+        directory.record([Record(0, "before", 1.0), Record(3, "loss", 9.0, client=0)])
     with opened(started.parent, "resume=true") as directory:
-        assert {line["round"] for line in read_metrics(directory.path)} == {0, 1, 2}
+        assert {each.round for each in recorded(directory)} == {0, 1, 2}
         assert directory.metrics_file.read_text(encoding="utf-8").startswith(kept)
 
 
@@ -292,8 +291,8 @@ def test_half_written_last_line_is_dropped(started: Path, cut: int) -> None:
     file.write_text(whole + whole.splitlines()[-1][:cut], encoding="utf-8")
     with opened(started.parent, "resume=true") as directory:
         assert file.read_text(encoding="utf-8") == whole
-        directory.record(3, "global", {"train_loss": 0.1})
-        assert [line["round"] for line in read_metrics(directory.path)] == [1, 2, 3]
+        directory.record([Record(3, "loss", 0.1)])
+        assert [each.round for each in recorded(directory)] == [1, 2, 3]
 
 
 def scalars(path: Path, tag: str) -> list[tuple[int, float]]:
@@ -304,11 +303,13 @@ def scalars(path: Path, tag: str) -> list[tuple[int, float]]:
 
 def test_tensorboard_shows_numbers_once_where_a_round_was_repeated(started: Path) -> None:
     with opened(started.parent, "resume=true") as directory:
-        directory.record(3, "global", {"train_loss": 9.0, "left_out": "why"})
+        directory.record([Record(3, "loss", 9.0)])
     time.sleep(1.1)  # files of events are sorted by the second in their name
     with opened(started.parent, "resume=true") as directory:
-        directory.record(3, "global", {"train_loss": 0.25})
-    assert scalars(started, "train_loss/global") == [(1, 1.0), (2, 0.5), (3, 0.25)]
+        fid = Record(3, "fid", 0.5, client=3, reference=HELD_OUT, real=True)
+        directory.record([Record(3, "loss", 0.25), fid])
+    assert scalars(started, "loss/global") == [(1, 1.0), (2, 0.5), (3, 0.25)]
+    assert scalars(started, "fid (held_out, real images)/client 3") == [(3, 0.5)]
 
 
 def test_last_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -426,7 +427,7 @@ def test_run_goes_on_after_the_checkpoint_before_a_damaged_one_and_says_so(
         assert directory.last_round == 1
         stored = directory.load_checkpoint()
         assert stored is not None and stored[0]["layer.weight"][0, 0] == 1
-        assert {line["round"] for line in read_metrics(directory.path)} == {1}
+        assert {each.round for each in recorded(directory)} == {1}
     assert [picture.name for picture in (started / "samples").iterdir()] == ["round_0001.png"]
     assert (started / "checkpoints" / "damaged-round_0002.safetensors").read_bytes() == damaged
     with opened(started.parent, "resume=true") as directory:
@@ -455,12 +456,7 @@ def test_damaged_final_weights_are_set_aside(started: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_reaches_no_json_file(tmp_path: Path, value: float) -> None:
-    message = r"^round 3: train_loss of client-1 must be finite, got (nan|inf); .* train\.lr"
     with opened(tmp_path) as directory:
-        directory.record(1, "global", {"train_loss": 1.0})
-        with pytest.raises(ValueError, match=message):
-            directory.record(3, "client-1", {"other": 1.0, "train_loss": value})
-        assert len([*read_metrics(directory.path)]) == 1
         with pytest.raises(ValueError, match=r"a\.json: b\[1\]\.c must be finite, got (nan|inf)"):
             directory.write_json("a.json", {"b": [0.5, {"c": value}]})
         assert not (directory.path / "a.json").exists()

@@ -15,7 +15,8 @@ from task.data import build_dataset
 from task.generators.diffusion.objective import build_objective
 from task.randomness import Stream, torch_generator
 from task.runs.checkpoint import load_weights
-from task.runs.run_directory import RunDirectory, read_metrics
+from task.runs.records import TRAIN, read_records
+from task.runs.run_directory import RunDirectory
 from task.training.loop import new_optimizer, train_epochs
 from tests.helpers import SMALL_RUN, Network, node_context
 
@@ -44,7 +45,9 @@ def same_bits(one: Weights, other: Weights) -> bool:
 
 
 def recorded(folder: Path, name: str) -> dict[int, Any]:
-    return {m["round"]: m["value"] for m in read_metrics(folder) if m["name"] == name}
+    """Values by round of one name, such as "train loss"."""
+    reference, _, metric = name.rpartition(" ")
+    return read_records(folder / "metrics.jsonl").series(metric, reference=reference or None)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +93,7 @@ def test_neither_a_pause_nor_pictures_change_the_weights(folder: Path, reference
     paused = play(configured(folder, "paused", federation__rounds=1))
     play(configured(folder, "paused", federation__rounds=3, resume=True))
     assert same_bits(final_weights(paused), final_weights(reference))
-    assert recorded(paused, "train_loss") == recorded(reference, "train_loss")
+    assert recorded(paused, "train loss") == recorded(reference, "train loss")
 
 
 @pytest.mark.slow
@@ -100,7 +103,7 @@ def test_two_processes_go_on_with_one_adam(folder: Path) -> None:
     together = play(configured(folder, "together", train__num_processes=2, **settings))
     for name, tensor in final_weights(together).items():
         torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-5)
-    assert recorded(together, "train_loss")[2] < recorded(together, "train_loss")[1]
+    assert recorded(together, "train loss")[2] < recorded(together, "train loss")[1]
 
 
 def test_another_seed_gives_other_weights(folder: Path, reference: Path) -> None:
@@ -109,9 +112,9 @@ def test_another_seed_gives_other_weights(folder: Path, reference: Path) -> None
 
 
 def test_every_round_is_written_down_and_drawn(reference: Path) -> None:
-    for name in ("train_loss", "test_loss", "round_seconds", "images_per_second"):
+    for name in ("train loss", "test loss", "round_seconds", "images_per_second"):
         assert set(recorded(reference, name)) == {1, 2, 3}
-    assert recorded(reference, "train_loss")[3] < recorded(reference, "train_loss")[1]
+    assert recorded(reference, "train loss")[3] < recorded(reference, "train loss")[1]
     assert len([*(reference / "samples").glob("round_*.png")]) == 3
     assert not (reference / "partition.json").exists()
 
@@ -127,13 +130,13 @@ def test_small_and_full_metrics_come_when_they_are_due(folder: Path) -> None:
         eval__num_per_class=3,
     )
     path = play(config)
-    assert recorded(path, "n_generated") == {1: 40, 2: 40, 3: 30}
-    assert set(recorded(path, "fid_train")) == {1, 2, 3}
-    assert set(recorded(path, "cas")) == {3}  # of the full metrics alone
-    assert recorded(path, "class_agreement") == {}
+    fids = read_records(path / "metrics.jsonl").by_round("fid", reference=TRAIN)
+    assert {number: each.n for number, each in fids.items()} == {1: 40, 2: 40, 3: 30}
+    # Of the full metrics alone.
+    assert set(recorded(path, "cas")) == {3} == set(recorded(path, "class_agreement"))
     found = json.loads((path / "evaluation-classifier-correct.json").read_text())
     assert (found["round"], found["n_generated"]) == (3, 30)
-    assert found["fid_train"] == recorded(path, "fid_train")[3]
+    assert found["fid_train"] == fids[3].value
 
 
 def test_full_metrics_that_were_not_taken_are_made_up_for(
@@ -215,7 +218,7 @@ def test_pooled_data_without_a_test_split_has_no_test_loss(tmp_path: Path) -> No
         overrides="data=image_folder data.classes=['0','1'] data.channels=1",
     )
     path = play(config)
-    assert recorded(path, "test_loss") == {}
+    assert recorded(path, "test loss") == {}
     assert read_config(path / "config.yaml").train.mode == "centralized"
 
 

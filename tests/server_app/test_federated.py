@@ -39,6 +39,7 @@ from task.protocol.wire import Key, WeightLayout
 from task.reporting.history import read_history
 from task.reporting.warning_signs import State, checks
 from task.runs.checkpoint import load_weights
+from task.runs.records import Record, read_records
 from task.runs.run import kept_clients
 from task.runs.run_directory import RunDirectory, weights_file
 from tests.helpers import SMALL_RUN, ClientNodes, Network, Order, simulated, write_digits_as_mnist
@@ -49,8 +50,8 @@ Alter = Callable[[Message, Message], Message | None]
 
 THREE_ROUNDS = {"federation.rounds": 3, "federation.ema_decay": 0.75}
 RECORDED_OF_TRAINING = {
-    *("train_num_examples", "train_loss", "train_seconds", "train_images_per_second"),
-    *("train_left_out", "train_seconds_beside", "train_update_norm", "train_counted_images"),
+    *("train loss", "seconds", "images_per_second", "seconds_beside", "update_norm"),
+    *("left_out", "counted_images"),
 }
 
 
@@ -112,14 +113,36 @@ def same_bits(one: Weights, other: Weights) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
-def lines(folder: Path) -> list[dict[str, Any]]:
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+def records(folder: Path) -> list[Record]:
+    return list(read_records(folder / "metrics.jsonl").all)
 
 
-def recorded(folder: Path, name: str) -> dict[tuple[int, str], Any]:
-    """Values of one name, by round and who."""
-    return {(m["round"], m["who"]): m["value"] for m in lines(folder) if m["name"] == name}
+def named(record: Record) -> str:
+    """Name a record, such as "train loss" or "held_out fid real"."""
+    return " ".join(filter(None, [record.reference, record.metric, "real" * record.real]))
+
+
+def recorded(folder: Path, name: str) -> dict[tuple[int, int | None], float]:
+    """Values of one name, by round and client; None: of the whole run."""
+    return {(r.round, r.client): r.value for r in records(folder) if named(r) == name}
+
+
+def counted(folder: Path, name: str) -> dict[tuple[int, int | None], int | None]:
+    """Numbers of images behind the values of `recorded`."""
+    return {(r.round, r.client): r.n for r in records(folder) if named(r) == name}
+
+
+def of_clients(found: dict[tuple[int, int | None], Any]) -> dict[tuple[int, int | None], Any]:
+    return {key: value for key, value in found.items() if key[1] is not None}
+
+
+def left_out(folder: Path, activity: str) -> dict[tuple[int, int | None], str]:
+    """Reasons, by round and client."""
+    return {
+        (r.round, r.client): r.context["reason"]
+        for r in read_records(folder / "metrics.jsonl").left_out
+        if r.context["activity"] == activity
+    }
 
 
 def is_train(asked: Message, client: int) -> bool:
@@ -163,7 +186,7 @@ def test_run_says_what_it_ran_with(reference: Path) -> None:
     assert history.versions["torch"] == version("torch")
     assert history.data_source == "package scikit-learn" and len(history.data_hashes["all"]) == 64
     # The drawing and measuring at the end, and the start, belong to it.
-    assert history.seconds > sum(history.values["round_seconds"].values())
+    assert history.seconds > sum(history.records.series("round_seconds").values())
 
 
 def test_configuration_is_stored_as_the_federation_turned_out(reference: Path) -> None:
@@ -177,39 +200,38 @@ def test_configuration_is_stored_as_the_federation_turned_out(reference: Path) -
 def test_metrics_hold_every_client_of_every_round(reference: Path) -> None:
     dealt = json.loads((reference / "partition.json").read_text(encoding="utf-8"))
     counts = [sum(row) for row in dealt["train_counts"]]
-    assert recorded(reference, "train_num_examples") == {
-        (server_round, f"client-{client}"): count
+    assert of_clients(counted(reference, "train loss")) == {
+        (server_round, client): count
         for server_round in (1, 2, 3)
         for client, count in enumerate(counts)
     }
-    assert {m["name"] for m in lines(reference) if m["who"] == "global"} == {
-        *("train_loss", "num_clients", "test_loss", "round_seconds", "overhead_share"),
+    assert {named(r) for r in records(reference) if r.client is None} == {
+        *("train loss", "num_clients", "test loss", "round_seconds", "overhead_share"),
         *("seconds_sending", "seconds_waiting", "seconds_aggregating", "seconds_training"),
         *("seconds_checkpoint", "seconds_evaluating"),
     }
-    assert recorded(reference, "num_clients") == {(r, "global"): 3 for r in (1, 2, 3)}
+    assert recorded(reference, "num_clients") == {(r, None): 3 for r in (1, 2, 3)}
     # Every second round and the last.
-    assert [r for r, who in recorded(reference, "test_loss") if who == "global"] == [2, 3]
+    assert [r for r, who in recorded(reference, "test loss") if who is None] == [2, 3]
 
 
 @pytest.mark.parametrize("kind", ["train", "test"])
 def test_global_losses_are_means_weighted_by_images(reference: Path, kind: str) -> None:
-    losses = recorded(reference, f"{kind}_loss")
-    counts = recorded(reference, f"{kind}_num_examples")
-    rounds = [r for r, who in losses if who == "global"]
+    losses = recorded(reference, f"{kind} loss")
+    counts = counted(reference, f"{kind} loss")
+    rounds = [r for r, who in losses if who is None]
     assert len(rounds) == {"train": 3, "test": 2}[kind]
     for server_round in rounds:
         weighted = [
-            (losses[server_round, f"client-{client}"], counts[server_round, f"client-{client}"])
-            for client in range(3)
+            (losses[server_round, client], counts[server_round, client]) for client in range(3)
         ]
         expected = np.average([loss for loss, _ in weighted], weights=[n for _, n in weighted])
-        assert losses[server_round, "global"] == pytest.approx(expected, rel=1e-12)
+        assert losses[server_round, None] == pytest.approx(expected, rel=1e-12)
 
 
 def test_training_loss_goes_down(reference: Path) -> None:
-    losses = recorded(reference, "train_loss")
-    assert losses[3, "global"] < losses[1, "global"]
+    losses = recorded(reference, "train loss")
+    assert losses[3, None] < losses[1, None]
 
 
 def test_final_weights_are_the_moving_average_over_rounds(reference: Path) -> None:
@@ -247,8 +269,8 @@ def test_order_of_arrival_does_not_show_in_the_weights(
     folder = play(configured(tmp_path, THREE_ROUNDS), order=order, alter=watch)
     assert len(arrived) == 9 and arrived[:3] != [0, 1, 2]
     assert same_bits(final_weights(folder), final_weights(reference))
-    assert recorded(folder, "train_loss") == recorded(reference, "train_loss")
-    assert recorded(folder, "test_loss") == recorded(reference, "test_loss")
+    assert recorded(folder, "train loss") == recorded(reference, "train loss")
+    assert recorded(folder, "test loss") == recorded(reference, "test loss")
 
 
 def test_clients_asked_one_after_the_other_give_the_same_bits(
@@ -271,9 +293,9 @@ def test_clients_asked_one_after_the_other_give_the_same_bits(
 def test_phases_of_a_round_add_up_to_it_and_training_lies_within(reference: Path) -> None:
     for server_round in (1, 2, 3):
         told = {
-            m["name"]: m["value"]
-            for m in lines(reference)
-            if m["round"] == server_round and m["who"] == "global"
+            named(r): r.value
+            for r in records(reference)
+            if r.round == server_round and r.client is None
         }
         training = told.pop("seconds_training")
         assert ("seconds_evaluating" in told) == (server_round > 1)
@@ -322,10 +344,11 @@ def test_too_few_replies_end_the_run_and_resume_goes_on_to_the_same_bits(
     workspace._build_workspace.cache_clear()
     play({**run_config, "resume": True})
     assert same_bits(final_weights(folder), final_weights(reference))
-    for name in ("train_loss", "test_loss", "num_clients", "train_num_examples"):
+    for name in ("train loss", "test loss", "num_clients"):
+        assert counted(folder, name) == counted(reference, name)
         assert recorded(folder, name) == recorded(reference, name)
-    assert recorded(folder, "train_left_out") == {}
-    names = [(m["round"], m["who"], m["name"]) for m in lines(folder)]
+    assert left_out(folder, "train") == {}
+    names = [(r.round, r.client, named(r)) for r in records(folder)]
     assert len(names) == len(set(names))  # no round is told twice
 
 
@@ -340,7 +363,7 @@ def test_run_that_is_complete_sends_nothing_and_a_longer_one_goes_on(
     play({**run_config, "federation.rounds": 4})
     _, metadata = load_weights(tmp_path / "run" / "model.safetensors")
     assert metadata["round"] == "4"
-    assert [r for r, who in recorded(tmp_path / "run", "train_loss") if who == "global"] == [
+    assert [r for r, who in recorded(tmp_path / "run", "train loss") if who is None] == [
         *(1, 2, 3, 4)
     ]
 
@@ -441,12 +464,11 @@ class Spoiled:
         self.train()
         self.without_client_1 = self._run.weights
 
-    def train(self) -> tuple[str, list[dict[str, Any]]]:
+    def train(self) -> tuple[str, list[Record]]:
         """Play the round; returns what is said of it, and what is written down."""
         self._run.weights = self._first
-        file = self._folder / "metrics.jsonl"
-        before = len(lines(self._folder)) if file.exists() else 0
-        return self._run.train(1), lines(self._folder)[before:]
+        before = len(records(self._folder))
+        return self._run.train(1), records(self._folder)[before:]
 
     @property
     def weights(self) -> Weights:
@@ -479,12 +501,10 @@ def test_bad_reply_is_left_out_and_named_and_the_round_goes_on(
     summary, told = spoiled.train()
     assert "2 of 3 clients" in summary
     assert same_bits(spoiled.weights, spoiled.without_client_1)
-    (left_out,) = (m for m in told if m["name"] == "train_left_out")
-    assert left_out["who"] == "client-1" and re.search(reason, left_out["value"])
-    assert f"round 1: client 1 is left out: {left_out['value']}" in capsys.readouterr().out
-    assert {m["who"] for m in told if m["name"] == "train_loss"} == {
-        *("client-0", "client-2", "global")
-    }
+    (missed,) = (each for each in told if each.metric == "left_out")
+    assert missed.client == 1 and re.search(reason, missed.context["reason"])
+    assert f"round 1: client 1 is left out: {missed.context['reason']}" in capsys.readouterr().out
+    assert {each.client for each in told if named(each) == "train loss"} == {0, 2, None}
 
 
 @pytest.mark.parametrize(
@@ -495,7 +515,7 @@ def test_metrics_that_nobody_asked_for_do_not_end_the_run(
 ) -> None:
     spoiled.spoil = changed(metrics=more)
     _, told = spoiled.train()
-    assert {m["name"] for m in told if m["who"] == "client-1"} <= RECORDED_OF_TRAINING
+    assert {named(each) for each in told if each.client == 1} <= RECORDED_OF_TRAINING
 
 
 @pytest.mark.parametrize("message_type", ["train", "evaluate"])
@@ -537,7 +557,7 @@ def test_client_that_stays_silent_is_left_out_at_the_deadline(
         run.prepare()
         assert "2 of 3 clients" in run.train(1)
         assert same_bits(run.weights, spoiled.without_client_1)
-    assert list(recorded(tmp_path / "run", "train_left_out")) == [(1, "client-1")]
+    assert list(left_out(tmp_path / "run", "train")) == [(1, 1)]
 
 
 def test_client_that_failed_in_one_round_takes_part_in_the_next(tmp_path: Path) -> None:
@@ -545,7 +565,7 @@ def test_client_that_failed_in_one_round_takes_part_in_the_next(tmp_path: Path) 
         return failure(asked) if is_of_round(asked, 1) and is_train(asked, 1) else reply
 
     folder = play(configured(tmp_path), alter=alter)
-    assert recorded(folder, "num_clients") == {(1, "global"): 2, (2, "global"): 3}
+    assert recorded(folder, "num_clients") == {(1, None): 2, (2, None): 3}
 
 
 def test_loss_that_cannot_be_used_is_left_out_of_the_evaluation(tmp_path: Path) -> None:
@@ -557,12 +577,8 @@ def test_loss_that_cannot_be_used_is_left_out_of_the_evaluation(tmp_path: Path) 
         return spoil(asked, reply) if evaluated and told else reply
 
     folder = play(configured(tmp_path), alter=alter)
-    assert recorded(folder, "evaluate_left_out") == {
-        (2, "client-2"): "loss must be a finite number, got nan"
-    }
-    assert set(recorded(folder, "test_loss")) == {
-        *((2, "client-0"), (2, "client-1"), (2, "global"))
-    }
+    assert left_out(folder, "evaluate") == {(2, 2): "loss must be a finite number, got nan"}
+    assert set(recorded(folder, "test loss")) == {*((2, 0), (2, 1), (2, None))}
 
 
 def test_client_without_held_out_images_is_no_failure(tmp_path: Path) -> None:
@@ -573,8 +589,8 @@ def test_client_without_held_out_images_is_no_failure(tmp_path: Path) -> None:
         return reply
 
     folder = play(configured(tmp_path), alter=alter)
-    assert recorded(folder, "evaluate_left_out") == {}
-    assert (2, "client-2") not in recorded(folder, "test_loss")
+    assert left_out(folder, "evaluate") == {}
+    assert (2, 2) not in recorded(folder, "test loss")
 
 
 def test_round_without_any_test_loss_is_complete_all_the_same(tmp_path: Path) -> None:
@@ -582,16 +598,16 @@ def test_round_without_any_test_loss_is_complete_all_the_same(tmp_path: Path) ->
         return failure(asked) if asked.metadata.message_type == "evaluate" else reply
 
     folder = play(configured(tmp_path), alter=alter)
-    assert len(recorded(folder, "evaluate_left_out")) == 3
-    assert recorded(folder, "test_loss") == {}
-    assert recorded(folder, "num_clients") == {(1, "global"): 3, (2, "global"): 3}
+    assert len(left_out(folder, "evaluate")) == 3
+    assert recorded(folder, "test loss") == {}
+    assert recorded(folder, "num_clients") == {(1, None): 3, (2, None): 3}
 
 
 def test_only_the_clients_drawn_for_a_round_train_and_all_evaluate(tmp_path: Path) -> None:
     folder = play(configured(tmp_path, {"federation.clients_per_round": 1, "eval.every": 1}))
-    trained = recorded(folder, "train_num_examples")
+    trained = [key for key in recorded(folder, "train loss") if key[1] is not None]
     assert [server_round for server_round, _ in trained] == [1, 2]
-    assert len(recorded(folder, "test_num_examples")) == 6
+    assert len(recorded(folder, "test loss")) == 6 + 2
 
 
 def test_other_seed_gives_other_weights(reference: Path, tmp_path: Path) -> None:
@@ -617,13 +633,13 @@ def test_final_images_of_an_untrained_network_are_measured_and_look_like_noise(
         "data.cache_dir": str(tmp_path / "cache"),
     }
     folder = play(configured(tmp_path, changes))
-    assert recorded(folder, "num_generated_images") == {(1, "global"): 20}
-    assert 0 <= recorded(folder, "class_agreement")[1, "global"] <= 1
-    assert recorded(folder, "classifier_test_accuracy")[1, "global"] > 0.8
-    assert recorded(folder, "chance_agreement") == {(1, "global"): 0.1}
-    assert recorded(folder, "noise_position")[1, "global"] > 0.6
-    assert recorded(folder, "floor_noise_position")[1, "global"] < 0.2
-    assert recorded(folder, "pixel_p_value")[1, "global"] > 0.01
+    assert counted(folder, "class_agreement") == {(1, None): 20}
+    assert 0 <= recorded(folder, "class_agreement")[1, None] <= 1
+    assert recorded(folder, "class_agreement real")[1, None] > 0.8
+    assert recorded(folder, "chance_agreement") == {(1, None): 0.1}
+    assert recorded(folder, "noise_position")[1, None] > 0.6
+    assert recorded(folder, "noise_position real")[1, None] < 0.2
+    assert recorded(folder, "pixel_p_value")[1, None] > 0.01
     states = {check.subject: check.state for check in checks(read_history(folder))}
     assert states["images that look like noise"] is State.WARNING
     assert states["fewer than 50 measured images of a class"] is State.WARNING
@@ -754,8 +770,8 @@ def test_hospitals_are_numbered_once_and_keep_their_images(
 
     play({**run_config, "resume": True}, nodes=nodes)
     assert json.loads((folder / "nodes.json").read_text(encoding="utf-8")) == numbers
-    assert recorded(folder, "train_num_examples") == {
-        (r, f"client-{client}"): 180 for r in (1, 2) for client in (0, 1)
+    assert of_clients(counted(folder, "train loss")) == {
+        (r, client): 180 for r in (1, 2) for client in (0, 1)
     }
 
 
@@ -780,9 +796,9 @@ def test_round_that_fails_is_tried_again_and_leaves_nothing_of_the_failure(
             "FileNotFoundError (code 102): its data cannot be read; its own log names the file or "
             f"folder); attempt {attempt} of 3, nothing of it is kept"
         ) in said
-    names = [(m["round"], m["who"], m["name"]) for m in lines(folder)]
-    assert len(names) == len(set(names)) and recorded(folder, "train_left_out") == {}
-    assert recorded(folder, "num_clients") == {(1, "global"): 2, (2, "global"): 2}
+    names = [(r.round, r.client, named(r)) for r in records(folder)]
+    assert len(names) == len(set(names)) and left_out(folder, "train") == {}
+    assert recorded(folder, "num_clients") == {(1, None): 2, (2, None): 2}
 
 
 def test_round_that_is_tried_again_draws_hospitals_that_have_not_failed_in_it(
@@ -886,7 +902,7 @@ def test_kill_after_the_checkpoint_leaves_no_round_without_its_numbers(
             run.run()
     folder = play({**run_config, "resume": True})
     for name in ("round_seconds", "overhead_share", "seconds_checkpoint", "seconds_evaluating"):
-        assert set(recorded(folder, name)) == {(1, "global"), (2, "global")}
+        assert set(recorded(folder, name)) == {(1, None), (2, None)}
 
 
 def test_update_norms_are_how_far_clients_moved(tmp_path: Path) -> None:
@@ -904,8 +920,8 @@ def test_update_norms_are_how_far_clients_moved(tmp_path: Path) -> None:
         return reply
 
     folder = play(configured(tmp_path, {"federation.rounds": 1}), alter=watch)
-    found = recorded(folder, "train_update_norm")
-    assert found == {(1, f"client-{c}"): pytest.approx(norm) for c, norm in moved.items()}
+    found = recorded(folder, "update_norm")
+    assert found == {(1, c): pytest.approx(norm) for c, norm in moved.items()}
     assert len(moved) == 3 and all(norm > 0 for norm in moved.values())
 
 
@@ -972,9 +988,9 @@ def test_client_that_claims_a_hundred_million_images_decides_nothing(
     alter = lying(10**7, from_the_start=True)
     alter.last = max(nodes.contexts)  # type: ignore[attr-defined]
     folder = play(run_config, nodes=nodes, alter=alter)
-    counts = recorded(folder, "train_num_examples")
-    assert counts == {(1, "client-0"): 180, (1, "client-1"): 180, (1, "client-2"): 10**7}
-    assert recorded(folder, "train_counted_images") == {(1, "client-2"): 360}
+    counts = of_clients(counted(folder, "train loss"))
+    assert counts == {(1, 0): 180, (1, 1): 180, (1, 2): 10**7}
+    assert recorded(folder, "counted_images") == {(1, 2): 360}
     said = capsys.readouterr().out
     assert (
         "round 1: client 2 claims 10000000 images and counts as 360, at most "
@@ -982,11 +998,11 @@ def test_client_that_claims_a_hundred_million_images_decides_nothing(
     ) in said
     assert "(median of 3 clients, " in said and " to 1e+14)" in said
     for kind in ("train", "test"):
-        losses = recorded(folder, f"{kind}_loss")
-        honest = (losses[1, "client-0"], losses[1, "client-1"])
-        assert min(honest) <= losses[1, "global"] <= max(honest)
-    assert recorded(folder, "train_seconds")[1, "client-2"] < 600
-    assert recorded(folder, "seconds_training")[1, "global"] < 600
+        losses = recorded(folder, f"{kind} loss")
+        honest = (losses[1, 0], losses[1, 1])
+        assert min(honest) <= losses[1, None] <= max(honest)
+    assert recorded(folder, "seconds")[1, 2] < 600
+    assert recorded(folder, "seconds_training")[1, None] < 600
 
 
 def test_client_that_claims_more_images_than_it_introduced_itself_with_is_left_out(
@@ -996,8 +1012,8 @@ def test_client_that_claims_more_images_than_it_introduced_itself_with_is_left_o
     run_config, nodes = real_nodes(tmp_path, changes, 3)
     folder = play(run_config, nodes=nodes, alter=lying(201, from_the_start=False, loss=0.5))
     reason = "num-examples must be at most 200, the images that it said it has, got 201"
-    assert recorded(folder, "train_left_out") == {(1, "client-2"): reason}
-    assert recorded(folder, "num_clients") == {(1, "global"): 2}
+    assert left_out(folder, "train") == {(1, 2): reason}
+    assert recorded(folder, "num_clients") == {(1, None): 2}
     node = max(nodes.contexts)
     assert (
         f"client 2 (node {node}) claims more images than it said it has; it is asked to introduce "
@@ -1010,7 +1026,7 @@ def test_simulated_clients_count_by_their_images_whatever_the_share(
 ) -> None:
     folder = play(configured(tmp_path, {**THREE_ROUNDS, "federation.max_weight_share": 0.01}))
     assert same_bits(final_weights(folder), final_weights(reference))
-    assert recorded(folder, "train_loss") == recorded(reference, "train_loss")
+    assert recorded(folder, "train loss") == recorded(reference, "train loss")
 
 
 SCORED_HOSPITALS = {"eval.num_images": 100, "eval.metrics_every": 1}
@@ -1045,22 +1061,22 @@ def test_hospitals_score_the_same_images_and_their_means_are_weighted(
     folder = play({**run_config, **SCORED_HOSPITALS}, nodes=nodes, alter=alter)
     first, second = {*asked_for[:2]}, {*asked_for[2:]}
     assert len(asked_for) == 4 and len(first) == len(second) == 1 and first != second
-    fid = recorded(folder, "quality_fid")
-    assert fid.keys() == {(r, who) for r in (1, 2) for who in ("client-0", "client-1", "global")}
+    fid = recorded(folder, "held_out fid")
+    assert fid.keys() == {(r, who) for r in (1, 2) for who in (0, 1, None)}
     for server_round in (1, 2):
-        expected = (20 * fid[server_round, "client-0"] + 60 * 1.0) / 80
-        assert fid[server_round, "global"] == pytest.approx(expected, rel=1e-12)
-        assert recorded(folder, "quality_num_examples")[server_round, "global"] == 80
-        assert recorded(folder, "quality_num_hospitals")[server_round, "global"] == 2
-    assert recorded(folder, "quality_more") == {}
+        expected = (20 * fid[server_round, 0] + 60 * 1.0) / 80
+        assert fid[server_round, None] == pytest.approx(expected, rel=1e-12)
+        assert recorded(folder, "num_held_out")[server_round, None] == 80
+        assert recorded(folder, "num_scoring_clients")[server_round, None] == 2
+    assert recorded(folder, "more") == {}
     said = capsys.readouterr().out
-    mean, floor = fid[2, "global"], recorded(folder, "quality_floor_fid")[2, "global"]
+    mean, floor = fid[2, None], recorded(folder, "held_out fid real")[2, None]
     assert (
         "images scored at 2 hospitals on 80 held-out images: "
         f"FID {mean:.2f} (their own floor {floor:.2f}), KID " in said
     )
     assert "(extractor: each hospital's own classifier, image range correct)" in said
-    assert f"FID {fid[1, 'global']:.2f} at 2 hospitals" in said
+    assert f"FID {fid[1, None]:.2f} at 2 hospitals" in said
 
 
 @pytest.mark.parametrize(
@@ -1081,13 +1097,13 @@ def test_scores_that_cannot_be_used_are_left_out_and_named(
 ) -> None:
     run, alter, folder = scored
     alter[:] = [spoiled_quality(1, spoil)]
-    before = len(lines(folder))
+    before = len(records(folder))
     run.evaluation.measure(1, run.weights)
-    told = {(m["who"], m["name"]): m["value"] for m in lines(folder)[before:]}
-    assert re.search(reason, told["client-1", "quality_left_out"])
-    assert ("client-1", "quality_fid") not in told
-    assert told["global", "quality_fid"] == told["client-0", "quality_fid"]
-    assert told["global", "quality_num_hospitals"] == 1
+    told = {(r.client, named(r)): r for r in records(folder)[before:]}
+    assert re.search(reason, told[1, "left_out"].context["reason"])
+    assert (1, "held_out fid") not in told
+    assert told[None, "held_out fid"].value == told[0, "held_out fid"].value
+    assert told[None, "num_scoring_clients"].value == 1
 
 
 def test_hospital_of_one_class_does_not_move_the_class_agreement() -> None:
@@ -1135,7 +1151,7 @@ def scored(
     alter: list[Alter] = [lambda asked, reply: reply]
     with opened(run_config, nodes=nodes, alter=lambda asked, reply: alter[0](asked, reply)) as run:
         run.prepare()
-        run.directory.record(0, "global", {})
+        run.directory.record([])
         yield run, alter, folder / "run"
 
 
@@ -1150,13 +1166,13 @@ def test_run_makes_up_for_a_scoring_that_nobody_answered(
 
     folder = play(run_config, nodes=nodes, alter=unanswered)
     assert "no images are scored: no hospital said" in capsys.readouterr().out
-    assert recorded(folder, "quality_left_out").keys() == {(1, "client-0"), (1, "client-1")}
-    assert recorded(folder, "quality_fid") == {} == recorded(folder, "quality_num_hospitals")
-    trained = recorded(folder, "train_loss")
+    assert left_out(folder, "quality").keys() == {(1, 0), (1, 1)}
+    assert recorded(folder, "held_out fid") == {} == recorded(folder, "num_scoring_clients")
+    trained = recorded(folder, "train loss")
     resumed = {**run_config, "resume": True}
     play(resumed, nodes=nodes)
-    assert (1, "global") in recorded(folder, "quality_fid")
-    assert recorded(folder, "train_loss") == trained
+    assert (1, None) in recorded(folder, "held_out fid")
+    assert recorded(folder, "train loss") == trained
     play(resumed, nodes=ClientNodes(Network(), run_config))  # there are no nodes to ask
     assert "all 1 rounds are complete already" in capsys.readouterr().out
     assert not is_measured(folder, load_run_config({**resumed, "eval.num_images": 50}))
@@ -1175,7 +1191,7 @@ def test_hospitals_with_too_few_images_are_no_failure(
     changes = {"eval.num_images": 10, "federation.rounds": 1}
     folder = play({**run_config, **changes}, nodes=nodes, alter=alter)
     assert "2 hospitals decline to score or have too few images" in capsys.readouterr().out
-    assert recorded(folder, "quality_left_out") == {} == recorded(folder, "quality_fid")
+    assert left_out(folder, "quality") == {} == recorded(folder, "held_out fid")
     assert is_measured(folder, load_run_config({**run_config, **changes}))
 
 
