@@ -3,7 +3,7 @@
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from server_app.dataset import is_simulation
+from server_app.exchange import is_simulation
 from server_app.federated import FederatedTraining
 from server_app.launch.superlink import end_with_submitter
 from server_app.log import log

@@ -5,19 +5,19 @@ import math
 import time
 from collections.abc import Mapping
 
-import torch
-
 from server_app.dataset import load_images, record_data
-from server_app.rounds import RoundLoop, Weights
+from server_app.rounds import RoundLoop
 from task.data import Dataset
 from task.generators.diffusion.objective import build_objective
 from task.progress import progress
+from task.protocol.wire import Weights
 from task.randomness import Stream, torch_generator
 from task.runs.records import TEST, TRAIN, Record
 from task.runs.run_directory import POOLED_FILE, RunDirectory
 from task.training.devices import compile_where_wanted, keep_freed_memory, move, torch_configured
 from task.training.distributed import count_processes, train_in_processes
 from task.training.loop import held_out_loss, new_optimizer
+from task.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
 
 
 class CentralizedTraining(RoundLoop):
@@ -144,26 +144,10 @@ class CentralizedTraining(RoundLoop):
         return f"test loss {loss:.4f}"
 
     def state(self) -> dict[str, Weights]:
-        """Return what Adam has gathered, by number and name of parameter."""
-        gathered = self._optimizer.state_dict()["state"]
-        return {
-            "adam": {
-                f"{number}.{name}": tensor.cpu()
-                for number, moments in gathered.items()
-                for name, tensor in moments.items()
-            }
-        }
+        """Return what Adam has gathered."""
+        return {"adam": optimizer_tensors(self._optimizer)}
 
     def restore(self, state: Mapping[str, Weights]) -> None:
         """Put the weights into the model and what Adam had gathered into Adam."""
         self.model.load_state_dict(self.weights)
-        parameters = [*self.model.parameters()]
-        gathered: dict[int, dict[str, torch.Tensor]] = {}
-        for key, tensor in state["adam"].items():
-            number, name = key.split(".")
-            if tensor.ndim > 0:
-                # The fused Adam pairs values by their place in memory.
-                tensor = torch.empty_like(parameters[int(number)]).copy_(tensor)
-            gathered.setdefault(int(number), {})[name] = tensor
-        fresh = self._optimizer.state_dict()
-        self._optimizer.load_state_dict({**fresh, "state": gathered})
+        load_optimizer_tensors(self._optimizer, state["adam"])

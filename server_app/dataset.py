@@ -1,12 +1,8 @@
-"""What can be done because all images of a run lie on its own machine."""
+"""The images of a run that has them all on its own machine: loaded, and described in its folder."""
 
 import dataclasses
-import os
 
 import numpy as np
-import ray
-from flwr.serverapp import Grid
-from flwr.superlink.grid import InMemoryGrid
 
 from server_app.log import log
 from task.config import Config
@@ -15,18 +11,6 @@ from task.data.partition import Partition
 from task.data.source import describe_source, hash_images
 from task.reporting.figures import save_partition_heatmap
 from task.runs.run_directory import DATA_FILE, PARTITION_FILE, RunDirectory
-
-# Small messages that are handed out together, and bytes of messages that may wait as replies.
-MANY_AT_ONCE, BYTES_AT_ONCE = 32, 1 << 28
-
-
-def is_simulation(grid: Grid) -> bool:
-    """Whether the nodes of a run are simulated in this process, whatever they say of themselves.
-
-    Flower gives the ServerApp of a simulation a view of this process's memory, under `flwr run` as
-    under `feddm-train`, and that of a deployment one of the network.
-    """
-    return isinstance(grid, InMemoryGrid)
 
 
 def load_images(config: Config) -> Dataset:
@@ -95,22 +79,6 @@ def record_partition(config: Config, partition: Partition, directory: RunDirecto
     )
     sizes = partition.counts.sum(1)
     log(f"{sizes.sum():,} training images, {described_range(sizes)} at a hospital")
-
-
-def simulated_at_once(message_bytes: int) -> int:
-    """Return how many simulated clients to keep asked, so that no process of Ray's ever idles.
-
-    Flower hands out what waits every 0.1 s, and for it compares each message with each node:
-    many small messages want to go together, but not all of a thousand. Each reserves at least a
-    core, so there are no more processes than cores.
-
-    Args:
-        message_bytes: of one message.
-    """
-    cores = os.cpu_count() or 1
-    if ray.is_initialized():
-        cores = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
-    return max(2 * cores, min(MANY_AT_ONCE, BYTES_AT_ONCE // message_bytes))
 
 
 def described_split(config: Config) -> str:

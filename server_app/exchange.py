@@ -1,93 +1,45 @@
 """Messages out, replies in: with a deadline, one at a time, and never an endless wait."""
 
+import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Generic, TypeVar, cast
 
-import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.common.constant import ErrorCode, SType
+import ray
+from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
-from numpy.typing import NDArray
+from flwr.superlink.grid import InMemoryGrid
 
-from server_app.aggregation import SUM_LIMIT, distance, largest_magnitude
-from server_app.messages import packed_weights, record_of
+from server_app.log import log
+from server_app.messages import TTL_SHARE, addressed, record_of
+from server_app.nodes import Nodes
+from server_app.replies import (
+    FalseClaim,
+    Reply,
+    UnusableReply,
+    check_claim,
+    checked_content,
+    is_silent,
+)
 from server_app.timing import PhaseTimer
-from task.protocol.wire import FailureCode, Key
+from task.config import FederationConfig
+from task.memory import total_memory
+from task.progress import tracked
+from task.protocol.wire import Key
 
-# A reply that would come after the deadline is refused by the network with an error of its own,
-# and a node that wakes up late does not work through rounds that are over.
-TTL_SHARE = 0.95
 # Of an exchange's time: a client that has not answered for so long gives its turn away.
 PATIENCE_SHARE = 0.5
+# Seconds between two looks for replies: a simulation's network is in memory, and Flower hands
+# messages out there every 0.1 s, which a client's turn cannot be quicker than.
+POLL_SIMULATION, POLL_NETWORK = 0.02, 2.0
+# Of this machine's memory, for replies that arrive at once.
+MEMORY_SHARE = 0.25
+# Small messages that are handed out together, and bytes of messages that may wait as replies.
+MANY_AT_ONCE, BYTES_AT_ONCE = 32, 1 << 28
 
-# What the coordinator asks the hospital: its own log has the cause, which stays there.
-ADVICE = {
-    FailureCode.BAD_INPUT: "the node's configuration or data does not fit the run's configuration; "
-    "its own log says what",
-    FailureCode.DATA_UNREADABLE: "its data cannot be read; its own log names the file or folder",
-    FailureCode.OUT_OF_MEMORY: "its memory is too small: lower train.batch_size, or ask what else "
-    "runs there",
-    FailureCode.UNKNOWN_CLASS: "it has images of a class that is not in data.classes; its own log "
-    "names it",
-    FailureCode.TOO_FEW_IMAGES: "it has fewer images than its hospital takes part with "
-    "(min-images); its own log counts them",
-}
-
-# Beyond this no loss or count means anything, and sums over clients could overflow.
-LARGEST_METRIC = 1e15
-DURATIONS_AND_RATES = (Key.SECONDS, Key.SECONDS_BESIDE, Key.IMAGES_PER_SECOND)
-
-# What Flower's own errors come to, without the texts that they carry.
-FLOWERS_ERRORS = {
-    ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "its Flower could not load the app; its own log says why",
-    ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "its ClientApp could not start; its own log says why",
-    ErrorCode.MESSAGE_UNAVAILABLE: "no reply in time",
-    ErrorCode.NODE_UNAVAILABLE: "the node is gone",
-    ErrorCode.CLIENT_APP_CRASHED: "its ClientApp was killed, perhaps for want of memory",
-}
-# Flower's words for "the message was not answered in time" and "the node is not there".
-SLOW_CODES = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came back from a client.
-
-    Attributes:
-        client: its number.
-        message: its reply; None where none came before the deadline.
-        sent: `time.monotonic()` when its message went out; None where its turn never came.
-    """
-
-    client: int
-    message: Message | None
-    sent: float | None = None
-
-
-def addressed(
-    content: RecordDict,
-    *,
-    node_id: int,
-    message_type: str,
-    timeout: float,
-    entries: Mapping[str, str | int] | None = None,
-) -> Message:
-    """Make the message to one node: shared content, with further entries in its config record.
-
-    Args:
-        content: records for everyone; its config record is copied, not changed.
-        node_id: Flower's number of the node.
-        message_type: "train", "evaluate" or "query".
-        timeout: seconds until the exchange ends.
-        entries: of the config record, for this node alone.
-    """
-    records = RecordDict(dict(content.items()))
-    shared = record_of(content, Key.CONFIG, ConfigRecord)
-    records[Key.CONFIG] = ConfigRecord({**shared, **(entries or {})})
-    return Message(records, node_id, message_type, ttl=timeout * TTL_SHARE)
+T = TypeVar("T")
 
 
 class Turns:
@@ -188,177 +140,137 @@ def exchange(
     yield from turns.unanswered()
 
 
-class UnusableReply(ValueError):
-    """A reply that is left out of its round; the text says why, in one printable line.
+def is_simulation(grid: Grid) -> bool:
+    """Whether the nodes of a run are simulated in this process, whatever they say of themselves.
 
-    All text of a node that is logged or recorded goes through here.
+    Flower gives the ServerApp of a simulation a view of this process's memory, under `flwr run` as
+    under `feddm-train`, and that of a deployment one of the network.
     """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(printable(reason)[:300])
+    return isinstance(grid, InMemoryGrid)
 
 
-class FalseClaim(UnusableReply):
-    """A reply that claims more images than its client said it has."""
+def simulated_at_once(message_bytes: int) -> int:
+    """Return how many simulated clients to keep asked, so that no process of Ray's ever idles.
 
-
-class Diverged(UnusableReply):
-    """A reply with a loss or weights that training with too large steps leads to."""
-
-
-def printable(text: str) -> str:
-    """Make one line of what a node sent: each run of other signs than printable ones is a space.
-
-    Control and escape characters could rewrite a log on a terminal, and a lone surrogate, as a
-    file name may hold, cannot be written at all.
-    """
-    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
-
-
-def checked_content(reply: Reply, *, timeout: float) -> RecordDict:
-    """Return what a client replied.
-
-    Raises:
-        UnusableReply: it did not reply in time, or replied with an error.
-    """
-    if reply.sent is None:
-        raise UnusableReply(f"not asked: its turn did not come within {timeout:g} s")
-    if reply.message is None:
-        raise UnusableReply(f"no reply within {timeout:g} s")
-    if reply.message.has_error():
-        raise UnusableReply(describe_error(reply.message.error))
-    return reply.message.content
-
-
-def check_metrics(content: RecordDict) -> None:
-    """Check the numbers of a reply.
-
-    Raises:
-        UnusableReply: loss or number of images is missing, one is no number that a metric can
-            be, or there are no images.
-    """
-    if Key.METRICS not in content:
-        raise UnusableReply(f"no record {Key.METRICS.value!r} in the reply")
-    metrics = record_of(content, Key.METRICS, MetricRecord)
-    given = [name for name in DURATIONS_AND_RATES if name in metrics]
-    check_numbers(metrics, dict.fromkeys((Key.LOSS, *given), (0.0, LARGEST_METRIC)))
-
-
-def check_claim(content: RecordDict, num_images: int | None) -> None:
-    """Check that a client does not claim more images than it said it has.
-
-    Fewer are no false claim: damaged files may be left out, and fewer images count for less.
+    Flower hands out what waits every 0.1 s, and for it compares each message with each node:
+    many small messages want to go together, but not all of a thousand. Each reserves at least a
+    core, so there are no more processes than cores.
 
     Args:
-        content: a reply.
-        num_images: what the client said; None where the server knows by itself.
-
-    Raises:
-        FalseClaim: it claims more.
+        message_bytes: of one message.
     """
-    claimed = record_of(content, Key.METRICS, MetricRecord).get(Key.NUM_EXAMPLES)
-    if num_images is not None and isinstance(claimed, int) and claimed > num_images:
-        raise FalseClaim(
-            f"{Key.NUM_EXAMPLES} must be at most {num_images}, the images that it said it has, "
-            f"got {claimed}"
+    cores = os.cpu_count() or 1
+    if ray.is_initialized():
+        cores = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+    return max(2 * cores, min(MANY_AT_ONCE, BYTES_AT_ONCE // message_bytes))
+
+
+@dataclass(frozen=True)
+class Question(Generic[T]):
+    """What clients are asked in an exchange.
+
+    Attributes:
+        message_type: Flower's, such as "train" or "evaluate.quality".
+        content: the records that all messages share.
+        read: returns what a reply says, or raises UnusableReply: the client is left out.
+    """
+
+    message_type: str
+    content: RecordDict
+    read: Callable[[RecordDict], T]
+
+
+class ClientExchange:
+    """Asks the clients of a run, and sorts out the replies that can be used.
+
+    Attributes:
+        simulated: whether the nodes are shares of one data set on this machine.
+        left_out: why clients were left out of the last exchange, by number.
+    """
+
+    def __init__(self, grid: Grid, nodes: Nodes, federation: FederationConfig) -> None:
+        """Send nothing yet.
+
+        Args:
+            grid: Flower's view of the network.
+            nodes: of the run.
+            federation: how long to wait, and for how many at once.
+        """
+        self.simulated = is_simulation(grid)
+        self.left_out: dict[int, UnusableReply] = {}
+        self._grid, self._nodes, self._federation = grid, nodes, federation
+
+    def ask(
+        self, question: Question[T], server_round: int, clients: list[int], phases: PhaseTimer
+    ) -> Iterator[tuple[int, T, float]]:
+        """Ask clients and yield what their usable replies say, as they arrive.
+
+        The messages share their arrays. A simulation's network is the memory of this process, and
+        keeps them shared; Ray then writes each message into its store for the process that
+        trains, and each reply on its way back.
+
+        Args:
+            question: to each of them.
+            server_round: 1-based.
+            clients: their numbers.
+            phases: of the exchange.
+
+        Yields:
+            Client, what `question.read` returned, and `time.monotonic()` when it was asked.
+        """
+        timeout = self._federation.round_timeout
+        node_ids = self._nodes.node_ids
+        self.left_out.clear()
+        messages = {
+            client: addressed(
+                question.content,
+                node_id=node_ids[client],
+                message_type=question.message_type,
+                timeout=timeout,
+                entries={Key.CLIENT: client, Key.SERVER_ROUND: server_round},
+            )
+            for client in clients
+        }
+        replies = exchange(
+            self._grid,
+            messages,
+            timeout=timeout,
+            poll_seconds=POLL_SIMULATION if self.simulated else POLL_NETWORK,
+            at_once=self._at_once(record_of(question.content, Key.ARRAYS, ArrayRecord)),
+            phases=phases,
         )
+        stage = f"round {server_round}: {question.message_type}, replies of {len(clients)} clients"
+        for reply in tracked(replies, len(clients), stage):
+            phases.enter("aggregating")
+            try:
+                content = checked_content(reply, timeout=timeout)
+                check_claim(content, self._nodes.num_images(reply.client))
+                found = question.read(content)
+            except UnusableReply as reason:
+                log(f"round {server_round}: client {reply.client} is left out: {reason}")
+                self._leave_out(reply, reason)
+            else:
+                yield reply.client, found, cast(float, reply.sent)
 
+    def _leave_out(self, reply: Reply, reason: UnusableReply) -> None:
+        self.left_out[reply.client] = reason
+        if is_silent(reply) and not self.simulated:
+            self._nodes.doubt(reply.client, "is silent")
+        if isinstance(reason, FalseClaim):
+            self._nodes.doubt(reply.client, "claims more images than it said it has")
 
-def check_numbers(metrics: MetricRecord, bounds: Mapping[str, tuple[float, float]]) -> None:
-    """Check the number of images of a reply, and that each number is there and within bounds.
+    def _at_once(self, arrays: ArrayRecord) -> int:
+        """Return how many clients may be at work at a time, `federation.max_in_flight`.
 
-    Args:
-        metrics: of the reply.
-        bounds: the least and the largest that a number may be, by name.
+        Where it is null, a simulation has as many as keep its processes busy; of real nodes all,
+        or as many as could reply at once into `MEMORY_SHARE` of this machine's memory.
 
-    Raises:
-        UnusableReply: one is not.
-    """
-    for name in (Key.NUM_EXAMPLES, *bounds):
-        value = metrics.get(name)
-        least, most = bounds.get(name, (-np.inf, np.inf))
-        too_large = isinstance(value, float) and not value <= most
-        kind = Diverged if name == Key.LOSS and too_large else UnusableReply
-        if not isinstance(value, int | float) or not np.isfinite(value):
-            raise kind(f"{name} must be a finite number, got {value!r}")
-        if not least <= value <= most:
-            raise kind(f"{name} must be from {least:g} to {most:g}, got {value!r}")
-    num_examples = metrics[Key.NUM_EXAMPLES]
-    if not isinstance(num_examples, int) or not 0 < num_examples <= LARGEST_METRIC:
-        raise UnusableReply(f"{Key.NUM_EXAMPLES} must be a whole number > 0, got {num_examples}")
-
-
-def check_weights(content: RecordDict, *, size: int, num_clients: int) -> None:
-    """Check the packed weights of a reply.
-
-    Args:
-        content: the reply; its metrics were checked already.
-        size: how many values there must be.
-        num_clients: how many clients may add their weights to the same sum.
-
-    Raises:
-        UnusableReply: they are missing, of another shape or type, not finite, or so large that
-            the sum could overflow.
-    """
-    arrays = record_of(content, Key.ARRAYS, ArrayRecord)
-    if list(arrays) != [Key.PACKED]:
-        names = [str(name) for name in arrays]
-        raise UnusableReply(f"arrays must be [{Key.PACKED.value!r}], got {names}")
-    try:
-        if arrays[Key.PACKED].stype != SType.NUMPY:
-            raise TypeError("another serialisation")
-        packed = packed_weights(content)
-    except Exception as error:
-        # NumPy's reader raises nearly anything on bytes that were made to break it.
-        raise UnusableReply(f"weights that cannot be read: {type(error).__name__}") from error
-    if packed.shape != (size,) or packed.dtype not in (np.float32, np.float16):
-        raise UnusableReply(
-            f"weights must be float32 or float16 of shape ({size},), "
-            f"got {packed.dtype} of shape {packed.shape}"
-        )
-    largest = largest_magnitude(packed)
-    if not np.isfinite(largest):
-        raise Diverged("weights that are not finite")
-    num_examples = cast(int, record_of(content, Key.METRICS, MetricRecord)[Key.NUM_EXAMPLES])
-    if largest * num_examples > SUM_LIMIT / num_clients:
-        raise Diverged(f"weights of up to {largest:.3g} from {num_examples} images: diverged")
-
-
-def check_update(content: RecordDict, sent: NDArray[np.floating], *, limit: float | None) -> float:
-    """Return how far the weights of a reply lie from those that were sent, as an L2 norm.
-
-    Args:
-        content: the reply; its weights were checked already.
-        sent: [P], the packed weights that the client started from.
-        limit: `federation.max_update_norm`; None for any.
-
-    Raises:
-        UnusableReply: they lie further than the limit.
-    """
-    norm = distance(packed_weights(content), sent)
-    if limit is not None and norm > limit:
-        raise UnusableReply(
-            f"weights at a distance of {norm:.4g} from those that were sent, "
-            f"federation.max_update_norm={limit:g}"
-        )
-    return norm
-
-
-def is_silent(reply: Reply) -> bool:
-    """Whether a client was asked and let the time pass, or is not there any more."""
-    if reply.message is None:
-        return reply.sent is not None
-    return reply.message.has_error() and reply.message.error.code in SLOW_CODES
-
-
-def describe_error(error: Error) -> str:
-    """Say what an error reply says and what to ask its hospital, in one line of bounded length.
-
-    Only the ClientApp's own errors are repeated: Flower's may carry texts and paths of the node.
-    """
-    if error.code not in [*FailureCode]:
-        what = FLOWERS_ERRORS.get(error.code, "Flower failed on the node; its own log says how")
-        return f"{what} (code {error.code})"
-    reason = printable(error.reason or "")[:150] or "no reason given"
-    advice = ADVICE.get(FailureCode(error.code))
-    return f"{reason} (code {error.code})" + (f": {advice}" if advice else "")
+        Args:
+            arrays: of a message, as large as those of a reply may be.
+        """
+        if self._federation.max_in_flight is not None:
+            return self._federation.max_in_flight
+        message_bytes = sum(len(array.data) for array in arrays.values())
+        if self.simulated:
+            return simulated_at_once(message_bytes)
+        return max(1, int(total_memory() * MEMORY_SHARE) // message_bytes)

@@ -2,109 +2,34 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
-import torch
-from flwr.app import (
-    ArrayRecord,
-    ConfigRecord,
-    Message,
-    MessageType,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from server_app.aggregation import Weighing, counted_loss
-from server_app.dataset import (
-    is_simulation,
-    load_images,
-    record_data,
-    record_partition,
-    simulated_at_once,
-)
+from server_app.dataset import load_images, record_data, record_partition
 from server_app.evaluation import GlobalEvaluation, HospitalEvaluation
-from server_app.exchange import (
-    Diverged,
-    FalseClaim,
-    UnusableReply,
-    addressed,
-    check_claim,
-    check_metrics,
-    check_update,
-    check_weights,
-    checked_content,
-    exchange,
-    is_silent,
-)
-from server_app.hospital_scores import (
-    QUALITY_TYPE,
-    Scores,
-    check_scores,
-    score_records,
-    scores_of,
-)
+from server_app.exchange import ClientExchange, Question, is_simulation
+from server_app.hospital_scores import QUALITY_TYPE, Scores, check_scores, score_records, scores_of
 from server_app.log import log
-from server_app.messages import (
-    images_record,
-    packed_record,
-    packed_weights,
-    record_of,
-)
+from server_app.messages import images_record, packed_record
 from server_app.nodes import GRACE_SECONDS, QUERY_TIMEOUT_SECONDS, Nodes, sample_clients
-from server_app.robust import build_aggregation
-from server_app.rounds import RoundLoop, Weights
+from server_app.replies import Diverged, UnusableReply, read_loss, read_training
+from server_app.rounds import RoundLoop, TooFewRepliesError
+from server_app.strategies import build_strategy
 from server_app.timing import PhaseTimer
+from server_app.weighting import Weighting
 from task.data import ImageSet
 from task.data.partition import partition_dataset
-from task.memory import total_memory
-from task.progress import tracked
-from task.protocol.wire import QUALITY, Key, WeightLayout
+from task.protocol.wire import QUALITY, Key, WeightLayout, Weights
 from task.runs.records import LEFT_OUT, TEST, TRAIN, Record, records_of
-from task.runs.repeat import describe_report_of
 from task.runs.run_directory import CLASS_COUNTS_FILE, NODES_FILE, RunDirectory, client_numbers
 
-# How far the weights of a client lie from those that it was sent; the server's own measurement.
-UPDATE_NORM = "update-norm"
-# What is recorded of a client's training beside its loss, whatever else it sends.
-TRAIN_METRICS = {
-    Key.SECONDS: "seconds",
-    Key.SECONDS_BESIDE: "seconds_beside",
-    Key.IMAGES_PER_SECOND: "images_per_second",
-    UPDATE_NORM: "update_norm",
-}
-
-# Seconds between two looks for replies: a simulation's network is in memory, and Flower hands
-# messages out there every 0.1 s, which a client's turn cannot be quicker than.
-POLL_SIMULATION, POLL_NETWORK = 0.02, 2.0
-
-# Of this machine's memory, for replies that arrive at once.
-MEMORY_SHARE = 0.25
-
-
-class TooFewRepliesError(RuntimeError):
-    """An attempt at a round that had fewer than `federation.min_replies` usable replies."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What clients are asked in an exchange.
-
-    Attributes:
-        message_type: Flower's, such as "train" or "evaluate.quality".
-        content: the records that all messages share.
-        check: raises UnusableReply; such a client is named in log and metrics, and left out.
-        activity: what it is called there.
-    """
-
-    message_type: str
-    content: RecordDict
-    check: Callable[[RecordDict], None]
-    activity: str
+T = TypeVar("T")
 
 
 class FederatedTraining(RoundLoop):
@@ -112,7 +37,7 @@ class FederatedTraining(RoundLoop):
 
     Attributes:
         simulated: whether the nodes are shares of one data set on this machine.
-        ema: the moving average of the weights over rounds; None where the run keeps none.
+        strategy: what is made of the clients' weights.
     """
 
     def __init__(self, grid: Grid, directory: RunDirectory) -> None:
@@ -123,19 +48,22 @@ class FederatedTraining(RoundLoop):
             directory: of the run, open.
         """
         super().__init__(directory)
-        self.ema: Weights | None = None
-        self._grid = grid
+        federation = self.config.federation
         self.simulated = is_simulation(grid)
+        # Clients of a simulation would send the same again.
+        self.attempts = 1 if self.simulated else federation.round_attempts
         self._nodes = Nodes(
             grid,
             simulated=self.simulated,
             num_classes=len(self.config.data.classes),
             known=client_numbers(directory.path),
         )
-        self._weighing = Weighing.of(self.config.federation, simulated=self.simulated)
-        self._aggregate = build_aggregation(self.config.federation, self._weighing)
+        self._exchange = ClientExchange(grid, self._nodes, federation)
         self._layout = WeightLayout.of(self.model)
-        self._left_out: dict[int, UnusableReply] = {}
+        self._weighting = Weighting.of(federation, simulated=self.simulated)
+        self.strategy = build_strategy(federation, self._layout, self._weighting)
+        # Clients that were left out of earlier attempts at the round.
+        self._failed: set[int] = set()
 
     def gather(self) -> None:
         """Wait for the nodes, and deal the images out where they are simulated."""
@@ -165,16 +93,16 @@ class FederatedTraining(RoundLoop):
         return f"{len(self._nodes.node_ids)} hospitals"
 
     def state(self) -> dict[str, Weights]:
-        """Return the moving average, where the run keeps one."""
-        return {} if self.ema is None else {"ema": self.ema}
+        """Return what the strategy has gathered."""
+        return self.strategy.state_dict()
 
     def restore(self, state: Mapping[str, Weights]) -> None:
-        """Take the moving average up."""
-        self.ema = state.get("ema")
+        """Give the strategy what it had gathered."""
+        self.strategy.load_state_dict(state)
 
     def final_weights(self) -> Weights:
         """Return the moving average, where the run keeps one, or the weights."""
-        return self.weights if self.ema is None else self.ema
+        return self.weights if self.strategy.average is None else self.strategy.average
 
     def gather_nodes(self, *, patience: float) -> list[int]:
         """Wait for enough nodes and return the numbers of all that are there.
@@ -209,45 +137,10 @@ class FederatedTraining(RoundLoop):
         found = {"classes": classes, "clients": ordered}
         self.directory.write_json(CLASS_COUNTS_FILE, found)
 
-    def what_is_saved(self) -> str:
-        """Say after a failure what the run can go on from, if a round is complete."""
-        last = self.directory.last_round
-        if last == 0:
-            return ""
-        how = describe_report_of(self.directory.path)
-        return f"; everything up to round {last} is saved, {how}"
-
     def train(self, server_round: int) -> str:
-        """Let the clients of a round train and average their weights.
+        """Let the clients of a round train, and make new weights of theirs; a single attempt.
 
-        With real nodes a round that fails is tried again, with those that are there then. Clients
-        of a simulation would send the same again.
-
-        Raises:
-            TimeoutError: the nodes for it did not come.
-            RuntimeError: `federation.round_attempts` times fewer than `federation.min_replies`
-                usable replies came.
-        """
-        attempts = 1 if self.simulated else self.config.federation.round_attempts
-        failed: set[int] = set()
-        for attempt in range(1, attempts):
-            try:
-                return self.train_once(server_round, failed)
-            except TooFewRepliesError as error:
-                failed |= self._left_out.keys()
-                log(f"{error}; attempt {attempt} of {attempts}, nothing of it is kept")
-        try:
-            return self.train_once(server_round, failed)
-        except TooFewRepliesError as error:
-            raise RuntimeError(f"{error}{self.what_is_saved()}") from error
-
-    def train_once(self, server_round: int, failed: Collection[int]) -> str:
-        """Try a round; nothing is recorded, and no weights change, unless it succeeds.
-
-        Args:
-            server_round: 1-based.
-            failed: clients that were left out of earlier attempts; others are drawn where there
-                are as many as are wanted.
+        Nothing is recorded, and no weights change, unless it succeeds.
 
         Raises:
             TimeoutError: the nodes for it did not come.
@@ -256,9 +149,66 @@ class FederatedTraining(RoundLoop):
         """
         self.phases.enter("sending")
         federation = self.config.federation
+        clients = self.draw_clients(server_round)
+        kept = self.clients_to_keep(server_round, clients)
+        sent = self.strategy.broadcast(self.weights)
+        read = partial(
+            read_training,
+            sent=sent,
+            num_clients=len(clients),
+            max_norm=federation.max_update_norm,
+        )
+        losses: dict[int, tuple[int, float]] = {}
+        told: list[Record] = []
+        question = self.about_weights(MessageType.TRAIN, sent, read)
+        for client, trained, asked in self.ask(question, server_round, clients, self.phases):
+            now = time.monotonic()
+            spent = possible_times(trained.spent, now - asked)
+            self.phases.trained(spent.get(Key.SECONDS, 0.0), since=asked, until=now)
+            losses[client] = trained.num_images, trained.loss
+            told.append(loss_record(server_round, losses[client], TRAIN, client))
+            measured = {**spent, "update_norm": trained.update_norm}
+            told.extend(records_of(server_round, measured, client=client))
+            if client in kept:
+                own = self._layout.unpack(trained.weights)
+                self.directory.save_local_model(server_round, client, own)
+            self.strategy.add(client, trained.weights, trained.num_images)
+        left_out = self._exchange.left_out
+        if len(losses) < federation.min_replies:
+            self._failed |= left_out.keys()
+            raise TooFewRepliesError(
+                f"round {server_round}: {len(losses)} of {len(clients)} clients sent usable "
+                f"weights, federation.min_replies={federation.min_replies} "
+                f"({described(left_out)})"
+            )
+        self._failed.clear()
+        self.phases.enter("aggregating")
+        self.weights = self.strategy.finish()
+        told += self.held_to_their_share(server_round, losses)
+        self.directory.record(told)
+        self.record_left_out(server_round, MessageType.TRAIN)
+        counted = [*losses.values()]
+        self.directory.record(
+            [
+                loss_record(server_round, self._weighting.combined(counted), TRAIN),
+                Record(server_round, "num_clients", len(losses)),
+            ]
+        )
+        found = self._weighting.describe(counted)
+        return f"train loss {found}, {len(losses)} of {len(clients)} clients"
+
+    def draw_clients(self, server_round: int) -> list[int]:
+        """Draw the clients of a round of those that are there.
+
+        Clients that were left out of an earlier attempt at it are drawn where there are not as
+        many others as are wanted.
+
+        Raises:
+            TimeoutError: the nodes for it did not come.
+        """
         available = self.gather_nodes(patience=GRACE_SECONDS)
-        others = [client for client in available if client not in failed]
-        wanted = federation.clients_per_round
+        others = [client for client in available if client not in self._failed]
+        wanted = self.config.federation.clients_per_round
         clients = sample_clients(
             others if wanted is not None and len(others) >= wanted else available,
             wanted,
@@ -267,58 +217,7 @@ class FederatedTraining(RoundLoop):
         )
         if wanted is not None:
             log(f"round {server_round}: clients {' '.join(map(str, clients))}")
-        losses: dict[int, tuple[int, float]] = {}
-        told: list[Record] = []
-        kept = self.clients_to_keep(server_round, clients)
-        packed = self._layout.pack(self.weights, federation.wire_dtype)
-        check_train = self.training_check(packed, len(clients))
-
-        def usable_replies() -> Iterator[tuple[int, Message]]:
-            question = self.about_weights(MessageType.TRAIN, server_round, packed, check_train)
-            for client, reply, sent in self.ask(question, server_round, clients, self.phases):
-                losses[client] = counted_loss(reply.content)
-                now = time.monotonic()
-                metrics = possible_times(reply.content, now - sent)
-                self.phases.trained(metrics.get(Key.SECONDS, 0.0), since=sent, until=now)
-                told.append(loss_record(server_round, losses[client], TRAIN, client))
-                spent = {
-                    name: metrics[key] for key, name in TRAIN_METRICS.items() if key in metrics
-                }
-                told.extend(records_of(server_round, spent, client=client))
-                if client in kept:
-                    own = self._layout.unpack(packed_weights(reply.content))
-                    self.directory.save_local_model(server_round, client, own)
-                yield client, reply
-
-        arrays, metrics = self._aggregate(usable_replies(), packed)
-        self.phases.enter("aggregating")
-        if not losses and (self.simulated or len({*failed, *clients}) > 1 or len(available) == 1):
-            # One hospital of several does not end the run with what it sends: others are drawn.
-            self.check_not_diverged(server_round)
-        if len(losses) < federation.min_replies or arrays is None or metrics is None:
-            raise TooFewRepliesError(
-                f"round {server_round}: {len(losses)} of {len(clients)} clients sent usable "
-                f"weights, federation.min_replies={federation.min_replies} "
-                f"({described(self._left_out)})"
-            )
-        told += self.held_to_their_share(server_round, losses)
-        told += [
-            left_out_record(server_round, client, MessageType.TRAIN, why)
-            for client, why in self._left_out.items()
-        ]
-        self.directory.record(told)
-        self.weights = self._layout.unpack(arrays[Key.PACKED].numpy())
-        self.ema = moving_average(self.ema, self.weights, federation.ema_decay)
-        loss = float(metrics[Key.LOSS])  # type: ignore[arg-type]
-        num_images = sum(count for count, _ in losses.values())
-        self.directory.record(
-            [
-                loss_record(server_round, (num_images, loss), TRAIN),
-                Record(server_round, "num_clients", len(losses)),
-            ]
-        )
-        found = self._weighing.describe([*losses.values()])
-        return f"train loss {found}, {len(losses)} of {len(clients)} clients"
+        return clients
 
     def held_to_their_share(
         self, server_round: int, losses: Mapping[int, tuple[int, float]]
@@ -329,10 +228,10 @@ class FederatedTraining(RoundLoop):
             server_round: 1-based.
             losses: images and loss of each client that was used, by its number.
         """
-        counts = {client: count for client, (count, _) in losses.items()}
-        if not self._weighing.by_images:
+        if not self._weighting.by_images:
             return []
-        weights = dict(zip(counts, self._weighing.weights([*counts.values()]), strict=True))
+        counts = {client: count for client, (count, _) in losses.items()}
+        weights = dict(zip(counts, self._weighting.weights([*counts.values()]), strict=True))
         held = [client for client in sorted(counts) if weights[client] < counts[client]]
         for client in held:
             log(
@@ -344,34 +243,6 @@ class FederatedTraining(RoundLoop):
             Record(server_round, "counted_images", weights[client], client=client)
             for client in held
         ]
-
-    def check_not_diverged(self, server_round: int) -> None:
-        """Check, where no reply was usable, that it is not because training has diverged.
-
-        Raises:
-            DivergedError: every client was left out for that.
-        """
-        if self._left_out and all(isinstance(why, Diverged) for why in self._left_out.values()):
-            raise self.diverged(server_round, described(self._left_out))
-
-    def training_check(
-        self, packed: NDArray[np.floating], num_clients: int
-    ) -> Callable[[RecordDict], None]:
-        """Make the check of a training's replies, which also measures their updates.
-
-        Args:
-            packed: [P], the weights that the clients are sent.
-            num_clients: how many are asked.
-        """
-
-        def check(content: RecordDict) -> None:
-            check_metrics(content)
-            check_weights(content, size=self._layout.size, num_clients=num_clients)
-            norm = check_update(content, packed, limit=self.config.federation.max_update_norm)
-            # Whatever a client says under this name, it is measured here.
-            record_of(content, Key.METRICS, MetricRecord)[UPDATE_NORM] = norm
-
-        return check
 
     def clients_to_keep(self, server_round: int, clients: list[int]) -> set[int]:
         """Choose the clients of the last round whose own weights are kept."""
@@ -389,30 +260,19 @@ class FederatedTraining(RoundLoop):
         None where no client could say; that is no reason to give the round's training up.
         """
         losses: list[tuple[int, float]] = []
-
-        def check_loss(content: RecordDict) -> None:
-            metrics = record_of(content, Key.METRICS, MetricRecord)
-            # A client without held-out images has no loss, and that is no failure.
-            if metrics.get(Key.NUM_EXAMPLES) != 0:
-                check_metrics(content)
-
         clients = list(self._nodes.node_ids)
         packed = self._layout.pack(self.final_weights(), self.config.federation.wire_dtype)
-        question = self.about_weights(MessageType.EVALUATE, server_round, packed, check_loss)
-        for client, reply, _ in self.ask(question, server_round, clients, PhaseTimer()):
-            metrics = record_of(reply.content, Key.METRICS, MetricRecord)
-            if metrics[Key.NUM_EXAMPLES] != 0:
-                losses.append(counted_loss(reply.content))
-                self.directory.record([loss_record(server_round, losses[-1], TEST, client)])
+        question = self.about_weights(MessageType.EVALUATE, packed, read_loss)
+        for client, found, _ in self.ask(question, server_round, clients, PhaseTimer()):
+            if found is not None:
+                losses.append(found)
+                self.directory.record([loss_record(server_round, found, TEST, client)])
+        self.record_left_out(server_round, MessageType.EVALUATE)
         if not losses:
-            # One client of several does not end the run with what it sends.
-            if len(self._left_out) == len(clients):
-                self.check_not_diverged(server_round)
             return None
-        num_images = sum(count for count, _ in losses)
-        combined = num_images, self._weighing.combine(losses)
+        combined = self._weighting.combined(losses)
         self.directory.record([loss_record(server_round, combined, TEST)])
-        return f"test loss {self._weighing.describe(losses)}"
+        return f"test loss {self._weighting.describe(losses)}"
 
     def open_evaluation(self) -> GlobalEvaluation:
         """Let the hospitals score images where they alone have real ones."""
@@ -424,116 +284,66 @@ class FederatedTraining(RoundLoop):
 
     def ask_for_scores(self, server_round: int, generated: ImageSet) -> list[Scores]:
         """Let every hospital that is there score images; returns what they could say."""
-        config = ConfigRecord({Key.SERVER_ROUND: server_round})
-        content = RecordDict({Key.ARRAYS: images_record(generated), Key.CONFIG: config})
-        question = Question(QUALITY_TYPE, content, check_scores, QUALITY)
-        answers = []
+
+        def read(content: RecordDict) -> Scores:
+            check_scores(content)
+            return scores_of(content)
+
+        content = RecordDict({Key.ARRAYS: images_record(generated)})
         clients = list(self._nodes.node_ids)
-        for client, reply, _ in self.ask(question, server_round, clients, PhaseTimer()):
-            scores = scores_of(reply.content)
+        answers = []
+        question = Question(QUALITY_TYPE, content, read)
+        for client, scores, _ in self.ask(question, server_round, clients, PhaseTimer()):
             n = len(generated)
             self.directory.record(
                 score_records(server_round, scores, self.config, n=n, client=client)
             )
             answers.append(scores)
+        self.record_left_out(server_round, QUALITY)
         return answers
 
     def about_weights(
-        self,
-        message_type: str,
-        server_round: int,
-        packed: NDArray[np.floating],
-        check: Callable[[RecordDict], None],
-    ) -> Question:
+        self, message_type: str, packed: NDArray[np.floating], read: Callable[[RecordDict], T]
+    ) -> Question[T]:
         """Make the question about packed weights, which all messages share.
 
         Args:
             message_type: "train" or "evaluate".
-            server_round: 1-based.
             packed: [P], the weights to start from.
-            check: of the replies.
+            read: of the replies; see `Question`.
         """
-        config = ConfigRecord({Key.SERVER_ROUND: server_round})
-        config[Key.PRECISION] = self.config.train.precision
+        config = ConfigRecord({Key.PRECISION: self.config.train.precision})
         content = RecordDict({Key.ARRAYS: packed_record(packed), Key.CONFIG: config})
-        return Question(message_type, content, check, message_type)
+        return Question(message_type, content, read)
 
     def ask(
-        self, question: Question, server_round: int, clients: list[int], phases: PhaseTimer
-    ) -> Iterator[tuple[int, Message, float]]:
-        """Ask clients and yield the replies that can be used, as they arrive.
+        self, question: Question[T], server_round: int, clients: list[int], phases: PhaseTimer
+    ) -> Iterator[tuple[int, T, float]]:
+        """Ask clients; see `ClientExchange.ask`.
 
-        The messages share their arrays. A simulation's network is the memory of this process, and
-        keeps them shared; Ray then writes each message into its store for the process that
-        trains, and each reply on its way back.
-
-        Args:
-            question: to each of them.
-            server_round: 1-based.
-            clients: their numbers.
-            phases: of the exchange.
-
-        Yields:
-            Client, reply, and `time.monotonic()` when the client was asked.
+        Raises:
+            DivergedError: every client was left out because training has diverged there. One
+                hospital of several does not end the run with what it sends: others are drawn.
         """
-        federation = self.config.federation
-        node_ids = self._nodes.node_ids
-        self._left_out.clear()
-        arrays = record_of(question.content, Key.ARRAYS, ArrayRecord)
-        messages = {
-            client: addressed(
-                question.content,
-                node_id=node_ids[client],
-                message_type=question.message_type,
-                timeout=federation.round_timeout,
-                entries={Key.CLIENT: client},
-            )
-            for client in clients
-        }
-        replies = exchange(
-            self._grid,
-            messages,
-            timeout=federation.round_timeout,
-            poll_seconds=POLL_SIMULATION if self.simulated else POLL_NETWORK,
-            at_once=self.at_once(sum(len(array.data) for array in arrays.values())),
-            phases=phases,
+        yield from self._exchange.ask(question, server_round, clients, phases)
+        left_out = self._exchange.left_out
+        all_diverged = len(left_out) == len(clients) > 0 and all(
+            isinstance(why, Diverged) for why in left_out.values()
         )
-        stage = f"round {server_round}: {question.activity}, replies of {len(clients)} clients"
-        for reply in tracked(replies, len(clients), stage):
-            phases.enter("aggregating")
-            try:
-                content = checked_content(reply, timeout=federation.round_timeout)
-                check_claim(content, self._nodes.num_images(reply.client))
-                question.check(content)
-            except UnusableReply as reason:
-                self._left_out[reply.client] = reason
-                log(f"round {server_round}: client {reply.client} is left out: {reason}")
-                if is_silent(reply) and not self.simulated:
-                    self._nodes.doubt(reply.client, "is silent")
-                if isinstance(reason, FalseClaim):
-                    self._nodes.doubt(reply.client, "claims more images than it said it has")
-                # Those of a training are recorded once it has succeeded.
-                if question.message_type != MessageType.TRAIN:
-                    what = left_out_record(server_round, reply.client, question.activity, reason)
-                    self.directory.record([what])
-                continue
-            if reply.message is not None and reply.sent is not None:
-                yield reply.client, reply.message, reply.sent
+        alone = len({*self._failed, *clients}) == 1 < len(self._nodes.node_ids)
+        if all_diverged and (self.simulated or not alone):
+            raise self.diverged(server_round, described(left_out))
 
-    def at_once(self, message_bytes: int) -> int:
-        """Return how many clients may be at work at a time, `federation.max_in_flight`.
-
-        Where it is null, a simulation has as many as keep its processes busy; of real nodes all,
-        or as many as could reply at once into `MEMORY_SHARE` of this machine's memory.
-
-        Args:
-            message_bytes: of the arrays of a message, as many as a reply may hold.
-        """
-        if self.config.federation.max_in_flight is not None:
-            return self.config.federation.max_in_flight
-        if self.simulated:
-            return simulated_at_once(message_bytes)
-        return max(1, int(total_memory() * MEMORY_SHARE) // message_bytes)
+    def record_left_out(self, server_round: int, activity: str) -> None:
+        """Write down why clients were left out of the last exchange."""
+        self.directory.record(
+            Record(
+                *(server_round, LEFT_OUT, 1),
+                client=client,
+                context={"activity": activity, "reason": str(why)},
+            )
+            for client, why in self._exchange.left_out.items()
+        )
 
 
 def loss_record(
@@ -544,22 +354,21 @@ def loss_record(
     return Record(server_round, "loss", loss, client=client, reference=reference, n=n)
 
 
-def left_out_record(server_round: int, client: int, activity: str, reason: UnusableReply) -> Record:
-    """Make the record of a reply that is not used."""
-    context = {"activity": activity, "reason": str(reason)}
-    return Record(server_round, LEFT_OUT, 1, client=client, context=context)
-
-
-def possible_times(content: RecordDict, elapsed: float) -> dict[str, Any]:
-    """Return the metrics of a reply, with no time that is longer than the server has waited.
+def possible_times(spent: Mapping[str, float], elapsed: float) -> dict[str, float]:
+    """Return what a client says that it spent, with no time longer than the server has waited.
 
     Args:
-        content: a reply that was checked.
+        spent: see `LocalTraining`.
         elapsed: seconds between the message and its reply, by the server's clock.
+
+    Returns:
+        What is recorded, by name.
     """
-    metrics: dict[str, Any] = dict(record_of(content, Key.METRICS, MetricRecord))
-    times = [name for name in (Key.SECONDS, Key.SECONDS_BESIDE) if name in metrics]
-    return {**metrics, **{name: min(float(metrics[name]), elapsed) for name in times}}
+    times = (Key.SECONDS, Key.SECONDS_BESIDE)
+    return {
+        name.replace("-", "_"): min(value, elapsed) if name in times else value
+        for name, value in spent.items()
+    }
 
 
 def described(left_out: Mapping[int, UnusableReply]) -> str:
@@ -571,14 +380,3 @@ def described(left_out: Mapping[int, UnusableReply]) -> str:
         f"{'client' if len(clients) == 1 else 'clients'} {' '.join(map(str, clients))}: {reason}"
         for reason, clients in by_reason.items()
     )
-
-
-def moving_average(
-    average: Weights | None, weights: Weights, decay: float | None
-) -> Weights | None:
-    """Move an average towards new weights; it starts as the first ones. None where decay is."""
-    if decay is None:
-        return None
-    if average is None:
-        return {name: tensor.clone() for name, tensor in weights.items()}
-    return {name: torch.lerp(tensor, average[name], decay) for name, tensor in weights.items()}

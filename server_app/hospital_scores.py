@@ -8,10 +8,10 @@ import torch
 from flwr.app import MessageType, MetricRecord, RecordDict
 from torch import Tensor
 
-from server_app.aggregation import Weighing
-from server_app.exchange import LARGEST_METRIC, UnusableReply, check_numbers
 from server_app.log import log
 from server_app.messages import record_of
+from server_app.replies import LARGEST_METRIC, UnusableReply, check_numbers
+from server_app.weighting import Weighting
 from task.checks import require
 from task.config import MIN_MEASURED_IMAGES, Config
 from task.generation.draw_images import balanced_labels
@@ -191,7 +191,7 @@ def scores_of(content: RecordDict) -> Scores:
 
 
 def combined_scores(scores: Sequence[Scores], config: Config) -> Scores:
-    """Combine the scores of hospitals by `Weighing.combine`, and add their held-out images up.
+    """Combine the scores of hospitals by `Weighting.combine`, and add their held-out images up.
 
     Args:
         scores: of each hospital, at least one; "num-examples" is not 0.
@@ -201,7 +201,7 @@ def combined_scores(scores: Sequence[Scores], config: Config) -> Scores:
         The scores that a hospital has, and "num-class-hospitals", of how many those of
         `CLASS_SCORES` are.
     """
-    weighing = Weighing.of(config.federation, simulated=False)
+    weighing = Weighting.of(config.federation, simulated=False)
     of_classes = [hospital for hospital in scores if has_class_scores(hospital)]
     combined: Scores = {
         name: weighing.combine(

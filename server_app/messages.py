@@ -1,16 +1,44 @@
-"""The records of messages as the server writes and reads them."""
+"""Messages and their records, as the server writes and reads them."""
 
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import SType
 from numpy.typing import NDArray
 
 from task.data import ImageSet
-from task.protocol.wire import Key, from_npy, to_npy
+from task.protocol.wire import Key, to_npy
+
+# A reply that would come after the deadline is refused by the network with an error of its own,
+# and a node that wakes up late does not work through rounds that are over.
+TTL_SHARE = 0.95
 
 FlowerRecord = TypeVar("FlowerRecord", ArrayRecord, MetricRecord, ConfigRecord)
+
+
+def addressed(
+    content: RecordDict,
+    *,
+    node_id: int,
+    message_type: str,
+    timeout: float,
+    entries: Mapping[str, str | int] | None = None,
+) -> Message:
+    """Make the message to one node: shared content, with further entries in its config record.
+
+    Args:
+        content: records for everyone; its config record is copied, not changed.
+        node_id: Flower's number of the node.
+        message_type: "train", "evaluate" or "query".
+        timeout: seconds until the exchange ends.
+        entries: of the config record, for this node alone.
+    """
+    records = RecordDict(dict(content.items()))
+    shared = record_of(content, Key.CONFIG, ConfigRecord)
+    records[Key.CONFIG] = ConfigRecord({**shared, **(entries or {})})
+    return Message(records, node_id, message_type, ttl=timeout * TTL_SHARE)
 
 
 def record_of(content: RecordDict, name: str, kind: type[FlowerRecord]) -> FlowerRecord:
@@ -23,15 +51,8 @@ def record_of(content: RecordDict, name: str, kind: type[FlowerRecord]) -> Flowe
     return found if isinstance(found, kind) else kind()
 
 
-def packed_record(packed: NDArray[np.floating]) -> ArrayRecord:
-    """Make the record of packed weights that travels."""
-    shape = (len(packed),)
-    return ArrayRecord({Key.PACKED: Array(str(packed.dtype), shape, SType.NUMPY, to_npy(packed))})
-
-
-def images_record(images: ImageSet) -> ArrayRecord:
-    """Make the record of images that travels, with their labels."""
-    arrays = {Key.IMAGES: images.images.numpy(), Key.LABELS: images.labels.numpy()}
+def array_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """Make the record of contiguous arrays that travels."""
     return ArrayRecord(
         {
             str(name): Array(str(array.dtype), array.shape, SType.NUMPY, to_npy(array))
@@ -40,6 +61,11 @@ def images_record(images: ImageSet) -> ArrayRecord:
     )
 
 
-def packed_weights(content: RecordDict) -> NDArray[np.floating]:
-    """Return the packed weights of a reply that was checked, without a copy."""
-    return from_npy(record_of(content, Key.ARRAYS, ArrayRecord)[Key.PACKED].data)
+def packed_record(packed: NDArray[np.floating]) -> ArrayRecord:
+    """Make the record of packed weights that travels."""
+    return array_record({Key.PACKED: packed})
+
+
+def images_record(images: ImageSet) -> ArrayRecord:
+    """Make the record of images that travels, with their labels."""
+    return array_record({Key.IMAGES: images.images.numpy(), Key.LABELS: images.labels.numpy()})

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from server_app.exchange import SLOW_CODES, Reply, UnusableReply, addressed, checked_content
 from server_app.log import log
-from server_app.messages import record_of
+from server_app.messages import addressed, record_of
+from server_app.replies import SLOW_CODES, Reply, UnusableReply, checked_content
 from task.fingerprint import code_fingerprint
 from task.protocol.wire import Key
 from task.randomness import Stream, numpy_generator
@@ -21,7 +21,7 @@ GRACE_SECONDS = 15.0
 # A node that was refused is asked again after so long: its disk may be back.
 REFUSED_SECONDS = 600.0
 # Between two looks at a simulation, whose network is in memory, and at a real network.
-POLL_SIMULATION, POLL_NETWORK = 0.05, 1.0
+LOOK_SIMULATION, LOOK_NETWORK = 0.05, 1.0
 # A simulation compares each message that is out with each node, ten times a second.
 QUERIES_AT_ONCE = 64
 
@@ -177,7 +177,7 @@ class Nodes:
             ValueError: a simulation has fewer nodes than `minimum`.
             RuntimeError: the simulated clients run other code than the server.
         """
-        poll_seconds = POLL_SIMULATION if self._simulated else POLL_NETWORK
+        poll_seconds = LOOK_SIMULATION if self._simulated else LOOK_NETWORK
         deadline = time.monotonic() + seconds
         # Those of a simulation are there as soon as Ray has started.
         announced = time.monotonic() if self._simulated else 0.0

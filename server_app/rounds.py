@@ -4,8 +4,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
-import torch
-
 from server_app.evaluation import GlobalEvaluation, PooledEvaluation, is_measured
 from server_app.log import log
 from server_app.timing import MeanSeconds, PhaseTimer
@@ -14,11 +12,13 @@ from task.data import Dataset
 from task.fingerprint import code_fingerprint, installed_versions
 from task.generators.diffusion.unet import UNet, build_unet
 from task.progress import duration, progress
+from task.protocol.wire import Weights
 from task.randomness import Stream, seeded_global_generator, torch_generator
 from task.reporting.history import read_history
 from task.reporting.run_summary import summary_lines
 from task.reporting.warning_signs import closing_lines
 from task.runs.records import Record
+from task.runs.repeat import describe_report_of
 from task.runs.run_directory import (
     DIVERGED,
     MACHINE_FILE,
@@ -30,7 +30,9 @@ from task.runs.run_directory import (
 from task.training.devices import device_name, is_compiled, missing_for_compiling, select_device
 from task.training.precision import fastest_precision
 
-Weights = Mapping[str, torch.Tensor]
+
+class TooFewRepliesError(RuntimeError):
+    """An attempt at a round that had fewer than `federation.min_replies` usable replies."""
 
 
 class DivergedError(RuntimeError):
@@ -46,7 +48,10 @@ class RoundLoop(ABC):
         dataset: all images; None with real nodes, whose images stay there.
         phases: of the round that is going on.
         pace: of the rounds and of their evaluations.
+        attempts: how often a round is tried.
     """
+
+    attempts = 1
 
     def __init__(self, directory: RunDirectory) -> None:
         """Make the initial weights; nothing is read yet.
@@ -76,6 +81,9 @@ class RoundLoop(ABC):
         """Train a round, move `weights`, record it, and say in a few words how it went.
 
         Enters the phases of a training and notes there how long was trained.
+
+        Raises:
+            TooFewRepliesError: nothing has changed, and it can be tried again.
         """
 
     @abstractmethod
@@ -199,7 +207,7 @@ class RoundLoop(ABC):
             What happened, in one line.
         """
         self.phases = PhaseTimer()
-        summary = self.train(server_round)
+        summary = self.train_and_retry(server_round)
         self.phases.enter("checkpoint")
         spent: dict[str, float] = {}
 
@@ -216,6 +224,30 @@ class RoundLoop(ABC):
             summary += f", {self.evaluate_and_draw(server_round)}"
         self.directory.record_time()
         return summary
+
+    def train_and_retry(self, server_round: int) -> str:
+        """Train a round, and again, with the nodes that are there then, where too few replied.
+
+        Raises:
+            RuntimeError: too few did at every attempt.
+        """
+        for attempt in range(1, self.attempts):
+            try:
+                return self.train(server_round)
+            except TooFewRepliesError as error:
+                log(f"{error}; attempt {attempt} of {self.attempts}, nothing of it is kept")
+        try:
+            return self.train(server_round)
+        except TooFewRepliesError as error:
+            raise RuntimeError(f"{error}{self.what_is_saved()}") from error
+
+    def what_is_saved(self) -> str:
+        """Say after a failure what the run can go on from, if a round is complete."""
+        last = self.directory.last_round
+        if last == 0:
+            return ""
+        how = describe_report_of(self.directory.path)
+        return f"; everything up to round {last} is saved, {how}"
 
     def diverged(self, server_round: int, what: str) -> DivergedError:
         """Say that a round has diverged, what was saved before it, and what to change."""

@@ -46,7 +46,7 @@ def test_fingerprint_is_the_same_wherever_the_code_lies(checkout: Path) -> None:
             "client_app/app.py",
             "conf/data/digits.yaml",
         ),
-        "server_app/aggregation.py",
+        "server_app/strategies.py",
     ],
 )
 def test_one_byte_more_is_another_fingerprint(checkout: Path, file: str) -> None:

@@ -5,8 +5,8 @@ per parameter. Both ends derive its layout from the model that they build, so no
 """
 
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any
 
@@ -15,6 +15,9 @@ import torch
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import nn
+
+# A `state_dict`, or a part of one.
+Weights = Mapping[str, torch.Tensor]
 
 
 class Key(StrEnum):
@@ -75,35 +78,45 @@ class WeightLayout:
 
     Attributes:
         shapes: the shape of each tensor by name, in the order of the `state_dict`.
+        own: the tensors that do not travel, as a new model has them: those that are not float,
+            such as counters, which have no average, and those that never leave a client.
     """
 
     shapes: Mapping[str, torch.Size]
+    own: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def of(cls, model: nn.Module) -> "WeightLayout":
+    def of(cls, model: nn.Module, local: Collection[str] = ()) -> "WeightLayout":
         """Derive the layout from a model.
 
+        Args:
+            model: as it is built.
+            local: names of tensors that never leave a client.
+
         Raises:
-            TypeError: the model holds a tensor that is not float32, which has no average.
+            TypeError: the model holds floats that are not float32.
         """
-        state = model.state_dict()
-        for name, tensor in state.items():
-            if tensor.dtype != torch.float32:
+        shapes, own = {}, {}
+        for name, tensor in model.state_dict().items():
+            if name in local or not tensor.is_floating_point():
+                own[name] = tensor.detach().clone()
+            elif tensor.dtype != torch.float32:
                 raise TypeError(f"{name} must be float32 to be averaged, got {tensor.dtype}")
-        return cls({name: tensor.shape for name, tensor in state.items()})
+            else:
+                shapes[name] = tensor.shape
+        return cls(shapes, own)
 
     @property
     def size(self) -> int:
         """Number of values in the flat array."""
         return sum(shape.numel() for shape in self.shapes.values())
 
-    def pack(
-        self, state: Mapping[str, torch.Tensor], dtype: str = "float32"
-    ) -> NDArray[np.floating]:
+    def pack(self, state: Weights, dtype: str = "float32") -> NDArray[np.floating]:
         """Flatten a `state_dict` into one array.
 
         Args:
-            state: tensors with the names and shapes of the layout, on any device.
+            state: tensors with the names and shapes of the layout, and perhaps others, on any
+                device.
             dtype: of the result, "float32" or "float16".
         """
         # Joined where they are, so that a GPU sends one block and not one per tensor.
@@ -113,7 +126,10 @@ class WeightLayout:
     def unpack(
         self, packed: NDArray[np.floating], device: torch.device | str = "cpu"
     ) -> dict[str, torch.Tensor]:
-        """Cut a flat array into float32 tensors with memory of their own; see `pack`.
+        """Make a `state_dict` of a flat array, with memory of its own; see `pack`.
+
+        What does not travel is as in a new model, so that nothing depends on what a process did
+        before.
 
         Args:
             packed: [P], float32 or float16.
@@ -126,10 +142,11 @@ class WeightLayout:
             raise ValueError(f"packed weights must have shape ({self.size},), got {packed.shape}")
         flat = torch.from_numpy(packed.astype(np.float32)).to(device)
         pieces = torch.split(flat, [shape.numel() for shape in self.shapes.values()])
-        return {
+        shaped = {
             name: piece.reshape(shape)
             for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
         }
+        return {**shaped, **{name: tensor.clone() for name, tensor in self.own.items()}}
 
 
 def to_npy(array: NDArray[Any]) -> bytes:

@@ -24,9 +24,8 @@ from client_app.app import app
 from client_app.failures import failure_code, failures_stay_local
 from client_app.log import logger
 from client_app.workspace import choose_precision, open_workspace
-from server_app.exchange import addressed
 from server_app.hospital_scores import CLASS_SCORES, QUALITY_TYPE, SCORES
-from server_app.messages import images_record
+from server_app.messages import addressed, images_record
 from server_app.rounds import initial_model
 from task.config import Config, load_run_config
 from task.data import Dataset, ImageSet, UnknownClassError, build_dataset, split_validation

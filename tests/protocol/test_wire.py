@@ -120,9 +120,18 @@ def test_bytes_are_never_taken_for_objects(dtype: str) -> None:
         from_npy(data)
 
 
-def test_models_with_counters_are_refused_by_name() -> None:
-    with pytest.raises(TypeError, match=r"num_batches_tracked must be float32.*int64"):
-        WeightLayout.of(nn.BatchNorm2d(3))
+def test_counters_and_local_tensors_stay_at_home_as_in_a_new_model() -> None:
+    model = nn.BatchNorm2d(3)
+    layout = WeightLayout.of(model, local={"running_var"})
+    assert list(layout.shapes) == ["weight", "bias", "running_mean"] and layout.size == 9
+    model(torch.randn(2, 3, 4, 4))  # counts, and moves all three
+    state = layout.unpack(layout.pack(model.state_dict()))
+    assert state["running_mean"].tolist() == model.running_mean.tolist()
+    assert state["num_batches_tracked"].item() == 0 and state["running_var"].tolist() == [1] * 3
+    model.load_state_dict(state)
+    model(torch.randn(2, 3, 4, 4))
+    again = layout.unpack(layout.pack(model.state_dict()))
+    assert again["num_batches_tracked"].item() == 0  # memory of its own
 
 
 def test_half_precision_models_are_refused() -> None:

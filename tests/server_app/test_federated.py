@@ -19,10 +19,9 @@ from PIL import Image
 
 from client_app import workspace
 from server_app.app import app as server_app
-from server_app.dataset import simulated_at_once
 from server_app.evaluation import is_measured
-from server_app.exchange import UnusableReply
-from server_app.federated import FederatedTraining, moving_average
+from server_app.exchange import simulated_at_once
+from server_app.federated import FederatedTraining
 from server_app.hospital_scores import (
     CLASS_SCORES,
     QUALITY_TYPE,
@@ -32,6 +31,7 @@ from server_app.hospital_scores import (
     describe_means,
     scores_of,
 )
+from server_app.replies import UnusableReply
 from server_app.rounds import DivergedError, initial_model
 from task.config import load_run_config, read_config
 from task.fingerprint import code_fingerprint
@@ -58,9 +58,9 @@ RECORDED_OF_TRAINING = {
 @pytest.fixture(autouse=True, scope="module")
 def quick_looks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("server_app.federated.POLL_SIMULATION", 0.01)
-        patch.setattr("server_app.federated.POLL_NETWORK", 0.01)
-        patch.setattr("server_app.nodes.POLL_NETWORK", 0.02)
+        patch.setattr("server_app.exchange.POLL_SIMULATION", 0.01)
+        patch.setattr("server_app.exchange.POLL_NETWORK", 0.01)
+        patch.setattr("server_app.nodes.LOOK_NETWORK", 0.02)
         yield
 
 
@@ -1252,26 +1252,3 @@ def test_first_weights_come_from_the_seed_alone() -> None:
     assert same_bits(*drawn)
     other = initial_model(load_run_config({**SMALL_RUN, "seed": 1})).state_dict()
     assert not same_bits(drawn[0], other)
-
-
-def test_moving_average_is_the_closed_form() -> None:
-    decay, rounds = 0.9, 20
-    drawn = torch.randn(rounds, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    average: Weights | None = None
-    for weights in drawn:
-        average = moving_average(average, {"w": weights}, decay)
-    powers = decay ** torch.arange(rounds - 1, -1, -1, dtype=torch.float64)
-    shares = torch.cat([powers[:1], (1 - decay) * powers[1:]])
-    assert shares.sum().item() == pytest.approx(1)
-    assert average is not None
-    torch.testing.assert_close(average["w"], shares @ drawn)
-
-
-def test_moving_average_is_off_without_a_decay_and_owns_its_numbers() -> None:
-    weights = {"w": torch.ones(3)}
-    assert moving_average(None, weights, None) is None
-    assert moving_average(weights, weights, None) is None
-    first = moving_average(None, weights, 0.5)
-    assert first is not None
-    weights["w"] += 1
-    assert first["w"].tolist() == [1, 1, 1]

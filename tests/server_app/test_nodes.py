@@ -17,8 +17,8 @@ Handler = Callable[[Message], Message | None]
 
 @pytest.fixture(autouse=True)
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server_app.nodes.POLL_SIMULATION", 0.02)
-    monkeypatch.setattr("server_app.nodes.POLL_NETWORK", 0.02)
+    monkeypatch.setattr("server_app.nodes.LOOK_SIMULATION", 0.02)
+    monkeypatch.setattr("server_app.nodes.LOOK_NETWORK", 0.02)
 
 
 @pytest.fixture

@@ -1,29 +1,29 @@
-import gc
 import itertools
-import weakref
-from collections.abc import Iterator
-from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAvg
+import torch
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg, MultiKrum
 from numpy.typing import NDArray
+from torch import nn
 
-from server_app.aggregation import (
+from server_app.messages import addressed, packed_record
+from server_app.strategies import (
     FRACTION_BITS,
     SUM_LIMIT,
     FixedPointSum,
-    StreamingFedAvg,
-    Weighing,
-    capped,
+    Strategy,
+    WeightedMean,
+    Weights,
+    build_strategy,
     distance,
-    weighted_median,
+    moving_average,
 )
-from server_app.exchange import addressed
-from server_app.robust import build_aggregation
+from server_app.weighting import Weighting
 from task.config import load_config
-from task.protocol.wire import Key
+from task.protocol.wire import Key, WeightLayout
 from tests.helpers import Network
 
 SIZE = 300
@@ -59,14 +59,41 @@ def numpys_mean(weighted: list[Client]) -> NDArray[np.float64]:
     return found
 
 
-def reply(weights: NDArray[np.floating], num_examples: int, loss: float) -> Message:
-    """Make the reply to a real message, as a ClientApp would."""
+def reduced(weighted: list[Client], weighting: Weighting | None = None) -> NDArray[np.float32]:
+    """Reduce the weights of clients 0, 1, ... by FedAvg."""
+    reducer = WeightedMean(weighting or Weighting())
+    for client, (weights, num_images) in enumerate(weighted):
+        reducer.add(client, weights, num_images)
+    return reducer.reduce()
+
+
+def by_flower(strategy: FedAvg, weighted: list[Client]) -> NDArray[np.float32]:
+    """Let a strategy of Flower's aggregate the weights of clients."""
     Network()  # sets what Flower makes messages with
-    asked = addressed(RecordDict(), node_id=7, message_type="train", timeout=60)
-    asked.metadata.__dict__["_message_id"] = "asked"
-    arrays = ArrayRecord({Key.PACKED: Array(weights)})
-    metrics = MetricRecord({Key.NUM_EXAMPLES: num_examples, Key.LOSS: loss, Key.SECONDS: 1.5})
-    return Message(RecordDict({Key.ARRAYS: arrays, Key.METRICS: metrics}), reply_to=asked)
+    replies = []
+    for weights, num_images in weighted:
+        asked = addressed(RecordDict(), node_id=7, message_type="train", timeout=60)
+        asked.metadata.__dict__["_message_id"] = "asked"
+        metrics = MetricRecord({Key.NUM_EXAMPLES: num_images})
+        content = RecordDict({Key.ARRAYS: packed_record(weights), Key.METRICS: metrics})
+        replies.append(Message(content, reply_to=asked))
+    arrays, _ = strategy.aggregate_train(1, replies)
+    assert arrays is not None
+    found: NDArray[np.float32] = arrays[Key.PACKED].numpy()
+    return found
+
+
+def test_weighted_mean_is_that_of_flowers_own_fedavg() -> None:
+    expected = by_flower(FedAvg(), clients(5))
+    np.testing.assert_allclose(reduced(clients(5)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_of_all_clients_but_the_largest_claims_are_let_go_at_once() -> None:
+    for share, held in ((None, 0), (0.5, 1), (0.3, 3)):
+        reducer = WeightedMean(Weighting(max_share=share))
+        for client, (weights, num_images) in enumerate(clients(6)):
+            reducer.add(client, weights, num_images)
+        assert len(reducer._largest) == held
 
 
 @pytest.mark.parametrize("number", [1, 2, 10])
@@ -116,7 +143,7 @@ def test_float16_weights_are_added_exactly() -> None:
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = mean_of(clients())
-    monkeypatch.setattr("server_app.aggregation.CHUNK", 7)
+    monkeypatch.setattr("server_app.strategies.CHUNK", 7)
     assert np.array_equal(mean_of(clients()), expected)
 
 
@@ -138,7 +165,7 @@ def test_sum_is_exact_up_to_its_limit_and_refuses_what_would_overflow() -> None:
         OverflowError, match=r"must add up to at most 1\.07374e\+09, got 1\.61e\+09"
     ):
         total.add(share, 2)
-    assert np.array_equal(total.mean(), share) and total.num_examples == 4
+    assert np.array_equal(total.mean(), share) and total.num_images == 4
 
 
 @pytest.mark.parametrize("shape", [(SIZE - 1,), (SIZE, 1), ()])
@@ -154,134 +181,17 @@ def test_mean_of_nothing_is_refused() -> None:
         FixedPointSum().mean()
 
 
-def test_streaming_gives_what_flowers_own_fedavg_gives() -> None:
-    replies = [reply(weights, n, loss=0.1 * n) for weights, n in clients(5)]
-    arrays, metrics = StreamingFedAvg().aggregate_train(1, iter(replies))
-    expected_arrays, expected_metrics = FedAvg().aggregate_train(1, replies)
-    assert arrays is not None and metrics is not None
-    assert expected_arrays is not None and expected_metrics is not None
-    assert list(arrays) == list(expected_arrays) == [Key.PACKED]
-    np.testing.assert_allclose(
-        arrays[Key.PACKED].numpy(), expected_arrays[Key.PACKED].numpy(), rtol=1e-5, atol=1e-6
-    )
-    assert metrics[Key.LOSS] == pytest.approx(expected_metrics[Key.LOSS], rel=1e-12)
-    assert metrics[Key.NUM_EXAMPLES] == sum(n for _, n in clients(5))
-
-
-def test_loss_and_weights_do_not_depend_on_the_order_of_arrival() -> None:
-    losses = [0.1, 1e9, 1e-9, 0.3]
-    replies = [reply(w, n, loss) for (w, n), loss in zip(clients(4), losses, strict=True)]
-    found = set()
-    for order in itertools.permutations(replies):
-        arrays, metrics = StreamingFedAvg().aggregate_train(1, order)
-        assert arrays is not None and metrics is not None
-        found.add((arrays[Key.PACKED].numpy().tobytes(), metrics[Key.LOSS]))
-    assert len(found) == 1
-
-
-def test_replies_are_consumed_one_at_a_time() -> None:
-    alive: list[weakref.ref[Message]] = []
-    most = 0
-
-    def arriving() -> Iterator[Message]:
-        nonlocal most
-        for weights, num_examples in clients(6):
-            gc.collect()
-            most = max(most, sum(known() is not None for known in alive))
-            message = reply(weights, num_examples, 1.0)
-            alive.append(weakref.ref(message))
-            yield message
-            del message
-
-    arrays, _ = StreamingFedAvg().aggregate_train(1, arriving())
-    assert arrays is not None and len(alive) == 6
-    assert most == 1  # the one before, while the next is asked for
-    assert np.array_equal(arrays[Key.PACKED].numpy(), mean_of(clients(6)))
-
-
-def test_no_replies_give_no_weights() -> None:
-    assert StreamingFedAvg().aggregate_train(1, iter(())) == (None, None)
-
-
-def test_no_count_is_more_than_its_share_and_small_ones_stay() -> None:
-    generator = np.random.default_rng(5)
-    for _ in range(300):
-        counts = [int(count) for count in 10 ** generator.uniform(0, 8, generator.integers(3, 9))]
-        share = float(generator.uniform(0.05, 1))
-        found = capped(counts, Fraction(share))
-        most = max(share, 1 / len(counts))
-        assert max(found) <= most * sum(found) * (1 + 1e-9) or max(found) == 1
-        limit = max(found)
-        assert found == [min(count, limit) for count in counts]
-        if limit < max(counts):  # and no lower than it must be
-            rest = [min(count, limit + 1) for count in counts]
-            assert max(rest) > Fraction(most) * sum(rest) * Fraction(1 - 1e-9)
-
-
-@pytest.mark.parametrize(
-    ("counts", "share", "expected"),
-    [
-        ([100, 200, 10**8], 0.5, [100, 200, 300]),
-        ([10**8, 10**8, 100, 300], 0.4, [800, 800, 100, 300]),
-        ([100, 200, 10**8], 0.1, [100, 100, 100]),  # equal shares are the least that there is
-        ([1, 1, 9], 1 / 3, [1, 1, 1]),
-        ([5, 10**8], 0.5, [5, 10**8]),  # of two, one has half or more in any case
-        ([5, 6, 7], 0.5, [5, 6, 7]),
-        ([1, 2, 10**8], 1.0, [1, 2, 10**8]),
-    ],
-)
-def test_shares_are_capped(counts: list[int], share: float, expected: list[int]) -> None:
-    assert Weighing(max_share=share).weights(counts) == expected
-    assert Weighing(max_share=share).weights(counts[::-1]) == expected[::-1]
-    assert Weighing().weights(counts) == counts
-
-
 def test_claim_of_a_hundred_million_images_counts_for_its_share_in_any_order() -> None:
+    half = Weighting(max_share=0.5)
     weighted = [*clients(4), (np.full(SIZE, 0.5, np.float32), 10**8)]
     lowered = [*weighted[:4], (weighted[4][0], sum(count for _, count in weighted[:4]))]
     expected = mean_of(lowered)
     for order in itertools.permutations(weighted):
-        replies = (reply(w, n, loss=0.5) for w, n in order)
-        arrays, _ = StreamingFedAvg(Weighing(max_share=0.5)).aggregate_train(1, replies)
-        assert arrays is not None and np.array_equal(arrays[Key.PACKED].numpy(), expected)
+        assert np.array_equal(reduced([*order], half), expected)
     # Where nobody claims too much the cap changes no bit.
+    modest = [(w, 100 + n % 7) for w, n in clients(5)]
     for share in (0.5, 0.7):
-        replies = (reply(w, 100 + n % 7, loss=0.5) for w, n in clients(5))
-        arrays, _ = StreamingFedAvg(Weighing(max_share=share)).aggregate_train(1, replies)
-        assert arrays is not None
-        plain = mean_of([(w, 100 + n % 7) for w, n in clients(5)])
-        assert np.array_equal(arrays[Key.PACKED].numpy(), plain)
-
-
-def test_share_of_any_size_is_taken_as_it_was_written() -> None:
-    for share, kept in ((0.1, 9), (0.3, 3), (0.5, 1), (1.0, 0)):
-        assert Weighing(max_share=share).most_capped == kept
-    assert Weighing(max_share=1e-9).weights([5, 6, 7]) == [5, 5, 5]
-
-
-def test_weighted_median_is_that_of_as_many_equal_values() -> None:
-    generator = np.random.default_rng(6)
-    for _ in range(200):
-        weights = generator.integers(1, 6, generator.integers(1, 7)).tolist()
-        values = generator.standard_normal(len(weights)).tolist()
-        weighted = [*zip(weights, values, strict=True)]
-        assert weighted_median(weighted) == np.median(np.repeat(values, weights))
-        assert weighted_median(weighted[::-1]) == weighted_median(weighted)
-
-
-@pytest.mark.parametrize("weighing", [Weighing(max_share=0.5), Weighing(by_images=False)])
-@pytest.mark.parametrize("claim", [1, 10**8])
-@pytest.mark.parametrize("loss", [0.0, 1e14])
-def test_no_client_alone_moves_a_loss_out_of_the_range_of_the_others(
-    weighing: Weighing, claim: int, loss: float
-) -> None:
-    honest = [(100, 0.08), (150, 0.09), (300, 0.1)]
-    found = weighing.combine([*honest, (claim, loss)])
-    assert 0.08 <= found <= 0.1
-    assert weighing.describe([*honest, (claim, loss)]).startswith(f"{found:.4f} (median of 4 ")
-    # The one whose counts are known believes them.
-    assert Weighing().combine(honest) == pytest.approx((8 + 13.5 + 30) / 550, rel=1e-12)
-    assert weighing.combine(honest[:1]) == 0.08
+        assert np.array_equal(reduced(modest, Weighting(max_share=share)), mean_of(modest))
 
 
 ROBUST = {
@@ -298,19 +208,16 @@ def aggregated(
     """Aggregate weights of clients 0, 1, ..., which arrive in this order or the other way round."""
     overrides = [f"federation.aggregation={aggregation}", *ROBUST.get(aggregation, "").split()]
     config = load_config([*overrides, *settings.split()]).federation
-    aggregate = build_aggregation(config, Weighing.of(config, simulated=True))
-    replies = [(c, reply(w, 10 + c, loss=0.5 + c)) for c, w in enumerate(weights)]
-    arrays, metrics = aggregate(iter(replies[::order]), SENT)
-    assert arrays is not None and metrics is not None and list(arrays) == [Key.PACKED]
-    counts = [10 + c for c in range(len(weights))]
-    losses = [0.5 + c for c in range(len(weights))]
-    mean = np.average(losses, weights=counts)
-    expected = mean if aggregation == "fedavg" else np.median(losses)
-    assert metrics[Key.LOSS] == pytest.approx(expected, rel=1e-12)
-    assert metrics[Key.NUM_EXAMPLES] == sum(counts)
-    found = arrays[Key.PACKED].numpy()
-    assert found.dtype == np.float32
-    return found
+    layout = WeightLayout({"w": torch.Size([SIZE])})
+    strategy = build_strategy(config, layout, Weighting.of(config, simulated=True))
+    strategy.broadcast({"w": torch.zeros(SIZE)})
+    strategy.add(0, np.ones(SIZE, np.float32), 1)  # nothing is left of an attempt that failed
+    assert np.array_equal(strategy.broadcast({"w": torch.from_numpy(SENT)}), SENT)
+    for client, client_weights in [*enumerate(weights)][::order]:
+        strategy.add(client, client_weights, 10 + client)
+    found = strategy.finish()["w"]
+    assert strategy.state_dict() == {} and found.dtype == torch.float32
+    return found.numpy()
 
 
 def trained(number: int, *, scale: float = 0.1, seed: int = 0) -> list[NDArray[np.float32]]:
@@ -362,7 +269,7 @@ def test_robust_aggregation_does_not_depend_on_the_order_of_arrival_or_on_pieces
     weights = trained(7)
     expected = aggregated(aggregation, weights)
     assert np.array_equal(aggregated(aggregation, weights, order=-1), expected)
-    monkeypatch.setattr("server_app.aggregation.CHUNK", 7)
+    monkeypatch.setattr("server_app.strategies.CHUNK", 7)
     assert np.allclose(aggregated(aggregation, weights), expected, rtol=0, atol=1e-7)
 
 
@@ -398,18 +305,20 @@ def test_multi_krum_is_the_plain_mean_of_those_that_krum_likes_best() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("aggregation", ["fedavg", *ROBUST])
-def test_surplus_of_a_client_does_not_end_the_aggregation(aggregation: str) -> None:
-    overrides = [f"federation.aggregation={aggregation}", *ROBUST.get(aggregation, "").split()]
-    config = load_config(overrides).federation
-    aggregate = build_aggregation(config, Weighing.of(config, simulated=False))
-    replies = [(c, reply(w, 5, loss=1.0)) for c, w in enumerate(trained(5))]
-    replies[2][1].content["more"] = MetricRecord({"x": [1.0, 2.0]})
-    replies[3][1].content["arrays 2"] = ArrayRecord({"y": Array(np.ones(2))})
-    replies[4][1].content.metric_records[Key.METRICS]["surplus"] = [1.0]
-    arrays, _ = aggregate(iter(replies), SENT)
-    assert arrays is not None and arrays[Key.PACKED].shape == (SIZE,)
-    assert aggregate(iter(()), SENT) == (None, None)
+@pytest.mark.parametrize(
+    ("aggregation", "flowers"),
+    [
+        ("median", FedMedian()),
+        ("trimmed_mean", FedTrimmedAvg(beta=0.25)),
+        ("krum", MultiKrum(num_malicious_nodes=1, num_nodes_to_select=1)),
+    ],
+)
+def test_robust_aggregation_is_flowers_own_over_updates_to_the_bit(
+    aggregation: str, flowers: FedAvg
+) -> None:
+    weights = trained(8)
+    expected = SENT + by_flower(flowers, [(w - SENT, 1) for w in weights])
+    assert np.array_equal(aggregated(aggregation, weights), expected)
 
 
 def test_distance_is_the_norm_of_the_difference() -> None:
@@ -417,3 +326,96 @@ def test_distance_is_the_norm_of_the_difference() -> None:
     expected = np.linalg.norm(one.astype(np.float64) - other)
     assert distance(one, other) == pytest.approx(expected, rel=1e-12)
     assert distance(one, one) == 0
+
+
+class Counting(nn.Module):
+    """A network with a counter and a tensor that never leaves a client."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("steps", torch.tensor(7))
+        self.register_buffer("latents", torch.ones(4))
+
+
+def test_counters_and_local_tensors_are_not_averaged_and_stay() -> None:
+    model = Counting()
+    layout = WeightLayout.of(model, local={"latents"})
+    strategy = Strategy(layout, lambda _: WeightedMean(Weighting()), ema_decay=0.5)
+    sent = strategy.broadcast(model.state_dict())
+    assert sent.shape == (8,)
+    strategy.add(0, sent + 1, 5)
+    weights = strategy.finish()
+    assert strategy.average is not None
+    for state in (weights, strategy.average):
+        assert state["steps"].item() == 7 and state["steps"].dtype == torch.int64
+        assert state["latents"].tolist() == [1] * 4
+    torch.testing.assert_close(weights["layer.bias"], model.layer.bias + 1)
+    Counting().load_state_dict(weights)
+
+
+OPTIMIZERS = {
+    "sgd": partial(torch.optim.SGD, lr=1.0),
+    "momentum": partial(torch.optim.SGD, lr=0.7, momentum=0.9),
+    "adam": partial(torch.optim.Adam, lr=0.01, eps=1e-3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_server_optimizer_steps_along_the_mean_update_and_goes_on_after_a_resume(
+    name: str,
+) -> None:
+    layout = WeightLayout({"w": torch.Size([SIZE])})
+    rounds = [clients(3, seed=seed) for seed in range(4)]
+
+    def opened() -> Strategy:
+        return Strategy(
+            layout, lambda _: WeightedMean(Weighting()), server_optimizer=OPTIMIZERS[name]
+        )
+
+    def played(strategy: Strategy, weights: Weights, rounds: list[list[Client]]) -> Weights:
+        for weighted in rounds:
+            sent = strategy.broadcast(weights)
+            for client, (update, num_images) in enumerate(weighted):
+                strategy.add(client, sent + 0.01 * update, num_images)
+            weights = strategy.finish()
+        return weights
+
+    first = {"w": torch.from_numpy(SENT)}
+    # By hand, with PyTorch's own loop.
+    parameter = nn.Parameter(first["w"].clone())
+    optimizer = OPTIMIZERS[name]([parameter])
+    for weighted in rounds:
+        mean = numpys_mean([(0.01 * update, n) for update, n in weighted])
+        parameter.grad = torch.from_numpy(-mean.astype(np.float32))
+        optimizer.step()
+    whole = played(opened(), first, rounds)
+    torch.testing.assert_close(whole["w"], parameter.detach(), rtol=1e-5, atol=1e-4)
+
+    ended, resumed = opened(), opened()
+    weights = played(ended, first, rounds[:2])
+    resumed.load_state_dict({group: dict(tensors) for group, tensors in ended.state_dict().items()})
+    assert torch.equal(played(resumed, weights, rounds[2:])["w"], whole["w"])
+
+
+def test_moving_average_is_the_closed_form() -> None:
+    decay, rounds = 0.9, 20
+    drawn = torch.randn(rounds, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    average: Weights | None = None
+    for weights in drawn:
+        average = moving_average(average, {"w": weights}, decay)
+    powers = decay ** torch.arange(rounds - 1, -1, -1, dtype=torch.float64)
+    shares = torch.cat([powers[:1], (1 - decay) * powers[1:]])
+    assert shares.sum().item() == pytest.approx(1)
+    assert average is not None
+    torch.testing.assert_close(average["w"], shares @ drawn)
+
+
+def test_moving_average_is_off_without_a_decay_and_owns_its_numbers() -> None:
+    weights = {"w": torch.ones(3)}
+    assert moving_average(None, weights, None) is None
+    assert moving_average(weights, weights, None) is None
+    first = moving_average(None, weights, 0.5)
+    assert first is not None
+    weights["w"] += 1
+    assert first["w"].tolist() == [1, 1, 1]

@@ -1,0 +1,287 @@
+"""What comes back from clients: which replies can be used, and what they say.
+
+Nothing in a reply is believed before it was looked at here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode, SType
+from numpy.typing import NDArray
+
+from server_app.messages import record_of
+from server_app.strategies import SUM_LIMIT, distance, largest_magnitude
+from task.protocol.wire import FailureCode, Key, from_npy
+
+# What the coordinator asks the hospital: its own log has the cause, which stays there.
+ADVICE = {
+    FailureCode.BAD_INPUT: "the node's configuration or data does not fit the run's configuration; "
+    "its own log says what",
+    FailureCode.DATA_UNREADABLE: "its data cannot be read; its own log names the file or folder",
+    FailureCode.OUT_OF_MEMORY: "its memory is too small: lower train.batch_size, or ask what else "
+    "runs there",
+    FailureCode.UNKNOWN_CLASS: "it has images of a class that is not in data.classes; its own log "
+    "names it",
+    FailureCode.TOO_FEW_IMAGES: "it has fewer images than its hospital takes part with "
+    "(min-images); its own log counts them",
+}
+
+# Beyond this no loss or count means anything, and sums over clients could overflow.
+LARGEST_METRIC = 1e15
+DURATIONS_AND_RATES = (Key.SECONDS, Key.SECONDS_BESIDE, Key.IMAGES_PER_SECOND)
+
+
+# What Flower's own errors come to, without the texts that they carry.
+FLOWERS_ERRORS = {
+    ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "its Flower could not load the app; its own log says why",
+    ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "its ClientApp could not start; its own log says why",
+    ErrorCode.MESSAGE_UNAVAILABLE: "no reply in time",
+    ErrorCode.NODE_UNAVAILABLE: "the node is gone",
+    ErrorCode.CLIENT_APP_CRASHED: "its ClientApp was killed, perhaps for want of memory",
+}
+# Flower's words for "the message was not answered in time" and "the node is not there".
+SLOW_CODES = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back from a client.
+
+    Attributes:
+        client: its number.
+        message: its reply; None where none came before the deadline.
+        sent: `time.monotonic()` when its message went out; None where its turn never came.
+    """
+
+    client: int
+    message: Message | None
+    sent: float | None = None
+
+
+class UnusableReply(ValueError):
+    """A reply that is left out of its round; the text says why, in one printable line.
+
+    All text of a node that is logged or recorded goes through here.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(printable(reason)[:300])
+
+
+class FalseClaim(UnusableReply):
+    """A reply that claims more images than its client said it has."""
+
+
+class Diverged(UnusableReply):
+    """A reply with a loss or weights that training with too large steps leads to."""
+
+
+def printable(text: str) -> str:
+    """Make one line of what a node sent: each run of other signs than printable ones is a space.
+
+    Control and escape characters could rewrite a log on a terminal, and a lone surrogate, as a
+    file name may hold, cannot be written at all.
+    """
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
+
+
+def checked_content(reply: Reply, *, timeout: float) -> RecordDict:
+    """Return what a client replied.
+
+    Raises:
+        UnusableReply: it did not reply in time, or replied with an error.
+    """
+    if reply.sent is None:
+        raise UnusableReply(f"not asked: its turn did not come within {timeout:g} s")
+    if reply.message is None:
+        raise UnusableReply(f"no reply within {timeout:g} s")
+    if reply.message.has_error():
+        raise UnusableReply(describe_error(reply.message.error))
+    return reply.message.content
+
+
+def read_metrics(content: RecordDict) -> MetricRecord:
+    """Return the numbers of a reply.
+
+    Raises:
+        UnusableReply: loss or number of images is missing, one is no number that a metric can
+            be, or there are no images.
+    """
+    if Key.METRICS not in content:
+        raise UnusableReply(f"no record {Key.METRICS.value!r} in the reply")
+    metrics = record_of(content, Key.METRICS, MetricRecord)
+    given = [name for name in DURATIONS_AND_RATES if name in metrics]
+    check_numbers(metrics, dict.fromkeys((Key.LOSS, *given), (0.0, LARGEST_METRIC)))
+    return metrics
+
+
+def check_claim(content: RecordDict, num_images: int | None) -> None:
+    """Check that a client does not claim more images than it said it has.
+
+    Fewer are no false claim: damaged files may be left out, and fewer images count for less.
+
+    Args:
+        content: a reply.
+        num_images: what the client said; None where the server knows by itself.
+
+    Raises:
+        FalseClaim: it claims more.
+    """
+    claimed = record_of(content, Key.METRICS, MetricRecord).get(Key.NUM_EXAMPLES)
+    if num_images is not None and isinstance(claimed, int) and claimed > num_images:
+        raise FalseClaim(
+            f"{Key.NUM_EXAMPLES} must be at most {num_images}, the images that it said it has, "
+            f"got {claimed}"
+        )
+
+
+def check_numbers(metrics: MetricRecord, bounds: Mapping[str, tuple[float, float]]) -> None:
+    """Check the number of images of a reply, and that each number is there and within bounds.
+
+    Args:
+        metrics: of the reply.
+        bounds: the least and the largest that a number may be, by name.
+
+    Raises:
+        UnusableReply: one is not.
+    """
+    for name in (Key.NUM_EXAMPLES, *bounds):
+        value = metrics.get(name)
+        least, most = bounds.get(name, (-np.inf, np.inf))
+        too_large = isinstance(value, float) and not value <= most
+        kind = Diverged if name == Key.LOSS and too_large else UnusableReply
+        if not isinstance(value, int | float) or not np.isfinite(value):
+            raise kind(f"{name} must be a finite number, got {value!r}")
+        if not least <= value <= most:
+            raise kind(f"{name} must be from {least:g} to {most:g}, got {value!r}")
+    num_examples = metrics[Key.NUM_EXAMPLES]
+    if not isinstance(num_examples, int) or not 0 < num_examples <= LARGEST_METRIC:
+        raise UnusableReply(f"{Key.NUM_EXAMPLES} must be a whole number > 0, got {num_examples}")
+
+
+def read_weights(
+    content: RecordDict, *, size: int, num_images: int, num_clients: int
+) -> NDArray[np.floating]:
+    """Return the packed weights of a reply, without a copy.
+
+    Args:
+        content: the reply.
+        size: how many values there must be.
+        num_images: that the weights count for.
+        num_clients: how many clients may add their weights to the same sum.
+
+    Raises:
+        UnusableReply: they are missing, of another shape or type, not finite, or so large that
+            the sum could overflow.
+    """
+    arrays = record_of(content, Key.ARRAYS, ArrayRecord)
+    if list(arrays) != [Key.PACKED]:
+        names = [str(name) for name in arrays]
+        raise UnusableReply(f"arrays must be [{Key.PACKED.value!r}], got {names}")
+    try:
+        if arrays[Key.PACKED].stype != SType.NUMPY:
+            raise TypeError("another serialisation")
+        packed = from_npy(arrays[Key.PACKED].data)
+    except Exception as error:
+        # NumPy's reader raises nearly anything on bytes that were made to break it.
+        raise UnusableReply(f"weights that cannot be read: {type(error).__name__}") from error
+    if packed.shape != (size,) or packed.dtype not in (np.float32, np.float16):
+        raise UnusableReply(
+            f"weights must be float32 or float16 of shape ({size},), "
+            f"got {packed.dtype} of shape {packed.shape}"
+        )
+    largest = largest_magnitude(packed)
+    if not np.isfinite(largest):
+        raise Diverged("weights that are not finite")
+    if largest * num_images > SUM_LIMIT / num_clients:
+        raise Diverged(f"weights of up to {largest:.3g} from {num_images} images: diverged")
+    return packed
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """What a client sends after it has trained.
+
+    Attributes:
+        weights: [P], float32 or float16, the bytes of the reply themselves.
+        num_images: that it trained on.
+        loss: mean of its training.
+        spent: `DURATIONS_AND_RATES`, those that it says.
+        update_norm: how far its weights lie from those that it was sent, measured here.
+    """
+
+    weights: NDArray[np.floating]
+    num_images: int
+    loss: float
+    spent: dict[str, float]
+    update_norm: float
+
+
+def read_training(
+    content: RecordDict, sent: NDArray[np.floating], *, num_clients: int, max_norm: float | None
+) -> LocalTraining:
+    """Return what a client that has trained replied, and measure how far it went.
+
+    Args:
+        content: the reply.
+        sent: [P], the packed weights that the client started from.
+        num_clients: how many clients may add their weights to the same sum.
+        max_norm: `federation.max_update_norm`; None for any.
+
+    Raises:
+        UnusableReply: see `read_metrics` and `read_weights`; or the weights lie further than
+            `max_norm` from those that were sent.
+    """
+    metrics = read_metrics(content)
+    num_images, loss = counted_loss(metrics)
+    weights = read_weights(content, size=len(sent), num_images=num_images, num_clients=num_clients)
+    norm = distance(weights, sent)
+    if max_norm is not None and norm > max_norm:
+        raise UnusableReply(
+            f"weights at a distance of {norm:.4g} from those that were sent, "
+            f"federation.max_update_norm={max_norm:g}"
+        )
+    spent = {
+        str(name): float(metrics[name])  # type: ignore[arg-type]
+        for name in DURATIONS_AND_RATES
+        if name in metrics
+    }
+    return LocalTraining(weights, num_images, loss, spent, norm)
+
+
+def read_loss(content: RecordDict) -> tuple[int, float] | None:
+    """Return the images and the loss of a reply; None from a client without held-out images.
+
+    Raises:
+        UnusableReply: see `read_metrics`.
+    """
+    if record_of(content, Key.METRICS, MetricRecord).get(Key.NUM_EXAMPLES) == 0:
+        return None
+    return counted_loss(read_metrics(content))
+
+
+def counted_loss(metrics: MetricRecord) -> tuple[int, float]:
+    """Return the images and the loss of numbers that were checked."""
+    return int(metrics[Key.NUM_EXAMPLES]), float(metrics[Key.LOSS])  # type: ignore[arg-type]
+
+
+def is_silent(reply: Reply) -> bool:
+    """Whether a client was asked and let the time pass, or is not there any more."""
+    if reply.message is None:
+        return reply.sent is not None
+    return reply.message.has_error() and reply.message.error.code in SLOW_CODES
+
+
+def describe_error(error: Error) -> str:
+    """Say what an error reply says and what to ask its hospital, in one line of bounded length.
+
+    Only the ClientApp's own errors are repeated: Flower's may carry texts and paths of the node.
+    """
+    if error.code not in [*FailureCode]:
+        what = FLOWERS_ERRORS.get(error.code, "Flower failed on the node; its own log says how")
+        return f"{what} (code {error.code})"
+    reason = printable(error.reason or "")[:150] or "no reason given"
+    advice = ADVICE.get(FailureCode(error.code))
+    return f"{reason} (code {error.code})" + (f": {advice}" if advice else "")

@@ -1,0 +1,388 @@
+"""From the replies of a round to the next global weights.
+
+A `Reducer` makes one set of weights of those of many clients. FedAvg's mean believes every client:
+one that sends anything finite moves it as far as it likes. The median, the trimmed mean and Krum
+bear a minority of such replies; what each asks for and costs stands in
+`conf/federation/default.yaml`. A `Strategy` goes from there to the next weights.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import Optimizer
+
+from server_app.weighting import Weighting
+from task.config import FederationConfig
+from task.protocol.wire import WeightLayout, Weights
+from task.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
+
+# Steps of 2^-32 are finer than float32 needs for a mean of weights; int64 holds the sum.
+FRACTION_BITS = 32
+# What all weights times images of a round may add up to, half of what would overflow.
+SUM_LIMIT = 2.0 ** (62 - FRACTION_BITS)
+# Values at a time, so that what is made of them on the way stays in a core's cache.
+CHUNK = 1 << 16
+
+
+def chunks(values: NDArray[np.generic]) -> Iterator[slice]:
+    """Cut a flat array into pieces of `CHUNK` values."""
+    return (slice(start, start + CHUNK) for start in range(0, len(values), CHUNK))
+
+
+def largest_magnitude(weights: NDArray[np.floating]) -> float:
+    """Return the largest absolute value of [P], 0 where P is; NaN where one is."""
+    largest = [np.abs(weights[chunk]).max() for chunk in chunks(weights)]
+    return float(np.max(largest, initial=0.0))
+
+
+def distance(weights: NDArray[np.floating], other: NDArray[np.floating]) -> float:
+    """Return the L2 norm of the difference of two [P], summed in float64."""
+    squares = 0.0
+    for chunk in chunks(weights):
+        difference = weights[chunk].astype(np.float64) - other[chunk]
+        squares += float(difference @ difference)
+    return math.sqrt(squares)
+
+
+class FixedPointSum:
+    """The sum of weight x num_images, equal to the bit in whatever order it is added up.
+
+    Floating-point addition depends on the order, integer addition does not: every product is
+    rounded once to a multiple of 2^-32, on its own, and added as int64.
+    """
+
+    def __init__(self) -> None:
+        self.num_images = 0
+        self._sum: NDArray[np.int64] | None = None
+        self._bound = 0.0
+
+    def add(self, weights: NDArray[np.floating], num_images: int) -> None:
+        """Add the weights of one client.
+
+        Args:
+            weights: [P] finite.
+            num_images: > 0, that the client counts for.
+
+        Raises:
+            ValueError: the shape differs from that of the first client.
+            OverflowError: the sum could overflow; `SUM_LIMIT` is shared out among the clients of
+                a round, so that what passes the check of replies never comes here.
+        """
+        if self._sum is None:
+            self._sum = np.zeros(weights.shape, np.int64)
+        if weights.shape != self._sum.shape:
+            raise ValueError(f"weights must have shape {self._sum.shape}, got {weights.shape}")
+        self._bound += largest_magnitude(weights) * num_images
+        if self._bound > SUM_LIMIT * (1 + 1e-9):
+            raise OverflowError(
+                f"weights times images must add up to at most {SUM_LIMIT:g}, got {self._bound:.3g}"
+            )
+        self.num_images += num_images
+        scale = num_images * 2.0**FRACTION_BITS
+        for chunk in chunks(weights):
+            # float64 holds the product of a float32 and the scale to a relative 2^-53.
+            steps = weights[chunk] * np.float64(scale)
+            self._sum[chunk] += np.rint(steps, out=steps).astype(np.int64)
+
+    def mean(self) -> NDArray[np.float32]:
+        """Return the mean of all weights, weighted by the images of their clients: [P] float32.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if self._sum is None:
+            raise ValueError("the mean needs the weights of at least 1 client, got 0")
+        mean = np.empty(self._sum.shape, np.float32)
+        for chunk in chunks(mean):
+            mean[chunk] = self._sum[chunk] / (self.num_images * 2.0**FRACTION_BITS)
+        return mean
+
+
+class Reducer(ABC):
+    """Makes one set of weights of those that the clients of a round send."""
+
+    @abstractmethod
+    def add(self, client: int, weights: NDArray[np.floating], num_images: int) -> None:
+        """Take the weights of a client.
+
+        Args:
+            client: its number.
+            weights: [P], checked; float32 or float16.
+            num_images: > 0, that it trained on.
+        """
+
+    @abstractmethod
+    def reduce(self) -> NDArray[np.float32]:
+        """Return [P], the same in whatever order the clients came; once, with one or more."""
+
+
+class WeightedMean(Reducer):
+    """The mean by the images of each client, added up as the clients come.
+
+    Who claims more than its share is known when all replies are there. Those that claim most, as
+    many as may have too much, are added last; they are the only ones that are held in memory.
+
+    Source: Algorithm 1 of the paper, the lines of the server.
+    """
+
+    def __init__(self, weighting: Weighting) -> None:
+        """Weight clients so."""
+        self._weighting = weighting
+        self._sum = FixedPointSum()
+        self._counts: list[int] = []
+        self._largest: list[tuple[int, NDArray[np.floating]]] = []
+
+    def add(self, client: int, weights: NDArray[np.floating], num_images: int) -> None:
+        """Add the weights of a client, or of one that claims fewer images; see `Reducer.add`."""
+        self._counts.append(num_images)
+        self._largest.append((num_images, weights))
+        self._largest.sort(key=lambda claimed: claimed[0])
+        if len(self._largest) > self._weighting.most_capped:
+            self._sum.add(*reversed(self._largest.pop(0)))
+
+    def reduce(self) -> NDArray[np.float32]:
+        """Return the mean; see `Reducer.reduce`."""
+        counted = dict(zip(self._counts, self._weighting.weights(self._counts), strict=True))
+        for num_images, weights in self._largest:
+            self._sum.add(weights, counted[num_images])
+        return self._sum.mean()
+
+
+class OverUpdates(Reducer):
+    """A reducer of the updates of clients: their weights less those that were sent.
+
+    The result is that over the weights, which are a shift away; but updates are a thousand times
+    smaller, and so is the rounding. Clients count alike, and in the order of their numbers.
+    """
+
+    def __init__(self, sent: NDArray[np.floating]) -> None:
+        """Start from [P], the weights that the clients were sent."""
+        self._sent = sent.astype(np.float32)
+        self._updates: dict[int, NDArray[np.float32]] = {}
+
+    def add(self, client: int, weights: NDArray[np.floating], num_images: int) -> None:
+        """Keep the update of a client; see `Reducer.add`."""
+        self._updates[client] = weights.astype(np.float32) - self._sent
+
+    def reduce(self) -> NDArray[np.float32]:
+        """Reduce the updates, piece by piece; see `Reducer.reduce`."""
+        updates = self.chosen([self._updates[client] for client in sorted(self._updates)])
+        weights = self._sent.copy()
+        for chunk in chunks(weights):
+            weights[chunk] += self.combined(np.stack([update[chunk] for update in updates]))
+        return weights
+
+    def chosen(self, updates: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+        """Choose the updates that count, out of [P] of each client; all of them."""
+        return updates
+
+    @abstractmethod
+    def combined(self, updates: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Make one of the updates that count: [N, values] to [values]."""
+
+
+class Median(OverUpdates):
+    """The median of each value.
+
+    Source: Yin et al. 2018 (arXiv 1803.01498).
+    """
+
+    def combined(self, updates: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the median over clients."""
+        return np.asarray(np.median(updates, axis=0), np.float32)
+
+
+class TrimmedMean(OverUpdates):
+    """The mean of each value without the largest and the smallest ones.
+
+    Source: Yin et al. 2018 (arXiv 1803.01498).
+    """
+
+    def __init__(self, sent: NDArray[np.floating], trim_fraction: float) -> None:
+        """Leave this share of the clients out at either end, in (0, 0.5)."""
+        super().__init__(sent)
+        self._trim_fraction = trim_fraction
+
+    def combined(self, updates: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the mean over those between."""
+        first = int(self._trim_fraction * len(updates))
+        end = len(updates) - first
+        kept = np.partition(updates, (first, end - 1), axis=0)[first:end]
+        return np.asarray(kept.mean(axis=0), np.float32)
+
+
+class Krum(OverUpdates):
+    """The mean of the updates that lie nearest to most others.
+
+    Source: Blanchard et al. 2017 (arXiv 1703.02757).
+    """
+
+    def __init__(
+        self, sent: NDArray[np.floating], *, num_malicious: int, num_selected: int
+    ) -> None:
+        """Select so many clients, where so many others may do harm."""
+        super().__init__(sent)
+        self._num_malicious, self._num_selected = num_malicious, num_selected
+
+    def chosen(self, updates: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+        """Select those with the smallest sum of squared distances to their nearest others."""
+        products = np.zeros((len(updates), len(updates)))
+        for chunk in chunks(updates[0]):
+            rows = np.stack([update[chunk] for update in updates]).astype(np.float64)
+            products += rows @ rows.T
+        squares = np.diag(products)
+        distances = squares[:, None] + squares[None] - 2 * products
+        nearest = max(1, len(updates) - self._num_malicious - 2)
+        # The first is the client itself.
+        scores = np.sort(distances, axis=1)[:, 1 : nearest + 1].sum(axis=1)
+        return [updates[place] for place in np.argsort(scores)[: self._num_selected]]
+
+    def combined(self, updates: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the mean of those that were selected."""
+        return np.asarray((updates * np.float32(1 / len(updates))).sum(axis=0), np.float32)
+
+
+class Strategy:
+    """Makes the next global weights of those that clients send.
+
+    With a server optimizer, what the reducer makes of the clients' weights is taken as a step:
+    the way from there back to the weights that were sent is the gradient. SGD with momentum is
+    FedAvgM, Adam is FedAdam. Without one, which is FedAvg, what the reducer makes is taken as it
+    is: a step of SGD with a learning rate of 1 up to rounding.
+
+    A round is `broadcast`, `add` for each client, `finish`; a `broadcast` drops what was added
+    before it, so that a round can be tried again.
+
+    Source: Reddi et al. 2021 (arXiv 2003.00295), Algorithm 2, for the server optimizer.
+
+    Attributes:
+        average: the moving average of the weights over rounds; None where the run keeps none.
+    """
+
+    def __init__(
+        self,
+        layout: WeightLayout,
+        new_reducer: Callable[[NDArray[np.floating]], Reducer],
+        *,
+        wire_dtype: str = "float32",
+        ema_decay: float | None = None,
+        server_optimizer: Callable[[list[Tensor]], Optimizer] | None = None,
+    ) -> None:
+        """Start before the first round.
+
+        Args:
+            layout: of the weights on the wire.
+            new_reducer: makes the reducer of a round from the weights that are sent, [P].
+            wire_dtype: "float32" or "float16".
+            ema_decay: of the moving average; None: the run keeps none.
+            server_optimizer: makes the optimizer of the packed weights; None: none.
+        """
+        self.average: Weights | None = None
+        self._layout, self._new_reducer = layout, new_reducer
+        self._wire_dtype, self._ema_decay = wire_dtype, ema_decay
+        self._optimizer: Optimizer | None = None
+        if server_optimizer is not None:
+            self._parameter = torch.nn.Parameter(torch.zeros(layout.size))
+            self._optimizer = server_optimizer([self._parameter])
+
+    def broadcast(self, weights: Weights) -> NDArray[np.floating]:
+        """Begin a round, or another attempt at it, and return what the clients are sent, [P].
+
+        Args:
+            weights: the global weights.
+        """
+        self._weights = weights
+        self._sent = self._layout.pack(weights, self._wire_dtype)
+        self._reducer = self._new_reducer(self._sent)
+        return self._sent
+
+    def add(self, client: int, weights: NDArray[np.floating], num_images: int) -> None:
+        """Take the weights that a client has sent; see `Reducer.add`."""
+        self._reducer.add(client, weights, num_images)
+
+    def finish(self) -> Weights:
+        """End a round, in which one client or more was added, and return the new global weights.
+
+        What does not travel, such as a counter, stays as it was at the beginning of the run.
+        """
+        reduced = self._reducer.reduce()
+        if self._optimizer is not None:
+            reduced = self._stepped(self._optimizer, reduced)
+        weights = self._layout.unpack(reduced)
+        self.average = moving_average(self.average, weights, self._ema_decay)
+        # Robust reducers hold the updates of all clients.
+        del self._reducer, self._sent, self._weights
+        return weights
+
+    def _stepped(self, optimizer: Optimizer, reduced: NDArray[np.float32]) -> NDArray[np.float32]:
+        self._parameter.data.copy_(torch.from_numpy(self._layout.pack(self._weights)))
+        self._parameter.grad = torch.from_numpy(self._sent.astype(np.float32) - reduced)
+        optimizer.step()
+        return self._parameter.detach().numpy()
+
+    def state_dict(self) -> dict[str, Weights]:
+        """Return what a checkpoint must hold besides the weights, by name."""
+        state: dict[str, Weights] = {}
+        if self.average is not None:
+            state["ema"] = self.average
+        if self._optimizer is not None:
+            state["server_optimizer"] = optimizer_tensors(self._optimizer)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Weights]) -> None:
+        """Take up what `state_dict` returned."""
+        self.average = state.get("ema")
+        if self._optimizer is not None:
+            load_optimizer_tensors(self._optimizer, state.get("server_optimizer", {}))
+
+
+def build_strategy(
+    config: FederationConfig, layout: WeightLayout, weighting: Weighting
+) -> Strategy:
+    """Build the strategy that `federation.aggregation` names.
+
+    Args:
+        config: of the run.
+        layout: of the weights on the wire.
+        weighting: how much each client counts in a mean.
+
+    Raises:
+        ValueError: it names none.
+    """
+    new_reducer: dict[str, Callable[[NDArray[np.floating]], Reducer]] = {
+        "fedavg": lambda _: WeightedMean(weighting),
+        "median": Median,
+        "trimmed_mean": partial(TrimmedMean, trim_fraction=config.trim_fraction),
+        "krum": partial(Krum, num_malicious=config.num_malicious, num_selected=config.num_selected),
+    }
+    if config.aggregation not in new_reducer:
+        raise ValueError(f"federation.aggregation: no such aggregation: {config.aggregation}")
+    return Strategy(
+        layout,
+        new_reducer[config.aggregation],
+        wire_dtype=config.wire_dtype,
+        ema_decay=config.ema_decay,
+    )
+
+
+def moving_average(
+    average: Weights | None, weights: Weights, decay: float | None
+) -> Weights | None:
+    """Move an average towards new weights; it starts as the first ones. None where decay is.
+
+    A tensor that is not float is that of the new weights.
+    """
+    if decay is None:
+        return None
+    if average is None:
+        return {name: tensor.clone() for name, tensor in weights.items()}
+    return {
+        name: torch.lerp(tensor, average[name], decay) if tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+    }
