@@ -1,22 +1,18 @@
 """What is drawn and measured of the global weights, on the way and at the end."""
 
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from server_app.hospital_scores import (
-    Scores,
     check_scoring,
-    combined_scores,
-    describe_means,
+    combined_records,
+    describe_scores,
     is_scored,
-    score_records,
     scored_labels,
     scoring_settings,
     wants_scores,
@@ -26,26 +22,25 @@ from server_app.log import log
 from task.checks import require
 from task.config import MIN_MEASURED_IMAGES, Config
 from task.data import Dataset, ImageSet
-from task.evaluation.evaluate import (
-    MetricReport,
-    RealFeatures,
-    extract_real,
-    measure_images,
-    quick_measures,
-)
-from task.evaluation.evaluation_file import evaluation_file, write_report
+from task.evaluation.comparison import RealFeatures, extract_real
+from task.evaluation.evaluate import evaluate_images, measures_at_end
 from task.evaluation.features import FeatureExtractor, build_extractor
+from task.evaluation.hospital_scores import HospitalScores
+from task.evaluation.metrics import Use
+from task.files import write_json
 from task.generation.draw_images import balanced_labels, draw_images, full_labels
 from task.generation.grids import mosaic, save_sample_grid
 from task.generators.diffusion.unet import UNet
 from task.protocol.wire import Key
 from task.randomness import Stream
 from task.runs.checkpoint import load_weights
-from task.runs.records import SCORING_CLIENTS, Record, Records, read_records
+from task.runs.evaluations import Evaluation, evaluation_file, evaluation_of
+from task.runs.records import HELD_OUT, SCORING_CLIENTS, TRAIN, Record, Records, read_records
 from task.runs.run_directory import (
     METRICS_FILE,
     NODES_FILE,
     RunDirectory,
+    read_json,
     weights_file,
 )
 
@@ -64,13 +59,9 @@ def is_measured(path: Path, config: Config) -> bool:
         file = evaluation_file(path, config)
         if not file.exists():
             return False
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        asked = {
-            "round": last,
-            "seed": config.eval.seed,
-            "num_per_class": config.eval.num_per_class,
-        }
-        return all(found.get(name) == value for name, value in asked.items())
+        found = evaluation_of(read_json(file), file)
+        asked = last, config.eval.seed, config.eval.num_per_class
+        return asked == (found.round, found.label.seed, found.num_per_class)
     measured = read_records(path / METRICS_FILE).by_round("class_agreement")
     return config.eval.num_images == 0 or last in measured
 
@@ -243,22 +234,23 @@ class PooledEvaluation(GlobalEvaluation):
 
     def measure(self, server_round: int, weights: Mapping[str, Tensor]) -> str:
         """Measure `eval.num_images` images by what is quick; say the distance in few words."""
-        report = self._report(weights, full=False)
-        self._record(server_round, report)
-        return f"FID (train) {report.generated.fid_train:.2f}"
+        found = self._evaluate(server_round, weights, Use.ROUNDS)
+        return f"FID (train) {found.records.value('fid', reference=TRAIN):.2f}"
 
     def measure_final(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
         """Measure the final images with all metrics, or by what costs little."""
         if self._config.eval.final_metrics:
-            report = self._report(weights, full=True)
-            self._record(server_round, report)
+            found = self._evaluate(server_round, weights, Use.EVALUATION)
             file = evaluation_file(self._directory.path, self._config)
-            write_report(file, report, self._config, server_round)
-            label = report.label
+            write_json(file, found.content())
+            label = found.label
+            fid, floor = (
+                found.records.value("fid", reference=TRAIN, real=real) for real in (False, True)
+            )
             log(
-                f"FID (train) {report.generated.fid_train:.2f} of {label.n_generated} images, "
-                f"{report.floor.fid_train:.2f} of {label.n_floor} real ones (extractor "
-                f"{label.extractor}, image range {label.image_range}); all metrics: {file}"
+                f"FID (train) {fid:.2f} of {label.n_generated} images, {floor:.2f} of "
+                f"{label.n_floor} real ones (extractor {label.extractor}, image range "
+                f"{label.image_range}); all metrics: {file}"
             )
         elif self._config.eval.num_images > 0:
             self._measure_quickly(server_round, weights)
@@ -266,43 +258,42 @@ class PooledEvaluation(GlobalEvaluation):
     def _measure_quickly(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
         """Measure `eval.num_images` images by what costs little."""
         config, dataset = self._config, self._dataset
-        num_classes = len(config.data.classes)
-        labels = balanced_labels(config.eval.num_images, num_classes)
+        labels = balanced_labels(config.eval.num_images, len(config.data.classes))
         images = self._draw(weights, labels, Stream.FINAL_IMAGES)
-        found = quick_measures(config, images, dataset, server_round, device=self._device)
-        self._directory.record(found)
-        measured = Records(tuple(found))
-        real = measured.value("class_agreement", real=True)
+        found = measures_at_end(
+            config, images, dataset, server_round=server_round, device=self._device
+        )
+        self._directory.record(found.all)
+        real = found.value("class_agreement", real=True)
         beside = "there are no real test images" if real is None else f"of real ones in {real:.1%}"
         log(
             f"a classifier trained on the real images finds the asked class in "
-            f"{measured.value('class_agreement'):.1%} of {len(images)} generated images ({beside}, "
-            f"by chance in {measured.value('chance_agreement'):.1%})"
+            f"{found.value('class_agreement'):.1%} of {len(images)} generated images ({beside}, "
+            f"by chance in {found.value('chance_agreement'):.1%})"
         )
 
-    def _report(self, weights: Mapping[str, Tensor], *, full: bool) -> MetricReport:
+    def _evaluate(self, server_round: int, weights: Mapping[str, Tensor], use: Use) -> Evaluation:
+        """Draw images, measure them through the extractor and record what is found."""
         config, dataset, extractor = self._config, self._dataset, self._extractor
         if extractor is None:
             raise RuntimeError("metrics need an extractor")
         if self._real is None:
-            self._real = extract_real(
-                dataset,
-                extractor=extractor,
-                data_name=config.data.name,
-                seed=config.eval.seed,
-                batch_size=config.eval.batch_size,
-            )
-        if full:
+            self._real = extract_real(config, dataset, extractor)
+        if use is Use.EVALUATION:
             labels = full_labels(config, dataset)
         else:
             labels = balanced_labels(config.eval.num_images, len(config.data.classes))
-        images = self._draw(weights, labels, Stream.EVALUATED_IMAGES)
-        return measure_images(
-            config, images, dataset, extractor=extractor, real=self._real, full=full
+        found = evaluate_images(
+            config,
+            self._draw(weights, labels, Stream.EVALUATED_IMAGES),
+            dataset,
+            extractor=extractor,
+            server_round=server_round,
+            real=self._real,
+            use=use,
         )
-
-    def _record(self, server_round: int, report: MetricReport) -> None:
-        self._directory.record(report.records(server_round))
+        self._directory.record(found.records.all)
+        return found
 
 
 class HospitalEvaluation(GlobalEvaluation):
@@ -314,7 +305,7 @@ class HospitalEvaluation(GlobalEvaluation):
         model: UNet,
         *,
         device: torch.device,
-        ask: Callable[[int, ImageSet], list[Scores]],
+        ask: Callable[[int, ImageSet], list[HospitalScores]],
     ) -> None:
         """Make ready to draw; see `GlobalEvaluation`.
 
@@ -342,30 +333,28 @@ class HospitalEvaluation(GlobalEvaluation):
 
     def measure(self, server_round: int, weights: Mapping[str, Tensor]) -> str:
         """Let the hospitals score `eval.num_images` images; say the distance in few words."""
-        means, num_hospitals = self._score(server_round, weights, last=False)
-        if means is None:
+        found, num_hospitals = self._score(server_round, weights, last=False)
+        if num_hospitals == 0:
             return "scored at no hospital"
-        return (
-            f"FID {means[Key.FID]:.2f} at {num_hospitals} hospitals "
-            f"(their own floor {means[Key.FLOOR_FID]:.2f})"
-        )
+        fid, floor = (found.value("fid", reference=HELD_OUT, real=real) for real in (False, True))
+        return f"FID {fid:.2f} at {num_hospitals} hospitals (their own floor {floor:.2f})"
 
     def measure_final(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
         """Let the hospitals score the final images, and log what they find together."""
         if not wants_scores(self._config):
             return
-        means, num_hospitals = self._score(server_round, weights, last=True)
-        if means is not None:
-            log(describe_means(means, num_hospitals, self._config))
+        found, num_hospitals = self._score(server_round, weights, last=True)
+        if num_hospitals > 0:
+            log(describe_scores(found, num_hospitals, self._config))
         else:
             log("no images are scored: no hospital said how they compare with its own")
 
     def _score(
         self, server_round: int, weights: Mapping[str, Tensor], *, last: bool
-    ) -> tuple[Scores | None, int]:
-        """Return the means over hospitals, None where there are none, and of how many."""
-        labels = scored_labels(self._config, last=last)
-        images = self._draw(weights, labels, Stream.EVALUATED_IMAGES)
+    ) -> tuple[Records, int]:
+        """Return what hospitals say together, and how many of them have scored."""
+        config = self._config
+        images = self._draw(weights, scored_labels(config, last=last), Stream.EVALUATED_IMAGES)
         answers = self._ask(server_round, images)
         scores = [answer for answer in answers if answer[Key.NUM_EXAMPLES] > 0]
         if len(scores) < len(answers):
@@ -373,15 +362,12 @@ class HospitalEvaluation(GlobalEvaluation):
             log(
                 f"round {server_round}: {without} hospitals decline to score or have too few images"
             )
-        means = combined_scores(scores, self._config) if scores else None
-        config, n = self._config, len(images)
-        if means is not None:
-            self._directory.record(
-                score_records(server_round, means, config, n=n, num_clients=len(scores))
-            )
+        n, found = len(images), []
+        if scores:
+            found = combined_records(server_round, scores, config, n=n)
         # Without any answer the scoring is still to be done: a resumed run asks again.
         if answers:
             context = scoring_settings(config)
-            scored = Record(server_round, SCORING_CLIENTS, len(scores), n=n, context=context)
-            self._directory.record([scored])
-        return means, len(scores)
+            found.append(Record(server_round, SCORING_CLIENTS, len(scores), n=n, context=context))
+        self._directory.record(found)
+        return Records(tuple(found)), len(scores)

@@ -1,6 +1,6 @@
 """What hospitals are asked about generated images, and what their answers say together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -14,52 +14,14 @@ from server_app.replies import LARGEST_METRIC, UnusableReply, check_numbers
 from server_app.weighting import Weighting
 from task.checks import require
 from task.config import MIN_MEASURED_IMAGES, Config
+from task.evaluation.hospital_scores import HospitalScores
+from task.evaluation.metrics import Metric, Use, metrics_of
 from task.generation.draw_images import balanced_labels
 from task.protocol.wire import QUALITY, Key
-from task.runs.records import HELD_OUT, SCORING_CLIENTS, Record, read_records
+from task.runs.records import HELD_OUT, SCORING_CLIENTS, Record, Records, read_records
 from task.runs.run_directory import METRICS_FILE
 
 QUALITY_TYPE = f"{MessageType.EVALUATE}.{QUALITY}"
-
-Scores = dict[str, int | float]
-
-SHARE = (0.0, 1.0)
-# All that is written down of a reply, with the least and the largest that it may be.
-SCORES: dict[str, tuple[float, float]] = {
-    Key.FID: (0.0, LARGEST_METRIC),
-    Key.FLOOR_FID: (0.0, LARGEST_METRIC),
-    Key.KID: (-LARGEST_METRIC, LARGEST_METRIC),
-    Key.FLOOR_KID: (-LARGEST_METRIC, LARGEST_METRIC),
-    Key.NOISE_POSITION: (0.0, LARGEST_METRIC),
-    Key.FLOOR_NOISE_POSITION: (0.0, LARGEST_METRIC),
-    Key.PIXEL_COPIED: SHARE,
-    Key.PIXEL_P_VALUE: SHARE,
-    Key.FEATURE_COPIED: SHARE,
-    Key.FEATURE_P_VALUE: SHARE,
-}
-# Of a hospital's own classifier; one with images of a single class has none of them.
-CLASS_SCORES: dict[str, tuple[float, float]] = {
-    Key.CLASS_AGREEMENT: SHARE,
-    Key.HELD_OUT_ACCURACY: SHARE,
-    Key.CHANCE_AGREEMENT: SHARE,
-}
-# The metric of each, and whether real images stand in for the generated ones.
-RECORDED: dict[str, tuple[str, bool]] = {
-    Key.FID: ("fid", False),
-    Key.FLOOR_FID: ("fid", True),
-    Key.KID: ("kid", False),
-    Key.FLOOR_KID: ("kid", True),
-    Key.NOISE_POSITION: ("noise_position", False),
-    Key.FLOOR_NOISE_POSITION: ("noise_position", True),
-    Key.PIXEL_COPIED: ("pixel_copied", False),
-    Key.PIXEL_P_VALUE: ("pixel_p_value", False),
-    Key.FEATURE_COPIED: ("feature_copied", False),
-    Key.FEATURE_P_VALUE: ("feature_p_value", False),
-    Key.CLASS_AGREEMENT: ("class_agreement", False),
-    Key.HELD_OUT_ACCURACY: ("class_agreement", True),
-    Key.CHANCE_AGREEMENT: ("chance_agreement", False),
-}
-NUM_CLASS_HOSPITALS = "num-class-hospitals"
 
 
 def scored_labels(config: Config, *, last: bool) -> Tensor:
@@ -104,8 +66,8 @@ def check_scoring(config: Config) -> None:
     )
 
 
-def check_scores(content: RecordDict) -> None:
-    """Check the scores of a reply; a hospital with too few held-out images has none.
+def read_scores(content: RecordDict) -> HospitalScores:
+    """Return the scores of a reply, and nothing else of it.
 
     Raises:
         UnusableReply: a score is missing or is no number that it can be.
@@ -113,13 +75,26 @@ def check_scores(content: RecordDict) -> None:
     if Key.METRICS not in content:
         raise UnusableReply(f"no record {Key.METRICS.value!r} in the reply")
     metrics = record_of(content, Key.METRICS, MetricRecord)
-    if metrics.get(Key.NUM_EXAMPLES) != 0:
-        check_numbers(metrics, SCORES | (CLASS_SCORES if has_class_scores(metrics) else {}))
+    if metrics.get(Key.NUM_EXAMPLES) == 0:  # too few held-out images
+        return {Key.NUM_EXAMPLES: 0}
+    bounds = expected_scores(metrics)
+    check_numbers(metrics, bounds)
+    return {name: cast(int | float, metrics[name]) for name in (Key.NUM_EXAMPLES, *bounds)}
 
 
-def has_class_scores(scores: Mapping[str, object]) -> bool:
-    """Whether a hospital says how often its classifier finds the class."""
-    return any(name in scores for name in CLASS_SCORES)
+def expected_scores(scores: Container[str]) -> dict[str, tuple[float, float]]:
+    """Return the least and the largest value of each score that a hospital owes.
+
+    Those of its own classifier are owed by one that has sent any: one with images of a single
+    class has none.
+    """
+    of_classes = any(metric.key() in scores for metric in metrics_of(Use.HOSPITALS_OF_CLASSES))
+    uses = [Use.HOSPITALS, *([Use.HOSPITALS_OF_CLASSES] if of_classes else [])]
+    return {
+        key: (max(metric.bounds[0], -LARGEST_METRIC), min(metric.bounds[1], LARGEST_METRIC))
+        for metric in metrics_of(*uses)
+        for key in metric.keys
+    }
 
 
 def scoring_settings(config: Config) -> dict[str, str | int]:
@@ -143,93 +118,87 @@ def is_scored(path: Path, config: Config) -> bool:
 
 
 def score_records(
-    server_round: int,
-    scores: Scores,
-    config: Config,
-    *,
-    n: int,
-    client: int | None = None,
-    num_clients: int | None = None,
+    server_round: int, scores: HospitalScores, config: Config, *, n: int, client: int
 ) -> list[Record]:
-    """Make the records of the scores of one hospital, or of all of them together.
+    """Make the records of the scores of one hospital.
 
     Args:
         server_round: 1-based.
-        scores: of `scores_of` or `combined_scores`.
+        scores: of `read_scores`.
         config: of the run.
         n: how many images were scored.
-        client: the hospital; None: all of them.
-        num_clients: of how many hospitals they are, where it is all of them.
+        client: the hospital.
     """
-    records = [Record(server_round, "num_held_out", scores[Key.NUM_EXAMPLES], client=client)]
-    for name, (metric, real) in RECORDED.items():
-        if name in scores:
-            context: dict[str, str | float] = {**scoring_settings(config)}
-            if num_clients is not None:
-                of_classes = name in CLASS_SCORES
-                context["num_clients"] = scores[NUM_CLASS_HOSPITALS] if of_classes else num_clients
-            records.append(
-                Record(
-                    *(server_round, metric, scores[name]),
-                    client=client,
-                    reference=HELD_OUT,
-                    real=real,
-                    n=n,
-                    context=context,
-                )
+    context = scoring_settings(config)
+    told = Record(server_round, "num_held_out", scores[Key.NUM_EXAMPLES], client=client)
+    return [
+        told,
+        *(
+            Record(
+                *(server_round, metric.name, scores[key]),
+                client=client,
+                reference=HELD_OUT,
+                real=real,
+                n=n,
+                context=context,
             )
-    return records
+            for metric, real, key in _told(scores)
+        ),
+    ]
 
 
-def scores_of(content: RecordDict) -> Scores:
-    """Return what was asked for of a reply that was checked, and nothing else."""
-    metrics = record_of(content, Key.METRICS, MetricRecord)
-    if metrics[Key.NUM_EXAMPLES] == 0:
-        return {Key.NUM_EXAMPLES: 0}
-    asked = (Key.NUM_EXAMPLES, *SCORES, *CLASS_SCORES)
-    return {name: cast(int | float, metrics[name]) for name in asked if name in metrics}
-
-
-def combined_scores(scores: Sequence[Scores], config: Config) -> Scores:
+def combined_records(
+    server_round: int, scores: Sequence[HospitalScores], config: Config, *, n: int
+) -> list[Record]:
     """Combine the scores of hospitals by `Weighting.combine`, and add their held-out images up.
 
     Args:
+        server_round: 1-based.
         scores: of each hospital, at least one; "num-examples" is not 0.
         config: of the run.
-
-    Returns:
-        The scores that a hospital has, and "num-class-hospitals", of how many those of
-        `CLASS_SCORES` are.
+        n: how many images were scored.
     """
-    weighing = Weighting.of(config.federation, simulated=False)
-    of_classes = [hospital for hospital in scores if has_class_scores(hospital)]
-    combined: Scores = {
-        name: weighing.combine(
-            [(int(hospital[Key.NUM_EXAMPLES]), hospital[name]) for hospital in tellers]
+    weighting = Weighting.of(config.federation, simulated=False)
+    held_out = sum(hospital[Key.NUM_EXAMPLES] for hospital in scores)
+    records = [Record(server_round, "num_held_out", held_out)]
+    everything = {key for hospital in scores for key in hospital}
+    for metric, real, key in _told(everything):
+        tellers = [hospital for hospital in scores if key in hospital]
+        told = [(int(hospital[Key.NUM_EXAMPLES]), hospital[key]) for hospital in tellers]
+        records.append(
+            Record(
+                *(server_round, metric.name, weighting.combine(told)),
+                reference=HELD_OUT,
+                real=real,
+                n=n,
+                context={**scoring_settings(config), "num_clients": len(tellers)},
+            )
         )
-        for names, tellers in ((SCORES, scores), (CLASS_SCORES, of_classes))
-        for name in names
-        if tellers
-    }
-    total = sum(hospital[Key.NUM_EXAMPLES] for hospital in scores)
-    return {Key.NUM_EXAMPLES: total, NUM_CLASS_HOSPITALS: len(of_classes), **combined}
+    return records
 
 
-def describe_means(means: Scores, num_hospitals: int, config: Config) -> str:
+def _told(keys: Container[str]) -> list[tuple[Metric, bool, str]]:
+    """List the metrics that hospitals tell, of generated images and of real ones."""
+    return [
+        (metric, real, key)
+        for metric in metrics_of(Use.HOSPITALS, Use.HOSPITALS_OF_CLASSES)
+        for key, real in metric.keys.items()
+        if key in keys
+    ]
+
+
+def describe_scores(records: Records, num_hospitals: int, config: Config) -> str:
     """Say what hospitals found together, in one line."""
     own = "each hospital's own classifier" if config.eval.extractor == "classifier" else "inception"
-    found = "the asked class was looked for at no hospital with two classes or more"
-    if has_class_scores(means):
-        found = (
-            f"the asked class found in {means[Key.CLASS_AGREEMENT]:.1%} (of held-out images in "
-            f"{means[Key.HELD_OUT_ACCURACY]:.1%}, by chance in {means[Key.CHANCE_AGREEMENT]:.1%}; "
-            f"{means[NUM_CLASS_HOSPITALS]} hospitals)"
-        )
+    found = []
+    for metric in metrics_of(Use.HOSPITALS, Use.HOSPITALS_OF_CLASSES):
+        value = records.value(metric.name, reference=HELD_OUT)
+        real = records.value(metric.name, reference=HELD_OUT, real=True)
+        if value is not None:
+            beside = "" if real is None else f" (real images {real:.4g})"
+            found.append(f"{metric.title} {value:.4g}{beside}")
     return (
-        f"images scored at {num_hospitals} hospitals on {means[Key.NUM_EXAMPLES]} held-out images: "
-        f"FID {means[Key.FID]:.2f} (their own floor {means[Key.FLOOR_FID]:.2f}), "
-        f"KID {means[Key.KID]:.4f} ({means[Key.FLOOR_KID]:.4f}), {found}, "
-        f"between real (0) and noise (1) {means[Key.NOISE_POSITION]:.2f} "
-        f"({means[Key.FLOOR_NOISE_POSITION]:.2f}) (extractor: {own}, image range "
+        f"images scored at {num_hospitals} hospitals on {records.value('num_held_out'):.0f} "
+        f"held-out images: {', '.join(found)} (extractor: {own}, image range "
         f"{config.eval.image_range})"
     )

@@ -31,10 +31,10 @@ from server_app.federated import FederatedTraining
 from server_app.rounds import initial_model
 from task.config import load_config, load_run_config
 from task.data import Dataset, build_dataset
-from task.evaluation.copying import Copying
-from task.evaluation.evaluate import Classification, Label, MetricReport, Scores
 from task.protocol.wire import Key
-from task.runs.records import TRAIN, Record
+from task.reporting.metric_table import Figure
+from task.runs.evaluations import Evaluation, Label
+from task.runs.records import TEST, TRAIN, Record, Records
 from task.runs.run_directory import RunDirectory
 
 T = TypeVar("T")
@@ -309,28 +309,52 @@ def left_out(number: int, client: int, reason: str) -> Record:
     return Record(number, "left_out", 1, client=client, context=context)
 
 
-LABEL = Label("digits", "classifier", "ab" * 32, "correct", False, 2000, 900, 897, 897, 500, 0)
-SCORES = Scores(
-    inception_score=None,
-    inception_score_std=None,
-    fid_train=2.5,
-    fid_test=3.5,
-    kid_train=0.1,
-    kid_train_std=0.01,
-    kid_test=0.2,
-    kid_test_std=0.02,
-    precision=0.8,
-    recall=0.7,
-    density=1.0,
-    coverage=0.9,
-)
+LABEL = {
+    **{"data": "digits", "extractor": "classifier", "extractor_sha256": "ab" * 32, "seed": 0},
+    **{"image_range": "correct", "real_flipped": False, "n_generated": 2000, "n_train": 900},
+    **{"n_test": 897, "n_floor": 897, "n_scored": 897, "n_rarest": 200},
+}
+# Of generated images and of real ones.
+Scores = dict[Figure, tuple[float | None, float | None]]
+SCORES: Scores = {
+    Figure("fid", TRAIN): (2.5, 2.5),
+    Figure("fid", TEST): (3.5, 3.5),
+    Figure("precision"): (0.8, 0.8),
+    Figure("cas"): (0.8, 0.9),
+    Figure("cas_real"): (None, 0.95),
+    Figure("class_agreement"): (0.7, None),
+    Figure("pixel_distance"): (0.3, 0.4),
+    Figure("pixel_copied"): (0.01, None),
+    Figure("pixel_p_value"): (0.5, None),
+}
 
 
-def metric_report(p_value: float | None = 0.5) -> MetricReport:
-    """Measurements of made-up images, whose search for copies has a p value."""
-    found = Classification(0.8, 0.9, 0.95, 0.7)
-    copies = Copying(0.3, 0.4, 0.01, p_value)
-    return MetricReport(LABEL, SCORES, SCORES, found, copies, None)
+def evaluated(
+    server_round: int = 2, scores: Scores | None = None, **changes: Any
+) -> dict[str, Any]:
+    """Return the file of an evaluation of made-up images.
+
+    Args:
+        server_round: whose weights drew them.
+        scores: beside `SCORES`, or in place of them.
+        **changes: of `LABEL`, and how images were drawn.
+    """
+    context = {"extractor": "classifier", "image_range": "correct", "seed": 0}
+    label = Label(**{name: changes.pop(name, value) for name, value in LABEL.items()})
+    records = [
+        Record(
+            *(server_round, figure.name, value),
+            reference=figure.reference,
+            real=real,
+            n=label.n_scored,
+            context=context,
+        )
+        for figure, values in (SCORES | (scores or {})).items()
+        for real, value in zip((False, True), values, strict=True)
+        if value is not None
+    ]
+    drawn = {"round": server_round, **changes}
+    return Evaluation(label, Records(tuple(records)), Records(()), drawn).content()
 
 
 def bound_by_modes(function: Callable[[], T]) -> T:

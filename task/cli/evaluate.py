@@ -5,12 +5,13 @@ from pathlib import Path
 
 from task.config import DRAWING_VALUES, Config, changed_config, value_paths
 from task.data import build_dataset
-from task.evaluation.evaluate import MetricReport, measure_images
-from task.evaluation.evaluation_file import drawn_otherwise, evaluation_file, write_report
+from task.evaluation.evaluate import evaluate_images
 from task.evaluation.features import build_extractor
+from task.files import write_json
 from task.generation.draw_images import draw_images, full_labels
 from task.randomness import Stream
 from task.reporting.metric_table import caption, format_table
+from task.runs.evaluations import Evaluation, drawn_otherwise, evaluation_file
 from task.runs.run import final_model
 from task.runs.run_directory import run_config
 from task.training.devices import select_device
@@ -46,7 +47,7 @@ def _measuring_values() -> set[str]:
     }
 
 
-def evaluate_run(run: Path, config: Config, *, say: Callable[[str], object]) -> MetricReport:
+def evaluate_run(run: Path, config: Config, *, say: Callable[[str], object]) -> Evaluation:
     """Draw images from the final weights of a run, measure them, and keep what was found.
 
     Args:
@@ -69,14 +70,14 @@ def evaluate_run(run: Path, config: Config, *, say: Callable[[str], object]) -> 
     say(f"drawing {len(labels):,} images on {device}")
     images = draw_images(config, model, labels, device=device, stream=Stream.EVALUATED_IMAGES)
     say("measuring them")
-    report = measure_images(config, images, dataset, extractor=extractor)
+    found = evaluate_images(config, images, dataset, extractor=extractor, server_round=last)
     otherwise = drawn_otherwise(run, config)
     title = f"{run.resolve().name}, round {last} of {config.federation.rounds}"
     title += f", drawn with {otherwise}" if otherwise else ""
-    say(f"\n{title}\n\n{format_table(report)}\n")
+    say(f"\n{title}\n\n{format_table(found)}\n")
     counts = sorted(set(labels.bincount().tolist()))
-    say("\n".join(f"- {line}" for line in caption(report, counts)))
+    say("\n".join(f"- {line}" for line in caption(found, counts)))
     file = evaluation_file(run, config, otherwise)
-    write_report(file, report, config, last)
+    write_json(file, found.content())
     say(f"\nwritten to {file}")
-    return report
+    return found

@@ -13,35 +13,36 @@ from task.checks import require
 from task.config import Config
 from task.data import Dataset, build_dataset
 from task.data.partition import partition_dataset
-from task.evaluation.evaluate import KID_SUBSETS, MetricReport, extract_real, measure_images
-from task.evaluation.evaluation_file import drawn_otherwise, evaluation_file, write_measurements
+from task.evaluation.comparison import extract_real
+from task.evaluation.evaluate import evaluate_images
 from task.evaluation.features import build_extractor
+from task.evaluation.metrics import Use
+from task.files import write_json
 from task.generation.draw_images import draw_images, full_labels
 from task.generators.diffusion.unet import UNet
 from task.randomness import Stream
 from task.reporting.metric_table import (
-    TITLES,
-    Figure,
     lay_out,
     looked_through,
+    measured,
+    metric_captions,
     scored,
     span,
     stand_ins,
+    with_std,
 )
+from task.runs.evaluations import Evaluation, drawing, drawn_otherwise, evaluation_file
 from task.runs.records import TRAIN
 from task.runs.run import final_model
 from task.training.devices import select_device
 
 # The floor takes one half of the images, and the Inception score parts those into 10 splits.
 MIN_IMAGES = 20
-HEADLINES: tuple[Figure, ...] = (
-    *(("fid", TRAIN), ("kid", TRAIN), ("precision", None), ("recall", None), ("coverage", None)),
-)
 
 
 def evaluate_client(
     run: Path, config: Config, client: int, *, say: Callable[[str], object]
-) -> dict[str, MetricReport]:
+) -> dict[str, Evaluation]:
     """Measure a client's own model and the global one, on the client's images and on all.
 
     Both models draw from the same noise: as many images of each class as the client trained on,
@@ -55,7 +56,7 @@ def evaluate_client(
         say: takes the text for the reader.
 
     Returns:
-        The reports under "local_own", "global_own", "local_all" and "global_all".
+        The evaluations under "local_own", "global_own", "local_all" and "global_all".
 
     Raises:
         FileNotFoundError: files of the data set or of the extractor are missing.
@@ -73,7 +74,7 @@ def evaluate_client(
         "own": (own, own.train.labels.sort().values),
         "all": (dataset, full_labels(config, dataset)),
     }
-    reports = _measure(config, {"local": local, "global": shared}, sets, say=say)
+    reports = _measure(config, {"local": local, "global": shared}, sets, last, say=say)
     otherwise = drawn_otherwise(run, config)
     say(
         f"\n{run.resolve().name}, client {client}, local model of round {local_round}, global "
@@ -88,8 +89,9 @@ def evaluate_client(
     say("\n".join(f"- {line}" for line in client_caption(reports, counts)))
     say(f"\n{verdict(client, reports['local_own'], reports['global_own'])}")
     file = evaluation_file(run, config, f"client-{client}", otherwise)
-    found = {name: report.describe() for name, report in reports.items()}
-    write_measurements(file, {"client": client, "local_round": local_round, **found}, config, last)
+    found = {name: report.content() for name, report in reports.items()}
+    told = {"client": client, "local_round": local_round, **drawing(config, last)}
+    write_json(file, told | found)
     say(f"\nwritten to {file}")
     return reports
 
@@ -98,28 +100,29 @@ def _measure(
     config: Config,
     models: Mapping[str, UNet],
     sets: Mapping[str, tuple[Dataset, Tensor]],
+    server_round: int,
     *,
     say: Callable[[str], object],
-) -> dict[str, MetricReport]:
+) -> dict[str, Evaluation]:
     """Measure what each model draws of the labels of each set, under "<model>_<set>"."""
     device = select_device(config.train.device)
     # Trained on all images for each of the sets, so that their figures share one scale.
     extractor = build_extractor(config, sets["all"][0].train, device)
     reports = {}
     for whose, (dataset, labels) in sets.items():
-        real = extract_real(
-            dataset,
-            extractor=extractor,
-            data_name=config.data.name,
-            seed=config.eval.seed,
-            batch_size=config.eval.batch_size,
-        )
+        real = extract_real(config, dataset, extractor)
         for name, model in models.items():
             say(f"drawing and measuring {len(labels):,} images of the {name} model on {device}")
             stream = Stream.EVALUATED_IMAGES
             images = draw_images(config, model, labels, device=device, stream=stream)
-            reports[f"{name}_{whose}"] = measure_images(
-                config, images, dataset, extractor=extractor, real=real, full=False
+            reports[f"{name}_{whose}"] = evaluate_images(
+                config,
+                images,
+                dataset,
+                extractor=extractor,
+                server_round=server_round,
+                real=real,
+                use=Use.ROUNDS,
             )
     return reports
 
@@ -156,26 +159,24 @@ def client_images(run: Path, config: Config, dataset: Dataset, client: int) -> D
     return Dataset(dataset.train.subset(indices), dataset.test.subset(indices[:0]))
 
 
-def format_client_table(reports: Mapping[str, MetricReport]) -> str:
-    """Lay the reports of `evaluate_client` out: a metric per line, both models, real images."""
+def format_client_table(reports: Mapping[str, Evaluation]) -> str:
+    """Lay the evaluations of `evaluate_client` out: a metric per line, both models, real images."""
     heads, columns = ["metric"], []
     for whose in ("own", "all"):
-        local, shared = reports[f"local_{whose}"], reports[f"global_{whose}"]
+        local, shared = (reports[f"{name}_{whose}"].records for name in ("local", "global"))
         heads += [f"{name}, {whose}" for name in ("local", "global", "real")]
-        columns += [local.generated, shared.generated, shared.floor]
+        columns += [(local, False), (shared, False), (shared, True)]
     rows = [
         (
-            TITLES[figure],
-            *(f"{getattr(column, '_'.join(filter(None, figure))):.4f}" for column in columns),
+            figure.heading,
+            *(with_std(figure.found(records, real=real)) for records, real in columns),
         )
-        for figure in HEADLINES
+        for figure, *_ in measured(reports["local_own"].records)
     ]
     return lay_out([tuple(heads), *rows])
 
 
-def client_caption(
-    reports: Mapping[str, MetricReport], counts: Mapping[str, list[int]]
-) -> list[str]:
+def client_caption(reports: Mapping[str, Evaluation], counts: Mapping[str, list[int]]) -> list[str]:
     """Say what the table of a client holds for.
 
     Args:
@@ -188,25 +189,27 @@ def client_caption(
         f"own: {own.n_generated:,} generated images of each model ({span(counts['own'])} of each "
         f"class), measured against one half of the client's {own.n_train:,} training images of the "
         f"same classes, where copies of them score best; {scored(own)}",
-        f"real, own: {stand_ins(own)}; KID: {KID_SUBSETS} subsets of {own.kid_subset_size:,}",
+        f"real, own: {stand_ins(own)}",
         f"all: {everything.n_generated:,} generated images of each model ({span(counts['all'])} "
         f"of each class), measured against {'' if everything.n_test else 'one half of '}all "
         f"{everything.n_train:,} training images; precision, recall and coverage against the "
         f"{neighbours} images; {scored(everything)}",
-        f"real, all: {stand_ins(everything)}; KID: {KID_SUBSETS} subsets of "
-        f"{everything.kid_subset_size:,}",
+        f"real, all: {stand_ins(everything)}",
         f"data {own.data}; both models drew from the same noise, once, so that the spread over "
         f"draws is not known; seed {own.seed}",
         *looked_through(own),
-        "FID depends on n: compare local with global, never own with all",
-        "^ higher is better, v lower is better",
+        "compare local with global, never own with all",
+        *metric_captions(reports["global_all"].records),
     ]
 
 
-def verdict(client: int, local: MetricReport, shared: MetricReport) -> str:
+def verdict(client: int, local: Evaluation, shared: Evaluation) -> str:
     """Say which of two models fits a client better, where FID and KID agree on it."""
-    ours, theirs = local.generated, shared.generated
-    gains = (theirs.fid_train - ours.fid_train, theirs.kid_train - ours.kid_train)
+    (fid, their_fid), (kid, their_kid) = (
+        [each.records.value(name, reference=TRAIN) or 0.0 for each in (local, shared)]
+        for name in ("fid", "kid")
+    )
+    gains = (their_fid - fid, their_kid - kid)
     if min(gains) > 0:
         found = "the local model fits its client better"
     elif max(gains) < 0:
@@ -217,6 +220,6 @@ def verdict(client: int, local: MetricReport, shared: MetricReport) -> str:
         found = "FID and KID do not agree on which fits the client better"
     return (
         f"On the {local.label.n_train:,} images of client {client} the local model's FID is "
-        f"{ours.fid_train:.4g} and its KID {ours.kid_train:.4g}, the global model's "
-        f"{theirs.fid_train:.4g} and {theirs.kid_train:.4g}: {found}."
+        f"{fid:.4g} and its KID {kid:.4g}, the global model's {their_fid:.4g} and {their_kid:.4g}: "
+        f"{found}."
     )

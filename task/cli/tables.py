@@ -9,6 +9,7 @@ import torch
 
 from task.config import flat_values
 from task.files import atomic_path
+from task.reporting.metric_table import flat_evaluation
 from task.reporting.sweep_figures import draw_figures
 from task.reporting.table_formats import Page, csv_text, html, markdown
 from task.reporting.tables import (
@@ -19,6 +20,7 @@ from task.reporting.tables import (
     measurements,
     scale,
 )
+from task.runs.evaluations import Evaluation
 from task.runs.run import FinishedRun, find_runs
 from task.runs.run_directory import FREE_TO_CHANGE, weights_file
 
@@ -95,7 +97,7 @@ def _alone(measured: Sequence[Measurement], tables: Sequence[Table]) -> list[str
     shown = {each for table in tables for each in table.members}
     return [
         f"{each.run.path}: {each.values['data.name']}, {each.values['train.mode']}, "
-        f"{each.found['extractor']}, {each.found['image_range']}, {scale(each.settings)}"
+        f"{each.found.label.extractor}, {each.found.label.image_range}, {scale(each.settings)}"
         for each in measured
         if each not in shown
     ]
@@ -111,15 +113,17 @@ def _records(
             numbers.setdefault(id(each.found), []).append(
                 table.title.removeprefix("Table ").split(":")[0]
             )
+    evaluated: list[tuple[FinishedRun, Evaluation | None]] = []
+    for run in runs:
+        evaluated += [(run, found) for found in current_evaluations(run)] or [(run, None)]
     return [
         {
             "tables": ", ".join(numbers.get(id(found), [])),
             "run": run.path.relative_to(folder).as_posix(),
             **_settings(run),
-            **{"eval.seed" if name == "seed" else name: value for name, value in found.items()},
+            **({} if found is None else flat_evaluation(found)),
         }
-        for run in runs
-        for found in current_evaluations(run) or [{}]
+        for run, found in evaluated
     ]
 
 

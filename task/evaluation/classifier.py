@@ -46,7 +46,7 @@ def train_classifier(
     horizontal_flip: bool,
     seed: int,
     device: str | torch.device,
-) -> nn.Module:
+) -> nn.Sequential:
     """Train a classifier on real images.
 
     The same seed gives the same weights on a CPU at the same number of threads.

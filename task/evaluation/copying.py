@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from scipy.special import xlogy
 from torch import Tensor
 
-from task.data import Dataset, ImageSet
 from task.evaluation.distances import neighbour_distances
 from task.evaluation.features import Features
 from task.progress import progress
@@ -30,13 +29,19 @@ class Copying(NamedTuple):
         copied: share of the generated images that lie near a training image beyond the share of
             held-out ones that do, in [0, 1]; see `copying_test`.
         p_value: that held-out images come out at least so unlike the generated ones where nothing
-            is copied; None: not tested, by an older version.
+            is copied.
     """
 
     generated: float
     held_out: float
     copied: float
-    p_value: float | None = None
+    p_value: float
+
+    @classmethod
+    def of(cls, generated: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]) -> "Copying":
+        """Compare distances to the training images; see `neighbour_distances`."""
+        p_value, copied = copying_test(generated[1], held_out[1])
+        return cls(generated[0].median().item(), held_out[0].median().item(), copied, p_value)
 
 
 def copying_test(generated: Tensor, held_out: Tensor) -> tuple[float, float]:
@@ -118,47 +123,36 @@ def _evidence(
     return np.where(found > share, depth * ratio, 0.0)
 
 
-def copying(generated: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]) -> Copying:
-    """Compare distances to the training images; see `neighbour_distances`.
-
-    Args:
-        generated: of generated images.
-        held_out: of real images that were not trained on.
-    """
-    p_value, copied = copying_test(generated[1], held_out[1])
-    return Copying(
-        generated=generated[0].median().item(),
-        held_out=held_out[0].median().item(),
-        copied=copied,
-        p_value=p_value,
-    )
-
-
 @progress(1, "searching for copies in features")
-def feature_copying(seen: Features, train: Features, test: Features) -> Copying:
-    """Compare how near images come to the training images, in features; see `copying`.
-
-    Args:
-        seen: of the generated images.
-        train: of the training images.
-        test: of real images that were not trained on.
-    """
-    return copying(
-        neighbour_distances(seen.features, train.features),
-        neighbour_distances(test.features, train.features),
+def feature_copying(generated: Features, train: Features, held_out: Features) -> Copying:
+    """Compare how near images come to the training images, in the features of an extractor."""
+    return Copying.of(
+        neighbour_distances(generated.features, train.features),
+        neighbour_distances(held_out.features, train.features),
     )
 
 
 @progress(1, "searching for copies in pixels")
 def pixel_copying(
-    generated: ImageSet,
-    dataset: Dataset,
+    generated: Tensor,
+    train: Tensor,
+    held_out: Tensor,
     *,
     horizontal_flip: bool,
-    device: str | torch.device,
+    device: torch.device,
 ) -> Copying:
-    """Compare how near images come to the training images, in pixels; see `MetricReport`."""
-    train = dataset.train.images.to(device)
+    """Compare how near images come to the training images, in pixels.
+
+    Distances are root mean square differences of pixels in [0, 1].
+
+    Args:
+        generated: [N, C, H, W] uint8.
+        train: [M, C, H, W] uint8.
+        held_out: [K, C, H, W] uint8, that were not trained on.
+        horizontal_flip: whether the training images count mirrored as well.
+        device: that computes.
+    """
+    train = train.to(device)
     if horizontal_flip:
         train = torch.cat([train, train.flip(-1)])
     scale = 255 * math.sqrt(train[0].numel())
@@ -167,4 +161,4 @@ def pixel_copying(
         nearest, relative = neighbour_distances(images.flatten(1).to(device), train.flatten(1))
         return nearest / scale, relative
 
-    return copying(distances(generated.images), distances(dataset.test.images))
+    return Copying.of(distances(generated), distances(held_out))

@@ -22,17 +22,10 @@ NEIGHBOURS = 10
 
 
 class MeanStd(NamedTuple):
-    """A mean and the standard deviation (with n - 1) over splits or subsets."""
+    """A mean and the standard deviation (with n - 1) over splits or subsets, where there is one."""
 
     mean: float
-    std: float
-
-
-class Neighbourhood(NamedTuple):
-    """Shares of neighbourhoods that hold images of the other set; see `precision_recall`."""
-
-    precision: float
-    recall: float
+    std: float | None = None
 
 
 class Manifold(NamedTuple):
@@ -198,15 +191,16 @@ def _kernel(first: Tensor, second: Tensor | None) -> Tensor:
     return (products / first.shape[1] + 1) ** 3
 
 
-def precision_recall(real: Tensor, generated: Tensor, *, k: int = 3) -> Neighbourhood:
-    """Return the shares of generated images near real ones, and of real ones near generated ones.
+def share_near(queries: Tensor, reference: Tensor, *, k: int = 3) -> float:
+    """Return the share of images that lie near those of another set.
 
     An image is near a set when it lies in the ball around one of its images that reaches to that
-    image's k-th nearest neighbour in the set.
+    image's k-th nearest neighbour in the set. Of generated images near real ones it is the
+    precision, of real images near generated ones the recall.
 
     Args:
-        real: [N, D], N > k.
-        generated: [M, D], M > k.
+        queries: [N, D].
+        reference: [M, D], M > k.
         k: >= 1.
 
     Raises:
@@ -214,11 +208,7 @@ def precision_recall(real: Tensor, generated: Tensor, *, k: int = 3) -> Neighbou
 
     Source: Kynkaanniemi et al. 2019, equations 1 and 2.
     """
-    _check_neighbours(real, generated, k)
-    return Neighbourhood(_share_near(generated, real, k), _share_near(real, generated, k))
-
-
-def _share_near(queries: Tensor, reference: Tensor, k: int) -> float:
+    _check_neighbours(reference, queries, k)
     radii = _squared_radii(reference, k)
     inside = 0
     for rows in _rows(queries):

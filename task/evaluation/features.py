@@ -167,14 +167,7 @@ def build_extractor(
         weights = Path(chosen.inception_weights) if chosen.inception_weights else None
         return inception_extractor(weights, image_range=chosen.image_range, device=device)
     if chosen.extractor == "classifier":
-        model = cached_classifier(
-            train,
-            num_classes=len(config.data.classes),
-            horizontal_flip=config.data.horizontal_flip,
-            seed=config.eval.seed,
-            device=device,
-            cache_dir=Path(config.data.cache_dir),
-        )
+        model = cached_classifier(config, train, device)
         return classifier_extractor(model, image_range=chosen.image_range)
     if chosen.extractor == "exported":
         program = Path(chosen.exported_program)
@@ -284,41 +277,36 @@ def classifier_extractor(model: nn.Sequential, *, image_range: str) -> FeatureEx
     )
 
 
-def cached_classifier(
-    train: ImageSet,
-    *,
-    num_classes: int,
-    horizontal_flip: bool,
-    seed: int,
-    device: str | torch.device,
-    cache_dir: Path | None,
-) -> nn.Sequential:
+def cached_classifier(config: Config, train: ImageSet, device: str | torch.device) -> nn.Sequential:
     """Train the classifier on images, or take it from the cache if it was trained on them before.
 
     The cache's key is a hash of the images, the labels and all that decides about the training,
     so that no setting of a data set can be forgotten in it.
 
     Args:
-        train: the images.
-        num_classes: number of classes; labels are below it.
-        horizontal_flip: whether to mirror images at random.
-        seed: of the run.
+        config: its classes, `data.horizontal_flip`, `eval.seed` and `data.cache_dir` count.
+        train: the images; labels are numbers of the configuration's classes.
         device: that trains and holds the classifier.
-        cache_dir: folder of the cache, made if need be; None: no cache.
 
     Raises:
         ValueError: see `task.evaluation.classifier.train_classifier`.
     """
-    settings = dict(
-        num_classes=num_classes, horizontal_flip=horizontal_flip, seed=seed, device=device
+    num_classes = len(config.data.classes)
+    settings: dict[str, Any] = {
+        "num_classes": num_classes,
+        "horizontal_flip": config.data.horizontal_flip,
+        "seed": config.eval.seed,
+    }
+    recipe = (
+        *(classifier.WIDTHS, classifier.BATCH_SIZE, classifier.MAX_LR, classifier.WEIGHT_DECAY),
+        *(classifier.MAX_EPOCHS, classifier.MAX_STEPS),
     )
-    if cache_dir is None:
-        return _train(train, settings)
-    key = _training_key(train, settings)
-    file = cache_dir / f"classifier-{key[:32]}.safetensors"
+    kinds = {**settings, "device": torch.device(device).type}
+    key = _key((recipe, sorted(kinds.items())), train.images, train.labels)
+    file = Path(config.data.cache_dir) / f"classifier-{key[:32]}.safetensors"
     weights = _stored(file)
     if weights is None:
-        model = _train(train, settings)
+        model = classifier.train_classifier(train, **settings, device=device)
         _store(file, model.state_dict(), key)
         return model
     _, channels, image_size, _ = train.images.shape
@@ -376,22 +364,6 @@ def _stored(file: Path) -> dict[str, Tensor] | None:
     except (OSError, ValueError) as error:
         _log.warning("A file of data.cache_dir cannot be read and is made anew: %s", error)
         return None
-
-
-def _train(train: ImageSet, settings: Mapping[str, Any]) -> nn.Sequential:
-    model = classifier.train_classifier(train, **settings)
-    if not isinstance(model, nn.Sequential):
-        raise TypeError(f"the classifier must be an nn.Sequential, got {type(model).__name__}")
-    return model
-
-
-def _training_key(train: ImageSet, settings: Mapping[str, Any]) -> str:
-    recipe = (
-        *(classifier.WIDTHS, classifier.BATCH_SIZE, classifier.MAX_LR, classifier.WEIGHT_DECAY),
-        *(classifier.MAX_EPOCHS, classifier.MAX_STEPS),
-    )
-    kinds = {**settings, "device": torch.device(settings["device"]).type}
-    return _key((recipe, sorted(kinds.items())), train.images, train.labels)
 
 
 def _key(told: object, *tensors: Tensor) -> str:

@@ -42,19 +42,6 @@ class Key(StrEnum):
     CLASS_COUNTS = "class-counts"
     IMAGES = "images"
     LABELS = "labels"
-    FID = "fid"
-    FLOOR_FID = "floor-fid"
-    KID = "kid"
-    FLOOR_KID = "floor-kid"
-    CLASS_AGREEMENT = "class-agreement"
-    HELD_OUT_ACCURACY = "held-out-accuracy"
-    CHANCE_AGREEMENT = "chance-agreement"
-    NOISE_POSITION = "noise-position"
-    FLOOR_NOISE_POSITION = "floor-noise-position"
-    PIXEL_COPIED = "pixel-copied"
-    PIXEL_P_VALUE = "pixel-p-value"
-    FEATURE_COPIED = "feature-copied"
-    FEATURE_P_VALUE = "feature-p-value"
 
 
 # Of the evaluate messages that ask how images compare with a hospital's own.

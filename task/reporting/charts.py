@@ -12,7 +12,7 @@ from typing import Any
 import altair as alt
 
 from task.reporting.history import POOLED, RunHistory
-from task.reporting.metric_table import Figure
+from task.reporting.metric_table import Figure, figures
 from task.runs.records import TEST, TRAIN, Series
 
 # Told apart by readers without red, green or blue, at a contrast of 4.5 or more on white.
@@ -181,15 +181,16 @@ def overhead_chart(history: RunHistory) -> Drawing | None:
     )
 
 
-def metric_charts(runs: Mapping[str, RunHistory], titles: Mapping[Figure, str]) -> list[Drawing]:
+def metric_charts(runs: Mapping[str, RunHistory], of: str = "") -> list[Drawing]:
     """Draw each metric that was recorded in several rounds, with its floor of real images.
 
     Args:
         runs: by label; several are compared.
-        titles: of the metrics.
+        of: what follows the titles.
     """
     drawings = []
-    for figure, title in titles.items():
+    for figure in figures():
+        title = figure.heading + of
         lines = _lines(runs, figure)
         if not any(len(series) > 1 for series in lines.values()):
             continue

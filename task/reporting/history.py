@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from task.config import EXTRACTORS, IMAGE_RANGES, Config
-from task.evaluation.evaluate import MetricReport
+from task.config import Config
 from task.generators.diffusion.unet import build_unet
+from task.runs.evaluations import Evaluation, read_evaluations
 from task.runs.records import TRAIN, Records, read_records
 from task.runs.repeat import Word
 from task.runs.run_directory import (
@@ -37,30 +36,6 @@ from task.runs.run_directory import (
 )
 
 POOLED = "pooled"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A file of the full metrics of a run's global weights.
-
-    Attributes:
-        name: of the file.
-        report: what it holds.
-        round: whose weights were measured.
-        otherwise: how the images were drawn otherwise than the run draws; empty: as the run does.
-        num_per_class: images of each class; None: as many as the real ones it was measured beside.
-    """
-
-    name: str
-    report: MetricReport
-    round: int
-    otherwise: str
-    num_per_class: int | None
-
-    @cached_property
-    def records(self) -> Records:
-        """What was measured."""
-        return Records(tuple(self.report.records(self.round)))
 
 
 @dataclass(frozen=True)
@@ -228,7 +203,7 @@ def read_history(run: Path) -> RunHistory:
         code=machine.get("code"),
         records=_recorded(run, rounds_done),
         class_counts=_class_counts(run, len(config.data.classes)),
-        evaluations=tuple(_evaluations(run)),
+        evaluations=tuple(read_evaluations(run)),
         grids={round_of(file): file for file in sorted(run.glob("samples/round_*.png"))},
         run_config=_submitted_words(run / SUBMISSION_FILE),
         work_times=_work_times(run / TIMES_FILE),
@@ -311,23 +286,6 @@ def _counts_of(name: str, content: Mapping[str, Any]) -> dict[int | str, list[in
     if name == PARTITION_FILE:
         return dict(enumerate(content["train_counts"]))
     return {int(client): counts for client, counts in content["clients"].items()}
-
-
-def _evaluations(run: Path) -> list[Evaluation]:
-    found = []
-    # By their stems, so that what is drawn otherwise comes after what it differs from.
-    for file in sorted(run.glob("evaluation-*.json"), key=lambda file: file.stem):
-        pattern = rf"evaluation-({'|'.join(EXTRACTORS)})-({'|'.join(IMAGE_RANGES)})(?:-(.+))?"
-        match = re.fullmatch(pattern, file.stem)
-        otherwise = (match[3] or "") if match else None
-        if otherwise is None or re.match(r"client-\d+", otherwise):
-            continue  # of a client's own model
-        content = _read_json(file) or {}
-        with _naming(file):
-            report = MetricReport.from_description(content)
-            per_class = content.get("num_per_class")
-            found.append(Evaluation(file.name, report, content["round"], otherwise, per_class))
-    return found
 
 
 def _submitted_words(file: Path) -> Mapping[str, Word] | None:

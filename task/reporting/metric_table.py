@@ -1,87 +1,87 @@
-"""What a report of metrics says, in rows and in words, wherever it is shown."""
+"""What an evaluation says, in rows and in words, wherever it is shown."""
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
-from task.evaluation.copying import Copying
-from task.evaluation.evaluate import DRAWS, KID_SUBSETS, Classification, Label, MetricReport
+from task.evaluation.comparison import DRAWS
 from task.evaluation.features import HASH_DIGITS
-from task.evaluation.noise_position import MOST_COMPARED
-from task.runs.records import HELD_OUT, TEST, TRAIN
+from task.evaluation.metrics import METRICS, Metric, Use
+from task.runs.evaluations import Evaluation, Label
+from task.runs.records import HELD_OUT, TEST, TRAIN, Record, Records
 
-# A metric, and against which images; see `task.runs.records.Record`.
-Figure = tuple[str, str | None]
-
-TITLES: dict[Figure, str] = {
-    ("noise_position", None): "between real (0) and noise (1) v",
-    ("inception_score", None): "inception score ^",
-    ("fid", TRAIN): "FID (train) v",
-    ("fid", TEST): "FID (test) v",
-    ("kid", TRAIN): "KID (train) v",
-    ("kid", TEST): "KID (test) v",
-    ("precision", None): "precision ^",
-    ("recall", None): "recall ^",
-    ("density", None): "density ~1",
-    ("coverage", None): "coverage ^",
-}
-
-# What hospitals say of images, each against its own.
-HOSPITAL_TITLES: dict[Figure, str] = {
-    ("fid", HELD_OUT): "FID v",
-    ("kid", HELD_OUT): "KID v",
-    ("class_agreement", HELD_OUT): "found in the class asked for ^",
-    ("noise_position", HELD_OUT): TITLES["noise_position", None],
-    ("pixel_copied", HELD_OUT): "nearer to training images than held-out ones, pixels v",
-    ("feature_copied", HELD_OUT): "nearer to training images than held-out ones, features v",
-}
-
-# What the first row of a table holds.
-POSITION = (
-    "between real and noise: the energy distance to the training images, in pixels or in the "
-    "power at each spatial frequency, whichever is larger, as a share of that of noise (the "
-    "N(0, 1) that sampling starts from), of at most "
-    f"{MOST_COMPARED} images of each; 0 as near as real images, 1 as far as noise"
-)
-
+REFERENCES = (None, TRAIN, TEST, HELD_OUT)
 Row = tuple[str, ...]
-# The marks of the titles where a page has letters for them.
-ARROWS = {" ^": " ↑", " v": " ↓", " ~1": " ≈ 1"}
 HEADS: Row = ("metric", "generated", "real")
 
 
-def format_table(report: MetricReport) -> str:
-    """Lay a report out: a metric per line, generated images beside real ones."""
-    return lay_out([HEADS, *metric_rows(report)])
+class Figure(NamedTuple):
+    """A metric, by its name, and the images that it is measured against."""
+
+    name: str
+    reference: str | None = None
+
+    @property
+    def metric(self) -> Metric:
+        """What `METRICS` says of it."""
+        return METRICS[self.name]
+
+    @property
+    def title(self) -> str:
+        """What is measured against what."""
+        return self.metric.full_title(self.reference)
+
+    @property
+    def heading(self) -> str:
+        """The title with an arrow to what is better."""
+        return self.metric.heading(self.reference)
+
+    def found(
+        self, records: Records, *, real: bool = False, client: int | None = None
+    ) -> Record | None:
+        """Return what was recorded last of it, of generated images or of real ones."""
+        return records.last(self.name, reference=self.reference, real=real, client=client)
 
 
-def metric_rows(report: MetricReport) -> list[Row]:
-    """List what a report holds under `HEADS`: a metric, of generated images, of real ones."""
-    rows = _score_rows(report)
-    found = report.classification
-    if found is not None:
-        rows += [
-            _accuracy_row(found, report.label),
-            ("  trained on all real images ^", "", f"{found.cas_real:.4f}"),
-            *_agreement_rows(found),
-        ]
-    for space, copies in (("pixels", report.pixel_copying), ("features", report.feature_copying)):
-        if copies is not None:
-            rows += _copying_rows(space, copies)
-    return rows
-
-
-def _accuracy_row(found: Classification, label: Label) -> Row:
-    if label.n_generated > label.n_train:  # there are not as many real ones to train on
-        return "classification accuracy score ^", f"{found.cas:.4f}", ""
-    return "classification accuracy score, same n ^", *_pair(found.cas, found.cas_real_same_n)
-
-
-def _agreement_rows(found: Classification) -> list[Row]:
-    real, chance = found.agreement_real, found.chance_agreement
-    rows: list[Row] = [
-        ("found in the class asked for ^", f"{found.agreement:.4f}", _with_std(real, None))
+def figures(*uses: Use) -> list[Figure]:
+    """List all that can be measured, with one of some uses or of any."""
+    return [
+        Figure(metric.name, reference)
+        for metric in METRICS.values()
+        if not uses or metric.uses.intersection(uses)
+        for reference in REFERENCES
     ]
-    return rows + ([] if chance is None else [("  by chance", *_pair(chance, chance))])
+
+
+def measured(
+    records: Records, *uses: Use, references: Iterable[str | None] = REFERENCES
+) -> Iterator[tuple[Figure, Record | None, Record | None]]:
+    """List what was measured of the whole run: a figure, of generated images and of real ones."""
+    for figure in figures(*uses):
+        found = [figure.found(records, real=real) for real in (False, True)]
+        if figure.reference in references and any(found):
+            yield figure, found[0], found[1]
+
+
+def format_table(evaluation: Evaluation) -> str:
+    """Lay an evaluation out: a metric per line, generated images beside real ones."""
+    return lay_out([HEADS, *metric_rows(evaluation)])
+
+
+def metric_rows(evaluation: Evaluation) -> list[Row]:
+    """List what an evaluation holds under `HEADS`: a metric, of generated images, of real ones."""
+    return [
+        (figure.heading, with_std(generated), with_std(real))
+        for figure, generated, real in measured(evaluation.records)
+    ]
+
+
+def with_std(record: Record | None) -> str:
+    """Write a value with its standard deviation; nothing where there is none."""
+    if record is None:
+        return ""
+    spread = "" if record.std is None else f" +- {record.std:.4f}"
+    return f"{record.value:.4f}{spread}"
 
 
 def lay_out(rows: Sequence[Row]) -> str:
@@ -94,59 +94,18 @@ def lay_out(rows: Sequence[Row]) -> str:
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
 
 
-def with_arrows(title: str) -> str:
-    """Write the mark at the end of a title as an arrow."""
-    for mark, arrow in ARROWS.items():
-        if title.endswith(mark):
-            return title.removesuffix(mark) + arrow
-    return title
-
-
-def _score_rows(report: MetricReport) -> list[Row]:
-    ours, floor = dataclasses.asdict(report.generated), dataclasses.asdict(report.floor)
-    label = report.label
-    if not label.has_comparable_floor:
-        floor = dict.fromkeys(floor)
-    if label.kid_subset_size == label.n_floor == label.n_test:
-        # Each subset is all there is, which has no spread.
-        ours["kid_test_std"] = floor["kid_test_std"] = None
-    return [
-        (title, *(_with_std(part[name], part.get(f"{name}_std")) for part in (ours, floor)))
-        for figure, title in TITLES.items()
-        if ours[name := "_".join(filter(None, figure))] is not None
-    ]
-
-
-def _with_std(value: float | None, std: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4f}" if std is None else f"{value:.4f} +- {std:.4f}"
-
-
-def _pair(generated: float, real: float) -> tuple[str, str]:
-    return f"{generated:.4f}", f"{real:.4f}"
-
-
-def _copying_rows(space: str, copies: Copying) -> list[Row]:
-    rows: list[Row] = [
-        (f"nearest training image, {space}", *_pair(copies.generated, copies.held_out))
-    ]
-    if copies.p_value is not None:
-        rows += [
-            (f"  nearer than held-out ones, {space} v", f"{copies.copied:.4f}", ""),
-            ("    p where nothing is copied", f"{copies.p_value:.4f}", ""),
-        ]
-    return rows
-
-
-def caption(report: MetricReport, counts: list[int]) -> list[str]:
+def caption(evaluation: Evaluation, counts: list[int]) -> list[str]:
     """Say what a table holds for: what was measured through what, and how many images.
 
     Args:
-        report: the table's.
+        evaluation: the table's.
         counts: different numbers of generated images per class, ascending; empty: not known.
     """
-    label = report.label
+    label = evaluation.label
+    nothing_held_out = (
+        "no images are held out: all is measured against the training images, where copies of "
+        "them score best, and there is no search for copies"
+    )
     return [
         f"data {label.data}: {label.n_generated:,} generated images"
         + (f" ({span(counts)} of each class)" if counts else "")
@@ -154,18 +113,21 @@ def caption(report: MetricReport, counts: list[int]) -> list[str]:
         *looked_through(label),
         f"real: {stand_ins(label)}",
         scored(label),
-        *all_scored(report),
-        f"KID: {KID_SUBSETS} subsets of {label.kid_subset_size:,} images; FID depends on n, "
-        "compare equal n only",
-        *_yardsticks(label),
-        *[POSITION] * (report.generated.noise_position is not None),
-        "^ higher is better, v lower is better",
+        *all_scored(evaluation),
+        *[nothing_held_out] * (label.n_test == 0),
+        *metric_captions(evaluation.records),
     ]
+
+
+def metric_captions(records: Records) -> list[str]:
+    """List what a reader must know of the metrics that were measured."""
+    found = dict.fromkeys(figure.metric.caption for figure, *_ in measured(records))
+    return [*filter(None, found)]
 
 
 def scored(label: Label) -> str:
     """Say how many generated images are behind the scores beside the floor."""
-    if not label.has_comparable_floor:
+    if label.n_floor != label.n_scored:
         return (
             f"the scores are of all {label.n_generated:,} generated images, and those of "
             f"{label.n_floor:,} real ones are not comparable with them: measure again"
@@ -178,18 +140,17 @@ def scored(label: Label) -> str:
     )
 
 
-def all_scored(report: MetricReport) -> list[str]:
+def all_scored(evaluation: Evaluation) -> list[str]:
     """Say the distances of all generated images, where the scores are of fewer."""
-    whole = report.whole
-    if whole is None:
-        return []
     told = [
-        f"{TITLES['fid', reference].removesuffix(' v')} {value:.4f}"
-        for reference in (TRAIN, TEST)
-        if (value := getattr(whole, f"fid_{reference}")) is not None
+        f"{figure.heading} {generated.value:.4f}"
+        for figure, generated, _ in measured(evaluation.whole, Use.SUMMARY)
+        if generated is not None
     ]
+    if not told:
+        return []
     return [
-        f"of all {report.label.n_generated:,} generated images, not comparable with the table: "
+        f"of all {evaluation.label.n_generated:,} generated images, not comparable with the table: "
         + ", ".join(told)
     ]
 
@@ -222,15 +183,15 @@ def stand_ins(label: Label) -> str:
     )
 
 
-def _yardsticks(label: Label) -> list[str]:
-    if label.n_test == 0:
-        return [
-            "no images are held out: all is measured against the training images, where copies of "
-            "them score best, and there is no classification and no search for copies"
-        ]
-    return [
-        "precision, recall, density and coverage: against the test images",
-        "nearest training image: medians, beside those of held-out test images; nearer than "
-        "held-out ones: the share of generated images by which more of them lie near a training "
-        "image, relative to its neighbours, and the p value of that share where nothing is copied",
-    ]
+def flat_evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    """Return an evaluation as one row of a spreadsheet, with names such as "floor_fid_test"."""
+    label = asdict(evaluation.label)
+    row = {"eval.seed": label.pop("seed"), **label, **evaluation.drawn}
+    for prefix, records in (("", evaluation.records), ("whole_", evaluation.whole)):
+        for each in records.all:
+            parts = [prefix + "floor_" * each.real + each.metric, each.reference]
+            name = "_".join(filter(None, parts))
+            row[name] = each.value
+            if each.std is not None:
+                row[f"{name}_std"] = each.std
+    return row

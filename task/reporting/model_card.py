@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from task.config import FederationConfig
-from task.evaluation.evaluate import MetricReport
 from task.reporting.history import RunHistory, read_history
 from task.reporting.markdown import bullets, plain, table
-from task.reporting.metric_table import caption, metric_rows
+from task.reporting.metric_table import HEADS, caption, measured, metric_rows, with_std
 from task.reporting.warning_signs import State, image_checks
-from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, Records
+from task.runs.evaluations import Evaluation
+from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, TRAIN, Records
 from task.runs.run import FinishedRun
 from task.runs.run_directory import (
     CLASS_COUNTS_FILE,
@@ -23,31 +23,6 @@ from task.runs.run_directory import (
     POOLED_FILE,
     read_json,
 )
-
-# A line of metrics.jsonl: "round", "who", "name", "value".
-# The hospitals' own scores of generated images, by metric and whether real images stood in.
-HOSPITAL_SCORES = {
-    ("fid", False): "FID to held-out images",
-    ("fid", True): "FID of their training images, for comparison",
-    ("kid", False): "KID to held-out images",
-    ("kid", True): "KID of their training images, for comparison",
-    ("noise_position", False): "generated images between real ones (0) and noise (1)",
-    ("noise_position", True): "the same of held-out images",
-    ("class_agreement", False): "generated images found in the class asked for",
-    ("class_agreement", True): "the same of held-out images",
-    ("chance_agreement", False): "the same of one class for all",
-    ("pixel_copied", False): "nearer to training images than held-out ones, pixels",
-    ("feature_copied", False): "nearer to training images than held-out ones, features",
-}
-
-# What a run ends with.
-OWN_SCORES = {
-    "noise_position": "between real images (0) and noise (1)",
-    "class_agreement": "found in the class asked for",
-    "chance_agreement": "the same of one class for all",
-    "pixel_copied": "nearer to training images than held-out ones, pixels",
-    "pixel_p_value": "p of this where nothing is copied",
-}
 
 # How `server_app` makes one number of those of real nodes.
 TOGETHER = """\
@@ -264,7 +239,7 @@ def _federation_rows(federation: FederationConfig) -> list[tuple[str, object]]:
 def results_section(run: FinishedRun, history: RunHistory, server_round: int) -> str:
     """Show what was measured of the weights of a round, with the same of real images beside it."""
     records = history.records.of_round(server_round)
-    evaluations = [found for found in run.evaluations if found["round"] == server_round]
+    evaluations = [found for found in run.evaluations if found.round == server_round]
     parts = [_evaluation(found) for found in evaluations] or _own_scores(records)
     centralised = run.config.train.mode == "centralized"
     parts += _held_out_loss(records) if centralised else _hospital_scores(records)
@@ -274,19 +249,16 @@ def results_section(run: FinishedRun, history: RunHistory, server_round: int) ->
 
 
 def _own_scores(records: Records) -> list[str]:
-    rows = []
-    for metric, title in OWN_SCORES.items():
-        found, real = records.value(metric), records.value(metric, real=True)
-        if metric == "chance_agreement":
-            real = found
-        if found is not None:
-            rows.append((title, f"{found:.4f}", "" if real is None else f"{real:.4f}"))
-    measured = records.last("class_agreement")
-    if not rows or measured is None:
+    rows = [
+        (figure.heading, with_std(generated), with_std(real))
+        for figure, generated, real in measured(records, references=(None, TRAIN, TEST))
+    ]
+    agreement = records.last("class_agreement")
+    if not rows or agreement is None:
         return []
-    number = "Images" if measured.n is None else f"{measured.n:,} images"
-    title = f"### {number} at the end of the run, round {measured.round}\n"
-    return [title, table(["metric", "generated", "real"], rows) + "\n"]
+    number = "Images" if agreement.n is None else f"{agreement.n:,} images"
+    title = f"### {number} at the end of the run, round {agreement.round}\n"
+    return [title, table(HEADS, rows) + "\n"]
 
 
 def _checked(history: RunHistory) -> str:
@@ -306,15 +278,14 @@ def _checked(history: RunHistory) -> str:
     return f"### Warnings and gaps\n\n{bullets(lines)}\n" if lines else ""
 
 
-def _evaluation(found: Mapping[str, Any]) -> str:
-    report = MetricReport.from_description(found)
-    title = f"### Through {report.label.extractor}, image range {report.label.image_range}\n"
-    scores = table(["metric", "generated", "real"], metric_rows(report))
-    drawn = f"after round {found['round']}"
-    if "sampler" in found:
-        drawn += f", drawn by {found['sampler']} in {found['num_inference_steps']} steps"
-    held = bullets([drawn, *caption(report, [])])
-    return f"{title}\n{scores}\n\n{held}\n"
+def _evaluation(found: Evaluation) -> str:
+    title = f"### Through {found.label.extractor}, image range {found.label.image_range}\n"
+    drawn = f"after round {found.round}"
+    if "sampler" in found.drawn:
+        steps = found.drawn["num_inference_steps"]
+        drawn += f", drawn by {found.drawn['sampler']} in {steps} steps"
+    held = bullets([drawn, *caption(found, [])])
+    return f"{title}\n{table(HEADS, metric_rows(found))}\n\n{held}\n"
 
 
 def _held_out_loss(records: Records) -> list[str]:
@@ -327,30 +298,26 @@ def _held_out_loss(records: Records) -> list[str]:
 
 def _hospital_scores(records: Records) -> list[str]:
     """Show what clients measured together, without what fewer than `MIN_COUNTED` measured."""
-    found = [
-        (title, records.last(metric, reference=HELD_OUT, real=real))
-        for (metric, real), title in HOSPITAL_SCORES.items()
-    ]
-    loss = records.last("loss", reference=TEST)
     # The clients' own scores may be of a scoring that was broken off.
     counted = [
-        (title, each, each.context.get("num_clients", 0))
-        for title, each in found
-        if each is not None
+        (figure.heading, generated, real, generated.context.get("num_clients", 0))
+        for figure, generated, real in measured(records, references=[HELD_OUT])
+        if generated is not None
     ]
+    loss = records.last("loss", reference=TEST)
     if loss is not None:
         tellers = len(records.of_clients("loss", reference=TEST))
-        counted.insert(0, ("loss on held-out images", loss, tellers))
+        counted.insert(0, ("loss on held-out images", loss, None, tellers))
     if not counted:
         return []
     rows = [
-        (title, f"{each.value:.4f}", tellers, each.round)
-        for title, each, tellers in counted
+        (title, with_std(generated), with_std(real), tellers, generated.round)
+        for title, generated, real, tellers in counted
         if tellers >= MIN_COUNTED
     ]
     parts = ["### By the clients, on their own images\n"]
     if rows:
-        parts.append(table(["", "together", "over clients", "after round"], rows) + "\n")
+        parts.append(table([*HEADS, "over clients", "after round"], rows) + "\n")
         parts.append(TOGETHER)
     if len(rows) < len(counted):
         parts.append(f"Scores of fewer than {MIN_COUNTED} clients are not told.\n")

@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +12,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from task.config import flat_values
+from task.evaluation.metrics import Use
 from task.files import atomic_path
 from task.generation.grids import read_grid
 from task.progress import duration
@@ -28,15 +29,14 @@ from task.reporting.charts import (
     update_chart,
 )
 from task.reporting.comparison import DATA_KEYS, LOSS_KEYS, alike, incomparable
-from task.reporting.history import POOLED, Evaluation, RunHistory, read_history
+from task.reporting.history import POOLED, RunHistory, read_history
 from task.reporting.metric_table import (
     HEADS,
-    HOSPITAL_TITLES,
-    TITLES,
-    Row,
+    Figure,
     caption,
+    figures,
+    measured,
     metric_rows,
-    with_arrows,
 )
 from task.reporting.report_page import SCRIPT, STYLE, TEMPLATE
 from task.reporting.run_summary import (
@@ -47,7 +47,8 @@ from task.reporting.run_summary import (
     loss_figures,
 )
 from task.reporting.warning_signs import Check, State, checks
-from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, TRAIN
+from task.runs.evaluations import Evaluation
+from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, TRAIN, Record
 from task.runs.repeat import (
     resubmitting_command,
     resuming_command,
@@ -58,7 +59,6 @@ from task.runs.run_directory import REPORT_FILE, different_values
 
 # A page of hundreds of pictures is too large to open.
 MOST_PICTURES = 40
-ALL_TITLES = {name: with_arrows(title) for name, title in (TITLES | HOSPITAL_TITLES).items()}
 CONTENT = (
     "This page holds what the folder of the run holds, which may be much: generated images; of "
     "each hospital, by number, its losses, its scores and its images of each class; reasons of "
@@ -334,8 +334,8 @@ def _state(history: RunHistory) -> list[Block]:
 def _summary(history: RunHistory) -> list[Block]:
     metrics = _measured(history)
     sentences = [Text(sentence) for sentence in describe_run(history)]
-    figures = Figures([*key_figures(history), *metrics])
-    return [*sentences, figures, Facts(_origin(history))]
+    large = Figures([*key_figures(history), *metrics])
+    return [*sentences, large, Facts(_origin(history))]
 
 
 def _origin(history: RunHistory) -> list[tuple[str, str]]:
@@ -380,20 +380,14 @@ def _which_code(history: RunHistory) -> list[tuple[str, str]]:
 
 def _measured(history: RunHistory) -> list[tuple[str, str]]:
     return [
-        (f"{with_arrows(title)}, {of}", f"{generated} (real {real})" if real else generated)
-        for title, of, generated, real in evaluated_metrics(
-            history, ("noise_position", None), ("fid", TRAIN), ("fid", TEST)
-        )
+        (f"{heading}, {of}", f"{generated} (real {real})" if real else generated)
+        for heading, of, generated, real in evaluated_metrics(history, *figures(Use.SUMMARY))
     ]
-
-
-def _arrowed(rows: Iterable[Row]) -> list[Row]:
-    return [(with_arrows(title), *figures) for title, *figures in rows]
 
 
 def _course(history: RunHistory) -> list[Block]:
     drawings = [draw(history) for draw in (loss_chart, update_chart, time_chart, overhead_chart)]
-    over_rounds = metric_charts({"generated": history}, ALL_TITLES)
+    over_rounds = metric_charts({"generated": history})
     return [*_charts(*drawings), *_charts(*over_rounds), *_rounds_table(history)]
 
 
@@ -531,14 +525,14 @@ def _metrics(history: RunHistory) -> list[Block]:
     blocks += hospitals
     evaluated = any(not each.otherwise for each in history.current_evaluations)
     if found and not hospitals and not evaluated:
-        rows = [(with_arrows(title), *figures) for title, _, *figures in found]
-        notes = [f"{with_arrows(each.title)}: {each.of}" for each in found]
+        rows = [(heading, *told) for heading, _, *told in found]
+        notes = [f"{each.title}: {each.of}" for each in found]
         blocks = [Table("Measured in the run", HEADS, rows), Listing(notes), *blocks]
     return blocks
 
 
 def _evaluation(each: Evaluation, history: RunHistory) -> list[Block]:
-    label = each.report.label
+    label = each.label
     title = (
         f"Extractor {label.extractor}, image range {label.image_range}, round {each.round} of "
         f"{history.config.federation.rounds}"
@@ -546,33 +540,24 @@ def _evaluation(each: Evaluation, history: RunHistory) -> list[Block]:
     if each.otherwise:
         title += f", drawn with {each.otherwise}"
     counts = [] if each.num_per_class is None else [each.num_per_class]
-    rows = _arrowed(metric_rows(each.report))
-    # The last line of the caption explains the marks that arrows have taken the place of.
-    return [Table(title, HEADS, rows), Listing(caption(each.report, counts)[:-1])]
+    return [Table(title, HEADS, metric_rows(each)), Listing(caption(each, counts))]
 
 
 def _hospitals(history: RunHistory) -> list[Block]:
     records, scored = history.records, history.records.last(SCORING_CLIENTS)
     if scored is None:
         return []
-    columns = [
-        figure for figure in HOSPITAL_TITLES if records.series(figure[0], reference=HELD_OUT)
-    ]
+    of_round = records.of_round(scored.round)
+    columns = [figure for figure, *_ in measured(of_round, references=[HELD_OUT])]
     rows = []
     for client in (*history.clients, None):
-        count = records.series("num_held_out", client=client).get(scored.round)
-        pairs = [
-            [
-                records.series(metric, reference=reference, client=client, real=real).get(
-                    scored.round
-                )
-                for real in (False, True)
-            ]
-            for metric, reference in columns
+        count = of_round.value("num_held_out", client=client)
+        cells = [
+            _beside(*(figure.found(of_round, real=real, client=client) for real in (False, True)))
+            for figure in columns
         ]
-        who = "all" if client is None else f"client {client}"
-        rows.append([who, _cell(count, ".0f"), *(_beside(*pair) for pair in pairs)])
-    heads = ["hospital", "held-out images", *(ALL_TITLES[figure] for figure in columns)]
+        rows.append(["all" if client is None else f"client {client}", _cell(count, ".0f"), *cells])
+    heads = ["hospital", "held-out images", *(figure.heading for figure in columns)]
     title = (
         f"Scored by {scored.value:.0f} hospitals after round {scored.round}, real images in "
         "brackets"
@@ -583,10 +568,10 @@ def _hospitals(history: RunHistory) -> list[Block]:
     return [Table(title, heads, rows), Text(f"Scored: {told or 'number not written down'}.")]
 
 
-def _beside(generated: float | None, real: float | None) -> str:
+def _beside(generated: Record | None, real: Record | None) -> str:
     if generated is None:
         return "-"
-    return f"{generated:.4f}" + ("" if real is None else f" ({real:.4f})")
+    return f"{generated.value:.4f}" + ("" if real is None else f" ({real.value:.4f})")
 
 
 def _configuration(history: RunHistory) -> list[Block]:
@@ -605,7 +590,7 @@ def _configuration(history: RunHistory) -> list[Block]:
 
 def _compared_losses(runs: Mapping[str, RunHistory]) -> list[Drawing | None]:
     return [
-        compared_chart(group, ("loss", reference), f"{reference} loss{of}")
+        compared_chart(group, Figure("loss", reference), f"{reference} loss{of}")
         for of, group in alike(runs, LOSS_KEYS).items()
         for reference in (TRAIN, TEST)
     ]
@@ -615,17 +600,17 @@ def _compared_metrics(runs: Mapping[str, RunHistory]) -> list[Drawing]:
     return [
         drawing
         for of, group in alike(runs, DATA_KEYS).items()
-        for drawing in metric_charts(group, {n: f"{t}{of}" for n, t in ALL_TITLES.items()})
+        for drawing in metric_charts(group, of)
     ]
 
 
 def _side_by_side(runs: Mapping[str, RunHistory]) -> Table:
     """Set figures of runs into one row where they are figures of the same."""
     columns = {label: dict(key_figures(run, losses=False)) for label, run in runs.items()}
-    for keys, figures in ((LOSS_KEYS, loss_figures), (DATA_KEYS, _measured)):
+    for keys, found in ((LOSS_KEYS, loss_figures), (DATA_KEYS, _measured)):
         for of, group in alike(runs, keys).items():
             for label, run in group.items():
-                columns[label] |= {f"{name}{of}": value for name, value in figures(run)}
+                columns[label] |= {f"{name}{of}": value for name, value in found(run)}
     names = dict.fromkeys(name for column in columns.values() for name in column)
     rows = [[name, *(column.get(name, "-") for column in columns.values())] for name in names]
     return Table("Key figures of each run", ["figure", *runs], rows)

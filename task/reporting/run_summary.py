@@ -4,19 +4,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from task.config import Config
-from task.evaluation.noise_position import MOST_COMPARED
+from task.evaluation.metrics import METRICS, Use
 from task.progress import duration
 from task.reporting.history import RunHistory
-from task.reporting.metric_table import HOSPITAL_TITLES, TITLES, Figure
+from task.reporting.metric_table import Figure, figures
 from task.runs.records import HELD_OUT, TEST, TRAIN, Record, Records
-
-AGREEMENT: Figure = ("class_agreement", None)
-MEASURED = {**TITLES, AGREEMENT: "found in the class asked for ^", **HOSPITAL_TITLES}
-# Of the metrics, those that say the most in one line each.
-HEADLINES: tuple[Figure, ...] = (
-    *(("noise_position", None), ("fid", TRAIN), ("fid", TEST)),
-    *(("precision", None), ("recall", None), AGREEMENT, *HOSPITAL_TITLES),
-)
 
 
 class Found(NamedTuple):
@@ -39,7 +31,7 @@ def summary_lines(history: RunHistory) -> list[str]:
     """Say how a run ended, in lines for its log, which are fewer than 15."""
     metrics = [
         (title, f"{generated} ({f'real images {real}; ' if real else ''}{of})")
-        for title, of, generated, real in found_metrics(history, *HEADLINES)
+        for title, of, generated, real in found_metrics(history, *figures(Use.SUMMARY))
     ]
     rows = [*key_figures(history), *metrics]
     width = max(len(name) for name, _ in rows)
@@ -48,39 +40,38 @@ def summary_lines(history: RunHistory) -> list[str]:
 
 def key_figures(history: RunHistory, *, losses: bool = True) -> list[tuple[str, str]]:
     """List what is asked first of a run, by name."""
-    figures = [
+    found = [
         ("rounds", f"{history.rounds_done} of {history.config.federation.rounds}"),
         *(loss_figures(history) if losses else []),
         *_time(history),
         ("training images", "not told" if not history.num_images else f"{history.num_images:,}"),
     ]
     if history.setting != "centralised" and history.clients:
-        figures.append(("clients", str(len(history.clients))))
-        figures.append(("left out", _left_out(history)))
-    return figures
+        found.append(("clients", str(len(history.clients))))
+        found.append(("left out", _left_out(history)))
+    return found
 
 
-def found_metrics(history: RunHistory, *figures: Figure) -> list[Found]:
+def found_metrics(history: RunHistory, *wanted: Figure) -> list[Found]:
     """List what was measured last in the run itself.
 
     Args:
         history: of the run.
-        *figures: which metrics; none: all.
+        *wanted: which figures; none: all.
     """
     return [
         _found(history.records, each, f", round {each.round}" * (each.round != history.rounds_done))
-        for metric, reference in MEASURED
-        if not figures or (metric, reference) in figures
-        if (each := history.records.last(metric, reference=reference)) is not None
+        for figure in wanted or figures()
+        if (each := figure.found(history.records)) is not None
     ]
 
 
-def evaluated_metrics(history: RunHistory, *figures: Figure) -> list[Found]:
-    """List metrics of the evaluations of the newest weights; without one, of the run itself.
+def evaluated_metrics(history: RunHistory, *wanted: Figure) -> list[Found]:
+    """List figures of the evaluations of the newest weights; without one, of the run itself.
 
     Args:
         history: of the run.
-        *figures: which metrics.
+        *wanted: which figures.
     """
     rows = []
     for each in history.current_evaluations:
@@ -88,32 +79,29 @@ def evaluated_metrics(history: RunHistory, *figures: Figure) -> list[Found]:
         of += f", round {each.round}" * (each.round != history.config.federation.rounds)
         rows += [
             _found(each.records, record, of)
-            for metric, reference in figures
-            if (record := each.records.last(metric, reference=reference)) is not None
+            for figure in wanted
+            if (record := figure.found(each.records)) is not None
         ]
-    return rows or found_metrics(history, *figures, AGREEMENT, *HOSPITAL_TITLES)
+    return rows or found_metrics(history, *wanted)
 
 
 def _found(records: Records, each: Record, of: str) -> Found:
     """Write a record down, with that of real images beside it."""
-    real = records.last(each.metric, reference=each.reference, real=True)
-    title, looked_at = MEASURED[each.metric, each.reference], _looked_at(each)
+    figure, looked_at = Figure(each.metric, each.reference), _looked_at(each)
+    real = figure.found(records, real=True)
     if each.metric == "class_agreement":
         chance = records.value("chance_agreement", reference=each.reference)
         looked_at += "" if chance is None else f", by chance {chance:.4g}"
-    return Found(
-        title, looked_at + of, f"{each.value:.4g}", "" if real is None else f"{real.value:.4g}"
-    )
+    beside = "" if real is None else f"{real.value:.4g}"
+    return Found(figure.heading, looked_at + of, f"{each.value:.4g}", beside)
 
 
 def _looked_at(each: Record) -> str:
     """Say through what was looked, and at how many images."""
-    number = "" if each.n is None else f", n={each.n:,}"
-    if each.reference != HELD_OUT and each.metric == "class_agreement":
-        return f"a classifier trained on the real images{number}"
-    if each.reference != HELD_OUT and each.metric == "noise_position":
-        return f"pixels and spectra, n={min(each.n or MOST_COMPARED, MOST_COMPARED):,}"
-    context = each.context
+    metric, context = METRICS[each.metric], each.context
+    number = "" if each.n is None else f", n={min(each.n, metric.most or each.n):,}"
+    if each.reference != HELD_OUT and metric.through:
+        return metric.through + number
     settings = [str(context[name]) for name in ("extractor", "image_range") if name in context]
     seed = f", seed {context['seed']}" if context.get("seed") else ""
     who = "hospitals, " * (each.reference == HELD_OUT)

@@ -10,7 +10,8 @@ from urllib.parse import quote
 
 from task.reporting.figures import Picture
 from task.reporting.markdown import bullets, plain, table
-from task.reporting.tables import METRICS, Column, Table
+from task.reporting.metric_table import Figure
+from task.reporting.tables import Column, Table
 
 MISSING = "-"
 # What a spreadsheet runs.
@@ -68,7 +69,7 @@ def markdown(page: Page) -> str:
 
 
 def _markdown_table(of: Table) -> str:
-    heads = [f"{c.label} {METRICS[metric]}" for c in of.columns for metric in of.metrics]
+    heads = [f"{c.label} {metric.heading}" for c in of.columns for metric in of.metrics]
     return table(["", *heads], ([label, *_cells(of, label)] for label in of.rows))
 
 
@@ -76,7 +77,7 @@ def _cells(table: Table, label: str) -> list[str]:
     return [_cell(column, label, metric) for column in table.columns for metric in table.metrics]
 
 
-def _cell(column: Column, label: str, metric: str) -> str:
+def _cell(column: Column, label: str, metric: Figure) -> str:
     return str(column.rows.get(label, {}).get(metric, MISSING))
 
 
@@ -112,7 +113,7 @@ def _html_table(table: Table) -> str:
         f'<th scope="colgroup" colspan="{span}">{escape(column.label)}</th>'
         for column in table.columns
     ]
-    heads = [f'<th scope="col">{escape(METRICS[m])}</th>' for _ in groups for m in table.metrics]
+    heads = [f'<th scope="col">{escape(m.heading)}</th>' for _ in groups for m in table.metrics]
     rows = [
         f'<tr><th scope="row">{escape(label)}</th>'
         + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(table, label))

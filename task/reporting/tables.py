@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from scipy.stats import t as student_t
 
-from task.checks import require
 from task.config import FILE_SETS
 from task.evaluation.features import HASH_DIGITS
+from task.evaluation.metrics import Use
 from task.generators.diffusion.unet import build_unet
+from task.reporting.metric_table import Figure, figures
 from task.reporting.published import (
     PAPER_SIZES,
     PUBLISHED,
@@ -25,13 +26,13 @@ from task.reporting.published import (
     is_papers_federation,
     paper_values,
 )
+from task.runs.evaluations import Evaluation
+from task.runs.records import TEST, TRAIN, Record
 from task.runs.run import FinishedRun
 from task.runs.run_directory import WITHOUT_INFLUENCE, is_about_clients
 
-METRICS = {"inception_score": "IS ↑", "fid_train": "FID (train) ↓", "fid_test": "FID (test) ↓"}
-
 # Measures of unequal ones of these are not put into one column.
-COLUMN_VALUES = ("n_generated", "n_train", "n_test", "n_floor", "extractor_sha256")
+COLUMN_VALUES = ("n_generated", "n_train", "n_test", "n_floor", "n_scored", "extractor_sha256")
 
 # What a caption says of the settings that all runs of a table share.
 SCALE = {
@@ -119,7 +120,7 @@ class Measurement:
     Attributes:
         run: the run.
         values: its configuration, flat.
-        found: its evaluation.
+        found: what was measured of it.
         settings: what determined its weights, by path, without data and seed, and through what
             it was seen.
         column: what must be equal for figures to stand in one column.
@@ -127,7 +128,7 @@ class Measurement:
 
     run: FinishedRun
     values: Mapping[str, Any]
-    found: Mapping[str, Any]
+    found: Evaluation
     settings: Settings
     column: Settings
 
@@ -165,7 +166,7 @@ class Gap(NamedTuple):
     p_value: float
 
 
-Scores = dict[str, Score]
+Scores = dict[Figure, Score]
 Columns = Mapping[str, Sequence[Measurement]]
 
 
@@ -184,7 +185,7 @@ class Table:
     Attributes:
         title: with its number.
         rows: their labels, from top to bottom.
-        metrics: of each column, of `METRICS`.
+        metrics: of each column.
         columns: one per data set, and one more where there are published values to compare with.
         caption: what it holds for, a sentence per line.
         verdicts: whether the paper's ordering holds, a line per data set and metric.
@@ -193,16 +194,16 @@ class Table:
 
     title: str
     rows: Sequence[str]
-    metrics: Sequence[str]
+    metrics: Sequence[Figure]
     columns: Sequence[Column]
     caption: Sequence[str]
     verdicts: Sequence[str] = ()
     members: Sequence[Measurement] = ()
 
 
-def current_evaluations(run: FinishedRun) -> list[dict[str, Any]]:
+def current_evaluations(run: FinishedRun) -> list[Evaluation]:
     """Return what was measured of a run's final weights, and not before it was prolonged."""
-    return [each for each in run.evaluations if each.get("round") == run.config.federation.rounds]
+    return [each for each in run.evaluations if each.round == run.config.federation.rounds]
 
 
 def measurements(runs: Iterable[FinishedRun]) -> tuple[list[Measurement], dict[str, list[str]]]:
@@ -213,14 +214,13 @@ def measurements(runs: Iterable[FinishedRun]) -> tuple[list[Measurement], dict[s
     """
     taken: dict[object, Measurement] = {}
     unmeasured, stale, repeats = [], [], []
-    broken: list[str] = []
     for run in runs:
         current = current_evaluations(run)
         if not run.evaluations:
             unmeasured.append(str(run.path))
         if len(current) < len(run.evaluations):
             stale.append(f"{run.path} (it now ends after round {run.config.federation.rounds})")
-        for each in _whole_measurements(run, current, broken):
+        for each in (_measurement(run, found) for found in current):
             mode = each.values["train.mode"]
             trained = each.settings if mode == "federated" else _without_clients(each.settings)
             same = (trained, each.column, mode, each.values["seed"])
@@ -231,30 +231,15 @@ def measurements(runs: Iterable[FinishedRun]) -> tuple[list[Measurement], dict[s
         "finished, not measured (feddm evaluate RUN)": unmeasured,
         "measured before the last round (feddm evaluate RUN)": stale,
         "repeats, but for rounding, of another run": repeats,
-        "an evaluation that is not whole (feddm evaluate RUN)": broken,
     }
     return [*taken.values()], {why: which for why, which in left_out.items() if which}
 
 
-def _whole_measurements(
-    run: FinishedRun, evaluations: Iterable[Mapping[str, Any]], broken: list[str]
-) -> Iterator[Measurement]:
-    for found in evaluations:
-        try:
-            yield _measurement(run, found)
-        except ValueError as error:
-            broken.append(f"{run.path} ({error})")
-
-
-def _measurement(run: FinishedRun, found: Mapping[str, Any]) -> Measurement:
-    needed = {"extractor", "image_range", "seed", *COLUMN_VALUES}
-    missing = sorted(needed - found.keys())
-    require(not missing, f"an evaluation of {run.path}", "whole", f"none of {missing}")
-    values, column = run.values, run.data_values
-    column |= {name: found[name] for name in COLUMN_VALUES} | {"eval.seed": found["seed"]}
-    column["n_scored"] = found.get("n_scored", found["n_generated"])
+def _measurement(run: FinishedRun, found: Evaluation) -> Measurement:
+    values, column, label = run.values, run.data_values, found.label
+    column |= {name: getattr(label, name) for name in COLUMN_VALUES} | {"eval.seed": label.seed}
     settings = _weight_settings(values)
-    settings |= {"extractor": found["extractor"], "image_range": found["image_range"]}
+    settings |= {"extractor": label.extractor, "image_range": label.image_range}
     return Measurement(run, values, found, _as_text(settings), _as_text(column))
 
 
@@ -384,7 +369,7 @@ def _table(
 ) -> Table:
     members = [each for column in columns.values() for each in column]
     rows = {row_label(kind, row): row for row in sorted({each.row(kind) for each in members})}
-    sizes = dict.fromkeys(f"{column[0].found['n_floor']:,}" for column in columns.values())
+    sizes = dict.fromkeys(f"{column[0].found.label.n_floor:,}" for column in columns.values())
     floor = f"real images (floor, n={' / '.join(sizes)})"
     published = {
         name: column for name, column in columns.items() if _at_full_scale(kind, settings, column)
@@ -403,7 +388,11 @@ def _table(
         title=title,
         # Without a floor of as many images as the scores are of, there is no row of it.
         rows=[*rows, *[floor] * any(column.rows.get(floor) for column in laid_out)],
-        metrics=[name for name in METRICS if any(name in each.found for each in members)],
+        metrics=[
+            figure
+            for figure in figures(Use.TABLES)
+            if any(figure.found(each.found.records) for each in members)
+        ],
         columns=laid_out,
         caption=_caption(settings, columns, published, apart),
         verdicts=verdicts,
@@ -421,44 +410,41 @@ def row_label(kind: Kind, value: Any) -> str:
 def _cell(kind: Kind, row: Any, column: Sequence[Measurement], *, whole: bool) -> Scores:
     """Average over the seeds: scores of as many images as the floor has, or of the whole."""
     scores = {}
-    for name in METRICS:
+    for figure in figures(Use.TABLES):
         found = [
-            {**e.found, **_whole(e.found)} if whole else e.found
-            for e in column
-            if e.row(kind) == row and name in e.found
+            record
+            for each in column
+            if each.row(kind) == row and (record := _found(figure, each, whole=whole)) is not None
         ]
-        values = [each[name] for each in found]
+        values = [each.value for each in found]
         if len(values) == 1:
-            scores[name] = Score(values[0], found[0].get(f"{name}_std"))
+            scores[figure] = Score(values[0], found[0].std)
         elif values:
-            scores[name] = Score(mean(values), stdev(values), len(values))
+            scores[figure] = Score(mean(values), stdev(values), len(values))
     return scores
 
 
-def _whole(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scores of all generated images under their own names."""
-    return {
-        name.removeprefix("whole_"): value
-        for name, value in found.items()
-        if name.startswith("whole_")
-    }
+def _found(figure: Figure, each: Measurement, *, whole: bool) -> Record | None:
+    """Return the score of all generated images, where that is asked for and differs."""
+    everything = figure.found(each.found.whole) if whole else None
+    return everything or figure.found(each.found.records)
 
 
 def _floor(each: Measurement, *, whole: bool) -> Scores:
     """Return what real images reach, where as many of them are beside as many generated ones."""
-    if _scored(each, whole=whole) != each.found["n_floor"]:
+    if _scored(each, whole=whole) != each.found.label.n_floor:
         return {}
     return {
-        name: Score(each.found[f"floor_{name}"], each.found.get(f"floor_{name}_std"))
-        for name in METRICS
-        if f"floor_{name}" in each.found
+        figure: Score(record.value, record.std)
+        for figure in figures(Use.TABLES)
+        if (record := figure.found(each.found.records, real=True)) is not None
     }
 
 
 def _scored(each: Measurement, *, whole: bool) -> int:
     """Return how many generated images the scores of a column are of."""
-    number: int = each.found["n_generated"]
-    return number if whole else each.found.get("n_scored", number)
+    label = each.found.label
+    return label.n_generated if whole else label.n_scored
 
 
 def scale(settings: Settings, *further: str) -> str:
@@ -487,18 +473,18 @@ def _caption(
     return [*lines, SPREAD]
 
 
-def _column_caption(label: str, each: Measurement, *, whole: bool) -> str:
-    found, data = each.found, each.run.config.data
+def _column_caption(name: str, each: Measurement, *, whole: bool) -> str:
+    label, data = each.found.label, each.run.config.data
     with torch.device("meta"):
         parameters = sum(weight.numel() for weight in build_unet(each.run.config).parameters())
     scored = _scored(each, whole=whole)
     return (
-        f"{label}: {data.image_size}x{data.image_size}, {found['n_generated']:,} generated, "
-        f"{found['n_train']:,} training and {found['n_test']:,} test images; scores of "
-        f"{scored:,} generated and floor of {found['n_floor']:,} real ones"
-        + (", which cannot be compared and is left out" if scored != found["n_floor"] else "")
-        + f"; {parameters:,} parameters; extractor {found['extractor']} "
-        f"{found['extractor_sha256'][:HASH_DIGITS]}."
+        f"{name}: {data.image_size}x{data.image_size}, {label.n_generated:,} generated, "
+        f"{label.n_train:,} training and {label.n_test:,} test images; scores of "
+        f"{scored:,} generated and floor of {label.n_floor:,} real ones"
+        + (", which cannot be compared and is left out" if scored != label.n_floor else "")
+        + f"; {parameters:,} parameters; extractor {label.extractor} "
+        f"{label.extractor_sha256[:HASH_DIGITS]}."
     )
 
 
@@ -508,31 +494,31 @@ def _verdicts(kind: Kind, label: str, rows: Mapping[str, Scores], data: str) -> 
     published = [row[data] for row in in_paper.values() if data in row]
     if [*rows][kind.worst] != [*in_paper][kind.worst]:
         published = []  # It speaks of another row.
-    for name, title in METRICS.items():
-        scores = [row[name] for row in rows.values() if name in row]
+    for figure in figures(Use.TABLES):
+        scores = [row[figure] for row in rows.values() if figure in row]
         if len(scores) < 2:
             continue
-        line = f"{kind.ordering}, {label}, {title[:-2]}: {verdict(scores, kind.worst, name)}"
-        theirs = [Score(value) for p in published if (value := getattr(p, name)) is not None]
+        line = f"{kind.ordering}, {label}, {figure.title}: {verdict(scores, kind.worst, figure)}"
+        theirs = [row[figure] for row in map(_published_scores, published) if figure in row]
         if theirs:
-            holds = min(gap.mean for gap in _gaps(theirs, kind.worst, name)) > 0
+            holds = min(gap.mean for gap in _gaps(theirs, kind.worst, figure)) > 0
             line += "; in the paper it " + ("holds" if holds else "does not hold")
         yield line
 
 
-def verdict(scores: Sequence[Score], worst: int, metric: str) -> str:
+def verdict(scores: Sequence[Score], worst: int, figure: Figure) -> str:
     """Say whether one score is shown to be worse than all others, by Welch's t test of each pair.
 
     Args:
         scores: two or more.
         worst: index of the one that should be.
-        metric: of `METRICS`.
+        figure: what they are scores of.
 
     Returns:
         The verdict, with the difference to the score that it is least shown for, the interval
         of that difference, and Welch's p value. A single seed has no interval and shows nothing.
     """
-    gaps = _gaps(scores, worst, metric)
+    gaps = _gaps(scores, worst, figure)
     gap = min(gaps, key=lambda gap: (gap.low, gap.mean))
     said = f"difference {gap.mean:.4g}"
     if not math.isfinite(gap.low):
@@ -543,9 +529,9 @@ def verdict(scores: Sequence[Score], worst: int, metric: str) -> str:
     return f"{'the opposite is shown' if gap.high < 0 else 'not shown'} ({said})"
 
 
-def _gaps(scores: Sequence[Score], worst: int, metric: str) -> list[Gap]:
+def _gaps(scores: Sequence[Score], worst: int, figure: Figure) -> list[Gap]:
     """By how much the worst is worse than each other one."""
-    sign = -1 if metric == "inception_score" else 1
+    sign = -1 if figure.metric.better == "higher" else 1
     chosen = scores[worst]
     return [_gap(chosen, other, sign) for other in scores if other is not chosen]
 
@@ -569,9 +555,9 @@ def _gap(worse: Score, better: Score, sign: int) -> Gap:
 
 def _at_full_scale(kind: Kind, settings: Settings, column: Sequence[Measurement]) -> bool:
     """Say whether a column was trained and measured as the paper's was."""
-    found, run = column[0].found, column[0].run
+    label, run = column[0].found.label, column[0].run
     sizes = PAPER_SIZES.get(run.config.data.name)
-    if sizes != (found["n_train"], found["n_generated"]):
+    if sizes != (label.n_train, label.n_generated):
         return False
     seen = {"extractor": "inception", "image_range": "paper"}
     ignored = {kind.key, "data.root", "data.cache_dir", "data.on_corrupt"}
@@ -598,12 +584,13 @@ def _published_column(kind: Kind, data: str) -> Column:
 
 
 def _published_scores(published: PublishedScores) -> Scores:
+    inception_score = Score(published.inception_score, published.inception_score_std)
     scores = {
-        "inception_score": Score(published.inception_score, published.inception_score_std),
-        "fid_train": Score(published.fid_train),
+        Figure("inception_score"): inception_score,
+        Figure("fid", TRAIN): Score(published.fid_train),
     }
     if published.fid_test is not None:
-        scores["fid_test"] = Score(published.fid_test)
+        scores[Figure("fid", TEST)] = Score(published.fid_test)
     return scores
 
 
@@ -614,9 +601,9 @@ def _published_table(kind: Kind) -> Table:
         title=f"Published values of Table {kind.number}: {kind.subject}",
         rows=[row_label(kind, value) for value in rows],
         metrics=[
-            name
-            for name in METRICS
-            if any(name in scores for column in columns for scores in column.rows.values())
+            figure
+            for figure in figures(Use.TABLES)
+            if any(figure in scores for column in columns for scores in column.rows.values())
         ],
         columns=columns,
         caption=[PUBLISHED_SCALE, "±: as published, of IS."],

@@ -27,7 +27,7 @@ DRIFTING_SHARE = 0.25
 LEAST_DRIFTING_ROUNDS = 2
 
 # What is compared between the clients of a round.
-COMPARED: dict[str, Figure] = {"train loss": ("loss", TRAIN), "update norm": ("update_norm", None)}
+COMPARED = {"train loss": Figure("loss", TRAIN), "update norm": Figure("update_norm")}
 
 # Of each class; fewer leave an agreement or a distance to chance.
 LEAST_PER_CLASS = 50
@@ -340,7 +340,7 @@ def _measured(history: RunHistory, metric: str) -> Iterator[_Figure]:
         found = each.records.last(metric)
         if found is not None:
             evaluated = evaluated or not each.otherwise
-            number = each.report.label.n_generated
+            number = each.label.n_generated
             yield _figure(each.records, found, number, f"n={number:,}, {each.name}")
     found, scored = (history.records.last(metric, reference=of) for of in (None, HELD_OUT))
     # An evaluation at the end of a run is recorded in the run, too.
@@ -382,7 +382,7 @@ def _searches(history: RunHistory) -> Iterator[_Search]:
     evaluated = False
     for each in history.current_evaluations:
         evaluated = evaluated or not each.otherwise
-        label = each.report.label
+        label = each.label
         numbers = label.n_generated, label.n_test
         yield from _searches_in(each.records, numbers, each.name)
     held_out, found = history.records.value("num_held_out"), history.records.last("pixel_copied")
@@ -439,7 +439,7 @@ def _number_checks(history: RunHistory) -> list[Check]:
     # By what measured them: the images, and those of the class that has the fewest.
     measured: dict[str, tuple[int, int]] = {}
     for each in history.current_evaluations:
-        label = each.report.label
+        label = each.label
         even = label.n_generated // classes
         measured[each.name] = label.n_generated, even if label.n_rarest is None else label.n_rarest
     quick = history.records.last("class_agreement")

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from task.checks import require
 from task.config import (
-    EXTRACTORS,
     FILE_SETS,
     GENERATION_VALUES,
-    IMAGE_RANGES,
     Config,
     changed_config,
     flat_values,
@@ -26,6 +24,7 @@ from task.generation.images import GeneratedImages, ImageSource, class_labels
 from task.generation.restoration import RESTORATION_VALUES, Restorer, known_part, restoration_config
 from task.generators.diffusion.unet import UNet, build_unet
 from task.runs.checkpoint import load_weights
+from task.runs.evaluations import Evaluation, read_evaluations
 from task.runs.repeat import require_weights
 from task.runs.run_directory import PARTITION_FILE, run_config, weights_file
 from task.training.devices import select_device
@@ -43,15 +42,21 @@ class FinishedRun:
     Attributes:
         path: its folder.
         config: as resolved.
-        evaluations: the content of its evaluation-<extractor>-<image range>.json files, sorted
-            by name: `MetricReport.describe()` and how the images were drawn.
         partition: of partition.json; None for a centralised run.
     """
 
     path: Path
     config: Config
-    evaluations: tuple[dict[str, Any], ...]
     partition: dict[str, Any] | None
+
+    @cached_property
+    def evaluations(self) -> list[Evaluation]:
+        """What was measured of its images, drawn as the run draws.
+
+        Raises:
+            ValueError: a file is not what a run writes.
+        """
+        return [found for found in read_evaluations(self.path) if not found.otherwise]
 
     @cached_property
     def values(self) -> dict[str, Any]:
@@ -216,7 +221,9 @@ def find_runs(
     for file in sorted(folder.rglob("config.yaml")):
         if weights_file(file.parent).is_file():
             try:
-                found.append(_read_run(file.parent))
+                run = _read_run(file.parent)
+                _ = run.evaluations  # which are read here, so that damaged ones are told of
+                found.append(run)
             except (ValueError, OSError) as error:
                 unreadable(file.parent, error)
     return found
@@ -227,12 +234,6 @@ def _read_run(path: Path) -> FinishedRun:
     return FinishedRun(
         path=path,
         config=read_config(path / "config.yaml"),
-        evaluations=tuple(
-            _read_mapping(file)
-            for extractor in sorted(EXTRACTORS)
-            for image_range in IMAGE_RANGES
-            if (file := path / f"evaluation-{extractor}-{image_range}.json").exists()
-        ),
         partition=_read_mapping(partition) if partition.exists() else None,
     )
 

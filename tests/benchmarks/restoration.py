@@ -40,14 +40,7 @@ def main(run_folder: str, picture: str) -> None:
         "1 walk": filled(run, real, mask, num_resamples=1),
         "10 walks": filled(run, real, mask, num_resamples=10),
     }
-    classifier = cached_classifier(
-        dataset.train,
-        num_classes=len(data.classes),
-        horizontal_flip=data.horizontal_flip,
-        seed=0,
-        device="cpu",
-        cache_dir=None,
-    )
+    classifier = cached_classifier(run.config, dataset.train, "cpu")
     for name, images in ways.items():
         share = accuracy(classifier, images, real.labels)
         print(f"{name}: class found in {share:.1%} of {len(real)}")

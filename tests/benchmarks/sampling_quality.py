@@ -8,8 +8,8 @@ from statistics import mean
 
 from task.config import Config, read_config
 from task.data import build_dataset
+from task.evaluation.comparison import extract_real
 from task.evaluation.distances import frechet_distance
-from task.evaluation.evaluate import extract_real
 from task.evaluation.features import build_extractor, extract
 from task.generation.draw_images import balanced_labels, draw_images
 from task.randomness import Stream
@@ -71,12 +71,7 @@ def compare(run: Path, *, num_images: int, seeds: Sequence[int]) -> Figures:
     model, _ = final_model(run, config)
     dataset = build_dataset(config, download=False)
     extractor = build_extractor(config, dataset.train, device)
-    real = extract_real(
-        dataset,
-        extractor=extractor,
-        data_name=config.data.name,
-        seed=config.eval.seed,
-    )
+    real = extract_real(config, dataset, extractor)
     if real.test is None:
         raise ValueError(f"run must be one on a data set with test images, got {run}")
     labels = balanced_labels(num_images, len(config.data.classes))

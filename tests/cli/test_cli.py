@@ -22,6 +22,8 @@ from task.cli.main import app
 from task.config import anchored, load_config, read_config, write_config
 from task.generators.diffusion.unet import build_unet
 from task.runs.checkpoint import save_weights
+from task.runs.evaluations import evaluation_of
+from task.runs.records import TEST
 from task.runs.run import find_runs, load_run
 from task.runs.run_directory import check_startable
 
@@ -31,7 +33,7 @@ FILE = "evaluation-classifier-correct.json"
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("task.evaluation.evaluate.KID_SUBSETS", 5)
+        patch.setattr("task.evaluation.metrics.KID_SUBSETS", 5)
         patch.setattr("task.evaluation.classifier.MAX_STEPS", 20)
         yield
 
@@ -154,16 +156,18 @@ def test_evaluate_prints_a_table_and_writes_what_it_holds_for(run: Path) -> None
     result = feddm("evaluate", run)
     assert result.exit_code == 0, result.output
     found = json.loads((run / FILE).read_text())
-    assert all(math.isfinite(v) for v in found.values() if not isinstance(v, str))
     # The test split holds a tenth of each class of 1,797 digits.
     assert found["n_generated"] == found["n_test"] == found["n_floor"]
     expected = {"round": 3, "data": "digits", "extractor": "classifier", "image_range": "correct"}
     assert {name: found[name] for name in expected} == expected
-    assert found["fid_train"] > found["floor_fid_train"]
+    records = evaluation_of(found).records
+    fid, floor = (records.last("fid", reference=TEST, real=real) for real in (False, True))
+    cas = records.value("cas")
+    assert fid is not None and floor is not None and fid.value > floor.value
     for words in (
         "tiny, round 3 of 3",
-        f"FID (test) v {found['fid_test']:.4f} {found['floor_fid_test']:.4f}",
-        f"classification accuracy score, same n ^ {found['cas']:.4f}",
+        f"FID (test) ↓ {fid.value:.4f} {floor.value:.4f}",
+        f"classification accuracy score ↑ {cas:.4f}",
         f"extractor classifier {found['extractor_sha256'][:12]}, image range correct",
         f"{found['n_floor']:,} real images in place of the generated ones",
         "not the scores of the literature",
@@ -208,17 +212,17 @@ def test_images_drawn_otherwise_are_kept_apart_from_those_of_the_run(
     assert (found["sampler"], found["num_inference_steps"]) == ("dpmpp_2m", 300)
     assert (found["clip_x_start"], found["eval.precision"]) == (False, "float32")
     # Nothing that looks for measurements of the run takes this for one.
-    assert find_runs(copy)[0].evaluations == ()
+    assert find_runs(copy)[0].evaluations == []
     # Nor for one of another seed, which would take the place of the run's own.
     for seed in ("seed=7", "eval.seed=7"):
         seeded = feddm("evaluate", copy, "--num-per-class", 2, seed)
         assert seeded.exit_code == 0, seeded.output
         assert (copy / f"evaluation-classifier-correct-{seed}.json").exists()
-    assert find_runs(copy)[0].evaluations == () and not (copy / FILE).exists()
+    assert find_runs(copy)[0].evaluations == [] and not (copy / FILE).exists()
     # What the run says itself is no other way of drawing.
     same = feddm("evaluate", copy, "--num-per-class", 2, "diffusion.num_inference_steps=4")
     assert same.exit_code == 0, same.output
-    assert find_runs(copy)[0].evaluations == (json.loads((copy / FILE).read_text()),)
+    assert [each.name for each in find_runs(copy)[0].evaluations] == [FILE]
 
 
 def test_a_data_set_without_test_images_is_measured_against_its_training_images(
@@ -238,7 +242,7 @@ def test_a_data_set_without_test_images_is_measured_against_its_training_images(
     assert "real: 30 real images in place of the generated ones, training images drawn" in printed
     assert "against 30 others of them" in printed
     assert "no images are held out: all is measured against the training images" in printed
-    assert "FID (train) v" in printed
+    assert "FID (train) ↓" in printed and "found in the class asked for" in printed
     for words in ("FID (test)", "classification accuracy score", "nearest training image"):
         assert words not in printed
 

@@ -11,9 +11,12 @@ from task.cli.evaluate_client import client_images, verdict
 from task.config import Config, read_config, write_config
 from task.data import Dataset, build_dataset
 from task.data.partition import partition_dataset
-from task.evaluation.evaluate import measure_images
+from task.evaluation.evaluate import evaluate_images
 from task.evaluation.features import FeatureExtractor, build_extractor
+from task.evaluation.metrics import Use
 from task.runs.checkpoint import load_weights, save_weights
+from task.runs.evaluations import evaluation_of
+from task.runs.records import TRAIN, Record, Records
 from tests.cli.test_cli import FILE, assert_fails_in_one_line, feddm, finished_run
 
 CLIENT_FILE = "evaluation-classifier-correct-client-0.json"
@@ -22,7 +25,7 @@ CLIENT_FILE = "evaluation-classifier-correct-client-0.json"
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("task.evaluation.evaluate.KID_SUBSETS", 5)
+        patch.setattr("task.evaluation.metrics.KID_SUBSETS", 5)
         patch.setattr("task.evaluation.classifier.MAX_STEPS", 100)
         yield
 
@@ -80,20 +83,29 @@ def test_unseen_images_like_those_of_a_client_fit_it_better_than_those_of_anothe
     for client, other in ((0, 1), (1, 0)):
         own = client_images(run, config, dataset, client)
         ours, theirs = (
-            measure_images(
-                config, dataset.test.subset(images), own, extractor=extractor, full=False
+            evaluate_images(
+                config,
+                dataset.test.subset(images),
+                own,
+                extractor=extractor,
+                server_round=3,
+                use=Use.ROUNDS,
             )
             for images in (held_out[client], held_out[other])
         )
-        assert ours.generated.fid_train < theirs.generated.fid_train
-        assert ours.generated.kid_train < theirs.generated.kid_train
-        # Precision and recall are no oracle here: one outlier makes a ball that holds all.
-        assert ours.generated.coverage > 2 * theirs.generated.coverage
+        for name, reference in (("fid", TRAIN), ("kid", TRAIN), ("coverage", None)):
+            found = [each.records.value(name, reference=reference) for each in (ours, theirs)]
+            assert None not in found
+            # Precision and recall are no oracle here: one outlier makes a ball that holds all.
+            if name == "coverage":
+                assert found[0] > 2 * found[1]  # type: ignore[operator]
+            else:
+                assert found[0] < found[1]  # type: ignore[operator]
         assert "the local model fits its client better" in verdict(0, ours, theirs)
         assert "the global model fits the client better" in verdict(0, theirs, ours)
         assert "both fit the client alike" in verdict(0, ours, ours)
-        better = dataclasses.replace(theirs.generated, fid_train=0.0)
-        torn = dataclasses.replace(theirs, generated=better)
+        better = Record(3, "fid", 0.0, reference=TRAIN)
+        torn = dataclasses.replace(theirs, records=Records((*theirs.records.all, better)))
         assert "FID and KID do not agree" in verdict(0, ours, torn)
 
 
@@ -112,13 +124,17 @@ def test_a_local_model_that_equals_the_global_one_scores_as_it_does(
     # The images of a plain evaluation, measured as there.
     assert feddm("evaluate", run).exit_code == 0
     plain = json.loads((run / FILE).read_text())
-    assert everything == {name: plain[name] for name in everything}
+    assert everything["whole"] == plain["whole"]
+    assert all(each in plain["records"] for each in everything["records"])
+    own_fid, floor, whole_fid = (
+        evaluation_of(found).records.value("fid", reference=TRAIN, real=real)
+        for found, real in ((own, False), (own, True), (everything, False))
+    )
     printed = " ".join(result.stdout.split())
     for words in (
         "tiny, client 0, local model of round 3, global model of round 3 of 3",
         "metric local, own global, own real, own local, all global, all real, all",
-        f"FID (train) v {own['fid_train']:.4f} {own['fid_train']:.4f} "
-        f"{own['floor_fid_train']:.4f} {everything['fid_train']:.4f}",
+        f"FID (train) ↓ {own_fid:.4f} {own_fid:.4f} {floor:.4f} {whole_fid:.4f}",
         f"own: {number:,} generated images of each model",
         f"On the {number:,} images of client 0 the local model's FID is",
         "both fit the client alike.",
@@ -138,9 +154,13 @@ def test_another_local_model_changes_its_columns_only(copy: Path) -> None:
     assert first == again
     assert first["local_all"]["n_generated"] == first["global_all"]["n_generated"] == 20
     for whose in ("own", "all"):
-        local, shared = first[f"local_{whose}"], first[f"global_{whose}"]
-        assert local["fid_train"] != shared["fid_train"]
-        assert local["floor_fid_train"] == shared["floor_fid_train"]
+        local, shared = (
+            evaluation_of(first[f"{name}_{whose}"]).records for name in ("local", "global")
+        )
+        fids = [each.value("fid", reference=TRAIN) for each in (local, shared)]
+        assert fids[0] != fids[1]
+        floors = [each.value("fid", reference=TRAIN, real=True) for each in (local, shared)]
+        assert floors[0] == floors[1]
 
 
 def test_a_client_that_was_not_kept_is_an_error_of_one_line(run: Path) -> None:

@@ -24,7 +24,7 @@ from client_app.app import app
 from client_app.failures import failure_code, failures_stay_local
 from client_app.log import logger
 from client_app.workspace import choose_precision, open_workspace
-from server_app.hospital_scores import CLASS_SCORES, QUALITY_TYPE, SCORES
+from server_app.hospital_scores import QUALITY_TYPE, expected_scores
 from server_app.messages import addressed, images_record
 from server_app.rounds import initial_model
 from task.config import Config, load_run_config
@@ -329,7 +329,7 @@ def test_node_scores_the_images_of_a_message_against_its_own(scoring: Context) -
     reply = app(drawn_message(other_digits()), scoring)
     assert not reply.has_error(), reply.error
     assert set(reply.content) == {Key.METRICS}
-    assert set(metrics(reply)) == {Key.NUM_EXAMPLES, *SCORES, *CLASS_SCORES}
+    assert set(metrics(reply)) == {Key.NUM_EXAMPLES, *expected_scores(["class-agreement"])}
     opened = open_workspace(scoring)
     own = Dataset(*opened.images(scoring))
     expected = score_images(opened.config, other_digits(), own, device=torch.device("cpu"))
@@ -511,7 +511,7 @@ def test_every_reply_of_a_hospital_is_free_of_paths_and_names(tmp_path: Path) ->
         "query": {Key.CONFIG: {Key.FINGERPRINT, Key.NUM_IMAGES, Key.CLASS_COUNTS}},
         "train": {Key.ARRAYS: {Key.PACKED}, Key.METRICS: TRAINED_KEYS},
         "evaluate": {Key.METRICS: {Key.NUM_EXAMPLES, Key.LOSS}},
-        QUALITY_TYPE: {Key.METRICS: {Key.NUM_EXAMPLES, *SCORES, *CLASS_SCORES}},
+        QUALITY_TYPE: {Key.METRICS: {Key.NUM_EXAMPLES, *expected_scores(["class-agreement"])}},
     }
     shape = (60, config.data.channels, config.data.image_size, config.data.image_size)
     generated = ImageSet(torch.zeros(shape, dtype=torch.uint8), torch.arange(60) % 2)

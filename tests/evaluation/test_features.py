@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from task.config import load_config
 from task.data import Dataset, ImageSet, normalize
 from task.evaluation import features
-from task.evaluation.classifier import convolutional_network
+from task.evaluation.classifier import convolutional_network, train_classifier
 from task.evaluation.features import (
     FeatureExtractor,
     build_extractor,
@@ -29,9 +29,13 @@ def digits() -> Dataset:
     return digits_dataset(image_size=8, test_fraction=0.1)
 
 
-def cached(images: ImageSet, cache_dir: Path | None, **changes: int) -> nn.Sequential:
-    settings = {"num_classes": 10, "seed": 0, "horizontal_flip": False, **changes}
-    return cached_classifier(images, device="cpu", cache_dir=cache_dir, **settings)  # type: ignore[arg-type]
+def cached(images: ImageSet, cache_dir: Path, *overrides: str) -> nn.Sequential:
+    config = load_config(["data=digits", f"data.cache_dir={cache_dir}", *overrides])
+    return cached_classifier(config, images, "cpu")
+
+
+def trained(images: ImageSet) -> nn.Sequential:
+    return train_classifier(images, num_classes=10, horizontal_flip=False, seed=0, device="cpu")
 
 
 def test_paper_range_wraps_as_the_released_code_does() -> None:
@@ -80,10 +84,10 @@ def test_classifier_comes_from_the_cache_for_the_same_images_and_settings_only(
     assert torch.equal(torch.get_rng_state(), state)
     assert file.stat().st_mtime_ns == written
     assert not again.training
-    hashes = {weights_sha256(model.state_dict()) for model in (first, again, cached(few, None))}
+    hashes = {weights_sha256(model.state_dict()) for model in (first, again, trained(few))}
     assert hashes == {classifier_extractor(first, image_range="correct").sha256}
-    cached(few, cache, seed=1)
-    cached(few, cache, horizontal_flip=True)
+    cached(few, cache, "eval.seed=1")
+    cached(few, cache, "data.horizontal_flip=true")
     relabelled = ImageSet(few.images, few.labels.roll(1))
     cached(relabelled, cache)
     assert len([*cache.iterdir()]) == 4
@@ -119,7 +123,7 @@ def test_cache_that_cannot_be_written_is_said_and_done_without(
     nowhere = tmp_path / "file" / "cache"
     for _ in range(2):
         model = cached(few, nowhere)
-        assert weights_sha256(model.state_dict()) == weights_sha256(cached(few, None).state_dict())
+        assert weights_sha256(model.state_dict()) == weights_sha256(trained(few).state_dict())
     assert [str(nowhere) in record.getMessage() for record in caplog.records] == [True, True]
     assert "data.cache_dir cannot be written" in caplog.text
 

@@ -4,15 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from server_app.hospital_scores import CLASS_SCORES
 from task.config import Config, load_config
 from task.data import Dataset, ImageSet
 from task.evaluation import features
-from task.evaluation.evaluate import measure_images
+from task.evaluation.evaluate import evaluate_images
 from task.evaluation.features import build_extractor
 from task.evaluation.hospital_scores import in_proportion, score_images
+from task.evaluation.metrics import Use, metrics_of
 from task.protocol.wire import Key
 from task.randomness import torch_generator
+from task.runs.records import TEST
 from tests.helpers import digits_dataset
 
 CPU = torch.device("cpu")
@@ -56,26 +57,17 @@ def test_scores_are_what_measuring_the_same_images_finds(
     balanced = ImageSet(generated.images, hospital.test.labels)
     scores = score_images(config, balanced, hospital, device=CPU)
     extractor = build_extractor(config, hospital.train, CPU)
-    report = measure_images(config, balanced, hospital, extractor=extractor)
-    assert report.pixel_copying and report.feature_copying and report.classification
-    assert scores == {
-        Key.NUM_EXAMPLES: 60,
-        Key.FID: pytest.approx(report.generated.fid_test, rel=1e-6),
-        Key.FLOOR_FID: pytest.approx(report.floor.fid_test, rel=1e-6),
-        Key.KID: pytest.approx(report.generated.kid_test, rel=1e-6),
-        Key.FLOOR_KID: pytest.approx(report.floor.kid_test, rel=1e-6),
-        Key.CLASS_AGREEMENT: report.classification.agreement,
-        Key.HELD_OUT_ACCURACY: report.classification.agreement_real,
-        Key.CHANCE_AGREEMENT: report.classification.chance_agreement,
-        Key.NOISE_POSITION: report.generated.noise_position,
-        Key.FLOOR_NOISE_POSITION: report.floor.noise_position,
-        Key.PIXEL_COPIED: report.pixel_copying.copied,
-        Key.PIXEL_P_VALUE: report.pixel_copying.p_value,
-        Key.FEATURE_COPIED: report.feature_copying.copied,
-        Key.FEATURE_P_VALUE: report.feature_copying.p_value,
+    found = evaluate_images(config, balanced, hospital, extractor=extractor, server_round=1)
+    expected = {
+        key: found.records.value(metric.name, reference=reference, real=real)
+        for metric in metrics_of(Use.HOSPITALS, Use.HOSPITALS_OF_CLASSES)
+        for reference in [TEST if metric.name in ("fid", "kid") else None]
+        for key, real in metric.keys.items()
     }
-    assert scores[Key.FID] > scores[Key.FLOOR_FID] > 0
-    assert 0 < scores[Key.NOISE_POSITION] < 0.5
+    assert None not in expected.values() and {"fid", "floor-fid", "pixel-copied"} <= set(expected)
+    assert scores == pytest.approx({Key.NUM_EXAMPLES: 60, **expected}, rel=1e-6)
+    assert scores["fid"] > scores["floor-fid"] > 0
+    assert 0 < scores["noise-position"] < 0.5
 
 
 def test_hospital_scores_the_classes_that_it_holds(
@@ -89,7 +81,9 @@ def test_hospital_scores_the_classes_that_it_holds(
     # Of one class a classifier finds all: no score.
     single = Dataset(of_each(digits, 0, 12, 4), of_each(digits, 12, 12, 4))
     alone = score_images(config, of_each(generated, 0, 12, 4), single, device=CPU)
-    assert alone.keys() == whole.keys() - CLASS_SCORES.keys()
+    assert alone.keys() == whole.keys() - {
+        key for metric in metrics_of(Use.HOSPITALS_OF_CLASSES) for key in metric.keys
+    }
     none = score_images(config, of_each(digits, 0, 20, 8, 9), own, device=CPU)
     assert none == {Key.NUM_EXAMPLES: 0}
 
@@ -117,7 +111,7 @@ def test_what_was_learned_of_real_images_is_kept_for_the_next_process(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("computed anew")
 
-    monkeypatch.setattr(features, "_train", refuse)
+    monkeypatch.setattr("task.evaluation.classifier.train_classifier", refuse)
     monkeypatch.setattr(features, "extract", refuse)
     assert score_images(config, generated, hospital, device=CPU) == first
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from task.config import Config, load_config, write_config
-from task.evaluation.evaluation_file import drawn_otherwise, evaluation_file
 from task.generation.draw_images import draw_images
 from task.generators.diffusion.unet import UNet, build_unet
 from task.randomness import Stream
+from task.runs.evaluations import drawn_otherwise, evaluation_file
 from tests.benchmarks import sampling_quality
 from tests.cli.test_cli import finished_run
 

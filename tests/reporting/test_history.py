@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from task.config import OWN_IMAGES, anchored, flat_values, load_config, read_config
-from task.evaluation.evaluate import MetricReport
+from task.evaluation.metrics import METRICS
 from task.progress import duration
 from task.reporting.history import RunHistory, read_history
-from task.reporting.metric_table import metric_rows
+from task.reporting.metric_table import Figure
 from task.reporting.run_summary import (
     describe_run,
     evaluated_metrics,
@@ -26,6 +26,7 @@ from task.reporting.warning_signs import (
     image_checks,
     warning_signs,
 )
+from task.runs.evaluations import evaluation_of, read_evaluations
 from task.runs.records import HELD_OUT, TEST, TRAIN, Record, records_of
 from task.runs.repeat import (
     PLACES,
@@ -35,9 +36,9 @@ from task.runs.repeat import (
     training_words,
 )
 from task.runs.run_directory import check_same_run, run_path
-from tests.helpers import left_out, losses, metric_report, written_run
+from tests.helpers import evaluated, left_out, losses, written_run
 
-NOISE_POSITION = ("noise_position", None)
+NOISE_POSITION = Figure("noise_position")
 
 
 def test_history_holds_what_was_recorded_of_complete_rounds(tmp_path: Path) -> None:
@@ -117,19 +118,36 @@ def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         read_history(tmp_path)
 
 
-def test_report_of_metrics_reads_back_as_it_was_described() -> None:
-    assert MetricReport.from_description(metric_report().describe()) == metric_report()
-    with pytest.raises(ValueError, match="no measurements"):
-        MetricReport.from_description({"fid_train": 1.0})
+@pytest.mark.parametrize(
+    "content", [[], {"round": 3}, {**evaluated(), "records": []}, {**evaluated(), "round": "x"}]
+)
+def test_what_is_no_evaluation_is_refused_with_the_file(content: Any) -> None:
+    with pytest.raises(ValueError, match=r"^file\.json is not what a run writes"):
+        evaluation_of(content, Path("file.json"))
 
 
-@pytest.mark.parametrize(("n_train", "real"), [(1999, ""), (2000, "0.9000")])
-def test_accuracy_of_real_images_stands_beside_as_many_generated_ones_only(
-    n_train: int, real: str
-) -> None:
-    report = MetricReport.from_description({**metric_report().describe(), "n_train": n_train})
-    (row,) = [row for row in metric_rows(report) if row[0].startswith("classification")]
-    assert row[1:] == ("0.8000", real) and ("same n" in row[0]) == (real != "")
+def test_evaluation_of_the_first_schema_is_read() -> None:
+    run = Path(__file__).parents[1] / "runs" / "0.1.0-federated"
+    (found,) = read_evaluations(run)
+    old = json.loads((run / "evaluation-classifier-correct.json").read_text())
+    assert found.label.n_floor == old["n_floor"] and found.round == old["round"]
+    for name, reference in (("kid", TEST), ("fid", TRAIN), ("precision", None)):
+        for real in (False, True):
+            each = found.records.last(name, reference=reference, real=real)
+            key = "floor_" * real + "_".join(filter(None, (name, reference)))
+            assert each is not None and (each.value, each.std) == (old[key], old.get(f"{key}_std"))
+    assert found.records.value("class_agreement", real=True) == old["agreement_real"]
+    assert found.records.value("cas", real=True) == old["cas_real_same_n"]
+    assert found.records.value("pixel_distance", real=True) == old["pixel_held_out"]
+    assert {each.metric for each in found.records.all} <= METRICS.keys()
+    assert evaluation_of(found.content(), Path(found.name)) == found
+    # Floors of another number of images than the scores are none.
+    del old["n_scored"]
+    assert not any(
+        each.real
+        for each in evaluation_of({**old, "n_floor": 7}).records.all
+        if each.metric == "fid"
+    )
 
 
 def found(history: RunHistory, subject: str) -> list[Check]:
@@ -140,12 +158,15 @@ def test_copies_and_few_images_are_warned_of(tmp_path: Path) -> None:
     run = written_run(tmp_path / "run", losses(1, {0: 0.5}), rounds_done=2)
     file = run / "evaluation-classifier-correct.json"
     for p_value, state in ((0.02, State.CLEAR), (0.001, State.WARNING), (None, State.UNMEASURED)):
-        described = metric_report(p_value).describe()
-        file.write_text(json.dumps({**described, "round": 2}))
+        content = evaluated(scores={Figure("pixel_p_value"): (p_value, None)})
+        file.write_text(json.dumps(content))
         assert [check.state for check in found(read_history(run), "copies")] == [state]
         assert [check.state for check in found(read_history(run), "fewer")] == [State.CLEAR]
-    for few, said in (({"n_generated": 499}, "499 of 10"), ({"n_rarest": 3}, "at least 3 of each")):
-        file.write_text(json.dumps({**metric_report().describe(), "round": 2, **few}))
+    for few, said in (
+        ({"n_generated": 499, "n_rarest": 49}, "499 of 10"),
+        ({"n_rarest": 3}, "at least 3 of each"),
+    ):
+        file.write_text(json.dumps(evaluated(**few)))
         assert any(said in sign for sign in warning_signs(read_history(run)))
 
 
@@ -155,7 +176,7 @@ def test_what_was_measured_before_a_run_was_prolonged_is_not_said_of_its_end(
     lines = [*losses(1, {0: 0.5}), Record(1, "noise_position", 0.1, n=500), *losses(2, {0: 0.5})]
     run = written_run(tmp_path / "run", lines, rounds_done=2)
     file = run / "evaluation-classifier-correct.json"
-    file.write_text(json.dumps({**metric_report(0.5).describe(), "round": 1}))
+    file.write_text(json.dumps(evaluated(1)))
     assert {check.state for check in image_checks(read_history(run))} == {State.UNMEASURED}
     (found_before,) = found_metrics(read_history(run), NOISE_POSITION)
     assert found_before.of.endswith("n=500, round 1")
@@ -172,8 +193,7 @@ def test_what_was_measured_before_a_run_was_prolonged_is_not_said_of_its_end(
 def test_images_drawn_otherwise_do_not_hide_what_the_run_measured(tmp_path: Path) -> None:
     quick = Record(2, "noise_position", 0.1, n=500)
     run = written_run(tmp_path / "run", [quick], rounds_done=2)
-    places = {"noise_position": 0.9, "floor_noise_position": 0.03}
-    content = json.dumps({**metric_report().describe(), **places, "round": 2})
+    content = json.dumps(evaluated(scores={NOISE_POSITION: (0.9, 0.03)}))
     (run / "evaluation-classifier-correct-sampler=ddpm.json").write_text(content)
     states = [check.state for check in found(read_history(run), "noise")]
     assert states == [State.WARNING, State.CLEAR]
@@ -193,15 +213,6 @@ def test_place_between_real_and_noise_names_the_numbers_that_it_is_of(tmp_path: 
     said = "other real images at 0.03 (n=1,000, 500 of them compared, 179 real ones)"
     assert said in found(history, "noise")[0].says
     assert found_metrics(history, NOISE_POSITION)[0].of == "pixels and spectra, n=500"
-
-
-def test_floors_of_another_number_of_images_are_left_out(tmp_path: Path) -> None:
-    described = metric_report().describe()
-    for name, n_scored, real in (("old", 2000, ""), ("new", 897, "2.5")):
-        report = MetricReport.from_description({**described, "n_scored": n_scored})
-        run = written_run(tmp_path / name, report.records(2), rounds_done=2)
-        (fid,) = found_metrics(read_history(run), ("fid", TRAIN))
-        assert (fid.generated, fid.real) == ("2.5", real)
 
 
 @pytest.mark.parametrize(
@@ -349,13 +360,13 @@ def test_test_images_that_were_trained_on_are_warned_of(tmp_path: Path) -> None:
 
 
 def test_run_ends_with_few_lines_of_what_it_found(tmp_path: Path) -> None:
-    report = MetricReport.from_description({**metric_report().describe(), "n_scored": 897})
+    report = evaluation_of(evaluated())
     recorded = [
         *losses(1, {0: 0.5, 1: 0.7}),
         *losses(2, {0: 0.25, 1: 0.35}),
         *records_of(2, {"round_seconds": 100.0, "seconds_training": 75.0}),
         Record(2, "loss", 0.4, reference=TEST),
-        *report.records(2),
+        *report.records.all,
         Record(2, "seconds_evaluating", 25.0),
     ]
     run = written_run(tmp_path / "run", recorded, rounds_done=2)

@@ -15,7 +15,7 @@ from task.cli.main import app
 from task.reporting.model_card import write_model_card
 from task.reporting.report import write_report
 from task.runs.run import load_run
-from tests.helpers import left_out, losses, metric_report, written_run
+from tests.helpers import evaluated, left_out, losses, written_run
 
 IMAGE = "<img src=x onerror=alert(1)>"
 RUN = f"=1+1 '\"`*_{IMAGE}_*|[a](javascript:alert(2))"
@@ -64,8 +64,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ),
             partition__beta=beta,
         )
-        found = {**metric_report().describe(), "round": 2, "sampler": "ddim"}
-        found["num_inference_steps"] = 2
+        found = evaluated(sampler="ddim", num_inference_steps=2)
         (run / "evaluation-classifier-correct.json").write_text(json.dumps(found))
     return folder
 

@@ -1,6 +1,5 @@
 """What a model card says of a run, and what it keeps to itself."""
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,12 +9,11 @@ import pytest
 from safetensors.torch import save_file
 
 from task.config import anchored, load_config, write_config
-from task.evaluation.copying import Copying
-from task.evaluation.evaluate import Classification, Label, MetricReport, Scores
-from task.reporting.metric_table import metric_rows
+from task.reporting.metric_table import Figure
 from task.reporting.model_card import training_counts, write_model_card
-from task.runs.records import HELD_OUT, TEST, Record, records_of
-from task.runs.run import FinishedRun, find_runs
+from task.runs.records import HELD_OUT, TEST, TRAIN, Record, records_of
+from task.runs.run import FinishedRun, load_run
+from tests.helpers import Scores, evaluated
 
 EXPORTED = {
     "by": "feddm 0.1.0",
@@ -24,16 +22,18 @@ EXPORTED = {
     "client": None,
     "weights_sha256": "ab" * 32,
 }
-LABEL = Label("digits", "classifier", "cd" * 32, "correct", False, 20, 100, 30, 20, 20, 0, 20)
-SHARES = dict(precision=0.9, recall=0.8, density=1.0, coverage=0.7)
-REPORT = MetricReport(
-    label=LABEL,
-    generated=Scores(fid_train=1.25, kid_train=0.5, kid_train_std=0.1, **SHARES),
-    floor=Scores(fid_train=0.75, kid_train=0.0, kid_train_std=0.1, **SHARES),
-    classification=Classification(0.8, 0.9, 0.95, 0.99),
-    pixel_copying=Copying(0.1, 0.2, 0.125, 0.03125),
-    feature_copying=None,
-)
+SCORES: Scores = {
+    Figure("fid", TRAIN): (1.25, 0.75),
+    Figure("class_agreement"): (0.99, None),
+    Figure("pixel_copied"): (0.125, None),
+    Figure("pixel_p_value"): (0.03125, None),
+}
+
+
+def measured(server_round: int = 3, **drawn: Any) -> dict[str, Any]:
+    label = {"n_generated": 20, "n_train": 100, "n_test": 30, "n_floor": 20, "n_scored": 20}
+    told = {**label, "n_rarest": 10, "extractor_sha256": "cd" * 32, **drawn}
+    return evaluated(server_round, SCORES, **told)
 
 
 def run_of(folder: Path, files: dict[str, Any], *overrides: str) -> FinishedRun:
@@ -49,7 +49,7 @@ def run_of(folder: Path, files: dict[str, Any], *overrides: str) -> FinishedRun:
     for name, content in files.items():
         (path / name).write_text(json.dumps(content))
     save_file({}, path / "model.safetensors", {"round": "3"})
-    return find_runs(folder)[0]
+    return load_run(path)
 
 
 def card(run: FinishedRun, **exported: Any) -> str:
@@ -60,10 +60,9 @@ def card(run: FinishedRun, **exported: Any) -> str:
 
 
 def test_card_of_a_simulation_tells_counts_training_metrics_and_copies(tmp_path: Path) -> None:
-    drawn = {"round": 3, "sampler": "ddim", "num_inference_steps": 50}
     files = {
         "partition.json": {"num_clients": 2, "train_counts": [[30, 10], [20, 40]]},
-        "evaluation-classifier-correct.json": {**REPORT.describe(), **drawn},
+        "evaluation-classifier-correct.json": measured(sampler="ddim", num_inference_steps=50),
     }
     text = card(run_of(tmp_path, files, "partition.beta=0.25", "diffusion.label_dropout=0.1"))
     front = re.match(r"---\n(.*?)---\n", text, re.DOTALL)
@@ -74,9 +73,9 @@ def test_card_of_a_simulation_tells_counts_training_metrics_and_copies(tmp_path:
         "| normal | 50 |",
         "| all | 100 |",
         "| partition.beta (Dirichlet) | 0.25 |",
-        "| FID (train) v | 1.2500 | 0.7500 |",
-        "nearer than held-out ones, pixels v | 0.1250 |  |",
-        "p where nothing is copied | 0.0312 |",
+        "| FID (train) ↓ | 1.2500 | 0.7500 |",
+        "nearer to training images than held-out ones, pixels ↓ | 0.1250 |  |",
+        "p where nothing is copied, pixels | 0.0312 |",
         "Not measured: images that look like noise.",
         "Warning: fewer than 50 measured images of a class. Few images of a class were measured: "
         "20 of 2 classes",
@@ -130,9 +129,9 @@ def test_card_of_a_run_without_evaluation_tells_what_it_measured_itself(tmp_path
     text = card(run)
     for words in (
         "500 images at the end of the run, round 3",
-        "| between real images (0) and noise (1) | 0.7500 | 0.1250 |",
-        "| found in the class asked for | 0.5000 |  |",
-        "| the same of one class for all | 0.5000 | 0.5000 |",
+        "| between real (0) and noise (1) ↓ | 0.7500 | 0.1250 |",
+        "| found in the class asked for ↑ | 0.5000 |  |",
+        "| found by one class for all | 0.5000 |  |",
         "Warning: images that look like noise. The images look untrained",
         "Warning: images of other classes than asked for.",
         "Not measured: copies of training images.",
@@ -171,16 +170,16 @@ def test_hospitals_scores_are_told_as_their_mean_alone(tmp_path: Path) -> None:
         score(3, "class_agreement", 0.75, of=1),
     )
     text = card(run)
-    assert "than held-out ones, pixels | 0.2500 | 2 | 3 |" in text
-    assert "| loss on held-out images | 0.1250 | 3 | 3 |" in text
+    assert "than held-out ones, pixels ↓ | 0.2500 |  | 2 | 3 |" in text
+    assert "| loss on held-out images | 0.1250 |  | 3 | 3 |" in text
     assert "0.75" not in text and "0.5" not in text
     assert "Scores of fewer than 2 clients are not told." in text
 
 
 def test_scores_of_another_round_than_that_of_the_weights_are_not_told(tmp_path: Path) -> None:
-    drawn = {"round": 2, "sampler": "ddim", "num_inference_steps": 50}
-    files = {"evaluation-classifier-correct.json": {**REPORT.describe(), **drawn}}
-    run = run_of(tmp_path, files, "train.mode=centralized")
+    run = run_of(
+        tmp_path, {"evaluation-classifier-correct.json": measured(2)}, "train.mode=centralized"
+    )
     record(run, loss(2, 0.625))
     assert "Nothing was measured of these weights: " in card(run)
     assert "0.625" not in card(run) and "FID (train)" not in card(run)
@@ -210,7 +209,7 @@ def test_scores_of_a_single_client_are_not_told(tmp_path: Path, others: bool) ->
 def test_card_of_an_earlier_run_tells_what_its_files_hold(tmp_path: Path) -> None:
     files = {
         "partition.json": {"train_counts": [[30, 10], [20, 40]]},
-        "evaluation-classifier-correct.json": {**REPORT.describe(), "round": 3},
+        "evaluation-classifier-correct.json": measured(),
     }
     text = card(run_of(tmp_path, files))
     assert "Clients: 2." in text and "- after round 3\n" in text and "drawn by" not in text
@@ -224,8 +223,7 @@ def test_file_that_no_run_has_written_is_named(name: str, tmp_path: Path) -> Non
 
 
 def test_card_of_a_clients_weights_claims_no_results(tmp_path: Path) -> None:
-    drawn = {"round": 3, "sampler": "ddim", "num_inference_steps": 50}
-    files = {"evaluation-classifier-correct.json": {**REPORT.describe(), **drawn}}
+    files = {"evaluation-classifier-correct.json": measured()}
     text = card(run_of(tmp_path, files), client=1)
     assert "of a single client" in text and "FID (train)" not in text
     assert "Nothing was measured of these weights: " in text
@@ -267,18 +265,3 @@ def test_card_tells_the_versions_that_trained_where_they_are_known(tmp_path: Pat
     assert "- Trained with feddm 1.2, torch 3.4.\n" in card(run_of(tmp_path / "new", machine))
     unknown = "- Trained with versions that the run does not record.\n"
     assert unknown in card(run_of(tmp_path / "old", {}))
-
-
-@pytest.mark.parametrize(("n_test", "told"), [(20, "0.5000"), (30, "0.5000 +- 0.1000")])
-def test_subsets_that_are_all_images_have_no_spread(n_test: int, told: str) -> None:
-    scores = dataclasses.replace(REPORT.generated, kid_test=0.5, kid_test_std=0.1)
-    label = dataclasses.replace(LABEL, n_test=n_test)
-    report = dataclasses.replace(REPORT, label=label, generated=scores, floor=scores)
-    assert ("KID (test) v", told, told) in metric_rows(report)
-
-
-def test_a_report_survives_its_description() -> None:
-    found = json.loads(json.dumps(REPORT.describe())) | {"round": 3, "eta": 1.0}
-    assert MetricReport.from_description(found) == REPORT
-    with pytest.raises(ValueError, match=r"no measurements of this version .* 'n_floor'"):
-        MetricReport.from_description({k: v for k, v in found.items() if k != "n_floor"})

@@ -30,7 +30,7 @@ from task.reporting.report import (
 from task.reporting.run_summary import key_figures
 from task.runs.records import TRAIN, records_of
 from task.runs.repeat import resuming_command
-from tests.helpers import left_out, losses, metric_report, written_run
+from tests.helpers import evaluated, left_out, losses, written_run
 
 EVIL = "<script>alert(1)</script>"
 REASON = "</script><img src=x onerror=alert(2)>"
@@ -172,7 +172,7 @@ def test_comparison_names_what_differs(run: Path, tmp_path: Path) -> None:
 def test_comparison_sets_only_like_figures_beside_each_other(tmp_path: Path) -> None:
     runs = [written_run(tmp_path / name, losses(1, {0: 0.5}), rounds_done=2) for name in "abc"]
     for run, number in zip(runs, (2000, 2000, 179), strict=True):
-        described = {**metric_report().describe(), "round": 2, "n_generated": number}
+        described = evaluated(n_generated=number, n_scored=number)
         (run / "evaluation-classifier-correct.json").write_text(json.dumps(described))
     text = bare(render(compare([read_history(run) for run in runs])))
     for number, cells in (("2,000", ["2.5", "2.5", "-"]), ("179", ["-", "-", "2.5"])):
@@ -193,7 +193,7 @@ def test_comparison_says_first_what_keeps_figures_apart(tmp_path: Path) -> None:
     for name, changed in changes.items():
         rounds = 3 if name == "longer" else 2
         run = written_run(tmp_path / name, losses(1, {0: 0.5}), rounds_done=rounds, **changed)
-        described = {**metric_report().describe(), "round": rounds}
+        described = evaluated(rounds)
         (run / "evaluation-classifier-correct.json").write_text(json.dumps(described))
         runs[name] = read_history(run)
 

@@ -15,6 +15,7 @@ from task.data import build_dataset
 from task.generators.diffusion.objective import build_objective
 from task.randomness import Stream, torch_generator
 from task.runs.checkpoint import load_weights
+from task.runs.evaluations import evaluation_of
 from task.runs.records import TRAIN, read_records
 from task.runs.run_directory import RunDirectory
 from task.training.loop import new_optimizer, train_epochs
@@ -136,7 +137,7 @@ def test_small_and_full_metrics_come_when_they_are_due(folder: Path) -> None:
     assert set(recorded(path, "cas")) == {3} == set(recorded(path, "class_agreement"))
     found = json.loads((path / "evaluation-classifier-correct.json").read_text())
     assert (found["round"], found["n_generated"]) == (3, 30)
-    assert found["fid_train"] == fids[3].value
+    assert evaluation_of(found).records.value("fid", reference=TRAIN) == fids[3].value
 
 
 def test_full_metrics_that_were_not_taken_are_made_up_for(

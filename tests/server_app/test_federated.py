@@ -23,13 +23,11 @@ from server_app.evaluation import is_measured
 from server_app.exchange import simulated_at_once
 from server_app.federated import FederatedTraining
 from server_app.hospital_scores import (
-    CLASS_SCORES,
     QUALITY_TYPE,
-    SCORES,
-    check_scores,
-    combined_scores,
-    describe_means,
-    scores_of,
+    combined_records,
+    describe_scores,
+    expected_scores,
+    read_scores,
 )
 from server_app.replies import UnusableReply
 from server_app.rounds import DivergedError, initial_model
@@ -39,7 +37,7 @@ from task.protocol.wire import Key, WeightLayout
 from task.reporting.history import read_history
 from task.reporting.warning_signs import State, checks
 from task.runs.checkpoint import load_weights
-from task.runs.records import Record, read_records
+from task.runs.records import HELD_OUT, Record, Records, read_records
 from task.runs.run import kept_clients
 from task.runs.run_directory import RunDirectory, weights_file
 from tests.helpers import SMALL_RUN, ClientNodes, Network, Order, simulated, write_digits_as_mnist
@@ -1055,7 +1053,7 @@ def test_hospitals_score_the_same_images_and_their_means_are_weighted(
             assert arrays[Key.IMAGES].numpy().shape == (100, 1, 8, 8)
             assert np.bincount(arrays[Key.LABELS].numpy()).tolist() == [10] * 10
         if is_quality(asked, 1):
-            reply.content[Key.METRICS].update({Key.NUM_EXAMPLES: 60, Key.FID: 1.0, "more": 1.0})
+            reply.content[Key.METRICS].update({Key.NUM_EXAMPLES: 60, "fid": 1.0, "more": 1.0})
         return reply
 
     folder = play({**run_config, **SCORED_HOSPITALS}, nodes=nodes, alter=alter)
@@ -1071,10 +1069,13 @@ def test_hospitals_score_the_same_images_and_their_means_are_weighted(
     assert recorded(folder, "more") == {}
     said = capsys.readouterr().out
     mean, floor = fid[2, None], recorded(folder, "held_out fid real")[2, None]
-    assert (
-        "images scored at 2 hospitals on 80 held-out images: "
-        f"FID {mean:.2f} (their own floor {floor:.2f}), KID " in said
+    place, other = (
+        recorded(folder, f"held_out noise_position{of}")[2, None] for of in ("", " real")
     )
+    assert (
+        f"images scored at 2 hospitals on 80 held-out images: between real (0) and noise (1) "
+        f"{place:.4g} (real images {other:.4g}), FID {mean:.4g} (real images {floor:.4g}), KID "
+    ) in said
     assert "(extractor: each hospital's own classifier, image range correct)" in said
     assert f"FID {fid[1, None]:.2f} at 2 hospitals" in said
 
@@ -1082,10 +1083,10 @@ def test_hospitals_score_the_same_images_and_their_means_are_weighted(
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (changed(metrics={Key.FID: math.nan}), "^fid must be a finite number, got nan$"),
-        (changed(metrics={Key.FLOOR_FID: -1.0}), r"^floor-fid must be from 0 to 1e\+15, got -1.0$"),
-        (changed(metrics={Key.PIXEL_COPIED: 1.5}), "^pixel-copied must be from 0 to 1, got 1.5$"),
-        (changed(metrics={Key.KID: [1.0]}), "^kid must be a finite number"),
+        (changed(metrics={"fid": math.nan}), "^fid must be a finite number, got nan$"),
+        (changed(metrics={"floor-fid": -1.0}), r"^floor-fid must be from 0 to 1e\+15, got -1.0$"),
+        (changed(metrics={"pixel-copied": 1.5}), "^pixel-copied must be from 0 to 1, got 1.5$"),
+        (changed(metrics={"kid": [1.0]}), "^kid must be a finite number"),
         (changed(metrics={Key.NUM_EXAMPLES: -4}), "^num-examples must be .* got -4$"),
         (changed(metrics={}), "^num-examples must be "),
         (without(Key.METRICS), "^no record 'metrics' in the reply$"),
@@ -1108,37 +1109,39 @@ def test_scores_that_cannot_be_used_are_left_out_and_named(
 
 def test_hospital_of_one_class_does_not_move_the_class_agreement() -> None:
     config = load_run_config(SMALL_RUN)
-    told: dict[str, int | float] = dict.fromkeys((*SCORES, *CLASS_SCORES), 0.5)
-    one_class = dict.fromkeys(SCORES, 0.5)
+    told: dict[str, int | float] = dict.fromkeys(expected_scores(["class-agreement"]), 0.5)
+    one_class = dict.fromkeys(expected_scores([]), 0.5)
+    assert told.keys() - one_class.keys() == {
+        *("class-agreement", "floor-class-agreement", "chance-agreement")
+    }
     scores = [{Key.NUM_EXAMPLES: n, **told} for n in (20, 30)] + [
         {Key.NUM_EXAMPLES: 40, **one_class}
     ]
-    scores[1][Key.CLASS_AGREEMENT] = 0.75
+    scores[1]["class-agreement"] = 0.75
     for each in scores:
         content = RecordDict({Key.METRICS: MetricRecord(each)})
-        check_scores(content)
-        assert scores_of(content) == each
-    found = combined_scores(scores, config)
-    assert (found["num-class-hospitals"], found[Key.NUM_EXAMPLES]) == (2, 90)
-    assert found[Key.CLASS_AGREEMENT] == pytest.approx((20 * 0.5 + 30 * 0.75) / 50)
-    assert (
-        "found in 65.0% (of held-out images in 50.0%, by chance in 50.0%; 2 hospitals)"
-        in describe_means(found, 3, config)
-    )
-    alone = combined_scores(scores[2:], config)
-    assert Key.CLASS_AGREEMENT not in alone and alone["num-class-hospitals"] == 0
-    assert "looked for at no hospital with two classes or more" in describe_means(alone, 1, config)
+        assert read_scores(content) == each
+    found = Records(tuple(combined_records(3, scores, config, n=100)))
+    assert found.value("num_held_out") == 90
+    agreement = found.last("class_agreement", reference=HELD_OUT)
+    assert agreement is not None and agreement.context["num_clients"] == 2
+    assert agreement.value == pytest.approx((20 * 0.5 + 30 * 0.75) / 50)
+    fid = found.last("fid", reference=HELD_OUT)
+    assert fid is not None and (fid.context["num_clients"], fid.n) == (3, 100)
+    said = describe_scores(found, 3, config)
+    assert "found in the class asked for 0.65 (real images 0.5)" in said
+    alone = Records(tuple(combined_records(3, scores[2:], config, n=100)))
+    assert alone.last("class_agreement", reference=HELD_OUT) is None
     # Half of them is no reply of a hospital.
-    half = MetricRecord({k: v for k, v in scores[0].items() if k != Key.HELD_OUT_ACCURACY})
-    with pytest.raises(UnusableReply, match=r"^held-out-accuracy must be .*, got None"):
-        check_scores(RecordDict({Key.METRICS: half}))
+    half = MetricRecord({k: v for k, v in scores[0].items() if k != "floor-class-agreement"})
+    with pytest.raises(UnusableReply, match=r"^floor-class-agreement must be .*, got None"):
+        read_scores(RecordDict({Key.METRICS: half}))
 
 
 def test_scores_beside_a_count_of_0_are_not_taken_up() -> None:
-    metrics = MetricRecord({Key.NUM_EXAMPLES: 0, Key.FID: math.nan})
+    metrics = MetricRecord({Key.NUM_EXAMPLES: 0, "fid": math.nan})
     content = RecordDict({Key.METRICS: metrics})
-    check_scores(content)
-    assert scores_of(content) == {Key.NUM_EXAMPLES: 0}
+    assert read_scores(content) == {Key.NUM_EXAMPLES: 0}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,469 @@
+"""Every metric of generated images: name, title, direction, bounds, caption and computation.
+
+A new metric is one more entry here. Evaluations, records, pages, tables, the model card and the
+messages of hospitals take it from `METRICS`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from enum import StrEnum
+from statistics import fmean
+from typing import Literal
+
+import torch
+
+from task.checks import require
+from task.evaluation.classifier import accuracy, balanced_accuracy, train_classifier
+from task.evaluation.comparison import Comparison, Pair, Pairs, random_order
+from task.evaluation.copying import Copying
+from task.evaluation.distances import (
+    MeanStd,
+    frechet_distance,
+    inception_score,
+    kid,
+    share_near,
+)
+from task.evaluation.features import cached_classifier
+from task.evaluation.noise_position import MOST_COMPARED, noise_position
+from task.runs.records import HELD_OUT, TEST, TRAIN
+
+KID_SUBSETS = 100
+KID_SUBSET_SIZE = 1000
+
+SHARE = (0.0, 1.0)
+POSITIVE = (0.0, math.inf)
+
+
+class Use(StrEnum):
+    """Where a metric is computed or shown."""
+
+    # By `feddm evaluate` and `eval.final_metrics`.
+    EVALUATION = "evaluation"
+    # By `eval.metrics_every`.
+    ROUNDS = "rounds"
+    # At the end of every run that draws images there.
+    END = "end"
+    # By real nodes, each on its own images.
+    HOSPITALS = "hospitals"
+    # The same, but where a node has images of two classes or more.
+    HOSPITALS_OF_CLASSES = "hospitals of classes"
+    # In the few lines that say how a run ended.
+    SUMMARY = "summary"
+    # As a column of `feddm tables`.
+    TABLES = "tables"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number that a metric gives: a `Record` without the round and whose weights it is of.
+
+    Attributes:
+        value: the number.
+        std: standard deviation over splits or subsets; None where there is none.
+        n: of how many images.
+        reference: the images that it was measured against, where the metric leaves a choice.
+        real: whether real images stand in for the generated ones.
+        whole: whether it is of all generated images, and not to be compared with that of real ones.
+    """
+
+    value: float
+    std: float | None = None
+    _: KW_ONLY
+    n: int
+    reference: str | None = None
+    real: bool = False
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that says something of generated images.
+
+    Attributes:
+        name: in records and files, and, with dashes, in messages.
+        title: on pages.
+        better: "higher" or "lower", or what real images reach; None: no direction is better.
+        bounds: the least and the largest that it can be.
+        compute: yields the scores of a comparison; none where it lacks what they need.
+        uses: where it is computed and shown.
+        caption: what a reader must know of it, without a full stop; may be empty.
+        beside: whether a hospital that measures it measures it of real images as well.
+        through: what looks at the images, where that is not the extractor.
+        most: how many images it compares at most; None: all.
+    """
+
+    name: str
+    title: str
+    better: Literal["higher", "lower"] | float | None
+    bounds: tuple[float, float]
+    compute: Callable[[Comparison], Iterable[Score]]
+    uses: frozenset[Use]
+    caption: str = ""
+    beside: bool = True
+    through: str = ""
+    most: int | None = None
+
+    def full_title(self, reference: str | None) -> str:
+        """Return the title with the images that it is measured against."""
+        return f"{self.title} ({reference})" if reference in (TRAIN, TEST) else self.title
+
+    def heading(self, reference: str | None) -> str:
+        """Return the full title with an arrow to what is better."""
+        arrows = {"higher": " ↑", "lower": " ↓", None: ""}
+        arrow = f" ≈ {self.better:g}" if isinstance(self.better, float) else arrows[self.better]
+        return self.full_title(reference) + arrow
+
+    def key(self, *, real: bool = False) -> str:
+        """Return the name in messages, of generated images or of real ones."""
+        return ("floor-" if real else "") + self.name.replace("_", "-")
+
+    @property
+    def keys(self) -> dict[str, bool]:
+        """The names in messages, with whether they are of real images."""
+        return {self.key(real=real): real for real in (False, *[True] * self.beside)}
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def register(metric: Metric) -> None:
+    """Add a metric to `METRICS`, whose order is that of pages.
+
+    Raises:
+        ValueError: there is one of this name.
+    """
+    require(metric.name not in METRICS, "a metric's name", "a new one", metric.name)
+    METRICS[metric.name] = metric
+
+
+def metrics_of(*uses: Use) -> list[Metric]:
+    """List the metrics that have one of some uses."""
+    return [metric for metric in METRICS.values() if metric.uses.intersection(uses)]
+
+
+# By the reference of a score those of its pairs, of which the first that is there counts.
+References = Mapping[str | None, tuple[str, ...]]
+EACH: References = {name: (name,) for name in (TRAIN, TEST, HELD_OUT)}
+TRAINING_IMAGES: References = {None: (TRAIN,)}
+TEST_IMAGES: References = {None: (TEST, TRAIN)}
+
+
+def of_features(
+    score: Callable[[Pair], MeanStd | None], references: References
+) -> Callable[[Comparison], Iterable[Score]]:
+    """Make the `compute` of a metric of features: mean over draws, floor, and all images.
+
+    Args:
+        score: of one pair; None where the extractor does not give what it needs.
+        references: what is measured against what.
+    """
+
+    def compute(comparison: Comparison) -> Iterator[Score]:
+        found = comparison.pairs
+        if found is None:
+            return
+        kinds: tuple[tuple[Sequence[Pairs], dict[str, bool]], ...] = (
+            (found.draws, {}),
+            ([found.floor], {"real": True}),
+            ([] if found.whole is None else [found.whole], {"whole": True}),
+        )
+        for reference, names in references.items():
+            for several, kind in kinds:
+                pairs = [pair for each in several if (pair := _first(each, names)) is not None]
+                scores = [each for pair in pairs if (each := score(pair)) is not None]
+                if scores:
+                    stds = [each.std for each in scores if each.std is not None]
+                    yield Score(
+                        fmean(each.mean for each in scores),
+                        fmean(stds) if stds else None,
+                        n=len(pairs[0].images),
+                        reference=reference,
+                        **kind,
+                    )
+
+    return compute
+
+
+def _first(pairs: Pairs, names: Sequence[str]) -> Pair | None:
+    return next((pairs[name] for name in names if name in pairs), None)
+
+
+def _inception_score(pair: Pair) -> MeanStd | None:
+    probabilities = pair.images.probabilities
+    if probabilities is None:
+        return None
+    return inception_score(probabilities, generator=pair.generator(5))
+
+
+def _fid(pair: Pair) -> MeanStd:
+    return MeanStd(frechet_distance(pair.reference.features, pair.images.features))
+
+
+def _kid(pair: Pair) -> MeanStd:
+    size = min(KID_SUBSET_SIZE, pair.smallest)
+    found = kid(
+        pair.reference.features,
+        pair.images.features,
+        subsets=KID_SUBSETS,
+        subset_size=size,
+        generator=pair.generator(6),
+    )
+    # Each subset may be all there is, which has no spread.
+    whole = len(pair.images) == len(pair.reference) == size
+    return MeanStd(found.mean) if whole else found
+
+
+def _precision(pair: Pair) -> MeanStd:
+    return MeanStd(share_near(pair.images.features, pair.reference.features))
+
+
+def _recall(pair: Pair) -> MeanStd:
+    return MeanStd(share_near(pair.reference.features, pair.images.features))
+
+
+def _density(pair: Pair) -> MeanStd:
+    return MeanStd(pair.manifold.density)
+
+
+def _coverage(pair: Pair) -> MeanStd:
+    return MeanStd(pair.manifold.coverage)
+
+
+def _noise_position(comparison: Comparison) -> Iterator[Score]:
+    generated, real = comparison.generated.images, comparison.real
+    if len(generated) >= 2 and len(real.train) >= 4:
+        found = noise_position(
+            generated,
+            real.train.images,
+            real.test.images,
+            seed=comparison.seed,
+            device=comparison.device,
+        )
+        yield Score(found.generated, n=len(generated))
+        yield Score(found.real, n=found.n_real, real=True)
+
+
+def _classification_accuracy(comparison: Comparison) -> Iterator[Score]:
+    """Test a classifier of generated images, and one of as many real ones, on test images.
+
+    Source: Ravuri & Vinyals 2019.
+    """
+    generated, train, test = comparison.generated, comparison.real.train, comparison.real.test
+    if len(test) == 0:
+        return
+    number, config = len(generated), comparison.config
+    missing = sorted(set(range(len(config.data.classes))) - set(generated.labels.tolist()))
+    require(not missing, "generated.labels", "of every class", f"none of {missing}")
+    model = train_classifier(
+        generated,
+        num_classes=len(config.data.classes),
+        horizontal_flip=config.data.horizontal_flip,
+        seed=comparison.seed,
+        device=comparison.device,
+    )
+    yield Score(accuracy(model, test.images, test.labels), n=number)
+    if number <= len(train):  # else there are not as many real ones to train on
+        beside = comparison.classifier
+        if number < len(train):
+            chosen = random_order(len(train), comparison.seed, 4)[:number]
+            beside = cached_classifier(config, train.subset(chosen), comparison.device)
+        yield Score(accuracy(beside, test.images, test.labels), n=number, real=True)
+
+
+def _real_accuracy(comparison: Comparison) -> Iterator[Score]:
+    train, test = comparison.real.train, comparison.real.test
+    if len(test) > 0:
+        found = accuracy(comparison.classifier, test.images, test.labels)
+        yield Score(found, n=len(train), real=True)
+
+
+def _class_agreement(comparison: Comparison) -> Iterator[Score]:
+    generated, test = comparison.generated, comparison.real.test
+    classifier = comparison.classifier
+    yield Score(accuracy(classifier, generated.images, generated.labels), n=len(generated))
+    if torch.isin(test.labels, generated.labels).any():
+        found = balanced_accuracy(classifier, test.images, test.labels, like=generated.labels)
+        yield Score(found, n=len(test), real=True)
+
+
+def _chance_agreement(comparison: Comparison) -> Iterator[Score]:
+    labels = comparison.generated.labels
+    yield Score(int(labels.bincount().max()) / len(labels), n=len(labels))
+
+
+def of_copying(
+    search: Callable[[Comparison], Copying | None], name: str, *, real: str = ""
+) -> Callable[[Comparison], Iterable[Score]]:
+    """Make the `compute` of a metric of the nearest training images.
+
+    Args:
+        search: finds them; None where there is nothing to hold them against.
+        name: of what `Copying` tells of generated images.
+        real: of what it tells of held-out ones; empty: nothing.
+    """
+
+    def compute(comparison: Comparison) -> Iterator[Score]:
+        found = search(comparison)
+        if found is not None:
+            number, held_out = len(comparison.generated), len(comparison.held_out_searched)
+            yield Score(getattr(found, name), n=number)
+            if real:
+                yield Score(getattr(found, real), n=held_out, real=True)
+
+    return compute
+
+
+FEATURES = frozenset({Use.EVALUATION, Use.ROUNDS})
+CLASSES = frozenset({Use.EVALUATION, Use.END, Use.HOSPITALS_OF_CLASSES})
+NEAR = (
+    "nearest training image: medians, beside those of held-out images; nearer than held-out ones: "
+    "the share of generated images by which more of them lie near a training image, relative to "
+    "its neighbours, and the p value of that share where nothing is copied"
+)
+AGAINST = (
+    "precision, recall, density and coverage: against the test images, or, where there are none, "
+    "against the training images"
+)
+
+register(
+    Metric(
+        "noise_position",
+        "between real (0) and noise (1)",
+        "lower",
+        POSITIVE,
+        _noise_position,
+        FEATURES | {Use.END, Use.HOSPITALS, Use.SUMMARY},
+        "between real and noise: the energy distance to the training images, in pixels or in the "
+        "power at each spatial frequency, whichever is larger, as a share of that of noise (the "
+        f"N(0, 1) that sampling starts from), of at most {MOST_COMPARED} images of each; 0 as "
+        "near as real images, 1 as far as noise",
+        through="pixels and spectra",
+        most=MOST_COMPARED,
+    )
+)
+register(
+    Metric(
+        "inception_score",
+        "inception score",
+        "higher",
+        (1.0, math.inf),
+        of_features(_inception_score, TRAINING_IMAGES),
+        FEATURES | {Use.TABLES},
+    )
+)
+register(
+    Metric(
+        "fid",
+        "FID",
+        "lower",
+        POSITIVE,
+        of_features(_fid, EACH),
+        FEATURES | {Use.HOSPITALS, Use.SUMMARY, Use.TABLES},
+        "FID depends on n, compare equal n only",
+    )
+)
+register(
+    Metric(
+        "kid",
+        "KID",
+        "lower",
+        (-math.inf, math.inf),
+        of_features(_kid, EACH),
+        FEATURES | {Use.HOSPITALS},
+        f"KID: {KID_SUBSETS} subsets of at most {KID_SUBSET_SIZE:,} images",
+    )
+)
+for _name, _better, _bounds, _score, _uses in (
+    ("precision", "higher", SHARE, _precision, FEATURES | {Use.SUMMARY}),
+    ("recall", "higher", SHARE, _recall, FEATURES | {Use.SUMMARY}),
+    ("density", 1.0, POSITIVE, _density, FEATURES),
+    ("coverage", "higher", SHARE, _coverage, FEATURES),
+):
+    _compute = of_features(_score, TEST_IMAGES)
+    register(Metric(_name, _name, _better, _bounds, _compute, _uses, AGAINST))  # type: ignore[arg-type]
+register(
+    Metric(
+        "cas",
+        "classification accuracy score",
+        "higher",
+        SHARE,
+        _classification_accuracy,
+        frozenset({Use.EVALUATION}),
+        "classification accuracy score: of a classifier that was trained on the images, on the "
+        "test images; real: trained on as many real ones",
+    )
+)
+register(
+    Metric(
+        "cas_real",
+        "the same, trained on all real images",
+        "higher",
+        SHARE,
+        _real_accuracy,
+        frozenset({Use.EVALUATION}),
+    )
+)
+register(
+    Metric(
+        "class_agreement",
+        "found in the class asked for",
+        "higher",
+        SHARE,
+        _class_agreement,
+        CLASSES | {Use.SUMMARY},
+        "found in the class asked for: by a classifier trained on the real training images; real: "
+        "held-out images, in the proportions of the classes of the generated ones",
+        through="a classifier trained on the real images",
+    )
+)
+register(
+    Metric(
+        "chance_agreement",
+        "found by one class for all",
+        None,
+        SHARE,
+        _chance_agreement,
+        CLASSES,
+        beside=False,
+    )
+)
+for _space, _search in (
+    ("pixel", lambda comparison: comparison.pixel_copying),
+    ("feature", lambda comparison: comparison.feature_copying),
+):
+    # Every run ends with a search in pixels, for which no network is needed.
+    _always = frozenset({Use.EVALUATION} | ({Use.END} if _space == "pixel" else set()))
+    register(
+        Metric(
+            f"{_space}_distance",
+            f"nearest training image, {_space}s",
+            None,
+            POSITIVE,
+            of_copying(_search, "generated", real="held_out"),
+            _always,
+            NEAR,
+        )
+    )
+    register(
+        Metric(
+            f"{_space}_copied",
+            f"nearer to training images than held-out ones, {_space}s",
+            "lower",
+            SHARE,
+            of_copying(_search, "copied"),
+            _always | {Use.HOSPITALS},
+            beside=False,
+        )
+    )
+    register(
+        Metric(
+            f"{_space}_p_value",
+            f"p where nothing is copied, {_space}s",
+            None,
+            SHARE,
+            of_copying(_search, "p_value"),
+            _always | {Use.HOSPITALS},
+            beside=False,
+        )
+    )
