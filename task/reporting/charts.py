@@ -1,13 +1,12 @@
-"""The charts of a report, as specifications of Vega-Lite in colours that all readers can tell.
+"""The charts of a report, as specifications of Vega-Lite in colors that all readers can tell.
 
 Every chart is drawn in a browser from the values that it holds. A chart is a specification with
 the sentence that says what is seen, for those who do not see it.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import altair as alt
 
@@ -16,18 +15,18 @@ from task.reporting.metric_table import Figure, figures
 from task.runs.records import TEST, TRAIN, Series
 
 # Told apart by readers without red, green or blue, at a contrast of 4.5 or more on white.
-COLOURS = ("#0072b2", "#b84300", "#007a5a", "#9a3f78", "#5b5b5b", "#7a6100")
+COLORS = ("#0072b2", "#b84300", "#007a5a", "#9a3f78", "#5b5b5b", "#7a6100")
 GREY, FAINT, INK = "#8c8c8c", "#d9dde2", "#1a1a1a"
-STATES = {"trained": COLOURS[0], "left out": COLOURS[1], "not there": "#f0c9b4", "not asked": FAINT}
+STATES = {"trained": COLORS[0], "left out": COLORS[1], "not there": "#f0c9b4", "not asked": FAINT}
 
 # Of a round, as the server's clock divides it, in the order in which they are stacked.
 PHASES = {
-    "training": COLOURS[0],
-    "waiting": COLOURS[1],
-    "sending": COLOURS[2],
-    "aggregating": COLOURS[3],
-    "checkpoint": COLOURS[5],
-    "evaluating": COLOURS[4],
+    "training": COLORS[0],
+    "waiting": COLORS[1],
+    "sending": COLORS[2],
+    "aggregating": COLORS[3],
+    "checkpoint": COLORS[5],
+    "evaluating": COLORS[4],
 }
 
 HEIGHT = 260
@@ -69,8 +68,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Drawing:
+class Drawing(NamedTuple):
     """A chart of a page.
 
     Attributes:
@@ -86,48 +84,48 @@ class Drawing:
     narrow: bool = False
 
 
-def loss_chart(history: RunHistory) -> Drawing | None:
-    """Draw the training loss of every client and of all, and the test loss, by round."""
+def course_charts(history: RunHistory) -> list[Drawing]:
+    """Draw losses, updates and times by round."""
+    return [*_losses(history), *_updates(history), *_times(history), *_overhead(history)]
+
+
+def _losses(history: RunHistory) -> list[Drawing]:
+    """Draw the training loss of every client and of all, and the test loss."""
     shared = {
         f"{reference} loss": series
         for reference in (TRAIN, TEST)
         if (series := history.records.series("loss", reference=reference))
     }
     if not shared:
-        return None
+        return []
     clients = history.records.of_clients("loss", reference=TRAIN)
-    ends = "; ".join(f"{title} {_span(series)}" for title, series in shared.items())
-    domain = _domain(*clients.values(), *shared.values())
-    layers = _client_layers(clients, "loss", domain)
-    layers.append(_named_lines(shared, "loss", domain=domain))
-    return Drawing(
-        "Loss by round",
-        f"Lines of the global model: {ends}."
-        + (f" Grey lines: train loss of {len(clients)} clients." if clients else ""),
-        _spec(alt.layer(*layers)),
-    )
+    says = f"Lines of the global model: {_spans(shared)}."
+    says += f" Grey lines: train loss of {len(clients)} clients." if clients else ""
+    domain = _extent(v for series in (*clients.values(), *shared.values()) for v in series.values())
+    layers = [*_client_lines(clients, "loss", domain), _lines(shared, "loss", domain=domain)]
+    return [Drawing("Loss by round", says, _spec(alt.layer(*layers)))]
 
 
-def update_chart(history: RunHistory) -> Drawing | None:
+def _updates(history: RunHistory) -> list[Drawing]:
     """Draw how far the weights of each client moved in each round."""
     clients = history.records.of_clients("update_norm")
     if not clients:
-        return None
-    values = [value for series in clients.values() for value in series.values()]
-    return Drawing(
-        "How far each client moved the weights",
+        return []
+    least, largest = _extent(value for series in clients.values() for value in series.values())
+    says = (
         f"Grey lines of {len(clients)} clients: L2 norm of the update, between "
-        f"{min(values):.3g} and {max(values):.3g}.",
-        _spec(alt.layer(*_client_layers(clients, "update norm (L2)", _domain(*clients.values())))),
+        f"{least:.3g} and {largest:.3g}."
     )
+    layers = _client_lines(clients, "update norm (L2)", [least, largest])
+    return [Drawing("How far each client moved the weights", says, _spec(alt.layer(*layers)))]
 
 
-def time_chart(history: RunHistory) -> Drawing | None:
+def _times(history: RunHistory) -> list[Drawing]:
     """Draw the seconds of every round, phase by phase."""
     found = _phases(history)
     phases = [name for name in PHASES if found.get(name)]
     if not phases:
-        return None
+        return []
     rows = [
         {"round": number, "phase": name, "seconds": seconds, "order": phases.index(name)}
         for name in phases
@@ -138,13 +136,11 @@ def time_chart(history: RunHistory) -> Drawing | None:
         _chart(rows)
         .mark_bar()
         .encode(
-            x=_round_axis(rows, kind="O"),
+            x=alt.X("round:O", title="round", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
             y=alt.Y("seconds:Q", title="time (s)"),
-            color=alt.Color(
-                "phase:N", scale=alt.Scale(domain=phases, range=[PHASES[name] for name in phases])
-            ),
+            color=_colors("phase", {name: PHASES[name] for name in phases}),
             order=alt.Order("order:Q"),
-            opacity=alt.when(chosen).then(alt.value(1)).otherwise(alt.value(0.15)),
+            opacity=_where(chosen, 1, 0.15),
             tooltip=["round:Q", "phase:N", alt.Tooltip("seconds:Q", format=".2f")],
         )
         .add_params(chosen)
@@ -153,7 +149,7 @@ def time_chart(history: RunHistory) -> Drawing | None:
     says = f"A bar per round, stacked of {spent}."
     if "waiting" in phases:
         says += " While the server waits, nobody trains: nodes start, fetch and send."
-    return Drawing("Time of each round", says, _spec(chart))
+    return [Drawing("Time of each round", says, _spec(chart))]
 
 
 def _phases(history: RunHistory) -> dict[str, Series]:
@@ -167,18 +163,43 @@ def _phases(history: RunHistory) -> dict[str, Series]:
     return found | {"training": trained, "waiting": idle}
 
 
-def overhead_chart(history: RunHistory) -> Drawing | None:
+def _overhead(history: RunHistory) -> list[Drawing]:
     """Draw the share of every round in which no client trained."""
     series = history.records.series("overhead_share")
     if not series:
-        return None
-    named = {"outside training": series}
-    line = _named_lines(named, "share of the round", percent=True, domain=[0.0, 1.0])
-    return Drawing(
-        "Time outside training",
-        f"A line: the share of each round in which nobody trained, {_span(series, percent=True)}.",
-        _spec(line),
+        return []
+    says = (
+        f"A line: the share of each round in which nobody trained, {_span(series, percent=True)}."
     )
+    line = _lines({"outside training": series}, "share of the round", domain=[0, 1], percent=True)
+    return [Drawing("Time outside training", says, _spec(line))]
+
+
+def loss_charts(runs: Mapping[str, RunHistory], of: str) -> list[Drawing]:
+    """Draw the losses of several runs by round.
+
+    Args:
+        runs: by label.
+        of: what stands behind the name of a loss.
+    """
+    drawings = []
+    for reference in (TRAIN, TEST):
+        lines, title = _series(runs, Figure("loss", reference)), f"{reference} loss{of}"
+        if lines:
+            says = f"A line per run: {_spans(lines)}."
+            drawings.append(Drawing(f"{title} by round", says, _spec(_lines(lines, title))))
+    return drawings
+
+
+def _series(
+    runs: Mapping[str, RunHistory], figure: Figure, *, real: bool = False
+) -> dict[str, Series]:
+    """Return the values of a metric by run and round, of the runs that have some."""
+    found = {
+        label: run.records.series(figure.name, reference=figure.reference, real=real)
+        for label, run in runs.items()
+    }
+    return {label: series for label, series in found.items() if series}
 
 
 def metric_charts(runs: Mapping[str, RunHistory], of: str = "") -> list[Drawing]:
@@ -190,120 +211,103 @@ def metric_charts(runs: Mapping[str, RunHistory], of: str = "") -> list[Drawing]
     """
     drawings = []
     for figure in figures():
-        title = figure.heading + of
-        lines = _lines(runs, figure)
+        lines, title = _series(runs, figure), figure.heading + of
         if not any(len(series) > 1 for series in lines.values()):
             continue
-        says = "; ".join(f"{label} {_span(series)}" for label, series in lines.items())
-        floors = _lines(runs, figure, real=True)
-        if floors:
-            ends = "; ".join(f"{label} {_span(series)}" for label, series in floors.items())
-            says += f". Dashed, of real images: {ends}"
-        chart = _named_lines(lines, title, floors=floors)
-        drawings.append(Drawing(title, f"Lines by round: {says}.", _spec(chart), True))
+        floors = _series(runs, figure, real=True)
+        says = f"Lines by round: {_spans(lines)}"
+        says += f". Dashed, of real images: {_spans(floors)}" if floors else ""
+        drawings.append(
+            Drawing(title, f"{says}.", _spec(_lines(lines, title, floors=floors)), True)
+        )
     return drawings
 
 
-def _lines(
-    runs: Mapping[str, RunHistory], figure: Figure, *, real: bool = False
-) -> dict[str, Series]:
-    """Return the values of a metric by run and round, of the runs that have some."""
-    metric, reference = figure
-    found = {
-        label: run.records.series(metric, reference=reference, real=real)
-        for label, run in runs.items()
-    }
-    return {label: series for label, series in found.items() if series}
-
-
-def participation_chart(history: RunHistory) -> Drawing | None:
+def participation_charts(history: RunHistory) -> list[Drawing]:
     """Draw a map of which client trained in which round."""
     states = history.participation()
     if not states:
-        return None
-    reasons = {
-        (each.round, each.client): str(each.context["reason"])
-        for each in history.records.left_out
-        if each.context["activity"] == "train"
-    }
-    rows = _stretches(states, reasons, join=history.rounds_done > MOST_CELLS)
-    seen = [state for state in STATES if state in states.values()]
+        return []
+    seen = {state: color for state, color in STATES.items() if state in states.values()}
+    rounds = alt.Scale(domain=[0.5, history.rounds_done + 0.5], nice=False)
     chart = (
-        _chart(rows)
+        _chart(_cells(history, states))
         .mark_rect(stroke="#ffffff", strokeWidth=0.5)
         .encode(
             x=alt.X(
                 "begin:Q",
                 title="round",
-                scale=alt.Scale(domain=[0.5, history.rounds_done + 0.5], nice=False),
-                axis=_ticks(1, history.rounds_done, grid=False),
+                scale=rounds,
+                axis=_whole_axis(1, history.rounds_done, grid=False),
             ),
             x2="end:Q",
             y=_client_axis(),
-            color=alt.Color(
-                "state:N", scale=alt.Scale(domain=seen, range=[STATES[name] for name in seen])
-            ),
+            color=_colors("state", seen),
             tooltip=["client:N", "rounds:N", "state:N", "reason:N"],
         )
         .properties(height=_height(len(history.clients)))
     )
     tally = ", ".join(f"{state} {[*states.values()].count(state)} times" for state in seen)
-    return Drawing(
-        "Who trained in which round",
-        f"A row per client, a column per round: {tally}.",
-        _spec(chart),
-    )
+    says = f"A row per client, a column per round: {tally}."
+    return [Drawing("Who trained in which round", says, _spec(chart))]
 
 
-def class_chart(history: RunHistory) -> Drawing | None:
+def _cells(history: RunHistory, states: Mapping[tuple[int, int], str]) -> list[dict[str, Any]]:
+    """List the cells of a map; of many rounds, those in which a client's state was the same join.
+
+    Args:
+        history: of the run.
+        states: by round and client.
+    """
+    reasons = {
+        (each.round, each.client): each.context["reason"]
+        for each in history.records.left_out
+        if each.context["activity"] == "train"
+    }
+    rows: list[dict[str, Any]] = []
+    for number, client in sorted(states, key=lambda key: (key[1], key[0])):
+        cell = {
+            "client": client,
+            "state": states[number, client],
+            "reason": reasons.get((number, client), "-"),
+        }
+        if history.rounds_done > MOST_CELLS and rows and cell.items() <= rows[-1].items():
+            rows[-1]["rounds"] = f"{rows[-1]['begin'] + 0.5:.0f} to {number}"
+            rows[-1]["end"] = number + 0.5
+        else:
+            place = {"begin": number - 0.5, "end": number + 0.5, "rounds": str(number)}
+            rows.append(cell | place)
+    return rows
+
+
+def class_charts(history: RunHistory) -> list[Drawing]:
     """Draw a map of the training images of each class at each client."""
     known = {who: counts for who, counts in history.class_counts.items() if counts is not None}
     if not known:
-        return None
+        return []
+    classes = history.config.data.classes
     rows: list[dict[str, Any]] = [
         {"client": "all" if who == POOLED else str(who), "class": name, "images": number}
         for who, counts in known.items()
-        for name, number in zip(history.config.data.classes, counts, strict=True)
+        for name, number in zip(classes, counts, strict=True)
     ]
-    largest = max(row["images"] for row in rows)
+    least, largest = _extent(row["images"] for row in rows)
+    angle = 0 if sum(map(len, classes)) <= 30 else -45
+    axis = alt.Axis(labelAngle=angle, labelLimit=120)
     base = _chart(rows).encode(
-        x=alt.X(
-            "class:N",
-            sort=None,
-            title="class",
-            axis=alt.Axis(labelAngle=0 if _short(history) else -45, labelLimit=120),
-        ),
-        y=_client_axis(),
+        x=alt.X("class:N", sort=None, title="class", axis=axis), y=_client_axis()
     )
+    shades = alt.Scale(range=["#f3f7fb", "#08427a"], domain=[0, largest])
     cells = base.mark_rect(stroke="#ffffff").encode(
-        color=alt.Color(
-            "images:Q", scale=alt.Scale(range=["#f3f7fb", "#08427a"], domain=[0, largest])
-        ),
-        tooltip=["client:N", "class:N", "images:Q"],
+        color=alt.Color("images:Q", scale=shades), tooltip=["client:N", "class:N", "images:Q"]
     )
-    dark = alt.datum.images > largest * 0.5
     numbers = base.mark_text(fontSize=10).encode(
-        text="images:Q",
-        color=alt.when(dark).then(alt.value("#ffffff")).otherwise(alt.value(INK)),
+        text="images:Q", color=_where(alt.datum.images > largest * 0.5, "#ffffff", INK)
     )
     who = "the pooled data" if POOLED in known else f"{len(known)} clients"
-    return Drawing(
-        "Training images of each class",
-        f"A cell per class of {who}: between {min(row['images'] for row in rows):,} and "
-        f"{largest:,} images.",
-        _spec(alt.layer(cells, numbers).properties(height=_height(len(known)))),
-    )
-
-
-def compared_chart(runs: Mapping[str, RunHistory], figure: Figure, title: str) -> Drawing | None:
-    """Draw a global value of several runs by round."""
-    lines = _lines(runs, figure)
-    if not lines:
-        return None
-    says = "; ".join(f"{label} {_span(series)}" for label, series in lines.items())
-    return Drawing(
-        f"{title} by round", f"A line per run: {says}.", _spec(_named_lines(lines, title))
-    )
+    says = f"A cell per class of {who}: between {least:,} and {largest:,} images."
+    chart = alt.layer(cells, numbers).properties(height=_height(len(known)))
+    return [Drawing("Training images of each class", says, _spec(chart))]
 
 
 def _chart(rows: Sequence[Mapping[str, Any]]) -> alt.Chart:
@@ -311,48 +315,34 @@ def _chart(rows: Sequence[Mapping[str, Any]]) -> alt.Chart:
 
 
 def _spec(chart: Any) -> dict[str, Any]:
-    if "height" not in chart.to_dict(validate=False):
-        chart = chart.properties(height=HEIGHT)
-    spec: dict[str, Any] = chart.properties(width="container").to_dict()
-    return spec
+    return {"height": HEIGHT, **chart.properties(width="container").to_dict()}
 
 
-def _scale(names: Sequence[str]) -> alt.Scale:
-    colours = [COLOURS[number % len(COLOURS)] for number in range(len(names))]
-    return alt.Scale(domain=list(names), range=colours)
+def _where(condition: Any, then: Any, otherwise: Any) -> Any:
+    return alt.when(condition).then(alt.value(then)).otherwise(alt.value(otherwise))
+
+
+def _colors(field: str, colors: Mapping[str, str], **legend: Any) -> alt.Color:
+    scale = alt.Scale(domain=[*colors], range=[*colors.values()])
+    return alt.Color(f"{field}:N", scale=scale, **legend)
 
 
 def _height(num_rows: int) -> int:
     return max(2, num_rows) * (ROW if num_rows <= CROWDED else CROWDED_ROW)
 
 
-def _short(history: RunHistory) -> bool:
-    return sum(map(len, history.config.data.classes)) <= 30
-
-
 def _client_axis() -> alt.Y:
-    return alt.Y(
-        "client:O", title="client", sort=None, axis=alt.Axis(labelOverlap=True, grid=False)
-    )
+    axis = alt.Axis(labelOverlap=True, grid=False)
+    return alt.Y("client:O", title="client", sort=None, axis=axis)
 
 
-def _round_axis(rows: Sequence[Mapping[str, Any]], *, kind: str = "Q") -> alt.X:
-    if kind == "O":
-        return alt.X("round:O", title="round", axis=alt.Axis(labelAngle=0, labelOverlap=True))
-    numbers = [row["round"] for row in rows]
-    return alt.X(
-        "round:Q",
-        title="round",
-        scale=alt.Scale(
-            domain=[min(numbers), max(numbers) + (min(numbers) == max(numbers))],
-            nice=False,
-            padding=EDGE,
-        ),
-        axis=_ticks(min(numbers), max(numbers)),
-    )
+def _round_axis(rows: Sequence[Mapping[str, Any]]) -> alt.X:
+    first, last = _extent([row["round"] for row in rows])
+    scale = alt.Scale(domain=[first, last + (first == last)], nice=False, padding=EDGE)
+    return alt.X("round:Q", title="round", scale=scale, axis=_whole_axis(first, last))
 
 
-def _ticks(first: int, last: int, **style: Any) -> alt.Axis:
+def _whole_axis(first: int, last: int, **style: Any) -> alt.Axis:
     """Label whole rounds alone: what a library chooses by itself lies between few rounds too."""
     return alt.Axis(values=whole_ticks(first, last), format="d", labelOverlap=True, **style)
 
@@ -364,17 +354,29 @@ def whole_ticks(first: int, last: int) -> list[int]:
     return [number for number in range(first, last + 1) if number % step == 0]
 
 
-def _named_lines(
+def _value_axis(title: str, domain: Sequence[float] | None, *, percent: bool = False) -> alt.Y:
+    bounds: dict[str, Any] = {"zero": False} if domain is None else {"domain": domain}
+    axis = alt.Axis(format=".0%") if percent else alt.Axis()
+    return alt.Y("value:Q", title=title, scale=alt.Scale(**bounds, padding=EDGE), axis=axis)
+
+
+def _extent(values: Iterable[Any]) -> list[Any]:
+    """Return the least and the largest value, which a layer whose lines are hidden keeps."""
+    known = sorted(values)
+    return [known[0], known[-1]]
+
+
+def _lines(
     lines: Mapping[str, Series],
     title: str,
     *,
+    domain: Sequence[float] | None = None,
     percent: bool = False,
-    domain: list[float] | None = None,
     floors: Mapping[str, Series] | None = None,
 ) -> Any:
     """Draw a line per name, with a point where a value was recorded; a legend where several.
 
-    Floors are dashed lines in the colour of the line of the same name.
+    Floors are dashed lines in the color of the line of the same name.
     """
     kinds = {"generated images": lines, "real images": floors or {}}
     rows = [
@@ -384,19 +386,12 @@ def _named_lines(
         for number, value in series.items()
     ]
     chosen = alt.selection_point(fields=["line"], bind="legend")
-    legend = alt.Legend() if len(lines) > 1 else None
+    colors = {label: COLORS[number % len(COLORS)] for number, label in enumerate(lines)}
     base = _chart(rows).encode(
         x=_round_axis(rows),
-        y=alt.Y(
-            "value:Q",
-            title=title,
-            scale=alt.Scale(zero=False, padding=EDGE)
-            if domain is None
-            else alt.Scale(domain=domain, padding=EDGE),
-            axis=alt.Axis(format=".0%") if percent else alt.Axis(),
-        ),
-        color=alt.Color("line:N", scale=_scale(list(lines)), legend=legend),
-        opacity=alt.when(chosen).then(alt.value(1)).otherwise(alt.value(0.15)),
+        y=_value_axis(title, domain, percent=percent),
+        color=_colors("line", colors, **({} if len(lines) > 1 else {"legend": None})),
+        opacity=_where(chosen, 1, 0.15),
         tooltip=[
             "line:N",
             *["of:N"] * bool(floors),
@@ -415,7 +410,9 @@ def _named_lines(
     return alt.layer(stroked, points)
 
 
-def _client_layers(clients: Mapping[int, Series], title: str, domain: list[float]) -> list[Any]:
+def _client_lines(
+    clients: Mapping[int, Series], title: str, domain: Sequence[float]
+) -> list[alt.Chart]:
     """Draw grey lines, of which the one under the pointer, or the chosen one, stands out."""
     if not clients:
         return []
@@ -424,13 +421,13 @@ def _client_layers(clients: Mapping[int, Series], title: str, domain: list[float
         for client, series in clients.items()
         for number, value in series.items()
     ]
-    # Selections need names of their own where a page has several of them.
     menu = alt.binding_select(
         options=[None, *map(str, clients)],
         labels=["none", *(f"client {client}" for client in clients)],
         name="Highlighted: ",
     )
     chosen = alt.selection_point(
+        # Selections need names of their own where a page has several of them.
         name="highlighted",
         fields=["client"],
         bind=menu,
@@ -438,63 +435,24 @@ def _client_layers(clients: Mapping[int, Series], title: str, domain: list[float
         clear="dblclick",
         empty=False,
     )
-    base = _chart(rows).encode(
-        x=_round_axis(rows),
-        y=alt.Y("value:Q", title=title, scale=alt.Scale(domain=domain, padding=EDGE)),
-        detail="client:N",
+    base = _chart(rows).encode(x=_round_axis(rows), y=_value_axis(title, domain), detail="client:N")
+    lines = base.mark_line(interpolate="linear").encode(
+        color=_where(chosen, INK, GREY),
+        opacity=_where(chosen, 1, 0.45),
+        strokeWidth=_where(chosen, 3, 1.5),
+        tooltip=[alt.Tooltip("client:N")],
     )
-    lines = (
-        base.mark_line(interpolate="linear")
-        .encode(
-            color=alt.when(chosen).then(alt.value(INK)).otherwise(alt.value(GREY)),
-            opacity=alt.when(chosen).then(alt.value(1)).otherwise(alt.value(0.45)),
-            strokeWidth=alt.when(chosen).then(alt.value(3)).otherwise(alt.value(1.5)),
-            tooltip=[alt.Tooltip("client:N")],
-        )
-        .add_params(chosen)
-    )
+    value = alt.Tooltip("value:Q", title=title, format=".4g")
     points = (
         base.transform_filter(chosen)
         .mark_point(filled=True, size=45, color=INK)
-        .encode(tooltip=["client:N", "round:Q", alt.Tooltip("value:Q", title=title, format=".4g")])
+        .encode(tooltip=["client:N", "round:Q", value])
     )
-    return [lines, points]
+    return [lines.add_params(chosen), points]
 
 
-def _domain(*lines: Series) -> list[float]:
-    """Return the least and the largest value, which no chosen line must change."""
-    values = [value for series in lines for value in series.values()]
-    return [min(values), max(values)]
-
-
-def _stretches(
-    states: Mapping[tuple[int, int], str],
-    reasons: Mapping[tuple[int, int | None], str],
-    *,
-    join: bool,
-) -> list[dict[str, Any]]:
-    """List the cells of a map; rounds in which a client's state was the same may be joined."""
-    rows: list[dict[str, Any]] = []
-    for number, client in sorted(states, key=lambda key: (key[1], key[0])):
-        state = states[number, client]
-        reason = reasons.get((number, client), "-")
-        last = rows[-1] if rows else {}
-        alike = [last.get(key) for key in ("client", "state", "reason")] == [client, state, reason]
-        if join and alike:
-            last["end"] = number + 0.5
-            last["rounds"] = f"{last['begin'] + 0.5:.0f} to {number}"
-            continue
-        rows.append(
-            {
-                "client": client,
-                "state": state,
-                "reason": reason,
-                "begin": number - 0.5,
-                "end": number + 0.5,
-                "rounds": str(number),
-            }
-        )
-    return rows
+def _spans(lines: Mapping[str, Series]) -> str:
+    return "; ".join(f"{name} {_span(series)}" for name, series in lines.items())
 
 
 def _span(series: Series, *, percent: bool = False) -> str:

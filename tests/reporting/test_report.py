@@ -1,5 +1,6 @@
 import base64
 import fcntl
+import html
 import json
 import re
 from collections.abc import Iterator
@@ -12,18 +13,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from task.cli.main import app
-from task.reporting.charts import Drawing, time_chart, whole_ticks
+from task.reporting.charts import course_charts, whole_ticks
 from task.reporting.comparison import incomparable
 from task.reporting.history import read_history
+from task.reporting.rendering import render
 from task.reporting.report import (
-    Charts,
-    Page,
-    Section,
-    compare,
-    describe,
+    comparison_page,
     evenly,
     labels,
-    render,
+    report_page,
     stretches,
     write_report,
 )
@@ -68,17 +66,20 @@ def bare(page: str) -> str:
     return re.sub(r"<(td|th) [^>]*>", r"<\1>", page)
 
 
-def blocks(page: Page, anchor: str) -> Any:
-    """The blocks of a section."""
-    (found,) = [section.blocks for section in page.sections if section.anchor == anchor]
-    return found
+def section(page: str, anchor: str) -> str:
+    """A part of a page, with its text as a reader sees it."""
+    return html.unescape(bare(page).partition(f'<h2 id="{anchor}">')[2].partition("</section>")[0])
 
 
-def data_of_charts(page: str, number: int | str = r"\d+") -> list[dict[str, Any]]:
-    specs = re.findall(
-        rf'<script type="application/json" data-chart="{number}">(.*?)</script>', page
-    )
-    return [row for spec in specs for row in rows_in(json.loads(spec))]
+def items(part: str) -> list[str]:
+    return re.findall("<li>(.*?)</li>", part)
+
+
+def data_of_charts(page: str, number: int | None = None) -> list[dict[str, Any]]:
+    """The values that the charts of a page hold, or those of one, counted from 1."""
+    specs = re.findall(r'<script type="application/json">(.*?)</script>', page)
+    chosen = specs if number is None else specs[number - 1 : number]
+    return [row for spec in chosen for row in rows_in(json.loads(spec))]
 
 
 def rows_in(part: Any) -> Iterator[dict[str, Any]]:
@@ -161,7 +162,7 @@ def test_comparison_names_what_differs(run: Path, tmp_path: Path) -> None:
     other = written_run(
         tmp_path / "other", losses(1, {0: 0.9, 1: 0.9}), rounds_done=1, train__local_epochs=7
     )
-    text = bare(render(compare([read_history(run), read_history(other)])))
+    text = bare(comparison_page([read_history(run), read_history(other)]))
     row = re.search(r"train.local_epochs</th><td>(\d)</td><td>(\d)</td>", text)
     assert row is not None and row.groups() == ("1", "7")
     assert "other: The run is not finished: 1 of 2 rounds" in text
@@ -174,7 +175,7 @@ def test_comparison_sets_only_like_figures_beside_each_other(tmp_path: Path) -> 
     for run, number in zip(runs, (2000, 2000, 179), strict=True):
         described = evaluated(n_generated=number, n_scored=number)
         (run / "evaluation-classifier-correct.json").write_text(json.dumps(described))
-    text = bare(render(compare([read_history(run) for run in runs])))
+    text = bare(comparison_page([read_history(run) for run in runs]))
     for number, cells in (("2,000", ["2.5", "2.5", "-"]), ("179", ["-", "-", "2.5"])):
         name = f"FID (train) ↓, classifier, correct, n={number}"
         row = text.partition(f">{name}</th>")[2].partition("</tr>")[0]
@@ -207,8 +208,9 @@ def test_comparison_says_first_what_keeps_figures_apart(tmp_path: Path) -> None:
     assert "different objectives" in sentences("a", "epsilon")
 
     def rows(*names: str) -> dict[str, list[str]]:
-        (table,) = blocks(compare([runs[name] for name in names]), "figures")
-        return {row[0]: row[1:] for row in table.rows}
+        table = section(comparison_page([runs[name] for name in names]), "figures")
+        rows = [re.findall("<t[hd]>([^<]*)", row) for row in table.split("<tr ")[2:]]
+        return {name: cells for name, *cells in rows}
 
     fid = "FID (train) ↓, classifier, correct, n=2,000"
     assert len(rows("a", "longer")[fid]) == 2 and "-" not in rows("a", "longer")["train loss"]
@@ -216,9 +218,9 @@ def test_comparison_says_first_what_keeps_figures_apart(tmp_path: Path) -> None:
     assert apart[f"{fid} (of a alone)"][1] == apart[f"{fid} (of larger alone)"][0] == "-"
     apart = rows("a", "epsilon")
     assert apart["train loss (of a alone)"][1] == "-" and "-" not in apart[fid]
-    page = compare([runs["a"], runs["seed"]])
-    assert [section.anchor for section in page.sections][:2] == ["warnings", "differences"]
-    assert blocks(page, "warnings")[0].items == ["The seeds differ: a: 0; seed: 1."]
+    page = comparison_page([runs["a"], runs["seed"]])
+    assert re.findall('<h2 id="(.*?)">', page)[:2] == ["warnings", "differences"]
+    assert items(section(page, "warnings"))[0] == "The seeds differ: a: 0; seed: 1."
 
 
 def test_same_configuration_of_other_images_is_told_by_their_hash(tmp_path: Path) -> None:
@@ -243,7 +245,7 @@ def test_page_says_when_where_and_of_what_a_run_is(tmp_path: Path) -> None:
         "times.json": times,
     }
     run = written_run(tmp_path / "run", losses(1, {0: 0.5}), rounds_done=2, files=files)
-    facts = blocks(describe(read_history(run)), "summary")[-1]
+    facts = re.findall("<dd>(.*?)</dd>", section(report_page(read_history(run)), "summary"))
     for words in (
         "2026-03-01 10:00 to 2026-03-02 11:00 (+0100)",
         "1:01:40, with drawing and measuring, in 2 starts",
@@ -251,7 +253,7 @@ def test_page_says_when_where_and_of_what_a_run_is(tmp_path: Path) -> None:
         "digits, folder eyes",
         *hashes.values(),
     ):
-        assert words in dict(facts.pairs).values()
+        assert words in facts
     assert dict(key_figures(read_history(run)))["time"] == "1:01:40"
     (run / "times.json").write_text('[{"begun": "yesterday"}]')
     with pytest.raises(ValueError, match=r"times\.json is not what a run writes"):
@@ -274,16 +276,16 @@ def test_page_says_when_where_and_of_what_a_run_is(tmp_path: Path) -> None:
 def test_run_that_is_not_over_says_how_to_go_on_or_that_it_does(tmp_path: Path) -> None:
     run = written_run(tmp_path / "it's", losses(1, {0: 0.5}), rounds_done=1)
     with (run / ".lock").open("a+") as lock:
-        page = describe(read_history(run))
+        warnings = section(report_page(read_history(run)), "warnings")
         command = resuming_command(read_history(run).config, run)
-        assert command in [each.text for each in blocks(page, "warnings") if each.kind == "code"]
-        assert "The run is not finished: 1 of 2 rounds are done" in str(page.sections[0])
+        assert f"<pre><code>{command}</code></pre>" in warnings
+        assert "The run is not finished: 1 of 2 rounds are done" in warnings
         # Held as another process would.
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.truncate(0)
         lock.write("1")
         lock.flush()
-        going = str(describe(read_history(run)).sections[0])
+        going = section(report_page(read_history(run)), "warnings")
     assert "is going on: 1 of 2 rounds are done" in going
     assert "not finished" not in going and "resume=true" not in going
 
@@ -306,8 +308,7 @@ def test_ticks_are_whole_rounds(first: int, last: int, expected: list[int]) -> N
 def test_time_that_nobody_trained_is_told_from_training(tmp_path: Path) -> None:
     spent = {"seconds_waiting": 124.0, "seconds_training": 8.0, "round_seconds": 126.0}
     run = written_run(tmp_path / "run", records_of(1, spent), rounds_done=2)
-    drawing = time_chart(read_history(run))
-    assert drawing is not None
+    (drawing,) = course_charts(read_history(run))
     rows = {row["phase"]: row["seconds"] for row in rows_in(drawing.spec) if "phase" in row}
     assert rows == {"training": 8.0, "waiting": 116.0}
 
@@ -363,6 +364,5 @@ def test_broken_file_is_named_in_one_line(tmp_path: Path) -> None:
 
 
 def test_page_holds_no_value_that_a_browser_cannot_read() -> None:
-    bare = Charts([Drawing("t", "s", {"value": float("nan")})])
     with pytest.raises(ValueError, match="not JSON compliant"):
-        render(Page("p", [Section("a", "t", [bare])]))
+        render("run_page.html.j2", title="", library="", chart_config={"value": float("nan")})
