@@ -1,6 +1,5 @@
 """The ClientApp of feddm: what a hospital does with each message of the server."""
 
-import dataclasses
 import os
 import time
 from typing import cast
@@ -22,8 +21,7 @@ from task.protocol.node import NodeConfig, check_node, own_config, read_node_con
 from task.protocol.wire import QUALITY, Key, from_npy, to_npy
 from task.randomness import Stream, torch_generator
 from task.training.devices import device_name
-from task.training.distributed import train_in_processes
-from task.training.loop import held_out_loss, new_optimizer
+from task.training.loop import fit, fit_options, held_out_loss
 
 app = ClientApp()
 
@@ -77,20 +75,13 @@ def train(message: Message, context: Context) -> Message:
     images, _ = workspace.images(context)
     load_weights(workspace, message)
     precision = choose_precision(workspace, context, str(asked[Key.PRECISION]))
-    result = train_in_processes(
-        workspace.model,
+    result = fit(
+        workspace.generator,
         images.images,
         images.labels,
-        num_processes=workspace.num_processes,
-        compiled=config.train.compile,
-        objective=workspace.objective,
-        optimizer=new_optimizer(workspace.model, config.train.lr),
-        epochs=config.train.local_epochs,
-        batch_size=config.train.batch_size,
-        horizontal_flip=config.data.horizontal_flip,
-        precision=precision,
-        channels_last=config.train.channels_last,
-        generator=torch_generator(
+        options=fit_options(config, precision=precision, num_processes=workspace.num_processes),
+        optimizers=workspace.generator.optimizers(config.train.lr),
+        rng=torch_generator(
             config.seed,
             Stream.TRAIN,
             server_round,
@@ -99,7 +90,7 @@ def train(message: Message, context: Context) -> Message:
         ),
     )
     keep_local_model(workspace, server_round, precision)
-    packed = workspace.layout.pack(workspace.model.state_dict(), config.federation.wire_dtype)
+    packed = workspace.layout.pack(workspace.generator.state_dict(), config.federation.wire_dtype)
     # As Flower's Array(packed), with fewer copies.
     array = Array(str(packed.dtype), packed.shape, SType.NUMPY, to_npy(packed))
     metrics = MetricRecord(
@@ -138,31 +129,32 @@ def evaluate(message: Message, context: Context) -> Message:
     workspace = open_workspace(context)
     config = workspace.config
     _, held_out = workspace.images(context)
-    metrics = MetricRecord({Key.NUM_EXAMPLES: len(held_out)})
+    loss = None
     # A small share of a skewed partition can be without held-out images.
     if len(held_out) > 0:
         load_weights(workspace, message)
-        metrics[Key.LOSS] = held_out_loss(
-            workspace.model,
+        precision = choose_precision(workspace, context, str(asked[Key.PRECISION]))
+        loss = held_out_loss(
+            workspace.generator,
             held_out.images,
             held_out.labels,
-            objective=dataclasses.replace(workspace.objective, label_dropout=0.0),
-            batch_size=config.train.batch_size,
-            precision=choose_precision(workspace, context, str(asked[Key.PRECISION])),
-            channels_last=config.train.channels_last,
-            generator=torch_generator(
+            options=fit_options(config, precision=precision),
+            rng=torch_generator(
                 config.seed,
                 Stream.EVALUATE,
                 int(asked[Key.CLIENT]),  # type: ignore[arg-type]
                 device=workspace.device,
             ),
         )
+    metrics = MetricRecord({Key.NUM_EXAMPLES: 0 if loss is None else len(held_out)})
+    if loss is not None:
+        metrics[Key.LOSS] = loss
     logger.info(
         "round %s: evaluated %d held-out images in %.1f s: loss %s on %s",
         asked.get(Key.SERVER_ROUND, "?"),
         len(held_out),
         time.perf_counter() - start,
-        f"{metrics[Key.LOSS]:.5g}" if len(held_out) > 0 else "unknown",
+        "unknown" if loss is None else f"{loss:.5g}",
         device_name(workspace.device),
     )
     return Message(RecordDict({Key.METRICS: metrics}), reply_to=message)
@@ -206,4 +198,4 @@ def load_weights(workspace: Workspace, message: Message) -> None:
     # Flower's view `content.array_records` would keep the array in memory, in a circle.
     arrays = cast(ArrayRecord, message.content[Key.ARRAYS])
     packed = from_npy(arrays[Key.PACKED].data)
-    workspace.model.load_state_dict(workspace.layout.unpack(packed, workspace.device))
+    workspace.generator.load_state_dict(workspace.layout.unpack(packed, workspace.device))

@@ -31,7 +31,7 @@ def keep_local_model(workspace: Workspace, server_round: int, precision: str) ->
         folder.mkdir(mode=0o700, exist_ok=True)
         save_weights(
             folder / LOCAL_MODEL,
-            workspace.model.state_dict(),
+            workspace.generator.state_dict(),
             weights_metadata(config, server_round),
         )
     except OSError:

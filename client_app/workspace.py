@@ -1,4 +1,4 @@
-"""What a client needs for every message: its images, the model, the objective."""
+"""What a client needs for every message: its images and the generator."""
 
 import json
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from client_app.log import logger
 from task.config import Config, compose_run_config, load_run_config
 from task.data import Dataset, ImageSet, build_dataset, take_inventory
 from task.data.partition import Partition, partition_dataset
-from task.generators.diffusion.objective import DiffusionObjective, build_objective
-from task.generators.diffusion.unet import UNet, build_unet
+from task.generators.base import Generator
+from task.generators.registry import build_generator
 from task.protocol.node import NodeConfig, own_config, own_images, read_node_config
 from task.protocol.wire import Key, WeightLayout
 from task.training.devices import (
@@ -40,9 +40,8 @@ class Workspace:
         run_config: of the run, as the server says it to a real node.
         device: where it trains.
         num_processes: that train together.
-        model: its weights are replaced with every message.
+        generator: its weights are replaced with every message.
         layout: of the packed weights.
-        objective: the loss of a batch.
         dataset: every image that this machine holds.
         node: what a real node was started with; None in a simulation.
         partition: how a simulation deals the images out; None on a real node, whose images are
@@ -53,9 +52,8 @@ class Workspace:
     run_config: Config
     device: torch.device
     num_processes: int
-    model: UNet
+    generator: Generator
     layout: WeightLayout
-    objective: DiffusionObjective
     dataset: Dataset
     node: NodeConfig | None
     partition: Partition | None
@@ -116,9 +114,9 @@ def _build_workspace(
     configure_torch(num_threads=config.train.num_threads, deterministic=config.train.deterministic)
     dataset = build_dataset(config, download=node is None)
     device = select_device(config.train.device)
-    model = build_unet(config)
+    generator = build_generator(config)
     deterministic = config.train.deterministic
-    compile_where_wanted(model, config.train.compile, device, deterministic=deterministic)
+    compile_where_wanted(generator, config.train.compile, device, deterministic=deterministic)
     return Workspace(
         config=config,
         run_config=said,
@@ -126,9 +124,8 @@ def _build_workspace(
         num_processes=count_processes(
             config.train.num_processes, device, one_per_gpu=node is not None
         ),
-        model=model,
-        layout=WeightLayout.of(model),
-        objective=build_objective(config),
+        generator=generator,
+        layout=WeightLayout.of(generator, generator.local),
         dataset=dataset,
         node=node,
         partition=None
@@ -142,6 +139,6 @@ def choose_precision(workspace: Workspace, context: Context, requested: str) -> 
     if requested != "auto":
         return requested
     if Key.PRECISION not in context.state.config_records:
-        timed = fastest_precision(workspace.config, workspace.model, workspace.device)
+        timed = fastest_precision(workspace.config, workspace.generator, workspace.device)
         context.state[Key.PRECISION] = ConfigRecord({Key.PRECISION: timed})
     return str(context.state.config_records[Key.PRECISION][Key.PRECISION])

@@ -1,6 +1,5 @@
 """The paper's baseline: the same training on the pooled data, without clients."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -8,20 +7,19 @@ from collections.abc import Mapping
 from server_app.dataset import load_images, record_data
 from server_app.rounds import RoundLoop
 from task.data import Dataset
-from task.generators.diffusion.objective import build_objective
 from task.progress import progress
 from task.protocol.wire import Weights
 from task.randomness import Stream, torch_generator
 from task.runs.records import TEST, TRAIN, Record
 from task.runs.run_directory import POOLED_FILE, RunDirectory
 from task.training.devices import compile_where_wanted, keep_freed_memory, move, torch_configured
-from task.training.distributed import count_processes, train_in_processes
-from task.training.loop import held_out_loss, new_optimizer
+from task.training.distributed import count_processes
+from task.training.loop import fit, fit_options, held_out_loss
 from task.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
 
 
 class CentralizedTraining(RoundLoop):
-    """`federation.rounds` times `train.local_epochs` epochs with one Adam.
+    """`federation.rounds` times `train.local_epochs` epochs with the same optimizers.
 
     What a federated run calls a round is a stretch of `train.local_epochs` epochs here, so that
     equal rounds have seen equally many images and both are drawn and measured at the same points.
@@ -44,7 +42,6 @@ class CentralizedTraining(RoundLoop):
         super().__init__(directory)
         keep_freed_memory()
         self.dataset = load_images(self.config)
-        self._objective = build_objective(self.config)
         move(self.model, self.device, channels_last=self.config.train.channels_last)
         train = self.config.train
         compile_where_wanted(
@@ -53,7 +50,7 @@ class CentralizedTraining(RoundLoop):
         self._num_processes = count_processes(
             self.config.train.num_processes, self.device, one_per_gpu=False
         )
-        self._optimizer = new_optimizer(self.model, self.config.train.lr)
+        self._optimizers = self.model.optimizers(self.config.train.lr)
 
     def gather(self) -> None:
         """Write down how many images of each class there are.
@@ -90,22 +87,13 @@ class CentralizedTraining(RoundLoop):
             ),
             progress(1, f"round {server_round}: training"),
         ):
-            result = train_in_processes(
+            result = fit(
                 self.model,
                 self.dataset.train.images,
                 self.dataset.train.labels,
-                num_processes=self._num_processes,
-                compiled=config.train.compile,
-                objective=self._objective,
-                optimizer=self._optimizer,
-                epochs=config.train.local_epochs,
-                batch_size=config.train.batch_size,
-                horizontal_flip=config.data.horizontal_flip,
-                precision=config.train.precision,
-                channels_last=config.train.channels_last,
-                generator=torch_generator(
-                    config.seed, Stream.TRAIN, server_round, device=self.device
-                ),
+                options=fit_options(config, num_processes=self._num_processes),
+                optimizers=self._optimizers,
+                rng=torch_generator(config.seed, Stream.TRAIN, server_round, device=self.device),
             )
         self.phases.trained(result.seconds, since=start, until=time.monotonic())
         if not math.isfinite(result.loss):
@@ -124,7 +112,7 @@ class CentralizedTraining(RoundLoop):
         return f"train loss {result.loss:.4f}, {epochs} epochs"
 
     def evaluate(self, server_round: int) -> str | None:
-        """Measure the loss on the test split, if there is one, drawn alike in every round."""
+        """Measure the loss on the test split, if there are both, drawn alike in every round."""
         test = self.dataset.test
         if len(test) == 0:
             return None
@@ -132,22 +120,22 @@ class CentralizedTraining(RoundLoop):
             self.model,
             test.images,
             test.labels,
-            objective=dataclasses.replace(self._objective, label_dropout=0.0),
-            batch_size=self.config.train.batch_size,
-            precision=self.config.train.precision,
-            channels_last=self.config.train.channels_last,
-            generator=torch_generator(self.config.seed, Stream.EVALUATE, device=self.device),
+            options=fit_options(self.config),
+            rng=torch_generator(self.config.seed, Stream.EVALUATE, device=self.device),
         )
+        if loss is None:
+            return None
         if not math.isfinite(loss):
             raise self.diverged(server_round, f"test loss {loss}")
         self.directory.record([Record(server_round, "loss", loss, reference=TEST, n=len(test))])
         return f"test loss {loss:.4f}"
 
     def state(self) -> dict[str, Weights]:
-        """Return what Adam has gathered."""
-        return {"adam": optimizer_tensors(self._optimizer)}
+        """Return what each optimizer has gathered."""
+        return {name: optimizer_tensors(each) for name, each in self._optimizers.items()}
 
     def restore(self, state: Mapping[str, Weights]) -> None:
-        """Put the weights into the model and what Adam had gathered into Adam."""
+        """Put the weights into the model and what the optimizers had gathered into them."""
         self.model.load_state_dict(self.weights)
-        load_optimizer_tensors(self._optimizer, state["adam"])
+        for name, optimizer in self._optimizers.items():
+            load_optimizer_tensors(optimizer, state[name])

@@ -30,7 +30,7 @@ from task.evaluation.metrics import Use
 from task.files import write_json
 from task.generation.draw_images import balanced_labels, draw_images, full_labels
 from task.generation.grids import mosaic, save_sample_grid
-from task.generators.diffusion.unet import UNet
+from task.generators.base import Generator
 from task.protocol.wire import Key
 from task.randomness import Stream
 from task.runs.checkpoint import load_weights
@@ -101,7 +101,7 @@ def is_complete(path: Path, config: Config) -> bool:
 class GlobalEvaluation(ABC):
     """Pictures and measurements of the global weights of a run."""
 
-    def __init__(self, directory: RunDirectory, model: UNet, *, device: torch.device) -> None:
+    def __init__(self, directory: RunDirectory, model: Generator, *, device: torch.device) -> None:
         """Make ready to draw.
 
         Args:
@@ -181,9 +181,7 @@ class GlobalEvaluation(ABC):
             return 0.0  # a GPU would compile for the step, which takes longer than images do
         if self._seconds_per_image is None:
             precision = self._config.eval.precision
-            self._seconds_per_image = seconds_to_draw(
-                self._config, self._model, self._device, precision
-            )
+            self._seconds_per_image = seconds_to_draw(self._model, self._device, precision)
         return self._seconds_per_image
 
 
@@ -193,7 +191,7 @@ class PooledEvaluation(GlobalEvaluation):
     def __init__(
         self,
         directory: RunDirectory,
-        model: UNet,
+        model: Generator,
         *,
         dataset: Dataset,
         device: torch.device,
@@ -302,7 +300,7 @@ class HospitalEvaluation(GlobalEvaluation):
     def __init__(
         self,
         directory: RunDirectory,
-        model: UNet,
+        model: Generator,
         *,
         device: torch.device,
         ask: Callable[[int, ImageSet], list[HospitalScores]],

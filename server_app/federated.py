@@ -60,7 +60,7 @@ class FederatedTraining(RoundLoop):
             known=client_numbers(directory.path),
         )
         self._exchange = ClientExchange(grid, self._nodes, federation)
-        self._layout = WeightLayout.of(self.model)
+        self._layout = WeightLayout.of(self.model, self.model.local)
         self._weighting = Weighting.of(federation, simulated=self.simulated)
         self.strategy = build_strategy(federation, self._layout, self._weighting)
         # Clients that were left out of earlier attempts at the round.

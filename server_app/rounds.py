@@ -10,7 +10,8 @@ from server_app.timing import MeanSeconds, PhaseTimer
 from task.config import Config, settle_precisions
 from task.data import Dataset
 from task.fingerprint import code_fingerprint, installed_versions
-from task.generators.diffusion.unet import UNet, build_unet
+from task.generators.base import Generator
+from task.generators.registry import build_generator
 from task.progress import duration, progress
 from task.protocol.wire import Weights
 from task.randomness import Stream, seeded_global_generator, torch_generator
@@ -303,7 +304,7 @@ class RoundLoop(ABC):
             log(f"no report: {error}; `feddm report {path}` writes it once that is mended")
 
 
-def initial_model(config: Config) -> UNet:
+def initial_model(config: Config) -> Generator:
     """Build the model with the weights that round 1 starts from, from the seed alone."""
     with seeded_global_generator(torch_generator(config.seed, Stream.MODEL_INIT)):
-        return build_unet(config)
+        return build_generator(config)

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from task.config import Config
-from task.generation.images import image_shape
-from task.generators.diffusion.objective import build_objective
-from task.generators.diffusion.sampler import evaluations_per_image
-from task.generators.diffusion.unet import UNet, build_unet
+from task.generators.base import Generator
+from task.generators.registry import build_generator
 from task.training.devices import autocast, move, select_device, torch_configured
-from task.training.loop import new_optimizer, train_epochs
+from task.training.loop import fit, fit_options
 
 # Seconds that a timing takes beyond its first images, and images of a timed step at most.
 TIMED_SECONDS, TIMED_IMAGES = 1.0, 32
@@ -48,12 +46,12 @@ def estimate_seconds(config: Config, sizes: Sequence[int], *, rounds: range) -> 
     device = select_device(config.train.device)
     # Modules draw their first weights, of no use here, from the global generator.
     with torch.random.fork_rng(devices=[]):
-        model = build_unet(config)
+        model = build_generator(config)
     move(model, device, channels_last=config.train.channels_last)
     precision = config.train.precision
     precisions = ("float32", "bfloat16") if precision == "auto" else (precision,)
     per_trained = min(seconds_to_train(config, model, device, each) for each in precisions)
-    per_drawn = min(seconds_to_draw(config, model, device, each) for each in precisions)
+    per_drawn = min(seconds_to_draw(model, device, each) for each in precisions)
     share = (config.federation.clients_per_round or len(sizes)) / len(sizes)
     # Hospitals train side by side, and a round is over when the largest has finished.
     passes = max(sum(sizes) * min(1.0, share) / at_once(config, device), max(sizes))
@@ -84,44 +82,40 @@ def images_to_draw(config: Config, rounds: range) -> int:
     return grids * per_grid + measured * evaluation.num_images + final
 
 
-def seconds_to_train(config: Config, model: UNet, device: torch.device, precision: str) -> float:
+def seconds_to_train(
+    config: Config, model: Generator, device: torch.device, precision: str
+) -> float:
     """Time training steps; returns the seconds that an image takes."""
-    train, data = config.train, config.data
-    objective = build_objective(config)
-    optimizer = new_optimizer(model, train.lr)
-    generator = torch.Generator(device).manual_seed(0)
+    train = config.train
+    optimizers = model.optimizers(train.lr)
+    rng = torch.Generator(device).manual_seed(0)
 
     def step(num_images: int) -> None:
-        train_epochs(
+        fit(
             model,
-            torch.zeros(num_images, *image_shape(config), dtype=torch.uint8),
+            torch.zeros(num_images, *model.image_shape, dtype=torch.uint8),
             torch.zeros(num_images, dtype=torch.int64),
-            objective=objective,
-            optimizer=optimizer,
-            epochs=1,
-            batch_size=num_images,
-            horizontal_flip=data.horizontal_flip,
-            precision=precision,
-            channels_last=train.channels_last,
-            generator=generator,
+            options=fit_options(config, epochs=1, batch_size=num_images, precision=precision),
+            optimizers=optimizers,
+            rng=rng,
         )
 
     with torch_configured(num_threads=train.num_threads, deterministic=train.deterministic):
         return seconds_per_image(step, train.batch_size)
 
 
-def seconds_to_draw(config: Config, model: UNet, device: torch.device, precision: str) -> float:
+def seconds_to_draw(model: Generator, device: torch.device, precision: str) -> float:
     """Time denoising steps; returns the seconds that an image takes with all of its steps."""
     model.eval()
 
     @torch.inference_mode()
     def step(num_images: int) -> None:
-        x_t = torch.zeros(num_images, *image_shape(config), device=device)
-        log_snr = x_t.new_zeros(num_images)
+        noise = torch.zeros(num_images, *model.image_shape, device=device)
+        labels = torch.zeros(num_images, dtype=torch.int64, device=device)
         with autocast(device, precision):
-            model(x_t, log_snr, log_snr.long()).sum().item()
+            model.sampling_step(labels, lambda: noise).sum().item()
 
-    return evaluations_per_image(config) * seconds_per_image(step, TIMED_IMAGES)
+    return model.evaluations_per_image * seconds_per_image(step, TIMED_IMAGES)
 
 
 def seconds_per_image(step: Callable[[int], None], most: int) -> float:

@@ -19,7 +19,7 @@ from task.evaluation.features import build_extractor
 from task.evaluation.metrics import Use
 from task.files import write_json
 from task.generation.draw_images import draw_images, full_labels
-from task.generators.diffusion.unet import UNet
+from task.generators.base import Generator
 from task.randomness import Stream
 from task.reporting.metric_table import (
     lay_out,
@@ -98,7 +98,7 @@ def evaluate_client(
 
 def _measure(
     config: Config,
-    models: Mapping[str, UNet],
+    models: Mapping[str, Generator],
     sets: Mapping[str, tuple[Dataset, Tensor]],
     server_round: int,
     *,

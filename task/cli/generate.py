@@ -34,8 +34,8 @@ def generate_images(
         num_images: of each class.
         out: the folder.
         client: whose own weights draw; None: the global ones.
-        grid: whether to draw the first images of each class in one picture, too.
-        scale: height and width in the files of a pixel of an image.
+        grid: whether to show the first images of each class in one picture, too.
+        scale: pixels of a file for a pixel of an image, in each direction.
         say: takes the text for the reader.
 
     Raises:
@@ -50,9 +50,8 @@ def generate_images(
         options={"eval.batch_size": config.eval.batch_size or batch_size_of(out)},
         names=GENERATION_VALUES,
     )
-    device = select_device(config.train.device)
     model, server_round = final_model(run, config, client)
-    source = ImageSource(config, model, device)
+    source = ImageSource(config, model, select_device(config.train.device))
     origin = describe_origin(
         config,
         source,

@@ -352,19 +352,16 @@ def restore(
       feddm restore runs/eyes grey.png --class N --colorize --out coloured \\
         diffusion.num_inference_steps=100
     """
-    from task.cli.restore import restore_files
+    from task.cli.restore import FileTask, restore_files
 
     restore_files(
         run,
         images,
+        FileTask(mask, upscale, colorize),
         out=out,
         class_=class_,
         num_images=num,
-        mask=mask,
-        upscale=upscale,
-        colorize=colorize,
-        jump_length=jump_length,
-        num_resamples=num_resamples,
+        walk={"jump_length": jump_length, "num_resamples": num_resamples},
         client=client,
         options={"seed": seed, "train.device": device, "eval.batch_size": batch_size},
         say=typer.echo,

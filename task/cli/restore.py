@@ -1,7 +1,9 @@
 """`feddm restore`: pictures filled in, enlarged or coloured by a run's final weights."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +15,12 @@ from task.data.shape import resize_decoded
 from task.generation.folder import write_image
 from task.generation.images import class_labels
 from task.generation.restoration import (
-    Projection,
     Restorer,
     known_part,
     picture_shape,
     restoration_config,
 )
+from task.generators.base import Projection
 from task.progress import progress
 from task.runs.run import final_model
 from task.runs.run_directory import run_config
@@ -27,18 +29,38 @@ from task.training.devices import select_device
 NOTICE = "partly synthetic image, restored by a diffusion model"
 
 
+@dataclass(frozen=True)
+class FileTask:
+    """What is done to files: one of three, see `task.generation.restoration.known_part`.
+
+    Attributes:
+        mask: file of a mask, white where to fill.
+        upscale: how many times to enlarge.
+        colorize: whether to color.
+    """
+
+    mask: Path | None = None
+    upscale: int | None = None
+    colorize: bool = False
+
+    def known_part(self, config: Config, files: Sequence[Path]) -> tuple[Tensor, Projection]:
+        """Say what files tell about the images that are wanted."""
+        given: dict[str, Any] = {"upscale": self.upscale, "colorize": self.colorize}
+        channels, size, _ = picture_shape(config, mask=self.mask is not None, **given)
+        pictures = torch.stack([read_picture(file, size, channels) for file in files])
+        mask = None if self.mask is None else read_mask(self.mask, size)
+        return known_part(config, pictures, mask=mask, **given)
+
+
 def restore_files(
     run: Path,
     words: Sequence[str],
+    task: FileTask,
     *,
     out: Path,
     class_: str,
     num_images: int,
-    mask: Path | None,
-    upscale: int | None,
-    colorize: bool,
-    jump_length: int | None,
-    num_resamples: int | None,
+    walk: Mapping[str, int | None],
     client: int | None,
     options: Mapping[str, object | None],
     say: Callable[[str], object],
@@ -48,14 +70,11 @@ def restore_files(
     Args:
         run: the folder of the run.
         words: files, and values of the configuration as NAME=VALUE.
+        task: what is done to the files.
         out: folder for the images; made where there is none.
         class_: name or label of the class of all files.
         num_images: for each file.
-        mask: file of a mask, white where to fill.
-        upscale: see `task.generation.restoration.known_part`.
-        colorize: see `task.generation.restoration.known_part`.
-        jump_length: see `task.generation.restoration.Restorer`.
-        num_resamples: see `task.generation.restoration.Restorer`.
+        walk: arguments of `Generator.restoring`.
         client: whose own weights draw; None: the global ones.
         options: see `task.generation.restoration.restoration_config`.
         say: takes the text for the reader.
@@ -69,42 +88,21 @@ def restore_files(
     require(bool(files), "IMAGE", "at least one file", words)
     config = restoration_config(run_config(run), overrides, options=options)
     (label,) = class_labels(config.data.classes, class_)
-    known, projection = _known_part(config, files, mask=mask, upscale=upscale, colorize=colorize)
+    known, projection = task.known_part(config, files)
     written = _free_paths(out, files, num_images)
     restorer = Restorer(
         config,
         final_model(run, config, client)[0],
         known,
-        projection=projection,
+        projection,
         label=label,
         num_images=num_images,
-        jump_length=jump_length,
-        num_resamples=num_resamples,
         device=select_device(config.train.device),
+        **walk,
     )
     say(f"drawing {len(written):,} images of class {class_} on {restorer.device}")
     _write(restorer, written)
     say(f"written to {', '.join(map(str, written[:3]))}{' ...' if len(written) > 3 else ''}")
-
-
-def _known_part(
-    config: Config,
-    files: Sequence[Path],
-    *,
-    mask: Path | None,
-    upscale: int | None,
-    colorize: bool,
-) -> tuple[Tensor, Projection]:
-    channels, size, _ = picture_shape(
-        config, mask=mask is not None, upscale=upscale, colorize=colorize
-    )
-    return known_part(
-        config,
-        torch.stack([read_picture(file, size, channels) for file in files]),
-        mask=None if mask is None else read_mask(mask, size),
-        upscale=upscale,
-        colorize=colorize,
-    )
 
 
 def _write(restorer: Restorer, paths: Sequence[Path]) -> None:

@@ -13,8 +13,7 @@ from typing import TypeVar, cast
 import torch
 
 from task.config import Config
-from task.generators.diffusion.objective import build_objective
-from task.generators.diffusion.unet import build_unet
+from task.generators.registry import build_generator
 from task.processes import end_with_parent
 from task.training.devices import (
     compile_where_wanted,
@@ -23,8 +22,8 @@ from task.training.devices import (
     keep_freed_memory,
     select_device,
 )
-from task.training.distributed import count_processes, train_in_processes
-from task.training.loop import new_optimizer
+from task.training.distributed import count_processes
+from task.training.loop import fit, fit_options
 from task.training.precision import fastest_precision
 
 Argument = TypeVar("Argument")
@@ -145,31 +144,25 @@ def _try_step(config: Config) -> Trial:
     keep_freed_memory()
     configure_torch(num_threads=train.num_threads, deterministic=train.deterministic)
     device = select_device(train.device)
-    model = build_unet(config)
-    compile_where_wanted(model, train.compile, device, deterministic=train.deterministic)
+    generator = build_generator(config)
+    compile_where_wanted(generator, train.compile, device, deterministic=train.deterministic)
     num_processes = count_processes(train.num_processes, device, one_per_gpu=True)
     precision = train.precision
     if precision == "auto":
-        precision = fastest_precision(config, model, device)
-    shape = (train.batch_size, data.channels, data.image_size, data.image_size)
-    images = torch.randint(256, shape, dtype=torch.uint8)
+        precision = fastest_precision(config, generator, device)
+    images = torch.randint(256, (train.batch_size, *generator.image_shape), dtype=torch.uint8)
     labels = torch.randint(len(data.classes), (train.batch_size,))
 
     def seconds(steps: int) -> float:
-        return train_in_processes(
-            model,
+        return fit(
+            generator,
             images,
             labels,
-            num_processes=num_processes,
-            compiled=train.compile,
-            objective=build_objective(config),
-            optimizer=new_optimizer(model, train.lr),
-            epochs=steps,
-            batch_size=train.batch_size,
-            horizontal_flip=data.horizontal_flip,
-            precision=precision,
-            channels_last=train.channels_last,
-            generator=torch.Generator(device).manual_seed(config.seed),
+            options=fit_options(
+                config, epochs=steps, precision=precision, num_processes=num_processes
+            ),
+            optimizers=generator.optimizers(train.lr),
+            rng=torch.Generator(device).manual_seed(config.seed),
         ).seconds
 
     step = seconds(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from task.checks import require
 from task.evaluation.distances import energy_distance
-from task.generators.diffusion.sampler import to_uint8
+from task.generation.batches import to_uint8
 from task.randomness import Stream, torch_generator
 
 # Pairs are compared; more images than this would change the last digits alone.

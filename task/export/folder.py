@@ -5,29 +5,20 @@ import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
 
 from task.checks import require
-from task.config import DRAWING_VALUES, Config
-from task.export.drawing import Model, Settings, image_shape
-from task.export.formats import FORMATS, Format
-from task.export.sources import ship
+from task.config import Config
+from task.export.drawing import Settings
+from task.export.formats import FORMATS, formats_of
 from task.files import atomic_folder
 from task.generation.folder import NOTICE, folder_names
-from task.generators.diffusion.network import UNet
-from task.generators.diffusion.noise_schedule import build_schedule
-from task.generators.diffusion.samplers import half_log_snr
-from task.generators.diffusion.unet import unet_arguments
+from task.generators.base import Generator
 from task.reporting.model_card import write_model_card
 from task.runs.run import FinishedRun, final_model
 from task.runs.run_directory import weights_file
 
 # Of predictions of up to 1: other libraries add up in another order.
 TOLERANCE = 1e-4
-COMPARED = 8
 
 # Whoever exports again must not lose what others added to the folder.
 SUMS_FILE = "SHA256SUMS"
@@ -39,7 +30,7 @@ class Export:
 
     Attributes:
         folder: where it lies.
-        difference: the largest one between its predictions and those of the run's network.
+        difference: the largest one between what it predicts and what the run's model does.
         largest: the largest absolute prediction.
     """
 
@@ -66,14 +57,16 @@ def export_run(
             folder holds something else, or what was written predicts something else.
     """
     require(to in FORMATS, "--to", f"one of {', '.join(FORMATS)}", to)
-    form = FORMATS[to]
-    form.check_installed()
+    FORMATS[to].check_installed()
     name = to if client is None else f"{to}-client-{client}"
     folder = out or run.path / "export" / name
     check_replaceable(folder)
-    unet, server_round = final_model(run.path, run.config, client)
-    unet.eval()
-    settings = describe(run.config) | {
+    generator, server_round = final_model(run.path, run.config, client)
+    formats = formats_of(generator)
+    require(to in formats, "--to", f"{' or '.join(formats)} for this family of models", to)
+    form = formats[to]
+    generator.eval()
+    settings = describe(run.config, generator) | {
         "exported": {
             "by": f"feddm {version('feddm')}",
             "format": to,
@@ -83,7 +76,7 @@ def export_run(
         }
     }
     with atomic_folder(folder) as aside:
-        fill(aside, form, unet, settings)
+        form.fill(aside, generator, settings)
         write_model_card(
             run,
             aside,
@@ -92,7 +85,7 @@ def export_run(
             exported=settings["exported"],
         )
         write_sums(aside)
-        difference, largest = compare(unet, form.load_model(aside), settings)
+        difference, largest = form.compare(generator, aside, settings)
         require(
             difference <= TOLERANCE * max(1.0, largest),
             f"the difference between the export and {run.path}",
@@ -176,14 +169,8 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def describe(config: Config) -> Settings:
-    """Say in plain values all that drawing with a network needs; config.json holds them."""
-    diffusion = dataclasses.asdict(config.diffusion)
-    sampling: dict[str, Any] = {
-        name: diffusion[name] for name in (path.split(".")[1] for path in DRAWING_VALUES)
-    }
-    sampling["num_inference_steps"] = sampling["num_inference_steps"] or diffusion["num_timesteps"]
-    network = unet_arguments(config)
+def describe(config: Config, generator: Generator) -> Settings:
+    """Say in plain values all that drawing with a generator needs; config.json holds them."""
     return {
         "classes": list(config.data.classes),
         "folders": folder_names(config.data.classes),
@@ -191,40 +178,5 @@ def describe(config: Config) -> Settings:
         "seed": config.seed,
         "channels": config.data.channels,
         "image_size": config.data.image_size,
-        "null_label": network["num_classes"] if network["null_class"] else None,
-        "network": network,
-        "prediction_type": config.diffusion.prediction_type,
-        "sampling": sampling,
-        "schedule": config.diffusion.schedule,
-        "alphas_cumprod": build_schedule(config).alphas_cumprod.tolist(),
+        **generator.drawing_settings(),
     }
-
-
-def fill(folder: Path, form: Format, unet: UNet, settings: Settings) -> None:
-    """Write the model in its format, what describes it, and the code that draws with it."""
-    form.write(unet, settings, folder)
-    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    ship("generators/diffusion/samplers.py", folder / "samplers.py")
-    ship("generators/noise.py", folder / "noise.py")
-    ship("export/drawing.py", folder / "drawing.py")
-    ship(f"export/{form.loader}.py", folder / "sample.py")
-
-
-@torch.inference_mode()
-def compare(unet: UNet, model: Model, settings: Settings) -> tuple[float, float]:
-    """Compare predictions of an export with the network's own, for every log-SNR and label.
-
-    All images are pure noise, whatever the network is told of them.
-
-    Returns:
-        The largest absolute difference, and the largest absolute prediction.
-    """
-    rng = np.random.default_rng(0)
-    x_t = rng.standard_normal((COMPARED, *image_shape(settings)), np.float32)
-    most, least = (2 * half_log_snr(settings["alphas_cumprod"][end]) for end in (0, -1))
-    log_snr = np.linspace(least, most, COMPARED, dtype=np.float32)
-    # With the null label, which comes last.
-    last = unet.class_embedding.num_embeddings - 1
-    inputs = (x_t, log_snr, np.linspace(0, last, COMPARED).round().astype(np.int64))
-    expected = unet(*map(torch.from_numpy, inputs)).numpy()
-    return float(np.abs(model(*inputs) - expected).max()), float(np.abs(expected).max())

@@ -1,44 +1,46 @@
 """The formats of `feddm export`: what each needs, writes, and tells its reader."""
 
+import copy
 import importlib
 import importlib.util
 import json
 import re
 import shlex
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from task.checks import require
 from task.export.drawing import Model, Settings, image_shape
 from task.export.sources import ship
-from task.generators.diffusion.network import UNet
+from task.generators.base import Generator
+from task.generators.diffusion.generator import Diffusion
+from task.generators.diffusion.samplers import half_log_snr
 
 # Of the example that the graph is traced with. One image would be taken for a constant.
 EXAMPLE_BATCH = 2
 
 
+# Images that are compared.
+COMPARED = 8
+
+
 @dataclass(frozen=True)
 class Format:
-    """A format that a model can be exported to.
+    """A format that the generators of a family can be exported to: that of their weights alone.
 
     Attributes:
         library: the name of the library that loads it, as Hugging Face calls it.
         needs: libraries that write and check it beyond those that feddm always has.
-        write: writes the model's own files into a folder.
-        loader: the module whose `load_model` loads a folder; shipped as sample.py.
-        snippet: Python that loads an export and calls it, run in its folder, with fields as in
-            `usage`.
     """
 
     library: str
-    needs: tuple[str, ...]
-    write: Callable[[UNet, Settings, Path], None]
-    loader: str
-    snippet: str
+    needs: tuple[str, ...] = ()
 
     @property
     def missing(self) -> list[str]:
@@ -61,6 +63,49 @@ class Format:
 
     def usage(self, settings: Settings) -> str:
         """Say in Markdown how to draw with an export of these settings."""
+        return WEIGHTS_USAGE
+
+    def fill(self, folder: Path, generator: Generator, settings: Settings) -> None:
+        """Write the model and what describes it."""
+        save_file(generator.state_dict(), folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+    @torch.inference_mode()
+    def compare(
+        self, generator: Generator, folder: Path, settings: Settings
+    ) -> tuple[float, float]:
+        """Compare what an export draws with what the generator draws, of the same noise.
+
+        Returns:
+            The largest absolute difference, and the largest absolute value.
+        """
+        loaded = copy.deepcopy(generator)
+        loaded.load_state_dict(load_file(folder / "model.safetensors"))
+        labels = torch.arange(COMPARED) % len(settings["classes"])
+        noise = torch.randn(
+            COMPARED, *generator.image_shape, generator=torch.Generator().manual_seed(0)
+        )
+        found, expected = (each.sample(labels, lambda: noise) for each in (loaded, generator))
+        return float((found - expected).abs().max()), float(expected.abs().max())
+
+
+@dataclass(frozen=True)
+class NetworkFormat(Format):
+    """A format of the network of a diffusion model, with code that draws with it.
+
+    Attributes:
+        write: writes the network's own files into a folder.
+        loader: the module whose `load_model` loads a folder; shipped as sample.py.
+        snippet: Python that loads an export and calls it, run in its folder, with fields as in
+            `usage`.
+    """
+
+    write: Callable[[nn.Module, Settings, Path], None] = field(kw_only=True)
+    loader: str = field(kw_only=True)
+    snippet: str = field(kw_only=True)
+
+    def usage(self, settings: Settings) -> str:
+        """Say in Markdown how to draw with an export of these settings."""
         name = settings["classes"][0]
         known = {
             **settings,
@@ -80,21 +125,68 @@ class Format:
         model: Model = importlib.import_module(f"task.export.{self.loader}").load_model(folder)
         return model
 
+    def fill(self, folder: Path, generator: Generator, settings: Settings) -> None:
+        """Write the network, what describes it, and the code that draws with it."""
+        self.write(network_of(generator), settings, folder)
+        (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        ship("generators/diffusion/samplers.py", folder / "samplers.py")
+        ship("generators/noise.py", folder / "noise.py")
+        ship("export/drawing.py", folder / "drawing.py")
+        ship(f"export/{self.loader}.py", folder / "sample.py")
 
-def write_safetensors(unet: UNet, settings: Settings, folder: Path) -> None:
+    @torch.inference_mode()
+    def compare(
+        self, generator: Generator, folder: Path, settings: Settings
+    ) -> tuple[float, float]:
+        """Compare predictions of an export with the network's own, for every log-SNR and label.
+
+        All images are pure noise, whatever the network is told of them.
+
+        Returns:
+            The largest absolute difference, and the largest absolute prediction.
+        """
+        rng = np.random.default_rng(0)
+        x_t = rng.standard_normal((COMPARED, *image_shape(settings)), np.float32)
+        most, least = (2 * half_log_snr(settings["alphas_cumprod"][end]) for end in (0, -1))
+        log_snr = np.linspace(least, most, COMPARED, dtype=np.float32)
+        # With the null label, which comes last.
+        last = settings["null_label"] or len(settings["classes"]) - 1
+        inputs = (x_t, log_snr, np.linspace(0, last, COMPARED).round().astype(np.int64))
+        expected = network_of(generator)(*map(torch.from_numpy, inputs)).numpy()
+        found = self.load_model(folder)(*inputs)
+        return float(np.abs(found - expected).max()), float(np.abs(expected).max())
+
+
+def network_of(generator: Generator) -> nn.Module:
+    """Return the network of a diffusion model.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(generator, Diffusion):
+        raise TypeError(f"a network format takes a diffusion model, got {generator.name}")
+    return generator.network
+
+
+def formats_of(generator: Generator) -> Mapping[str, Format]:
+    """Return by name the formats that a generator can be exported to."""
+    return FORMATS if isinstance(generator, Diffusion) else {"safetensors": Format("pytorch")}
+
+
+def write_safetensors(unet: nn.Module, settings: Settings, folder: Path) -> None:
     """Write the weights, and the network as a file of Python."""
     save_file(unet.state_dict(), folder / "model.safetensors", {"format": "pt"})
     ship("generators/diffusion/network.py", folder / "network.py")
 
 
-def write_torch_export(unet: UNet, settings: Settings, folder: Path) -> None:
+def write_torch_export(unet: nn.Module, settings: Settings, folder: Path) -> None:
     """Write the graph of the network with its weights, for any number of images of one size."""
     program = traced(unet, settings)
     program.example_inputs = None  # it would be saved as a pickle
     torch.export.save(program, folder / "model.pt2")
 
 
-def write_onnx(unet: UNet, settings: Settings, folder: Path) -> None:
+def write_onnx(unet: nn.Module, settings: Settings, folder: Path) -> None:
     """Write the graph of the network with its weights, and what config.json says as metadata.
 
     Raises:
@@ -119,7 +211,7 @@ def write_onnx(unet: UNet, settings: Settings, folder: Path) -> None:
     onnx.save(proto, folder / "model.onnx")
 
 
-def write_diffusers(unet: UNet, settings: Settings, folder: Path) -> None:
+def write_diffusers(unet: nn.Module, settings: Settings, folder: Path) -> None:
     """Write a pipeline with a network of its own, which `DiffusionPipeline` loads."""
     import diffusers
 
@@ -141,7 +233,7 @@ def write_diffusers(unet: UNet, settings: Settings, folder: Path) -> None:
     ship("generators/diffusion/network.py", folder / "unet" / "network.py")
 
 
-def traced(unet: UNet, settings: Settings) -> torch.export.ExportedProgram:
+def traced(unet: nn.Module, settings: Settings) -> torch.export.ExportedProgram:
     """Trace a network, in eval mode, for any number of images of the size of the settings."""
     x_t = torch.zeros(EXAMPLE_BATCH, *image_shape(settings))
     log_snr = x_t.new_zeros(EXAMPLE_BATCH)
@@ -165,6 +257,11 @@ def null_label_in_words(null_label: int | None) -> str:
         return 'None of them stands for "no class", so this model knows no guidance.'
     return f'{null_label} (`null_label`) stands for "no class", which guidance needs.'
 
+
+WEIGHTS_USAGE = """\
+`model.safetensors` holds the weights, and `config.json` what they were made for. feddm draws with
+them: `feddm generate RUN` in the folder of the run, or `load_run` in Python.
+"""
 
 USAGE = """\
 In this folder, with the libraries that `sample.py` names at its top:
@@ -190,10 +287,9 @@ sampler's arguments, `samplers.py` makes steps of them and walks them with NumPy
 `drawing.py` is the rest of `sample.py`.
 """
 
-FORMATS = {
-    "safetensors": Format(
+FORMATS: dict[str, Format] = {
+    "safetensors": NetworkFormat(
         library="pytorch",
-        needs=(),
         write=write_safetensors,
         loader="sample_safetensors",
         snippet="""\
@@ -209,9 +305,8 @@ with torch.inference_mode():
     prediction = unet(x_t, log_snr, torch.tensor([0, 0]))
 """,
     ),
-    "torch-export": Format(
+    "torch-export": NetworkFormat(
         library="pytorch",
-        needs=(),
         write=write_torch_export,
         loader="sample_torch_export",
         snippet="""\
@@ -223,7 +318,7 @@ with torch.inference_mode():
     prediction = program(x_t, log_snr, torch.tensor([0, 0]))
 """,
     ),
-    "onnx": Format(
+    "onnx": NetworkFormat(
         library="onnx",
         needs=("onnx", "onnxscript", "onnxruntime"),
         write=write_onnx,
@@ -239,7 +334,7 @@ log_snr, labels = np.full(2, -9.0, np.float32), np.array([0, 0])
 [prediction] = session.run(None, {"x_t": x_t, "log_snr": log_snr, "labels": labels})
 """,
     ),
-    "diffusers": Format(
+    "diffusers": NetworkFormat(
         library="diffusers",
         needs=("diffusers",),
         write=write_diffusers,

@@ -7,28 +7,22 @@ from torch import Tensor
 
 from task.config import Config
 from task.data import Dataset, ImageSet
-from task.generation.images import image_shape
-from task.generators.diffusion.sampler import (
-    build_sampler,
-    evaluations_per_image,
-    sample_batches,
-    to_uint8,
-)
-from task.generators.diffusion.unet import UNet
+from task.generation.batches import sample_batches, to_uint8
+from task.generators.base import Generator
 from task.progress import progress
 from task.randomness import Stream, torch_generator
 from task.training.devices import autocast, move
 
 
 def draw_images(
-    config: Config, model: UNet, labels: Tensor, *, device: torch.device, stream: Stream
+    config: Config, generator: Generator, labels: Tensor, *, device: torch.device, stream: Stream
 ) -> ImageSet:
     """Draw an image of each label; the same seed, stream and place in the list draw the same.
 
     Args:
-        config: of the run: its sampler and its seed, `train.channels_last`, `eval.batch_size` and
+        config: of the run: its seed, `train.channels_last`, `eval.batch_size` and
             `eval.precision`, which is settled.
-        model: moved to `device`.
+        generator: moved to `device`.
         labels: [N] int64.
         device: that draws.
         stream: what the images are for.
@@ -40,17 +34,15 @@ def draw_images(
     Raises:
         ValueError: `eval.precision` is "auto".
     """
-    move(model, device, channels_last=config.train.channels_last)
-    steps = len(labels) * evaluations_per_image(config)
+    move(generator, device, channels_last=config.train.channels_last)
+    steps = len(labels) * generator.evaluations_per_image
     with (
         autocast(device, config.eval.precision),
         progress(steps, f"drawing {len(labels):,} images") as advance,
     ):
         images = sample_batches(
-            build_sampler(config),
-            model,
+            generator,
             labels.to(device),
-            image_shape=image_shape(config),
             batch_size=config.eval.batch_size,
             block_generator=partial(torch_generator, config.seed, stream, device=device),
             advance=advance,

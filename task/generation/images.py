@@ -1,7 +1,7 @@
 """Images from a finished model by class and place: the same image at the same place, always."""
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from PIL import Image
@@ -10,15 +10,9 @@ from torch import Tensor
 from task.checks import require
 from task.config import Config
 from task.data import ImageSet
+from task.generation.batches import fitting_batch_size, to_uint8
 from task.generation.grids import mosaic
-from task.generators.diffusion.sampler import (
-    build_sampler,
-    evaluations_per_image,
-    fitting_batch_size,
-    telling,
-    to_uint8,
-)
-from task.generators.diffusion.unet import UNet
+from task.generators.base import Advance, Generator
 from task.generators.noise import generation_noise
 from task.training.devices import autocast, move
 
@@ -103,27 +97,24 @@ class ImageSource:
         evaluations: of the model for an image.
     """
 
-    def __init__(self, config: Config, model: UNet, device: torch.device) -> None:
-        """Bring a model to a device, to draw as a configuration says.
+    def __init__(self, config: Config, generator: Generator, device: torch.device) -> None:
+        """Bring a generator to a device, to draw as it was built to.
 
         Args:
-            config: of the run, with the seed, the sampler, `eval.batch_size` and `eval.precision`.
-            model: moved to `device`, and set to evaluate.
+            config: of the run, with the seed, `eval.batch_size` and `eval.precision`.
+            generator: moved to `device`, and set to evaluate.
             device: that draws.
 
         Raises:
             ValueError: `eval.precision` is "auto".
         """
-        self._config, self._model, self.device = config, model, device
-        self._sampler = build_sampler(config)
-        self.image_shape = image_shape(config)
-        self.evaluations = evaluations_per_image(config)
-        move(model, device, channels_last=config.train.channels_last)
-        model.eval()
+        self._config, self._generator, self.device = config, generator, device
+        self.image_shape = generator.image_shape
+        self.evaluations = generator.evaluations_per_image
+        move(generator, device, channels_last=config.train.channels_last)
+        generator.eval()
         with autocast(device, config.eval.precision):
-            self.batch_size = config.eval.batch_size or fitting_batch_size(
-                model, self.image_shape, device
-            )
+            self.batch_size = config.eval.batch_size or fitting_batch_size(generator, device)
 
     def batches(self, num_images: int) -> Iterator[range]:
         """Split the places of a number of images into batches."""
@@ -131,9 +122,7 @@ class ImageSource:
         for start in places[:: self.batch_size]:
             yield places[start : start + self.batch_size]
 
-    def draw(
-        self, label: int, places: range, advance: Callable[[int], None] = lambda number: None
-    ) -> Tensor:
+    def draw(self, label: int, places: range, advance: Advance = lambda number: None) -> Tensor:
         """Draw the images of a class at some places, uint8 [N, C, H, W] on the CPU.
 
         Args:
@@ -149,7 +138,7 @@ class ImageSource:
             return torch.from_numpy(noise()).to(self.device)
 
         with autocast(self.device, self._config.eval.precision):
-            images = self._sampler(telling(self._model, advance), labels, draw_noise)
+            images = self._generator.sample(labels, draw_noise, advance=advance)
         return to_uint8(images).cpu()
 
     def draw_classes(self, labels: Sequence[int], num_images: int) -> GeneratedImages:

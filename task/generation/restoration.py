@@ -1,54 +1,27 @@
-"""Inverse problems without training: images that agree with what is known, filled in by a model.
+"""Pictures of which a part is known, filled in, enlarged or colored by a generator that can.
 
-What is known of an image is its orthogonal projection P onto some subspace: the pixels outside a
-mask, the means of blocks, the brightness of colours. Sampling takes the known part from the image,
-noised, and the rest, I - P, from the model: x_{t-1} = P(q_sample(known)) + (I - P)(model's step).
-
-Sources: RePaint (Lugmayr et al. 2022, arXiv 2201.09865, Algorithm 1 and its jumps, section 4.2)
-for masks; that P may be any linear projection: ILVR (Choi et al. 2021, arXiv 2108.02938) with a
-low-pass filter in the place of P, and DDNM (Wang, Yu & Zhang 2023, arXiv 2212.00490), which
-projects the predicted x_start in the place of x_{t-1}. What differs from RePaint: steps may skip
-timesteps, with the posterior variance (its code learns the variance); the known part is noised to
-the level of x_{t-1}, the images that it goes into (the paper prints alpha-bar_t for x_{t-1} in
-equation 8a; here it is that of x_{t-1}, as its code effectively does); after a jump back the known
-part is the re-noised one, where its code noises the known images anew; and the last image is
-brought into [-1, 1] without touching its known part.
+What is known of an image is its orthogonal projection onto some subspace: the pixels outside a
+mask, the means of blocks, or the brightness of colors.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from task.checks import require, require_one_of
-from task.config import DIFFUSION_CHOICES, Config, changed_config
+from task.checks import require
+from task.config import Config, changed_config
 from task.data import normalize
 from task.data.shape import LUMA
+from task.generation.batches import block_noise, fitting_batch_size, to_uint8
 from task.generation.images import GeneratedImages, image_shape
-from task.generators.diffusion.noise_schedule import NoiseSchedule, build_schedule
-from task.generators.diffusion.objective import Model
-from task.generators.diffusion.sampler import (
-    NoiseSource,
-    block_noise,
-    fitting_batch_size,
-    guided,
-    predicting,
-    to_uint8,
-)
-from task.generators.diffusion.samplers import ddim_steps, see, take
-from task.generators.diffusion.unet import UNet
+from task.generators.base import Generator, Projection
 from task.randomness import Stream, torch_generator
 from task.training.devices import autocast, move
-
-# RePaint's own, for its 250 steps.
-JUMP_LENGTH = 10
-NUM_RESAMPLES = 10
 
 # What a caller may change of a run's configuration.
 RESTORATION_VALUES = frozenset(
@@ -57,18 +30,6 @@ RESTORATION_VALUES = frozenset(
         *("diffusion.num_inference_steps", "diffusion.guidance_scale", "diffusion.clip_x_start"),
     }
 )
-
-
-class Projection(Protocol):
-    """An orthogonal projection onto what is known of images."""
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Project images, [N, C, H, W] float32."""
-        ...
-
-    def least(self, values: Tensor) -> Tensor:
-        """Give the values, [N, C, H, W], that P ties to each other the least one of them."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,131 +88,6 @@ class Luma:
 def enlarge(images: Tensor, factor: int) -> Tensor:
     """Turn each pixel of [N, C, H, W] into a block of `factor` x `factor`."""
     return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-
-
-@torch.inference_mode()
-def repaint_sample(
-    model: Model,
-    labels: Tensor,
-    *,
-    known: Tensor,
-    projection: Projection,
-    schedule: NoiseSchedule,
-    prediction_type: str,
-    num_inference_steps: int,
-    jump_length: int,
-    num_resamples: int,
-    clip_x_start: bool,
-    draw_noise: NoiseSource,
-) -> Tensor:
-    """Draw images that have a known projection.
-
-    Args:
-        model: see `task.generators.diffusion.objective`.
-        labels: [N] int64, what to draw.
-        known: [N, C, H, W] float32 in [-1, 1], any images that have the known projection.
-        projection: onto what is known.
-        schedule: the model's.
-        prediction_type: what the model returns.
-        num_inference_steps: 1 to T, see `task.generators.diffusion.samplers.inference_timesteps`.
-        jump_length: steps that are taken back at a time, see `resampling_walk`.
-        num_resamples: how often each stretch of that length is walked, >= 1; 1: no jumps.
-        clip_x_start: whether to clamp each prediction of x_start to [-1, 1].
-        draw_noise: source of all noise, beside `labels`.
-
-    Returns:
-        [N, C, H, W] float32 in [-1, 1], with the projection of `known` but for rounding.
-
-    Raises:
-        ValueError: a number is out of range, or `prediction_type` unknown.
-
-    Source: see the module.
-    """
-    require_one_of("prediction_type", prediction_type, DIFFUSION_CHOICES["prediction_type"])
-    require(bool((known.abs() <= 1).all()), "known", "in [-1, 1]", known.abs().max().item())
-    predict = predicting(model, labels)
-    # By how many are left to take, less one.
-    steps = ddim_steps(schedule.alphas_cumprod.tolist(), num_inference_steps, eta=1.0)[::-1]
-    # Likewise: clean images first.
-    levels = [1.0, *(step.alpha_cumprod for step in steps)]
-    x_t = draw_noise()
-    for left, to in resampling_walk(num_inference_steps, jump_length, num_resamples):
-        here, after = levels[left], levels[to]
-        if to > left:
-            x_t = noised(x_t, after / here, draw_noise)
-            continue
-        step = steps[left - 1]
-        x_start = see(
-            step, x_t, predict, prediction_type=prediction_type, clip_x_start=clip_x_start
-        )
-        x_t = take(step, x_t, x_start, x_start, draw_noise)
-        target = noised(known, after, draw_noise) if to > 0 else known
-        x_t = x_t + projection(target - x_t)
-    return into_range(x_t, known, projection)
-
-
-def noised(images: Tensor, share: float, draw_noise: NoiseSource) -> Tensor:
-    """Noise images so that `share` of their variance is left; see `q_sample`."""
-    return math.sqrt(share) * images + math.sqrt(1 - share) * draw_noise()
-
-
-def resampling_walk(
-    num_inference_steps: int, jump_length: int, num_resamples: int
-) -> Iterator[tuple[int, int]]:
-    """Walk from noise to images with jumps back: yields steps left, before and after each move.
-
-    A move down is a step of the model; a move up adds the noise of `jump_length` steps at once.
-
-    Args:
-        num_inference_steps: n, >= 1.
-        jump_length: in [1, n) where there are jumps.
-        num_resamples: >= 1, how often the model walks from each landing to the next.
-
-    Raises:
-        ValueError: a number is out of range.
-
-    Source: RePaint, section 4.2 and `get_schedule_jump` of its code.
-    """
-    require_walk(num_inference_steps, jump_length, num_resamples)
-    jumps = dict.fromkeys(
-        range(1, num_inference_steps - jump_length + 1, jump_length), num_resamples - 1
-    )
-    left = num_inference_steps
-    while left > 0:
-        yield left, left - 1
-        left -= 1
-        if jumps.get(left, 0) > 0:
-            jumps[left] -= 1
-            yield left, left + jump_length
-            left += jump_length
-
-
-def require_walk(num_inference_steps: int, jump_length: int, num_resamples: int) -> None:
-    """Raise a ValueError unless a walk is possible; see `resampling_walk`.
-
-    Raises:
-        ValueError: a number is out of range.
-    """
-    require(num_resamples >= 1, "num_resamples", ">= 1 (1: no jumps back)", num_resamples)
-    require(
-        num_resamples == 1 or 1 <= jump_length < num_inference_steps,
-        "jump_length",
-        f">= 1 and below the {num_inference_steps} steps (pass a smaller --jump-length, or "
-        "--num-resamples 1 for no jumps)",
-        jump_length,
-    )
-
-
-def into_range(images: Tensor, known: Tensor, projection: Projection) -> Tensor:
-    """Bring images into [-1, 1] without a change of their projection.
-
-    They move towards `known`, which is in range and has that projection; pixels that the
-    projection ties to each other move by the same share.
-    """
-    deviation = images - known
-    room = (deviation.sign() - known) / torch.where(deviation == 0, 1, deviation)
-    share = torch.where(deviation == 0, 1, room).clamp(max=1)
-    return (known + projection.least(share) * deviation).clamp(-1, 1)
 
 
 def picture_shape(
@@ -335,60 +171,40 @@ class Restorer:
     def __init__(
         self,
         config: Config,
-        model: UNet,
+        generator: Generator,
         known: Tensor,
-        *,
         projection: Projection,
+        *,
         label: int,
         num_images: int,
-        jump_length: int | None,
-        num_resamples: int | None,
         device: torch.device,
+        **walk: int | None,
     ) -> None:
-        """Bring a model to a device, and check all that can be checked before drawing.
+        """Bring a generator to a device, and check all that can be checked before drawing.
 
         Args:
-            config: of the run, with its seed, steps, guidance, `eval.batch_size` and
-                `eval.precision`.
-            model: moved to `device`, and set to evaluate.
+            config: of the run, with its seed, `eval.batch_size` and `eval.precision`.
+            generator: moved to `device`, and set to evaluate.
             known: [N, C, H, W] float32, see `known_part`.
             projection: see `known_part`.
             label: of the class.
             num_images: for each of `known`, >= 1.
-            jump_length: see `repaint_sample`; None: RePaint's, or less where there are few steps.
-            num_resamples: likewise.
             device: that draws.
+            **walk: see `Generator.restoring`.
 
         Raises:
-            ValueError: a number is out of range.
+            ValueError: a number is out of range, or the generator cannot restore.
         """
         require(num_images >= 1, "num_images", ">= 1", num_images)
         self.label, self.device = label, device
-        self._config, self._known, self._num_images = config, known, num_images
-        diffusion = config.diffusion
-        num_steps = diffusion.num_inference_steps or diffusion.num_timesteps
-        if jump_length is None:
-            jump_length = max(1, min(JUMP_LENGTH, num_steps - 1))
-        if num_resamples is None:
-            num_resamples = NUM_RESAMPLES if num_steps > 1 else 1
-        require_walk(num_steps, jump_length, num_resamples)
-        move(model, device, channels_last=config.train.channels_last)
-        model.eval()
-        self._sample = partial(
-            repaint_sample,
-            guided(model, config),
-            projection=projection,
-            schedule=build_schedule(config),
-            prediction_type=diffusion.prediction_type,
-            num_inference_steps=num_steps,
-            jump_length=jump_length,
-            num_resamples=num_resamples,
-            clip_x_start=diffusion.clip_x_start,
-        )
+        self._config, self._num_images = config, num_images
+        self._known, self._projection = known, projection
+        self._generator = generator
+        self._restore = generator.restoring(**walk)
+        move(generator, device, channels_last=config.train.channels_last)
+        generator.eval()
         with autocast(device, config.eval.precision):
-            self._batch_size = config.eval.batch_size or fitting_batch_size(
-                model, image_shape(config), device
-            )
+            self._batch_size = config.eval.batch_size or fitting_batch_size(generator, device)
 
     def __len__(self) -> int:
         return len(self._known) * self._num_images
@@ -408,9 +224,10 @@ class Restorer:
         generator = partial(torch_generator, *key, device=self.device)
         known = self._known[[place // self._num_images for place in places]].to(self.device)
         with autocast(self.device, self._config.eval.precision):
-            images = self._sample(
+            images = self._restore(
                 torch.full((len(places),), self.label, device=self.device),
-                known=known,
-                draw_noise=block_noise(places, image_shape(self._config), generator),
+                block_noise(places, self._generator.image_shape, generator),
+                known,
+                self._projection,
             )
         return to_uint8(images).cpu()

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from task.config import Config
-from task.generators.diffusion.unet import build_unet
+from task.generators.registry import build_generator
 from task.runs.evaluations import Evaluation, read_evaluations
 from task.runs.records import TRAIN, Records, read_records
 from task.runs.repeat import Word
@@ -136,7 +136,7 @@ class RunHistory:
     def num_parameters(self) -> int:
         """The weights of the network."""
         with torch.device("meta"):
-            return sum(weight.numel() for weight in build_unet(self.config).parameters())
+            return sum(weight.numel() for weight in build_generator(self.config).parameters())
 
     @property
     def num_images(self) -> int | None:

@@ -295,7 +295,7 @@ def _draw(
     config: Config,
     client: int | None = None,
 ) -> Tensor:
-    model, _ = final_model(run.path, run.config, client)
+    model, _ = final_model(run.path, config, client)
     return draw_images(config, model, labels, device=device, stream=Stream.SAMPLE_GRID).images
 
 

@@ -17,7 +17,7 @@ from scipy.stats import t as student_t
 from task.config import FILE_SETS
 from task.evaluation.features import HASH_DIGITS
 from task.evaluation.metrics import Use
-from task.generators.diffusion.unet import build_unet
+from task.generators.registry import build_generator
 from task.reporting.metric_table import Figure, figures
 from task.reporting.published import (
     PAPER_SIZES,
@@ -476,7 +476,7 @@ def _caption(
 def _column_caption(name: str, each: Measurement, *, whole: bool) -> str:
     label, data = each.found.label, each.run.config.data
     with torch.device("meta"):
-        parameters = sum(weight.numel() for weight in build_unet(each.run.config).parameters())
+        parameters = sum(weight.numel() for weight in build_generator(each.run.config).parameters())
     scored = _scored(each, whole=whole)
     return (
         f"{name}: {data.image_size}x{data.image_size}, {label.n_generated:,} generated, "

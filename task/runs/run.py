@@ -22,7 +22,8 @@ from task.config import (
 )
 from task.generation.images import GeneratedImages, ImageSource, class_labels
 from task.generation.restoration import RESTORATION_VALUES, Restorer, known_part, restoration_config
-from task.generators.diffusion.unet import UNet, build_unet
+from task.generators.base import Generator
+from task.generators.registry import build_generator
 from task.runs.checkpoint import load_weights
 from task.runs.evaluations import Evaluation, read_evaluations
 from task.runs.repeat import require_weights
@@ -254,7 +255,7 @@ def kept_clients(run: Path) -> list[int]:
     )
 
 
-def final_model(run: Path, config: Config, client: int | None = None) -> tuple[UNet, int]:
+def final_model(run: Path, config: Config, client: int | None = None) -> tuple[Generator, int]:
     """Build the network of a run with its final weights; returns it and their round.
 
     Args:
@@ -281,8 +282,8 @@ def final_model(run: Path, config: Config, client: int | None = None) -> tuple[U
     try:
         # First without memory: a changed configuration may ask for more than there is.
         with torch.device("meta"):
-            build_unet(config).load_state_dict(weights, assign=True)
-        model = build_unet(config)
+            build_generator(config).load_state_dict(weights, assign=True)
+        model = build_generator(config)
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit the network of {run}/config.yaml: {error}") from None

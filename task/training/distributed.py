@@ -1,17 +1,17 @@
-"""One model trained by several processes of one machine, usually one for each of its GPUs.
+"""Several processes of one machine that train one model, usually one for each of its GPUs.
 
-Every process draws for the whole batch, from generators in the same state, and takes its slice of
-images and draws; DistributedDataParallel averages the gradients. So the weights are those of one
-process with the same batch, but for rounding and for dropout, of which each has its own.
+Every process draws for the whole batch, from random generators in the same state, and computes the
+losses of its part; the gradients are averaged. So the weights are those of one process with the
+same batch, but for rounding and for dropout, of which each has its own.
 """
 
-import copy
 import os
 import pickle
 import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,47 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import distributed, multiprocessing
 from torch._C._distributed_c10d import FileStore
-from torch.nn.parallel import DistributedDataParallel
 
 from task.checks import require
-from task.generators.diffusion.objective import DiffusionObjective, Model
 from task.processes import end_with_parent
-from task.training.devices import compile_where_wanted, configure_torch, keep_freed_memory, move
-from task.training.loop import TrainResult, new_optimizer, train_epochs
+from task.training.devices import configure_torch, keep_freed_memory
 
 # How long one process waits for another, which may still be compiling.
 PATIENCE = timedelta(minutes=10)
-
-
-@dataclass(frozen=True)
-class SharedObjective:
-    """The part that one of several processes has in the loss of a batch.
-
-    The mean over the processes of what it returns is the loss of the whole batch, and so for
-    the gradients.
-
-    Attributes:
-        objective: the loss of a batch.
-        rank: of this process, 0-based.
-        num_processes: how many there are.
-    """
-
-    objective: DiffusionObjective
-    rank: int
-    num_processes: int
-
-    def __call__(
-        self, model: Model, x_start: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        """Draw for the whole batch and return the loss of this process's slice of it, weighted."""
-        drawn = (x_start, *self.objective.draw(x_start, labels, generator))
-        start, end = (len(x_start) * i // self.num_processes for i in (self.rank, self.rank + 1))
-        # Even with nothing to do a process must take part in the step: it does so with weight 0.
-        part = slice(start, end) if start < end else slice(0, 1)
-        weight = (end - start) * self.num_processes / len(x_start)
-        return weight * self.objective.loss(model, *(each[part] for each in drawn))
 
 
 def count_processes(wanted: int | None, device: torch.device, *, one_per_gpu: bool) -> int:
@@ -96,84 +64,53 @@ def count_processes(wanted: int | None, device: torch.device, *, one_per_gpu: bo
     return wanted
 
 
-def train_in_processes(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    num_processes: int,
-    compiled: bool | None,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    **options: Any,
-) -> TrainResult:
-    """Run epochs as `task.training.loop.train_epochs` does, in so many processes; 1: in this one.
+def run_in_processes(
+    function: Callable[..., Any], *arguments: Any, num_processes: int, device_type: str
+) -> Any:
+    """Call `function(rank, device, *arguments)` in several processes of this machine.
 
-    Each has as many threads, and is as deterministic, as this process. Whatever one of them
-    raises ends all of them and is raised here.
+    They are a group of `torch.distributed`; each has as many threads, and is as deterministic, as
+    this process. Whatever one of them raises ends all of them and is raised here.
 
     Args:
-        model: takes the trained weights; stays where it is if others train it.
-        images: [N, C, H, W] uint8.
-        labels: [N] int64.
-        num_processes: see `count_processes`.
-        compiled: see `is_compiled`; for the other processes, this one has done it.
-        optimizer: from `new_optimizer`; takes up what it has gathered.
-        generator: of every draw; its device, or its kind of device, is trained on.
-        **options: further arguments of `train_epochs`.
+        function: of a module.
+        *arguments: what each is handed; tensors lie in memory that they share.
+        num_processes: how many.
+        device_type: "cuda", where the rank is the number of the GPU, or "cpu".
+
+    Returns:
+        What the first one returns: tensors, and plain values.
 
     Raises:
         RuntimeError: a process was killed.
     """
-    if num_processes == 1:
-        return train_epochs(
-            model, images, labels, optimizer=optimizer, generator=generator, **options
-        )
     with tempfile.TemporaryDirectory(prefix="feddm-") as folder:
         job = _Job(
             folder=Path(folder),
             num_processes=num_processes,
             num_threads=torch.get_num_threads(),
             deterministic=torch.are_deterministic_algorithms_enabled(),
-            device_type=generator.device.type,
-            # A copy, because what is handed over moves to shared memory.
-            model=copy.deepcopy(model).cpu(),
-            compiled=compiled,
-            optimizer_state=_on_cpu(optimizer),
-            images=images.cpu(),
-            labels=labels.cpu(),
-            generator_state=generator.get_state(),
-            options=options,
+            device_type=device_type,
+            function=function,
+            arguments=arguments,
         )
         # A GPU's memory that this process has kept, rank 0 may need.
         torch.cuda.empty_cache()
         _run(job)
-        done = torch.load(job.done_file, map_location="cpu", weights_only=True)
-    model.load_state_dict(done["model"])
-    model.train()
-    optimizer.load_state_dict(done["optimizer"])
-    generator.set_state(done["generator"])
-    # Of the training alone: starting the processes is none of it.
-    seconds = done["seconds"]
-    return TrainResult(done["loss"], seconds, options["epochs"] * len(images) / seconds)
+        return torch.load(job.done_file, map_location="cpu", weights_only=True)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What every process is handed; tensors lie in memory that they share."""
+    """What every process is handed."""
 
     folder: Path
     num_processes: int
     num_threads: int
     deterministic: bool
     device_type: str
-    model: nn.Module
-    compiled: bool | None
-    optimizer_state: dict[str, Any]
-    images: Tensor
-    labels: Tensor
-    generator_state: Tensor
-    options: dict[str, Any]
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
 
     @property
     def done_file(self) -> Path:
@@ -230,7 +167,7 @@ def _work(rank: int, parent: int, job: _Job) -> None:
         # All on one machine: nothing needs to listen beyond it.
         os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     try:
-        _train(rank, job)
+        _call(rank, job)
     except Exception as error:
         _leave_error(error, job.error_file)
         sys.exit(1)
@@ -250,7 +187,7 @@ def _leave_error(error: Exception, file: Path) -> None:
         os.link(aside, file)
 
 
-def _train(rank: int, job: _Job) -> None:
+def _call(rank: int, job: _Job) -> None:
     keep_freed_memory()
     configure_torch(num_threads=job.num_threads, deterministic=job.deterministic)
     device, backend = torch.device("cpu"), "gloo"
@@ -264,47 +201,29 @@ def _train(rank: int, job: _Job) -> None:
         world_size=job.num_processes,
         timeout=PATIENCE,
     )
-    # Copies, because a CPU would change what the others share.
-    model = copy.deepcopy(job.model)
-    move(model, device, channels_last=job.options["channels_last"])
-    compile_where_wanted(model, job.compiled, device, deterministic=job.deterministic)
-    optimizer = new_optimizer(model, lr=0.0)
-    optimizer.load_state_dict(copy.deepcopy(job.optimizer_state))  # with its learning rate
-    generator = torch.Generator(device)
-    generator.set_state(job.generator_state)
-    options = dict(job.options)
-    objective = SharedObjective(options.pop("objective"), rank, job.num_processes)
-    result = train_epochs(
-        DistributedDataParallel(model),
-        job.images,
-        job.labels,
-        objective=objective,
-        optimizer=optimizer,
-        generator=generator,
-        rank=rank,
-        **options,
-    )
-    loss = torch.tensor(result.loss, dtype=torch.float64, device=device)
-    distributed.all_reduce(loss)
-    slowest = torch.tensor(result.seconds, dtype=torch.float64, device=device)
-    distributed.all_reduce(slowest, distributed.ReduceOp.MAX)
+    done = job.function(rank, device, *job.arguments)
     if rank == 0:
-        done = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "generator": generator.get_state(),
-            "loss": loss.item() / job.num_processes,
-            "seconds": slowest.item(),
-        }
         torch.save(done, job.done_file)
     distributed.destroy_process_group()
 
 
-def _on_cpu(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the state of an optimizer with all of its tensors on the CPU."""
-    state = optimizer.state_dict()
-    gathered = {
-        number: {name: tensor.cpu() for name, tensor in moments.items()}
-        for number, moments in state["state"].items()
-    }
-    return {**state, "state": gathered}
+def average_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Replace the gradients of an optimizer's parameters by their means over the processes."""
+    parameters = (each for group in optimizer.param_groups for each in group["params"])
+    gradients = [each.grad for each in parameters if each.grad is not None]
+    # One message: many small ones would wait for each other.
+    mean = torch.cat([each.reshape(-1) for each in gradients])
+    mean /= distributed.get_world_size()
+    distributed.all_reduce(mean)
+    parts = torch.split(mean, [each.numel() for each in gradients])
+    for each, part in zip(gradients, parts, strict=True):
+        each.copy_(part.view(each.shape))
+
+
+def average_results(loss: float, seconds: float, device: torch.device) -> tuple[float, float]:
+    """Return the mean of a loss over the processes, and the seconds of the slowest one."""
+    mean = torch.tensor(loss, dtype=torch.float64, device=device)
+    distributed.all_reduce(mean)
+    slowest = torch.tensor(seconds, dtype=torch.float64, device=device)
+    distributed.all_reduce(slowest, distributed.ReduceOp.MAX)
+    return mean.item() / distributed.get_world_size(), slowest.item()

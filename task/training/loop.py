@@ -1,135 +1,317 @@
-"""The local training loop and the held-out loss, on whatever device and in whatever precision."""
+"""The training loop: the same for clients, for the pooled data, and for what times a step."""
 
+import copy
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from task.config import Config
 from task.data import normalize, random_horizontal_flip
-from task.generators.diffusion.objective import Objective
+from task.generators.base import Batch, Generator
 from task.randomness import seeded_global_generator
-from task.training.devices import autocast, move
+from task.training.devices import autocast, compile_where_wanted, move
+from task.training.distributed import average_gradients, average_results, run_in_processes
+
+Optimizers = Mapping[str, torch.optim.Optimizer]
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What a client reports of its local epochs.
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """How a generator is trained.
 
     Attributes:
-        loss: mean over the images of all epochs.
-        seconds: wall-clock time.
-        images_per_second: images that went through the network, over `seconds`.
-    """
-
-    loss: float
-    seconds: float
-    images_per_second: float
-
-
-def new_optimizer(model: nn.Module, lr: float) -> torch.optim.Adam:
-    """Make the Adam of the paper over a model."""
-    return torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-
-
-def train_epochs(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    epochs: int,
-    batch_size: int,
-    horizontal_flip: bool,
-    precision: str,
-    channels_last: bool,
-    generator: torch.Generator,
-    rank: int = 0,
-) -> TrainResult:
-    """Run epochs over images, such as the local epochs of one client.
-
-    Args:
-        model: trained in place, on the device of `generator`, and left in training mode.
-        images: [N, C, H, W] uint8.
-        labels: [N] int64.
-        objective: the loss of a batch.
-        optimizer: of the model's parameters, see `new_optimizer`; every round of a client has a
-            new one.
         epochs: passes over the images, each in a new order; the last partial batch counts.
         batch_size: images per step.
         horizontal_flip: mirror each image with probability 1/2.
         precision: "float32", or "bfloat16" for autocast over float32 weights.
         channels_last: memory format of images and weights.
-        generator: of every draw; its device is the one that is trained on.
-        rank: of this process among those that train the model together, see
-            `task.training.distributed`; each drops channels of its own.
+        num_processes: that train together, see `task.training.distributed.count_processes`.
+        compile: `train.compile`, for the other processes; this one has done it.
+    """
+
+    epochs: int
+    batch_size: int
+    horizontal_flip: bool
+    precision: str
+    channels_last: bool
+    num_processes: int = 1
+    compile: bool | None = None
+
+
+def fit_options(config: Config, **changes: Any) -> FitOptions:
+    """Make the options of a configuration, with some of them changed."""
+    train = config.train
+    options = FitOptions(
+        epochs=train.local_epochs,
+        batch_size=train.batch_size,
+        horizontal_flip=config.data.horizontal_flip,
+        precision=train.precision,
+        channels_last=train.channels_last,
+        compile=train.compile,
+    )
+    return replace(options, **changes)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a client reports of its local epochs.
+
+    Attributes:
+        loss: mean over the images of all epochs; the sum of those of a family with several.
+        seconds: wall-clock time.
+        images_per_second: images that went through the networks, over `seconds`.
+        tensors: what the callbacks send to the server beside the weights, by name.
+    """
+
+    loss: float
+    seconds: float
+    images_per_second: float
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Callback:
+    """The client's part of a federated algorithm; this one does nothing.
+
+    With several processes each has a copy, and that of the first one finishes.
+    """
+
+    def start(self, generator: Generator, received: Mapping[str, Tensor]) -> None:
+        """Begin the local epochs.
+
+        Args:
+            generator: with the weights that the server sent, on its device.
+            received: what the server sent beside them, by name.
+        """
+
+    def before_step(self, name: str) -> None:
+        """Change the gradients of the generator before the optimizer of a name takes its step."""
+
+    def finish(self) -> Mapping[str, Tensor]:
+        """End the local epochs; returns what is sent to the server beside the weights."""
+        return {}
+
+
+def fit(
+    generator: Generator,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    options: FitOptions,
+    optimizers: Optimizers,
+    rng: torch.Generator,
+    callbacks: Sequence[Callback] = (),
+    received: Mapping[str, Tensor] | None = None,
+) -> FitResult:
+    """Train a generator on images, such as the local epochs of one client.
+
+    Args:
+        generator: trained in place, on the device of `rng`, and left in training mode. Where
+            several processes train, it stays where it is and takes the weights up.
+        images: [N, C, H, W] uint8.
+        labels: [N] int64.
+        options: how.
+        optimizers: of `Generator.optimizers`; every round of a client has new ones.
+        rng: of every draw; its device is the one that is trained on.
+        callbacks: of the federated algorithm.
+        received: see `Callback.start`.
 
     Raises:
         ValueError: there are no images, or no such precision.
+        RuntimeError: one of several processes was killed.
 
     Source: Algorithm 1 of the paper, the lines of the client.
     """
     if len(images) == 0:
         raise ValueError("a client needs at least 1 image to train, got 0")
-    device = generator.device
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    move(model, device, channels_last=channels_last)
-    model.train()
-    images, labels = images.to(device), labels.to(device)
+    job = _Job(generator, images, labels, options, callbacks, received or {})
+    if options.num_processes == 1:
+        return _fit(job, optimizers, rng)
+    done = run_in_processes(
+        _fit_beside,
+        # A copy, because what is handed over moves to shared memory.
+        replace(
+            job,
+            generator=copy.deepcopy(generator).cpu(),
+            images=images.cpu(),
+            labels=labels.cpu(),
+        ),
+        {name: _on_cpu(optimizer) for name, optimizer in optimizers.items()},
+        rng.get_state(),
+        num_processes=options.num_processes,
+        device_type=rng.device.type,
+    )
+    generator.load_state_dict(done["generator"])
+    generator.train()
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(done["optimizers"][name])
+    rng.set_state(done["rng"])
+    return FitResult(**done["result"])
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is trained on what, and how; see `fit`."""
+
+    generator: Generator
+    images: Tensor
+    labels: Tensor
+    options: FitOptions
+    callbacks: Sequence[Callback]
+    received: Mapping[str, Tensor]
+
+
+def _fit(job: _Job, optimizers: Optimizers, rng: torch.Generator, rank: int = 0) -> FitResult:
+    options, device = job.options, rng.device
+    move(job.generator, device, channels_last=options.channels_last)
+    job.generator.train()
+    images, labels = job.images.to(device), job.labels.to(device)
+    for callback in job.callbacks:
+        callback.start(job.generator, job.received)
     loss_sum = torch.zeros((), device=device, dtype=torch.float64)
     start = time.perf_counter()
-    with seeded_global_generator(generator, rank):
-        for _ in range(epochs):
-            order = torch.randperm(len(images), generator=generator, device=device)
-            for batch in torch.split(order, batch_size):
-                x_start = normalize(images[batch]).to(memory_format=memory_format)
-                if horizontal_flip:
-                    x_start = random_horizontal_flip(x_start, generator)
-                with autocast(device, precision):
-                    loss = objective(model, x_start, labels[batch], generator)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                # Read once at the end: reading a loss in the step would wait for the GPU.
-                loss_sum += loss.detach().double() * len(batch)
-    seen = epochs * len(images)
+    with seeded_global_generator(rng, rank):
+        for batch in _batches(images, labels, options, rng, rank):
+            # Read once at the end: reading a loss in the step would wait for the GPU.
+            loss_sum += _step(job, batch, optimizers, rng)
+    seen = options.epochs * len(images)
     mean_loss = float(loss_sum / seen)
     seconds = time.perf_counter() - start
-    return TrainResult(mean_loss, seconds, seen / seconds)
+    tensors = {n: t for callback in job.callbacks for n, t in callback.finish().items()}
+    return FitResult(mean_loss, seconds, seen / seconds, tensors)
 
 
-@torch.no_grad()  # not inference_mode: the model may be moved here and trained afterwards
+def _batches(
+    images: Tensor, labels: Tensor, options: FitOptions, rng: torch.Generator, rank: int
+) -> Iterator[Batch]:
+    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+    for _ in range(options.epochs):
+        order = torch.randperm(len(images), generator=rng, device=rng.device)
+        for indices in torch.split(order, options.batch_size):
+            x_start = normalize(images[indices]).to(memory_format=memory_format)
+            if options.horizontal_flip:
+                x_start = random_horizontal_flip(x_start, rng)
+            yield Batch(x_start, labels[indices], indices, rank, options.num_processes)
+
+
+def _step(job: _Job, batch: Batch, optimizers: Optimizers, rng: torch.Generator) -> Tensor:
+    """Take the steps of a batch; returns the sum of the losses of its images, float64."""
+    loss_sum = torch.zeros((), device=rng.device, dtype=torch.float64)
+    losses = job.generator.losses(batch, rng)
+    for name, each in _under_autocast(losses, rng.device, job.options.precision):
+        loss = batch.weight * each.mean()
+        optimizers[name].zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if batch.num_processes > 1:
+            average_gradients(optimizers[name])
+        for callback in job.callbacks:
+            callback.before_step(name)
+        optimizers[name].step()
+        loss_sum += loss.detach().double() * len(batch)
+    job.generator.after_step()
+    return loss_sum
+
+
+def _under_autocast(
+    losses: Iterable[tuple[str, Tensor]], device: torch.device, precision: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Compute each loss under autocast, and leave it for the step in between."""
+    losses = iter(losses)
+    while True:
+        with autocast(device, precision):
+            found = next(losses, None)
+        if found is None:
+            return
+        yield found
+
+
+def _fit_beside(
+    rank: int,
+    device: torch.device,
+    job: _Job,
+    optimizer_states: Mapping[str, dict[str, Any]],
+    rng_state: Tensor,
+) -> dict[str, Any]:
+    """Be one of the processes that train together; returns what `fit` takes up."""
+    # A copy, because a CPU would change what the others share.
+    job = replace(job, generator=copy.deepcopy(job.generator))
+    generator = job.generator
+    move(generator, device, channels_last=job.options.channels_last)
+    compile_where_wanted(
+        generator,
+        job.options.compile,
+        device,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    optimizers = generator.optimizers(lr=0.0)
+    for name, state in optimizer_states.items():
+        optimizers[name].load_state_dict(copy.deepcopy(state))  # with its learning rate
+    rng = torch.Generator(device)
+    rng.set_state(rng_state)
+    result = _fit(job, optimizers, rng, rank)
+    loss, seconds = average_results(result.loss, result.seconds, device)
+    return {
+        "generator": generator.state_dict(),
+        "optimizers": {name: each.state_dict() for name, each in optimizers.items()},
+        "rng": rng.get_state(),
+        "result": {
+            "loss": loss,
+            "seconds": seconds,
+            "images_per_second": job.options.epochs * len(job.images) / seconds,
+            "tensors": result.tensors,
+        },
+    }
+
+
+def _on_cpu(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the state of an optimizer with all of its tensors on the CPU."""
+    state = optimizer.state_dict()
+    gathered = {
+        number: {name: tensor.cpu() for name, tensor in moments.items()}
+        for number, moments in state["state"].items()
+    }
+    return {**state, "state": gathered}
+
+
+@torch.no_grad()  # not inference_mode: the generator may be moved here and trained afterwards
 def held_out_loss(
-    model: nn.Module,
+    generator: Generator,
     images: Tensor,
     labels: Tensor,
     *,
-    objective: Objective,
-    batch_size: int,
-    precision: str,
-    channels_last: bool,
-    generator: torch.Generator,
-) -> float:
-    """Return the mean loss over images without training; arguments as in `train_epochs`.
+    options: FitOptions,
+    rng: torch.Generator,
+) -> float | None:
+    """Return the mean loss over images without training; None in a family that has none.
 
-    The same generator state gives the same times and noise, so that rounds can be compared.
+    The same state of `rng` gives the same draws, so that rounds can be compared.
+
+    Args:
+        generator: left in eval mode, on the device of `rng`.
+        images: [N, C, H, W] uint8.
+        labels: [N] int64.
+        options: for the size of a batch, the precision and the memory format.
+        rng: of every draw.
 
     Raises:
         ValueError: there are no images, or no such precision.
     """
     if len(images) == 0:
         raise ValueError("a held-out loss needs at least 1 image, got 0")
-    device = generator.device
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    move(model, device, channels_last=channels_last)
-    model.eval()
+    device = rng.device
+    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+    move(generator, device, channels_last=options.channels_last)
+    generator.eval()
     loss_sum = torch.zeros((), device=device, dtype=torch.float64)
-    for batch, batch_labels in zip(
-        torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
-    ):
-        x_start = normalize(batch.to(device)).to(memory_format=memory_format)
-        with autocast(device, precision):
-            loss = objective(model, x_start, batch_labels.to(device), generator)
-        loss_sum += loss.double() * len(batch)
+    for indices in torch.split(torch.arange(len(images)), options.batch_size):
+        x_start = normalize(images[indices].to(device)).to(memory_format=memory_format)
+        batch = Batch(x_start, labels[indices].to(device), indices.to(device))
+        with autocast(device, options.precision):
+            losses = generator.example_losses(batch, rng)
+            if losses is None:
+                return None
+            loss_sum += losses.mean().double() * len(batch)
     return float(loss_sum / len(images))

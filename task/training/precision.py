@@ -4,12 +4,11 @@ import copy
 import time
 
 import torch
-from torch import nn
 
 from task.config import Config
-from task.generators.diffusion.objective import Objective, build_objective
+from task.generators.base import Generator
 from task.training.devices import torch_configured
-from task.training.loop import new_optimizer, train_epochs
+from task.training.loop import FitOptions, fit
 
 # bfloat16 must win clearly: a close race would be decided by the noise of the machine.
 BFLOAT16_ADVANTAGE = 1.2
@@ -19,36 +18,21 @@ HOPELESS = 5
 PRECISION_SECONDS = 20.0
 
 
-def fastest_precision(config: Config, model: nn.Module, device: torch.device) -> str:
+def fastest_precision(config: Config, generator: Generator, device: torch.device) -> str:
     """Name the faster precision for a run on this machine; see `faster_precision`."""
-    data, train = config.data, config.train
+    train = config.train
     with torch_configured(num_threads=train.num_threads, deterministic=train.deterministic):
-        return faster_precision(
-            model,
-            objective=build_objective(config),
-            image_shape=(data.channels, data.image_size, data.image_size),
-            channels_last=train.channels_last,
-            device=device,
-        )
+        return faster_precision(generator, channels_last=train.channels_last, device=device)
 
 
-def faster_precision(
-    model: nn.Module,
-    *,
-    objective: Objective,
-    image_shape: tuple[int, int, int],
-    channels_last: bool,
-    device: torch.device,
-) -> str:
+def faster_precision(generator: Generator, *, channels_last: bool, device: torch.device) -> str:
     """Name the faster of float32 and bfloat16.
 
     On a GPU it is bfloat16 where the GPU computes in it; a CPU is timed, because there it
     depends on the network as well.
 
     Args:
-        model: copied, so left as it is.
-        objective: the loss of a batch.
-        image_shape: channels, height, width.
+        generator: copied, so left as it is.
         channels_last: as it will be trained.
         device: where it will be trained.
     """
@@ -56,22 +40,24 @@ def faster_precision(
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if native else "float32"
     # 32 images say as much as a whole batch and take seconds.
-    images = torch.zeros((32, *image_shape), dtype=torch.uint8)
+    images = torch.zeros((32, *generator.image_shape), dtype=torch.uint8)
 
     def seconds(precision: str, num_images: int, epochs: int) -> float:
-        trial = copy.deepcopy(model)
-        return train_epochs(
-            trial,
-            images[:num_images],
-            torch.zeros(num_images, dtype=torch.int64),
-            objective=objective,
-            optimizer=new_optimizer(trial, lr=1e-4),
+        trial = copy.deepcopy(generator)
+        options = FitOptions(
             epochs=epochs,
             batch_size=num_images,
             horizontal_flip=False,
             precision=precision,
             channels_last=channels_last,
-            generator=torch.Generator(device).manual_seed(0),
+        )
+        return fit(
+            trial,
+            images[:num_images],
+            torch.zeros(num_images, dtype=torch.int64),
+            options=options,
+            optimizers=trial.optimizers(lr=1e-4),
+            rng=torch.Generator(device).manual_seed(0),
         ).seconds
 
     precisions = ("float32", "bfloat16")

@@ -6,11 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from task.checks import require
 from task.config import Config, load_config, settle_precisions
 from task.data import build_dataset
 from task.generation.draw_images import balanced_labels, draw_images
-from task.generators.diffusion.objective import build_objective
-from task.generators.diffusion.unet import UNet, build_unet
+from task.generators.base import Batch, Generator
+from task.generators.registry import build_generator
 from task.randomness import Stream, seeded_global_generator, torch_generator
 from task.training.devices import (
     autocast,
@@ -20,7 +21,7 @@ from task.training.devices import (
     move,
     select_device,
 )
-from task.training.loop import held_out_loss, new_optimizer, train_epochs
+from task.training.loop import fit, fit_options, held_out_loss
 from task.training.precision import faster_precision
 from tests.benchmarks.contestants import timed
 from tests.benchmarks.flops import count_flop, matmul_rate
@@ -37,10 +38,10 @@ def random_images(config: Config, count: int) -> tuple[Tensor, Tensor]:
     return pixels, balanced_labels(count, len(data.classes))
 
 
-def new_model(config: Config, seed: int = 0) -> UNet:
-    """Make the network of a configuration, with the weights of a seed."""
+def new_model(config: Config, seed: int = 0) -> Generator:
+    """Make the generator of a configuration, with the weights of a seed."""
     with seeded_global_generator(torch_generator(seed, Stream.MODEL_INIT)):
-        return build_unet(config)
+        return build_generator(config)
 
 
 class Feddm:
@@ -56,7 +57,6 @@ class Feddm:
         configure_torch(num_threads=num_threads, deterministic=False)
         self.config = load_config(overrides)
         self.device = select_device(device)
-        self.objective = build_objective(self.config)
         self.model = new_model(self.config)
         compile_where_wanted(
             self.model, self.config.train.compile, self.device, deterministic=False
@@ -64,20 +64,15 @@ class Feddm:
         self.precision = self._settled_precision()
         self.config = settle_precisions(self.config, eval=self.precision)
         move(self.model, self.device, channels_last=self.config.train.channels_last)
-        self.optimizer = new_optimizer(self.model, self.config.train.lr)
+        self.optimizers = self.model.optimizers(self.config.train.lr)
         self.generator = torch.Generator(self.device).manual_seed(0)
 
     def _settled_precision(self) -> str:
-        data, train = self.config.data, self.config.train
+        train = self.config.train
         if train.precision != "auto":
             return train.precision
-        return faster_precision(
-            self.model,
-            objective=self.objective,
-            image_shape=(data.channels, data.image_size, data.image_size),
-            channels_last=train.channels_last,
-            device=self.device,
-        )
+        channels_last = train.channels_last
+        return faster_precision(self.model, channels_last=channels_last, device=self.device)
 
     def settled_precision(self) -> str:
         """Return `precision`."""
@@ -87,7 +82,8 @@ class Feddm:
         """Count what a training step computes for an image."""
         images, labels = random_images(self.config, 1)
         model, generator = new_model(self.config), torch.Generator().manual_seed(0)
-        return count_flop(lambda: self.objective(model, images.float(), labels, generator))
+        batch = Batch(images.float(), labels, torch.arange(1))
+        return count_flop(lambda: sum(loss.mean() for _, loss in model.losses(batch, generator)))
 
     def matmul_rate(self) -> float:
         """Measure the FLOP/s of bfloat16 matrix products here and now."""
@@ -102,19 +98,14 @@ class Feddm:
     def _epoch(
         self, images: Tensor, labels: Tensor, batch_size: int, precision: str | None
     ) -> None:
-        train = self.config.train
-        train_epochs(
+        precision = precision or self.precision
+        fit(
             self.model,
             images,
             labels,
-            objective=self.objective,
-            optimizer=self.optimizer,
-            epochs=1,
-            batch_size=batch_size,
-            horizontal_flip=self.config.data.horizontal_flip,
-            precision=precision or self.precision,
-            channels_last=train.channels_last,
-            generator=self.generator,
+            options=fit_options(self.config, epochs=1, batch_size=batch_size, precision=precision),
+            optimizers=self.optimizers,
+            rng=self.generator,
         )
 
     def draw(self, count: int, batch_size: int) -> float:
@@ -132,13 +123,12 @@ class Feddm:
         """Call the network alone and return the images per second."""
         images, labels = (t.to(self.device) for t in random_images(self.config, batch_size))
         x_t = images.float().div(127.5).sub(1)
-        log_snr = torch.zeros(batch_size, device=self.device)
         self.model.eval()
 
         def work() -> None:
             with autocast(self.device, self.config.eval.precision):
                 for _ in range(calls):
-                    self.model(x_t, log_snr, labels)
+                    self.model.sampling_step(labels, lambda: x_t)
 
         return calls * batch_size / timed(self.device, work)
 
@@ -157,23 +147,20 @@ class Feddm:
             self.model, self.config.train.compile, self.device, deterministic=False
         )
         move(self.model, self.device, channels_last=self.config.train.channels_last)
-        self.optimizer = new_optimizer(self.model, self.config.train.lr)
+        self.optimizers = self.model.optimizers(self.config.train.lr)
         self.generator = torch_generator(seed, Stream.TRAIN, device=self.device)
         losses = []
         for _ in range(checkpoints):
             for _ in range(epochs):
                 images, labels = dataset.train.images, dataset.train.labels
                 self._epoch(images, labels, self.config.train.batch_size, precision)
-            losses.append(
-                held_out_loss(
-                    self.model,
-                    dataset.test.images,
-                    dataset.test.labels,
-                    objective=self.objective,
-                    batch_size=self.config.train.batch_size,
-                    precision="float32",
-                    channels_last=self.config.train.channels_last,
-                    generator=torch.Generator(self.device).manual_seed(0),
-                )
+            loss = held_out_loss(
+                self.model,
+                dataset.test.images,
+                dataset.test.labels,
+                options=fit_options(self.config, precision="float32"),
+                rng=torch.Generator(self.device).manual_seed(0),
             )
+            require(loss is not None, "model", "of a family with a loss of an image", self.model)
+            losses.append(float(loss))
         return losses

@@ -5,7 +5,7 @@ from functools import partial
 from statistics import median
 
 from task.config import load_config
-from task.generators.diffusion.sampler import CPU_BATCH_SIZE, GPU_BATCH_SIZE
+from task.generation.batches import CPU_BATCH_SIZE, GPU_BATCH_SIZE
 from task.training.devices import select_device
 from tests.benchmarks.contestants import Contestant, take_turns
 from tests.benchmarks.feddm import PAPER, Feddm

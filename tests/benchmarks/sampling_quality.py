@@ -68,7 +68,6 @@ def compare(run: Path, *, num_images: int, seeds: Sequence[int]) -> Figures:
     """
     config = read_config(run / "config.yaml")
     device = select_device(config.train.device)
-    model, _ = final_model(run, config)
     dataset = build_dataset(config, download=False)
     extractor = build_extractor(config, dataset.train, device)
     real = extract_real(config, dataset, extractor)
@@ -81,13 +80,10 @@ def compare(run: Path, *, num_images: int, seeds: Sequence[int]) -> Figures:
         steps = f"_{config.diffusion.num_timesteps}" if way[1] is None else ""
         distances = []
         for seed in seeds:
-            drawn = draw_images(
-                _drawing(config, seed, *way),
-                model,
-                labels,
-                device=device,
-                stream=Stream.EVALUATED_IMAGES,
-            )
+            drawing = _drawing(config, seed, *way)
+            model, _ = final_model(run, drawing)
+            stream = Stream.EVALUATED_IMAGES
+            drawn = draw_images(drawing, model, labels, device=device, stream=stream)
             features = extract(extractor, drawn.images).features
             distances.append(frechet_distance(real.train.features, features))
         found[f"sample.fd_{name}{steps}"] = mean(distances)

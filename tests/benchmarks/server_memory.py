@@ -15,7 +15,7 @@ from server_app.federated import FederatedTraining
 from server_app.messages import packed_record
 from task.config import load_run_config
 from task.fingerprint import code_fingerprint
-from task.generators.diffusion.unet import build_unet
+from task.generators.registry import build_generator
 from task.protocol.wire import Key, WeightLayout
 from task.runs.run_directory import RunDirectory
 from tests.benchmarks.processes import CHECKOUT, Peak, own_memory
@@ -105,7 +105,7 @@ def one_round(grid: Grid, server: str) -> None:
                 run.prepare()
                 run.train(1)
             return
-    model = build_unet(config)
+    model = build_generator(config)
     arrays = packed_record(WeightLayout.of(model).pack(model.state_dict()))
     FedAvg(fraction_evaluate=0.0).start(grid, arrays, num_rounds=1)
 

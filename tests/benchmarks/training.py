@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from task.config import Config, load_config
-from task.generators.diffusion.objective import build_objective
+from task.generators.base import Batch
 from task.training.devices import select_device
 from tests.benchmarks.contestants import Contestant, take_turns, timed
 from tests.benchmarks.feddm import PAPER, Feddm, new_model, random_images
@@ -45,7 +45,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
 
 class PlainRecipe:
-    """The training loop that everybody writes first, on the same network and objective.
+    """The training loop that everybody writes first, on the same network and loss.
 
     float32 (on a GPU autocast to float16 with a scaled loss), NCHW, eager, Adam as torch makes
     it, a DataLoader with transforms for each image, the loss read in every step.
@@ -59,7 +59,6 @@ class PlainRecipe:
         self.device = select_device(device)
         self.on_gpu = self.device.type == "cuda"
         self.batch_size = batch_size
-        self.objective = build_objective(config)
         self.model = new_model(config).to(self.device).train()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.train.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.on_gpu)
@@ -89,7 +88,8 @@ class PlainRecipe:
         for images, labels in islice(self.batches, steps):
             x_start, labels = images.to(self.device), labels.to(self.device)
             with torch.autocast(self.device.type, torch.float16, enabled=self.on_gpu):
-                loss = self.objective(self.model, x_start, labels, self.generator)
+                ((_, losses),) = self.model.losses(Batch(x_start, labels, labels), self.generator)
+                loss = losses.mean()
             self.optimizer.zero_grad()
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)

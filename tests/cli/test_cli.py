@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from task.cli.main import app
 from task.config import anchored, load_config, read_config, write_config
-from task.generators.diffusion.unet import build_unet
+from task.generators.registry import build_generator
 from task.runs.checkpoint import save_weights
 from task.runs.evaluations import evaluation_of
 from task.runs.records import TEST
@@ -53,7 +53,7 @@ def finished_run(folder: Path, *overrides: str) -> Path:
     path.mkdir()
     write_config(anchored(config, folder), path / "config.yaml")
     torch.manual_seed(0)
-    save_weights(path / "model.safetensors", build_unet(config).state_dict(), {"round": "3"})
+    save_weights(path / "model.safetensors", build_generator(config).state_dict(), {"round": "3"})
     return path
 
 

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import logging
 import os
@@ -32,12 +31,11 @@ from task.data import Dataset, ImageSet, UnknownClassError, build_dataset, split
 from task.data.partition import build_partition
 from task.evaluation.hospital_scores import score_images
 from task.fingerprint import code_fingerprint
-from task.generators.diffusion.objective import build_objective
 from task.protocol.node import TooFewImagesError
 from task.protocol.wire import FailureCode, Key, WeightLayout
 from task.randomness import Stream, numpy_generator, torch_generator
 from task.runs.checkpoint import load_weights
-from task.training.loop import held_out_loss, new_optimizer, train_epochs
+from task.training.loop import fit, fit_options, held_out_loss
 from tests.data.test_data_files import write_tree
 from tests.helpers import (
     SMALL_RUN,
@@ -154,18 +152,13 @@ def test_train_runs_the_local_epochs_on_the_clients_own_share(context: Context) 
     reply = app(message("train", server_round=3, client=1), context)
     images, _ = share_of(1)
     expected = initial_model(CONFIG)
-    result = train_epochs(
+    result = fit(
         expected,
         images.images,
         images.labels,
-        objective=build_objective(CONFIG),
-        optimizer=new_optimizer(expected, CONFIG.train.lr),
-        epochs=1,
-        batch_size=128,
-        horizontal_flip=False,
-        precision="float32",
-        channels_last=True,
-        generator=torch_generator(CONFIG.seed, Stream.TRAIN, 3, 1),
+        options=fit_options(CONFIG, precision="float32"),
+        optimizers=expected.optimizers(CONFIG.train.lr),
+        rng=torch_generator(CONFIG.seed, Stream.TRAIN, 3, 1),
     )
     assert np.array_equal(packed(reply), LAYOUT.pack(expected.state_dict()))
     assert metrics(reply)[Key.LOSS] == result.loss
@@ -229,11 +222,8 @@ def test_evaluate_replies_the_held_out_loss_and_no_weights(context: Context) -> 
         initial_model(CONFIG),
         held_out.images,
         held_out.labels,
-        objective=build_objective(CONFIG),
-        batch_size=128,
-        precision="float32",
-        channels_last=True,
-        generator=torch_generator(CONFIG.seed, Stream.EVALUATE, 1),
+        options=fit_options(CONFIG, precision="float32"),
+        rng=torch_generator(CONFIG.seed, Stream.EVALUATE, 1),
     )
     assert metrics(reply)[Key.LOSS] == expected
 
@@ -257,11 +247,8 @@ def test_evaluate_hides_no_labels(context: Context) -> None:
         model,
         held_out.images,
         held_out.labels,
-        objective=dataclasses.replace(build_objective(config), label_dropout=0.0),
-        batch_size=128,
-        precision="float32",
-        channels_last=True,
-        generator=torch_generator(config.seed, Stream.EVALUATE, 1),
+        options=fit_options(config, precision="float32"),
+        rng=torch_generator(config.seed, Stream.EVALUATE, 1),
     )
     reply = app(message("evaluate", weights=weights), context)
     assert metrics(reply)[Key.LOSS] == expected

@@ -17,17 +17,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from task.config import anchored, load_config, write_config
 from task.export.drawing import draw, main, read_settings
 from task.export.folder import describe, export_run, write_sums
-from task.export.formats import FORMATS
+from task.export.formats import FORMATS, network_of
 from task.export.sources import ship
 from task.generation.folder import NOTICE, folder_names
 from task.generators.diffusion.network import UNet
-from task.generators.diffusion.sampler import build_sampler
-from task.generators.diffusion.unet import build_unet
+from task.generators.registry import build_generator
 from task.runs.checkpoint import save_weights
 from task.runs.run import FinishedRun, final_model, load_run
 from tests.cli.test_cli import assert_fails_in_one_line, feddm
@@ -84,7 +82,7 @@ def finished_run(folder: Path, *overrides: str) -> FinishedRun:
     write_config(config, path / "config.yaml")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        weights = [build_unet(config).state_dict() for _ in range(2)]
+        weights = [build_generator(config).state_dict() for _ in range(2)]
     metadata = {"round": "3", "config": str(folder)}
     save_weights(path / "model.safetensors", weights[0], metadata)
     save_weights(path / "local" / "client-1.safetensors", weights[1], metadata)
@@ -132,8 +130,7 @@ def python(folder: Path, program: str) -> str:
 
 def drawn_by_feddm(run: FinishedRun, draw_noise: Any) -> np.ndarray:
     model, _ = final_model(run.path, run.config)
-    images: Tensor = build_sampler(run.config)(model.eval(), torch.tensor([0, 2]), draw_noise)
-    return images.numpy()
+    return model.eval().sample(torch.tensor([0, 2]), draw_noise).numpy()
 
 
 def assert_same_picture(file: Path, expected: Image.Image) -> None:
@@ -210,7 +207,7 @@ def test_weights_of_a_client_are_its_own(run: FinishedRun) -> None:
     x_t = np.ones((1, 1, SIZE, SIZE), np.float32)
     inputs = (x_t, np.zeros(1, np.float32), np.zeros(1, np.int64))
     with torch.inference_mode():
-        own = expected.eval()(*map(torch.from_numpy, inputs)).numpy()
+        own = network_of(expected.eval())(*map(torch.from_numpy, inputs)).numpy()
     np.testing.assert_allclose(found(*inputs), own, atol=1e-6)
 
 
@@ -261,7 +258,7 @@ def test_an_export_that_predicts_otherwise_is_not_written(
 ) -> None:
     form = FORMATS["safetensors"]
 
-    def write_others(unet: UNet, settings: dict[str, Any], folder: Path) -> None:
+    def write_others(_: UNet, settings: dict[str, Any], folder: Path) -> None:
         form.write(UNet(**settings["network"]), settings, folder)
 
     monkeypatch.setitem(FORMATS, "safetensors", dataclasses.replace(form, write=write_others))
@@ -334,7 +331,7 @@ def test_pipeline_takes_classes_by_name_and_number(run: FinishedRun) -> None:
     from task.export.diffusers_pipeline import ClassConditionalPipeline
     from task.export.diffusers_unet import ClassConditionalUNet
 
-    settings = {**describe(run.config), "classes": ["1", "12", "2"]}
+    settings = {**describe(run.config, build_generator(run.config)), "classes": ["1", "12", "2"]}
     pipe = ClassConditionalPipeline(ClassConditionalUNet(**settings["network"]), settings)
     assert pipe.labels("12", 2).tolist() == [1, 1]
     assert pipe.labels(["2", 1], 1).tolist() == [2, 1]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from task.config import Config, load_config, write_config
 from task.generation.draw_images import draw_images
-from task.generators.diffusion.unet import UNet, build_unet
+from task.generators.diffusion.generator import Diffusion, build_diffusion
 from task.randomness import Stream
 from task.runs.evaluations import drawn_otherwise, evaluation_file
 from tests.benchmarks import sampling_quality
@@ -28,12 +28,12 @@ def configured(*overrides: str) -> Config:
     )
 
 
-def built(config: Config) -> UNet:
+def built(config: Config) -> Diffusion:
     torch.manual_seed(0)
-    return build_unet(config)
+    return build_diffusion(config)
 
 
-def drawn(config: Config, model: UNet) -> Tensor:
+def drawn(config: Config, model: Diffusion) -> Tensor:
     return draw_images(config, model, LABELS, device=CPU, stream=Stream.FINAL_IMAGES).images
 
 
@@ -59,7 +59,7 @@ def test_memory_format_changes_rounding_alone_and_leaves_a_model_that_trains(
         assert model.training and not any(weight.is_inference() for weight in model.parameters())
         wide = next(m.weight for m in model.modules() if isinstance(m, nn.Conv2d))
         assert wide.is_contiguous(memory_format=torch.channels_last) == (channels_last == "true")
-        model(torch.zeros(2, 1, 8, 8), torch.zeros(2), LABELS[:2]).sum().backward()
+        model.network(torch.zeros(2, 1, 8, 8), torch.zeros(2), LABELS[:2]).sum().backward()
         assert wide.grad is not None and wide.grad.isfinite().all()
     assert (images[0] - images[1]).abs().float().mean() < 2
 

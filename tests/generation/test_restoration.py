@@ -11,26 +11,23 @@ from torch import Tensor
 
 from task.config import load_config
 from task.data.shape import LUMA
+from task.generation.batches import to_uint8
 from task.generation.restoration import (
     BlockMean,
     Luma,
     Mask,
-    Projection,
     Restorer,
-    into_range,
     known_part,
-    repaint_sample,
-    resampling_walk,
     restoration_config,
 )
-from task.generators.diffusion.noise_schedule import NoiseSchedule, linear_alphas_cumprod
-from task.generators.diffusion.sampler import NoiseSource, to_uint8
+from task.generators.base import NoiseSource, Projection
+from task.generators.diffusion.repaint import into_range, resampling_walk
 from task.runs.run import final_model, load_run
 from task.runs.run_directory import run_config
 from tests.cli.test_cli import assert_fails_in_one_line, feddm, finished_run
+from tests.generators.denoisers import diffusion
 
 SHAPE = (3, 8, 8)
-SCHEDULE = NoiseSchedule(linear_alphas_cumprod(300))
 TOP_HALF = Mask((torch.arange(8) < 4)[:, None].expand(8, 8))
 PROJECTIONS = [TOP_HALF, BlockMean(4), Luma()]
 LEVELS = torch.arange(64, dtype=torch.uint8).view(8, 8) * 4
@@ -52,18 +49,15 @@ def pictures(number: int) -> Tensor:
 
 
 def repaint(model: Callable[..., Tensor], known: Tensor, **changes: Any) -> Tensor:
-    settings: dict[str, Any] = {
-        "schedule": SCHEDULE,
-        "prediction_type": "sample",
-        "num_inference_steps": 20,
-        "jump_length": 5,
-        "num_resamples": 2,
-        "clip_x_start": False,
-        "draw_noise": noise(len(known), tuple(known.shape[1:])),
-        **changes,
-    }
+    walk = {name: changes.pop(name) for name in ("jump_length", "num_resamples") if name in changes}
+    projection = changes.pop("projection")
+    draw_noise = changes.pop("draw_noise", noise(len(known), tuple(known.shape[1:])))
+    settings = {"prediction_type": "sample", "num_inference_steps": 20, "sampler": "ddim"}
+    restore = diffusion(model, **(settings | changes)).restoring(
+        **({"jump_length": 5, "num_resamples": 2} | walk)
+    )
     labels = torch.zeros(len(known), dtype=torch.int64)
-    return repaint_sample(model, labels, known=known, **settings)
+    return restore(labels, draw_noise, known, projection)
 
 
 def white_gaussian(mean: float, std: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -278,7 +272,7 @@ def test_batches_of_a_restorer_are_drawn_one_after_another(run: Path) -> None:
         drawn.append(arguments)
 
     model, _ = final_model(run, config)
-    model.register_forward_hook(count)
+    model.network.register_forward_hook(count)
     restorer = Restorer(
         config,
         model,

@@ -1,23 +1,25 @@
 """The forward process and the loss against closed forms."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from task.config import load_config
+from task.generators.base import Batch
+from task.generators.diffusion.generator import build_diffusion
 from task.generators.diffusion.noise_schedule import log_snr
 from task.generators.diffusion.objective import (
     DiffusionObjective,
-    build_objective,
-    diffusion_loss,
+    Model,
+    diffusion_losses,
     q_sample,
     training_target,
 )
 from task.generators.diffusion.samplers import predict_x_start
-from task.generators.diffusion.unet import build_unet
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -35,7 +37,17 @@ def batch(num: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def objective(**changes: Any) -> DiffusionObjective:
-    return replace(build_objective(load_config()), **changes)
+    return replace(build_diffusion(load_config(["model=tiny"])).objective, **changes)
+
+
+def losses(
+    objective: DiffusionObjective,
+    model: Model,
+    x_start: Tensor,
+    labels: Tensor,
+    rng: torch.Generator,
+) -> Tensor:
+    return objective.losses(model, x_start, *objective.draw(x_start, labels, rng))
 
 
 def test_q_sample_has_closed_form_moments() -> None:
@@ -77,7 +89,7 @@ def test_released_loss_is_paper_loss_per_pixel(prediction_type: str) -> None:
             v = alpha * epsilon - sigma * x_0
             return {"epsilon": epsilon, "sample": x_0, "v_prediction": v}[prediction_type]
 
-        loss = diffusion_loss(
+        loss = diffusion_losses(
             model,
             x_start,
             labels,
@@ -87,7 +99,7 @@ def test_released_loss_is_paper_loss_per_pixel(prediction_type: str) -> None:
             loss_weighting="epsilon",
             loss_reduction=loss_reduction,
         )
-        return loss, torch.autograd.grad(loss, weight)
+        return loss, torch.autograd.grad(loss.sum(), weight)
 
     paper = loss_and_gradient("epsilon", "sum")
     released = loss_and_gradient(prediction_type, "mean")
@@ -97,7 +109,7 @@ def test_released_loss_is_paper_loss_per_pixel(prediction_type: str) -> None:
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_diffusion_loss_uniform_of_silent_model_is_mean_square_of_target(
+def test_diffusion_losses_uniform_of_silent_model_is_mean_square_of_target(
     prediction_type: str,
 ) -> None:
     x_start, labels, noise, alphas_cumprod = batch()
@@ -107,7 +119,7 @@ def test_diffusion_loss_uniform_of_silent_model_is_mean_square_of_target(
         seen.extend([x_t, log_snr, labels])
         return torch.zeros_like(x_t)
 
-    loss = diffusion_loss(
+    losses = diffusion_losses(
         silent,
         x_start,
         labels,
@@ -118,7 +130,7 @@ def test_diffusion_loss_uniform_of_silent_model_is_mean_square_of_target(
         loss_reduction="mean",
     )
     target = training_target(x_start, noise, alphas_cumprod, prediction_type)
-    torch.testing.assert_close(loss, target.square().mean())
+    torch.testing.assert_close(losses, target.square().flatten(1).mean(1))
     torch.testing.assert_close(seen[0], q_sample(x_start, noise, alphas_cumprod))
     assert torch.equal(seen[1], log_snr(alphas_cumprod).float())
     assert torch.equal(seen[2], labels)
@@ -130,7 +142,7 @@ def test_objective_follows_generator_alone(timestep_sampling: str) -> None:
     x_start, labels, *_ = batch()
 
     def loss(seed: int) -> Tensor:
-        return drawn(lambda x_t, *_: x_t, x_start.float(), labels, seeded(seed))
+        return losses(drawn, lambda x_t, *_: x_t, x_start.float(), labels, seeded(seed))
 
     state = torch.get_rng_state()
     assert torch.equal(loss(0), loss(0))
@@ -146,34 +158,58 @@ def test_objective_drops_labels_at_its_rate() -> None:
         return x_t
 
     x_start, labels = torch.zeros(20_000, 1, 1, 1), torch.arange(20_000) % 10
-    objective(label_dropout=0.1, null_label=10)(model, x_start, labels, seeded())
-    objective()(model, x_start, labels, seeded())
+    losses(objective(label_dropout=0.1, null_label=10), model, x_start, labels, seeded())
+    losses(objective(), model, x_start, labels, seeded())
     dropped = seen[0] == 10
     assert dropped.float().mean() == pytest.approx(0.1, abs=0.01)
     assert torch.equal(seen[0][~dropped], labels[~dropped])
     assert torch.equal(seen[1], labels)
 
 
-def test_objective_reaches_every_parameter_in_float32_under_autocast() -> None:
-    config = load_config(["model=tiny", "diffusion.label_dropout=0.2"])
-    model = build_unet(config)
-    x_start = torch.zeros(4, 1, 8, 8)
+def test_losses_reach_every_parameter_in_float32_under_autocast() -> None:
+    model = build_diffusion(load_config(["model=tiny", "diffusion.label_dropout=0.2"]))
+    images = Batch(torch.zeros(4, 1, 8, 8), torch.arange(4), torch.arange(4))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = build_objective(config)(model, x_start, torch.arange(4), seeded())
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert loss.dtype == torch.float32
-    assert loss.shape == ()
+        ((name, found),) = model.losses(images, seeded())
+    found.mean().backward()  # type: ignore[no-untyped-call]
+    assert name in model.optimizers(1e-3) and name in model.private
+    assert found.dtype == torch.float32 and found.shape == (4,)
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_build_objective_takes_configuration() -> None:
-    built = build_objective(
-        load_config(["experiment=table1", "diffusion.label_dropout=0.1", "data=cifar10"])
-    )
+def test_example_losses_hide_no_label() -> None:
+    model = build_diffusion(load_config(["model=tiny", "diffusion.label_dropout=0.9"])).eval()
+    images = Batch(torch.rand(9, 1, 8, 8), torch.arange(9), torch.arange(9))
+    with torch.no_grad():
+        found = model.example_losses(images, seeded())
+        model.objective = replace(model.objective, label_dropout=0.0)
+        ((_, expected),) = model.losses(images, seeded())
+    assert torch.equal(found, expected)
+
+
+def test_diffusion_takes_its_configuration() -> None:
+    config = load_config(["experiment=table1", "diffusion.label_dropout=0.1", "data=cifar10"])
+    with torch.device("meta"):
+        built = build_diffusion(config).objective
     assert (built.prediction_type, built.loss_weighting) == ("v_prediction", "epsilon")
     assert (built.loss_reduction, built.timestep_sampling) == ("mean", "sobol")
     assert (built.label_dropout, built.null_label) == (0.1, 10)
     assert built.schedule.continuous
+
+
+def test_tensors_are_named_as_those_of_the_network_in_files_of_any_version() -> None:
+    model = build_diffusion(load_config(["model=tiny"]))
+    weights = model.state_dict()
+    assert list(weights) == list(model.network.state_dict())
+    nested = nn.ModuleDict({"a": model})
+    assert set(nested.state_dict()) == {f"a.{name}" for name in weights}
+    other = nn.ModuleDict({"a": build_diffusion(load_config(["model=tiny"]))})
+    other.load_state_dict(nested.state_dict())
+    assert all(
+        torch.equal(weights[n], t) for n, t in copy.deepcopy(other["a"]).state_dict().items()
+    )
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({})
 
 
 @pytest.mark.parametrize(
@@ -182,7 +218,7 @@ def test_build_objective_takes_configuration() -> None:
 def test_objective_rejects_unknown_words(name: str) -> None:
     x_start, labels, *_ = batch()
     with pytest.raises(ValueError, match=f"{name} must be .* got 'x0'"):
-        objective(**{name: "x0"})(lambda x_t, *_: x_t, x_start, labels, seeded())
+        losses(objective(**{name: "x0"}), lambda x_t, *_: x_t, x_start, labels, seeded())
 
 
 def test_objective_rejects_dropout_without_null_label() -> None:
@@ -190,9 +226,9 @@ def test_objective_rejects_dropout_without_null_label() -> None:
         objective(label_dropout=0.1)
 
 
-def test_diffusion_loss_rejects_uint8_images() -> None:
+def test_diffusion_losses_rejects_uint8_images() -> None:
     with pytest.raises(TypeError, match=r"x_start must be floating-point .* got torch.uint8"):
-        diffusion_loss(
+        diffusion_losses(
             lambda x_t, *_: x_t,
             torch.zeros(1, 1, 2, 2, dtype=torch.uint8),
             torch.zeros(1, dtype=torch.int64),

@@ -1,6 +1,5 @@
 """Samplers against models whose best prediction is known in closed form."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -8,44 +7,33 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from task.config import load_config
-from task.generators.diffusion.noise_schedule import NoiseSchedule, build_schedule
-from task.generators.diffusion.objective import Model
-from task.generators.diffusion.sampler import (
-    GuidedModel,
-    NoiseSource,
-    Sampler,
-    block_noise,
-    build_sampler,
-    ddim_sample,
-    ddpm_sample,
-    dpmpp_2m_sample,
-    evaluations_per_image,
-    sample_batches,
-    to_uint8,
-)
+from task.generators.base import NoiseSource
+from task.generators.diffusion.generator import build_diffusion
+from task.generators.diffusion.noise_schedule import NoiseSchedule
 from task.generators.diffusion.samplers import inference_timesteps
-from task.generators.noise import NOISE_BLOCK
+from tests.generators.denoisers import (
+    CONTINUOUS,
+    COSINE,
+    LINEAR,
+    Denoise,
+    Denoiser,
+    diffusion,
+    sample,
+    seeded,
+)
 
 SHAPE = (1, 4, 4)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-LINEAR, COSINE, CONTINUOUS = (
-    build_schedule(load_config([f"diffusion.schedule={name}"]))
-    for name in ("linear", "cosine", "continuous")
-)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def noise(num: int, seed: int = 0) -> NoiseSource:
     return partial(torch.randn, num, *SHAPE, generator=seeded(seed))
 
 
-def gaussian_model(mean: Tensor | float, std: float, prediction_type: str) -> Model:
+def gaussian_model(mean: Tensor | float, std: float, prediction_type: str) -> Denoise:
     """Make the best possible model of images whose pixels are N(mean, std^2).
 
     With std = 0 it knows the images.
@@ -63,9 +51,8 @@ def gaussian_model(mean: Tensor | float, std: float, prediction_type: str) -> Mo
     return model
 
 
-ddim = partial(ddim_sample, schedule=LINEAR, prediction_type="epsilon", clip_x_start=False)
-ddpm = partial(ddpm_sample, schedule=LINEAR, prediction_type="epsilon", clip_x_start=False)
-dpmpp_2m = partial(dpmpp_2m_sample, schedule=LINEAR, prediction_type="epsilon", clip_x_start=False)
+ddim, ddpm = partial(sample, sampler="ddim"), partial(sample, sampler="ddpm")
+dpmpp_2m = partial(sample, sampler="dpmpp_2m")
 LABELS = torch.zeros(512, dtype=torch.int64)
 
 
@@ -223,43 +210,22 @@ def test_inference_timesteps_start_at_the_end_and_are_even() -> None:
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 2.5])
-def test_guided_model_moves_away_from_no_class(guidance_scale: float) -> None:
+def test_guidance_moves_away_from_no_class(guidance_scale: float) -> None:
     calls: list[int] = []
 
     def model(x_t: Tensor, log_snr: Tensor, labels: Tensor) -> Tensor:
         calls.append(len(x_t))
         return (x_t + labels.view(-1, 1, 1, 1) + log_snr.view(-1, 1, 1, 1)).bfloat16()
 
-    x_t, log_snr, labels = torch.zeros(3, *SHAPE), torch.arange(3.0), torch.tensor([4, 5, 6])
-    guided = GuidedModel(model, guidance_scale, null_label=10)(x_t, log_snr, labels)
-    expected = (log_snr + 10 + guidance_scale * (labels - 10)).view(-1, 1, 1, 1)
-    assert torch.equal(guided, expected.expand_as(x_t))
-    assert calls == [6]
-
-
-@pytest.mark.parametrize(("guidance_scale", "size"), [(1.0, 2), (3.0, 4)])
-def test_build_sampler_guides_only_where_asked(guidance_scale: float, size: int) -> None:
-    sizes: list[int] = []
-
-    def model(x_t: Tensor, log_snr: Tensor, labels: Tensor) -> Tensor:
-        sizes.append(len(x_t))
-        return torch.zeros_like(x_t)
-
-    sampler = build_sampler(
-        load_config(
-            [
-                "diffusion.label_dropout=0.1",
-                f"diffusion.guidance_scale={guidance_scale}",
-                "diffusion.num_inference_steps=3",
-            ]
-        )
-    )
-    assert sampler(model, LABELS[:2], lambda: torch.zeros(2, 1, 16, 16)).shape == (2, 1, 16, 16)
-    assert sizes == [size] * 3
+    labels = torch.tensor([4, 5, 6])
+    guided = diffusion(model, null_label=10, guidance_scale=guidance_scale).predicting(labels)
+    expected = (2 + 10 + guidance_scale * (labels - 10)).view(-1, 1, 1, 1)
+    assert torch.equal(guided(torch.zeros(3, *SHAPE), 2.0), expected.expand(3, *SHAPE))
+    assert calls == [3 if guidance_scale == 1 else 6]
 
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
-def test_build_sampler_takes_every_step_by_default(preset: str) -> None:
+def test_every_step_is_taken_by_default(preset: str) -> None:
     seen: list[Tensor] = []
 
     def model(x_t: Tensor, log_snr: Tensor, labels: Tensor) -> Tensor:
@@ -267,134 +233,46 @@ def test_build_sampler_takes_every_step_by_default(preset: str) -> None:
         assert torch.is_inference_mode_enabled()
         return torch.zeros_like(x_t).bfloat16()
 
-    config = load_config([f"diffusion={preset}", "diffusion.num_inference_steps=null"])
-    images = build_sampler(config)(model, LABELS[:1], lambda: torch.zeros(1, 1, 16, 16))
+    generator = build_diffusion(
+        load_config(["model.width=8", f"diffusion={preset}", "diffusion.num_inference_steps=null"])
+    )
+    generator.network = Denoiser(model)
+    images = generator.sample(LABELS[:1], lambda: torch.zeros(1, 1, 16, 16))
     assert images.dtype == torch.float32
-    assert len(seen) == 300
+    assert len(seen) == 300 == generator.evaluations_per_image
     assert all(before < after for before, after in pairwise(seen))
 
 
-class Counted(nn.Module):
-    def forward(self, x_t: Tensor, log_snr: Tensor, labels: Tensor) -> Tensor:
-        assert not self.training
-        return x_t * 0.5
-
-
-def batches(sampler: Sampler, model: nn.Module, labels: Tensor, batch_size: int | None) -> Tensor:
-    return sample_batches(
-        sampler,
-        model,
-        labels,
-        image_shape=(1, 16, 16),
-        batch_size=batch_size,
-        block_generator=seeded,
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
+def test_progress_of_drawing_ends_at_the_number_that_is_expected(
+    sampler: str, scale: float
+) -> None:
+    generator = diffusion(
+        lambda x_t, *_: x_t * 0.5,
+        sampler=sampler,
+        num_inference_steps=4,
+        guidance_scale=scale,
+        null_label=10,
     )
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_sample_batches_covers_all_labels_and_restores_mode(training: bool) -> None:
-    def sampler(model: Model, labels: Tensor, draw_noise: NoiseSource) -> Tensor:
-        assert len(labels) <= 3
-        assert draw_noise().shape == (len(labels), 1, 16, 16)
-        return model(torch.zeros(len(labels), 1, 1, 1), labels, labels) + labels.view(-1, 1, 1, 1)
-
-    model = Counted().train(training)
-    images = batches(sampler, model, torch.arange(7), 3)
-    assert images.flatten().tolist() == list(range(7))
-    assert model.training is training
-
-
-def test_sample_batches_restores_mode_after_failure_and_gives_trainable_tensors() -> None:
-    model = Counted().train()
-    sampler = build_sampler(load_config(["diffusion.num_inference_steps=1"]))
-    assert not batches(sampler, model, LABELS[:2], 4).is_inference()
-
-    def failing(*_: object) -> Tensor:
-        raise RuntimeError("lost")
-
-    with pytest.raises(RuntimeError, match="lost"):
-        batches(failing, model, LABELS[:2], 4)
-    assert model.training
-
-
-@pytest.mark.parametrize("scale", [1, 2])
-@pytest.mark.parametrize("steps", ["ddpm", "ddim", "dpmpp_2m"])
-def test_progress_of_drawing_ends_at_the_number_that_is_expected(steps: str, scale: int) -> None:
-    words = [f"diffusion.sampler={steps}", "diffusion.num_timesteps=6"]
-    words += [f"diffusion.num_inference_steps={'null' if steps == 'ddpm' else 4}"]
-    words += [f"diffusion.guidance_scale={scale}"]
-    words += [] if scale == 1 else ["diffusion.label_dropout=0.1"]
-    config = load_config(words)
     told: list[int] = []
-    sample_batches(
-        build_sampler(config),
-        Counted(),
-        LABELS[:7],
-        image_shape=(1, 16, 16),
-        batch_size=3,
-        block_generator=seeded,
-        advance=told.append,
-    )
-    assert sum(told) == 7 * evaluations_per_image(config)
-    assert len(told) == 3 * evaluations_per_image(config) / scale
-
-
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp_2m"])
-def test_images_depend_on_their_place_and_not_on_the_batch_size(name: str) -> None:
-    steps = "null" if name == "ddpm" else "4"
-    sampler = build_sampler(
-        load_config([f"diffusion.sampler={name}", f"diffusion.num_inference_steps={steps}"])
-    )
-    labels = torch.arange(4 * NOISE_BLOCK + 7) % 10
-    whole = batches(sampler, Counted(), labels, len(labels))
-    for batch_size in (NOISE_BLOCK, 3 * NOISE_BLOCK, NOISE_BLOCK - 13, None):
-        found = batches(sampler, Counted(), labels, batch_size)
-        torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
-    # More labels behind them change nothing, which lets a longer list go on where one stopped.
-    for part in (1, NOISE_BLOCK, 2 * NOISE_BLOCK + 3):
-        found = batches(sampler, Counted(), labels[:part], None)
-        torch.testing.assert_close(found, whole[:part], atol=1e-5, rtol=1e-5)
-    assert len(whole.flatten(1).unique(dim=0)) == len(labels)
-
-
-def test_block_noise_is_standard_normal_and_new_at_every_call() -> None:
-    draw_noise = block_noise(range(20, 220), (3, 8, 8), seeded)
-    first, second = draw_noise(), draw_noise()
-    assert first.shape == (200, 3, 8, 8)
-    for drawn in (first, second):
-        assert drawn.mean() == pytest.approx(0, abs=0.03)
-        assert drawn.std() == pytest.approx(1, abs=0.03)
-    assert (first * second).mean() == pytest.approx(0, abs=0.03)
-    of_block_1 = torch.randn(NOISE_BLOCK, 3, 8, 8, generator=seeded(1))
-    assert torch.equal(first[NOISE_BLOCK - 20 : 2 * NOISE_BLOCK - 20], of_block_1)
-
-
-def test_to_uint8_rounds_and_clamps() -> None:
-    images = torch.tensor([-2.0, -1.0, -1 + 0.9 / 255, 0.0, 1 - 1.1 / 255, 1.0, 7.0])
-    assert to_uint8(images).tolist() == [0, 0, 0, 128, 254, 255, 255]
-    levels = torch.arange(256)
-    assert torch.equal(to_uint8(levels / 127.5 - 1), levels.to(torch.uint8))
-    cut = to_uint8(images, truncated=True).tolist()
-    assert cut == [math.floor((min(max(x, -1), 1) + 1) * 127.5) for x in images.tolist()]
-    assert cut != to_uint8(images).tolist()
+    generator.sample(LABELS[:7], lambda: torch.zeros(7, *SHAPE), advance=told.append)
+    assert sum(told) == 7 * generator.evaluations_per_image
+    assert len(told) == (300 if sampler == "ddpm" else 4)
 
 
 def test_samplers_reject_what_they_cannot_do() -> None:
     model = gaussian_model(0.3, 0.5, "epsilon")
     for steps in (0, 301):
         with pytest.raises(ValueError, match=f"num_inference_steps must be .* got {steps}"):
-            ddim(model, LABELS, num_inference_steps=steps, eta=0.0, draw_noise=noise(512))
+            diffusion(model, num_inference_steps=steps)
     with pytest.raises(ValueError, match=r"eta must be in \[0, 1\], got 1.5"):
-        ddim(model, LABELS, num_inference_steps=3, eta=1.5, draw_noise=noise(512))
+        diffusion(model, eta=1.5)
     with pytest.raises(ValueError, match=r"num_inference_steps must be .* got 301"):
-        dpmpp_2m(model, LABELS, num_inference_steps=301, draw_noise=noise(512))
+        diffusion(model, sampler="dpmpp_2m", num_inference_steps=301)
     with pytest.raises(ValueError, match="variance must be one of beta, posterior, got 'learned'"):
-        ddpm(model, LABELS, variance="learned", draw_noise=noise(512))
-    with pytest.raises(ValueError, match="batch_size must be >= 1, or None, got 0"):
-        batches(lambda *_: LABELS, Counted(), LABELS, 0)
-    with pytest.raises(TypeError, match=r"images must be floating-point .* got torch.uint8"):
-        to_uint8(torch.zeros(1, dtype=torch.uint8))
-    config = load_config()
-    config.diffusion.sampler = "heun"
+        diffusion(model, sampler="ddpm", variance="learned")
     with pytest.raises(ValueError, match="sampler must be one of ddpm, ddim, dpmpp_2m, got 'heun'"):
-        build_sampler(config)
+        diffusion(model, sampler="heun")
+    with pytest.raises(ValueError, match="guidance_scale must be 1 for a network without a null"):
+        diffusion(model, guidance_scale=2.0)

@@ -10,7 +10,7 @@ from PIL import Image
 from task.config import load_config, write_config
 from task.generation.draw_images import draw_images
 from task.generation.grids import GAP, MARGIN, PANEL_GAP, TITLE_HEIGHT, mosaic
-from task.generators.diffusion.unet import build_unet
+from task.generators.registry import build_generator
 from task.randomness import Stream
 from task.reporting.figures import Picture
 from task.reporting.sweep_figures import draw_figures
@@ -39,7 +39,7 @@ def make_run(tmp_path: Path) -> Maker:
         write_config(config, path / "config.yaml")
         for client in (None, *clients):
             torch.manual_seed(len(name) if client is None else client)
-            weights = build_unet(config).state_dict()
+            weights = build_generator(config).state_dict()
             save_weights(weights_file(path, client), weights, {"round": "1"})
         if config.train.mode == "federated":
             counts = [[client + 1] * len(config.data.classes) for client in range(2)]

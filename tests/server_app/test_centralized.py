@@ -12,13 +12,12 @@ from server_app.centralized import CentralizedTraining
 from server_app.rounds import DivergedError, initial_model
 from task.config import Config, load_run_config, read_config
 from task.data import build_dataset
-from task.generators.diffusion.objective import build_objective
 from task.randomness import Stream, torch_generator
 from task.runs.checkpoint import load_weights
 from task.runs.evaluations import evaluation_of
 from task.runs.records import TRAIN, read_records
 from task.runs.run_directory import RunDirectory
-from task.training.loop import new_optimizer, train_epochs
+from task.training.loop import fit, fit_options
 from tests.helpers import SMALL_RUN, Network, node_context
 
 Weights = dict[str, torch.Tensor]
@@ -68,20 +67,15 @@ def test_rounds_are_stretches_of_epochs_with_one_adam(folder: Path, reference: P
     expected: dict[bool, Weights] = {}
     for adam_is_kept in (True, False):
         model = initial_model(config)
-        optimizer = new_optimizer(model, config.train.lr)
+        optimizers = model.optimizers(config.train.lr)
         for server_round in (1, 2, 3):
-            train_epochs(
+            fit(
                 model,
                 train.images,
                 train.labels,
-                objective=build_objective(config),
-                optimizer=optimizer if adam_is_kept else new_optimizer(model, config.train.lr),
-                epochs=config.train.local_epochs,
-                batch_size=config.train.batch_size,
-                horizontal_flip=False,
-                precision="float32",
-                channels_last=True,
-                generator=torch_generator(config.seed, Stream.TRAIN, server_round),
+                options=fit_options(config),
+                optimizers=optimizers if adam_is_kept else model.optimizers(config.train.lr),
+                rng=torch_generator(config.seed, Stream.TRAIN, server_round),
             )
         expected[adam_is_kept] = model.state_dict()
     found = final_weights(reference)

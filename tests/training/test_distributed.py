@@ -5,22 +5,23 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from task.config import load_config
 from task.data import ImageSet, build_dataset
-from task.generators.diffusion.objective import build_objective
-from task.generators.diffusion.unet import UNet, build_unet
-from task.training.distributed import SharedObjective, count_processes, train_in_processes
-from task.training.loop import TrainResult, new_optimizer
+from task.generators.base import Batch, Generator
+from task.generators.diffusion.generator import Diffusion, build_diffusion
+from task.training.distributed import count_processes
+from task.training.loop import Callback, FitResult, fit, fit_options
 from tests.processes import process, wait_for
+from tests.training.generators import Known
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["experiment=demo", "model.width=8", "model.num_poolings=1", "data.image_size=8"]
@@ -32,35 +33,35 @@ def digits() -> ImageSet:
     return build_dataset(CONFIG, download=False).train.subset(np.arange(68))
 
 
-def new_model(*, dropout: float) -> UNet:
+def new_model(*, dropout: float) -> Diffusion:
     config = load_config([*SMALL, "diffusion.label_dropout=0.2", f"model.dropout={dropout}"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return build_unet(config)
+        return build_diffusion(config)
 
 
 class Training:
     """A model and what trains it, on the digits."""
 
-    def __init__(self, model: nn.Module, *, num_processes: int) -> None:
+    def __init__(self, model: Generator, *, num_processes: int) -> None:
         self.model, self.num_processes = copy.deepcopy(model), num_processes
-        self.optimizer = new_optimizer(self.model, lr=1e-3)
-        self.generator = torch.Generator().manual_seed(1)
+        self.optimizers = self.model.optimizers(lr=1e-3)
+        self.rng = torch.Generator().manual_seed(1)
 
-    def __call__(self, images: ImageSet, **options: Any) -> TrainResult:
-        defaults: dict[str, Any] = {
-            **{"objective": build_objective(CONFIG), "epochs": 1, "batch_size": 33},
-            **{"horizontal_flip": True, "precision": "float32", "channels_last": True},
+    def __call__(
+        self, images: ImageSet, callbacks: tuple[Callback, ...] = (), **options: Any
+    ) -> FitResult:
+        defaults = {
+            **{"epochs": 1, "batch_size": 33, "horizontal_flip": True, "precision": "float32"},
+            **{"num_processes": self.num_processes, "compile": False},
         }
-        return train_in_processes(
-            self.model,
-            images.images,
-            images.labels,
-            num_processes=self.num_processes,
-            compiled=False,
-            optimizer=self.optimizer,
-            generator=self.generator,
-            **(defaults | options),
+        return fit(
+            *(self.model, images.images, images.labels),
+            options=fit_options(CONFIG, **(defaults | options)),
+            optimizers=self.optimizers,
+            rng=self.rng,
+            callbacks=callbacks,
+            received={"pull": torch.tensor(0.5)},
         )
 
     def weights(self) -> dict[str, Tensor]:
@@ -84,8 +85,8 @@ def test_two_processes_go_where_one_goes_with_the_same_batch(digits: ImageSet) -
         assert found.images_per_second * found.seconds == pytest.approx(2 * len(images))
     # Adam makes a step of a gradient's rounding near 0; whole steps go a hundred times as far.
     assert gaps(alone, together) < 2e-5 < 1e-3 < gaps(start, together)
-    assert torch.equal(alone.generator.get_state(), together.generator.get_state())
-    moments = (each.optimizer.state_dict()["state"] for each in (alone, together))
+    assert torch.equal(alone.rng.get_state(), together.rng.get_state())
+    moments = (each.optimizers["adam"].state_dict()["state"] for each in (alone, together))
     for one, other in zip(*(m.values() for m in moments), strict=True):
         assert one["step"] == other["step"] == 12
         torch.testing.assert_close(one["exp_avg"], other["exp_avg"], rtol=1e-3, atol=1e-6)
@@ -100,35 +101,61 @@ def test_processes_drop_channels_of_their_own_and_repeat_to_the_bit(digits: Imag
     assert gaps(alone, together) > 1e-4 and losses[0] != losses[1]
 
 
+class Counting(Callback):
+    """Adds what the server sent to every gradient, and counts steps."""
+
+    def start(self, generator: Generator, received: Any) -> None:
+        self.weights, self.pull = [*generator.parameters()], received["pull"]
+        self.steps = 0
+
+    def before_step(self, name: str) -> None:
+        self.steps += 1
+        for weight in self.weights:
+            assert weight.grad is not None
+            weight.grad += self.pull
+
+    def finish(self) -> dict[str, Tensor]:
+        return {"steps": torch.tensor(self.steps)}
+
+
+@pytest.mark.slow
+def test_callbacks_change_the_steps_of_all_processes_and_tell_once(digits: ImageSet) -> None:
+    # Every step of SGD is 1e-3 of the pull alone, whatever the images.
+    training = Training(Known(), num_processes=2)
+    result = training(digits, callbacks=(Counting(),))
+    assert training.model.weight.item() == pytest.approx(1 - 3 * 0.5e-3)
+    assert result.tensors == {"steps": torch.tensor(3)}
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
 def test_parts_of_a_batch_make_the_loss_and_the_gradient_of_the_whole(count: int) -> None:
-    objective = build_objective(CONFIG)
     model = new_model(dropout=0)
-    x_start, labels = torch.rand(5, 1, 8, 8), torch.arange(5)
+    numbers = torch.arange(5)
 
-    def loss_and_gradient(objective: Any) -> list[Tensor]:
-        loss = objective(model, x_start, labels, torch.Generator().manual_seed(3))
+    def loss_and_gradient(rank: int, count: int) -> list[Tensor]:
+        images = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+        batch = Batch(images, numbers, numbers, rank, count)
+        ((_, losses),) = model.losses(batch, torch.Generator().manual_seed(3))
+        loss = batch.weight * losses.mean()
         return [loss, *torch.autograd.grad(loss, [*model.parameters()])]
 
-    parts = [loss_and_gradient(SharedObjective(objective, rank, count)) for rank in range(count)]
-    for whole, *shared in zip(loss_and_gradient(objective), *parts, strict=True):
+    parts = [loss_and_gradient(rank, count) for rank in range(count)]
+    for whole, *shared in zip(loss_and_gradient(0, 1), *parts, strict=True):
         torch.testing.assert_close(torch.stack(shared).mean(0), whole, rtol=1e-4, atol=1e-6)
     assert sum(part[0] == 0 for part in parts) == max(0, count - 5)
 
 
-class Failing:
-    """An objective that fails in one of two processes while the other waits for it."""
+class Failing(Known):
+    """It fails in one of two processes while the other waits for it."""
 
     def __init__(self, failure: Callable[[], None]) -> None:
+        super().__init__()
         self.failure = failure
 
-    def draw(self, x_start: Tensor, labels: Tensor, _: torch.Generator) -> tuple[Tensor, Tensor]:
-        return x_start, labels
-
-    def loss(self, model: nn.Module, x_start: Tensor, _: Tensor, labels: Tensor) -> Tensor:
-        if torch.distributed.get_rank() == 1:
+    def losses(self, batch: Batch, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        if batch.rank == 1:
             self.failure()
-        return model(x_start, labels.float(), labels).mean()
+        yield from super().losses(batch, rng)
 
 
 def no_memory() -> None:
@@ -152,10 +179,10 @@ def sudden_end() -> None:
 def test_one_that_fails_ends_all_and_its_exception_is_raised_here(
     digits: ImageSet, failure: Any, expected: type[Exception], message: str
 ) -> None:
-    training = Training(new_model(dropout=0), num_processes=2)
+    training = Training(Failing(failure), num_processes=2)
     before = copy.deepcopy(training)
     with pytest.raises(expected, match=message) as caught:
-        training(digits, objective=Failing(failure))
+        training(digits)
     assert gaps(before, training) == 0
     assert not torch.multiprocessing.active_children()
     if failure is no_memory:
@@ -168,10 +195,10 @@ def never() -> None:
 
 ORPHANS = """
 import torch
-from tests.training.test_parallel import Failing, Training, build_dataset, CONFIG, never, new_model
+from tests.training.test_distributed import Failing, Training, build_dataset, CONFIG, never
 if __name__ == "__main__":
     digits = build_dataset(CONFIG, download=False).train
-    Training(new_model(dropout=0), num_processes=2)(digits, objective=Failing(never))
+    Training(Failing(never), num_processes=2)(digits)
 """
 
 

@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from task.config import load_config
 from task.data import ImageSet, build_dataset, normalize
-from task.generators.diffusion.objective import DiffusionObjective, build_objective
-from task.generators.diffusion.unet import UNet, build_unet
+from task.generators.base import Batch, Generator
+from task.generators.diffusion.generator import Diffusion, build_diffusion
 from task.randomness import seeded_global_generator
 from task.training.devices import (
     autocast,
@@ -25,8 +25,9 @@ from task.training.devices import (
     is_compiled,
     select_device,
 )
-from task.training.loop import TrainResult, held_out_loss, new_optimizer, train_epochs
+from task.training.loop import Callback, FitResult, fit, fit_options, held_out_loss
 from task.training.precision import faster_precision
+from tests.training.generators import Known
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = load_config(
@@ -42,70 +43,54 @@ def digits() -> ImageSet:
     return build_dataset(CONFIG, download=False).train.subset(np.arange(200))
 
 
-@pytest.fixture(scope="module")
-def objective() -> DiffusionObjective:
-    return build_objective(CONFIG)
-
-
 @pytest.fixture
-def model() -> UNet:
+def model() -> Diffusion:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return build_unet(CONFIG)
+        return build_diffusion(CONFIG)
 
 
 def seeded(seed: int = 1) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def train(model: nn.Module, images: ImageSet, objective: Any, **options: Any) -> TrainResult:
-    defaults = {
-        **{"epochs": 1, "batch_size": 64, "horizontal_flip": False},
-        **{"precision": "float32", "channels_last": True, "generator": seeded()},
-    }
-    optimizer = new_optimizer(model, options.pop("lr", 1e-3))
-    return train_epochs(
+def train(
+    model: Generator,
+    images: ImageSet,
+    rng: torch.Generator | None = None,
+    *,
+    lr: float = 1e-3,
+    callbacks: list[Callback] | None = None,
+    received: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> FitResult:
+    defaults = {"epochs": 1, "batch_size": 64, "precision": "float32"}
+    return fit(
         *(model, images.images, images.labels),
-        objective=objective,
-        optimizer=optimizer,
-        **(defaults | options),
+        options=fit_options(CONFIG, **(defaults | options)),
+        optimizers=model.optimizers(lr),
+        rng=rng or seeded(),
+        callbacks=callbacks or [],
+        received=received,
     )
 
 
-def measure(model: nn.Module, images: ImageSet, objective: Any, **options: Any) -> float:
-    defaults = {
-        **{"batch_size": 64, "precision": "float32", "channels_last": True},
-        **{"generator": seeded(99)},
-    }
-    return held_out_loss(
-        model, images.images, images.labels, objective=objective, **(defaults | options)
+def measure(
+    model: Generator, images: ImageSet, rng: torch.Generator | None = None, **options: Any
+) -> float:
+    defaults = {"batch_size": 64, "precision": "float32"}
+    loss = held_out_loss(
+        *(model, images.images, images.labels),
+        options=fit_options(CONFIG, **(defaults | options)),
+        rng=rng or seeded(99),
     )
+    assert loss is not None
+    return loss
 
 
 def same_bits(one: nn.Module, other: nn.Module) -> bool:
     first, second = one.state_dict(), other.state_dict()
     return all(torch.equal(first[name], second[name]) for name in first)
-
-
-class Scale(nn.Module):
-    """One weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(1.0))
-
-
-class Recorder:
-    """An objective that keeps what it is given; its loss is a known number of each batch."""
-
-    def __init__(self) -> None:
-        self.batches: list[tuple[Tensor, Tensor]] = []
-
-    def __call__(
-        self, model: nn.Module, x_start: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        self.batches.append((x_start, labels))
-        return labels.float().mean() + 0 * sum(p.sum() for p in model.parameters())
 
 
 def numbered(count: int) -> ImageSet:
@@ -115,26 +100,24 @@ def numbered(count: int) -> ImageSet:
     return ImageSet(pixels, numbers)
 
 
-def test_loss_goes_down_on_real_digits(
-    model: UNet, digits: ImageSet, objective: DiffusionObjective
-) -> None:
-    before = measure(model, digits, objective)
-    first = train(model, digits, objective, lr=3e-3, batch_size=32)
-    last = train(model, digits, objective, lr=3e-3, batch_size=32, epochs=8, generator=seeded(2))
-    after = measure(model, digits, objective)
+def test_loss_goes_down_on_real_digits(model: Diffusion, digits: ImageSet) -> None:
+    before = measure(model, digits)
+    first = train(model, digits, lr=3e-3, batch_size=32)
+    last = train(model, digits, lr=3e-3, batch_size=32, epochs=8, rng=seeded(2))
+    after = measure(model, digits)
     assert after < 0.8 * before
     assert last.loss < first.loss < before
 
 
-def test_steps_are_those_of_adam_on_the_mean_loss_of_a_batch() -> None:
+def test_steps_are_those_of_the_optimizer_on_the_mean_loss_of_a_batch() -> None:
     images = numbered(12)
 
-    def squared(model: nn.Module, x_start: Tensor, labels: Tensor, _: torch.Generator) -> Tensor:
-        return (model.weight * labels - 3).square().mean()
+    def squared(model: Known, batch: Batch) -> Tensor:
+        return (model.weight * batch.labels - 3).square()
 
-    trained, expected = Scale(), Scale()
-    result = train(trained, images, squared, epochs=5, batch_size=12, lr=0.1)
-    optimizer = torch.optim.Adam(expected.parameters(), lr=0.1)
+    trained, expected = Known(squared), Known(squared)
+    result = train(trained, images, epochs=5, batch_size=12, lr=0.01)
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.01)
     losses = []
     for _ in range(5):
         loss = (expected.weight * images.labels - 3).square().mean()
@@ -147,11 +130,11 @@ def test_steps_are_those_of_adam_on_the_mean_loss_of_a_batch() -> None:
 
 
 def test_same_seed_gives_the_same_bits_and_another_seed_others(
-    model: UNet, digits: ImageSet, objective: DiffusionObjective
+    model: Diffusion, digits: ImageSet
 ) -> None:
     one, again, other = (copy.deepcopy(model) for _ in range(3))
     losses = [
-        train(trained, digits, objective, generator=seeded(seed)).loss
+        train(trained, digits, rng=seeded(seed)).loss
         for trained, seed in ((one, 1), (again, 1), (other, 2))
     ]
     assert same_bits(one, again) and losses[0] == losses[1]
@@ -160,7 +143,7 @@ def test_same_seed_gives_the_same_bits_and_another_seed_others(
 
 
 def test_dropout_follows_the_generator_and_the_global_one_stays(
-    model: UNet, digits: ImageSet, objective: DiffusionObjective
+    model: Diffusion, digits: ImageSet
 ) -> None:
     plain = copy.deepcopy(model)
     for module in plain.modules():
@@ -170,39 +153,40 @@ def test_dropout_follows_the_generator_and_the_global_one_stays(
     for trained, seed in ((one, 5), (again, 6), (plain, 5)):
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        train(trained, digits, objective)
+        train(trained, digits)
         assert torch.equal(torch.get_rng_state(), state)
     assert same_bits(one, again)
     assert not same_bits(one, plain)  # there was dropout to be seeded
 
 
 def test_every_image_is_seen_once_in_every_epoch_in_a_new_order() -> None:
-    recorder = Recorder()
-    train(Scale(), numbered(10), recorder, epochs=3, batch_size=4)
-    assert [len(labels) for _, labels in recorder.batches] == [4, 4, 2] * 3
-    labels = torch.cat([labels for _, labels in recorder.batches]).reshape(3, 10)
+    recorder = Known()
+    train(recorder, numbered(10), epochs=3, batch_size=4)
+    assert [len(batch) for batch in recorder.batches] == [4, 4, 2] * 3
+    labels = torch.cat([batch.labels for batch in recorder.batches]).reshape(3, 10)
     assert all(sorted(epoch) == [*range(10)] for epoch in labels.tolist())
     assert len({tuple(epoch) for epoch in labels.tolist()}) == 3
 
 
 def test_images_are_normalised_and_stay_with_their_labels() -> None:
-    recorder = Recorder()
-    train(Scale(), numbered(10), recorder, batch_size=4, channels_last=False)
-    for x_start, labels in recorder.batches:
-        expected = normalize(labels.to(torch.uint8))[:, None, None, None].expand(-1, 1, 8, 8)
-        assert torch.equal(x_start, expected)
+    recorder = Known()
+    train(recorder, numbered(10), batch_size=4, channels_last=False)
+    for batch in recorder.batches:
+        expected = normalize(batch.labels.to(torch.uint8))[:, None, None, None]
+        assert torch.equal(batch.images, expected.expand(-1, 1, 8, 8))
+        assert torch.equal(batch.indices, batch.labels)
 
 
 def test_last_partial_batch_counts_by_its_images() -> None:
     # Means of batches of 4, 4 and 1 images; only weighted do they give the mean of all.
     images = numbered(9)
-    result = train(Scale(), images, Recorder(), epochs=2, batch_size=4)
+    result = train(Known(), images, epochs=2, batch_size=4)
     assert result.loss == pytest.approx(4.0, rel=1e-6)
-    assert measure(Scale(), images, Recorder(), batch_size=4) == pytest.approx(4.0, rel=1e-6)
+    assert measure(Known(), images, batch_size=4) == pytest.approx(4.0, rel=1e-6)
 
 
 def test_speed_is_images_of_all_epochs_over_seconds() -> None:
-    result = train(Scale(), numbered(10), Recorder(), epochs=3)
+    result = train(Known(), numbered(10), epochs=3)
     assert result.seconds > 0
     assert result.images_per_second * result.seconds == pytest.approx(30)
 
@@ -212,130 +196,192 @@ def test_images_are_mirrored_only_where_asked(flip: bool) -> None:
     images = ImageSet(
         torch.arange(8, dtype=torch.uint8).expand(100, 1, 8, 8), torch.zeros(100).long()
     )
-    recorder = Recorder()
-    train(Scale(), images, recorder, horizontal_flip=flip)
-    seen = torch.cat([x_start for x_start, _ in recorder.batches])
+    recorder = Known()
+    train(recorder, images, horizontal_flip=flip)
+    seen = torch.cat([batch.images for batch in recorder.batches])
     mirrored = (seen[:, 0, 0, 0] > seen[:, 0, 0, -1]).sum()
     assert 30 < mirrored < 70 if flip else mirrored == 0
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_memory_format_is_that_of_model_and_images(model: UNet, channels_last: bool) -> None:
-    recorder = Recorder()
+def test_memory_format_is_that_of_model_and_images(channels_last: bool) -> None:
+    recorder = Known()
+    recorder.kernel = nn.Conv2d(4, 4, 3)
     images = ImageSet(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4).long())
-    train(model, images, recorder, channels_last=channels_last)
+    train(recorder, images, channels_last=channels_last)
     wanted = torch.channels_last if channels_last else torch.contiguous_format
-    assert recorder.batches[0][0].is_contiguous(memory_format=wanted)
-    kernels = [p for p in model.parameters() if p.ndim == 4 and min(p.shape) > 1]
-    assert kernels and all(p.is_contiguous(memory_format=wanted) for p in kernels)
+    assert recorder.batches[0].images.is_contiguous(memory_format=wanted)
+    assert recorder.kernel.weight.is_contiguous(memory_format=wanted)
 
 
 def test_memory_format_changes_the_weights_by_rounding_only(
-    model: UNet, digits: ImageSet, objective: DiffusionObjective
+    model: Diffusion, digits: ImageSet
 ) -> None:
     other = copy.deepcopy(model)
-    train(model, digits, objective, channels_last=True)
-    train(other, digits, objective, channels_last=False)
+    train(model, digits, channels_last=True)
+    train(other, digits, channels_last=False)
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
 
 
 def test_bfloat16_comes_close_to_float32_and_keeps_float32_weights(
-    model: UNet, digits: ImageSet, objective: DiffusionObjective
+    model: Diffusion, digits: ImageSet
 ) -> None:
     other = copy.deepcopy(model)
-    full = train(model, digits, objective, epochs=2)
-    half = train(other, digits, objective, epochs=2, precision="bfloat16")
+    full = train(model, digits, epochs=2)
+    half = train(other, digits, epochs=2, precision="bfloat16")
     assert half.loss != full.loss
     assert half.loss == pytest.approx(full.loss, rel=0.02)
     assert {p.dtype for p in other.parameters()} == {torch.float32}
-    expected = measure(model, digits, objective)
-    assert measure(other, digits, objective) == pytest.approx(expected, rel=0.05)
-    assert measure(model, digits, objective, precision="bfloat16") == pytest.approx(
-        expected, rel=0.02
-    )
+    expected = measure(model, digits)
+    assert measure(other, digits) == pytest.approx(expected, rel=0.05)
+    assert measure(model, digits, precision="bfloat16") == pytest.approx(expected, rel=0.02)
 
 
-def test_held_out_loss_repeats_and_has_no_side_effects(
-    model: UNet, digits: ImageSet, objective: DiffusionObjective
-) -> None:
+def test_held_out_loss_repeats_and_has_no_side_effects(model: Diffusion, digits: ImageSet) -> None:
     before, state = copy.deepcopy(model), torch.get_rng_state()
-    losses = [measure(model, digits, objective) for _ in range(2)]
+    losses = [measure(model, digits) for _ in range(2)]
     assert losses[0] == losses[1]
-    assert measure(model, digits, objective, generator=seeded(7)) != losses[0]
+    assert measure(model, digits, rng=seeded(7)) != losses[0]
     assert same_bits(model, before)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_held_out_loss_is_that_of_the_objective_without_dropout(
-    model: UNet, digits: ImageSet, objective: DiffusionObjective
+def test_held_out_loss_is_that_of_the_generator_without_dropout(
+    model: Diffusion, digits: ImageSet
 ) -> None:
-    found = measure(model.train(), digits, objective, batch_size=200)
+    found = measure(model.train(), digits, batch_size=200)
     with torch.no_grad():
-        x_start = normalize(digits.images)
-        expected = objective(model.eval(), x_start, digits.labels, seeded(99))
-    assert found == pytest.approx(expected.item(), rel=1e-5)
+        batch = Batch(normalize(digits.images), digits.labels, torch.arange(200))
+        expected = model.eval().example_losses(batch, seeded(99))
+    assert found == pytest.approx(expected.mean().item(), rel=1e-5)
 
 
-def test_model_trains_on_after_a_held_out_loss(
-    model: UNet, digits: ImageSet, objective: DiffusionObjective
-) -> None:
+class Lossless(Known):
+    def example_losses(self, batch: Batch, rng: torch.Generator) -> None:
+        return None
+
+
+def test_family_without_a_loss_of_an_image_has_no_held_out_loss() -> None:
+    images = numbered(4)
+    options, nothing = fit_options(CONFIG, precision="float32"), Lossless()
+    args = (nothing, images.images, images.labels)
+    assert held_out_loss(*args, options=options, rng=seeded()) is None
+
+
+class Adversarial(Known):
+    """Two players whose losses are computed lazily: the second sees the first's step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Parameter(torch.tensor(1.0))
+        self.seen: list[tuple[float, float]] = []
+        self.steps = 0
+
+    def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
+        return {
+            name: torch.optim.SGD([weight], lr=lr)
+            for name, weight in (("critic", self.weight), ("artist", self.other))
+        }
+
+    def losses(self, batch: Batch, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        yield "critic", self.weight * torch.ones(len(batch))
+        assert torch.is_autocast_enabled("cpu")
+        self.seen.append((self.weight.item(), self.other.item()))
+        yield "artist", self.weight * self.other * torch.ones(len(batch))
+
+    def after_step(self) -> None:
+        self.steps += 1
+
+
+def test_each_loss_is_computed_after_the_step_of_the_one_before() -> None:
+    model = Adversarial()
+    result = train(model, numbered(3), lr=0.5, batch_size=3, epochs=2, precision="bfloat16")
+    # The critic steps by 0.5, and the artist by 0.5 of what the critic is then.
+    assert model.seen == [(0.5, 1.0), (0.0, 0.75)]
+    assert (model.weight.item(), model.other.item()) == (0.0, 0.75)
+    assert model.steps == 2
+    assert result.loss == pytest.approx(((1 + 0.5) + (0.5 + 0)) / 2)
+
+
+class Pull(Callback):
+    """FedProx's pull to the weights that the server sent, beside a correction of the server's."""
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+        self.names: list[str] = []
+
+    def start(self, generator: Generator, received: Mapping[str, Tensor]) -> None:
+        self.weights = list(generator.parameters())
+        self.anchors = [weight.detach().clone() for weight in self.weights]
+        self.correction = received["correction"]
+
+    def before_step(self, name: str) -> None:
+        self.names.append(name)
+        for weight, anchor in zip(self.weights, self.anchors, strict=True):
+            assert weight.grad is not None
+            weight.grad += self.strength * (weight.detach() - anchor) + self.correction
+
+    def finish(self) -> Mapping[str, Tensor]:
+        return {"steps": torch.tensor(len(self.names))}
+
+
+def test_callback_changes_gradients_and_tells_the_server() -> None:
+    def rising(model: Known, batch: Batch) -> Tensor:
+        return -model.weight * torch.ones(len(batch))
+
+    model, pull = Known(rising), Pull(strength=2.0)
+    received = {"correction": torch.tensor(0.25)}
+    result = train(
+        *(model, numbered(4)),
+        **{"lr": 0.1, "epochs": 3, "batch_size": 2},
+        callbacks=[pull],
+        received=received,
+    )
+    # Of plain steps: x <- x - 0.1 (-1 + 2 (x - 1) + 0.25), six times.
+    expected = 1.0
+    for _ in range(6):
+        expected -= 0.1 * (-1 + 2 * (expected - 1) + 0.25)
+    assert model.weight.item() == pytest.approx(expected, rel=1e-6)
+    assert pull.names == ["sgd"] * 6 and result.tensors == {"steps": torch.tensor(6)}
+
+
+def test_model_trains_on_after_a_held_out_loss(model: Diffusion, digits: ImageSet) -> None:
     other = copy.deepcopy(model)
-    measure(other, digits, objective)
-    train(model, digits, objective)
-    train(other, digits, objective)
+    measure(other, digits)
+    train(model, digits)
+    train(other, digits)
     assert same_bits(model, other)
 
 
-def test_faster_precision_names_one_and_leaves_model_and_generator(
-    model: UNet, objective: DiffusionObjective
-) -> None:
+def test_faster_precision_names_one_and_leaves_model_and_generator(model: Diffusion) -> None:
     before, state = copy.deepcopy(model.eval()), torch.get_rng_state()
-    named = faster_precision(
-        model,
-        objective=objective,
-        image_shape=(1, 8, 8),
-        channels_last=True,
-        device=torch.device("cpu"),
-    )
-    assert named in ("float32", "bfloat16")
+    assert faster_precision(model, channels_last=True, device=CPU) in ("float32", "bfloat16")
     assert same_bits(model, before) and not model.training
     assert torch.equal(torch.get_rng_state(), state)
 
 
-class Slow(nn.Module):
+class Slow(Known):
     """A model that takes its time in one of the two precisions."""
 
     def __init__(self, precision: str) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
         self.slow_under_autocast = precision == "bfloat16"
 
-    def forward(self, x_t: Tensor, log_snr: Tensor, labels: Tensor) -> Tensor:
+    def losses(self, batch: Batch, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         if torch.is_autocast_enabled("cpu") == self.slow_under_autocast:
             torch.randn(400_000).sort()
-        return x_t * self.weight
+        yield from super().losses(batch, rng)
 
 
 @pytest.mark.parametrize("patience", [20.0, 0.0])
 @pytest.mark.parametrize(("slow", "fast"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_faster_precision_names_the_faster(
-    slow: str,
-    fast: str,
-    patience: float,
-    objective: DiffusionObjective,
-    monkeypatch: pytest.MonkeyPatch,
+    slow: str, fast: str, patience: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("task.training.precision.PRECISION_SECONDS", patience)
-    named = faster_precision(
-        Slow(slow),
-        objective=objective,
-        image_shape=(1, 8, 8),
-        channels_last=False,
-        device=torch.device("cpu"),
-    )
-    assert named == fast
+    assert faster_precision(Slow(slow), channels_last=False, device=CPU) == fast
 
 
 def test_seeded_global_generator_gives_its_draws_and_puts_the_global_one_back() -> None:
@@ -412,7 +458,7 @@ def everything_to_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     for name in ("CC", "CXX"):
         monkeypatch.setenv(name, sys.executable)  # any program that there is
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr("?.find_spec", lambda _: True)
+    monkeypatch.setattr("task.training.devices.find_spec", lambda _: True)
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
     (tmp_path / "Python.h").touch()
     return tmp_path
@@ -462,7 +508,7 @@ def flat(model: nn.Module) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_compiled_model_trains_alike_and_is_compiled_once_for_all_clients(
-    model: UNet, digits: ImageSet, objective: DiffusionObjective
+    model: Diffusion, digits: ImageSet
 ) -> None:
     for block in model.modules():
         if isinstance(block, nn.Dropout2d):
@@ -476,7 +522,7 @@ def test_compiled_model_trains_alike_and_is_compiled_once_for_all_clients(
     for client, count in enumerate((200, 150, 111, 100, 90, 69)):
         images = digits.subset(np.arange(count))
         for each in (model, compiled):
-            train(each, images, objective, generator=seeded(client))
+            train(each, images, rng=seeded(client))
     # Adam's first steps are as long as lr however small a gradient, so single weights part by more.
     plain, fused = flat(model), flat(compiled)
     assert (fused - plain).norm() < 0.1 * (plain - start).norm()
@@ -496,33 +542,27 @@ def test_missing_gpu_is_refused_with_a_way_out(name: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["float16", "auto", ""])
-def test_unknown_precision_is_refused(
-    precision: str, model: UNet, digits: ImageSet, objective: DiffusionObjective
-) -> None:
+def test_unknown_precision_is_refused(precision: str, model: Diffusion, digits: ImageSet) -> None:
     message = f"precision must be float32 or bfloat16, got {precision!r}"
     with pytest.raises(ValueError, match=message):
         autocast(torch.device("cpu"), precision)
     with pytest.raises(ValueError, match=message):
-        train(model, digits, objective, precision=precision)
+        train(model, digits, precision=precision)
     with pytest.raises(ValueError, match=message):
-        measure(model, digits, objective, precision=precision)
+        measure(model, digits, precision=precision)
 
 
-def test_no_images_are_refused(
-    model: UNet, digits: ImageSet, objective: DiffusionObjective
-) -> None:
+def test_no_images_are_refused(model: Diffusion, digits: ImageSet) -> None:
     none = digits.subset(np.array([], dtype=np.int64))
     with pytest.raises(ValueError, match="at least 1 image to train, got 0"):
-        train(model, none, objective)
+        train(model, none)
     with pytest.raises(ValueError, match="at least 1 image, got 0"):
-        measure(model, none, objective)
+        measure(model, none)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_gpu_gives_about_the_same_held_out_loss(
-    model: UNet, digits: ImageSet, objective: DiffusionObjective
-) -> None:
-    expected = measure(model, digits, objective)
-    found = measure(model, digits, objective, generator=torch.Generator("cuda").manual_seed(0))
+def test_gpu_gives_about_the_same_held_out_loss(model: Diffusion, digits: ImageSet) -> None:
+    expected = measure(model, digits)
+    found = measure(model, digits, rng=torch.Generator("cuda").manual_seed(0))
     assert next(model.parameters()).device.type == "cuda"
     assert found == pytest.approx(expected, rel=0.1)  # other noise

@@ -71,9 +71,14 @@ def build_schedule(config: Config) -> NoiseSchedule:
     if name == "cosine":
         return NoiseSchedule(cosine_alphas_cumprod(num_timesteps))
     if name == "continuous":
-        times = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        times = _timesteps(1, num_timesteps + 1) / num_timesteps
         return NoiseSchedule(continuous_alphas_cumprod(times), continuous=True)
     raise ValueError(f"diffusion.schedule must be linear, cosine or continuous, got {name!r}")
+
+
+def _timesteps(start: int, end: int) -> Tensor:
+    # On the CPU even where a network is made on the meta device.
+    return torch.arange(start, end, dtype=torch.float64, device="cpu")
 
 
 def linear_alphas_cumprod(num_timesteps: int) -> Tensor:
@@ -94,7 +99,8 @@ def linear_alphas_cumprod(num_timesteps: int) -> Tensor:
         num_timesteps,
     )
     scale = 1000 / num_timesteps
-    betas = torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64)
+    ends = 1e-4 * scale, 0.02 * scale
+    betas = torch.linspace(*ends, num_timesteps, dtype=torch.float64, device="cpu")
     return (1 - betas).cumprod(0)
 
 
@@ -103,7 +109,7 @@ def cosine_alphas_cumprod(num_timesteps: int) -> Tensor:
 
     Source: Nichol & Dhariwal 2021, equation 17.
     """
-    times = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    times = _timesteps(0, num_timesteps + 1) / num_timesteps
     signal = ((times + 0.008) / 1.008 * math.pi / 2).cos() ** 2
     betas = 1 - signal[1:] / signal[:-1]
     return (1 - betas.clamp(max=0.999)).cumprod(0)

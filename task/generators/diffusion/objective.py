@@ -1,4 +1,4 @@
-"""The forward process, what a model may predict about it, and the loss.
+"""The forward process, what a model may predict about it, and the losses.
 
 A model is any callable `model(x_t, log_snr, labels)`: x_t [N, C, H, W] float in about [-1, 1],
 log_snr [N] float32, labels [N] int64; it returns [N, C, H, W]. What it returns is said by
@@ -14,17 +14,14 @@ import torch
 from torch import Tensor
 
 from task.checks import require, require_one_of
-from task.config import DIFFUSION_CHOICES, Config
+from task.config import DIFFUSION_CHOICES
 from task.generators.diffusion.noise_schedule import (
     NoiseSchedule,
-    build_schedule,
     log_snr,
     sample_times,
 )
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
-# Of a model, x_start, labels and the source of all draws: the loss of a batch.
-Objective = Callable[[Model, Tensor, Tensor, torch.Generator], Tensor]
 
 
 def scales(alphas_cumprod: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -91,7 +88,7 @@ def loss_weights(alphas_cumprod: Tensor, prediction_type: str, loss_weighting: s
     raise unknown_choice("prediction_type", prediction_type)
 
 
-def diffusion_loss(
+def diffusion_losses(
     model: Model,
     x_start: Tensor,
     labels: Tensor,
@@ -102,7 +99,7 @@ def diffusion_loss(
     loss_weighting: str,
     loss_reduction: str,
 ) -> Tensor:
-    """Return the mean over the batch of the weighted squared error of the model's prediction.
+    """Return the weighted squared error of the model's prediction for each image.
 
     Args:
         model: see the module.
@@ -115,7 +112,7 @@ def diffusion_loss(
         loss_reduction: "sum" or "mean", over the pixels of an image.
 
     Returns:
-        A scalar of the type of `x_start`, also where the model runs under autocast.
+        [N] of the type of `x_start`, also where the model runs under autocast.
 
     Raises:
         TypeError: `x_start` is not floating-point.
@@ -133,7 +130,7 @@ def diffusion_loss(
     output = model(x_t, log_snr(alphas_cumprod).float(), labels)
     errors = (output.to(x_start.dtype) - target).square().flatten(1)
     per_image = errors.sum(1) if loss_reduction == "sum" else errors.mean(1)
-    return (weights * per_image).mean()
+    return weights * per_image
 
 
 @dataclass(frozen=True)
@@ -171,26 +168,15 @@ class DiffusionObjective:
             self.null_label,
         )
 
-    def __call__(
-        self, model: Model, x_start: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        """Return the loss of a batch at what `draw` draws for it.
-
-        Args:
-            model: see the module.
-            x_start: [N, C, H, W] float32 in [-1, 1].
-            labels: [N] int64.
-            generator: the one source of every draw, on the device of `x_start`.
-
-        Returns:
-            A scalar, see `diffusion_loss`.
-        """
-        return self.loss(model, x_start, *self.draw(x_start, labels, generator))
-
     def draw(
         self, x_start: Tensor, labels: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw times and noise, and which labels are hidden; arguments as in `__call__`.
+        """Draw times and noise, and which labels are hidden.
+
+        Args:
+            x_start: [N, C, H, W] float32 in [-1, 1].
+            labels: [N] int64.
+            generator: the one source of every draw, on the device of `x_start`.
 
         Returns:
             alphas_cumprod, [N] float64; noise, [N, C, H, W]; labels, [N] int64.
@@ -205,11 +191,11 @@ class DiffusionObjective:
             labels = labels.masked_fill(draws < self.label_dropout, self.null_label)
         return self.schedule.alphas_cumprod_at(times), noise, labels
 
-    def loss(
+    def losses(
         self, model: Model, x_start: Tensor, alphas_cumprod: Tensor, noise: Tensor, labels: Tensor
     ) -> Tensor:
-        """Return the loss of images at what was drawn for them; see `diffusion_loss`."""
-        return diffusion_loss(
+        """Return the losses of images at what was drawn for them; see `diffusion_losses`."""
+        return diffusion_losses(
             model,
             x_start,
             labels,
@@ -219,20 +205,6 @@ class DiffusionObjective:
             loss_weighting=self.loss_weighting,
             loss_reduction=self.loss_reduction,
         )
-
-
-def build_objective(config: Config) -> DiffusionObjective:
-    """Make the objective of a configuration."""
-    diffusion = config.diffusion
-    return DiffusionObjective(
-        schedule=build_schedule(config),
-        prediction_type=diffusion.prediction_type,
-        loss_weighting=diffusion.loss_weighting,
-        loss_reduction=diffusion.loss_reduction,
-        timestep_sampling=diffusion.timestep_sampling,
-        label_dropout=diffusion.label_dropout,
-        null_label=len(config.data.classes) if diffusion.label_dropout > 0 else None,
-    )
 
 
 def unknown_choice(name: str, value: str) -> ValueError:

@@ -1,0 +1,181 @@
+"""The contract of a generator: a model that is trained on images and draws images."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+# draw_noise() -> standard normal noise beside N labels, [N, C, H, W] float32, new at every call
+NoiseSource = Callable[[], Tensor]
+# Is told after each evaluation of a network for how many images it was.
+Advance = Callable[[int], object]
+
+
+class Projection(Protocol):
+    """An orthogonal projection onto what is known of images."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Project images, [N, C, H, W] float32."""
+        ...
+
+    def least(self, values: Tensor) -> Tensor:
+        """Give the values, [N, C, H, W], that it ties to each other the least one of them."""
+        ...
+
+
+class Restore(Protocol):
+    """Draws images of which a projection is known."""
+
+    def __call__(
+        self, labels: Tensor, noise: NoiseSource, known: Tensor, projection: Projection
+    ) -> Tensor:
+        """Draw an image for each label.
+
+        Args:
+            labels: [N] int64.
+            noise: source of all draws.
+            known: [N, C, H, W] float32 in [-1, 1], any images that have the known projection.
+            projection: onto what is known.
+
+        Returns:
+            [N, C, H, W] float32 in [-1, 1], with the projection of `known` but for rounding.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that a generator takes a step on.
+
+    Several processes that train together hold the same batch and draw the same numbers for it, but
+    each computes the losses of its own `part` alone.
+
+    Attributes:
+        images: [N, C, H, W] float32 in [-1, 1].
+        labels: [N] int64.
+        indices: [N] int64, the place of each image among those that are trained on.
+        rank: of this process among those that train together, 0-based.
+        num_processes: how many there are.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    rank: int = 0
+    num_processes: int = 1
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def part(self) -> slice:
+        """The images whose losses this process computes: its own, or one where it has none."""
+        start, end = self._bounds()
+        return slice(start, end) if start < end else slice(0, 1)
+
+    @property
+    def weight(self) -> float:
+        """What makes the mean over processes of (weight * mean loss of a part) that of all."""
+        start, end = self._bounds()
+        return (end - start) * self.num_processes / len(self)
+
+    def _bounds(self) -> tuple[int, int]:
+        start, end = (len(self) * i // self.num_processes for i in (self.rank, self.rank + 1))
+        return start, end
+
+
+class Generator(nn.Module, ABC):
+    """A family's networks, their losses and how they draw.
+
+    A family is one subclass and one entry in `task.generators.registry`.
+
+    Attributes:
+        image_shape: (C, H, W) of the images.
+        local: names in the `state_dict` of what never leaves a client.
+        private: names of the optimizers whose losses look at real images.
+        evaluations_per_image: how often `sample` evaluates a network for an image.
+    """
+
+    image_shape: tuple[int, int, int]
+    local: frozenset[str] = frozenset()
+    private: frozenset[str] = frozenset()
+    evaluations_per_image: int = 1
+
+    @abstractmethod
+    def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
+        """Make new optimizers, by the names that `losses` yields.
+
+        Args:
+            lr: the learning rate, `train.lr`.
+        """
+
+    @abstractmethod
+    def losses(self, batch: Batch, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        """Yield losses; the training loop takes a step on the mean of each before the next.
+
+        Args:
+            batch: on the device of the generator.
+            rng: the source of all draws, which are for the whole batch; dropout alone has another.
+
+        Yields:
+            The name of the optimizer that takes the step, and the losses of `batch.part`, float32.
+        """
+
+    def after_step(self) -> None:
+        """Update what follows a batch's steps without a gradient, such as a moving average."""
+
+    def example_losses(self, batch: Batch, rng: torch.Generator) -> Tensor | None:
+        """Return the loss of each image, [N] float32; None in a family that has no such loss."""
+        return None
+
+    @abstractmethod
+    def sample(
+        self, labels: Tensor, noise: NoiseSource, *, advance: Advance = lambda number: None
+    ) -> Tensor:
+        """Draw an image for each label.
+
+        Args:
+            labels: [N] int64.
+            noise: source of all draws.
+            advance: see `Advance`; of an image there are `evaluations_per_image`.
+
+        Returns:
+            [N, C, H, W] float32 in about [-1, 1]. They may be inference tensors.
+        """
+
+    def sampling_step(self, labels: Tensor, noise: NoiseSource) -> Tensor:
+        """Do one of the evaluations of `sample`, by which its time and memory are measured."""
+        return self.sample(labels, noise)
+
+    def restoring(
+        self, *, jump_length: int | None = None, num_resamples: int | None = None
+    ) -> Restore:
+        """Make what draws images of which a part is known; see `task.generation.restoration`.
+
+        Args:
+            jump_length: steps that are taken back at a time; None: what suits the family.
+            num_resamples: how often each stretch of that length is walked; None: likewise.
+
+        Raises:
+            ValueError: an option is out of range, or the family cannot restore.
+        """
+        raise ValueError(
+            f"model must be of a family that restores images, such as diffusion, got {self.name}"
+        )
+
+    def drawing_settings(self) -> Mapping[str, Any]:
+        """Return in plain values what drawing needs beside the weights, for an export."""
+        return {}
+
+    @property
+    def name(self) -> str:
+        """The class, for messages."""
+        return type(self).__name__
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the networks in place; the generator itself is never called."""
+        for network in self.children():
+            network.compile(*args, **kwargs)
