@@ -31,7 +31,7 @@ from task.reporting.metric_table import Row, lay_out
 from task.training.devices import device_name, select_device
 
 
-class Check(Findings):
+class NodeCheck(Findings):
     """A check of one node; its problems keep the node from taking part."""
 
     def __init__(self, config: Config, node: NodeConfig, say: Callable[[str], object]) -> None:
@@ -88,7 +88,7 @@ class Check(Findings):
             yield from expected_round(self._config, trial, sum(self._counts.train))
 
 
-def check_node(
+def examine_node(
     overrides: Iterable[str],
     node: NodeConfig,
     *,
@@ -97,7 +97,7 @@ def check_node(
     private_key: Path | None,
     say: Callable[[str], object],
 ) -> None:
-    """Check a hospital's machine before it takes part in a run, and say what was found.
+    """NodeCheck a hospital's machine before it takes part in a run, and say what was found.
 
     Args:
         overrides: of the run's configuration, as the coordinator passes them.
@@ -111,7 +111,7 @@ def check_node(
         ValueError: the configuration is wrong, or the node cannot take part; the text names the
             first reason and the way out.
     """
-    check = Check(own_config(load_config(overrides), node), node, say)
+    check = NodeCheck(own_config(load_config(overrides), node), node, say)
     check.section("versions", versions())
     check.section("images", check.data())
     check.section("disks", check.places())

@@ -28,7 +28,7 @@ from task.training.devices import device_name, missing_for_compiling, select_dev
 ANY_FOLDER = ("image_folder", "dicom_folder")
 
 
-def examine(*, data_root: Path | None, runs: Path, say: Callable[[str], object]) -> None:
+def examine_machine(*, data_root: Path | None, runs: Path, say: Callable[[str], object]) -> None:
     """Look at this machine and say what was found.
 
     Args:

@@ -138,8 +138,8 @@ def feddm() -> None:
     """
 
 
-@app.command()
-def evaluate(
+@app.command("evaluate")
+def evaluate_command(
     run: FinishedRunFolder,
     overrides: Annotated[
         list[str] | None,
@@ -473,8 +473,8 @@ def report(
     typer.echo(f"written to {write_report(*runs, file=out)}")
 
 
-@app.command()
-def check_node(
+@app.command("check-node")
+def check_node_command(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -516,10 +516,10 @@ def check_node(
       feddm check-node --superlink fl.example.org:8443 \\
         --root-certificates ca.crt --private-key keys/hospital-a data=digits
     """
-    from task.cli.check_node import check_node
+    from task.cli.check_node import examine_node
     from task.protocol.node import NodeConfig
 
-    check_node(
+    examine_node(
         overrides or [],
         NodeConfig(
             data_path=None if data_path is None else str(data_path.expanduser().absolute()),
@@ -554,9 +554,9 @@ def doctor(
       feddm doctor
       feddm doctor --data-root /data --runs /srv/runs
     """
-    from task.cli.doctor import examine
+    from task.cli.doctor import examine_machine
 
-    examine(data_root=data_root, runs=runs, say=typer.echo)
+    examine_machine(data_root=data_root, runs=runs, say=typer.echo)
 
 
 @app.command(

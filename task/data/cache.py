@@ -31,7 +31,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from task.data.duplicates import image_hash
-from task.data.walk import printable
+from task.data.walk import with_escapes
 from task.fingerprint import installed_versions
 from task.progress import tracked
 
@@ -198,7 +198,7 @@ def report_unreadable(reasons: dict[Path, str], on_corrupt: str) -> None:
     Raises:
         ValueError: `on_corrupt` is "refuse".
     """
-    listed = [printable(f"{path}: {why}") for path, why in list(reasons.items())[:MAX_LISTED]]
+    listed = [with_escapes(f"{path}: {why}") for path, why in list(reasons.items())[:MAX_LISTED]]
     if len(reasons) > MAX_LISTED:
         listed.append(f"and {len(reasons) - MAX_LISTED} more")
     text = f"{len(reasons)} image files cannot be read:\n  " + "\n  ".join(listed)

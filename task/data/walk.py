@@ -66,10 +66,10 @@ def check_readable(folder: Path) -> None:
         PermissionError: it may not.
     """
     if not os.access(folder, os.R_OK | os.X_OK):
-        raise PermissionError(REFUSAL.format(printable(str(folder))))
+        raise PermissionError(REFUSAL.format(with_escapes(str(folder))))
 
 
-def printable(text: str) -> str:
+def with_escapes(text: str) -> str:
     """Escape what a name of a file may hold: line breaks, control characters, bytes of no text."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -90,7 +90,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
         # Links that lead nowhere may be images: whoever decodes them says what is missing.
         return FILE if entry.is_file() or entry.is_symlink() else SPECIAL
     except PermissionError as error:  # of what a link leads to
-        raise PermissionError(REFUSAL.format(printable(entry.path))) from error
+        raise PermissionError(REFUSAL.format(with_escapes(entry.path))) from error
     except OSError:  # a link to itself
         return FILE
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from task.cli import trial_step
 from task.cli.check_key import check_private_key
-from task.cli.check_node import Check, describe_trial, expected_round
+from task.cli.check_node import NodeCheck, describe_trial, expected_round
 from task.cli.check_superlink import check_superlink
 from task.cli.main import app
 from task.cli.trial_step import Trial, in_own_process
@@ -238,7 +238,7 @@ def test_every_problem_is_listed_before_the_first_is_named(tmp_path: Path) -> No
     said: list[str] = []
     words = ["data=image_folder", "data.classes=[a]", f"data.cache_dir={tmp_path / 'cache'}"]
     node = NodeConfig(str(tmp_path / "set"), output_path=str(tmp_path / "none"))
-    check = Check(own_config(load_config(words), node), node, said.append)
+    check = NodeCheck(own_config(load_config(words), node), node, said.append)
     check.section("images", check.data())
     check.section("disks", check.places())
     corrupt, output = check.problems
@@ -252,7 +252,7 @@ def test_node_without_held_out_images_is_told(tmp_path: Path) -> None:
     write_tree(tmp_path / "set", {"a": 1})
     words = ["data=image_folder", "data.classes=[a]", f"data.cache_dir={tmp_path / 'cache'}"]
     node = NodeConfig(str(tmp_path / "set"))
-    check = Check(own_config(load_config(words), node), node, print)
+    check = NodeCheck(own_config(load_config(words), node), node, print)
     assert str(dict(check.data())["held out"]).startswith("none")
 
 
