@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from server_app.launch.flwr_command import local_environment
 from task.processes import end_with_parent
 
@@ -164,12 +166,9 @@ def end_with_submitter() -> None:
 
 
 def _watch(pid: int) -> None:
-    while True:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            os.kill(os.getpid(), signal.SIGKILL)
+    while psutil.pid_exists(pid):
         time.sleep(WATCH_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def free_port() -> int:
