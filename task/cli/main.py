@@ -314,7 +314,7 @@ def restore(
         int | None, typer.Option(min=2, help="Enlarge the pictures so many times.")
     ] = None,
     colorize: Annotated[
-        bool, typer.Option("--colorize", help="Colour grey pictures, or coloured ones anew.")
+        bool, typer.Option("--colorize", help="Color gray pictures, or colored ones anew.")
     ] = False,
     num: Annotated[int, typer.Option(min=1, help="Images to draw for each picture.")] = 1,
     jump_length: Annotated[
@@ -349,7 +349,7 @@ def restore(
       feddm restore runs/demo three.png --class 3 --mask lower-half.png \\
         --num 4 --out filled
       feddm restore runs/demo small.png --class 3 --upscale 4 --out large
-      feddm restore runs/eyes grey.png --class N --colorize --out coloured \\
+      feddm restore runs/eyes gray.png --class N --colorize --out colored \\
         diffusion.num_inference_steps=100
     """
     from task.cli.restore import FileTask, restore_files

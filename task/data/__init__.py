@@ -1,6 +1,6 @@
-"""The data sets: read, brought to the shape that the model sees, split, normalised.
+"""The data sets: read, brought to the shape that the model sees, split, normalized.
 
-Images stay uint8 NCHW; batches are normalised on the device that trains. `packaged` reads what
+Images stay uint8 NCHW; batches are normalized on the device that trains. `packaged` reads what
 comes with a library; what lies in files goes `listing` -> `pictures` or `dicom` -> `shape` ->
 `cache`, joined in `files`.
 """

@@ -1,4 +1,4 @@
-"""Images in memory: uint8 NCHW, brought to the shape that the model sees, normalised per batch."""
+"""Images in memory: uint8 NCHW, brought to the shape that the model sees, normalized per batch."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -87,13 +87,13 @@ def reshape(images: ImageSet, image_size: int, channels: int) -> ImageSet:
     """Bring images to `image_size` and `channels`.
 
     Raises:
-        ValueError: the images have colours and `channels` is 1.
+        ValueError: the images have colors and `channels` is 1.
     """
     pixels = images.images
     require(
         channels == pixels.shape[1] or (pixels.shape[1], channels) == (1, 3),
         "data.channels",
-        f"{pixels.shape[1]} for these images (grey fits 3 as well, colour is never dropped)",
+        f"{pixels.shape[1]} for these images (gray fits 3 as well, color is never dropped)",
         channels,
     )
     resized = resize(pixels, image_size)
@@ -123,7 +123,7 @@ def normalize(images: Tensor) -> Tensor:
     """Map uint8 images to float32 in [-1, 1], on their device.
 
     Raises:
-        TypeError: the images are not uint8, so they may have been normalised before.
+        TypeError: the images are not uint8, so they may have been normalized before.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, got {images.dtype}")

@@ -8,10 +8,10 @@ from task.checks import require_one_of
 from task.config import DATA_FITS
 from task.data.images import resize
 
-# JPEG leaves the black around a fundus photograph a little grey.
+# JPEG leaves the black around a fundus photograph a little gray.
 BLACK = 16
 
-# ITU-R BT.601, as Pillow's own conversion to grey.
+# ITU-R BT.601, as Pillow's own conversion to gray.
 LUMA = torch.tensor([0.299, 0.587, 0.114])
 
 
@@ -68,7 +68,7 @@ def resize_decoded(pixels: Tensor, image_size: int, channels: int) -> Tensor:
     Args:
         pixels: [C, H, W] float32 in [0, 255].
         image_size: height and width; other proportions are stretched, as the paper's code does.
-        channels: 1 turns colours into grey, 3 repeats grey.
+        channels: 1 turns colors into gray, 3 repeats gray.
 
     Returns:
         [channels, image_size, image_size] uint8.

@@ -102,7 +102,7 @@ def test_fashion_mnist_of_the_right_size_keeps_its_pixels() -> None:
 
 
 @needs_fashion_mnist
-def test_grey_images_fill_three_channels() -> None:
+def test_gray_images_fill_three_channels() -> None:
     images = load("fashion_mnist", channels=3).test.images
     assert images.shape[1] == 3
     assert torch.equal(images[:, 0], images[:, 1]) and torch.equal(images[:, 0], images[:, 2])
@@ -131,7 +131,7 @@ def test_svhn_arrays_are_channels_first_already(monkeypatch: pytest.MonkeyPatch)
     assert test.labels.tolist() == [*range(10)]
 
 
-def test_colour_is_never_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_color_is_never_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     class Found:
         data = np.zeros((10, 3, 32, 32), np.uint8)
         labels = np.arange(10)
@@ -274,7 +274,7 @@ def test_normalize_maps_the_ends_and_the_middle() -> None:
     assert pixels.tolist() == [0, 51, 204, 255]
 
 
-def test_normalize_refuses_what_is_normalised_already() -> None:
+def test_normalize_refuses_what_is_normalized_already() -> None:
     with pytest.raises(TypeError, match="uint8"):
         normalize(torch.zeros(1))
 

@@ -43,23 +43,23 @@ def test_pictures_are_resized_as_torchvision_does_without_antialiasing(tmp_path:
     assert (found.float() - expected).abs().max() <= 0.5 + 1e-4
 
 
-def test_colour_becomes_grey_as_in_pillow_and_grey_fills_three_channels(tmp_path: Path) -> None:
-    Image.fromarray(picture(0)).save(tmp_path / "colour.png")
-    Image.fromarray(picture(1, channels=1)).save(tmp_path / "grey.png")
-    grey = resize_decoded(decode_picture(tmp_path / "colour.png"), 8, 1)[0].numpy().astype(int)
+def test_color_becomes_gray_as_in_pillow_and_gray_fills_three_channels(tmp_path: Path) -> None:
+    Image.fromarray(picture(0)).save(tmp_path / "color.png")
+    Image.fromarray(picture(1, channels=1)).save(tmp_path / "gray.png")
+    gray = resize_decoded(decode_picture(tmp_path / "color.png"), 8, 1)[0].numpy().astype(int)
     expected = np.asarray(Image.fromarray(picture(0)).convert("L")).astype(int)
-    assert np.abs(grey - expected).max() <= 1
-    filled = resize_decoded(decode_picture(tmp_path / "grey.png"), 8, 3)
+    assert np.abs(gray - expected).max() <= 1
+    filled = resize_decoded(decode_picture(tmp_path / "gray.png"), 8, 3)
     assert np.array_equal(filled, np.stack([picture(1, channels=1)] * 3))
 
 
-def test_grey_stored_as_colour_loses_nothing_as_grey(tmp_path: Path) -> None:
-    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    Image.fromarray(np.stack([grey] * 3, axis=-1)).save(tmp_path / "x.png")
-    assert np.array_equal(resize_decoded(decode_picture(tmp_path / "x.png"), 16, 1)[0], grey)
+def test_gray_stored_as_color_loses_nothing_as_gray(tmp_path: Path) -> None:
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(np.stack([gray] * 3, axis=-1)).save(tmp_path / "x.png")
+    assert np.array_equal(resize_decoded(decode_picture(tmp_path / "x.png"), 16, 1)[0], gray)
 
 
-def test_16_bit_grey_is_scaled_and_not_cut_off(tmp_path: Path) -> None:
+def test_16_bit_gray_is_scaled_and_not_cut_off(tmp_path: Path) -> None:
     for suffix in ("png", "tif"):
         values = np.array([[0, 257], [32768, 65535]], dtype=np.uint16)
         Image.fromarray(values).save(tmp_path / f"x.{suffix}")
@@ -67,7 +67,7 @@ def test_16_bit_grey_is_scaled_and_not_cut_off(tmp_path: Path) -> None:
         assert found.flatten().tolist() == [0, 1, 128, 255]
 
 
-def test_palettes_become_colours_and_transparency_black(tmp_path: Path) -> None:
+def test_palettes_become_colors_and_transparency_black(tmp_path: Path) -> None:
     pixels = np.zeros((8, 8, 3), np.uint8)
     pixels[:4] = (10, 200, 30)
     Image.fromarray(pixels).quantize(2).save(tmp_path / "palette.png")
