@@ -19,7 +19,7 @@ POLL_SECONDS = 1.0
 # From the end of the simulation's process to what Flower says of the run.
 STATUS_GRACE_SECONDS = 5.0
 
-COLORS = re.compile(r"\x1b\[[0-9;]*m")
+TERMINAL_COLORS = re.compile(r"\x1b\[[0-9;]*m")
 # What Flower and Ray say in every run, and nobody needs. Errors and other warnings are shown, but
 # for the lines of code that led to an error.
 NOISE = re.compile(
@@ -134,7 +134,7 @@ def show(lines: Iterable[str], whole: IO[str]) -> None:
     for line in lines:
         whole.write(line)
         whole.flush()
-        plain = COLORS.sub("", line)
+        plain = TERMINAL_COLORS.sub("", line)
         is_code = code_follows and CODE_LINE.match(plain) is not None
         noise = NOISE.match(plain) is not None
         code_follows = is_code or (noise and ("Warning: " in plain or "Traceback " in plain))

@@ -87,7 +87,7 @@ def evaluate_client(
         for whose, (_, labels) in sets.items()
     }
     say("\n".join(f"- {line}" for line in client_caption(reports, counts)))
-    say(f"\n{verdict(client, reports['local_own'], reports['global_own'])}")
+    say(f"\n{client_verdict(client, reports['local_own'], reports['global_own'])}")
     file = evaluation_file(run, config, f"client-{client}", otherwise)
     found = {name: report.content() for name, report in reports.items()}
     told = {"client": client, "local_round": local_round, **drawing(config, last)}
@@ -203,7 +203,7 @@ def client_caption(reports: Mapping[str, Evaluation], counts: Mapping[str, list[
     ]
 
 
-def verdict(client: int, local: Evaluation, shared: Evaluation) -> str:
+def client_verdict(client: int, local: Evaluation, shared: Evaluation) -> str:
     """Say which of two models fits a client better, where FID and KID agree on it."""
     (fid, their_fid), (kid, their_kid) = (
         [each.records.value(name, reference=TRAIN) or 0.0 for each in (local, shared)]

@@ -26,7 +26,7 @@ from task.runs.run import final_model
 from task.runs.run_directory import run_config
 from task.training.devices import select_device
 
-NOTICE = "partly synthetic image, restored by a diffusion model"
+RESTORED_NOTICE = "partly synthetic image, restored by a diffusion model"
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,18 @@ def restore_files(
         **walk,
     )
     say(f"drawing {len(written):,} images of class {class_} on {restorer.device}")
-    _write(restorer, written)
+    _write_restored(restorer, written)
     say(f"written to {', '.join(map(str, written[:3]))}{' ...' if len(written) > 3 else ''}")
 
 
-def _write(restorer: Restorer, paths: Sequence[Path]) -> None:
+def _write_restored(restorer: Restorer, paths: Sequence[Path]) -> None:
     # Before hours of drawing, in case it cannot be made.
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     left = iter(paths)
     with progress(len(paths), f"drawing {len(paths):,} images") as update:
         for images in restorer.batches():
             for image in images:
-                write_image(next(left), image, NOTICE)
+                write_image(next(left), image, RESTORED_NOTICE)
             update(len(images))
 
 

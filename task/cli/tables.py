@@ -46,7 +46,7 @@ def write_tables(
         raise ValueError(f"SWEEP_DIR: there is no folder {folder}")
     unreadable: list[str] = []
     runs = find_runs(folder, lambda run, error: unreadable.append(f"{run} ({error})"))
-    unfinished = _unfinished(folder)
+    unfinished = _unmeasured_runs(folder)
     if not runs:
         begun = f" (unfinished: {', '.join(unfinished)})" if unfinished else ""
         begun += f" (not readable: {'; '.join(unreadable)})" if unreadable else ""
@@ -63,7 +63,7 @@ def write_tables(
             f"with eval.final_metrics=true ({listed})"
         )
     tables = build_tables(measured)
-    _write(folder / "tables.csv", csv_text(_records(folder, runs, tables)))
+    _write_files(folder / "tables.csv", csv_text(_csv_rows(folder, runs, tables)))
     alone = _alone(measured, tables)
     if alone:
         left_out["measured, with no other run to compare with"] = alone
@@ -84,11 +84,11 @@ def write_tables(
 
 
 def _write_pages(folder: Path, page: Page) -> None:
-    _write(folder / "tables.md", markdown(page))
-    _write(folder / "tables.html", html(page))
+    _write_files(folder / "tables.md", markdown(page))
+    _write_files(folder / "tables.html", html(page))
 
 
-def _unfinished(folder: Path) -> list[str]:
+def _unmeasured_runs(folder: Path) -> list[str]:
     files = sorted(folder.rglob("config.yaml"))
     return [str(file.parent) for file in files if not weights_file(file.parent).is_file()]
 
@@ -103,7 +103,7 @@ def _alone(measured: Sequence[Measurement], tables: Sequence[Table]) -> list[str
     ]
 
 
-def _records(
+def _csv_rows(
     folder: Path, runs: Sequence[FinishedRun], tables: Sequence[Table]
 ) -> list[dict[str, Any]]:
     """List every run and evaluation with its settings, whether it is in a table or not."""
@@ -120,14 +120,14 @@ def _records(
         {
             "tables": ", ".join(numbers.get(id(found), [])),
             "run": run.path.relative_to(folder).as_posix(),
-            **_settings(run),
+            **_csv_settings(run),
             **({} if found is None else flat_evaluation(found)),
         }
         for run, found in evaluated
     ]
 
 
-def _settings(run: FinishedRun) -> dict[str, Any]:
+def _csv_settings(run: FinishedRun) -> dict[str, Any]:
     return {
         name: value
         for name, value in flat_values(run.config).items()
@@ -135,6 +135,6 @@ def _settings(run: FinishedRun) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, text: str) -> None:
+def _write_files(path: Path, text: str) -> None:
     with atomic_path(path) as aside:
         aside.write_text(text, encoding="utf-8")

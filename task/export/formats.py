@@ -27,7 +27,7 @@ EXAMPLE_BATCH = 2
 
 
 # Images that are compared.
-COMPARED = 8
+NUM_COMPARED = 8
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Format:
         """
         loaded = copy.deepcopy(generator)
         loaded.load_state_dict(load_file(folder / "model.safetensors"))
-        labels = torch.arange(COMPARED) % len(settings["classes"])
+        labels = torch.arange(NUM_COMPARED) % len(settings["classes"])
         noise = torch.randn(
-            COMPARED, *generator.image_shape, generator=torch.Generator().manual_seed(0)
+            NUM_COMPARED, *generator.image_shape, generator=torch.Generator().manual_seed(0)
         )
         found, expected = (each.sample(labels, lambda: noise) for each in (loaded, generator))
         return float((found - expected).abs().max()), float(expected.abs().max())
@@ -146,12 +146,12 @@ class NetworkFormat(Format):
             The largest absolute difference, and the largest absolute prediction.
         """
         rng = np.random.default_rng(0)
-        x_t = rng.standard_normal((COMPARED, *image_shape(settings)), np.float32)
+        x_t = rng.standard_normal((NUM_COMPARED, *image_shape(settings)), np.float32)
         most, least = (2 * half_log_snr(settings["alphas_cumprod"][end]) for end in (0, -1))
-        log_snr = np.linspace(least, most, COMPARED, dtype=np.float32)
+        log_snr = np.linspace(least, most, NUM_COMPARED, dtype=np.float32)
         # With the null label, which comes last.
         last = settings["null_label"] or len(settings["classes"]) - 1
-        inputs = (x_t, log_snr, np.linspace(0, last, COMPARED).round().astype(np.int64))
+        inputs = (x_t, log_snr, np.linspace(0, last, NUM_COMPARED).round().astype(np.int64))
         expected = network_of(generator)(*map(torch.from_numpy, inputs)).numpy()
         found = self.load_model(folder)(*inputs)
         return float(np.abs(found - expected).max()), float(np.abs(expected).max())

@@ -39,7 +39,7 @@ GRID_FILE = "grid.png"
 GRID_COLUMNS = 10
 NOTICE = "synthetic image, drawn by a diffusion model"
 
-LOCK_FILE = ".lock"
+IMAGES_LOCK = ".lock"
 
 # Of the real data: what an image looks like. Where they lie and how they were split is no business
 # of whoever receives these.
@@ -117,7 +117,7 @@ class SyntheticFolder:
         if not folder.is_dir():
             return num_images
         with os.scandir(folder) as entries:
-            places = (_place(entry.name) for entry in entries)
+            places = (_image_number(entry.name) for entry in entries)
             return num_images - sum(place is not None and place < num_images for place in places)
 
     def count(self, label: int) -> int:
@@ -225,7 +225,7 @@ def open_folder(
     # No lock is left in a folder of other things.
     read_manifest(path)
     path.mkdir(parents=True, exist_ok=True)
-    with hold(path / LOCK_FILE, "--out", patience=0) as lock:
+    with hold(path / IMAGES_LOCK, "--out", patience=0) as lock:
         try:
             yield SyntheticFolder(path, classes, origin=origin, asked=asked)
         finally:
@@ -245,7 +245,7 @@ def read_manifest(path: Path) -> Manifest | None:
     require(path.is_dir(), "--out", "a folder", str(path))
     if not file.exists():
         # A first call that was killed leaves its lock and a part of the manifest.
-        own = (LOCK_FILE, ".manifest-")
+        own = (IMAGES_LOCK, ".manifest-")
         others = [name for name in sorted(os.listdir(path)) if not name.startswith(own)]
         expected = f"a new or empty folder, or one with images and their {MANIFEST_FILE}"
         require(not others, "--out", expected, f"{path}, which holds {', '.join(others[:3])}")
@@ -337,7 +337,7 @@ def _file_name(place: int) -> str:
     return f"{place:06d}.png"
 
 
-def _place(file_name: str) -> int | None:
+def _image_number(file_name: str) -> int | None:
     found = re.fullmatch(r"([0-9]{6}|[1-9][0-9]{6,})\.png", file_name)
     return int(found[1]) if found else None
 

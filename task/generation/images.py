@@ -18,7 +18,7 @@ from task.training.devices import autocast, move
 
 # In a picture of many images.
 IMAGES_PER_ROW = 16
-TILE = 48
+PREVIEW_TILE = 48
 
 
 class GeneratedImages(ImageSet):
@@ -36,7 +36,7 @@ class GeneratedImages(ImageSet):
         first_class = int((self.labels == self.labels[0]).sum())
         columns = min(first_class, IMAGES_PER_ROW)
         white = torch.full_like(self.images[:1], 255).expand(-len(self) % columns, -1, -1, -1)
-        return Image.fromarray(mosaic(torch.cat([self.images, white]), columns, tile=TILE))
+        return Image.fromarray(mosaic(torch.cat([self.images, white]), columns, tile=PREVIEW_TILE))
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()

@@ -46,7 +46,7 @@ def training_words(config: Config) -> list[str]:
     changes = _changes(values, groups)
     for group in NAMELESS_GROUPS:
         if any(change.startswith(f"{group}.") for change in changes):
-            for option in _options(group):
+            for option in _group_options(group):
                 others = _changes(values, [*groups, option])
                 if len(others) + 1 < len(changes):
                     groups, changes = [*groups, option], others
@@ -67,7 +67,7 @@ def resuming_command(config: Config, run: Path) -> str:
     """
     # The digits lie in their library; files of other sets may be anywhere.
     root = {} if config.data.name in (*FILE_SETS, "digits") else {"data.root": config.data.root}
-    values = [hydra_override(key, value) for key, value in {**root, **_place(run)}.items()]
+    values = [hydra_override(key, value) for key, value in {**root, **_folder_of(run)}.items()]
     return shlex.join(["feddm-train", *training_words(config), *values, "resume=true"])
 
 
@@ -81,7 +81,7 @@ def resubmitting_command(
         run: its folder.
         connection: name of the SuperLink's; else a word to be replaced.
     """
-    return _submitting({**words, **_place(run), "resume": is_begun(run)}, connection)
+    return _submitting({**words, **_folder_of(run), "resume": is_begun(run)}, connection)
 
 
 def require_weights(run: Path) -> None:
@@ -102,7 +102,7 @@ def describe_report_of(run: Path) -> str:
     return f"`{shlex.join(['feddm', 'report', str(run)])}` shows how to go on with it"
 
 
-def _place(run: Path) -> dict[str, str]:
+def _folder_of(run: Path) -> dict[str, str]:
     return {"output_dir": str(run.resolve().parent), "run_name": run.resolve().name}
 
 
@@ -139,7 +139,7 @@ def _toml_value(value: Word) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _options(group: str) -> list[str]:
+def _group_options(group: str) -> list[str]:
     return [f"{group}={file.stem}" for file in sorted((CONF_DIR / group).glob("*.yaml"))]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from task.cli.evaluate_client import client_images, verdict
+from task.cli.evaluate_client import client_images, client_verdict
 from task.config import Config, read_config, write_config
 from task.data import Dataset, build_dataset
 from task.data.partition import partition_dataset
@@ -101,12 +101,12 @@ def test_unseen_images_like_those_of_a_client_fit_it_better_than_those_of_anothe
                 assert found[0] > 2 * found[1]  # type: ignore[operator]
             else:
                 assert found[0] < found[1]  # type: ignore[operator]
-        assert "the local model fits its client better" in verdict(0, ours, theirs)
-        assert "the global model fits the client better" in verdict(0, theirs, ours)
-        assert "both fit the client alike" in verdict(0, ours, ours)
+        assert "the local model fits its client better" in client_verdict(0, ours, theirs)
+        assert "the global model fits the client better" in client_verdict(0, theirs, ours)
+        assert "both fit the client alike" in client_verdict(0, ours, ours)
         better = Record(3, "fid", 0.0, reference=TRAIN)
         torn = dataclasses.replace(theirs, records=Records((*theirs.records.all, better)))
-        assert "FID and KID do not agree" in verdict(0, ours, torn)
+        assert "FID and KID do not agree" in client_verdict(0, ours, torn)
 
 
 def test_a_local_model_that_equals_the_global_one_scores_as_it_does(
