@@ -185,7 +185,7 @@ def evaluate_command(
     Prints a table and writes RUN/evaluation-<extractor>-<image range>.json, with --client N
     RUN/evaluation-<extractor>-<image range>-client-N.json. What was drawn otherwise than the run
     draws goes into a file of its own, which no table takes up. Without a test split all is measured
-    against the training images, without classification and search for copies.
+    against the training images, without classification accuracy score and search for copies.
 
     \b
     Examples:
