@@ -124,24 +124,6 @@ class Metric:
         return {self.key(real=real): real for real in (False, *[True] * self.beside)}
 
 
-METRICS: dict[str, Metric] = {}
-
-
-def register(metric: Metric) -> None:
-    """Add a metric to `METRICS`, whose order is that of pages.
-
-    Raises:
-        ValueError: there is one of this name.
-    """
-    require(metric.name not in METRICS, "a metric's name", "a new one", metric.name)
-    METRICS[metric.name] = metric
-
-
-def metrics_of(*uses: Use) -> list[Metric]:
-    """List the metrics that have one of some uses."""
-    return [metric for metric in METRICS.values() if metric.uses.intersection(uses)]
-
-
 # By the reference of a score those of its pairs, of which the first that is there counts.
 References = Mapping[str | None, tuple[str, ...]]
 EACH: References = {name: (name,) for name in (TRAIN, TEST, HELD_OUT)}
@@ -316,154 +298,115 @@ def of_copying(
 
 FEATURES = frozenset({Use.EVALUATION, Use.ROUNDS})
 CLASSES = frozenset({Use.EVALUATION, Use.END, Use.HOSPITALS_OF_CLASSES})
+AGAINST = (
+    "precision, recall, density and coverage: against the test images, or, where there are none, "
+    "against the training images"
+)
 NEAR = (
     "nearest training image: medians, beside those of held-out images; nearer than held-out ones: "
     "the share of generated images by which more of them lie near a training image, relative to "
     "its neighbours, and the p value of that share where nothing is copied"
 )
-AGAINST = (
-    "precision, recall, density and coverage: against the test images, or, where there are none, "
-    "against the training images"
-)
 
-register(
-    Metric(
-        "noise_position",
-        "between real (0) and noise (1)",
-        "lower",
-        POSITIVE,
-        _noise_position,
-        FEATURES | {Use.END, Use.HOSPITALS, Use.SUMMARY},
-        "between real and noise: the energy distance to the training images, in pixels or in the "
-        "power at each spatial frequency, whichever is larger, as a share of that of noise (the "
-        f"N(0, 1) that sampling starts from), of at most {MOST_COMPARED} images of each; 0 as "
-        "near as real images, 1 as far as noise",
-        through="pixels and spectra",
-        most=MOST_COMPARED,
-    )
-)
-register(
-    Metric(
-        "inception_score",
-        "inception score",
-        "higher",
-        (1.0, math.inf),
-        of_features(_inception_score, TRAINING_IMAGES),
-        FEATURES | {Use.TABLES},
-    )
-)
-register(
-    Metric(
-        "fid",
-        "FID",
-        "lower",
-        POSITIVE,
-        of_features(_fid, EACH),
-        FEATURES | {Use.HOSPITALS, Use.SUMMARY, Use.TABLES},
-        "FID depends on n, compare equal n only",
-    )
-)
-register(
-    Metric(
-        "kid",
-        "KID",
-        "lower",
-        (-math.inf, math.inf),
-        of_features(_kid, EACH),
-        FEATURES | {Use.HOSPITALS},
-        f"KID: {KID_SUBSETS} subsets of at most {KID_SUBSET_SIZE:,} images",
-    )
-)
-for _name, _better, _bounds, _score, _uses in (
-    ("precision", "higher", SHARE, _precision, FEATURES | {Use.SUMMARY}),
-    ("recall", "higher", SHARE, _recall, FEATURES | {Use.SUMMARY}),
-    ("density", 1.0, POSITIVE, _density, FEATURES),
-    ("coverage", "higher", SHARE, _coverage, FEATURES),
-):
-    _compute = of_features(_score, TEST_IMAGES)
-    register(Metric(_name, _name, _better, _bounds, _compute, _uses, AGAINST))  # type: ignore[arg-type]
-register(
-    Metric(
-        "cas",
-        "classification accuracy score",
-        "higher",
-        SHARE,
-        _classification_accuracy,
-        frozenset({Use.EVALUATION}),
-        "classification accuracy score: of a classifier that was trained on the images, on the "
-        "test images; real: trained on as many real ones",
-    )
-)
-register(
-    Metric(
-        "cas_real",
-        "the same, trained on all real images",
-        "higher",
-        SHARE,
-        _real_accuracy,
-        frozenset({Use.EVALUATION}),
-    )
-)
-register(
-    Metric(
-        "class_agreement",
-        "found in the class asked for",
-        "higher",
-        SHARE,
-        _class_agreement,
-        CLASSES | {Use.SUMMARY},
-        "found in the class asked for: by a classifier trained on the real training images; real: "
-        "held-out images, in the proportions of the classes of the generated ones",
-        through="a classifier trained on the real images",
-    )
-)
-register(
-    Metric(
-        "chance_agreement",
-        "found by one class for all",
-        None,
-        SHARE,
-        _chance_agreement,
-        CLASSES,
-        beside=False,
-    )
-)
-for _space, _search in (
-    ("pixel", lambda comparison: comparison.pixel_copying),
-    ("feature", lambda comparison: comparison.feature_copying),
-):
-    # Every run ends with a search in pixels, for which no network is needed.
-    _always = frozenset({Use.EVALUATION} | ({Use.END} if _space == "pixel" else set()))
-    register(
+
+def _copying_metrics(
+    space: str, search: Callable[[Comparison], Copying | None], uses: frozenset[Use]
+) -> tuple[Metric, ...]:
+    """List what is told of the nearest training images, in pixels or in features."""
+    distance = of_copying(search, "generated", real="held_out")
+    copied, p_value = (of_copying(search, name) for name in ("copied", "p_value"))
+    near = f"nearer to training images than held-out ones, {space}s"
+    chance = f"p where nothing is copied, {space}s"
+    asked = uses | {Use.HOSPITALS}
+    return (
         Metric(
-            f"{_space}_distance",
-            f"nearest training image, {_space}s",
-            None,
-            POSITIVE,
-            of_copying(_search, "generated", real="held_out"),
-            _always,
-            NEAR,
-        )
+            *(f"{space}_distance", f"nearest training image, {space}s", None, POSITIVE),
+            *(distance, uses, NEAR),
+        ),
+        Metric(f"{space}_copied", near, "lower", SHARE, copied, asked, beside=False),
+        Metric(f"{space}_p_value", chance, None, SHARE, p_value, asked, beside=False),
     )
-    register(
+
+
+# In the order of pages.
+METRICS = {
+    metric.name: metric
+    for metric in (
         Metric(
-            f"{_space}_copied",
-            f"nearer to training images than held-out ones, {_space}s",
-            "lower",
-            SHARE,
-            of_copying(_search, "copied"),
-            _always | {Use.HOSPITALS},
+            *("noise_position", "between real (0) and noise (1)", "lower", POSITIVE),
+            *(_noise_position, FEATURES | {Use.END, Use.HOSPITALS, Use.SUMMARY}),
+            "between real and noise: the energy distance to the training images, in pixels or in "
+            "the power at each spatial frequency, whichever is larger, as a share of that of noise "
+            "(the N(0, 1) that sampling starts from), of at most "
+            f"{MOST_COMPARED} images of each; 0 as near as real images, 1 as far as noise",
+            through="pixels and spectra",
+            most=MOST_COMPARED,
+        ),
+        Metric(
+            *("inception_score", "inception score", "higher", (1.0, math.inf)),
+            *(of_features(_inception_score, TRAINING_IMAGES), FEATURES | {Use.TABLES}),
+        ),
+        Metric(
+            *("fid", "FID", "lower", POSITIVE, of_features(_fid, EACH)),
+            FEATURES | {Use.HOSPITALS, Use.SUMMARY, Use.TABLES},
+            "FID depends on n, compare equal n only",
+        ),
+        Metric(
+            *("kid", "KID", "lower", (-math.inf, math.inf), of_features(_kid, EACH)),
+            FEATURES | {Use.HOSPITALS},
+            f"KID: {KID_SUBSETS} subsets of at most {KID_SUBSET_SIZE:,} images",
+        ),
+        Metric(
+            *("precision", "precision", "higher", SHARE, of_features(_precision, TEST_IMAGES)),
+            *(FEATURES | {Use.SUMMARY}, AGAINST),
+        ),
+        Metric(
+            *("recall", "recall", "higher", SHARE, of_features(_recall, TEST_IMAGES)),
+            *(FEATURES | {Use.SUMMARY}, AGAINST),
+        ),
+        Metric(
+            *("density", "density", 1.0, POSITIVE, of_features(_density, TEST_IMAGES)),
+            *(FEATURES, AGAINST),
+        ),
+        Metric(
+            *("coverage", "coverage", "higher", SHARE, of_features(_coverage, TEST_IMAGES)),
+            *(FEATURES, AGAINST),
+        ),
+        Metric(
+            *("cas", "classification accuracy score", "higher", SHARE, _classification_accuracy),
+            frozenset({Use.EVALUATION}),
+            "classification accuracy score: on the test images, of a classifier trained on the "
+            "generated ones; real: of one trained on as many real ones",
+        ),
+        Metric(
+            *("cas_real", "the same, trained on all real images", "higher", SHARE, _real_accuracy),
+            frozenset({Use.EVALUATION}),
+        ),
+        Metric(
+            *("class_agreement", "found in the class asked for", "higher", SHARE),
+            *(_class_agreement, CLASSES | {Use.SUMMARY}),
+            "found in the class asked for: by a classifier trained on the real training images; "
+            "real: held-out ones, in the proportions of the classes of the generated ones",
+            through="a classifier trained on the real images",
+        ),
+        Metric(
+            *("chance_agreement", "found by one class for all", None, SHARE),
+            *(_chance_agreement, CLASSES),
             beside=False,
-        )
+        ),
+        # Every run ends with a search in pixels, for which no network is needed.
+        *_copying_metrics(
+            "pixel",
+            lambda comparison: comparison.pixel_copying,
+            frozenset({Use.EVALUATION, Use.END}),
+        ),
+        *_copying_metrics(
+            "feature", lambda comparison: comparison.feature_copying, frozenset({Use.EVALUATION})
+        ),
     )
-    register(
-        Metric(
-            f"{_space}_p_value",
-            f"p where nothing is copied, {_space}s",
-            None,
-            SHARE,
-            of_copying(_search, "p_value"),
-            _always | {Use.HOSPITALS},
-            beside=False,
-        )
-    )
+}
+
+
+def metrics_of(*uses: Use) -> list[Metric]:
+    """List the metrics that have one of some uses."""
+    return [metric for metric in METRICS.values() if metric.uses.intersection(uses)]

@@ -30,10 +30,6 @@ PAPER_SIZES = {
 }
 
 
-# The released evaluation mirrors their images at random, real and generated ones; no others.
-MIRRORED = frozenset({"sars_cov_2_ct"})
-
-
 @lru_cache
 def paper_values(data: str) -> list[dict[str, Any]]:
     """Return the configurations, flat, of the paper's FedAvg on one of `PAPER_SIZES`.
