@@ -134,13 +134,14 @@ def evaluation_of(
 
 
 # Of the first schema, beside the values of a `Label` and how images are drawn.
-NO_SCORES = {"round", "kid_subset_size", "num_inference_steps", "num_per_class", "eval.precision"}
+NO_SCORES = {"round", "num_inference_steps", "num_per_class", "eval.precision"}
 
 
 def _of_first_schema(content: dict[str, Any]) -> dict[str, Any]:
     """Make records of the scores of a flat mapping."""
     drawn = {name.removeprefix("diffusion.") for name in DRAWING_VALUES}
     told = {field.name for field in fields(Label)} | NO_SCORES | drawn
+    content.pop("kid_subset_size", None)
     scores = {name: value for name, value in content.items() if name not in told}
     generated = content["n_generated"]
     n_scored = content.get("n_scored", generated)

@@ -18,7 +18,7 @@ from task.evaluation.distances import (
     inception_score,
     kid,
     neighbour_distances,
-    precision_recall,
+    share_near,
     squared_mmd,
 )
 
@@ -64,7 +64,7 @@ def test_a_set_against_itself_is_at_distance_zero_and_covers_itself() -> None:
     x = points(200)
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-8)
     assert abs(squared_mmd(x, points(200, seed=1))) < 0.1 * squared_mmd(x, points(200, shift=3))
-    assert precision_recall(x, x) == (1, 1)
+    assert share_near(x, x) == 1
     assert density_coverage(x, x) == pytest.approx((1, 1), abs=0.02)
     assert neighbour_distances(x, x)[0].max() == 0
 
@@ -73,7 +73,7 @@ def test_a_set_against_noise_elsewhere_is_far_and_covers_nothing() -> None:
     x, noise = points(100), points(100, seed=1, shift=100)
     assert frechet_distance(x, noise) > 1e4
     assert kid(x, noise, subset_size=50, generator=generator()).mean > 1e3
-    assert precision_recall(x, noise) == (0, 0)
+    assert share_near(x, noise) == share_near(noise, x) == 0
     assert density_coverage(x, noise) == (0, 0)
 
 
@@ -167,7 +167,8 @@ def test_precision_and_recall_are_those_of_loops() -> None:
 
     expected = (share(generated, real), share(real, generated))
     assert 0 < min(expected) < 1
-    assert precision_recall(real, generated) == pytest.approx(expected)
+    found = share_near(generated, real), share_near(real, generated)
+    assert found == pytest.approx(expected)
 
 
 @pytest.mark.usefixtures("blocks")
@@ -247,11 +248,11 @@ def test_smallest_share_of_copies_that_shows_falls_with_held_out_images() -> Non
 def test_wrong_input_is_refused() -> None:
     few, flat = points(3), points(3).flatten()
     with pytest.raises(ValueError, match=r"features must be of >= 4 images, got 3"):
-        precision_recall(points(10), few)
+        share_near(few, points(10))
     with pytest.raises(ValueError, match=r"features must be of >= 6 images, got 5"):
         density_coverage(points(5), points(10))
     with pytest.raises(ValueError, match="k must be >= 1, got 0"):
-        precision_recall(few, few, k=0)
+        share_near(few, few, k=0)
     with pytest.raises(ValueError, match=r"features must be of >= 2 images, got 1"):
         frechet_distance(few, few[:1])
     with pytest.raises(ValueError, match=r"features must be \[N, D\]"):
