@@ -8,10 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from task.config import FederationConfig
 from task.reporting.history import RunHistory, read_history
-from task.reporting.markdown import bullets, plain, table
 from task.reporting.metric_table import HEADS, caption, measured, metric_rows, with_std
+from task.reporting.rendering import render
 from task.reporting.warning_signs import State, image_checks
 from task.runs.evaluations import Evaluation
 from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, TRAIN, Records
@@ -23,12 +25,6 @@ from task.runs.run_directory import (
     POOLED_FILE,
     read_json,
 )
-
-# How `server_app` makes one number of those of real nodes.
-TOGETHER = """\
-A value over two clients is their mean, weighted by images; over more it is their weighted median,
-in which no client has more than a third of the weight. In a simulation losses are means.
-"""
 
 # They say where a run finds images and not what these show.
 DATA_WITHOUT_NAME = {
@@ -42,42 +38,10 @@ AGGREGATION_ARGUMENTS = {
     "krum": ("num_malicious", "num_selected"),
 }
 
+Rows = list[tuple[object, ...]]
+
 # A sum or mean over fewer would be that of one of them.
 MIN_COUNTED = 2
-
-UNMEASURED = """\
-## Results
-
-Nothing was measured of these weights: assume nothing about quality or copied images.
-"""
-
-LIMITS = """\
-## Intended use
-
-Research on generative models and on training them over several sites: figures, ablations, and
-images to try out software on. Look at the results above, and at images, before any use.
-
-## Out of scope
-
-- Diagnosis, treatment, or any other decision about a person. This is no medical device.
-- Images presented as real ones, or as evidence.
-- Standing in for real data in a study without a check that the conclusions hold on real data.
-
-## Limits
-
-- It draws {size}x{size} images of the classes above and nothing else; a class with few training
-  images is drawn worse.
-- It has learned the biases of its data: whom the images show, the devices, the labels' errors.
-- Distances between sets of images, such as FID, say little about a single image.
-
-## Privacy
-
-Weights are made from images and can hold some of them. Training was {trained_where}.
-There was neither differential privacy nor secure aggregation: **there is no formal guarantee** that
-a training image cannot be drawn again, or that nobody can tell whether an image was trained on.
-The shares of copied images above, where there are any, are evidence and no proof. Whoever holds
-the data decides whether this model may be passed on.
-"""
 
 
 def write_model_card(
@@ -100,57 +64,33 @@ def write_model_card(
     Raises:
         ValueError: a file of the run is not what a run of this version of feddm writes.
     """
-    history = read_history(run.path).of_round(exported["round"])
-    measured = exported["client"] is None  # the evaluations are of the global weights
-    parts = [
-        front_matter(library),
-        heading(run, exported),
-        f"## How to use\n\n{usage}",
-        data_section(run),
-        training_section(run, exported),
-        results_section(run, history, exported["round"]) if measured else UNMEASURED,
-        LIMITS.format(size=run.config.data.image_size, trained_where=trained_where(run)),
-        origin_section(run, exported),
-    ]
-    (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
-
-
-def front_matter(library: str) -> str:
-    """Return what Hugging Face reads of a card."""
-    return f"""\
----
-# Choose a license before you publish this; the data may limit the choice.
-license: unknown
-library_name: {library}
-pipeline_tag: unconditional-image-generation
-tags:
-- diffusion
-- class-conditional-image-generation
-- federated-learning
-- feddm
----
-"""
-
-
-def heading(run: FinishedRun, exported: Mapping[str, Any]) -> str:
-    """Say in a few lines what the model is."""
-    data = run.config.data
-    colour = "grey" if data.channels == 1 else "colour"
-    whose = (
-        "The weights are the global ones"
-        if exported["client"] is None
-        else "The weights are those of a single client, after its own epochs on the global ones,"
+    data, server_round = run.config.data, exported["round"]
+    history = read_history(run.path).of_round(server_round)
+    # The scores are of the global weights.
+    results = results_of(run, history) if exported["client"] is None else None
+    counts, num_clients, num_silent = training_counts(run)
+    versions = (read_json(run.path / MACHINE_FILE) or {}).get("versions", {})
+    trained_with = ", ".join(f"{name} {number}" for name, number in versions.items())
+    card = render(
+        "model_card.md.j2",
+        library=library,
+        data=data,
+        data_set=DATA_WITHOUT_NAME.get(data.name, data.name),
+        trained_where=trained_where(run),
+        rounds=run.config.federation.rounds,
+        exported=exported,
+        usage=Markup(usage),
+        num_clients=num_clients,
+        num_silent=num_silent,
+        counts=None if counts is None else _counted(data.classes, counts),
+        training=training_rows(run, server_round),
+        heads=HEADS,
+        min_counted=MIN_COUNTED,
+        results=results,
+        trained_with=trained_with or "versions that the run does not record",
+        torch_version=version("torch"),
     )
-    return f"""\
-# Class-conditional diffusion model
-
-Draws {colour} images of {data.image_size}x{data.image_size} pixels.
-
-- Data set: {DATA_WITHOUT_NAME.get(data.name, data.name)}.
-- Classes: {", ".join(map(plain, data.classes))}.
-- Trained with feddm {trained_where(run)}.
-- {whose} after round {exported["round"]} of {run.config.federation.rounds}.
-"""
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def trained_where(run: FinishedRun) -> str:
@@ -160,20 +100,6 @@ def trained_where(run: FinishedRun) -> str:
     if run.partition is not None:
         return "over clients that one machine simulated, which shared weights and no images"
     return "over sites that shared weights and never images"
-
-
-def data_section(run: FinishedRun) -> str:
-    """Say how many images of each class there were, over all clients together."""
-    counts, clients, silent = training_counts(run)
-    told = [] if clients is None else [f"Clients: {clients}."]
-    if silent:
-        told.append(f"{silent} of them did not say how many images they hold.")
-    if counts is None:
-        told.append("How many images of each class they hold together is not known.")
-        return "## Data\n\n" + " ".join(told) + "\n"
-    rows = list(zip(run.config.data.classes, map("{:,}".format, counts), strict=True))
-    of_classes = table(["class", "training images"], [*rows, ("all", f"{sum(counts):,}")])
-    return "\n".join(["## Data\n", *([" ".join(told) + "\n"] if told else []), of_classes, ""])
 
 
 def training_counts(run: FinishedRun) -> tuple[list[int] | None, int | None, int]:
@@ -200,14 +126,19 @@ def _summed(counts: Iterable[Sequence[int]]) -> list[int]:
     return [sum(of_class) for of_class in zip(*counts, strict=True)]
 
 
-def training_section(run: FinishedRun, exported: Mapping[str, Any]) -> str:
+def _counted(classes: Sequence[str], counts: Sequence[int]) -> Rows:
+    rows = zip(classes, map("{:,}".format, counts), strict=True)
+    return [*rows, ("all", f"{sum(counts):,}")]
+
+
+def training_rows(run: FinishedRun, server_round: int) -> Rows:
     """List how the model was trained."""
     config = run.config
     train, diffusion, federation = config.train, config.diffusion, config.federation
     federated = train.mode == "federated"
-    rows = [
+    return [
         ("algorithm", federation.aggregation if federated else "centralised training"),
-        ("rounds" if federated else "rounds of local epochs", exported["round"]),
+        ("rounds" if federated else "rounds of local epochs", server_round),
         *(_federation_rows(federation) if federated else []),
         ("local epochs", train.local_epochs),
         ("batch size", train.batch_size),
@@ -222,7 +153,6 @@ def training_section(run: FinishedRun, exported: Mapping[str, Any]) -> str:
         ("network", ", ".join(f"{k} {v}" for k, v in vars(config.model).items())),
         ("seed", config.seed),
     ]
-    return f"## Training\n\n{table(['', ''], rows)}\n"
 
 
 def _federation_rows(federation: FederationConfig) -> list[tuple[str, object]]:
@@ -236,68 +166,55 @@ def _federation_rows(federation: FederationConfig) -> list[tuple[str, object]]:
     ]
 
 
-def results_section(run: FinishedRun, history: RunHistory, server_round: int) -> str:
-    """Show what was measured of the weights of a round, with the same of real images beside it."""
-    records = history.records.of_round(server_round)
-    evaluations = [found for found in run.evaluations if found.round == server_round]
-    parts = [_evaluation(found) for found in evaluations] or _own_scores(records)
-    centralised = run.config.train.mode == "centralized"
-    parts += _held_out_loss(records) if centralised else _hospital_scores(records)
-    if not parts:
-        return UNMEASURED
-    return "\n".join(["## Results and memorisation\n", *parts, _checked(history)])
+def results_of(run: FinishedRun, history: RunHistory) -> dict[str, Any] | None:
+    """Collect what was measured of the weights of a round, with the same of real images beside it.
+
+    Args:
+        run: that the weights are of.
+        history: of that round alone.
+
+    Returns:
+        What the template shows; None where nothing was measured.
+    """
+    records = history.records
+    evaluations = [_evaluation(each) for each in history.evaluations if not each.otherwise]
+    centralized = run.config.train.mode == "centralized"
+    found = {
+        "evaluations": evaluations,
+        "own_scores": None if evaluations else _own_scores(records),
+        "held_out_loss": records.last("loss", reference=TEST) if centralized else None,
+        "clients_scores": None if centralized else _clients_scores(records),
+    }
+    return {**found, "gaps": _gaps(history)} if any(found.values()) else None
 
 
-def _own_scores(records: Records) -> list[str]:
+def _evaluation(found: Evaluation) -> dict[str, Any]:
+    drawn = f"after round {found.round}"
+    if "sampler" in found.drawn:
+        steps = found.drawn["num_inference_steps"]
+        drawn += f", drawn by {found.drawn['sampler']} in {steps} steps"
+    return {
+        "extractor": found.label.extractor,
+        "image_range": found.label.image_range,
+        "rows": metric_rows(found),
+        "caption": [drawn, *caption(found, [])],
+    }
+
+
+def _own_scores(records: Records) -> dict[str, Any] | None:
     rows = [
         (figure.heading, with_std(generated), with_std(real))
         for figure, generated, real in measured(records, references=(None, TRAIN, TEST))
     ]
     agreement = records.last("class_agreement")
     if not rows or agreement is None:
-        return []
+        return None
     number = "Images" if agreement.n is None else f"{agreement.n:,} images"
-    title = f"### {number} at the end of the run, round {agreement.round}\n"
-    return [title, table(HEADS, rows) + "\n"]
+    return {"number": number, "round": agreement.round, "rows": rows}
 
 
-def _checked(history: RunHistory) -> str:
-    """Say what is wrong with the images of a round, and what nobody has measured of them.
-
-    A single client's own scores are left out, and so is what a single hospital has scored.
-    """
-    alone = history.records.value(SCORING_CLIENTS) or MIN_COUNTED
-    if alone < MIN_COUNTED:
-        return ""
-    heads = {State.WARNING: "Warning", State.UNMEASURED: "Not measured"}
-    lines = [
-        f"{heads[check.state]}: {check.subject}. {check.says}"
-        for check in image_checks(history)
-        if check.state in heads and check.client is None
-    ]
-    return f"### Warnings and gaps\n\n{bullets(lines)}\n" if lines else ""
-
-
-def _evaluation(found: Evaluation) -> str:
-    title = f"### Through {found.label.extractor}, image range {found.label.image_range}\n"
-    drawn = f"after round {found.round}"
-    if "sampler" in found.drawn:
-        steps = found.drawn["num_inference_steps"]
-        drawn += f", drawn by {found.drawn['sampler']} in {steps} steps"
-    held = bullets([drawn, *caption(found, [])])
-    return f"{title}\n{table(HEADS, metric_rows(found))}\n\n{held}\n"
-
-
-def _held_out_loss(records: Records) -> list[str]:
-    found = records.last("loss", reference=TEST)
-    if found is None:
-        return []
-    row = ("loss", f"{found.value:.4f}", found.round)
-    return ["### On held-out images\n", table(["", "", "after round"], [row]) + "\n"]
-
-
-def _hospital_scores(records: Records) -> list[str]:
-    """Show what clients measured together, without what fewer than `MIN_COUNTED` measured."""
+def _clients_scores(records: Records) -> dict[str, Any] | None:
+    """Collect what clients measured together, without what fewer than `MIN_COUNTED` measured."""
     # The clients' own scores may be of a scoring that was broken off.
     counted = [
         (figure.heading, generated, real, generated.context.get("num_clients", 0))
@@ -308,30 +225,25 @@ def _hospital_scores(records: Records) -> list[str]:
     if loss is not None:
         tellers = len(records.of_clients("loss", reference=TEST))
         counted.insert(0, ("loss on held-out images", loss, None, tellers))
-    if not counted:
-        return []
     rows = [
         (title, with_std(generated), with_std(real), tellers, generated.round)
         for title, generated, real, tellers in counted
         if tellers >= MIN_COUNTED
     ]
-    parts = ["### By the clients, on their own images\n"]
-    if rows:
-        parts.append(table([*HEADS, "over clients", "after round"], rows) + "\n")
-        parts.append(TOGETHER)
-    if len(rows) < len(counted):
-        parts.append(f"Scores of fewer than {MIN_COUNTED} clients are not told.\n")
-    return parts
+    return {"rows": rows, "withheld": len(rows) < len(counted)} if counted else None
 
 
-def origin_section(run: FinishedRun, exported: Mapping[str, Any]) -> str:
-    """Say which weights these are, and what trained and wrote them."""
-    versions = (read_json(run.path / MACHINE_FILE) or {}).get("versions", {})
-    trained = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return f"""\
-## How this was made
+def _gaps(history: RunHistory) -> list[str]:
+    """Say what is wrong with the images of a round, and what nobody has measured of them.
 
-- Trained with {trained or "versions that the run does not record"}.
-- Written by {exported["by"]} with torch {version("torch")} as {exported["format"]}.
-- SHA-256 of the run's own file of these weights: `{exported["weights_sha256"]}`.
-"""
+    A single client's own scores are left out, and so is what a single hospital has scored.
+    """
+    alone = history.records.value(SCORING_CLIENTS) or MIN_COUNTED
+    if alone < MIN_COUNTED:
+        return []
+    heads = {State.WARNING: "Warning", State.UNMEASURED: "Not measured"}
+    return [
+        f"{heads[check.state]}: {check.subject}. {check.says}"
+        for check in image_checks(history)
+        if check.state in heads and check.client is None
+    ]
