@@ -1,7 +1,8 @@
 """`feddm tables`: the paper's tables from the runs of a sweep."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 
 from task.config import flat_values
 from task.files import atomic_path
+from task.reporting.figures import Picture
 from task.reporting.metric_table import flat_evaluation
+from task.reporting.rendering import render
 from task.reporting.sweep_figures import draw_figures
-from task.reporting.table_formats import Page, csv_text, html, markdown
 from task.reporting.tables import (
     Measurement,
     Table,
@@ -24,6 +26,8 @@ from task.runs.evaluations import Evaluation
 from task.runs.run import FinishedRun, find_runs
 from task.runs.run_directory import FREE_TO_CHANGE, weights_file
 
+# What a spreadsheet runs.
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 # Of the values that change no weights, those that are of use beside the figures.
 ALSO_RECORDED = {"experiment", "federation.rounds", "federation.num_supernodes"}
 
@@ -44,31 +48,14 @@ def write_tables(
     """
     if not folder.is_dir():
         raise ValueError(f"SWEEP_DIR: there is no folder {folder}")
-    unreadable: list[str] = []
-    runs = find_runs(folder, lambda run, error: unreadable.append(f"{run} ({error})"))
-    unfinished = _unmeasured_runs(folder)
-    if not runs:
-        begun = f" (unfinished: {', '.join(unfinished)})" if unfinished else ""
-        begun += f" (not readable: {'; '.join(unreadable)})" if unreadable else ""
-        raise ValueError(f"SWEEP_DIR: no finished run in {folder}{begun}")
-    measured, left_out = measurements(runs)
-    if unfinished:
-        left_out["unfinished (feddm-train with run_name=... resume=true)"] = unfinished
-    if unreadable:
-        left_out["cannot be read"] = unreadable
-    if not measured:
-        listed = "; ".join(f"{why}: {', '.join(which)}" for why, which in left_out.items())
-        raise ValueError(
-            f"SWEEP_DIR: no measured run in {folder}: call feddm evaluate RUN for each, or train "
-            f"with eval.final_metrics=true ({listed})"
-        )
+    runs, measured, left_out = _read_sweep(folder)
     tables = build_tables(measured)
-    _write_files(folder / "tables.csv", csv_text(_csv_rows(folder, runs, tables)))
+    _write_text(folder / "tables.csv", csv_text(_csv_rows(folder, runs, tables)))
     alone = _alone(measured, tables)
     if alone:
         left_out["measured, with no other run to compare with"] = alone
-    page = Page(f"Tables of {folder.resolve().name}", tables, left_out)
-    say(markdown(page))
+    page = {"title": f"Tables of {folder.resolve().name}", "tables": tables, "left_out": left_out}
+    say(render("tables.md.j2", **page, pictures=[]))
     if not tables:
         raise ValueError(
             f"SWEEP_DIR: no two runs in {folder} differ in nothing but train.mode, partition.beta, "
@@ -76,19 +63,43 @@ def write_tables(
             f"no table; what there is stands in {folder / 'tables.csv'}"
         )
     # Before the figures, which may take long or find weights that are broken.
-    _write_pages(folder, page)
+    _write_pages(folder, page, [])
     if device is not None:
-        pictures = draw_figures(runs, folder, device=device, say=say)
-        _write_pages(folder, dataclasses.replace(page, pictures=pictures))
+        _write_pages(folder, page, draw_figures(runs, folder, device=device, say=say))
     say("\n".join(f"written to {folder / f'tables.{ending}'}" for ending in ("md", "html", "csv")))
 
 
-def _write_pages(folder: Path, page: Page) -> None:
-    _write_files(folder / "tables.md", markdown(page))
-    _write_files(folder / "tables.html", html(page))
+def _read_sweep(folder: Path) -> tuple[list[FinishedRun], list[Measurement], dict[str, list[str]]]:
+    """Read the finished runs, what was measured of them, and by reason the runs to leave out."""
+    unreadable: list[str] = []
+    runs = find_runs(folder, lambda run, error: unreadable.append(f"{run} ({error})"))
+    unfinished = _unfinished_runs(folder)
+    if not runs:
+        begun = f" (unfinished: {', '.join(unfinished)})" if unfinished else ""
+        begun += f" (not readable: {'; '.join(unreadable)})" if unreadable else ""
+        raise ValueError(f"SWEEP_DIR: no finished run in {folder}{begun}")
+    measured, left_out = measurements(runs)
+    left_out |= {
+        "unfinished (feddm-train with run_name=... resume=true)": unfinished,
+        "cannot be read": unreadable,
+    }
+    left_out = {why: which for why, which in left_out.items() if which}
+    if not measured:
+        listed = "; ".join(f"{why}: {', '.join(which)}" for why, which in left_out.items())
+        raise ValueError(
+            f"SWEEP_DIR: no measured run in {folder}: call feddm evaluate RUN for each, or train "
+            f"with eval.final_metrics=true ({listed})"
+        )
+    return runs, measured, left_out
 
 
-def _unmeasured_runs(folder: Path) -> list[str]:
+def _write_pages(folder: Path, page: Mapping[str, Any], pictures: Sequence[Picture]) -> None:
+    for language in ("md", "html"):
+        text = render(f"tables.{language}.j2", **page, pictures=pictures)
+        _write_text(folder / f"tables.{language}", text)
+
+
+def _unfinished_runs(folder: Path) -> list[str]:
     files = sorted(folder.rglob("config.yaml"))
     return [str(file.parent) for file in files if not weights_file(file.parent).is_file()]
 
@@ -135,6 +146,27 @@ def _csv_settings(run: FinishedRun) -> dict[str, Any]:
     }
 
 
-def _write_files(path: Path, text: str) -> None:
+def _write_text(path: Path, text: str) -> None:
     with atomic_path(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write rows as CSV, with a column for every key that one of them has.
+
+    A spreadsheet takes text that begins with one of `FORMULA` for a formula and runs it; such text
+    gets an apostrophe before it.
+
+    Source: OWASP, "CSV Injection".
+    """
+    stream = io.StringIO()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _harmless(value) for key, value in row.items()} for row in rows)
+    return stream.getvalue()
+
+
+def _harmless(value: object) -> object:
+    # Numbers are no text, so that a minus stays what it is.
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value

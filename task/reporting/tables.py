@@ -61,7 +61,7 @@ PUBLISHED_SCALE = (
 
 SPREAD = (
     "±: the sample standard deviation over the seeds, where a cell says how many; of a single seed "
-    "and of real images that of IS over its 10 splits."
+    "and of real images that of the inception score over its 10 splits."
 )
 
 # Of the interval of a difference that a verdict rests on.
@@ -177,6 +177,10 @@ class Column:
     label: str
     rows: Mapping[str, Scores]
 
+    def score(self, row: str, metric: Figure) -> Score | None:
+        """Return what stands in a cell; None where nothing was measured."""
+        return self.rows.get(row, {}).get(metric)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -199,6 +203,11 @@ class Table:
     caption: Sequence[str]
     verdicts: Sequence[str] = ()
     members: Sequence[Measurement] = ()
+
+    @property
+    def cells(self) -> list[tuple[Column, Figure]]:
+        """The column and the metric of each cell of a row."""
+        return [(column, metric) for column in self.columns for metric in self.metrics]
 
 
 def current_evaluations(run: FinishedRun) -> list[Evaluation]:
@@ -606,5 +615,5 @@ def _published_table(kind: Kind) -> Table:
             if any(figure in scores for column in columns for scores in column.rows.values())
         ],
         columns=columns,
-        caption=[PUBLISHED_SCALE, "±: as published, of IS."],
+        caption=[PUBLISHED_SCALE, "±: as published, of the inception score."],
     )

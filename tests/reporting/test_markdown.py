@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from markdown_it import MarkdownIt
 
-from task.reporting.markdown import bullets, plain, table
+from task.reporting.rendering import environment
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -48,6 +48,11 @@ class Read(HTMLParser):
             self.texts[-1] += data
 
 
+def written(template: str, **values: object) -> str:
+    parts = '{% from "parts.md.j2" import listing, table %}'
+    return environment("md").from_string(parts + template).render(values)
+
+
 def random_texts() -> list[str]:
     chosen = random.Random(0)
     signs = string.punctuation + " 1ab"
@@ -60,16 +65,15 @@ def test_text_is_shown_as_it_is(texts: list[str]) -> None:
         shown = " ".join(text.split())
         if not shown:
             continue
-        line = Read(plain(text))
+        line = Read(written("{{ text }}", text=text))
         assert (line.tags, line.texts) == (["p"], [shown]), text
-        item = Read(bullets([text]))
+        item = Read(written("{{ listing([text]) }}", text=text))
         assert (item.tags, item.texts[1]) == (["ul", "li"], shown), text
-        cells = Read(table(["", text], [[text, text]]))
+        cells = Read(written('{{ table(["", text], [[text, text]]) }}', text=text))
         assert cells.tags.count("td") == cells.tags.count("th") == 2, text
         assert cells.texts.count(shown) == 3, text
 
 
 def test_names_and_paths_stay_readable() -> None:
-    assert plain("partition.beta /x/run_name n=500 -0.5 a_b") == (
-        "partition.beta /x/run_name n=500 -0.5 a_b"
-    )
+    text = "partition.beta /x/run_name n=500 -0.5 a_b"
+    assert written("{{ text }}", text=text) == text

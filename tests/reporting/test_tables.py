@@ -11,11 +11,12 @@ from scipy.stats import ttest_ind_from_stats
 from typer.testing import CliRunner
 
 from task.cli.main import app
+from task.cli.tables import csv_text
 from task.config import load_config, write_config
 from task.reporting.figures import Picture
 from task.reporting.metric_table import Figure
 from task.reporting.published import PUBLISHED
-from task.reporting.table_formats import Page, csv_text, html, markdown
+from task.reporting.rendering import render
 from task.reporting.tables import (
     KINDS,
     Score,
@@ -121,7 +122,7 @@ generated and floor of 179 real ones; 13,249 parameters; extractor classifier 01
 - Image range correct; FID depends on n: compare equal n only.
 - Not the scores of the literature, which look through Inception.
 - ±: the sample standard deviation over the seeds, where a cell says how many; of a single seed \
-and of real images that of IS over its 10 splits.
+and of real images that of the inception score over its 10 splits.
 
 |  | digits inception score ↑ | digits FID (train) ↓ | digits FID (test) ↓ |
 | --- | ---: | ---: | ---: |
@@ -129,8 +130,8 @@ and of real images that of IS over its 10 splits.
 | FedAvg | 2.50 ± 0.10 | 20.00 | 21.00 |
 | real images (floor, n=179) | 9.00 ± 0.20 | 1.50 | 0.7500 |
 
-- Centralised better than FedAvg, digits, IS: not shown (difference 0.5; a single seed, \
-so that no interval is known)
+- Centralised better than FedAvg, digits, inception score: not shown (difference 0.5; a single \
+seed, so that no interval is known)
 - Centralised better than FedAvg, digits, FID (train): not shown (difference 10; a single seed, \
 so that no interval is known)
 - Centralised better than FedAvg, digits, FID (test): not shown (difference 10; a single seed, \
@@ -207,7 +208,7 @@ def test_a_measure_that_nobody_has_is_left_out_and_one_that_some_lack_is_a_dash(
         file.write_text(json.dumps(found))
     (table,) = measured(sweep.tables())
     assert table.metrics == [INCEPTION_SCORE, FID]
-    assert "| beta=1 | - | 20.00 |" in markdown(Page("", [table], {}))
+    assert "| beta=1 | - | 20.00 |" in as_markdown(table)
 
 
 def test_seeds_are_averaged_with_their_sample_deviation_and_number(sweep: Sweep) -> None:
@@ -310,9 +311,13 @@ def test_published_values_stand_beside_measured_ones_of_the_papers_scale(
     (table,) = sweep.tables()
     assert [column.label for column in table.columns] == ["cifar10", "cifar10 (paper)"]
     assert cells_of(table, "cifar10 (paper)", "beta=0.1") == ["3.65 ± 0.11", "25.40", "26.74"]
-    assert "| beta=5 | 3.00 ± 0.10 | 20.00 | 21.00 | 3.66 ± 0.10 | 20.57 | 21.91 |" in markdown(
-        Page("", [table], {})
+    assert "| beta=5 | 3.00 ± 0.10 | 20.00 | 21.00 | 3.66 ± 0.10 | 20.57 | 21.91 |" in as_markdown(
+        table
     )
+
+
+def as_markdown(table: Table) -> str:
+    return render("tables.md.j2", title="", tables=[table], left_out={}, pictures=[])
 
 
 def cells_of(table: Table, label: str, row: str) -> list[str]:
@@ -476,14 +481,18 @@ def test_the_html_page_stands_alone_and_says_what_heads_what(sweep: Sweep) -> No
 def test_text_of_others_is_shown_and_not_obeyed() -> None:
     words = '<b>"x"</b>|*y*'
     table = Table(title=words, rows=[words], metrics=[], columns=[], caption=[words])
-    page = Page(words, [table], {words: [words]}, [Picture(Path('a b"<.png'), words, words)])
-    tags = Tags(html(page)).found
+    page = {"title": words, "tables": [table], "left_out": {words: [words]}}
+    pictures = [Picture(Path('a b"<.png'), words, words)]
+    html, markdown = (
+        render(f"tables.{language}.j2", **page, pictures=pictures) for language in ("html", "md")
+    )
+    tags = Tags(html).found
     assert "b" not in {tag for tag, _ in tags}
     (image,) = [attributes for tag, attributes in tags if tag == "img"]
     assert image == {"src": "a%20b%22%3C.png", "alt": words}
-    assert "\\<b\\>" in markdown(page)
-    assert '| \\<b\\>"x"\\</b\\>\\|\\*y\\* |' in markdown(page)
-    assert "](a%20b%22%3C.png)" in markdown(page)
+    assert "\\<b\\>" in markdown
+    assert '| \\<b\\>"x"\\</b\\>\\|\\*y\\* |' in markdown
+    assert "](a%20b%22%3C.png)" in markdown
 
 
 def assert_fails_in_one_line(result: Result, *expected: str) -> None:
