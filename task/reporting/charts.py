@@ -86,10 +86,10 @@ class Drawing(NamedTuple):
 
 def course_charts(history: RunHistory) -> list[Drawing]:
     """Draw losses, updates and times by round."""
-    return [*_losses(history), *_updates(history), *_times(history), *_overhead(history)]
+    return [*_loss_of_all(history), *_updates(history), *_phase_times(history), *_overhead(history)]
 
 
-def _losses(history: RunHistory) -> list[Drawing]:
+def _loss_of_all(history: RunHistory) -> list[Drawing]:
     """Draw the training loss of every client and of all, and the test loss."""
     shared = {
         f"{reference} loss": series
@@ -102,7 +102,7 @@ def _losses(history: RunHistory) -> list[Drawing]:
     says = f"Lines of the global model: {_spans(shared)}."
     says += f" Grey lines: train loss of {len(clients)} clients." if clients else ""
     domain = _extent(v for series in (*clients.values(), *shared.values()) for v in series.values())
-    layers = [*_client_lines(clients, "loss", domain), _lines(shared, "loss", domain=domain)]
+    layers = [*_client_lines(clients, "loss", domain), _named_lines(shared, "loss", domain=domain)]
     return [Drawing("Loss by round", says, _spec(alt.layer(*layers)))]
 
 
@@ -120,7 +120,7 @@ def _updates(history: RunHistory) -> list[Drawing]:
     return [Drawing("How far each client moved the weights", says, _spec(alt.layer(*layers)))]
 
 
-def _times(history: RunHistory) -> list[Drawing]:
+def _phase_times(history: RunHistory) -> list[Drawing]:
     """Draw the seconds of every round, phase by phase."""
     found = _phases(history)
     phases = [name for name in PHASES if found.get(name)]
@@ -140,7 +140,7 @@ def _times(history: RunHistory) -> list[Drawing]:
             y=alt.Y("seconds:Q", title="time (s)"),
             color=_colors("phase", {name: PHASES[name] for name in phases}),
             order=alt.Order("order:Q"),
-            opacity=_where(chosen, 1, 0.15),
+            opacity=_if_else(chosen, 1, 0.15),
             tooltip=["round:Q", "phase:N", alt.Tooltip("seconds:Q", format=".2f")],
         )
         .add_params(chosen)
@@ -171,7 +171,9 @@ def _overhead(history: RunHistory) -> list[Drawing]:
     says = (
         f"A line: the share of each round in which nobody trained, {_span(series, percent=True)}."
     )
-    line = _lines({"outside training": series}, "share of the round", domain=[0, 1], percent=True)
+    line = _named_lines(
+        {"outside training": series}, "share of the round", domain=[0, 1], percent=True
+    )
     return [Drawing("Time outside training", says, _spec(line))]
 
 
@@ -187,7 +189,7 @@ def loss_charts(runs: Mapping[str, RunHistory], of: str) -> list[Drawing]:
         lines, title = _series(runs, Figure("loss", reference)), f"{reference} loss{of}"
         if lines:
             says = f"A line per run: {_spans(lines)}."
-            drawings.append(Drawing(f"{title} by round", says, _spec(_lines(lines, title))))
+            drawings.append(Drawing(f"{title} by round", says, _spec(_named_lines(lines, title))))
     return drawings
 
 
@@ -218,7 +220,7 @@ def metric_charts(runs: Mapping[str, RunHistory], of: str = "") -> list[Drawing]
         says = f"Lines by round: {_spans(lines)}"
         says += f". Dashed, of real images: {_spans(floors)}" if floors else ""
         drawings.append(
-            Drawing(title, f"{says}.", _spec(_lines(lines, title, floors=floors)), True)
+            Drawing(title, f"{says}.", _spec(_named_lines(lines, title, floors=floors)), True)
         )
     return drawings
 
@@ -302,7 +304,7 @@ def class_charts(history: RunHistory) -> list[Drawing]:
         color=alt.Color("images:Q", scale=shades), tooltip=["client:N", "class:N", "images:Q"]
     )
     numbers = base.mark_text(fontSize=10).encode(
-        text="images:Q", color=_where(alt.datum.images > largest * 0.5, "#ffffff", INK)
+        text="images:Q", color=_if_else(alt.datum.images > largest * 0.5, "#ffffff", INK)
     )
     who = "the pooled data" if POOLED in known else f"{len(known)} clients"
     says = f"A cell per class of {who}: between {least:,} and {largest:,} images."
@@ -318,7 +320,7 @@ def _spec(chart: Any) -> dict[str, Any]:
     return {"height": HEIGHT, **chart.properties(width="container").to_dict()}
 
 
-def _where(condition: Any, then: Any, otherwise: Any) -> Any:
+def _if_else(condition: Any, then: Any, otherwise: Any) -> Any:
     return alt.when(condition).then(alt.value(then)).otherwise(alt.value(otherwise))
 
 
@@ -366,7 +368,7 @@ def _extent(values: Iterable[Any]) -> list[Any]:
     return [known[0], known[-1]]
 
 
-def _lines(
+def _named_lines(
     lines: Mapping[str, Series],
     title: str,
     *,
@@ -391,7 +393,7 @@ def _lines(
         x=_round_axis(rows),
         y=_value_axis(title, domain, percent=percent),
         color=_colors("line", colors, **({} if len(lines) > 1 else {"legend": None})),
-        opacity=_where(chosen, 1, 0.15),
+        opacity=_if_else(chosen, 1, 0.15),
         tooltip=[
             "line:N",
             *["of:N"] * bool(floors),
@@ -437,9 +439,9 @@ def _client_lines(
     )
     base = _chart(rows).encode(x=_round_axis(rows), y=_value_axis(title, domain), detail="client:N")
     lines = base.mark_line(interpolate="linear").encode(
-        color=_where(chosen, INK, GREY),
-        opacity=_where(chosen, 1, 0.45),
-        strokeWidth=_where(chosen, 3, 1.5),
+        color=_if_else(chosen, INK, GREY),
+        opacity=_if_else(chosen, 1, 0.45),
+        strokeWidth=_if_else(chosen, 3, 1.5),
         tooltip=[alt.Tooltip("client:N")],
     )
     value = alt.Tooltip("value:Q", title=title, format=".4g")

@@ -38,7 +38,7 @@ AGGREGATION_ARGUMENTS = {
     "krum": ("num_malicious", "num_selected"),
 }
 
-Rows = list[tuple[object, ...]]
+CardRows = list[tuple[object, ...]]
 
 # A sum or mean over fewer would be that of one of them.
 MIN_COUNTED = 2
@@ -82,7 +82,7 @@ def write_model_card(
         usage=Markup(usage),
         num_clients=num_clients,
         num_silent=num_silent,
-        counts=None if counts is None else _counted(data.classes, counts),
+        counts=None if counts is None else _class_rows(data.classes, counts),
         training=training_rows(run, server_round),
         heads=HEADS,
         min_counted=MIN_COUNTED,
@@ -126,12 +126,12 @@ def _summed(counts: Iterable[Sequence[int]]) -> list[int]:
     return [sum(of_class) for of_class in zip(*counts, strict=True)]
 
 
-def _counted(classes: Sequence[str], counts: Sequence[int]) -> Rows:
+def _class_rows(classes: Sequence[str], counts: Sequence[int]) -> CardRows:
     rows = zip(classes, map("{:,}".format, counts), strict=True)
     return [*rows, ("all", f"{sum(counts):,}")]
 
 
-def training_rows(run: FinishedRun, server_round: int) -> Rows:
+def training_rows(run: FinishedRun, server_round: int) -> CardRows:
     """List how the model was trained."""
     config = run.config
     train, diffusion, federation = config.train, config.diffusion, config.federation
@@ -177,7 +177,7 @@ def results_of(run: FinishedRun, history: RunHistory) -> dict[str, Any] | None:
         What the template shows; None where nothing was measured.
     """
     records = history.records
-    evaluations = [_evaluation(each) for each in history.evaluations if not each.otherwise]
+    evaluations = [_card_evaluation(each) for each in history.evaluations if not each.otherwise]
     centralized = run.config.train.mode == "centralized"
     found = {
         "evaluations": evaluations,
@@ -185,10 +185,10 @@ def results_of(run: FinishedRun, history: RunHistory) -> dict[str, Any] | None:
         "held_out_loss": records.last("loss", reference=TEST) if centralized else None,
         "clients_scores": None if centralized else _clients_scores(records),
     }
-    return {**found, "gaps": _gaps(history)} if any(found.values()) else None
+    return {**found, "gaps": _warnings_and_gaps(history)} if any(found.values()) else None
 
 
-def _evaluation(found: Evaluation) -> dict[str, Any]:
+def _card_evaluation(found: Evaluation) -> dict[str, Any]:
     drawn = f"after round {found.round}"
     if "sampler" in found.drawn:
         steps = found.drawn["num_inference_steps"]
@@ -233,7 +233,7 @@ def _clients_scores(records: Records) -> dict[str, Any] | None:
     return {"rows": rows, "withheld": len(rows) < len(counted)} if counted else None
 
 
-def _gaps(history: RunHistory) -> list[str]:
+def _warnings_and_gaps(history: RunHistory) -> list[str]:
     """Say what is wrong with the images of a round, and what nobody has measured of them.
 
     A single client's own scores are left out, and so is what a single hospital has scored.

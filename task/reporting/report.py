@@ -56,10 +56,10 @@ ROUND_COLUMNS = (
     ("seconds evaluating", "seconds_evaluating", None, ".1f"),
 )
 
-Pairs = list[tuple[str, str]]
+NamedValues = list[tuple[str, str]]
 
 
-class Rows(NamedTuple):
+class TableRows(NamedTuple):
     """A table whose first column names the rows."""
 
     heads: Sequence[str]
@@ -123,15 +123,15 @@ def report_page(history: RunHistory) -> str:
         "report.html.j2",
         title=f"Run {history.name}",
         found=_findings({"": checks(history)}),
-        unfinished=_unfinished([history]),
+        unfinished=_unfinished_states([history]),
         samples=_samples(history),
         num_samples=len(history.grids),
         sentences=describe_run(history),
-        figures=[*key_figures(history), *_measured(history)],
+        figures=[*key_figures(history), *_measured_values(history)],
         origin=_origin(history),
         course_charts=course_charts(history),
         metric_charts=metric_charts({"generated": history}),
-        rounds=_rounds(history),
+        rounds=_round_rows(history),
         **_participation(history),
         **_training_images(history),
         **_metrics(history),
@@ -148,7 +148,7 @@ def comparison_page(histories: Sequence[RunHistory]) -> str:
         title=f"Comparison of {', '.join(runs)}",
         found=_findings({f"{label}: ": checks(run) for label, run in runs.items()}),
         incomparable=incomparable(runs),
-        unfinished=_unfinished(histories),
+        unfinished=_unfinished_states(histories),
         differences=_differences(runs),
         samples=_last_samples(runs),
         figures=_side_by_side(runs),
@@ -202,7 +202,7 @@ def _findings(found: Mapping[str, Sequence[Check]]) -> dict[str, list[str]]:
     return sentences
 
 
-def _unfinished(histories: Iterable[RunHistory]) -> list[dict[str, Any]]:
+def _unfinished_states(histories: Iterable[RunHistory]) -> list[dict[str, Any]]:
     """Say of runs that are not over how far they are, and how to go on with one that stopped."""
     return [
         {
@@ -228,7 +228,7 @@ def _repeating(history: RunHistory) -> dict[str, Any]:
     return {"submitted": False, "command": training_command(history.config)}
 
 
-def _origin(history: RunHistory) -> Pairs:
+def _origin(history: RunHistory) -> NamedValues:
     """Say when, where, on what and with what a run was made."""
     versions = ", ".join(f"{name} {number}" for name, number in history.versions.items())
     return [
@@ -239,7 +239,7 @@ def _origin(history: RunHistory) -> Pairs:
     ]
 
 
-def _when_and_where(history: RunHistory) -> Pairs:
+def _when_and_where(history: RunHistory) -> NamedValues:
     times = history.work_times
     if not times:
         return [("date", "not written down")]
@@ -253,7 +253,7 @@ def _when_and_where(history: RunHistory) -> Pairs:
     ]
 
 
-def _which_data(history: RunHistory) -> Pairs:
+def _which_data(history: RunHistory) -> NamedValues:
     data = history.config.data.name
     if history.setting == "real nodes":
         return [("data", f"{data}, each hospital's own; none of it is on the coordinator")]
@@ -266,14 +266,14 @@ def _which_data(history: RunHistory) -> Pairs:
     ]
 
 
-def _measured(history: RunHistory) -> Pairs:
+def _measured_values(history: RunHistory) -> NamedValues:
     return [
         (f"{heading}, {of}", f"{generated} (real {real})" if real else generated)
         for heading, of, generated, real in evaluated_metrics(history, *figures(Use.SUMMARY))
     ]
 
 
-def _rounds(history: RunHistory) -> Rows:
+def _round_rows(history: RunHistory) -> TableRows:
     columns = [
         (head, series, form)
         for head, metric, reference, form in ROUND_COLUMNS
@@ -281,13 +281,13 @@ def _rounds(history: RunHistory) -> Rows:
     ]
     numbers = range(1, history.rounds_done + 1) if columns else ()
     rows = [
-        [str(number), *(_cell(series.get(number), form) for _, series, form in columns)]
+        [str(number), *(_with_digits(series.get(number), form) for _, series, form in columns)]
         for number in numbers
     ]
-    return Rows(["round", *(head for head, _, _ in columns)], rows)
+    return TableRows(["round", *(head for head, _, _ in columns)], rows)
 
 
-def _cell(value: float | None, form: str) -> str:
+def _with_digits(value: float | None, form: str) -> str:
     return "" if value is None else f"{value:{form}}"
 
 
@@ -301,13 +301,13 @@ def _participation(history: RunHistory) -> dict[str, Any]:
     in_state = [((client, state), number) for (number, client), state in states]
     return {
         "participation_charts": participation_charts(history) if federated else [],
-        "client_rounds": Rows(
+        "client_rounds": TableRows(
             ["client", "state", "rounds"],
             [[str(who), state, stretches(n)] for (who, state), n in _by_key(in_state)]
             if federated
             else [],
         ),
-        "left_out": Rows(
+        "left_out": TableRows(
             ["client", "activity", "rounds", "reason"],
             [[str(who), what, stretches(n), why] for (who, what, why), n in _by_key(left_out)],
         ),
@@ -339,7 +339,7 @@ def _training_images(history: RunHistory) -> dict[str, Any]:
     rows = [[names[who], *(f"{n:,}" for n in of)] for who, of in counts if of is not None]
     return {
         "class_charts": class_charts(history),
-        "class_counts": Rows(["client", *history.config.data.classes], rows),
+        "class_counts": TableRows(["client", *history.config.data.classes], rows),
         "silent": [names[who] for who, of in counts if of is None],
     }
 
@@ -390,14 +390,14 @@ def _metrics(history: RunHistory) -> dict[str, Any]:
     evaluated = any(not each.otherwise for each in history.current_evaluations)
     own = found if hospitals is None and not evaluated else []
     return {
-        "own_scores": Rows(HEADS, [(each.title, each.generated, each.real) for each in own]),
+        "own_scores": TableRows(HEADS, [(each.title, each.generated, each.real) for each in own]),
         "own_score_notes": [f"{each.title}: {each.of}" for each in own],
-        "evaluations": [_evaluation(each, history) for each in history.evaluations],
+        "evaluations": [_evaluation_block(each, history) for each in history.evaluations],
         "hospitals": hospitals,
     }
 
 
-def _evaluation(each: Evaluation, history: RunHistory) -> dict[str, Any]:
+def _evaluation_block(each: Evaluation, history: RunHistory) -> dict[str, Any]:
     label = each.label
     title = (
         f"Extractor {label.extractor}, image range {label.image_range}, round {each.round} of "
@@ -408,7 +408,7 @@ def _evaluation(each: Evaluation, history: RunHistory) -> dict[str, Any]:
     counts = [] if each.num_per_class is None else [each.num_per_class]
     return {
         "title": title,
-        "scores": Rows(HEADS, metric_rows(each)),
+        "scores": TableRows(HEADS, metric_rows(each)),
         "caption": caption(each, counts),
     }
 
@@ -426,13 +426,17 @@ def _hospitals(history: RunHistory) -> dict[str, Any] | None:
             _beside(*(figure.found(records, real=real, client=client) for real in (False, True)))
             for figure in columns
         ]
-        rows.append(["all" if client is None else f"client {client}", _cell(count, ".0f"), *cells])
+        rows.append(
+            ["all" if client is None else f"client {client}", _with_digits(count, ".0f"), *cells]
+        )
     number = [] if scored.n is None else [f"{scored.n:,} images"]
     settings = [f"{name.replace('_', ' ')} {value}" for name, value in scored.context.items()]
     return {
         "title": f"Scored by {scored.value:.0f} hospitals after round {scored.round}, real images "
         "in brackets",
-        "scores": Rows(["hospital", "held-out images", *(each.heading for each in columns)], rows),
+        "scores": TableRows(
+            ["hospital", "held-out images", *(each.heading for each in columns)], rows
+        ),
         "scored": ", ".join([*number, *settings]) or "number not written down",
     }
 
@@ -443,24 +447,24 @@ def _beside(generated: Record | None, real: Record | None) -> str:
     return f"{generated.value:.4f}" + ("" if real is None else f" ({real.value:.4f})")
 
 
-def _side_by_side(runs: Mapping[str, RunHistory]) -> Rows:
+def _side_by_side(runs: Mapping[str, RunHistory]) -> TableRows:
     """Set figures of runs into one row where they are figures of the same."""
     columns = {label: dict(key_figures(run, losses=False)) for label, run in runs.items()}
-    for keys, found in ((LOSS_KEYS, loss_figures), (DATA_KEYS, _measured)):
+    for keys, found in ((LOSS_KEYS, loss_figures), (DATA_KEYS, _measured_values)):
         for of, group in alike(runs, keys).items():
             for label, run in group.items():
                 columns[label] |= {f"{name}{of}": value for name, value in found(run)}
     names = dict.fromkeys(name for column in columns.values() for name in column)
     rows = [[name, *(column.get(name, "-") for column in columns.values())] for name in names]
-    return Rows(["figure", *runs], rows)
+    return TableRows(["figure", *runs], rows)
 
 
-def _differences(runs: Mapping[str, RunHistory]) -> Rows:
+def _differences(runs: Mapping[str, RunHistory]) -> TableRows:
     configs = [run.config for run in runs.values()]
     names = dict.fromkeys(
         name for config in configs[1:] for name in different_values(configs[0], config)
     )
     columns = [flat_values(config) for config in configs]
-    return Rows(
+    return TableRows(
         ["value", *runs], [[name, *(str(column[name]) for column in columns)] for name in names]
     )

@@ -147,7 +147,7 @@ def _draw_clients(runs: Sequence[FinishedRun], file: Path, device: torch.device)
     config = run.config
     columns = config.eval.images_per_class
     _save_client_panels(
-        run, _labels(config, columns), file, rows=config.data.classes, device=device
+        run, _grid_labels(config, columns), file, rows=config.data.classes, device=device
     )
     return "the models of single clients", (
         f"Samples, a row per class, {OF_CLIENTS} {_described(config)}."
@@ -254,7 +254,7 @@ def _settings(run: FinishedRun, *, clients: bool = False) -> dict[str, Any]:
     }
 
 
-def _labels(config: Config, columns: int) -> Tensor:
+def _grid_labels(config: Config, columns: int) -> Tensor:
     return torch.arange(len(config.data.classes)).repeat_interleave(columns)
 
 
@@ -262,7 +262,7 @@ def _mode_panels(
     central: FinishedRun, federated: FinishedRun, columns: int, device: torch.device
 ) -> list[Panel]:
     # One configuration for both: its seed decides the noise.
-    config, labels = central.config, _labels(central.config, columns)
+    config, labels = central.config, _grid_labels(central.config, columns)
     return [
         Panel(_draw(run, labels, device, config=config), title)
         for run, title in ((central, "centralised"), (federated, "FedAvg"))

@@ -67,7 +67,7 @@ SPREAD = (
 # Of the interval of a difference that a verdict rests on.
 CONFIDENCE = 0.95
 
-Settings = frozenset[tuple[str, str]]
+SettingValues = frozenset[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ class Measurement:
     run: FinishedRun
     values: Mapping[str, Any]
     found: Evaluation
-    settings: Settings
-    column: Settings
+    settings: SettingValues
+    column: SettingValues
 
     def row(self, kind: Kind) -> Any:
         """Return the value that a table varies."""
@@ -138,7 +138,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Score:
+class Cell:
     """A cell: of one run, the mean over several seeds, or a published or real one.
 
     Attributes:
@@ -166,7 +166,7 @@ class Gap(NamedTuple):
     p_value: float
 
 
-Scores = dict[Figure, Score]
+Scores = dict[Figure, Cell]
 Columns = Mapping[str, Sequence[Measurement]]
 
 
@@ -177,7 +177,7 @@ class Column:
     label: str
     rows: Mapping[str, Scores]
 
-    def score(self, row: str, metric: Figure) -> Score | None:
+    def score(self, row: str, metric: Figure) -> Cell | None:
         """Return what stands in a cell; None where nothing was measured."""
         return self.rows.get(row, {}).get(metric)
 
@@ -261,11 +261,11 @@ def _weight_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _as_text(values: Mapping[str, Any]) -> Settings:
-    return frozenset((name, _text(value)) for name, value in values.items())
+def _as_text(values: Mapping[str, Any]) -> SettingValues:
+    return frozenset((name, _plain_value(value)) for name, value in values.items())
 
 
-def _text(value: object) -> str:
+def _plain_value(value: object) -> str:
     """Write a value so that equal ones look equal: 5.0 as 5, None as null."""
     if isinstance(value, float):
         return str(value).removesuffix(".0")
@@ -281,7 +281,9 @@ def build_tables(measured: Sequence[Measurement]) -> list[Table]:
     tables, published = [], []
     for kind in KINDS:
         groups = [
-            (key, columns) for key, m in _groups(kind, measured) if (columns := _columns(kind, m))
+            (key, columns)
+            for key, m in _groups(kind, measured)
+            if (columns := _split_columns(kind, m))
         ]
         groups.sort(key=lambda group: -sum(map(len, group[1].values())))
         apart = _told_apart([settings for settings, _ in groups])
@@ -301,9 +303,9 @@ def build_tables(measured: Sequence[Measurement]) -> list[Table]:
 
 def _groups(
     kind: Kind, measured: Sequence[Measurement]
-) -> Iterator[tuple[Settings, list[Measurement]]]:
+) -> Iterator[tuple[SettingValues, list[Measurement]]]:
     """Put measurements together that are equal in all but what a table varies."""
-    groups: dict[Settings, list[Measurement]] = {}
+    groups: dict[SettingValues, list[Measurement]] = {}
     centralised = []
     for each in measured:
         if not kind.takes(each.values):
@@ -313,7 +315,7 @@ def _groups(
             continue
         for settings in _group_settings(kind, each):
             groups.setdefault(settings, []).append(each)
-    baselines: dict[Settings, list[Measurement]] = {}
+    baselines: dict[SettingValues, list[Measurement]] = {}
     for each in centralised:
         # It has no clients, so that it fits any federation; the paper's, where that is there.
         fitting = [s for s in groups if _without_clients(s) == _without_clients(each.settings)]
@@ -325,11 +327,11 @@ def _groups(
         yield settings, members + baselines.get(settings, [])
 
 
-def _without_clients(settings: Settings) -> Settings:
+def _without_clients(settings: SettingValues) -> SettingValues:
     return frozenset((name, value) for name, value in settings if not is_about_clients(name))
 
 
-def _group_settings(kind: Kind, each: Measurement) -> Iterator[Settings]:
+def _group_settings(kind: Kind, each: Measurement) -> Iterator[SettingValues]:
     settings = dict(each.settings)
     varied = settings.pop(kind.key, None)
     yield frozenset(settings.items())
@@ -338,9 +340,9 @@ def _group_settings(kind: Kind, each: Measurement) -> Iterator[Settings]:
         yield frozenset((settings | {"federation.clients_per_round": "all"}).items())
 
 
-def _columns(kind: Kind, members: Sequence[Measurement]) -> Columns:
+def _split_columns(kind: Kind, members: Sequence[Measurement]) -> Columns:
     """Split a group into columns, by label, without those that do not compare two rows."""
-    columns: dict[Settings, list[Measurement]] = {}
+    columns: dict[SettingValues, list[Measurement]] = {}
     for each in members:
         columns.setdefault(each.column, []).append(each)
     compared = {
@@ -348,10 +350,10 @@ def _columns(kind: Kind, members: Sequence[Measurement]) -> Columns:
         for key, column in columns.items()
         if len({each.row(kind) for each in column}) > 1
     }
-    return dict(zip(_labels([*compared]), compared.values(), strict=True))
+    return dict(zip(_column_labels([*compared]), compared.values(), strict=True))
 
 
-def _labels(columns: Sequence[Settings]) -> list[str]:
+def _column_labels(columns: Sequence[SettingValues]) -> list[str]:
     """Name columns by their data sets, and those of one data set by what sets them apart."""
     values = [dict(column) for column in columns]
     labels = []
@@ -363,7 +365,7 @@ def _labels(columns: Sequence[Settings]) -> list[str]:
     return labels
 
 
-def _told_apart(groups: Sequence[Settings]) -> list[str]:
+def _told_apart(groups: Sequence[SettingValues]) -> list[str]:
     """Name the settings, beyond those that every caption says, that differ between groups."""
     names = {name for settings in groups for name, _ in settings}
     return sorted(
@@ -374,7 +376,7 @@ def _told_apart(groups: Sequence[Settings]) -> list[str]:
 
 
 def _table(
-    kind: Kind, title: str, settings: Settings, columns: Columns, apart: Sequence[str]
+    kind: Kind, title: str, settings: SettingValues, columns: Columns, apart: Sequence[str]
 ) -> Table:
     members = [each for column in columns.values() for each in column]
     rows = {row_label(kind, row): row for row in sorted({each.row(kind) for each in members})}
@@ -387,7 +389,7 @@ def _table(
     verdicts: list[str] = []
     for name, column in columns.items():
         whole = name in published
-        scores = {label: _cell(kind, row, column, whole=whole) for label, row in rows.items()}
+        scores = {label: _mean_cell(kind, row, column, whole=whole) for label, row in rows.items()}
         data = column[0].values["data.name"]
         verdicts += _verdicts(kind, name, scores, data)
         laid_out.append(Column(name, scores | {floor: _floor(column[0], whole=whole)}))
@@ -413,27 +415,28 @@ def row_label(kind: Kind, value: Any) -> str:
     """Name a row as the paper does."""
     if kind.key == "train.mode":
         return "Centralised" if value == "centralized" else "FedAvg"
-    return f"{SCALE[kind.key]}={_text(value)}"
+    return f"{SCALE[kind.key]}={_plain_value(value)}"
 
 
-def _cell(kind: Kind, row: Any, column: Sequence[Measurement], *, whole: bool) -> Scores:
+def _mean_cell(kind: Kind, row: Any, column: Sequence[Measurement], *, whole: bool) -> Scores:
     """Average over the seeds: scores of as many images as the floor has, or of the whole."""
     scores = {}
     for figure in figures(Use.TABLES):
         found = [
             record
             for each in column
-            if each.row(kind) == row and (record := _found(figure, each, whole=whole)) is not None
+            if each.row(kind) == row
+            and (record := _recorded_score(figure, each, whole=whole)) is not None
         ]
         values = [each.value for each in found]
         if len(values) == 1:
-            scores[figure] = Score(values[0], found[0].std)
+            scores[figure] = Cell(values[0], found[0].std)
         elif values:
-            scores[figure] = Score(mean(values), stdev(values), len(values))
+            scores[figure] = Cell(mean(values), stdev(values), len(values))
     return scores
 
 
-def _found(figure: Figure, each: Measurement, *, whole: bool) -> Record | None:
+def _recorded_score(figure: Figure, each: Measurement, *, whole: bool) -> Record | None:
     """Return the score of all generated images, where that is asked for and differs."""
     everything = figure.found(each.found.whole) if whole else None
     return everything or figure.found(each.found.records)
@@ -444,7 +447,7 @@ def _floor(each: Measurement, *, whole: bool) -> Scores:
     if _scored(each, whole=whole) != each.found.label.n_floor:
         return {}
     return {
-        figure: Score(record.value, record.std)
+        figure: Cell(record.value, record.std)
         for figure in figures(Use.TABLES)
         if (record := figure.found(each.found.records, real=True)) is not None
     }
@@ -456,7 +459,7 @@ def _scored(each: Measurement, *, whole: bool) -> int:
     return label.n_generated if whole else label.n_scored
 
 
-def scale(settings: Settings, *further: str) -> str:
+def scale(settings: SettingValues, *further: str) -> str:
     """Say the settings of `SCALE` in a line, and further ones by their names."""
     values = {name: value for name, value in settings if value != "null"}
     words = [f"{symbol}={values[key]}" for key, symbol in SCALE.items() if key in values]
@@ -464,7 +467,7 @@ def scale(settings: Settings, *further: str) -> str:
 
 
 def _caption(
-    settings: Settings, columns: Columns, published: Columns, apart: Sequence[str]
+    settings: SettingValues, columns: Columns, published: Columns, apart: Sequence[str]
 ) -> list[str]:
     values = dict(settings)
     lines = [scale(settings, *apart) + "."]
@@ -515,7 +518,7 @@ def _verdicts(kind: Kind, label: str, rows: Mapping[str, Scores], data: str) -> 
         yield line
 
 
-def verdict(scores: Sequence[Score], worst: int, figure: Figure) -> str:
+def verdict(scores: Sequence[Cell], worst: int, figure: Figure) -> str:
     """Say whether one score is shown to be worse than all others, by Welch's t test of each pair.
 
     Args:
@@ -538,14 +541,14 @@ def verdict(scores: Sequence[Score], worst: int, figure: Figure) -> str:
     return f"{'the opposite is shown' if gap.high < 0 else 'not shown'} ({said})"
 
 
-def _gaps(scores: Sequence[Score], worst: int, figure: Figure) -> list[Gap]:
+def _gaps(scores: Sequence[Cell], worst: int, figure: Figure) -> list[Gap]:
     """By how much the worst is worse than each other one."""
     sign = -1 if figure.metric.better == "higher" else 1
     chosen = scores[worst]
     return [_gap(chosen, other, sign) for other in scores if other is not chosen]
 
 
-def _gap(worse: Score, better: Score, sign: int) -> Gap:
+def _gap(worse: Cell, better: Cell, sign: int) -> Gap:
     """Compare two means by Welch's t test, with the interval of their difference."""
     mean = sign * (worse.mean - better.mean) + 0.0
     if min(worse.seeds, better.seeds) < 2:
@@ -562,7 +565,7 @@ def _gap(worse: Score, better: Score, sign: int) -> Gap:
     return Gap(mean, mean - half, mean + half, 2 * float(student_t.sf(abs(mean) / error, freedom)))
 
 
-def _at_full_scale(kind: Kind, settings: Settings, column: Sequence[Measurement]) -> bool:
+def _at_full_scale(kind: Kind, settings: SettingValues, column: Sequence[Measurement]) -> bool:
     """Say whether a column was trained and measured as the paper's was."""
     label, run = column[0].found.label, column[0].run
     sizes = PAPER_SIZES.get(run.config.data.name)
@@ -571,7 +574,8 @@ def _at_full_scale(kind: Kind, settings: Settings, column: Sequence[Measurement]
     seen = {"extractor": "inception", "image_range": "paper"}
     ignored = {kind.key, "data.root", "data.cache_dir", "data.on_corrupt"}
     return any(
-        _as_text({**_weight_settings(values), **seen}) - {(kind.key, _text(values[kind.key]))}
+        _as_text({**_weight_settings(values), **seen})
+        - {(kind.key, _plain_value(values[kind.key]))}
         == settings
         and all(
             run.values[k] == v
@@ -593,13 +597,13 @@ def _published_column(kind: Kind, data: str) -> Column:
 
 
 def _published_scores(published: PublishedScores) -> Scores:
-    inception_score = Score(published.inception_score, published.inception_score_std)
+    inception_score = Cell(published.inception_score, published.inception_score_std)
     scores = {
         Figure("inception_score"): inception_score,
-        Figure("fid", TRAIN): Score(published.fid_train),
+        Figure("fid", TRAIN): Cell(published.fid_train),
     }
     if published.fid_test is not None:
-        scores[Figure("fid", TEST)] = Score(published.fid_test)
+        scores[Figure("fid", TEST)] = Cell(published.fid_test)
     return scores
 
 

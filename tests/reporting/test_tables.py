@@ -19,7 +19,7 @@ from task.reporting.published import PUBLISHED
 from task.reporting.rendering import render
 from task.reporting.tables import (
     KINDS,
-    Score,
+    Cell,
     Table,
     build_tables,
     measurements,
@@ -385,13 +385,13 @@ def test_table_v_is_at_full_scale_with_the_papers_split(sweep: Sweep) -> None:
 def test_verdicts_rest_on_the_interval_of_the_difference(
     means: tuple[float, ...], std: float | None, seeds: int, metric: Figure, expected: str
 ) -> None:
-    scores = [Score(mean, std, seeds) for mean in means]
+    scores = [Cell(mean, std, seeds) for mean in means]
     assert verdict(scores, 0, metric).startswith(expected)
     assert verdict(scores[::-1], -1, metric).startswith(expected)
 
 
 def test_p_value_of_a_verdict_is_that_of_welchs_test() -> None:
-    worse, better = Score(9.0, 2.5, 3), Score(5.0, 0.5, 4)
+    worse, better = Cell(9.0, 2.5, 3), Cell(5.0, 0.5, 4)
     expected = ttest_ind_from_stats(9.0, 2.5, 3, 5.0, 0.5, 4, equal_var=False).pvalue
     assert f"p={expected:.2g})" in verdict([worse, better], 0, FID)
 
