@@ -18,7 +18,7 @@ from task.data import Dataset
 from task.evaluation.hospital_scores import score_images
 from task.fingerprint import code_fingerprint
 from task.protocol.node import NodeConfig, check_node, own_config, read_node_config
-from task.protocol.wire import QUALITY, Key, from_npy, to_npy
+from task.protocol.wire import SCORES, Key, from_npy, to_npy
 from task.randomness import Stream, torch_generator
 from task.training.devices import device_name
 from task.training.loop import fit, fit_options, held_out_loss
@@ -160,7 +160,7 @@ def evaluate(message: Message, context: Context) -> Message:
     return Message(RecordDict({Key.METRICS: metrics}), reply_to=message)
 
 
-@app.evaluate(QUALITY)
+@app.evaluate(SCORES)
 @failures_stay_local
 def score(message: Message, context: Context) -> Message:
     """Reply how images that the server drew compare with the node's own, and nothing else."""

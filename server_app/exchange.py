@@ -170,7 +170,7 @@ class Question(Generic[T]):
     """What clients are asked in an exchange.
 
     Attributes:
-        message_type: Flower's, such as "train" or "evaluate.quality".
+        message_type: Flower's, such as "train" or "evaluate.scores".
         content: the records that all messages share.
         read: returns what a reply says, or raises UnusableReply: the client is left out.
     """

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from server_app.dataset import load_images, record_data, record_partition
 from server_app.evaluation import GlobalEvaluation, HospitalEvaluation
 from server_app.exchange import ClientExchange, Question, is_simulation
-from server_app.hospital_scores import QUALITY_TYPE, read_scores, score_records
+from server_app.hospital_scores import SCORES_TYPE, read_scores, score_records
 from server_app.log import log
 from server_app.messages import images_record, packed_record
 from server_app.nodes import GRACE_SECONDS, QUERY_TIMEOUT_SECONDS, Nodes, sample_clients
@@ -26,7 +26,7 @@ from server_app.weighting import Weighting
 from task.data import ImageSet
 from task.data.partition import partition_dataset
 from task.evaluation.hospital_scores import HospitalScores
-from task.protocol.wire import QUALITY, Key, WeightLayout, Weights
+from task.protocol.wire import SCORES, Key, WeightLayout, Weights
 from task.runs.records import LEFT_OUT, TEST, TRAIN, Record, records_of
 from task.runs.run_directory import CLASS_COUNTS_FILE, NODES_FILE, RunDirectory, client_numbers
 
@@ -288,14 +288,14 @@ class FederatedTraining(RoundLoop):
         content = RecordDict({Key.ARRAYS: images_record(generated)})
         clients = list(self._nodes.node_ids)
         answers = []
-        question = Question(QUALITY_TYPE, content, read_scores)
+        question = Question(SCORES_TYPE, content, read_scores)
         for client, scores, _ in self.ask(question, server_round, clients, PhaseTimer()):
             n = len(generated)
             self.directory.record(
                 score_records(server_round, scores, self.config, n=n, client=client)
             )
             answers.append(scores)
-        self.record_left_out(server_round, QUALITY)
+        self.record_left_out(server_round, SCORES)
         return answers
 
     def about_weights(

@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from flwr.app import MessageType, MetricRecord, RecordDict
@@ -15,13 +15,13 @@ from server_app.weighting import Weighting
 from task.checks import require
 from task.config import MIN_MEASURED_IMAGES, Config
 from task.evaluation.hospital_scores import HospitalScores
-from task.evaluation.metrics import Metric, Use, metrics_of
+from task.evaluation.metrics import Use, metrics_of
 from task.generation.draw_images import balanced_labels
-from task.protocol.wire import QUALITY, Key
+from task.protocol.wire import SCORES, Key
 from task.runs.records import HELD_OUT, SCORING_CLIENTS, Record, Records, read_records
 from task.runs.run_directory import METRICS_FILE
 
-QUALITY_TYPE = f"{MessageType.EVALUATE}.{QUALITY}"
+SCORES_TYPE = f"{MessageType.EVALUATE}.{SCORES}"
 
 
 def scored_labels(config: Config, *, last: bool) -> Tensor:
@@ -129,20 +129,13 @@ def score_records(
         n: how many images were scored.
         client: the hospital.
     """
-    context = scoring_settings(config)
-    told = Record(server_round, "num_held_out", scores[Key.NUM_EXAMPLES], client=client)
+    fields: dict[str, Any] = {"client": client, "n": n, "context": scoring_settings(config)}
     return [
-        told,
+        Record(server_round, "num_held_out", scores[Key.NUM_EXAMPLES], client=client),
         *(
-            Record(
-                *(server_round, metric.name, scores[key]),
-                client=client,
-                reference=HELD_OUT,
-                real=real,
-                n=n,
-                context=context,
-            )
-            for metric, real, key in _told(scores)
+            Record(server_round, name, scores[key], reference=HELD_OUT, real=real, **fields)
+            for key, (name, real) in _names().items()
+            if key in scores
         ),
     ]
 
@@ -159,32 +152,22 @@ def combined_records(
         n: how many images were scored.
     """
     weighting = Weighting.of(config.federation, simulated=False)
-    held_out = sum(hospital[Key.NUM_EXAMPLES] for hospital in scores)
-    records = [Record(server_round, "num_held_out", held_out)]
-    everything = {key for hospital in scores for key in hospital}
-    for metric, real, key in _told(everything):
-        tellers = [hospital for hospital in scores if key in hospital]
-        told = [(int(hospital[Key.NUM_EXAMPLES]), hospital[key]) for hospital in tellers]
-        records.append(
-            Record(
-                *(server_round, metric.name, weighting.combine(told)),
-                reference=HELD_OUT,
-                real=real,
-                n=n,
-                context={**scoring_settings(config), "num_clients": len(tellers)},
-            )
-        )
+    total = sum(hospital[Key.NUM_EXAMPLES] for hospital in scores)
+    records = [Record(server_round, "num_held_out", total)]
+    for key, (name, real) in _names().items():
+        told = [(int(each[Key.NUM_EXAMPLES]), each[key]) for each in scores if key in each]
+        if told:
+            context = {**scoring_settings(config), "num_clients": len(told)}
+            value = weighting.combine(told)
+            fields: dict[str, Any] = {"real": real, "n": n, "context": context}
+            records.append(Record(server_round, name, value, reference=HELD_OUT, **fields))
     return records
 
 
-def _told(keys: Container[str]) -> list[tuple[Metric, bool, str]]:
-    """List the metrics that hospitals tell, of generated images and of real ones."""
-    return [
-        (metric, real, key)
-        for metric in metrics_of(Use.HOSPITALS, Use.HOSPITALS_OF_CLASSES)
-        for key, real in metric.keys.items()
-        if key in keys
-    ]
+def _names() -> dict[str, tuple[str, bool]]:
+    """Return the metric of each key, and whether it is of real images."""
+    asked = metrics_of(Use.HOSPITALS, Use.HOSPITALS_OF_CLASSES)
+    return {key: (metric.name, real) for metric in asked for key, real in metric.keys.items()}
 
 
 def describe_scores(records: Records, num_hospitals: int, config: Config) -> str:

@@ -20,7 +20,7 @@ from client_app.failures import failures_stay_local
 app = ClientApp()
 app.query()(real.introduce)
 app.evaluate()(real.evaluate)
-app.evaluate("quality")(real.score)
+app.evaluate("scores")(real.score)
 
 
 @app.train()

@@ -45,7 +45,7 @@ class Key(StrEnum):
 
 
 # Of the evaluate messages that ask how images compare with a hospital's own.
-QUALITY = "quality"
+SCORES = "scores"
 
 
 class FailureCode(IntEnum):

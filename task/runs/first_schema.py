@@ -88,7 +88,8 @@ def _is_like(name: str, values: Line) -> bool:
 
 def _fields(name: str, values: Line, of_round: Line, client: int | None) -> dict[str, Any]:
     if name.endswith("_left_out"):
-        context = {"activity": name.removesuffix("_left_out"), "reason": values[name]}
+        activity = name.removesuffix("_left_out").replace("quality", "scores")
+        context = {"activity": activity, "reason": values[name]}
         return {"metric": "left_out", "value": 1, "context": context}
     is_score = name.startswith("quality_")
     base = name.removeprefix("quality_").removeprefix("floor_")

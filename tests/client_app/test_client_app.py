@@ -23,7 +23,7 @@ from client_app.app import app
 from client_app.failures import failure_code, failures_stay_local
 from client_app.log import logger
 from client_app.workspace import choose_precision, open_workspace
-from server_app.hospital_scores import QUALITY_TYPE, expected_scores
+from server_app.hospital_scores import SCORES_TYPE, expected_scores
 from server_app.messages import addressed, images_record
 from server_app.rounds import initial_model
 from task.config import Config, load_run_config
@@ -107,7 +107,7 @@ def drawn_message(generated: ImageSet) -> Message:
     """Make the message by which a node is to score images, as the server does."""
     Network()
     content = RecordDict({Key.ARRAYS: images_record(generated)})
-    made = addressed(content, node_id=7, message_type=QUALITY_TYPE, timeout=60)
+    made = addressed(content, node_id=7, message_type=SCORES_TYPE, timeout=60)
     made.metadata.__dict__["_message_id"] = "asked"
     return made
 
@@ -498,12 +498,12 @@ def test_every_reply_of_a_hospital_is_free_of_paths_and_names(tmp_path: Path) ->
         "query": {Key.CONFIG: {Key.FINGERPRINT, Key.NUM_IMAGES, Key.CLASS_COUNTS}},
         "train": {Key.ARRAYS: {Key.PACKED}, Key.METRICS: TRAINED_KEYS},
         "evaluate": {Key.METRICS: {Key.NUM_EXAMPLES, Key.LOSS}},
-        QUALITY_TYPE: {Key.METRICS: {Key.NUM_EXAMPLES, *expected_scores(["class-agreement"])}},
+        SCORES_TYPE: {Key.METRICS: {Key.NUM_EXAMPLES, *expected_scores(["class-agreement"])}},
     }
     shape = (60, config.data.channels, config.data.image_size, config.data.image_size)
     generated = ImageSet(torch.zeros(shape, dtype=torch.uint8), torch.arange(60) % 2)
-    asked = {kind: message(kind, weights=weights) for kind in agreed if kind != QUALITY_TYPE}
-    asked[QUALITY_TYPE] = drawn_message(generated)
+    asked = {kind: message(kind, weights=weights) for kind in agreed if kind != SCORES_TYPE}
+    asked[SCORES_TYPE] = drawn_message(generated)
     for kind, records in agreed.items():
         reply = app(asked[kind], node_context(run_config, node_config))
         assert not reply.has_error(), reply.error

@@ -78,7 +78,7 @@ def test_scores_of_hospitals_of_the_first_schema_become_records(tmp_path: Path) 
         for who, name, value in lines:
             out.write(json.dumps({"round": 5, "who": who, "name": name, "value": value}) + "\n")
     scored = {"extractor": "classifier", "image_range": "paper", "seed": 7}
-    left_out = {"activity": "quality", "reason": "no reply"}
+    left_out = {"activity": "scores", "reason": "no reply"}
     assert list(read_records(file).all) == [
         Record(5, "num_held_out", 40, client=0),
         Record(

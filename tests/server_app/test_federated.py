@@ -23,7 +23,7 @@ from server_app.evaluation import is_measured
 from server_app.exchange import simulated_at_once
 from server_app.federated import FederatedTraining
 from server_app.hospital_scores import (
-    QUALITY_TYPE,
+    SCORES_TYPE,
     combined_records,
     describe_scores,
     expected_scores,
@@ -1030,14 +1030,14 @@ def test_simulated_clients_count_by_their_images_whatever_the_share(
 SCORED_HOSPITALS = {"eval.num_images": 100, "eval.metrics_every": 1}
 
 
-def is_quality(asked: Message, client: int | None = None) -> bool:
+def asks_for_scores(asked: Message, client: int | None = None) -> bool:
     """Whether this is the message by which a client is to score images."""
     told = asked.content.config_records[Key.CONFIG].get(Key.CLIENT)
-    return asked.metadata.message_type == QUALITY_TYPE and client in (None, told)
+    return asked.metadata.message_type == SCORES_TYPE and client in (None, told)
 
 
-def spoiled_quality(client: int, change: Alter) -> Alter:
-    return lambda asked, reply: change(asked, reply) if is_quality(asked, client) else reply
+def spoiled_scores(client: int, change: Alter) -> Alter:
+    return lambda asked, reply: change(asked, reply) if asks_for_scores(asked, client) else reply
 
 
 def test_hospitals_score_the_same_images_and_their_means_are_weighted(
@@ -1047,12 +1047,12 @@ def test_hospitals_score_the_same_images_and_their_means_are_weighted(
     asked_for: list[bytes] = []
 
     def alter(asked: Message, reply: Message) -> Message:
-        if is_quality(asked):
+        if asks_for_scores(asked):
             arrays = asked.content.array_records[Key.ARRAYS]
             asked_for.append(arrays[Key.IMAGES].data + arrays[Key.LABELS].data)
             assert arrays[Key.IMAGES].numpy().shape == (100, 1, 8, 8)
             assert np.bincount(arrays[Key.LABELS].numpy()).tolist() == [10] * 10
-        if is_quality(asked, 1):
+        if asks_for_scores(asked, 1):
             reply.content[Key.METRICS].update({Key.NUM_EXAMPLES: 60, "fid": 1.0, "more": 1.0})
         return reply
 
@@ -1097,7 +1097,7 @@ def test_scores_that_cannot_be_used_are_left_out_and_named(
     spoil: Alter, reason: str, scored: tuple[FederatedTraining, list[Alter], Path]
 ) -> None:
     run, alter, folder = scored
-    alter[:] = [spoiled_quality(1, spoil)]
+    alter[:] = [spoiled_scores(1, spoil)]
     before = len(records(folder))
     run.evaluation.measure(1, run.weights)
     told = {(r.client, named(r)): r for r in records(folder)[before:]}
@@ -1165,11 +1165,11 @@ def test_run_makes_up_for_a_scoring_that_nobody_answered(
     run_config = {**run_config, "eval.num_images": 100, "federation.rounds": 1}
 
     def unanswered(asked: Message, reply: Message) -> Message:
-        return failure(asked) if is_quality(asked) else reply
+        return failure(asked) if asks_for_scores(asked) else reply
 
     folder = play(run_config, nodes=nodes, alter=unanswered)
     assert "no images are scored: no hospital said" in capsys.readouterr().out
-    assert left_out(folder, "quality").keys() == {(1, 0), (1, 1)}
+    assert left_out(folder, "scores").keys() == {(1, 0), (1, 1)}
     assert recorded(folder, "held_out fid") == {} == recorded(folder, "num_scoring_clients")
     trained = recorded(folder, "train loss")
     resumed = {**run_config, "resume": True}
@@ -1187,14 +1187,14 @@ def test_hospitals_with_too_few_images_are_no_failure(
     run_config, nodes = hospitals
 
     def alter(asked: Message, reply: Message) -> Message:
-        if is_quality(asked):
+        if asks_for_scores(asked):
             reply.content[Key.METRICS] = MetricRecord({Key.NUM_EXAMPLES: 0})
         return reply
 
     changes = {"eval.num_images": 10, "federation.rounds": 1}
     folder = play({**run_config, **changes}, nodes=nodes, alter=alter)
     assert "2 hospitals decline to score or have too few images" in capsys.readouterr().out
-    assert left_out(folder, "quality") == {} == recorded(folder, "held_out fid")
+    assert left_out(folder, "scores") == {} == recorded(folder, "held_out fid")
     assert is_measured(folder, load_run_config({**run_config, **changes}))
 
 
