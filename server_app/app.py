@@ -10,7 +10,7 @@ from server_app.log import log
 from server_app.supervisor.submission import write_submission
 from task.checks import require
 from task.config import load_run_config
-from task.runs.run_directory import RunDirectory
+from task.runs.writer import RunWriter
 
 app = ServerApp()
 
@@ -26,7 +26,7 @@ def main(grid: Grid, context: Context) -> None:
         "federated under `flwr run` (feddm-train trains the centralized baseline)",
         config.train.mode,
     )
-    directory = RunDirectory(config)
+    directory = RunWriter(config)
     log(f"results: {directory.path}")
     try:
         write_submission(directory, context.run_id, context.run_config)

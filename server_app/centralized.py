@@ -10,8 +10,9 @@ from task.data import Dataset
 from task.progress import progress
 from task.protocol.wire import Weights
 from task.randomness import Stream, torch_generator
+from task.runs.layout import POOLED_FILE
 from task.runs.records import TEST, TRAIN, Record
-from task.runs.run_directory import POOLED_FILE, RunDirectory
+from task.runs.writer import RunWriter
 from task.training.devices import compile_where_wanted, keep_freed_memory, move, torch_configured
 from task.training.distributed import count_processes
 from task.training.loop import fit, fit_options, held_out_loss
@@ -29,7 +30,7 @@ class CentralizedTraining(RoundLoop):
 
     dataset: Dataset
 
-    def __init__(self, directory: RunDirectory) -> None:
+    def __init__(self, directory: RunWriter) -> None:
         """Load the images.
 
         Args:

@@ -10,7 +10,8 @@ from task.data import Dataset, build_dataset, count_across_clients, take_invento
 from task.data.partition import Partition
 from task.data.source import describe_source, hash_images
 from task.reporting.figures import save_partition_heatmap
-from task.runs.run_directory import DATA_FILE, PARTITION_FILE, RunDirectory
+from task.runs.layout import DATA_FILE, PARTITION_FILE
+from task.runs.writer import RunWriter
 
 
 def load_images(config: Config) -> Dataset:
@@ -34,7 +35,7 @@ def load_images(config: Config) -> Dataset:
 
 
 def record_data(
-    config: Config, dataset: Dataset, directory: RunDirectory, partition: Partition | None
+    config: Config, dataset: Dataset, directory: RunWriter, partition: Partition | None
 ) -> None:
     """Write down and say which files are used, which left out, and which images are the same.
 
@@ -56,7 +57,7 @@ def record_data(
         log(f"data: {line}")
 
 
-def record_partition(config: Config, partition: Partition, directory: RunDirectory) -> None:
+def record_partition(config: Config, partition: Partition, directory: RunWriter) -> None:
     """Write down how many images of each class each client holds, and draw it.
 
     Raises:

@@ -35,14 +35,9 @@ from task.protocol.wire import Key
 from task.randomness import Stream
 from task.runs.checkpoint import load_weights
 from task.runs.evaluations import Evaluation, evaluation_file, evaluation_of
+from task.runs.layout import METRICS_FILE, NODES_FILE, read_json, weights_file
 from task.runs.records import HELD_OUT, SCORING_CLIENTS, TRAIN, Record, Records, read_records
-from task.runs.run_directory import (
-    METRICS_FILE,
-    NODES_FILE,
-    RunDirectory,
-    read_json,
-    weights_file,
-)
+from task.runs.writer import RunWriter
 
 
 def wants_metrics(config: Config) -> bool:
@@ -101,7 +96,7 @@ def is_complete(path: Path, config: Config) -> bool:
 class GlobalEvaluation(ABC):
     """Pictures and measurements of the global weights of a run."""
 
-    def __init__(self, directory: RunDirectory, model: Generator, *, device: torch.device) -> None:
+    def __init__(self, directory: RunWriter, model: Generator, *, device: torch.device) -> None:
         """Make ready to draw.
 
         Args:
@@ -190,7 +185,7 @@ class PooledEvaluation(GlobalEvaluation):
 
     def __init__(
         self,
-        directory: RunDirectory,
+        directory: RunWriter,
         model: Generator,
         *,
         dataset: Dataset,
@@ -299,7 +294,7 @@ class HospitalEvaluation(GlobalEvaluation):
 
     def __init__(
         self,
-        directory: RunDirectory,
+        directory: RunWriter,
         model: Generator,
         *,
         device: torch.device,

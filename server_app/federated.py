@@ -27,8 +27,9 @@ from task.data import ImageSet
 from task.data.partition import partition_dataset
 from task.evaluation.hospital_scores import HospitalScores
 from task.protocol.wire import SCORES, Key, WeightLayout, Weights
+from task.runs.layout import CLASS_COUNTS_FILE, NODES_FILE, client_numbers
 from task.runs.records import LEFT_OUT, TEST, TRAIN, Record, records_of
-from task.runs.run_directory import CLASS_COUNTS_FILE, NODES_FILE, RunDirectory, client_numbers
+from task.runs.writer import RunWriter
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ class FederatedTraining(RoundLoop):
         strategy: what is made of the clients' weights.
     """
 
-    def __init__(self, grid: Grid, directory: RunDirectory) -> None:
+    def __init__(self, grid: Grid, directory: RunWriter) -> None:
         """Prepare a run; nothing is sent yet.
 
         Args:

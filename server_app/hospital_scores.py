@@ -18,8 +18,8 @@ from task.evaluation.hospital_scores import HospitalScores
 from task.evaluation.metrics import Use, metrics_of
 from task.generation.draw_images import balanced_labels
 from task.protocol.wire import SCORES, Key
+from task.runs.layout import METRICS_FILE
 from task.runs.records import HELD_OUT, SCORING_CLIENTS, Record, Records, read_records
-from task.runs.run_directory import METRICS_FILE
 
 SCORES_TYPE = f"{MessageType.EVALUATE}.{SCORES}"
 

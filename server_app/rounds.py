@@ -18,16 +18,10 @@ from task.randomness import Stream, seeded_global_generator, torch_generator
 from task.reporting.history import read_history
 from task.reporting.run_summary import summary_lines
 from task.reporting.warning_signs import closing_lines
+from task.runs.layout import DIVERGED, MACHINE_FILE, REPORT_FILE, checkpoints, round_of
 from task.runs.records import Record
 from task.runs.repeat import describe_report_of
-from task.runs.run_directory import (
-    DIVERGED,
-    MACHINE_FILE,
-    REPORT_FILE,
-    RunDirectory,
-    checkpoints,
-    round_of,
-)
+from task.runs.writer import RunWriter
 from task.training.devices import device_name, is_compiled, missing_for_compiling, select_device
 from task.training.precision import fastest_precision
 
@@ -54,7 +48,7 @@ class RoundLoop(ABC):
 
     attempts = 1
 
-    def __init__(self, directory: RunDirectory) -> None:
+    def __init__(self, directory: RunWriter) -> None:
         """Make the initial weights; nothing is read yet.
 
         Args:

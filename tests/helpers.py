@@ -35,7 +35,7 @@ from task.protocol.wire import Key
 from task.reporting.metric_table import Figure
 from task.runs.evaluations import Evaluation, Label
 from task.runs.records import TEST, TRAIN, Record, Records
-from task.runs.run_directory import RunDirectory
+from task.runs.writer import RunWriter
 
 T = TypeVar("T")
 
@@ -246,7 +246,7 @@ def played(run_config: dict, nodes: ClientNodes, answer: Handler) -> Path:
     """Play a federated run to its end, with nodes that answer so; returns its folder."""
     with (
         nodes.network.answering(answer),
-        closing(RunDirectory(load_run_config(run_config))) as directory,
+        closing(RunWriter(load_run_config(run_config))) as directory,
     ):
         FederatedTraining(nodes.grid, directory).run()
     return directory.path
@@ -272,7 +272,7 @@ def written_run(
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
     own = {"output_dir": str(folder.parent), "run_name": folder.name}
     config = load_run_config({**SMALL_RUN, **own, **dotted})
-    with closing(RunDirectory(config)) as directory:
+    with closing(RunWriter(config)) as directory:
         directory.write_config(config)
         for name, content in (files or {}).items():
             directory.write_json(name, content)

@@ -18,7 +18,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key
 
 from task.cli.check_key import fingerprint
-from task.runs.run_directory import NODES_FILE, client_numbers
+from task.runs.layout import NODES_FILE, client_numbers
 
 
 def registered_nodes(connection: str) -> list[NodeInfo]:

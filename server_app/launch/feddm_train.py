@@ -37,8 +37,9 @@ from task.config import (
     require_data_root,
 )
 from task.processes import have_home, let_threads_sleep, write_any_letter
+from task.runs.layout import LOG_FILE, is_begun, run_path
 from task.runs.repeat import resuming_command
-from task.runs.run_directory import LOG_FILE, check_startable, is_begun, run_path
+from task.runs.resume import check_startable
 
 # Hydra's own value that says what does not stand in the name of a job.
 NAMING = "hydra.job.config.override_dirname.exclude_keys"

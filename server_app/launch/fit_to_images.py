@@ -5,7 +5,7 @@ import math
 from collections.abc import Collection
 
 from task.config import OWN_IMAGES, Config
-from task.runs.run_directory import is_begun, run_config, run_path
+from task.runs.layout import is_begun, run_config, run_path
 
 # Hospitals that share the steps of a round; where there are more, each would take too few.
 SHARED_BY = 4

@@ -20,16 +20,11 @@ from task.data import Dataset
 from task.data.partition import partition_dataset
 from task.evaluation.features import build_extractor
 from task.fingerprint import ROOT
+from task.runs.layout import LOG_FILE, is_begun, run_path
 from task.runs.repeat import as_toml
+from task.runs.resume import check_startable, different_values
 from task.runs.run import find_runs
-from task.runs.run_directory import (
-    LOG_FILE,
-    RunDirectory,
-    check_startable,
-    different_values,
-    is_begun,
-    run_path,
-)
+from task.runs.writer import RunWriter
 from task.training.devices import is_compiled, select_device, torch_configured
 from task.training.distributed import count_processes
 
@@ -181,7 +176,7 @@ def check_images(config: Config) -> Dataset:
 
 def train_centralized(config: Config) -> None:
     """Train the centralized baseline in this process."""
-    directory = RunDirectory(config)
+    directory = RunWriter(config)
     deterministic = config.train.deterministic
     try:
         # All of it, because cuBLAS reads once whether it must be deterministic.

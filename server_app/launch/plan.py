@@ -13,8 +13,8 @@ from task.data.partition import partition_dataset
 from task.progress import duration
 from task.reporting.history import read_history
 from task.reporting.warning_signs import UNTRAINED
+from task.runs.layout import last_complete_round, run_path
 from task.runs.repeat import resuming_command
-from task.runs.run_directory import last_complete_round, run_path
 
 
 def describe_plan(config: Config, dataset: Dataset) -> Iterator[str]:

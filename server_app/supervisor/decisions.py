@@ -9,13 +9,8 @@ from pathlib import Path
 from server_app.supervisor.submission import Submission, read_as
 from task.checks import require
 from task.files import write_json
-from task.runs.run_directory import (
-    DIVERGED,
-    SUBMISSION_FILE,
-    holder,
-    is_begun,
-    last_complete_round,
-)
+from task.lock import holder
+from task.runs.layout import DIVERGED, LOCK_FILE, SUBMISSION_FILE, is_begun, last_complete_round
 
 SUPERVISION_FILE = "supervision.json"
 
@@ -248,7 +243,7 @@ def read_folder(path: Path) -> RunFolder:
         supervision=read_as(Supervision, supervision) if supervision.exists() else None,
         last_round=last_complete_round(path),
         begun=is_begun(path),
-        holder=holder(path),
+        holder=holder(path / LOCK_FILE),
     )
 
 

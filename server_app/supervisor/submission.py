@@ -9,8 +9,9 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from task.fingerprint import ROOT, code_fingerprint
+from task.runs.layout import SUBMISSION_FILE
 from task.runs.repeat import Word
-from task.runs.run_directory import SUBMISSION_FILE, RunDirectory
+from task.runs.writer import RunWriter
 
 Stored = TypeVar("Stored")
 
@@ -36,7 +37,7 @@ class Submission:
 
 
 def write_submission(
-    directory: RunDirectory, run_id: int, run_config: Mapping[str, Word]
+    directory: RunWriter, run_id: int, run_config: Mapping[str, Word]
 ) -> Submission:
     """Write down, in its directory, how a run was started.
 

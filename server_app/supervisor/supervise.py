@@ -35,8 +35,9 @@ from server_app.supervisor.decisions import (
 )
 from task.checks import require
 from task.fingerprint import fingerprint_of
+from task.lock import hold
+from task.runs.layout import SUBMISSION_FILE
 from task.runs.repeat import as_toml, resubmitting_command
-from task.runs.run_directory import SUBMISSION_FILE, hold
 
 SUPERVISOR_LOCK = ".supervisor.lock"
 NAP_SECONDS = 0.2

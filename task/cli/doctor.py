@@ -21,7 +21,8 @@ from task.data import list_dataset
 from task.data.packaged import missing_files
 from task.evaluation.features import hub_inception_file
 from task.export.formats import FORMATS
-from task.runs.run_directory import holder, is_begun, last_complete_round, weights_file
+from task.lock import holder
+from task.runs.layout import LOCK_FILE, is_begun, last_complete_round, weights_file
 from task.training.devices import device_name, missing_for_compiling, select_device
 
 # Any folder may be one of these, and its classes are not known.
@@ -128,6 +129,6 @@ def describe_runs(folder: Path) -> Iterator[Finding]:
         yield "", "none"
     for path in begun:
         state = "finished" if weights_file(path).is_file() else "not finished"
-        if process := holder(path):
+        if process := holder(path / LOCK_FILE):
             state = f"running (process {process})"
         yield path.name, f"{state}, {last_complete_round(path)} rounds"

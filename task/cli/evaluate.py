@@ -12,8 +12,8 @@ from task.generation.draw_images import draw_images, full_labels
 from task.randomness import Stream
 from task.reporting.metric_table import caption, format_table
 from task.runs.evaluations import Evaluation, drawn_otherwise, evaluation_file
+from task.runs.layout import run_config
 from task.runs.run import final_model
-from task.runs.run_directory import run_config
 from task.training.devices import select_device
 
 

@@ -8,8 +8,8 @@ from task.config import GENERATION_VALUES, Config, changed_config
 from task.generation.folder import SyntheticFolder, batch_size_of, describe_origin, open_folder
 from task.generation.images import ImageSource, class_labels
 from task.progress import progress
+from task.runs.layout import weights_file
 from task.runs.run import final_model
-from task.runs.run_directory import weights_file
 from task.training.devices import select_device
 
 

@@ -60,8 +60,8 @@ app = typer.Typer(
 
 def finished(run: Path) -> Path:
     """Check that a folder holds a finished run, before anything that takes long is imported."""
+    from task.runs.layout import run_config
     from task.runs.repeat import require_weights
-    from task.runs.run_directory import run_config
 
     run_config(run)
     require_weights(run)
@@ -70,7 +70,7 @@ def finished(run: Path) -> Path:
 
 def begun(runs: list[Path]) -> list[Path]:
     """Check that folders hold runs."""
-    from task.runs.run_directory import run_config
+    from task.runs.layout import run_config
 
     for run in runs:
         run_config(run)
@@ -267,7 +267,7 @@ def generate(
         diffusion.num_inference_steps=20
     """
     from task.config import GENERATION_VALUES, changed_config
-    from task.runs.run_directory import run_config
+    from task.runs.layout import run_config
 
     config = changed_config(
         run_config(run),

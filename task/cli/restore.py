@@ -22,8 +22,8 @@ from task.generation.restoration import (
 )
 from task.generators.base import Projection
 from task.progress import progress
+from task.runs.layout import run_config
 from task.runs.run import final_model
-from task.runs.run_directory import run_config
 from task.training.devices import select_device
 
 RESTORED_NOTICE = "partly synthetic image, restored by a diffusion model"

@@ -23,8 +23,9 @@ from task.reporting.tables import (
     scale,
 )
 from task.runs.evaluations import Evaluation
+from task.runs.layout import weights_file
+from task.runs.resume import FREE_TO_CHANGE
 from task.runs.run import FinishedRun, find_runs
-from task.runs.run_directory import FREE_TO_CHANGE, weights_file
 
 # What a spreadsheet runs.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")

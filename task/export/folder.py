@@ -14,8 +14,8 @@ from task.files import atomic_folder
 from task.generation.folder import NOTICE, folder_names
 from task.generators.base import Generator
 from task.reporting.model_card import write_model_card
+from task.runs.layout import weights_file
 from task.runs.run import FinishedRun, final_model
-from task.runs.run_directory import weights_file
 
 # Of predictions of up to 1: other libraries add up in another order.
 TOLERANCE = 1e-4

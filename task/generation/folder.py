@@ -31,7 +31,7 @@ from task.config import DRAWING_VALUES, Config, flat_values, hydra_override
 from task.files import atomic_path, remove_left_overs, write_json
 from task.generation.grids import save_sample_grid
 from task.generation.images import ImageSource, to_pil
-from task.runs.run_directory import hold
+from task.lock import hold
 
 MANIFEST_FILE = "manifest.json"
 GRID_FILE = "grid.png"

@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 
 from task.config import Config
 from task.generators.registry import build_generator
+from task.lock import holder
 from task.runs.evaluations import Evaluation, read_evaluations
-from task.runs.records import TRAIN, Records, read_records
-from task.runs.repeat import Word
-from task.runs.run_directory import (
+from task.runs.layout import (
     CLASS_COUNTS_FILE,
     DATA_FILE,
+    LOCK_FILE,
     MACHINE_FILE,
     METRICS_FILE,
     NODES_FILE,
@@ -28,12 +28,13 @@ from task.runs.run_directory import (
     POOLED_FILE,
     SUBMISSION_FILE,
     TIMES_FILE,
-    holder,
     last_complete_round,
     round_of,
     run_config,
     weights_file,
 )
+from task.runs.records import TRAIN, Records, read_records
+from task.runs.repeat import Word
 
 POOLED = "pooled"
 
@@ -196,7 +197,7 @@ def read_history(run: Path) -> RunHistory:
         config=config,
         rounds_done=rounds_done,
         finished=final == config.federation.rounds,
-        running=holder(run) not in (None, str(os.getpid())),
+        running=holder(run / LOCK_FILE) not in (None, str(os.getpid())),
         setting=machine.get("setting") or _setting(run, config),
         device=machine.get("device"),
         versions=machine.get("versions", {}),

@@ -16,15 +16,9 @@ from task.reporting.metric_table import HEADS, caption, measured, metric_rows, w
 from task.reporting.rendering import render
 from task.reporting.warning_signs import State, image_checks
 from task.runs.evaluations import Evaluation
+from task.runs.layout import CLASS_COUNTS_FILE, MACHINE_FILE, NODES_FILE, POOLED_FILE, read_json
 from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, TRAIN, Records
 from task.runs.run import FinishedRun
-from task.runs.run_directory import (
-    CLASS_COUNTS_FILE,
-    MACHINE_FILE,
-    NODES_FILE,
-    POOLED_FILE,
-    read_json,
-)
 
 # They say where a run finds images and not what these show.
 DATA_WITHOUT_NAME = {

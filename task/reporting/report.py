@@ -35,6 +35,7 @@ from task.reporting.run_summary import (
 )
 from task.reporting.warning_signs import Check, State, checks
 from task.runs.evaluations import Evaluation
+from task.runs.layout import REPORT_FILE
 from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, TRAIN, Record
 from task.runs.repeat import (
     resubmitting_command,
@@ -42,7 +43,7 @@ from task.runs.repeat import (
     submitting_command,
     training_command,
 )
-from task.runs.run_directory import REPORT_FILE, different_values
+from task.runs.resume import different_values
 
 # A page of hundreds of pictures is too large to open.
 MOST_PICTURES = 40

@@ -16,8 +16,8 @@ from task.generation.grids import Panel, save_panels
 from task.randomness import Stream, numpy_generator
 from task.reporting.figures import Picture, save_partition_heatmaps
 from task.reporting.published import is_papers_federation
+from task.runs.resume import WITHOUT_INFLUENCE, is_about_clients
 from task.runs.run import FinishedRun, final_model, kept_clients
-from task.runs.run_directory import WITHOUT_INFLUENCE, is_about_clients
 
 # What may differ between a centralised and a federated run that are shown beside each other.
 NOT_COMPARED = WITHOUT_INFLUENCE | {"train.mode"}

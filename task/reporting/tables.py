@@ -28,8 +28,8 @@ from task.reporting.published import (
 )
 from task.runs.evaluations import Evaluation
 from task.runs.records import TEST, TRAIN, Record
+from task.runs.resume import WITHOUT_INFLUENCE, is_about_clients
 from task.runs.run import FinishedRun
-from task.runs.run_directory import WITHOUT_INFLUENCE, is_about_clients
 
 # Measures of unequal ones of these are not put into one column.
 COLUMN_VALUES = ("n_generated", "n_train", "n_test", "n_floor", "n_scored", "extractor_sha256")

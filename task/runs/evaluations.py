@@ -17,8 +17,8 @@ from task.config import (
     read_config,
 )
 from task.runs.first_schema import translated
+from task.runs.layout import read_json
 from task.runs.records import Record, Records
-from task.runs.run_directory import read_json
 
 # Of the noise that images are drawn from, and of what measures them.
 SEEDS = ("seed", "eval.seed")

@@ -17,7 +17,8 @@ from task.config import (
     hydra_override,
     load_config,
 )
-from task.runs.run_directory import NAMES_AND_PLACES, NODES_FILE, is_begun, run_config, weights_file
+from task.runs.layout import NODES_FILE, is_begun, run_config, weights_file
+from task.runs.resume import NAMES_AND_PLACES
 
 Word = str | int | float | bool
 

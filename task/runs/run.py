@@ -26,8 +26,8 @@ from task.generators.base import Generator
 from task.generators.registry import build_generator
 from task.runs.checkpoint import load_weights
 from task.runs.evaluations import Evaluation, read_evaluations
+from task.runs.layout import PARTITION_FILE, run_config, weights_file
 from task.runs.repeat import require_weights
-from task.runs.run_directory import PARTITION_FILE, run_config, weights_file
 from task.training.devices import select_device
 
 

@@ -9,8 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+from task.runs.layout import METRICS_FILE
 from task.runs.records import read_records
-from task.runs.run_directory import METRICS_FILE
 from tests.processes import CHECKOUT, COMMANDS
 
 Rounds = dict[int, dict[str, float]]

@@ -17,7 +17,7 @@ from task.config import load_run_config
 from task.fingerprint import code_fingerprint
 from task.generators.registry import build_generator
 from task.protocol.wire import Key, WeightLayout
-from task.runs.run_directory import RunDirectory
+from task.runs.writer import RunWriter
 from tests.benchmarks.processes import CHECKOUT, Peak, own_memory
 from tests.benchmarks.report import Figures
 
@@ -100,7 +100,7 @@ def one_round(grid: Grid, server: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = load_run_config({**RUN, "output_dir": folder})
         if server == "feddm":
-            with closing(RunDirectory(config)) as directory:
+            with closing(RunWriter(config)) as directory:
                 run = FederatedTraining(grid, directory)
                 run.prepare()
                 run.train(1)

@@ -24,8 +24,8 @@ from task.generators.registry import build_generator
 from task.runs.checkpoint import save_weights
 from task.runs.evaluations import evaluation_of
 from task.runs.records import TEST
+from task.runs.resume import check_startable
 from task.runs.run import find_runs, load_run
-from task.runs.run_directory import check_startable
 
 FILE = "evaluation-classifier-correct.json"
 

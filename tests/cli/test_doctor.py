@@ -10,7 +10,8 @@ from task.cli.doctor import data_sets, describe_runs, disks
 from task.cli.findings import free_disk
 from task.cli.main import app
 from task.data.packaged import TORCHVISION_SETS
-from task.runs.run_directory import LOCK_FILE, hold
+from task.lock import hold
+from task.runs.layout import LOCK_FILE
 from tests.cli.test_cli import finished_run
 from tests.data.test_data_files import write_tree
 

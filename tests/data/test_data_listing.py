@@ -25,7 +25,7 @@ from task.data.listing import (
 )
 from task.data.partition import partition_dataset
 from task.protocol.node import NodeConfig, check_node, count_images, own_config, own_images
-from task.runs.run_directory import RunDirectory
+from task.runs.writer import RunWriter
 from tests.helpers import bound_by_modes
 from tests.image_files import picture, write_dicom
 
@@ -318,7 +318,7 @@ def test_run_says_and_writes_down_what_became_of_its_files(
     config = load_config(words)
     dataset = load_images(config)
     partition = partition_dataset(config, dataset, 2)
-    directory = RunDirectory(config)
+    directory = RunWriter(config)
     record_data(config, dataset, directory, partition)
     directory.close()
     written = json.loads((tmp_path / "run" / "data.json").read_text())

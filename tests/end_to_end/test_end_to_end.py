@@ -66,7 +66,7 @@ def strange_ray() -> Iterator[dict[str, str]]:
             yield found
 
 
-def test_feddm_train_leaves_a_whole_run_directory(finished: Run) -> None:
+def test_feddm_train_leaves_a_whole_folder(finished: Run) -> None:
     run, _ = finished
     found = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
     assert {

@@ -8,8 +8,8 @@ from PIL import Image
 
 from task.generation.images import GeneratedImages, ImageSource, class_labels
 from task.generators.noise import NOISE_BLOCK
+from task.runs.layout import run_config
 from task.runs.run import final_model, load_run
-from task.runs.run_directory import run_config
 from tests.cli.test_cli import finished_run
 
 CPU = torch.device("cpu")

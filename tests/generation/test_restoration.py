@@ -22,8 +22,8 @@ from task.generation.restoration import (
 )
 from task.generators.base import NoiseSource, Projection
 from task.generators.diffusion.repaint import into_range, resampling_walk
+from task.runs.layout import run_config
 from task.runs.run import final_model, load_run
-from task.runs.run_directory import run_config
 from tests.cli.test_cli import assert_fails_in_one_line, feddm, finished_run
 from tests.generators.denoisers import diffusion
 

@@ -20,8 +20,8 @@ from server_app.launch.time_estimate import (
 from task.config import Config, anchored, hydra_override, load_config, load_run_config, write_config
 from task.data import build_dataset, list_dataset
 from task.protocol.node import NodeConfig, count_images, own_config
+from task.runs.layout import run_config, run_path
 from task.runs.records import Record
-from task.runs.run_directory import run_config, run_path
 from tests.data.test_data_files import write_tree
 from tests.helpers import written_run
 

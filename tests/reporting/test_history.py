@@ -27,6 +27,7 @@ from task.reporting.warning_signs import (
     warning_signs,
 )
 from task.runs.evaluations import evaluation_of, read_evaluations
+from task.runs.layout import run_path
 from task.runs.records import HELD_OUT, TEST, TRAIN, Record, records_of
 from task.runs.repeat import (
     PLACES,
@@ -35,7 +36,7 @@ from task.runs.repeat import (
     submitting_command,
     training_words,
 )
-from task.runs.run_directory import check_same_run, run_path
+from task.runs.resume import check_same_run
 from tests.helpers import evaluated, left_out, losses, written_run
 
 NOISE_POSITION = Figure("noise_position")

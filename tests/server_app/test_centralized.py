@@ -16,7 +16,7 @@ from task.randomness import Stream, torch_generator
 from task.runs.checkpoint import load_weights
 from task.runs.evaluations import evaluation_of
 from task.runs.records import TRAIN, read_records
-from task.runs.run_directory import RunDirectory
+from task.runs.writer import RunWriter
 from task.training.loop import fit, fit_options
 from tests.helpers import SMALL_RUN, Network, node_context
 
@@ -31,7 +31,7 @@ def configured(folder: Path, name: str = "run", **changes: Any) -> Config:
 
 
 def play(config: Config) -> Path:
-    with closing(RunDirectory(config)) as directory:
+    with closing(RunWriter(config)) as directory:
         CentralizedTraining(directory).run()
     return directory.path
 

@@ -37,9 +37,10 @@ from task.protocol.wire import Key, WeightLayout
 from task.reporting.history import read_history
 from task.reporting.warning_signs import State, checks
 from task.runs.checkpoint import load_weights
+from task.runs.layout import weights_file
 from task.runs.records import HELD_OUT, Record, Records, read_records
 from task.runs.run import kept_clients
-from task.runs.run_directory import RunDirectory, weights_file
+from task.runs.writer import RunWriter
 from tests.helpers import SMALL_RUN, ClientNodes, Network, Order, simulated, write_digits_as_mnist
 
 RunConfig = dict[str, Any]
@@ -91,7 +92,7 @@ def opened(
     nodes = nodes or ClientNodes(Network(), run_config, *simulated(3))
     with (
         nodes.network.answering(lambda asked: alter(asked, nodes(asked)), order=order),
-        closing(RunDirectory(load_run_config(run_config))) as directory,
+        closing(RunWriter(load_run_config(run_config))) as directory,
     ):
         yield FederatedTraining(nodes.grid, directory)
 

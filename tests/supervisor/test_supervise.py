@@ -42,8 +42,10 @@ from server_app.supervisor.submission import (
 from server_app.supervisor.supervise import Supervisor
 from task.config import anchored, load_config, load_run_config
 from task.fingerprint import ROOT, code_fingerprint
+from task.lock import hold
+from task.runs.layout import DIVERGED, SUBMISSION_FILE
 from task.runs.repeat import as_toml
-from task.runs.run_directory import DIVERGED, SUBMISSION_FILE, RunDirectory, hold
+from task.runs.writer import RunWriter
 from tests.processes import COMMANDS, process, wait_for
 
 FAILED = "finished:failed"
@@ -245,7 +247,7 @@ def test_words_survive_toml_and_give_the_same_configuration() -> None:
 
 def test_submission_reads_back_and_the_folder_says_what_lies_in_it(tmp_path: Path) -> None:
     config = anchored(load_config([f"output_dir={tmp_path}", "run_name=night"]), tmp_path)
-    directory = RunDirectory(config)
+    directory = RunWriter(config)
     submission = write_submission(directory, 2**63 + 1, {"run_name": "", "seed": 1})
     assert submission == read_as(Submission, directory.path / SUBMISSION_FILE)
     assert (submission.app, submission.fingerprint) == (str(ROOT), code_fingerprint())

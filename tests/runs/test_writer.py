@@ -18,17 +18,12 @@ from torch import Tensor
 
 from task.config import Config, anchored, load_config, read_config, value_paths
 from task.reporting.history import read_history
-from task.runs import run_directory
+from task.runs import writer
 from task.runs.checkpoint import load_weights
+from task.runs.layout import NODES_FILE, client_numbers, run_path
 from task.runs.records import HELD_OUT, TRAIN, Record, read_records
-from task.runs.run_directory import (
-    FREE_TO_CHANGE,
-    NODES_FILE,
-    RunDirectory,
-    check_startable,
-    client_numbers,
-    run_path,
-)
+from task.runs.resume import FREE_TO_CHANGE, check_startable
+from task.runs.writer import RunWriter
 
 # Holds a lock file until its input ends; a line names a file to make before.
 HOLD_LOCK = """
@@ -48,10 +43,10 @@ FILL_DISK = """
 import sys, torch
 from pathlib import Path
 from task.runs.records import Record
-from task.runs.run_directory import RunDirectory
-from tests.runs.test_run_directory import configured, weights
+from task.runs.writer import RunWriter
+from tests.runs.test_writer import configured, weights
 
-directory = RunDirectory(configured(Path(sys.argv[1])))
+directory = RunWriter(configured(Path(sys.argv[1])))
 directory.write_config(directory.config)
 directory.record([Record(1, "loss", 1.0)])
 directory.save_checkpoint(1, weights(1.0), {})
@@ -72,7 +67,7 @@ except OSError as error:
     print(f"close: {error}")
 # A person makes room.
 (Path(sys.argv[1]) / "ballast").unlink()
-resumed = RunDirectory(configured(Path(sys.argv[1]), "resume=true"))
+resumed = RunWriter(configured(Path(sys.argv[1]), "resume=true"))
 stored = resumed.load_checkpoint()
 print(resumed.last_round, stored[0]["layer.weight"][0, 0].item(), len(
     resumed.metrics_file.read_text().splitlines()))
@@ -94,11 +89,11 @@ def weights(value: float) -> dict[str, Tensor]:
     return {"layer.weight": torch.full((2, 3), value), "layer.bias": torch.full((2,), -value)}
 
 
-def opened(tmp_path: Path, *overrides: str) -> "closing[RunDirectory]":
-    return closing(RunDirectory(configured(tmp_path, *overrides)))
+def opened(tmp_path: Path, *overrides: str) -> "closing[RunWriter]":
+    return closing(RunWriter(configured(tmp_path, *overrides)))
 
 
-def recorded(directory: RunDirectory) -> list[Record]:
+def recorded(directory: RunWriter) -> list[Record]:
     return list(read_records(directory.metrics_file).all)
 
 
@@ -128,7 +123,7 @@ def lock_held(path: Path) -> Iterator["subprocess.Popen[str]"]:
         process.stdin.close()
 
 
-def test_run_directory_has_the_documented_layout(tmp_path: Path) -> None:
+def test_folder_has_the_documented_layout(tmp_path: Path) -> None:
     with opened(tmp_path) as directory:
         directory.write_config(directory.config)
         directory.record([Record(1, "loss", 0.5)])
@@ -158,7 +153,7 @@ def test_new_run_has_no_rounds_no_metrics_and_no_weights(tmp_path: Path) -> None
 
 def test_fresh_start_over_a_run_is_refused(started: Path) -> None:
     with pytest.raises(ValueError, match=r"run already holds a run; pass resume=true .* run_name"):
-        RunDirectory(configured(started.parent))
+        RunWriter(configured(started.parent))
     assert (started / "checkpoints" / "round_0002.safetensors").exists()
 
 
@@ -172,7 +167,7 @@ def test_folder_of_a_run_that_never_began_may_be_started(tmp_path: Path) -> None
 
 def test_resume_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"resume: .*run holds no run; check output_dir and run_n"):
-        RunDirectory(configured(tmp_path, "resume=true"))
+        RunWriter(configured(tmp_path, "resume=true"))
     assert not (tmp_path / "run").exists()
 
 
@@ -242,13 +237,13 @@ def test_precision_auto_takes_the_stored_one(started: Path) -> None:
 
 def test_other_precision_than_the_stored_one_is_refused(started: Path) -> None:
     with pytest.raises(ValueError, match=r"train\.precision=bfloat16 \(there: float32\)"):
-        RunDirectory(configured(started.parent, "resume=true", "train.precision=bfloat16"))
+        RunWriter(configured(started.parent, "resume=true", "train.precision=bfloat16"))
 
 
 def test_damaged_configuration_is_refused(started: Path) -> None:
     (started / "config.yaml").write_text("seed: 0\n")
     with pytest.raises(ValueError, match=r"config\.yaml is not a configuration"):
-        RunDirectory(configured(started.parent, "resume=true"))
+        RunWriter(configured(started.parent, "resume=true"))
 
 
 def test_run_of_another_version_goes_on_where_its_values_are_known(started: Path) -> None:
@@ -259,10 +254,10 @@ def test_run_of_another_version_goes_on_where_its_values_are_known(started: Path
     with opened(started.parent, "resume=true") as directory:
         assert directory.config.federation.trim_fraction == 0.2
     with pytest.raises(ValueError, match=r"trim_fraction=0.1 \(there: 0.2\)"):
-        RunDirectory(configured(started.parent, "resume=true", "federation.trim_fraction=0.1"))
+        RunWriter(configured(started.parent, "resume=true", "federation.trim_fraction=0.1"))
     file.write_text(written + "privacy: {noise: 1.5}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"resume: .* was trained with privacy\.noise=1\.5, which"):
-        RunDirectory(configured(started.parent, "resume=true"))
+        RunWriter(configured(started.parent, "resume=true"))
 
 
 def test_records_of_the_first_schema_are_rewritten_where_a_run_is_resumed(started: Path) -> None:
@@ -440,7 +435,7 @@ def test_run_without_any_whole_checkpoint_is_refused_and_left_as_it_is(started: 
         flipped(started / "checkpoints" / f"round_000{number}.safetensors")
     message = r"resume: no checkpoint of .*run can be read \(.*round_0002\.safetensors is damaged: "
     with pytest.raises(ValueError, match=message):
-        RunDirectory(configured(started.parent, "resume=true"))
+        RunWriter(configured(started.parent, "resume=true"))
     assert len([*(started / "checkpoints").glob("round_*")]) == 2
     assert (started / "metrics.jsonl").read_bytes() == before
 
@@ -482,24 +477,24 @@ def test_json_files_read_back(tmp_path: Path) -> None:
 def test_run_in_use_by_another_process_is_refused_by_its_id(
     started: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_directory, "LOCK_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(writer, "LOCK_PATIENCE_SECONDS", 0.2)
     with (
         lock_held(started / ".lock") as process,
         pytest.raises(ValueError, match=f"run_name: .*run is in use by process {process.pid}; end"),
     ):
-        RunDirectory(configured(started.parent, "resume=true"))
+        RunWriter(configured(started.parent, "resume=true"))
     # Its end frees the folder.
     with opened(started.parent, "resume=true") as directory:
         assert directory.last_round == 2
 
 
 def test_run_is_held_until_it_is_closed(started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_directory, "LOCK_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(writer, "LOCK_PATIENCE_SECONDS", 0.2)
     with (
         opened(started.parent, "resume=true"),
         pytest.raises(ValueError, match="in use"),
     ):
-        RunDirectory(configured(started.parent, "resume=true"))
+        RunWriter(configured(started.parent, "resume=true"))
     with opened(started.parent, "resume=true"):
         pass
 
@@ -520,7 +515,7 @@ def test_run_that_began_while_a_fresh_start_waited_is_not_overwritten(tmp_path: 
         other = threading.Timer(0.5, process.stdin.close)  # which also sends the line
         other.start()
         with pytest.raises(ValueError, match="already holds a run"):
-            RunDirectory(config)
+            RunWriter(config)
         other.join()
 
 

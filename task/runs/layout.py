@@ -1,0 +1,134 @@
+"""What lies where in the folder of a run, and the small things that are read from it.
+
+<output_dir>/<run_name>/
+    config.yaml                     the resolved configuration
+    metrics.jsonl                   a `task.runs.records.Record` per line
+    partition.json, partition.png   images of each class at each client (simulation)
+    pooled.json                     images of each class (centralised)
+    data.json                       files used and left out, images that are the same, source and
+                                    hashes of all images (simulation, centralised)
+    nodes.json                      client numbers by node id (deployment)
+    class_counts.json               classes, and images of each at each client that says so, null
+                                    where one does not (deployment)
+    machine.json                    the device, with real nodes the server's own; the setting,
+                                    versions and code
+    times.json                      when, for how long and on which machine the run was worked on,
+                                    an entry for each start
+    submission.json                 what `flwr run` was given, to be given again
+    supervision.json                what feddm-supervise did
+    samples/round_0005.png          a grid, a row per class
+    checkpoints/round_0005.safetensors   with a checksum, as all weights
+    local/client-3.safetensors      the own final weights of a simulated client
+    model.safetensors               the final weights
+    report.html                     all of this on one page
+    log.txt                         what Flower, Ray and the run said (feddm-train's simulations)
+    tensorboard/                    the same metrics and pictures as events
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from task.config import Config, read_config
+
+PARTITION_FILE = "partition.json"
+POOLED_FILE = "pooled.json"
+DATA_FILE = "data.json"
+NODES_FILE = "nodes.json"
+CLASS_COUNTS_FILE = "class_counts.json"
+METRICS_FILE = "metrics.jsonl"
+SUBMISSION_FILE = "submission.json"
+MACHINE_FILE = "machine.json"
+TIMES_FILE = "times.json"
+REPORT_FILE = "report.html"
+LOCK_FILE = ".lock"
+LOG_FILE = "log.txt"
+# Put before the name of a file with weights that cannot be read.
+DAMAGED = "damaged-"
+
+# What the error of a run begins with that would end in it again.
+DIVERGED = "training has diverged"
+
+
+def run_path(config: Config) -> Path:
+    """Return the folder of a run, which `output_dir` and `run_name` say."""
+    return Path(config.output_dir) / config.run_name
+
+
+def read_json(file: Path) -> Any:
+    """Read a JSON file of a run; None where it is not there.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not file.exists():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}); bring a copy of it back") from error
+
+
+def client_numbers(run: Path) -> dict[int, int] | None:
+    """Read the client numbers of a run over real nodes by node id; None of any other folder.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    if not (run / NODES_FILE).exists():
+        return None
+    numbers = read_json(run / NODES_FILE)
+    if isinstance(numbers, dict):
+        pairs = [(node, number) for node, number in numbers.items() if type(number) is int]
+        if len(pairs) == len(numbers) and all(node.isdecimal() for node in numbers):
+            return {int(node): number for node, number in pairs}
+    raise ValueError(
+        f"{run / NODES_FILE} is damaged: it must hold a number for each node id; bring a copy of "
+        "it back"
+    )
+
+
+def weights_file(run: Path, client: int | None = None) -> Path:
+    """Return the file of a run's final weights, or of those of one of its simulated clients."""
+    return run / ("model.safetensors" if client is None else f"local/client-{client}.safetensors")
+
+
+def is_begun(run: Path) -> bool:
+    """Whether the folder of a run holds one that can be resumed."""
+    return (run / "config.yaml").exists()
+
+
+def run_config(run: Path) -> Config:
+    """Read the configuration of the run in a folder.
+
+    Raises:
+        ValueError: there is no run, or it is of another version of feddm.
+    """
+    if not is_begun(run):
+        raise ValueError(f"RUN: {run} holds no run (there is no {run / 'config.yaml'})")
+    return read_config(run / "config.yaml")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """List the checkpoints in the folder of a run, by round."""
+    return sorted((run / "checkpoints").glob("round_*.safetensors"), key=round_of)
+
+
+def last_complete_round(run: Path) -> int:
+    """Return the last complete round of the run in a folder, 0 before the first."""
+    return max((round_of(file) for file in checkpoints(run)), default=0)
+
+
+def round_of(file: Path) -> int:
+    """Return the round of "round_0005" with any ending.
+
+    Raises:
+        ValueError: the file is named otherwise.
+    """
+    number = file.stem.removeprefix("round_")
+    if not number.isdecimal():
+        raise ValueError(
+            f"{file} must be named by a round, such as round_0005{file.suffix}; move it out of "
+            "the folder of the run"
+        )
+    return int(number)

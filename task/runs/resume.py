@@ -1,0 +1,118 @@
+"""Whether a run can begin or go on in its folder, and which values of two runs may differ."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from task.config import Config, flat_values, read_config, settle_precisions, unknown_values
+from task.runs.layout import is_begun, run_path
+
+NAMES_AND_PLACES = frozenset({"experiment", "output_dir", "run_name", "resume", "data.cache_dir"})
+
+# A resumed run may change these: none of them touches the weights of a round.
+FREE_TO_CHANGE = NAMES_AND_PLACES | frozenset(
+    {
+        "data.root",
+        *("federation.rounds", "federation.num_supernodes", "federation.min_nodes"),
+        *("federation.min_replies", "federation.node_wait", "federation.round_timeout"),
+        *("federation.keep_checkpoints", "federation.cpus_per_client"),
+        *("federation.gpus_per_client", "federation.keep_local_models"),
+        *("federation.max_in_flight", "federation.round_attempts"),
+        # They choose other values before a run begins.
+        *("federation.images_per_client", "train.steps_per_round"),
+        *("eval.every", "eval.images_per_class"),
+        *("eval.num_images", "eval.metrics_every", "eval.final_metrics", "eval.num_per_class"),
+        *("eval.seed", "eval.batch_size", "eval.precision"),
+        *("eval.extractor", "eval.image_range"),
+        *("eval.inception_weights", "eval.exported_program"),
+    }
+)
+
+# Runs that differ in nothing else have the same final weights, but for rounding.
+WITHOUT_INFLUENCE = (FREE_TO_CHANGE - {"federation.rounds", "federation.num_supernodes"}) | {
+    *("train.device", "train.precision", "train.num_threads", "train.channels_last"),
+    *("train.deterministic", "train.compile", "train.num_processes"),
+}
+
+
+def check_startable(config: Config) -> None:
+    """Check that a run can be started, or resumed, in its folder, and make it.
+
+    Raises:
+        ValueError: there is a run already, or none to resume, or one of another configuration,
+            or the folder cannot be written.
+    """
+    path = run_path(config)
+    try:
+        exists = is_begun(path)
+    except OSError as error:
+        raise ValueError(f"run_name: {path} is no possible folder ({error.strerror})") from error
+    if exists and not config.resume:
+        raise ValueError(
+            f"run_name: {path} already holds a run; pass resume=true to continue it "
+            "or another run_name"
+        )
+    if config.resume and not exists:
+        raise ValueError(f"resume: {path} holds no run; check output_dir and run_name")
+    if config.resume:
+        check_same_run(config, path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir: cannot write to {path} ({error.strerror}); choose another"
+        ) from error
+
+
+def check_same_run(config: Config, path: Path) -> None:
+    """Check that a configuration gives the weights of the run in a folder.
+
+    Raises:
+        ValueError: it does not; names every key that differs.
+    """
+    different = different_values(read_config(path / "config.yaml"), config)
+    unknown = [f"{k}={v}" for k, v in unknown_values(path / "config.yaml").items()]
+    if unknown:
+        raise ValueError(
+            f"resume: {path} was trained with {', '.join(unknown)}, which this version of feddm "
+            "does not know; resume it with the version that began it"
+        )
+    differences = [
+        f"{key}={asked} (there: {stored})"
+        for key, (stored, asked) in different.items()
+        if key not in FREE_TO_CHANGE
+    ]
+    if differences:
+        raise ValueError(
+            f"resume: {path} is a run of another configuration; asked for "
+            f"{', '.join(differences)}; pass the words that it was started with"
+        )
+
+
+def different_values(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]]:
+    """List the values by which two runs differ, except for their names and places.
+
+    Args:
+        stored: of a run, resolved.
+        asked: of another, which takes the resolved precisions where it leaves them open.
+    """
+    resolved, wanted = flat_values(stored), flat_values(with_precisions_of(stored, asked))
+    without_clients = stored.train.mode == asked.train.mode == "centralized"
+    return {
+        key: (value, wanted[key])
+        for key, value in resolved.items()
+        if value != wanted[key]
+        and key not in NAMES_AND_PLACES
+        and not (without_clients and is_about_clients(key))
+    }
+
+
+def with_precisions_of(stored: Config, asked: Config) -> Config:
+    """Take over the precisions that a stored run has settled and a configuration leaves open."""
+    return settle_precisions(asked, train=stored.train.precision, eval=stored.eval.precision)
+
+
+def is_about_clients(key: str) -> bool:
+    """Whether a value says something in a federated run only."""
+    return key.startswith(("partition.", "federation.")) and key != "federation.rounds"
