@@ -343,8 +343,9 @@ METRICS = {
             most=MOST_COMPARED,
         ),
         Metric(
-            *("inception_score", "inception score", "higher", (1.0, math.inf)),
+            *("inception_score", "IS", "higher", (1.0, math.inf)),
             *(of_features(_inception_score, TRAINING_IMAGES), FEATURES | {Use.TABLES}),
+            "IS: the Inception score, over 10 splits of the images",
         ),
         Metric(
             *("fid", "FID", "lower", POSITIVE, of_features(_fid, EACH)),

@@ -98,7 +98,7 @@ def test_metric_of_one_entry_is_asked_of_hospitals(toy: Metric, tmp_path: Path) 
 
 def test_headings_tell_the_reference_and_what_is_better() -> None:
     headings = {each.heading for each in figures(Use.TABLES)}
-    assert {"inception score ↑", "FID (train) ↓", "FID (test) ↓", "FID ↓"} <= headings
+    assert {"IS ↑", "FID (train) ↓", "FID (test) ↓", "FID ↓"} <= headings
     assert METRICS["density"].heading(None) == "density ≈ 1"
     assert METRICS["chance_agreement"].heading(None) == "found by one class for all"
 

@@ -212,7 +212,7 @@ def test_comparison_says_first_what_keeps_figures_apart(tmp_path: Path) -> None:
         rows = [re.findall("<t[hd]>([^<]*)", row) for row in table.split("<tr ")[2:]]
         return {name: cells for name, *cells in rows}
 
-    fid = "FID (train) ↓, classifier, correct, n=2,000"
+    fid = "FID (train) ↓, classifier, correct, n=897"
     assert len(rows("a", "longer")[fid]) == 2 and "-" not in rows("a", "longer")["train loss"]
     apart = rows("a", "larger")
     assert apart[f"{fid} (of a alone)"][1] == apart[f"{fid} (of larger alone)"][0] == "-"

@@ -124,13 +124,13 @@ generated and floor of 179 real ones; 13,249 parameters; extractor classifier 01
 - ±: the sample standard deviation over the seeds, where a cell says how many; of a single seed \
 and of real images that of the inception score over its 10 splits.
 
-|  | digits inception score ↑ | digits FID (train) ↓ | digits FID (test) ↓ |
+|  | digits IS ↑ | digits FID (train) ↓ | digits FID (test) ↓ |
 | --- | ---: | ---: | ---: |
 | Centralised | 3.00 ± 0.10 | 10.00 | 11.00 |
 | FedAvg | 2.50 ± 0.10 | 20.00 | 21.00 |
 | real images (floor, n=179) | 9.00 ± 0.20 | 1.50 | 0.7500 |
 
-- Centralised better than FedAvg, digits, inception score: not shown (difference 0.5; a single \
+- Centralised better than FedAvg, digits, IS: not shown (difference 0.5; a single \
 seed, so that no interval is known)
 - Centralised better than FedAvg, digits, FID (train): not shown (difference 10; a single seed, \
 so that no interval is known)
