@@ -32,7 +32,7 @@ from server_app.rounds import initial_model
 from task.config import load_config, load_run_config
 from task.data import Dataset, build_dataset
 from task.protocol.wire import Key
-from task.reporting.metric_table import Figure
+from task.reporting.metric_table import Quantity
 from task.runs.evaluations import Evaluation, Label
 from task.runs.records import TEST, TRAIN, Record, Records
 from task.runs.writer import RunWriter
@@ -315,17 +315,17 @@ LABEL = {
     **{"n_test": 897, "n_floor": 897, "n_scored": 897, "n_rarest": 200},
 }
 # Of generated images and of real ones.
-Scores = dict[Figure, tuple[float | None, float | None]]
+Scores = dict[Quantity, tuple[float | None, float | None]]
 SCORES: Scores = {
-    Figure("fid", TRAIN): (2.5, 2.5),
-    Figure("fid", TEST): (3.5, 3.5),
-    Figure("precision"): (0.8, 0.8),
-    Figure("cas"): (0.8, 0.9),
-    Figure("cas_real"): (None, 0.95),
-    Figure("class_agreement"): (0.7, None),
-    Figure("pixel_distance"): (0.3, 0.4),
-    Figure("pixel_copied"): (0.01, None),
-    Figure("pixel_p_value"): (0.5, None),
+    Quantity("fid", TRAIN): (2.5, 2.5),
+    Quantity("fid", TEST): (3.5, 3.5),
+    Quantity("precision"): (0.8, 0.8),
+    Quantity("cas"): (0.8, 0.9),
+    Quantity("cas_real"): (None, 0.95),
+    Quantity("class_agreement"): (0.7, None),
+    Quantity("pixel_distance"): (0.3, 0.4),
+    Quantity("pixel_copied"): (0.01, None),
+    Quantity("pixel_p_value"): (0.5, None),
 }
 
 
@@ -343,13 +343,13 @@ def evaluated(
     label = Label(**{name: changes.pop(name, value) for name, value in LABEL.items()})
     records = [
         Record(
-            *(server_round, figure.name, value),
-            reference=figure.reference,
+            *(server_round, quantity.name, value),
+            reference=quantity.reference,
             real=real,
             n=label.n_scored,
             context=context,
         )
-        for figure, values in (SCORES | (scores or {})).items()
+        for quantity, values in (SCORES | (scores or {})).items()
         for real, value in zip((False, True), values, strict=True)
         if value is not None
     ]

@@ -168,10 +168,10 @@ def format_client_table(reports: Mapping[str, Evaluation]) -> str:
         columns += [(local, False), (shared, False), (shared, True)]
     rows = [
         (
-            figure.heading,
-            *(with_std(figure.found(records, real=real)) for records, real in columns),
+            quantity.heading,
+            *(with_std(quantity.found(records, real=real)) for records, real in columns),
         )
-        for figure, *_ in measured(reports["local_own"].records)
+        for quantity, *_ in measured(reports["local_own"].records)
     ]
     return lay_out([tuple(heads), *rows])
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import altair as alt
 
 from task.reporting.history import POOLED, RunHistory
-from task.reporting.metric_table import Figure, figures
+from task.reporting.metric_table import Quantity, quantities
 from task.runs.records import TEST, TRAIN, Series
 
 # Told apart by readers without red, green or blue, at a contrast of 4.5 or more on white.
@@ -186,7 +186,7 @@ def loss_charts(runs: Mapping[str, RunHistory], of: str) -> list[Drawing]:
     """
     drawings = []
     for reference in (TRAIN, TEST):
-        lines, title = _series(runs, Figure("loss", reference)), f"{reference} loss{of}"
+        lines, title = _series(runs, Quantity("loss", reference)), f"{reference} loss{of}"
         if lines:
             says = f"A line per run: {_spans(lines)}."
             drawings.append(Drawing(f"{title} by round", says, _spec(_named_lines(lines, title))))
@@ -194,11 +194,11 @@ def loss_charts(runs: Mapping[str, RunHistory], of: str) -> list[Drawing]:
 
 
 def _series(
-    runs: Mapping[str, RunHistory], figure: Figure, *, real: bool = False
+    runs: Mapping[str, RunHistory], quantity: Quantity, *, real: bool = False
 ) -> dict[str, Series]:
     """Return the values of a metric by run and round, of the runs that have some."""
     found = {
-        label: run.records.series(figure.name, reference=figure.reference, real=real)
+        label: run.records.series(quantity.name, reference=quantity.reference, real=real)
         for label, run in runs.items()
     }
     return {label: series for label, series in found.items() if series}
@@ -212,11 +212,11 @@ def metric_charts(runs: Mapping[str, RunHistory], of: str = "") -> list[Drawing]
         of: what follows the titles.
     """
     drawings = []
-    for figure in figures():
-        lines, title = _series(runs, figure), figure.heading + of
+    for quantity in quantities():
+        lines, title = _series(runs, quantity), quantity.heading + of
         if not any(len(series) > 1 for series in lines.values()):
             continue
-        floors = _series(runs, figure, real=True)
+        floors = _series(runs, quantity, real=True)
         says = f"Lines by round: {_spans(lines)}"
         says += f". Dashed, of real images: {_spans(floors)}" if floors else ""
         drawings.append(

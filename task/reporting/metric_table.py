@@ -15,7 +15,7 @@ Row = tuple[str, ...]
 HEADS: Row = ("metric", "generated", "real")
 
 
-class Figure(NamedTuple):
+class Quantity(NamedTuple):
     """A metric, by its name, and the images that it is measured against."""
 
     name: str
@@ -43,10 +43,10 @@ class Figure(NamedTuple):
         return records.last(self.name, reference=self.reference, real=real, client=client)
 
 
-def figures(*uses: Use) -> list[Figure]:
+def quantities(*uses: Use) -> list[Quantity]:
     """List all that can be measured, with one of some uses or of any."""
     return [
-        Figure(metric.name, reference)
+        Quantity(metric.name, reference)
         for metric in METRICS.values()
         if not uses or metric.uses.intersection(uses)
         for reference in REFERENCES
@@ -55,12 +55,12 @@ def figures(*uses: Use) -> list[Figure]:
 
 def measured(
     records: Records, *uses: Use, references: Iterable[str | None] = REFERENCES
-) -> Iterator[tuple[Figure, Record | None, Record | None]]:
-    """List what was measured of the whole run: a figure, of generated images and of real ones."""
-    for figure in figures(*uses):
-        found = [figure.found(records, real=real) for real in (False, True)]
-        if figure.reference in references and any(found):
-            yield figure, found[0], found[1]
+) -> Iterator[tuple[Quantity, Record | None, Record | None]]:
+    """List what was measured of the whole run: a quantity, of generated images and of real ones."""
+    for quantity in quantities(*uses):
+        found = [quantity.found(records, real=real) for real in (False, True)]
+        if quantity.reference in references and any(found):
+            yield quantity, found[0], found[1]
 
 
 def format_table(evaluation: Evaluation) -> str:
@@ -71,8 +71,8 @@ def format_table(evaluation: Evaluation) -> str:
 def metric_rows(evaluation: Evaluation) -> list[Row]:
     """List what an evaluation holds under `HEADS`: a metric, of generated images, of real ones."""
     return [
-        (figure.heading, with_std(generated), with_std(real))
-        for figure, generated, real in measured(evaluation.records)
+        (quantity.heading, with_std(generated), with_std(real))
+        for quantity, generated, real in measured(evaluation.records)
     ]
 
 
@@ -101,7 +101,15 @@ def caption(evaluation: Evaluation, counts: list[int]) -> list[str]:
         evaluation: the table's.
         counts: different numbers of generated images per class, ascending; empty: not known.
     """
-    label = evaluation.label
+    return [
+        *label_caption(evaluation.label, counts),
+        *all_scored(evaluation),
+        *metric_captions(evaluation.records),
+    ]
+
+
+def label_caption(label: Label, counts: list[int]) -> list[str]:
+    """Say what figures hold for; see `caption`."""
     nothing_held_out = (
         "no images are held out: all is measured against the training images, where copies of "
         "them score best, and there is no search for copies"
@@ -113,15 +121,13 @@ def caption(evaluation: Evaluation, counts: list[int]) -> list[str]:
         *looked_through(label),
         f"real: {stand_ins(label)}",
         scored(label),
-        *all_scored(evaluation),
         *[nothing_held_out] * (label.n_test == 0),
-        *metric_captions(evaluation.records),
     ]
 
 
 def metric_captions(records: Records) -> list[str]:
     """List what a reader must know of the metrics that were measured."""
-    found = dict.fromkeys(figure.metric.caption for figure, *_ in measured(records))
+    found = dict.fromkeys(quantity.metric.caption for quantity, *_ in measured(records))
     return [*filter(None, found)]
 
 
@@ -143,8 +149,8 @@ def scored(label: Label) -> str:
 def all_scored(evaluation: Evaluation) -> list[str]:
     """Say the distances of all generated images, where the scores are of fewer."""
     told = [
-        f"{figure.heading} {generated.value:.4f}"
-        for figure, generated, _ in measured(evaluation.whole, Use.SUMMARY)
+        f"{quantity.heading} {generated.value:.4f}"
+        for quantity, generated, _ in measured(evaluation.whole, Use.SUMMARY)
         if generated is not None
     ]
     if not told:

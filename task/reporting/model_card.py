@@ -197,8 +197,8 @@ def _card_evaluation(found: Evaluation) -> dict[str, Any]:
 
 def _own_scores(records: Records) -> dict[str, Any] | None:
     rows = [
-        (figure.heading, with_std(generated), with_std(real))
-        for figure, generated, real in measured(records, references=(None, TRAIN, TEST))
+        (quantity.heading, with_std(generated), with_std(real))
+        for quantity, generated, real in measured(records, references=(None, TRAIN, TEST))
     ]
     agreement = records.last("class_agreement")
     if not rows or agreement is None:
@@ -211,8 +211,8 @@ def _clients_scores(records: Records) -> dict[str, Any] | None:
     """Collect what clients measured together, without what fewer than `MIN_COUNTED` measured."""
     # The clients' own scores may be of a scoring that was broken off.
     counted = [
-        (figure.heading, generated, real, generated.context.get("num_clients", 0))
-        for figure, generated, real in measured(records, references=[HELD_OUT])
+        (quantity.heading, generated, real, generated.context.get("num_clients", 0))
+        for quantity, generated, real in measured(records, references=[HELD_OUT])
         if generated is not None
     ]
     loss = records.last("loss", reference=TEST)

@@ -24,7 +24,7 @@ from task.reporting.charts import (
 )
 from task.reporting.comparison import DATA_KEYS, LOSS_KEYS, alike, incomparable
 from task.reporting.history import POOLED, RunHistory, read_history
-from task.reporting.metric_table import HEADS, caption, figures, measured, metric_rows
+from task.reporting.metric_table import HEADS, caption, measured, metric_rows, quantities
 from task.reporting.rendering import render
 from task.reporting.run_summary import (
     describe_run,
@@ -270,7 +270,7 @@ def _which_data(history: RunHistory) -> NamedValues:
 def _measured_values(history: RunHistory) -> NamedValues:
     return [
         (f"{heading}, {of}", f"{generated} (real {real})" if real else generated)
-        for heading, of, generated, real in evaluated_metrics(history, *figures(Use.SUMMARY))
+        for heading, of, generated, real in evaluated_metrics(history, *quantities(Use.SUMMARY))
     ]
 
 
@@ -419,13 +419,13 @@ def _hospitals(history: RunHistory) -> dict[str, Any] | None:
     if scored is None:
         return None
     records = history.records.of_round(scored.round)
-    columns = [figure for figure, *_ in measured(records, references=[HELD_OUT])]
+    columns = [quantity for quantity, *_ in measured(records, references=[HELD_OUT])]
     rows = []
     for client in (*history.clients, None):
         count = records.value("num_held_out", client=client)
         cells = [
-            _beside(*(figure.found(records, real=real, client=client) for real in (False, True)))
-            for figure in columns
+            _beside(*(quantity.found(records, real=real, client=client) for real in (False, True)))
+            for quantity in columns
         ]
         rows.append(
             ["all" if client is None else f"client {client}", _with_digits(count, ".0f"), *cells]

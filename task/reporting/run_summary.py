@@ -7,7 +7,7 @@ from task.config import Config
 from task.evaluation.metrics import METRICS, Use
 from task.progress import duration
 from task.reporting.history import RunHistory
-from task.reporting.metric_table import Figure, figures
+from task.reporting.metric_table import Quantity, quantities
 from task.runs.records import HELD_OUT, TEST, TRAIN, Record, Records
 
 
@@ -31,7 +31,7 @@ def summary_lines(history: RunHistory) -> list[str]:
     """Say how a run ended, in lines for its log, which are fewer than 15."""
     metrics = [
         (title, f"{generated} ({f'real images {real}; ' if real else ''}{of})")
-        for title, of, generated, real in found_metrics(history, *figures(Use.SUMMARY))
+        for title, of, generated, real in found_metrics(history, *quantities(Use.SUMMARY))
     ]
     rows = [*key_figures(history), *metrics]
     width = max(len(name) for name, _ in rows)
@@ -52,7 +52,7 @@ def key_figures(history: RunHistory, *, losses: bool = True) -> list[tuple[str, 
     return found
 
 
-def found_metrics(history: RunHistory, *wanted: Figure) -> list[Found]:
+def found_metrics(history: RunHistory, *wanted: Quantity) -> list[Found]:
     """List what was measured last in the run itself.
 
     Args:
@@ -61,12 +61,12 @@ def found_metrics(history: RunHistory, *wanted: Figure) -> list[Found]:
     """
     return [
         _found(history.records, each, f", round {each.round}" * (each.round != history.rounds_done))
-        for figure in wanted or figures()
-        if (each := figure.found(history.records)) is not None
+        for quantity in wanted or quantities()
+        if (each := quantity.found(history.records)) is not None
     ]
 
 
-def evaluated_metrics(history: RunHistory, *wanted: Figure) -> list[Found]:
+def evaluated_metrics(history: RunHistory, *wanted: Quantity) -> list[Found]:
     """List figures of the evaluations of the newest weights; without one, of the run itself.
 
     Args:
@@ -79,21 +79,21 @@ def evaluated_metrics(history: RunHistory, *wanted: Figure) -> list[Found]:
         of += f", round {each.round}" * (each.round != history.config.federation.rounds)
         rows += [
             _found(each.records, record, of)
-            for figure in wanted
-            if (record := figure.found(each.records)) is not None
+            for quantity in wanted
+            if (record := quantity.found(each.records)) is not None
         ]
     return rows or found_metrics(history, *wanted)
 
 
 def _found(records: Records, each: Record, of: str) -> Found:
     """Write a record down, with that of real images beside it."""
-    figure, looked_at = Figure(each.metric, each.reference), _looked_at(each)
-    real = figure.found(records, real=True)
+    quantity, looked_at = Quantity(each.metric, each.reference), _looked_at(each)
+    real = quantity.found(records, real=True)
     if each.metric == "class_agreement":
         chance = records.value("chance_agreement", reference=each.reference)
         looked_at += "" if chance is None else f", by chance {chance:.4g}"
     beside = "" if real is None else f"{real.value:.4g}"
-    return Found(figure.heading, looked_at + of, f"{each.value:.4g}", beside)
+    return Found(quantity.heading, looked_at + of, f"{each.value:.4g}", beside)
 
 
 def _looked_at(each: Record) -> str:

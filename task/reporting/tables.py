@@ -18,7 +18,7 @@ from task.config import FILE_SETS
 from task.evaluation.features import HASH_DIGITS
 from task.evaluation.metrics import Use
 from task.generators.registry import build_generator
-from task.reporting.metric_table import Figure, figures
+from task.reporting.metric_table import Quantity, quantities
 from task.reporting.published import (
     PAPER_SIZES,
     PUBLISHED,
@@ -166,7 +166,7 @@ class Gap(NamedTuple):
     p_value: float
 
 
-Scores = dict[Figure, Cell]
+Scores = dict[Quantity, Cell]
 Columns = Mapping[str, Sequence[Measurement]]
 
 
@@ -177,7 +177,7 @@ class Column:
     label: str
     rows: Mapping[str, Scores]
 
-    def score(self, row: str, metric: Figure) -> Cell | None:
+    def score(self, row: str, metric: Quantity) -> Cell | None:
         """Return what stands in a cell; None where nothing was measured."""
         return self.rows.get(row, {}).get(metric)
 
@@ -198,14 +198,14 @@ class Table:
 
     title: str
     rows: Sequence[str]
-    metrics: Sequence[Figure]
+    metrics: Sequence[Quantity]
     columns: Sequence[Column]
     caption: Sequence[str]
     verdicts: Sequence[str] = ()
     members: Sequence[Measurement] = ()
 
     @property
-    def cells(self) -> list[tuple[Column, Figure]]:
+    def cells(self) -> list[tuple[Column, Quantity]]:
         """The column and the metric of each cell of a row."""
         return [(column, metric) for column in self.columns for metric in self.metrics]
 
@@ -400,9 +400,9 @@ def _table(
         # Without a floor of as many images as the scores are of, there is no row of it.
         rows=[*rows, *[floor] * any(column.rows.get(floor) for column in laid_out)],
         metrics=[
-            figure
-            for figure in figures(Use.TABLES)
-            if any(figure.found(each.found.records) for each in members)
+            quantity
+            for quantity in quantities(Use.TABLES)
+            if any(quantity.found(each.found.records) for each in members)
         ],
         columns=laid_out,
         caption=_caption(settings, columns, published, apart),
@@ -421,25 +421,25 @@ def row_label(kind: Kind, value: Any) -> str:
 def _mean_cell(kind: Kind, row: Any, column: Sequence[Measurement], *, whole: bool) -> Scores:
     """Average over the seeds: scores of as many images as the floor has, or of the whole."""
     scores = {}
-    for figure in figures(Use.TABLES):
+    for quantity in quantities(Use.TABLES):
         found = [
             record
             for each in column
             if each.row(kind) == row
-            and (record := _recorded_score(figure, each, whole=whole)) is not None
+            and (record := _recorded_score(quantity, each, whole=whole)) is not None
         ]
         values = [each.value for each in found]
         if len(values) == 1:
-            scores[figure] = Cell(values[0], found[0].std)
+            scores[quantity] = Cell(values[0], found[0].std)
         elif values:
-            scores[figure] = Cell(mean(values), stdev(values), len(values))
+            scores[quantity] = Cell(mean(values), stdev(values), len(values))
     return scores
 
 
-def _recorded_score(figure: Figure, each: Measurement, *, whole: bool) -> Record | None:
+def _recorded_score(quantity: Quantity, each: Measurement, *, whole: bool) -> Record | None:
     """Return the score of all generated images, where that is asked for and differs."""
-    everything = figure.found(each.found.whole) if whole else None
-    return everything or figure.found(each.found.records)
+    everything = quantity.found(each.found.whole) if whole else None
+    return everything or quantity.found(each.found.records)
 
 
 def _floor(each: Measurement, *, whole: bool) -> Scores:
@@ -447,9 +447,9 @@ def _floor(each: Measurement, *, whole: bool) -> Scores:
     if _scored(each, whole=whole) != each.found.label.n_floor:
         return {}
     return {
-        figure: Cell(record.value, record.std)
-        for figure in figures(Use.TABLES)
-        if (record := figure.found(each.found.records, real=True)) is not None
+        quantity: Cell(record.value, record.std)
+        for quantity in quantities(Use.TABLES)
+        if (record := quantity.found(each.found.records, real=True)) is not None
     }
 
 
@@ -506,31 +506,33 @@ def _verdicts(kind: Kind, label: str, rows: Mapping[str, Scores], data: str) -> 
     published = [row[data] for row in in_paper.values() if data in row]
     if [*rows][kind.worst] != [*in_paper][kind.worst]:
         published = []  # It speaks of another row.
-    for figure in figures(Use.TABLES):
-        scores = [row[figure] for row in rows.values() if figure in row]
+    for quantity in quantities(Use.TABLES):
+        scores = [row[quantity] for row in rows.values() if quantity in row]
         if len(scores) < 2:
             continue
-        line = f"{kind.ordering}, {label}, {figure.title}: {verdict(scores, kind.worst, figure)}"
-        theirs = [row[figure] for row in map(_published_scores, published) if figure in row]
+        line = (
+            f"{kind.ordering}, {label}, {quantity.title}: {verdict(scores, kind.worst, quantity)}"
+        )
+        theirs = [row[quantity] for row in map(_published_scores, published) if quantity in row]
         if theirs:
-            holds = min(gap.mean for gap in _gaps(theirs, kind.worst, figure)) > 0
+            holds = min(gap.mean for gap in _gaps(theirs, kind.worst, quantity)) > 0
             line += "; in the paper it " + ("holds" if holds else "does not hold")
         yield line
 
 
-def verdict(scores: Sequence[Cell], worst: int, figure: Figure) -> str:
+def verdict(scores: Sequence[Cell], worst: int, quantity: Quantity) -> str:
     """Say whether one score is shown to be worse than all others, by Welch's t test of each pair.
 
     Args:
         scores: two or more.
         worst: index of the one that should be.
-        figure: what they are scores of.
+        quantity: what they are scores of.
 
     Returns:
         The verdict, with the difference to the score that it is least shown for, the interval
         of that difference, and Welch's p value. A single seed has no interval and shows nothing.
     """
-    gaps = _gaps(scores, worst, figure)
+    gaps = _gaps(scores, worst, quantity)
     gap = min(gaps, key=lambda gap: (gap.low, gap.mean))
     said = f"difference {gap.mean:.4g}"
     if not math.isfinite(gap.low):
@@ -541,9 +543,9 @@ def verdict(scores: Sequence[Cell], worst: int, figure: Figure) -> str:
     return f"{'the opposite is shown' if gap.high < 0 else 'not shown'} ({said})"
 
 
-def _gaps(scores: Sequence[Cell], worst: int, figure: Figure) -> list[Gap]:
+def _gaps(scores: Sequence[Cell], worst: int, quantity: Quantity) -> list[Gap]:
     """By how much the worst is worse than each other one."""
-    sign = -1 if figure.metric.better == "higher" else 1
+    sign = -1 if quantity.metric.better == "higher" else 1
     chosen = scores[worst]
     return [_gap(chosen, other, sign) for other in scores if other is not chosen]
 
@@ -599,11 +601,11 @@ def _published_column(kind: Kind, data: str) -> Column:
 def _published_scores(published: PublishedScores) -> Scores:
     inception_score = Cell(published.inception_score, published.inception_score_std)
     scores = {
-        Figure("inception_score"): inception_score,
-        Figure("fid", TRAIN): Cell(published.fid_train),
+        Quantity("inception_score"): inception_score,
+        Quantity("fid", TRAIN): Cell(published.fid_train),
     }
     if published.fid_test is not None:
-        scores[Figure("fid", TEST)] = Cell(published.fid_test)
+        scores[Quantity("fid", TEST)] = Cell(published.fid_test)
     return scores
 
 
@@ -614,9 +616,9 @@ def _published_table(kind: Kind) -> Table:
         title=f"Published values of Table {kind.number}: {kind.subject}",
         rows=[row_label(kind, value) for value in rows],
         metrics=[
-            figure
-            for figure in figures(Use.TABLES)
-            if any(figure in scores for column in columns for scores in column.rows.values())
+            quantity
+            for quantity in quantities(Use.TABLES)
+            if any(quantity in scores for column in columns for scores in column.rows.values())
         ],
         columns=columns,
         caption=[PUBLISHED_SCALE, "±: as published, of the inception score."],

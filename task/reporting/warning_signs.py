@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 from task.evaluation.copying import least_share_shown
 from task.evaluation.noise_position import MOST_COMPARED
 from task.reporting.history import RunHistory
-from task.reporting.metric_table import Figure
+from task.reporting.metric_table import Quantity
 from task.runs.records import HELD_OUT, SCORING_CLIENTS, TRAIN, Record, Records, Series
 
 # Below five values a median and its deviations say nothing of a sixth.
@@ -27,7 +27,7 @@ DRIFTING_SHARE = 0.25
 LEAST_DRIFTING_ROUNDS = 2
 
 # What is compared between the clients of a round.
-COMPARED = {"train loss": Figure("loss", TRAIN), "update norm": Figure("update_norm")}
+COMPARED = {"train loss": Quantity("loss", TRAIN), "update norm": Quantity("update_norm")}
 
 # Of each class; fewer leave an agreement or a distance to chance.
 LEAST_PER_CLASS = 50
@@ -310,7 +310,7 @@ def _drifting(history: RunHistory) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Figure:
-    """A figure with those of real images and of chance, numbers of images, and what it is of."""
+    """A quantity with those of real images and of chance, numbers of images, and what it is of."""
 
     value: float
     real: float | None
@@ -334,7 +334,7 @@ class _Search:
 
 
 def _measured(history: RunHistory, metric: str) -> Iterator[_Figure]:
-    """Find a figure wherever it was measured last: files of evaluations, the run, hospitals."""
+    """Find a quantity wherever it was measured last: files of evaluations, the run, hospitals."""
     evaluated = False
     for each in history.current_evaluations:
         found = each.records.last(metric)

@@ -36,9 +36,12 @@ NUMBERS = {
     *("num_noise_position_real", "quality_num_class_hospitals", "quality_scored"),
 }
 # Of as many generated images as were drawn, and not as there are real ones.
-OF_ALL = ("class_agreement", "chance_agreement", "cas", "pixel_", "feature_")
+OF_ALL = ("noise_position", "class_agreement", "chance_agreement", "cas", "pixel_", "feature_")
 # Of real images, whose number was not written down.
-OF_REAL = ("classifier_test_accuracy", "agreement_real", "cas_real")
+OF_REAL = (
+    *("classifier_test_accuracy", "agreement_real", "cas_real"),
+    *("pixel_held_out", "feature_held_out"),
+)
 # Of no images.
 COUNTED = (
     *("num_", "seconds", "round_", "overhead_", "images_per"),

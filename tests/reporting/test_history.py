@@ -10,7 +10,7 @@ from task.config import OWN_IMAGES, anchored, flat_values, load_config, read_con
 from task.evaluation.metrics import METRICS
 from task.progress import duration
 from task.reporting.history import RunHistory, read_history
-from task.reporting.metric_table import Figure
+from task.reporting.metric_table import Quantity
 from task.reporting.run_summary import (
     describe_run,
     evaluated_metrics,
@@ -39,7 +39,7 @@ from task.runs.repeat import (
 from task.runs.resume import check_same_run
 from tests.helpers import evaluated, left_out, losses, written_run
 
-NOISE_POSITION = Figure("noise_position")
+NOISE_POSITION = Quantity("noise_position")
 
 
 def test_history_holds_what_was_recorded_of_complete_rounds(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_copies_and_few_images_are_warned_of(tmp_path: Path) -> None:
     run = written_run(tmp_path / "run", losses(1, {0: 0.5}), rounds_done=2)
     file = run / "evaluation-classifier-correct.json"
     for p_value, state in ((0.02, State.CLEAR), (0.001, State.WARNING), (None, State.UNMEASURED)):
-        content = evaluated(scores={Figure("pixel_p_value"): (p_value, None)})
+        content = evaluated(scores={Quantity("pixel_p_value"): (p_value, None)})
         file.write_text(json.dumps(content))
         assert [check.state for check in found(read_history(run), "copies")] == [state]
         assert [check.state for check in found(read_history(run), "fewer")] == [State.CLEAR]

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import save_file
 
 from task.config import anchored, load_config, write_config
-from task.reporting.metric_table import Figure
+from task.reporting.metric_table import Quantity
 from task.reporting.model_card import training_counts, write_model_card
 from task.runs.records import HELD_OUT, TEST, TRAIN, Record, records_of
 from task.runs.run import FinishedRun, load_run
@@ -23,10 +23,10 @@ EXPORTED = {
     "weights_sha256": "ab" * 32,
 }
 SCORES: Scores = {
-    Figure("fid", TRAIN): (1.25, 0.75),
-    Figure("class_agreement"): (0.99, None),
-    Figure("pixel_copied"): (0.125, None),
-    Figure("pixel_p_value"): (0.03125, None),
+    Quantity("fid", TRAIN): (1.25, 0.75),
+    Quantity("class_agreement"): (0.99, None),
+    Quantity("pixel_copied"): (0.125, None),
+    Quantity("pixel_p_value"): (0.03125, None),
 }
 
 

@@ -14,7 +14,7 @@ from task.cli.main import app
 from task.cli.tables import csv_text
 from task.config import load_config, write_config
 from task.reporting.figures import Picture
-from task.reporting.metric_table import Figure
+from task.reporting.metric_table import Quantity
 from task.reporting.published import PUBLISHED
 from task.reporting.rendering import render
 from task.reporting.tables import (
@@ -32,7 +32,7 @@ from task.runs.run import find_runs
 
 SMALL = ("data=digits", "model.width=8", "model.num_poolings=1", "federation.rounds=3")
 FULL = ("experiment=table1", "eval.extractor=inception", "eval.image_range=paper")
-INCEPTION_SCORE, FID = Figure("inception_score"), Figure("fid", TRAIN)
+INCEPTION_SCORE, FID = Quantity("inception_score"), Quantity("fid", TRAIN)
 FULL_COUNTS = {"n_generated": 10_000, "n_train": 50_000, "n_test": 10_000, "n_floor": 10_000}
 FULL_COUNTS["n_scored"] = FULL_COUNTS["n_floor"]
 
@@ -98,7 +98,7 @@ def titles(tables: list[Table]) -> list[str]:
     return [table.title.split(":")[0] for table in measured(tables)]
 
 
-def cells(table: Table, column: int, metric: Figure) -> dict[str, str]:
+def cells(table: Table, column: int, metric: Quantity) -> dict[str, str]:
     rows = table.columns[column].rows
     return {label: str(rows[label][metric]) for label in table.rows if metric in rows[label]}
 
@@ -383,7 +383,7 @@ def test_table_v_is_at_full_scale_with_the_papers_split(sweep: Sweep) -> None:
     ],
 )
 def test_verdicts_rest_on_the_interval_of_the_difference(
-    means: tuple[float, ...], std: float | None, seeds: int, metric: Figure, expected: str
+    means: tuple[float, ...], std: float | None, seeds: int, metric: Quantity, expected: str
 ) -> None:
     scores = [Cell(mean, std, seeds) for mean in means]
     assert verdict(scores, 0, metric).startswith(expected)
