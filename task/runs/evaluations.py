@@ -147,12 +147,12 @@ def _of_first_schema(content: dict[str, Any]) -> dict[str, Any]:
     n_scored = content.get("n_scored", generated)
     # Floors of another number of images are not read, which this number says of the others.
     like = {"n_scored": n_scored} if n_scored == content["n_floor"] else {}
+    seen = {name: content[name] for name in ("extractor", "image_range", "seed")}
 
     def records(values: Mapping[str, Any]) -> list[dict[str, Any]]:
         line = {"round": content["round"], "who": "global"}
-        return [
-            *translated({**line, "name": name, "value": value} for name, value in values.items())
-        ]
+        lines = ({**line, "name": name, "value": value} for name, value in values.items())
+        return [{"context": seen, **each} for each in translated(lines)]
 
     whole = {name[6:]: value for name, value in scores.items() if name.startswith("whole_")}
     return {
