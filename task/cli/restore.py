@@ -26,7 +26,7 @@ from task.runs.layout import run_config
 from task.runs.run import final_model
 from task.training.devices import select_device
 
-RESTORED_NOTICE = "partly synthetic image, restored by a diffusion model"
+RESTORED_NOTICE = "partly synthetic image, restored by a generative model"
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def network_of(generator: Generator) -> nn.Module:
         TypeError: it is none.
     """
     if not isinstance(generator, Diffusion):
-        raise TypeError(f"a network format takes a diffusion model, got {generator.name}")
+        raise TypeError(f"a network format takes a diffusion model, got a {generator.title}")
     return generator.network
 
 

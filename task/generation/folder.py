@@ -37,7 +37,7 @@ MANIFEST_FILE = "manifest.json"
 GRID_FILE = "grid.png"
 # Images of a class in the grid.
 GRID_COLUMNS = 10
-NOTICE = "synthetic image, drawn by a diffusion model"
+NOTICE = "synthetic image, drawn by a generative model"
 
 IMAGES_LOCK = ".lock"
 

@@ -93,12 +93,14 @@ class Generator(nn.Module, ABC):
     A family is one subclass and one entry in `task.generators.registry`.
 
     Attributes:
+        title: what it is called in messages and reports.
         image_shape: (C, H, W) of the images.
         local: names in the `state_dict` of what never leaves a client.
         private: names of the optimizers whose losses look at real images.
         evaluations_per_image: how often `sample` evaluates a network for an image.
     """
 
+    title: str
     image_shape: tuple[int, int, int]
     local: frozenset[str] = frozenset()
     private: frozenset[str] = frozenset()
@@ -163,17 +165,21 @@ class Generator(nn.Module, ABC):
             ValueError: an option is out of range, or the family cannot restore.
         """
         raise ValueError(
-            f"model must be of a family that restores images, such as diffusion, got {self.name}"
+            f"model must be of a family that restores images, such as diffusion, got a {self.title}"
         )
+
+    def description(self) -> Mapping[str, object]:
+        """Say by name how it is trained and draws, for reports and model cards."""
+        return {}
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of trained values."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def drawing_settings(self) -> Mapping[str, Any]:
         """Return in plain values what drawing needs beside the weights, for an export."""
         return {}
-
-    @property
-    def name(self) -> str:
-        """The class, for messages."""
-        return type(self).__name__
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the networks in place; the generator itself is never called."""

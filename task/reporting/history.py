@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from task.config import Config
-from task.generators.registry import build_generator
+from task.generators.base import Generator
+from task.generators.registry import weightless_generator
 from task.lock import holder
 from task.runs.evaluations import Evaluation, read_evaluations
 from task.runs.layout import (
@@ -134,10 +134,9 @@ class RunHistory:
         return sorted(counted.union(self.records.clients))
 
     @cached_property
-    def num_parameters(self) -> int:
-        """The weights of the network."""
-        with torch.device("meta"):
-            return sum(weight.numel() for weight in build_generator(self.config).parameters())
+    def generator(self) -> Generator:
+        """What was trained, without weights."""
+        return weightless_generator(self.config)
 
     @property
     def num_images(self) -> int | None:

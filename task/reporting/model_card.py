@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from task.config import FederationConfig
+from task.generators.base import Generator
 from task.reporting.history import RunHistory, read_history
 from task.reporting.metric_table import HEADS, caption, measured, metric_rows, with_std
 from task.reporting.rendering import render
@@ -77,7 +78,8 @@ def write_model_card(
         num_clients=num_clients,
         num_silent=num_silent,
         counts=None if counts is None else _class_rows(data.classes, counts),
-        training=training_rows(run, server_round),
+        title=history.generator.title,
+        training=training_rows(run, history.generator, server_round),
         heads=HEADS,
         min_counted=MIN_COUNTED,
         results=results,
@@ -125,10 +127,10 @@ def _class_rows(classes: Sequence[str], counts: Sequence[int]) -> CardRows:
     return [*rows, ("all", f"{sum(counts):,}")]
 
 
-def training_rows(run: FinishedRun, server_round: int) -> CardRows:
+def training_rows(run: FinishedRun, generator: Generator, server_round: int) -> CardRows:
     """List how the model was trained."""
     config = run.config
-    train, diffusion, federation = config.train, config.diffusion, config.federation
+    train, federation = config.train, config.federation
     federated = train.mode == "federated"
     return [
         ("algorithm", federation.aggregation if federated else "centralised training"),
@@ -136,14 +138,12 @@ def training_rows(run: FinishedRun, server_round: int) -> CardRows:
         *(_federation_rows(federation) if federated else []),
         ("local epochs", train.local_epochs),
         ("batch size", train.batch_size),
-        ("learning rate (Adam)", train.lr),
+        ("learning rate", train.lr),
         # "auto" is not what was used, which depends on the machine.
         *[("precision", train.precision)] * (train.precision != "auto"),
         *[("partition.beta (Dirichlet)", config.partition.beta)] * (run.partition is not None),
-        ("schedule", f"{diffusion.schedule}, {diffusion.num_timesteps} timesteps"),
-        ("prediction type", diffusion.prediction_type),
-        ("loss weighting", f"{diffusion.loss_weighting}, {diffusion.loss_reduction} over pixels"),
-        ("label dropout", diffusion.label_dropout),
+        *generator.description().items(),
+        ("parameters", f"{generator.num_parameters:,}"),
         ("network", ", ".join(f"{k} {v}" for k, v in vars(config.model).items())),
         ("seed", config.seed),
     ]

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from task.config import Config
 from task.evaluation.metrics import METRICS, Use
 from task.progress import duration
 from task.reporting.history import RunHistory
@@ -110,8 +109,7 @@ def _looked_at(each: Record) -> str:
 
 def describe_run(history: RunHistory) -> list[str]:
     """Say in sentences what was trained, by whom and on what."""
-    config = history.config
-    return [_who_trained_what(history), _diffusion(config), _where(history)]
+    return [_who_trained_what(history), _generator(history), _where(history)]
 
 
 def _who_trained_what(history: RunHistory) -> str:
@@ -124,8 +122,8 @@ def _who_trained_what(history: RunHistory) -> str:
         "real nodes": f"{num_clients} hospitals, each on its own images,",
     }[history.setting]
     return (
-        f"{who} trained a U-Net of {history.num_parameters:,} parameters to draw images of "
-        f"{data.name}: {len(data.classes)} classes, {data.image_size}x{data.image_size} pixels, "
+        f"{who} trained a model of {history.generator.num_parameters:,} parameters to draw "
+        f"images of {data.name}: {len(data.classes)} classes, {data.image_size}x{data.image_size} pixels, "
         f"{data.channels} channel{'s' * (data.channels > 1)}. {_what_is_done(history)}"
     )
 
@@ -138,14 +136,9 @@ def _what_is_done(history: RunHistory) -> str:
     )
 
 
-def _diffusion(config: Config) -> str:
-    diffusion = config.diffusion
-    steps = diffusion.num_inference_steps or diffusion.num_timesteps
-    return (
-        f"The diffusion has {diffusion.num_timesteps} timesteps on a {diffusion.schedule} "
-        f"schedule; the prediction type is {diffusion.prediction_type}, and images are "
-        f"drawn by {diffusion.sampler} in {steps} steps."
-    )
+def _generator(history: RunHistory) -> str:
+    told = [f"{name} {value}" for name, value in history.generator.description().items()]
+    return f"It is a {'; '.join([history.generator.title, *told])}."
 
 
 def _where(history: RunHistory) -> str:

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-import torch
 from scipy.stats import t as student_t
 
 from task.config import FILE_SETS
 from task.evaluation.features import HASH_DIGITS
 from task.evaluation.metrics import Use
-from task.generators.registry import build_generator
+from task.generators.registry import weightless_generator
 from task.reporting.metric_table import Quantity, quantities
 from task.reporting.published import (
     PAPER_SIZES,
@@ -487,8 +486,7 @@ def _caption(
 
 def _column_caption(name: str, each: Measurement, *, whole: bool) -> str:
     label, data = each.found.label, each.run.config.data
-    with torch.device("meta"):
-        parameters = sum(weight.numel() for weight in build_generator(each.run.config).parameters())
+    parameters = weightless_generator(each.run.config).num_parameters
     scored = _scored(each, whole=whole)
     return (
         f"{name}: {data.image_size}x{data.image_size}, {label.n_generated:,} generated, "

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from task.checks import require
@@ -23,7 +22,7 @@ from task.config import (
 from task.generation.images import GeneratedImages, ImageSource, class_labels
 from task.generation.restoration import RESTORATION_VALUES, Restorer, known_part, restoration_config
 from task.generators.base import Generator
-from task.generators.registry import build_generator
+from task.generators.registry import build_generator, weightless_generator
 from task.runs.checkpoint import load_weights
 from task.runs.evaluations import Evaluation, read_evaluations
 from task.runs.layout import PARTITION_FILE, run_config, weights_file
@@ -281,8 +280,7 @@ def final_model(run: Path, config: Config, client: int | None = None) -> tuple[G
     require(not broken, str(file), "finite weights", f"NaN or infinity in {broken[:3]}")
     try:
         # First without memory: a changed configuration may ask for more than there is.
-        with torch.device("meta"):
-            build_generator(config).load_state_dict(weights, assign=True)
+        weightless_generator(config).load_state_dict(weights, assign=True)
         model = build_generator(config)
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -67,7 +67,7 @@ def test_folder_holds_what_sample_draws_and_reads_back_as_a_data_set(
     assert file.mode == "L" and np.array(file).shape == (8, 8)
     assert file.text == {  # type: ignore[attr-defined]
         "Software": "feddm",
-        "Comment": "synthetic image, drawn by a diffusion model",
+        "Comment": "synthetic image, drawn by a generative model",
     }
 
 

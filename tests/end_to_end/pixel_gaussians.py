@@ -20,6 +20,8 @@ class PixelGaussiansConfig(ModelConfig):
 class PixelGaussians(Generator):
     """A mixture of Gaussians, one for each class, with a mean and a deviation for each pixel."""
 
+    title = "mixture of Gaussians"
+
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
         self.image_shape = image_shape

@@ -91,7 +91,7 @@ def test_it_draws_evaluates_reports_and_exports(
         (("export", "--to", "onnx"), "--to must be safetensors for this family of models"),
         (
             ("restore", "{image}", "--class", "3", "--upscale", "2", "--out", "{out}"),
-            "model must be of a family that restores images, such as diffusion, got PixelGaussians",
+            "a family that restores images, such as diffusion, got a mixture of Gaussians",
         ),
     ],
 )

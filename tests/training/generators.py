@@ -16,6 +16,7 @@ def label_losses(model: "Known", batch: Batch) -> Tensor:
 class Known(Generator):
     """One weight; it keeps the batches that it is given."""
 
+    title = "known model"
     image_shape = (1, 8, 8)
 
     def __init__(self, loss: Callable[["Known", Batch], Tensor] = label_losses) -> None:

@@ -59,6 +59,7 @@ class Diffusion(Generator):
         sampling: how `sample` draws.
     """
 
+    title = "diffusion model"
     private = frozenset({"adam"})
 
     def __init__(
@@ -196,6 +197,19 @@ class Diffusion(Generator):
             projection=projection,
             draw_noise=noise,
         )
+
+    def description(self) -> dict[str, object]:
+        """Say how it is noised, what it predicts, how it is trained, and how it draws."""
+        objective, schedule = self.objective, self.objective.schedule
+        steps, scale = len(self._steps), self.sampling.guidance_scale
+        guidance = f", guidance scale {scale:g}" * (scale != 1)
+        return {
+            "schedule": f"{schedule.name}, {schedule.num_timesteps} timesteps",
+            "prediction type": objective.prediction_type,
+            "loss": f"{objective.loss_weighting} weighting, {objective.loss_reduction} over pixels",
+            "label dropout": objective.label_dropout,
+            "sampler": f"{self.sampling.sampler}, {steps} steps{guidance}",
+        }
 
     def drawing_settings(self) -> dict[str, Any]:
         """Return what `task.generators.diffusion.samplers.draw_by_settings` reads."""

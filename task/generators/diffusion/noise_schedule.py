@@ -27,10 +27,12 @@ class NoiseSchedule:
     Attributes:
         alphas_cumprod: [T] float64 in (0, 1), falling, on the CPU; timesteps are 0-based.
         continuous: whether training noises at any time in [0, 1), or at the T timesteps only.
+        name: for reports.
     """
 
     alphas_cumprod: Tensor
     continuous: bool = False
+    name: str = ""
 
     @property
     def num_timesteps(self) -> int:
@@ -67,12 +69,12 @@ def build_schedule(config: Config) -> NoiseSchedule:
     """
     name, num_timesteps = config.diffusion.schedule, config.diffusion.num_timesteps
     if name == "linear":
-        return NoiseSchedule(linear_alphas_cumprod(num_timesteps))
+        return NoiseSchedule(linear_alphas_cumprod(num_timesteps), name=name)
     if name == "cosine":
-        return NoiseSchedule(cosine_alphas_cumprod(num_timesteps))
+        return NoiseSchedule(cosine_alphas_cumprod(num_timesteps), name=name)
     if name == "continuous":
         times = _timesteps(1, num_timesteps + 1) / num_timesteps
-        return NoiseSchedule(continuous_alphas_cumprod(times), continuous=True)
+        return NoiseSchedule(continuous_alphas_cumprod(times), continuous=True, name=name)
     raise ValueError(f"diffusion.schedule must be linear, cosine or continuous, got {name!r}")
 
 
