@@ -123,7 +123,8 @@ def _who_trained_what(history: RunHistory) -> str:
     }[history.setting]
     return (
         f"{who} trained a model of {history.generator.num_parameters:,} parameters to draw "
-        f"images of {data.name}: {len(data.classes)} classes, {data.image_size}x{data.image_size} pixels, "
+        f"images of {data.name}: {len(data.classes)} classes, "
+        f"{data.image_size}x{data.image_size} pixels, "
         f"{data.channels} channel{'s' * (data.channels > 1)}. {_what_is_done(history)}"
     )
 
