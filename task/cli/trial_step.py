@@ -5,8 +5,6 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -14,7 +12,6 @@ import torch
 
 from task.config import Config
 from task.generators.registry import build_generator
-from task.processes import end_with_parent
 from task.training.devices import (
     compile_where_wanted,
     configure_torch,
@@ -22,7 +19,11 @@ from task.training.devices import (
     keep_freed_memory,
     select_device,
 )
-from task.training.distributed import count_processes
+from task.training.distributed import (
+    ProcessDiedError,
+    call_in_processes,
+    count_processes,
+)
 from task.training.loop import fit, fit_options
 from task.training.precision import fastest_precision
 
@@ -81,26 +82,18 @@ def in_own_process(function: Callable[[Argument], Result], argument: Argument) -
         RuntimeError: it died otherwise.
         Exception: whatever the function raised.
     """
-    context = get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(function, argument, sender))
     kills = oom_kills()
-    process.start()
-    sender.close()
-    told: tuple[Result | None, Exception | None] | None
     try:
-        told = receiver.recv()
-    except EOFError:
-        told = None
-    process.join()
-    if told is None and process.exitcode == -signal.SIGKILL and oom_kills() > kills:
-        raise MemoryError("the system has killed the process")
-    if told is None:
-        raise RuntimeError(described_death(process.exitcode))
-    result, error = told
-    if error is not None:
-        raise error
-    return cast("Result", result)
+        return cast("Result", call_in_processes(_call, function, argument, num_processes=1))
+    except ProcessDiedError as died:
+        (code,) = died.exit_codes
+        if code == -signal.SIGKILL and oom_kills() > kills:
+            raise MemoryError("the system has killed the process") from died
+        raise RuntimeError(described_death(code)) from died
+
+
+def _call(_: int, function: Callable[[Argument], Result], argument: Argument) -> Result:
+    return function(argument)
 
 
 def described_death(exitcode: int | None) -> str:
@@ -126,14 +119,6 @@ def oom_kills() -> int:
             lines = (line.split() for line in file.read_text(encoding="ascii").splitlines())
             found += sum(int(number) for name, number in lines if name == "oom_kill")
     return found
-
-
-def _report(function: Callable[[Argument], Result], argument: Argument, sender: Connection) -> None:
-    end_with_parent()
-    try:
-        sender.send((function(argument), None))
-    except Exception as error:
-        sender.send((None, error))
 
 
 def _try_step(config: Config) -> Trial:

@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +29,8 @@ from task.training.devices import configure_torch, keep_freed_memory
 
 # How long one process waits for another, which may still be compiling.
 PATIENCE = timedelta(minutes=10)
+# Files in which processes tell the one that started them what they returned or raised.
+RESULT, ERROR = "result.pt", "error"
 
 
 def count_processes(wanted: int | None, device: torch.device, *, one_per_gpu: bool) -> int:
@@ -64,112 +66,138 @@ def count_processes(wanted: int | None, device: torch.device, *, one_per_gpu: bo
     return wanted
 
 
+class ProcessDiedError(RuntimeError):
+    """A process was killed, or ended without telling why.
+
+    Attributes:
+        exit_codes: of all processes, below 0 that of a signal; None of one that still ran.
+    """
+
+    def __init__(self, exit_codes: Sequence[int | None]) -> None:
+        """Note the exit codes."""
+        super().__init__(f"a process ended without an exception, exit codes {exit_codes}")
+        self.exit_codes = exit_codes
+
+
 def run_in_processes(
     function: Callable[..., Any], *arguments: Any, num_processes: int, device_type: str
 ) -> Any:
-    """Call `function(rank, device, *arguments)` in several processes of this machine.
+    """Call `function(rank, device, *arguments)` in processes that train together.
 
     They are a group of `torch.distributed`; each has as many threads, and is as deterministic, as
-    this process. Whatever one of them raises ends all of them and is raised here.
+    this process. Otherwise as `call_in_processes`.
 
     Args:
         function: of a module.
-        *arguments: what each is handed; tensors lie in memory that they share.
+        *arguments: what each is handed.
         num_processes: how many.
         device_type: "cuda", where the rank is the number of the GPU, or "cpu".
-
-    Returns:
-        What the first one returns: tensors, and plain values.
 
     Raises:
         RuntimeError: a process was killed.
     """
+    # A GPU's memory that this process has kept, rank 0 may need.
+    torch.cuda.empty_cache()
+    deterministic = torch.are_deterministic_algorithms_enabled()
     with tempfile.TemporaryDirectory(prefix="feddm-") as folder:
-        job = _Job(
-            folder=Path(folder),
-            num_processes=num_processes,
-            num_threads=torch.get_num_threads(),
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            device_type=device_type,
-            function=function,
-            arguments=arguments,
-        )
-        # A GPU's memory that this process has kept, rank 0 may need.
-        torch.cuda.empty_cache()
-        _run(job)
-        return torch.load(job.done_file, map_location="cpu", weights_only=True)
+        group = _Group(folder, num_processes, device_type, torch.get_num_threads(), deterministic)
+        try:
+            return call_in_processes(
+                _call_in_group, group, function, *arguments, num_processes=num_processes
+            )
+        except ProcessDiedError as died:
+            raise RuntimeError(
+                f"a training process ended without an exception, exit codes {died.exit_codes}; -9 "
+                "is what Linux gives where memory runs out: lower train.batch_size or "
+                "train.num_processes; -7 where /dev/shm does, which must hold images and weights: "
+                "docker run --shm-size"
+            ) from died
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What every process is handed."""
-
-    folder: Path
+class _Group:
+    folder: str
     num_processes: int
+    device_type: str
     num_threads: int
     deterministic: bool
-    device_type: str
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-
-    @property
-    def done_file(self) -> Path:
-        return self.folder / "done.pt"
-
-    @property
-    def error_file(self) -> Path:
-        return self.folder / "error"
 
 
-def _run(job: _Job) -> None:
-    """Start the processes of a job and wait for them; when one has failed, end the others.
+def _call_in_group(rank: int, group: _Group, function: Callable[..., Any], *arguments: Any) -> Any:
+    if sys.platform == "linux":
+        # All on one machine: nothing needs to listen beyond it.
+        os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    keep_freed_memory()
+    configure_torch(num_threads=group.num_threads, deterministic=group.deterministic)
+    device, backend = torch.device("cpu"), "gloo"
+    if group.device_type == "cuda":
+        device, backend = torch.device("cuda", rank), "nccl"
+        torch.cuda.set_device(device)
+    distributed.init_process_group(
+        backend,
+        store=FileStore(f"{group.folder}/store", group.num_processes),
+        rank=rank,
+        world_size=group.num_processes,
+        timeout=PATIENCE,
+    )
+    done = function(rank, device, *arguments)
+    distributed.destroy_process_group()
+    return done
+
+
+def call_in_processes(function: Callable[..., Any], *arguments: Any, num_processes: int) -> Any:
+    """Call `function(rank, *arguments)` in new processes; returns what the first one returns.
+
+    Tensors among the arguments lie in memory that all share. Whatever one of them raises ends all
+    of them and is raised here, and all end with this process.
 
     Raises:
-        RuntimeError: one was killed.
+        ProcessDiedError: one was killed.
         Exception: what the first that failed has raised.
     """
     # Not forked: a process that has used CUDA cannot be.
     spawning = multiprocessing.get_context("spawn")
-    processes = [
-        spawning.Process(target=_work, args=(rank, os.getpid(), job), daemon=True)
-        for rank in range(job.num_processes)
-    ]
-    try:
-        for process in processes:
-            process.start()
-        running = processes
-        while running and not any(process.exitcode for process in processes):
-            connection.wait([process.sentinel for process in running])
-            running = [process for process in processes if process.exitcode is None]
-        codes = [process.exitcode for process in processes]
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.kill()
-                process.join()
-    # Where one was killed, what the others then raise is of no interest.
-    if job.error_file.exists() and -signal.SIGKILL not in codes:
-        raise pickle.loads(job.error_file.read_bytes())
-    if any(codes):
-        raise RuntimeError(
-            f"a training process ended without a word, exit codes {codes}; -9 is what Linux "
-            "gives where memory runs out: lower train.batch_size or train.num_processes; -7 where "
-            "/dev/shm does, which must hold images and weights: docker run --shm-size"
-        )
+    with tempfile.TemporaryDirectory(prefix="feddm-") as folder:
+        told = Path(folder)
+        processes = [
+            spawning.Process(target=_work, args=(rank, os.getpid(), told, function, arguments))
+            for rank in range(num_processes)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            running = processes
+            while running and not any(process.exitcode for process in processes):
+                connection.wait([process.sentinel for process in running])
+                running = [process for process in processes if process.exitcode is None]
+            codes = [process.exitcode for process in processes]
+        finally:
+            for process in processes:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+        # Where one was killed, what the others then raise is of no interest.
+        if (told / ERROR).exists() and -signal.SIGKILL not in codes:
+            raise pickle.loads((told / ERROR).read_bytes())
+        if any(codes):
+            raise ProcessDiedError(codes)
+        # Written by this program a moment ago, so it may hold any object.
+        return torch.load(told / RESULT, map_location="cpu", weights_only=False)
 
 
-def _work(rank: int, parent: int, job: _Job) -> None:
-    """Be one of the processes of a job."""
+def _work(
+    rank: int, parent: int, told: Path, function: Callable[..., Any], arguments: Sequence[Any]
+) -> None:
+    """Be one of the processes."""
     end_with_parent()
     if os.getppid() != parent:
         return  # it was gone before
-    if sys.platform == "linux":
-        # All on one machine: nothing needs to listen beyond it.
-        os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     try:
-        _call(rank, job)
+        done = function(rank, *arguments)
+        if rank == 0:
+            torch.save(done, told / RESULT)
     except Exception as error:
-        _leave_error(error, job.error_file)
+        _leave_error(error, told / ERROR)
         sys.exit(1)
 
 
@@ -179,32 +207,12 @@ def _leave_error(error: Exception, file: Path) -> None:
     with suppress(Exception):
         # Not every exception survives; its class is what most depends on.
         told = pickle.loads(pickle.dumps(error))
-    told.add_note(f"in a training process:\n{traceback.format_exc()}")
+    told.add_note(f"in a process of its own:\n{traceback.format_exc()}")
     aside = file.with_name(f"{file.name}-{os.getpid()}")
     aside.write_bytes(pickle.dumps(told))
     # Whole, and the first one stays: the failures of the others follow from it.
     with suppress(FileExistsError):
         os.link(aside, file)
-
-
-def _call(rank: int, job: _Job) -> None:
-    keep_freed_memory()
-    configure_torch(num_threads=job.num_threads, deterministic=job.deterministic)
-    device, backend = torch.device("cpu"), "gloo"
-    if job.device_type == "cuda":
-        device, backend = torch.device("cuda", rank), "nccl"
-        torch.cuda.set_device(device)
-    distributed.init_process_group(
-        backend,
-        store=FileStore(str(job.folder / "store"), job.num_processes),
-        rank=rank,
-        world_size=job.num_processes,
-        timeout=PATIENCE,
-    )
-    done = job.function(rank, device, *job.arguments)
-    if rank == 0:
-        torch.save(done, job.done_file)
-    distributed.destroy_process_group()
 
 
 def average_gradients(optimizer: torch.optim.Optimizer) -> None:
