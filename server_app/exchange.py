@@ -179,6 +179,11 @@ class Question(Generic[T]):
     content: RecordDict
     read: Callable[[RecordDict], T]
 
+    @property
+    def activity(self) -> str:
+        """What is asked, in a word: "train", "evaluate" or "scores"."""
+        return self.message_type.rpartition(".")[2]
+
 
 class ClientExchange:
     """Asks the clients of a run, and sorts out the replies that can be used.
@@ -239,7 +244,7 @@ class ClientExchange:
             at_once=self._at_once(record_of(question.content, Key.ARRAYS, ArrayRecord)),
             phases=phases,
         )
-        stage = f"round {server_round}: {question.message_type}, replies of {len(clients)} clients"
+        stage = f"round {server_round}: {question.activity}, replies of {len(clients)} clients"
         for reply in tracked(replies, len(clients), stage):
             phases.enter("aggregating")
             try:

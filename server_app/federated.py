@@ -26,7 +26,7 @@ from server_app.weighting import Weighting
 from task.data import ImageSet
 from task.data.partition import partition_dataset
 from task.evaluation.hospital_scores import HospitalScores
-from task.protocol.wire import SCORES, Key, WeightLayout, Weights
+from task.protocol.wire import Key, WeightLayout, Weights
 from task.runs.layout import CLASS_COUNTS_FILE, NODES_FILE, client_numbers
 from task.runs.records import LEFT_OUT, TEST, TRAIN, Record, records_of
 from task.runs.writer import RunWriter
@@ -150,15 +150,48 @@ class FederatedTraining(RoundLoop):
             DivergedError: there was none, because training has diverged at every client.
         """
         self.phases.enter("sending")
-        federation = self.config.federation
         clients = self.draw_clients(server_round)
+        losses, told = self.train_clients(server_round, clients)
+        left_out = self._exchange.left_out
+        if len(losses) < self.config.federation.min_replies:
+            self._failed |= left_out.keys()
+            raise TooFewRepliesError(
+                f"round {server_round}: {len(losses)} of {len(clients)} clients sent usable "
+                f"weights, federation.min_replies={self.config.federation.min_replies} "
+                f"({described(left_out)})"
+            )
+        self._failed.clear()
+        self.phases.enter("aggregating")
+        self.weights = self.strategy.finish()
+        counted = [*losses.values()]
+        self.directory.record(
+            [
+                *told,
+                *self.held_to_their_share(server_round, losses),
+                *left_out_records(server_round, MessageType.TRAIN, left_out),
+                loss_record(server_round, self._weighting.combined(counted), TRAIN),
+                Record(server_round, "num_clients", len(losses)),
+            ]
+        )
+        found = self._weighting.describe(counted)
+        return f"train loss {found}, {len(losses)} of {len(clients)} clients"
+
+    def train_clients(
+        self, server_round: int, clients: list[int]
+    ) -> tuple[dict[int, tuple[int, float]], list[Record]]:
+        """Let clients train, and add their weights up as they come.
+
+        Returns:
+            Images and loss of each client whose weights can be used, by its number, and what is
+            to be recorded of them.
+        """
         kept = self.clients_to_keep(server_round, clients)
         sent = self.strategy.broadcast(self.weights)
         read = partial(
             read_training,
             sent=sent,
             num_clients=len(clients),
-            max_norm=federation.max_update_norm,
+            max_norm=self.config.federation.max_update_norm,
         )
         losses: dict[int, tuple[int, float]] = {}
         told: list[Record] = []
@@ -175,29 +208,7 @@ class FederatedTraining(RoundLoop):
                 own = self._layout.unpack(trained.weights)
                 self.directory.save_local_model(server_round, client, own)
             self.strategy.add(client, trained.weights, trained.num_images)
-        left_out = self._exchange.left_out
-        if len(losses) < federation.min_replies:
-            self._failed |= left_out.keys()
-            raise TooFewRepliesError(
-                f"round {server_round}: {len(losses)} of {len(clients)} clients sent usable "
-                f"weights, federation.min_replies={federation.min_replies} "
-                f"({described(left_out)})"
-            )
-        self._failed.clear()
-        self.phases.enter("aggregating")
-        self.weights = self.strategy.finish()
-        told += self.held_to_their_share(server_round, losses)
-        self.directory.record(told)
-        self.record_left_out(server_round, MessageType.TRAIN)
-        counted = [*losses.values()]
-        self.directory.record(
-            [
-                loss_record(server_round, self._weighting.combined(counted), TRAIN),
-                Record(server_round, "num_clients", len(losses)),
-            ]
-        )
-        found = self._weighting.describe(counted)
-        return f"train loss {found}, {len(losses)} of {len(clients)} clients"
+        return losses, told
 
     def draw_clients(self, server_round: int) -> list[int]:
         """Draw the clients of a round of those that are there.
@@ -269,7 +280,6 @@ class FederatedTraining(RoundLoop):
             if found is not None:
                 losses.append(found)
                 self.directory.record([loss_record(server_round, found, TEST, client)])
-        self.record_left_out(server_round, MessageType.EVALUATE)
         if not losses:
             return None
         combined = self._weighting.combined(losses)
@@ -296,7 +306,6 @@ class FederatedTraining(RoundLoop):
                 score_records(server_round, scores, self.config, n=n, client=client)
             )
             answers.append(scores)
-        self.record_left_out(server_round, SCORES)
         return answers
 
     def about_weights(
@@ -324,23 +333,15 @@ class FederatedTraining(RoundLoop):
         """
         yield from self._exchange.ask(question, server_round, clients, phases)
         left_out = self._exchange.left_out
+        # Those of a training are recorded once it has succeeded.
+        if question.message_type != MessageType.TRAIN:
+            self.directory.record(left_out_records(server_round, question.activity, left_out))
         all_diverged = len(left_out) == len(clients) > 0 and all(
             isinstance(why, Diverged) for why in left_out.values()
         )
         alone = len({*self._failed, *clients}) == 1 < len(self._nodes.node_ids)
         if all_diverged and (self.simulated or not alone):
             raise self.diverged(server_round, described(left_out))
-
-    def record_left_out(self, server_round: int, activity: str) -> None:
-        """Write down why clients were left out of the last exchange."""
-        self.directory.record(
-            Record(
-                *(server_round, LEFT_OUT, 1),
-                client=client,
-                context={"activity": activity, "reason": str(why)},
-            )
-            for client, why in self._exchange.left_out.items()
-        )
 
 
 def loss_record(
@@ -349,6 +350,20 @@ def loss_record(
     """Make the record of a loss over so many images, of a client or of all of them."""
     n, loss = counted
     return Record(server_round, "loss", loss, client=client, reference=reference, n=n)
+
+
+def left_out_records(
+    server_round: int, activity: str, left_out: Mapping[int, UnusableReply]
+) -> list[Record]:
+    """Make the records of the replies of clients that are not used."""
+    return [
+        Record(
+            *(server_round, LEFT_OUT, 1),
+            client=client,
+            context={"activity": activity, "reason": str(why)},
+        )
+        for client, why in left_out.items()
+    ]
 
 
 def possible_times(spent: Mapping[str, float], elapsed: float) -> dict[str, float]:

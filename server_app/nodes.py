@@ -2,14 +2,20 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from server_app.log import log
 from server_app.messages import addressed, record_of
-from server_app.replies import SLOW_CODES, Reply, UnusableReply, checked_content
+from server_app.replies import (
+    SLOW_CODES,
+    Introduction,
+    Reply,
+    UnusableReply,
+    checked_content,
+    read_introduction,
+)
 from task.fingerprint import code_fingerprint
 from task.protocol.wire import Key
 from task.randomness import Stream, numpy_generator
@@ -26,22 +32,6 @@ LOOK_SIMULATION, LOOK_NETWORK = 0.05, 1.0
 QUERIES_AT_ONCE = 64
 
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
-
-# More images than any node has.
-MAX_COUNT = 10**12
-
-
-@dataclass(frozen=True)
-class Introduction:
-    """What a node says of its images before the first round.
-
-    Attributes:
-        num_images: all that it can train on or hold out; None in a simulation, which knows.
-        class_counts: those to train on, of each class; None where it does not say.
-    """
-
-    num_images: int | None
-    class_counts: list[int] | None
 
 
 class Introductions:
@@ -272,7 +262,7 @@ class Nodes:
             )
         if not same_code:
             raise UnusableReply("it runs other code than the server")
-        introduction = checked_introduction(
+        introduction = read_introduction(
             said, num_classes=self._num_classes, simulated=self._simulated
         )
         self._refused.pop(node, None)
@@ -323,45 +313,6 @@ class Nodes:
         silent = [node for node in self._introductions.unanswered() if node not in self._refused]
         reasons += [f"node {node} has not introduced itself yet" for node in silent]
         return "; ".join(reasons) or "no other node connected"
-
-
-def checked_introduction(said: ConfigRecord, *, num_classes: int, simulated: bool) -> Introduction:
-    """Return what a node says of its images.
-
-    Raises:
-        UnusableReply: it does not say how many it has, or says what cannot be.
-    """
-    counts = checked_counts(said, num_classes=num_classes)
-    if simulated:
-        return Introduction(None, counts)
-    number, trained = said.get(Key.NUM_IMAGES), sum(counts or [])
-    if type(number) is not int or not trained <= number <= MAX_COUNT:
-        raise UnusableReply(
-            f"{Key.NUM_IMAGES.value} must be a whole number from {trained}, those of its "
-            f"{Key.CLASS_COUNTS.value}, to {MAX_COUNT:g}, got {number!r:.80}"
-        )
-    return Introduction(number, counts)
-
-
-def checked_counts(said: ConfigRecord, *, num_classes: int) -> list[int] | None:
-    """Return how many images of each class a node says it has; None where it does not say.
-
-    Raises:
-        UnusableReply: they are no counts of the classes of this run.
-    """
-    counts = said.get(Key.CLASS_COUNTS)
-    if counts is None:
-        return None
-    if (
-        not isinstance(counts, list)
-        or len(counts) != num_classes
-        or not all(type(count) is int and 0 <= count <= MAX_COUNT for count in counts)
-    ):
-        raise UnusableReply(
-            f"{Key.CLASS_COUNTS.value} must be {num_classes} whole numbers from 0 to "
-            f"{MAX_COUNT:g}, one for each of data.classes, got {counts!r:.80}"
-        )
-    return [int(count) for count in counts]
 
 
 def sample_clients(

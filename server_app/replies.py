@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode, SType
 from numpy.typing import NDArray
 
@@ -30,6 +30,8 @@ ADVICE = {
 
 # Beyond this no loss or count means anything, and sums over clients could overflow.
 LARGEST_METRIC = 1e15
+# More images than any node has.
+MAX_COUNT = 10**12
 DURATIONS_AND_RATES = (Key.SECONDS, Key.SECONDS_BESIDE, Key.IMAGES_PER_SECOND)
 
 
@@ -265,6 +267,58 @@ def read_loss(content: RecordDict) -> tuple[int, float] | None:
 def counted_loss(metrics: MetricRecord) -> tuple[int, float]:
     """Return the images and the loss of numbers that were checked."""
     return int(metrics[Key.NUM_EXAMPLES]), float(metrics[Key.LOSS])  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """What a node says of its images before the first round.
+
+    Attributes:
+        num_images: all that it can train on or hold out; None in a simulation, which knows.
+        class_counts: those to train on, of each class; None where it does not say.
+    """
+
+    num_images: int | None
+    class_counts: list[int] | None
+
+
+def read_introduction(said: ConfigRecord, *, num_classes: int, simulated: bool) -> Introduction:
+    """Return what a node says of its images.
+
+    Raises:
+        UnusableReply: it does not say how many it has, or says what cannot be.
+    """
+    counts = read_class_counts(said, num_classes=num_classes)
+    if simulated:
+        return Introduction(None, counts)
+    number, trained = said.get(Key.NUM_IMAGES), sum(counts or [])
+    if type(number) is not int or not trained <= number <= MAX_COUNT:
+        raise UnusableReply(
+            f"{Key.NUM_IMAGES.value} must be a whole number from {trained}, those of its "
+            f"{Key.CLASS_COUNTS.value}, to {MAX_COUNT:g}, got {number!r:.80}"
+        )
+    return Introduction(number, counts)
+
+
+def read_class_counts(said: ConfigRecord, *, num_classes: int) -> list[int] | None:
+    """Return how many images of each class a node says it has; None where it does not say.
+
+    Raises:
+        UnusableReply: they are no counts of the classes of this run.
+    """
+    counts = said.get(Key.CLASS_COUNTS)
+    if counts is None:
+        return None
+    if (
+        not isinstance(counts, list)
+        or len(counts) != num_classes
+        or not all(type(count) is int and 0 <= count <= MAX_COUNT for count in counts)
+    ):
+        raise UnusableReply(
+            f"{Key.CLASS_COUNTS.value} must be {num_classes} whole numbers from 0 to "
+            f"{MAX_COUNT:g}, one for each of data.classes, got {counts!r:.80}"
+        )
+    return [int(count) for count in counts]
 
 
 def is_silent(reply: Reply) -> bool:

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from server_app.hospital_scores import (
 )
 from server_app.replies import UnusableReply
 from server_app.rounds import DivergedError, initial_model
+from server_app.strategies import Strategy, WeightedMean
+from server_app.weighting import Weighting
 from task.config import load_run_config, read_config
 from task.fingerprint import code_fingerprint
 from task.protocol.wire import Key, WeightLayout
@@ -349,6 +352,30 @@ def test_too_few_replies_end_the_run_and_resume_goes_on_to_the_same_bits(
     assert left_out(folder, "train") == {}
     names = [(r.round, r.client, named(r)) for r in records(folder)]
     assert len(names) == len(set(names))  # no round is told twice
+
+
+def test_server_optimizer_goes_on_after_a_resume_to_the_same_bits(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_momentum(_: Any, layout: WeightLayout, weighting: Weighting) -> Strategy:
+        momentum = partial(torch.optim.SGD, lr=1.0, momentum=0.5)
+        return Strategy(layout, lambda _: WeightedMean(weighting), server_optimizer=momentum)
+
+    monkeypatch.setattr("server_app.federated.build_strategy", with_momentum)
+    changes = {"run_name": "whole", "eval.every": 9}
+    whole = final_weights(play(configured(tmp_path, changes)))
+    changes["run_name"] = "resumed"
+    play(configured(tmp_path, {**changes, "federation.rounds": 1}))
+    workspace._build_workspace.cache_clear()
+    folder = play(configured(tmp_path, {**changes, "resume": True}))
+    assert same_bits(final_weights(folder), whole)
+    # The first round is FedAvg's up to rounding, the second goes further.
+    first, second = (load_weights(f)[0] for f in sorted((folder / "checkpoints").iterdir()))
+    fedavg = load_weights(reference / "checkpoints" / "round_0001.safetensors")[0]
+    for name, tensor in whole.items():
+        torch.testing.assert_close(first[name], fedavg[name], rtol=0, atol=1e-6)
+        assert torch.equal(second[name], tensor)
+    assert "server_optimizer/0.momentum_buffer" in second
 
 
 def test_run_that_is_complete_sends_nothing_and_a_longer_one_goes_on(
