@@ -27,6 +27,6 @@ def _require_own_task() -> None:
 _require_own_task()
 
 from task.generation.images import GeneratedImages  # noqa: E402
-from task.runs.run import FinishedRun, find_runs, load_run  # noqa: E402
+from task.runs.run import Run, find_runs, load_run  # noqa: E402
 
-__all__ = ["FinishedRun", "GeneratedImages", "find_runs", "load_run"]
+__all__ = ["GeneratedImages", "Run", "find_runs", "load_run"]

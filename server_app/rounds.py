@@ -15,12 +15,12 @@ from task.generators.registry import build_generator
 from task.progress import duration, progress
 from task.protocol.wire import Weights
 from task.randomness import Stream, seeded_global_generator, torch_generator
-from task.reporting.history import read_history
 from task.reporting.run_summary import summary_lines
 from task.reporting.warning_signs import closing_lines
 from task.runs.layout import DIVERGED, MACHINE_FILE, REPORT_FILE, checkpoints, round_of
 from task.runs.records import Record
 from task.runs.repeat import describe_report_of
+from task.runs.run import Run
 from task.runs.writer import RunWriter
 from task.training.devices import device_name, is_compiled, missing_for_compiling, select_device
 from task.training.precision import fastest_precision
@@ -289,7 +289,7 @@ class RoundLoop(ABC):
         path = self.directory.path
         self.directory.record_time()
         try:
-            history = read_history(path)
+            history = Run(path)
             for line in [*summary_lines(history), *closing_lines(history)]:
                 log(line)
             log(f"report: {write_report(path)}")

@@ -11,10 +11,10 @@ from task.config import OWN_IMAGES, Config
 from task.data import Dataset
 from task.data.partition import partition_dataset
 from task.progress import duration
-from task.reporting.history import read_history
 from task.reporting.warning_signs import UNTRAINED
 from task.runs.layout import last_complete_round, run_path
 from task.runs.repeat import resuming_command
+from task.runs.run import Run
 
 
 def describe_plan(config: Config, dataset: Dataset) -> Iterator[str]:
@@ -61,7 +61,7 @@ def how_to_train_on(config: Config) -> str:
     """Say of a finished run how to train longer, and whether its images need it."""
     longer = dataclasses.replace(config.federation, rounds=2 * config.federation.rounds)
     command = resuming_command(dataclasses.replace(config, federation=longer), run_path(config))
-    found = read_history(run_path(config)).records.value("noise_position")
+    found = Run(run_path(config)).records.value("noise_position")
     said = "if the images are not clear enough"
     if found is not None and found >= UNTRAINED:
         said = (

@@ -25,7 +25,7 @@ from task.reporting.tables import (
 from task.runs.evaluations import Evaluation
 from task.runs.layout import weights_file
 from task.runs.resume import FREE_TO_CHANGE
-from task.runs.run import FinishedRun, find_runs
+from task.runs.run import Run, find_runs
 
 # What a spreadsheet runs.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -70,7 +70,7 @@ def write_tables(
     say("\n".join(f"written to {folder / f'tables.{ending}'}" for ending in ("md", "html", "csv")))
 
 
-def _read_sweep(folder: Path) -> tuple[list[FinishedRun], list[Measurement], dict[str, list[str]]]:
+def _read_sweep(folder: Path) -> tuple[list[Run], list[Measurement], dict[str, list[str]]]:
     """Read the finished runs, what was measured of them, and by reason the runs to leave out."""
     unreadable: list[str] = []
     runs = find_runs(folder, lambda run, error: unreadable.append(f"{run} ({error})"))
@@ -115,9 +115,7 @@ def _alone(measured: Sequence[Measurement], tables: Sequence[Table]) -> list[str
     ]
 
 
-def _csv_rows(
-    folder: Path, runs: Sequence[FinishedRun], tables: Sequence[Table]
-) -> list[dict[str, Any]]:
+def _csv_rows(folder: Path, runs: Sequence[Run], tables: Sequence[Table]) -> list[dict[str, Any]]:
     """List every run and evaluation with its settings, whether it is in a table or not."""
     numbers: dict[int, list[str]] = {}
     for table in tables:
@@ -125,7 +123,7 @@ def _csv_rows(
             numbers.setdefault(id(each.found), []).append(
                 table.title.removeprefix("Table ").split(":")[0]
             )
-    evaluated: list[tuple[FinishedRun, Evaluation | None]] = []
+    evaluated: list[tuple[Run, Evaluation | None]] = []
     for run in runs:
         evaluated += [(run, found) for found in current_evaluations(run)] or [(run, None)]
     return [
@@ -139,7 +137,7 @@ def _csv_rows(
     ]
 
 
-def _csv_settings(run: FinishedRun) -> dict[str, Any]:
+def _csv_settings(run: Run) -> dict[str, Any]:
     return {
         name: value
         for name, value in flat_values(run.config).items()

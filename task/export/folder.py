@@ -15,7 +15,7 @@ from task.generation.folder import NOTICE, folder_names
 from task.generators.base import Generator
 from task.reporting.model_card import write_model_card
 from task.runs.layout import weights_file
-from task.runs.run import FinishedRun, final_model
+from task.runs.run import Run, final_model
 
 # Of predictions of up to 1: other libraries add up in another order.
 TOLERANCE = 1e-4
@@ -39,9 +39,7 @@ class Export:
     largest: float
 
 
-def export_run(
-    run: FinishedRun, to: str, *, out: Path | None = None, client: int | None = None
-) -> Export:
+def export_run(run: Run, to: str, *, out: Path | None = None, client: int | None = None) -> Export:
     """Write the final weights of a run in a format, and check that they load and predict the same.
 
     Args:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import altair as alt
 
-from task.reporting.history import POOLED, RunHistory
 from task.reporting.metric_table import Quantity, quantities
 from task.runs.records import TEST, TRAIN, Series
+from task.runs.run import POOLED, Run
 
 # Told apart by readers without red, green or blue, at a contrast of 4.5 or more on white.
 COLORS = ("#0072b2", "#b84300", "#007a5a", "#9a3f78", "#5b5b5b", "#7a6100")
@@ -84,12 +84,12 @@ class Drawing(NamedTuple):
     narrow: bool = False
 
 
-def course_charts(history: RunHistory) -> list[Drawing]:
+def course_charts(history: Run) -> list[Drawing]:
     """Draw losses, updates and times by round."""
     return [*_loss_of_all(history), *_updates(history), *_phase_times(history), *_overhead(history)]
 
 
-def _loss_of_all(history: RunHistory) -> list[Drawing]:
+def _loss_of_all(history: Run) -> list[Drawing]:
     """Draw the training loss of every client and of all, and the test loss."""
     shared = {
         f"{reference} loss": series
@@ -106,7 +106,7 @@ def _loss_of_all(history: RunHistory) -> list[Drawing]:
     return [Drawing("Loss by round", says, _spec(alt.layer(*layers)))]
 
 
-def _updates(history: RunHistory) -> list[Drawing]:
+def _updates(history: Run) -> list[Drawing]:
     """Draw how far the weights of each client moved in each round."""
     clients = history.records.of_clients("update_norm")
     if not clients:
@@ -120,7 +120,7 @@ def _updates(history: RunHistory) -> list[Drawing]:
     return [Drawing("How far each client moved the weights", says, _spec(alt.layer(*layers)))]
 
 
-def _phase_times(history: RunHistory) -> list[Drawing]:
+def _phase_times(history: Run) -> list[Drawing]:
     """Draw the seconds of every round, phase by phase."""
     found = _phases(history)
     phases = [name for name in PHASES if found.get(name)]
@@ -152,7 +152,7 @@ def _phase_times(history: RunHistory) -> list[Drawing]:
     return [Drawing("Time of each round", says, _spec(chart))]
 
 
-def _phases(history: RunHistory) -> dict[str, Series]:
+def _phases(history: Run) -> dict[str, Series]:
     """Return the seconds of each phase; of waiting only those in which no client trained."""
     found = {name: history.records.series(f"seconds_{name}") for name in PHASES}
     if epochs := history.records.series("seconds_epochs"):
@@ -163,7 +163,7 @@ def _phases(history: RunHistory) -> dict[str, Series]:
     return found | {"training": trained, "waiting": idle}
 
 
-def _overhead(history: RunHistory) -> list[Drawing]:
+def _overhead(history: Run) -> list[Drawing]:
     """Draw the share of every round in which no client trained."""
     series = history.records.series("overhead_share")
     if not series:
@@ -177,7 +177,7 @@ def _overhead(history: RunHistory) -> list[Drawing]:
     return [Drawing("Time outside training", says, _spec(line))]
 
 
-def loss_charts(runs: Mapping[str, RunHistory], of: str) -> list[Drawing]:
+def loss_charts(runs: Mapping[str, Run], of: str) -> list[Drawing]:
     """Draw the losses of several runs by round.
 
     Args:
@@ -194,7 +194,7 @@ def loss_charts(runs: Mapping[str, RunHistory], of: str) -> list[Drawing]:
 
 
 def _series(
-    runs: Mapping[str, RunHistory], quantity: Quantity, *, real: bool = False
+    runs: Mapping[str, Run], quantity: Quantity, *, real: bool = False
 ) -> dict[str, Series]:
     """Return the values of a metric by run and round, of the runs that have some."""
     found = {
@@ -204,7 +204,7 @@ def _series(
     return {label: series for label, series in found.items() if series}
 
 
-def metric_charts(runs: Mapping[str, RunHistory], of: str = "") -> list[Drawing]:
+def metric_charts(runs: Mapping[str, Run], of: str = "") -> list[Drawing]:
     """Draw each metric that was recorded in several rounds, with its floor of real images.
 
     Args:
@@ -225,7 +225,7 @@ def metric_charts(runs: Mapping[str, RunHistory], of: str = "") -> list[Drawing]
     return drawings
 
 
-def participation_charts(history: RunHistory) -> list[Drawing]:
+def participation_charts(history: Run) -> list[Drawing]:
     """Draw a map of which client trained in which round."""
     states = history.participation()
     if not states:
@@ -254,7 +254,7 @@ def participation_charts(history: RunHistory) -> list[Drawing]:
     return [Drawing("Who trained in which round", says, _spec(chart))]
 
 
-def _cells(history: RunHistory, states: Mapping[tuple[int, int], str]) -> list[dict[str, Any]]:
+def _cells(history: Run, states: Mapping[tuple[int, int], str]) -> list[dict[str, Any]]:
     """List the cells of a map; of many rounds, those in which a client's state was the same join.
 
     Args:
@@ -282,7 +282,7 @@ def _cells(history: RunHistory, states: Mapping[tuple[int, int], str]) -> list[d
     return rows
 
 
-def class_charts(history: RunHistory) -> list[Drawing]:
+def class_charts(history: Run) -> list[Drawing]:
     """Draw a map of the training images of each class at each client."""
     known = {who: counts for who, counts in history.class_counts.items() if counts is not None}
     if not known:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from task.config import flat_values
-from task.reporting.history import RunHistory
+from task.runs.run import Run
 
 # What images are measured against: figures of other data are figures of something else.
 DATA_KEYS = ("data.name", "data.classes", "data.image_size", "data.channels")
@@ -16,7 +16,7 @@ LOSS_KEYS = (
 )
 
 
-def alike(runs: Mapping[str, RunHistory], keys: Sequence[str]) -> dict[str, dict[str, RunHistory]]:
+def alike(runs: Mapping[str, Run], keys: Sequence[str]) -> dict[str, dict[str, Run]]:
     """Put runs together whose values of some keys, and whose images, are equal.
 
     Args:
@@ -27,7 +27,7 @@ def alike(runs: Mapping[str, RunHistory], keys: Sequence[str]) -> dict[str, dict
         The runs of each group by label, by what to write behind the name of a figure of theirs;
         nothing where there is one group.
     """
-    groups: dict[Any, dict[str, RunHistory]] = {}
+    groups: dict[Any, dict[str, Run]] = {}
     hashed = all(run.data_hashes for run in runs.values())
     for label, run in runs.items():
         values = flat_values(run.config)
@@ -38,7 +38,7 @@ def alike(runs: Mapping[str, RunHistory], keys: Sequence[str]) -> dict[str, dict
     return {f" (of {', '.join(group)} alone)": group for group in groups.values()}
 
 
-def incomparable(runs: Mapping[str, RunHistory]) -> list[str]:
+def incomparable(runs: Mapping[str, Run]) -> list[str]:
     """Say in sentences what keeps figures of runs from being compared; first what weighs most."""
     found = []
     if len(alike(runs, DATA_KEYS)) > 1:
@@ -57,11 +57,11 @@ def incomparable(runs: Mapping[str, RunHistory]) -> list[str]:
     return [*found, *_seeds(runs)]
 
 
-def _listed(runs: Mapping[str, RunHistory], say: Any) -> str:
+def _listed(runs: Mapping[str, Run], say: Any) -> str:
     return "; ".join(f"{label}: {say(run)}" for label, run in runs.items())
 
 
-def _data(run: RunHistory) -> str:
+def _data(run: Run) -> str:
     data = run.config.data
     digest = f", SHA-256 {run.data_hashes['all'][:12]}" if run.data_hashes else ""
     number = "" if run.num_images is None else f", {run.num_images:,} training images"
@@ -71,19 +71,19 @@ def _data(run: RunHistory) -> str:
     )
 
 
-def _epochs(run: RunHistory) -> int:
+def _epochs(run: Run) -> int:
     return run.rounds_done * run.config.train.local_epochs
 
 
-def _rounds(run: RunHistory) -> str:
+def _rounds(run: Run) -> str:
     return f"{run.rounds_done} rounds of {run.config.train.local_epochs} local epochs"
 
 
-def _clients(run: RunHistory) -> str:
+def _clients(run: Run) -> str:
     return run.setting if run.setting == "centralised" else f"{len(run.clients)} clients"
 
 
-def _seeds(runs: Mapping[str, RunHistory]) -> list[str]:
+def _seeds(runs: Mapping[str, Run]) -> list[str]:
     seeds = {run.config.seed for run in runs.values()}
     if len(seeds) == 1:
         return []

@@ -12,14 +12,13 @@ from markupsafe import Markup
 
 from task.config import FederationConfig
 from task.generators.base import Generator
-from task.reporting.history import RunHistory, read_history
 from task.reporting.metric_table import HEADS, caption, measured, metric_rows, with_std
 from task.reporting.rendering import render
 from task.reporting.warning_signs import State, image_checks
 from task.runs.evaluations import Evaluation
 from task.runs.layout import CLASS_COUNTS_FILE, MACHINE_FILE, NODES_FILE, POOLED_FILE, read_json
 from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, TRAIN, Records
-from task.runs.run import FinishedRun
+from task.runs.run import Run
 
 # They say where a run finds images and not what these show.
 DATA_WITHOUT_NAME = {
@@ -40,7 +39,7 @@ MIN_COUNTED = 2
 
 
 def write_model_card(
-    run: FinishedRun,
+    run: Run,
     folder: Path,
     *,
     usage: str,
@@ -60,7 +59,7 @@ def write_model_card(
         ValueError: a file of the run is not what a run of this version of feddm writes.
     """
     data, server_round = run.config.data, exported["round"]
-    history = read_history(run.path).of_round(server_round)
+    history = Run(run.path).of_round(server_round)
     # The scores are of the global weights.
     results = results_of(run, history) if exported["client"] is None else None
     counts, num_clients, num_silent = training_counts(run)
@@ -89,7 +88,7 @@ def write_model_card(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def trained_where(run: FinishedRun) -> str:
+def trained_where(run: Run) -> str:
     """Say where the images were, as part of a sentence."""
     if run.config.train.mode == "centralized":
         return "on all images in one place"
@@ -98,7 +97,7 @@ def trained_where(run: FinishedRun) -> str:
     return "over sites that shared weights and never images"
 
 
-def training_counts(run: FinishedRun) -> tuple[list[int] | None, int | None, int]:
+def training_counts(run: Run) -> tuple[list[int] | None, int | None, int]:
     """Count the training images of each class over all clients.
 
     Returns:
@@ -127,7 +126,7 @@ def _class_rows(classes: Sequence[str], counts: Sequence[int]) -> CardRows:
     return [*rows, ("all", f"{sum(counts):,}")]
 
 
-def training_rows(run: FinishedRun, generator: Generator, server_round: int) -> CardRows:
+def training_rows(run: Run, generator: Generator, server_round: int) -> CardRows:
     """List how the model was trained."""
     config = run.config
     train, federation = config.train, config.federation
@@ -160,7 +159,7 @@ def _federation_rows(federation: FederationConfig) -> list[tuple[str, object]]:
     ]
 
 
-def results_of(run: FinishedRun, history: RunHistory) -> dict[str, Any] | None:
+def results_of(run: Run, history: Run) -> dict[str, Any] | None:
     """Collect what was measured of the weights of a round, with the same of real images beside it.
 
     Args:
@@ -227,7 +226,7 @@ def _clients_scores(records: Records) -> dict[str, Any] | None:
     return {"rows": rows, "withheld": len(rows) < len(counted)} if counted else None
 
 
-def _warnings_and_gaps(history: RunHistory) -> list[str]:
+def _warnings_and_gaps(history: Run) -> list[str]:
     """Say what is wrong with the images of a round, and what nobody has measured of them.
 
     A single client's own scores are left out, and so is what a single hospital has scored.

@@ -23,7 +23,6 @@ from task.reporting.charts import (
     participation_charts,
 )
 from task.reporting.comparison import DATA_KEYS, LOSS_KEYS, alike, incomparable
-from task.reporting.history import POOLED, RunHistory, read_history
 from task.reporting.metric_table import HEADS, caption, measured, metric_rows, quantities
 from task.reporting.rendering import render
 from task.reporting.run_summary import (
@@ -44,6 +43,7 @@ from task.runs.repeat import (
     training_command,
 )
 from task.runs.resume import different_values
+from task.runs.run import POOLED, Run
 
 # A page of hundreds of pictures is too large to open.
 MOST_PICTURES = 40
@@ -103,7 +103,7 @@ def write_report(run: Path, *others: Path, file: Path | None = None) -> Path:
         raise ValueError("--out must name the file of a comparison, got none; add --out FILE.html")
     if file is not None:
         _check_writable(file)
-    histories = [read_history(folder) for folder in (run, *others)]
+    histories = [Run(folder) for folder in (run, *others)]
     page = comparison_page(histories) if others else report_page(histories[0])
     file = run / REPORT_FILE if file is None else file
     with atomic_path(file) as aside:
@@ -118,7 +118,7 @@ def _check_writable(file: Path) -> None:
         raise ValueError(f"--out: there is no folder {file.parent}; make it first")
 
 
-def report_page(history: RunHistory) -> str:
+def report_page(history: Run) -> str:
     """Lay a run out as a page of HTML."""
     return _page(
         "report.html.j2",
@@ -141,7 +141,7 @@ def report_page(history: RunHistory) -> str:
     )
 
 
-def comparison_page(histories: Sequence[RunHistory]) -> str:
+def comparison_page(histories: Sequence[Run]) -> str:
     """Lay several runs out side by side as a page of HTML."""
     runs = dict(zip(labels([each.path for each in histories]), histories, strict=True))
     return _page(
@@ -203,7 +203,7 @@ def _findings(found: Mapping[str, Sequence[Check]]) -> dict[str, list[str]]:
     return sentences
 
 
-def _unfinished_states(histories: Iterable[RunHistory]) -> list[dict[str, Any]]:
+def _unfinished_states(histories: Iterable[Run]) -> list[dict[str, Any]]:
     """Say of runs that are not over how far they are, and how to go on with one that stopped."""
     return [
         {
@@ -217,19 +217,19 @@ def _unfinished_states(histories: Iterable[RunHistory]) -> list[dict[str, Any]]:
     ]
 
 
-def _command_to_go_on(history: RunHistory) -> str:
-    if history.setting == "real nodes" and history.run_config is not None:
-        return resubmitting_command(history.run_config, history.path)
+def _command_to_go_on(history: Run) -> str:
+    if history.setting == "real nodes" and history.submitted is not None:
+        return resubmitting_command(history.submitted, history.path)
     return resuming_command(history.config, history.path)
 
 
-def _repeating(history: RunHistory) -> dict[str, Any]:
-    if history.setting == "real nodes" and history.run_config is not None:
-        return {"submitted": True, "command": submitting_command(history.run_config)}
+def _repeating(history: Run) -> dict[str, Any]:
+    if history.setting == "real nodes" and history.submitted is not None:
+        return {"submitted": True, "command": submitting_command(history.submitted)}
     return {"submitted": False, "command": training_command(history.config)}
 
 
-def _origin(history: RunHistory) -> NamedValues:
+def _origin(history: Run) -> NamedValues:
     """Say when, where, on what and with what a run was made."""
     versions = ", ".join(f"{name} {number}" for name, number in history.versions.items())
     return [
@@ -240,7 +240,7 @@ def _origin(history: RunHistory) -> NamedValues:
     ]
 
 
-def _when_and_where(history: RunHistory) -> NamedValues:
+def _when_and_where(history: Run) -> NamedValues:
     times = history.work_times
     if not times:
         return [("date", "not written down")]
@@ -254,7 +254,7 @@ def _when_and_where(history: RunHistory) -> NamedValues:
     ]
 
 
-def _which_data(history: RunHistory) -> NamedValues:
+def _which_data(history: Run) -> NamedValues:
     data = history.config.data.name
     if history.setting == "real nodes":
         return [("data", f"{data}, each hospital's own; none of it is on the coordinator")]
@@ -267,14 +267,14 @@ def _which_data(history: RunHistory) -> NamedValues:
     ]
 
 
-def _measured_values(history: RunHistory) -> NamedValues:
+def _measured_values(history: Run) -> NamedValues:
     return [
         (f"{heading}, {of}", f"{generated} (real {real})" if real else generated)
         for heading, of, generated, real in evaluated_metrics(history, *quantities(Use.SUMMARY))
     ]
 
 
-def _round_rows(history: RunHistory) -> TableRows:
+def _round_rows(history: Run) -> TableRows:
     columns = [
         (head, series, form)
         for head, metric, reference, form in ROUND_COLUMNS
@@ -292,7 +292,7 @@ def _with_digits(value: float | None, form: str) -> str:
     return "" if value is None else f"{value:{form}}"
 
 
-def _participation(history: RunHistory) -> dict[str, Any]:
+def _participation(history: Run) -> dict[str, Any]:
     federated = history.setting != "centralised"
     left_out = [
         ((each.client or 0, each.context["activity"], each.context["reason"]), each.round)
@@ -334,7 +334,7 @@ def stretches(numbers: Sequence[int]) -> str:
     return " ".join(f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
 
 
-def _training_images(history: RunHistory) -> dict[str, Any]:
+def _training_images(history: Run) -> dict[str, Any]:
     names = {who: "all" if who == POOLED else str(who) for who in history.class_counts}
     counts = history.class_counts.items()
     rows = [[names[who], *(f"{n:,}" for n in of)] for who, of in counts if of is not None]
@@ -345,7 +345,7 @@ def _training_images(history: RunHistory) -> dict[str, Any]:
     }
 
 
-def _samples(history: RunHistory) -> list[Samples]:
+def _samples(history: Run) -> list[Samples]:
     classes = ", ".join(history.config.data.classes)
     return [
         _picture(
@@ -365,7 +365,7 @@ def evenly(numbers: Sequence[int], most: int) -> list[int]:
     return [numbers[i * (len(numbers) - 1) // (most - 1)] for i in range(most)]
 
 
-def _last_samples(runs: Mapping[str, RunHistory]) -> list[Samples]:
+def _last_samples(runs: Mapping[str, Run]) -> list[Samples]:
     return [
         _picture(
             run,
@@ -378,7 +378,7 @@ def _last_samples(runs: Mapping[str, RunHistory]) -> list[Samples]:
     ]
 
 
-def _picture(history: RunHistory, number: int, *, title: str, says: str) -> Samples:
+def _picture(history: Run, number: int, *, title: str, says: str) -> Samples:
     """Embed the samples of a round, with the names of their rows as text where that can be."""
     file = history.grids[number]
     images = read_grid(file)
@@ -386,7 +386,7 @@ def _picture(history: RunHistory, number: int, *, title: str, says: str) -> Samp
     return Samples(title, says, source, history.config.data.classes if images else ())
 
 
-def _metrics(history: RunHistory) -> dict[str, Any]:
+def _metrics(history: Run) -> dict[str, Any]:
     hospitals, found = _hospitals(history), found_metrics(history)
     evaluated = any(not each.otherwise for each in history.current_evaluations)
     own = found if hospitals is None and not evaluated else []
@@ -398,7 +398,7 @@ def _metrics(history: RunHistory) -> dict[str, Any]:
     }
 
 
-def _evaluation_block(each: Evaluation, history: RunHistory) -> dict[str, Any]:
+def _evaluation_block(each: Evaluation, history: Run) -> dict[str, Any]:
     label = each.label
     title = (
         f"Extractor {label.extractor}, image range {label.image_range}, round {each.round} of "
@@ -414,7 +414,7 @@ def _evaluation_block(each: Evaluation, history: RunHistory) -> dict[str, Any]:
     }
 
 
-def _hospitals(history: RunHistory) -> dict[str, Any] | None:
+def _hospitals(history: Run) -> dict[str, Any] | None:
     scored = history.records.last(SCORING_CLIENTS)
     if scored is None:
         return None
@@ -448,7 +448,7 @@ def _beside(generated: Record | None, real: Record | None) -> str:
     return f"{generated.value:.4f}" + ("" if real is None else f" ({real.value:.4f})")
 
 
-def _side_by_side(runs: Mapping[str, RunHistory]) -> TableRows:
+def _side_by_side(runs: Mapping[str, Run]) -> TableRows:
     """Set figures of runs into one row where they are figures of the same."""
     columns = {label: dict(key_figures(run, losses=False)) for label, run in runs.items()}
     for keys, found in ((LOSS_KEYS, loss_figures), (DATA_KEYS, _measured_values)):
@@ -460,7 +460,7 @@ def _side_by_side(runs: Mapping[str, RunHistory]) -> TableRows:
     return TableRows(["figure", *runs], rows)
 
 
-def _differences(runs: Mapping[str, RunHistory]) -> TableRows:
+def _differences(runs: Mapping[str, Run]) -> TableRows:
     configs = [run.config for run in runs.values()]
     names = dict.fromkeys(
         name for config in configs[1:] for name in different_values(configs[0], config)

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from task.evaluation.metrics import METRICS, Use
 from task.progress import duration
-from task.reporting.history import RunHistory
 from task.reporting.metric_table import Quantity, quantities
 from task.runs.records import HELD_OUT, TEST, TRAIN, Record, Records
+from task.runs.run import Run
 
 
 class Found(NamedTuple):
@@ -26,7 +26,7 @@ class Found(NamedTuple):
     real: str
 
 
-def summary_lines(history: RunHistory) -> list[str]:
+def summary_lines(history: Run) -> list[str]:
     """Say how a run ended, in lines for its log, which are fewer than 15."""
     metrics = [
         (title, f"{generated} ({f'real images {real}; ' if real else ''}{of})")
@@ -37,7 +37,7 @@ def summary_lines(history: RunHistory) -> list[str]:
     return [f"{name:<{width}}  {value}" for name, value in rows]
 
 
-def key_figures(history: RunHistory, *, losses: bool = True) -> list[tuple[str, str]]:
+def key_figures(history: Run, *, losses: bool = True) -> list[tuple[str, str]]:
     """List what is asked first of a run, by name."""
     found = [
         ("rounds", f"{history.rounds_done} of {history.config.federation.rounds}"),
@@ -51,7 +51,7 @@ def key_figures(history: RunHistory, *, losses: bool = True) -> list[tuple[str, 
     return found
 
 
-def found_metrics(history: RunHistory, *wanted: Quantity) -> list[Found]:
+def found_metrics(history: Run, *wanted: Quantity) -> list[Found]:
     """List what was measured last in the run itself.
 
     Args:
@@ -65,7 +65,7 @@ def found_metrics(history: RunHistory, *wanted: Quantity) -> list[Found]:
     ]
 
 
-def evaluated_metrics(history: RunHistory, *wanted: Quantity) -> list[Found]:
+def evaluated_metrics(history: Run, *wanted: Quantity) -> list[Found]:
     """List figures of the evaluations of the newest weights; without one, of the run itself.
 
     Args:
@@ -107,12 +107,12 @@ def _looked_at(each: Record) -> str:
     return who + ", ".join(settings) + number + seed
 
 
-def describe_run(history: RunHistory) -> list[str]:
+def describe_run(history: Run) -> list[str]:
     """Say in sentences what was trained, by whom and on what."""
     return [_who_trained_what(history), _generator(history), _where(history)]
 
 
-def _who_trained_what(history: RunHistory) -> str:
+def _who_trained_what(history: Run) -> str:
     data, num_clients = history.config.data, len(history.clients)
     if history.setting != "centralised" and not num_clients:
         return f"No client has answered yet. {_what_is_done(history)}"
@@ -129,7 +129,7 @@ def _who_trained_what(history: RunHistory) -> str:
     )
 
 
-def _what_is_done(history: RunHistory) -> str:
+def _what_is_done(history: Run) -> str:
     config = history.config
     return (
         f"{history.rounds_done} of {config.federation.rounds} rounds of "
@@ -137,12 +137,12 @@ def _what_is_done(history: RunHistory) -> str:
     )
 
 
-def _generator(history: RunHistory) -> str:
+def _generator(history: Run) -> str:
     told = [f"{name} {value}" for name, value in history.generator.description().items()]
     return f"It is a {'; '.join([history.generator.title, *told])}."
 
 
-def _where(history: RunHistory) -> str:
+def _where(history: Run) -> str:
     train = history.config.train
     if history.setting == "real nodes":
         drawn = f" on {history.device}" if history.device else ""
@@ -153,7 +153,7 @@ def _where(history: RunHistory) -> str:
     return f"It ran on {device} in {train.precision}."
 
 
-def loss_figures(history: RunHistory) -> Iterator[tuple[str, str]]:
+def loss_figures(history: Run) -> Iterator[tuple[str, str]]:
     """List the last losses of a run, by name."""
     for reference in (TRAIN, TEST):
         last = history.records.last("loss", reference=reference)
@@ -161,7 +161,7 @@ def loss_figures(history: RunHistory) -> Iterator[tuple[str, str]]:
             yield f"{reference} loss", f"{last.value:.4g} (round {last.round})"
 
 
-def _time(history: RunHistory) -> Iterator[tuple[str, str]]:
+def _time(history: Run) -> Iterator[tuple[str, str]]:
     total = sum(history.records.series("round_seconds").values())
     training = sum(history.records.series("seconds_training").values())
     if history.seconds > 0:
@@ -170,7 +170,7 @@ def _time(history: RunHistory) -> Iterator[tuple[str, str]]:
         yield "of the rounds, without training", f"{1 - training / total:.0%}"
 
 
-def _left_out(history: RunHistory) -> str:
+def _left_out(history: Run) -> str:
     left_out = history.records.left_out
     clients = sorted({each.client for each in left_out if each.client is not None})
     if not clients:

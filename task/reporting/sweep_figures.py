@@ -17,7 +17,7 @@ from task.randomness import Stream, numpy_generator
 from task.reporting.figures import Picture, save_partition_heatmaps
 from task.reporting.published import is_papers_federation
 from task.runs.resume import WITHOUT_INFLUENCE, is_about_clients
-from task.runs.run import FinishedRun, final_model, kept_clients
+from task.runs.run import Run, final_model, kept_clients
 
 # What may differ between a centralised and a federated run that are shown beside each other.
 NOT_COMPARED = WITHOUT_INFLUENCE | {"train.mode"}
@@ -34,7 +34,7 @@ OF_CLIENTS = (
 )
 
 # Writes one picture from the runs of one data set, and returns its title and its caption.
-Draw = Callable[[Sequence[FinishedRun], Path, torch.device], tuple[str, str]]
+Draw = Callable[[Sequence[Run], Path, torch.device], tuple[str, str]]
 
 
 class NotDrawn(Exception):
@@ -42,7 +42,7 @@ class NotDrawn(Exception):
 
 
 def draw_figures(
-    runs: list[FinishedRun],
+    runs: list[Run],
     folder: Path,
     *,
     device: torch.device,
@@ -87,12 +87,12 @@ def draw_figures(
     return pictures
 
 
-def _by_data(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
+def _by_data(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Put runs of the same images together, by a name for files; the lowest seed first."""
-    sets: dict[str, list[FinishedRun]] = defaultdict(list)
+    sets: dict[str, list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: (run.config.seed, run.path)):
         sets[repr(run.data_values)].append(run)
-    named: dict[str, list[FinishedRun]] = {}
+    named: dict[str, list[Run]] = {}
     for members in sets.values():
         name = members[0].config.data.name
         twins = sum(other.split("-")[0] == name for other in named)
@@ -100,7 +100,7 @@ def _by_data(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
     return named
 
 
-def _draw_modes(runs: Sequence[FinishedRun], file: Path, device: torch.device) -> tuple[str, str]:
+def _draw_modes(runs: Sequence[Run], file: Path, device: torch.device) -> tuple[str, str]:
     """Figure 2: the centralised run beside the federated one."""
     central, federated = _pair(runs)
     config = central.config
@@ -116,9 +116,7 @@ def _draw_modes(runs: Sequence[FinishedRun], file: Path, device: torch.device) -
     )
 
 
-def _draw_partitions(
-    runs: Sequence[FinishedRun], file: Path, device: torch.device
-) -> tuple[str, str]:
+def _draw_partitions(runs: Sequence[Run], file: Path, device: torch.device) -> tuple[str, str]:
     """Figure 3: how the images were dealt out, for each beta."""
     alike: dict[tuple[int, int, tuple[str, ...]], dict[float, np.ndarray]] = defaultdict(dict)
     for run in runs:
@@ -141,7 +139,7 @@ def _draw_partitions(
     )
 
 
-def _draw_clients(runs: Sequence[FinishedRun], file: Path, device: torch.device) -> tuple[str, str]:
+def _draw_clients(runs: Sequence[Run], file: Path, device: torch.device) -> tuple[str, str]:
     """Figure 4: what the models of single clients draw of every class."""
     run = _run_with_clients(runs)
     config = run.config
@@ -154,7 +152,7 @@ def _draw_clients(runs: Sequence[FinishedRun], file: Path, device: torch.device)
     )
 
 
-def _draw_class(runs: Sequence[FinishedRun], file: Path, device: torch.device) -> tuple[str, str]:
+def _draw_class(runs: Sequence[Run], file: Path, device: torch.device) -> tuple[str, str]:
     """Figure 5: what the models of single clients draw of one class."""
     run = _run_with_clients(runs)
     config = run.config
@@ -170,7 +168,7 @@ def _draw_class(runs: Sequence[FinishedRun], file: Path, device: torch.device) -
     )
 
 
-def _draw_source(runs: Sequence[FinishedRun], file: Path, device: torch.device) -> tuple[str, str]:
+def _draw_source(runs: Sequence[Run], file: Path, device: torch.device) -> tuple[str, str]:
     """Figure 6: real medical images beside samples of both kinds of training."""
     central, federated = _pair(runs)
     config = central.config
@@ -208,14 +206,14 @@ FIGURES: dict[int, Draw] = {
 }
 
 
-def _pair(runs: Sequence[FinishedRun]) -> tuple[FinishedRun, FinishedRun]:
+def _pair(runs: Sequence[Run]) -> tuple[Run, Run]:
     pairs = _pairs(runs)
     if not pairs:
         raise NotDrawn("it takes a centralised and a federated run with otherwise equal settings")
     return pairs[0]
 
 
-def _pairs(runs: Sequence[FinishedRun]) -> list[tuple[FinishedRun, FinishedRun]]:
+def _pairs(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
     """List baselines with the federated runs that they fit, that of the paper's federation first.
 
     Next comes the one whose settings for clients the baseline was given, to no effect on it.
@@ -229,7 +227,7 @@ def _pairs(runs: Sequence[FinishedRun]) -> list[tuple[FinishedRun, FinishedRun]]
         and _settings(central) == _settings(federated)
     ]
 
-    def rank(pair: tuple[FinishedRun, FinishedRun]) -> tuple[bool, bool]:
+    def rank(pair: tuple[Run, Run]) -> tuple[bool, bool]:
         central, federated = pair
         own = _settings(central, clients=True) == _settings(federated, clients=True)
         return not is_papers_federation(federated.values), not own
@@ -237,7 +235,7 @@ def _pairs(runs: Sequence[FinishedRun]) -> list[tuple[FinishedRun, FinishedRun]]
     return sorted(pairs, key=rank)
 
 
-def _run_with_clients(runs: Sequence[FinishedRun]) -> FinishedRun:
+def _run_with_clients(runs: Sequence[Run]) -> Run:
     kept = [run for run in runs if kept_clients(run.path)]
     if not kept:
         raise NotDrawn("no run kept models of its clients (federation.keep_local_models)")
@@ -246,7 +244,7 @@ def _run_with_clients(runs: Sequence[FinishedRun]) -> FinishedRun:
     return [*shown, *kept][0]
 
 
-def _settings(run: FinishedRun, *, clients: bool = False) -> dict[str, Any]:
+def _settings(run: Run, *, clients: bool = False) -> dict[str, Any]:
     return {
         key: value
         for key, value in run.values.items()
@@ -258,9 +256,7 @@ def _grid_labels(config: Config, columns: int) -> Tensor:
     return torch.arange(len(config.data.classes)).repeat_interleave(columns)
 
 
-def _mode_panels(
-    central: FinishedRun, federated: FinishedRun, columns: int, device: torch.device
-) -> list[Panel]:
+def _mode_panels(central: Run, federated: Run, columns: int, device: torch.device) -> list[Panel]:
     # One configuration for both: its seed decides the noise.
     config, labels = central.config, _grid_labels(central.config, columns)
     return [
@@ -270,7 +266,7 @@ def _mode_panels(
 
 
 def _save_client_panels(
-    run: FinishedRun, labels: Tensor, file: Path, *, rows: Sequence[str], device: torch.device
+    run: Run, labels: Tensor, file: Path, *, rows: Sequence[str], device: torch.device
 ) -> None:
     everyone = {None: "global model"} | {i: f"client {i}" for i in kept_clients(run.path)}
     save_panels(
@@ -288,7 +284,7 @@ def _save_client_panels(
 
 
 def _draw(
-    run: FinishedRun,
+    run: Run,
     labels: Tensor,
     device: torch.device,
     *,

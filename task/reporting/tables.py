@@ -28,7 +28,7 @@ from task.reporting.published import (
 from task.runs.evaluations import Evaluation
 from task.runs.records import TEST, TRAIN, Record
 from task.runs.resume import WITHOUT_INFLUENCE, is_about_clients
-from task.runs.run import FinishedRun
+from task.runs.run import Run
 
 # Measures of unequal ones of these are not put into one column.
 COLUMN_VALUES = ("n_generated", "n_train", "n_test", "n_floor", "n_scored", "extractor_sha256")
@@ -125,7 +125,7 @@ class Measurement:
         column: what must be equal for figures to stand in one column.
     """
 
-    run: FinishedRun
+    run: Run
     values: Mapping[str, Any]
     found: Evaluation
     settings: SettingValues
@@ -209,12 +209,12 @@ class Table:
         return [(column, metric) for column in self.columns for metric in self.metrics]
 
 
-def current_evaluations(run: FinishedRun) -> list[Evaluation]:
+def current_evaluations(run: Run) -> list[Evaluation]:
     """Return what was measured of a run's final weights, and not before it was prolonged."""
-    return [each for each in run.evaluations if each.round == run.config.federation.rounds]
+    return [each for each in run.main_evaluations if each.round == run.config.federation.rounds]
 
 
-def measurements(runs: Iterable[FinishedRun]) -> tuple[list[Measurement], dict[str, list[str]]]:
+def measurements(runs: Iterable[Run]) -> tuple[list[Measurement], dict[str, list[str]]]:
     """Take the evaluations of runs apart, without those that must not be in a table.
 
     Returns:
@@ -224,9 +224,9 @@ def measurements(runs: Iterable[FinishedRun]) -> tuple[list[Measurement], dict[s
     unmeasured, stale, repeats = [], [], []
     for run in runs:
         current = current_evaluations(run)
-        if not run.evaluations:
+        if not run.main_evaluations:
             unmeasured.append(str(run.path))
-        if len(current) < len(run.evaluations):
+        if len(current) < len(run.main_evaluations):
             stale.append(f"{run.path} (it now ends after round {run.config.federation.rounds})")
         for each in (_measurement(run, found) for found in current):
             mode = each.values["train.mode"]
@@ -243,7 +243,7 @@ def measurements(runs: Iterable[FinishedRun]) -> tuple[list[Measurement], dict[s
     return [*taken.values()], {why: which for why, which in left_out.items() if which}
 
 
-def _measurement(run: FinishedRun, found: Evaluation) -> Measurement:
+def _measurement(run: Run, found: Evaluation) -> Measurement:
     values, column, label = run.values, run.data_values, found.label
     column |= {name: getattr(label, name) for name in COLUMN_VALUES} | {"eval.seed": label.seed}
     settings = _weight_settings(values)

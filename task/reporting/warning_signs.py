@@ -9,9 +9,9 @@ from scipy.stats import binomtest
 
 from task.evaluation.copying import least_share_shown
 from task.evaluation.noise_position import MOST_COMPARED
-from task.reporting.history import RunHistory
 from task.reporting.metric_table import Quantity
 from task.runs.records import HELD_OUT, SCORING_CLIENTS, TRAIN, Record, Records, Series
+from task.runs.run import Run
 
 # Below five values a median and its deviations say nothing of a sixth.
 LEAST_COMPARED = 5
@@ -67,7 +67,7 @@ class Check:
     client: int | None = None
 
 
-def checks(history: RunHistory) -> list[Check]:
+def checks(history: Run) -> list[Check]:
     """List what was looked for in a run, with what came of it; all that can mislead is in it."""
     looks = (
         _unfinished_check,
@@ -79,7 +79,7 @@ def checks(history: RunHistory) -> list[Check]:
     return [check for look in looks for check in look(history)]
 
 
-def image_checks(history: RunHistory) -> list[Check]:
+def image_checks(history: Run) -> list[Check]:
     """List those of the checks that are about the generated images; of a finished run, its last."""
     if history.finished:
         history = history.of_round(history.rounds_done)
@@ -87,12 +87,12 @@ def image_checks(history: RunHistory) -> list[Check]:
     return [check for look in looks for check in look(history)]
 
 
-def warning_signs(history: RunHistory) -> list[str]:
+def warning_signs(history: Run) -> list[str]:
     """List what a reader should know first, a sentence each; empty where there is nothing."""
     return [check.says for check in checks(history) if check.state is State.WARNING]
 
 
-def closing_lines(history: RunHistory) -> list[str]:
+def closing_lines(history: Run) -> list[str]:
     """Say for the end of a log what may be wrong, and what was not measured of the images."""
     gaps = [check for check in image_checks(history) if check.state is State.UNMEASURED]
     return [f"{State.WARNING}: {sign}" for sign in warning_signs(history)] + [
@@ -106,14 +106,14 @@ def _found(subject: str, signs: Iterable[str], otherwise: str) -> list[Check]:
     return found or [Check(subject, State.CLEAR, otherwise)]
 
 
-def _unfinished_check(history: RunHistory) -> list[Check]:
+def _unfinished_check(history: Run) -> list[Check]:
     if history.running and not history.finished:
         return []
     rounds = f"All {history.config.federation.rounds} rounds are done."
     return _found("an unfinished run", _unfinished(history), rounds)
 
 
-def _clients_check(history: RunHistory) -> list[Check]:
+def _clients_check(history: Run) -> list[Check]:
     if history.setting == "centralised":
         return []
     signs = [*_left_out(history), *_absent(history)]
@@ -121,7 +121,7 @@ def _clients_check(history: RunHistory) -> list[Check]:
     return _found("clients left out or not there", signs, everyone)
 
 
-def _drift_check(history: RunHistory) -> list[Check]:
+def _drift_check(history: Run) -> list[Check]:
     if history.setting == "centralised":
         return []
     subject, number = "clients that drift", len(history.clients)
@@ -132,7 +132,7 @@ def _drift_check(history: RunHistory) -> list[Check]:
     return _found(subject, _drifting(history), alike)
 
 
-def _leak_check(history: RunHistory) -> list[Check]:
+def _leak_check(history: Run) -> list[Check]:
     if history.trained_on_test is None:
         return []
     classes = zip(history.config.data.classes, history.trained_on_test, strict=True)
@@ -145,7 +145,7 @@ def _leak_check(history: RunHistory) -> list[Check]:
     return _found("test images that were trained on", [sign] if each else [], clear)
 
 
-def _noise_checks(history: RunHistory) -> list[Check]:
+def _noise_checks(history: Run) -> list[Check]:
     subject = "images that look like noise"
     found = [
         Check(
@@ -173,7 +173,7 @@ _SAYS_PLACE = {
 }
 
 
-def _class_checks(history: RunHistory) -> list[Check]:
+def _class_checks(history: Run) -> list[Check]:
     subject = "images of other classes than asked for"
     found = [
         _class_check(subject, each, _chance_beside(history, each))
@@ -209,7 +209,7 @@ def _class_check(subject: str, found: "_Figure", chance: float) -> Check:
     return Check(subject, State.CLEAR, says)
 
 
-def _copying_checks(history: RunHistory) -> list[Check]:
+def _copying_checks(history: Run) -> list[Check]:
     subject = "copies of training images"
     searches = [*_searches(history)]
     found = [_copying_check(subject, each, len(searches)) for each in searches]
@@ -263,13 +263,13 @@ def far_rounds(series: Mapping[int, Series]) -> dict[int, tuple[int, int]]:
     return counts
 
 
-def _unfinished(history: RunHistory) -> Iterator[str]:
+def _unfinished(history: Run) -> Iterator[str]:
     if not history.finished:
         done = f"{history.rounds_done} of {history.config.federation.rounds} rounds are done"
         yield f"The run is not finished: {done}, and nothing goes on with it."
 
 
-def _left_out(history: RunHistory) -> Iterator[str]:
+def _left_out(history: Run) -> Iterator[str]:
     for client in history.clients:
         own = [each for each in history.records.left_out if each.client == client]
         reasons = dict.fromkeys(each.context["reason"] for each in own)
@@ -281,7 +281,7 @@ def _left_out(history: RunHistory) -> Iterator[str]:
             )
 
 
-def _absent(history: RunHistory) -> Iterator[str]:
+def _absent(history: Run) -> Iterator[str]:
     states = history.participation()
     for client in history.clients:
         missed = [
@@ -296,7 +296,7 @@ def _absent(history: RunHistory) -> Iterator[str]:
             )
 
 
-def _drifting(history: RunHistory) -> Iterator[str]:
+def _drifting(history: Run) -> Iterator[str]:
     for title, (metric, reference) in COMPARED.items():
         series = history.records.of_clients(metric, reference=reference)
         for client, (far, compared) in far_rounds(series).items():
@@ -333,7 +333,7 @@ class _Search:
     client: int | None = None
 
 
-def _measured(history: RunHistory, metric: str) -> Iterator[_Figure]:
+def _measured(history: Run, metric: str) -> Iterator[_Figure]:
     """Find a quantity wherever it was measured last: files of evaluations, the run, hospitals."""
     evaluated = False
     for each in history.current_evaluations:
@@ -364,7 +364,7 @@ def _figure(records: Records, found: Record, number: int, where: str) -> _Figure
     )
 
 
-def _num_scored(history: RunHistory) -> int:
+def _num_scored(history: Run) -> int:
     """Return the number of images that hospitals scored last; 0 where they scored none."""
     scored = history.records.last(SCORING_CLIENTS)
     if scored is None:
@@ -373,12 +373,12 @@ def _num_scored(history: RunHistory) -> int:
     return history.config.eval.num_images if scored.n is None else scored.n
 
 
-def _chance_beside(history: RunHistory, found: _Figure) -> float:
+def _chance_beside(history: Run, found: _Figure) -> float:
     """Return the agreement by chance, of an older version as with equally many of each class."""
     return 1 / len(history.config.data.classes) if found.chance is None else found.chance
 
 
-def _searches(history: RunHistory) -> Iterator[_Search]:
+def _searches(history: Run) -> Iterator[_Search]:
     evaluated = False
     for each in history.current_evaluations:
         evaluated = evaluated or not each.otherwise
@@ -413,7 +413,7 @@ def _searches_in(
             yield _Search(share, p_value, f"{space}s", *numbers, where, client)
 
 
-def _why_unmeasured(history: RunHistory) -> str:
+def _why_unmeasured(history: Run) -> str:
     """Say why a run has not measured what it could have."""
     if not history.finished:
         return "The run measures its images at its end."
@@ -424,7 +424,7 @@ def _why_unmeasured(history: RunHistory) -> str:
     return "The run did not measure it: measure with feddm evaluate."
 
 
-def _why_not_searched(history: RunHistory) -> str:
+def _why_not_searched(history: Run) -> str:
     data = history.config.data
     if history.finished and history.setting != "real nodes" and data.test_fraction is None:
         return (
@@ -434,7 +434,7 @@ def _why_not_searched(history: RunHistory) -> str:
     return _why_unmeasured(history)
 
 
-def _number_checks(history: RunHistory) -> list[Check]:
+def _number_checks(history: Run) -> list[Check]:
     classes = len(history.config.data.classes)
     # By what measured them: the images, and those of the class that has the fewest.
     measured: dict[str, tuple[int, int]] = {}

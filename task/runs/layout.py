@@ -26,8 +26,12 @@
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from task.config import Config, read_config
 
@@ -55,6 +59,31 @@ def run_path(config: Config) -> Path:
     return Path(config.output_dir) / config.run_name
 
 
+@contextmanager
+def understood(file: Path) -> Iterator[None]:
+    """Say of a file that cannot be understood which it is and what to do.
+
+    Raises:
+        ValueError: whatever the block raises that what the file holds can be the cause of.
+    """
+    try:
+        yield
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{file} is not what a run writes ({why}); bring a copy of it back, or move it out of "
+            "the folder"
+        ) from error
+
+
 def read_json(file: Path) -> Any:
     """Read a JSON file of a run; None where it is not there.
 
@@ -63,10 +92,8 @@ def read_json(file: Path) -> Any:
     """
     if not file.exists():
         return None
-    try:
+    with understood(file):
         return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({error}); bring a copy of it back") from error
 
 
 def client_numbers(run: Path) -> dict[int, int] | None:

@@ -1,13 +1,16 @@
-"""Read back what finished runs left behind: configuration, final weights, measurements."""
+"""The one reader of a run's folder: what happened, what was measured, and the final model."""
 
-import json
 import logging
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from task.checks import require
@@ -17,17 +20,37 @@ from task.config import (
     Config,
     changed_config,
     flat_values,
-    read_config,
 )
 from task.generation.images import GeneratedImages, ImageSource, class_labels
 from task.generation.restoration import RESTORATION_VALUES, Restorer, known_part, restoration_config
 from task.generators.base import Generator
 from task.generators.registry import build_generator, weightless_generator
+from task.lock import holder
 from task.runs.checkpoint import load_weights
 from task.runs.evaluations import Evaluation, read_evaluations
-from task.runs.layout import PARTITION_FILE, run_config, weights_file
-from task.runs.repeat import require_weights
+from task.runs.layout import (
+    CLASS_COUNTS_FILE,
+    DATA_FILE,
+    LOCK_FILE,
+    MACHINE_FILE,
+    METRICS_FILE,
+    NODES_FILE,
+    PARTITION_FILE,
+    POOLED_FILE,
+    SUBMISSION_FILE,
+    TIMES_FILE,
+    last_complete_round,
+    read_json,
+    round_of,
+    run_config,
+    understood,
+    weights_file,
+)
+from task.runs.records import TRAIN, Records, read_records
+from task.runs.repeat import Word, require_weights
 from task.training.devices import select_device
+
+POOLED = "pooled"
 
 
 def log_unreadable(run: Path, error: Exception) -> None:
@@ -36,27 +59,258 @@ def log_unreadable(run: Path, error: Exception) -> None:
 
 
 @dataclass(frozen=True)
-class FinishedRun:
-    """A run that has its final weights.
+class WorkTime:
+    """A time in which a process worked on a run, from a start to an end or an interruption.
 
     Attributes:
-        path: its folder.
-        config: as resolved.
-        partition: of partition.json; None for a centralised run.
+        begun: with the time zone of the machine.
+        seconds: until the last thing that was written down.
+        host: name of the machine.
     """
 
-    path: Path
-    config: Config
-    partition: dict[str, Any] | None
+    begun: datetime
+    seconds: float
+    host: str
+
+    @property
+    def ended(self) -> datetime:
+        """When the last thing was written down."""
+        return self.begun + timedelta(seconds=self.seconds)
+
+
+class Run:
+    """The folder of a run, finished or not, as it is read; `task.runs.layout` says what is in it.
+
+    A file is read when it is asked for. Numbers of rounds that were not completed are left out, as
+    a resumed run forgets them.
+
+    Attributes:
+        path: the folder.
+        config: as resolved.
+
+    Raises:
+        ValueError: there is no run, it is of a newer version, or, at any attribute, a file is not
+            what a run writes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the configuration alone."""
+        self.path = path
+        self.config = run_config(path)
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder."""
+        return self.path.resolve().name
+
+    @cached_property
+    def final_round(self) -> int | None:
+        """The round of the final weights; None while there are none."""
+        file = weights_file(self.path)
+        if not file.is_file():
+            return None
+        with understood(file), safe_open(file, framework="pt") as weights:
+            return int((weights.metadata() or {})["round"])
+
+    @cached_property
+    def rounds_done(self) -> int:
+        """Complete rounds."""
+        return max(last_complete_round(self.path), self.final_round or 0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the final weights are there and of the last round asked for."""
+        return self.final_round == self.config.federation.rounds
+
+    @cached_property
+    def running(self) -> bool:
+        """Whether another process holds the folder."""
+        return holder(self.path / LOCK_FILE) not in (None, str(os.getpid()))
+
+    @cached_property
+    def records(self) -> Records:
+        """What was measured and counted in complete rounds."""
+        file = self.path / METRICS_FILE
+        with understood(file):
+            return read_records(file).up_to(self.rounds_done)
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
-        """What was measured of its images, drawn as the run draws.
+        """What was measured of the global weights; what was drawn otherwise comes last."""
+        return read_evaluations(self.path)
 
-        Raises:
-            ValueError: a file is not what a run writes.
+    @property
+    def main_evaluations(self) -> list[Evaluation]:
+        """Those of images that were drawn as the run draws."""
+        return [each for each in self.evaluations if not each.otherwise]
+
+    @property
+    def current_evaluations(self) -> list[Evaluation]:
+        """Those of the newest weights: a run that was prolonged keeps files of earlier ones."""
+        return self.of_round(self.rounds_done).evaluations
+
+    def of_round(self, number: int) -> "Run":
+        """Leave out what was measured of the weights of other rounds."""
+        run = copy(self)
+        run.rounds_done = number
+        run.evaluations = [each for each in self.evaluations if each.round == number]
+        run.records = self.records.of_round(number)
+        return run
+
+    @cached_property
+    def partition(self) -> dict[str, Any] | None:
+        """Of partition.json; None where no simulation dealt the images out."""
+        return self._object(PARTITION_FILE)
+
+    @cached_property
+    def class_counts(self) -> dict[int | str, list[int] | None]:
+        """Training images of each class by client number, or under `POOLED`.
+
+        None of a client that does not say.
         """
-        return [found for found in read_evaluations(self.path) if not found.otherwise]
+        for name in (POOLED_FILE, PARTITION_FILE, CLASS_COUNTS_FILE):
+            content = self._object(name)
+            if content is not None:
+                with understood(self.path / name):
+                    counts = _counts_of(name, content)
+                    for each in counts.values():
+                        _check_counts(each, len(self.config.data.classes))
+                return counts
+        return {}
+
+    @property
+    def setting(self) -> str:
+        """Which it is: "simulation", "real nodes" or "centralised"."""
+        setting: str | None = self._machine.get("setting")
+        if setting is not None:
+            return setting
+        # Of a run that did not write it down.
+        if self.config.train.mode == "centralized":
+            return "centralised"
+        return "real nodes" if (self.path / NODES_FILE).exists() else "simulation"
+
+    @property
+    def device(self) -> str | None:
+        """That trained, or, with real nodes, drew; None where it was not written down."""
+        return self._machine.get("device")
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Of what ran, by name; empty where they were not written down."""
+        return dict(self._machine.get("versions", {}))
+
+    @property
+    def code(self) -> str | None:
+        """The fingerprint of what ran; None where it was not written down."""
+        return self._machine.get("code")
+
+    @property
+    def data_source(self) -> str | None:
+        """Where the images are from; None where they are on several machines, or not told."""
+        return self._data.get("source")
+
+    @property
+    def data_hashes(self) -> Mapping[str, str]:
+        """Of the images: "all" and "train"; empty where there is no `data_source`."""
+        return dict(self._data.get("sha256", {}))
+
+    @property
+    def trained_on_test(self) -> list[int] | None:
+        """Test images of each class that are training images too; None where it was not told."""
+        return (self._data.get("duplicates") or {}).get("in_both")
+
+    @cached_property
+    def grids(self) -> dict[int, Path]:
+        """Pictures of samples by round."""
+        return {round_of(file): file for file in sorted(self.path.glob("samples/round_*.png"))}
+
+    @cached_property
+    def submitted(self) -> Mapping[str, Word] | None:
+        """What `flwr run` was given; None where it was not asked."""
+        words = (self._object(SUBMISSION_FILE) or {}).get("run_config")
+        with understood(self.path / SUBMISSION_FILE):
+            if not isinstance(words, dict | None):
+                raise TypeError(f"run_config must be an object, got {type(words).__name__}")
+        return words
+
+    @cached_property
+    def work_times(self) -> list[WorkTime]:
+        """When it was worked on, in order; empty of a run that did not write it down."""
+        file = self.path / TIMES_FILE
+        with understood(file):
+            return [
+                WorkTime(
+                    datetime.fromisoformat(each["begun"]), float(each["seconds"]), each["host"]
+                )
+                for each in read_json(file) or []
+            ]
+
+    @cached_property
+    def _machine(self) -> dict[str, Any]:
+        return self._object(MACHINE_FILE) or {}
+
+    @cached_property
+    def _data(self) -> dict[str, Any]:
+        return self._object(DATA_FILE) or {}
+
+    def _object(self, name: str) -> dict[str, Any] | None:
+        content = read_json(self.path / name)
+        with understood(self.path / name):
+            if not isinstance(content, dict | None):
+                raise TypeError(f"expected an object, got {type(content).__name__}")
+        return content
+
+    @property
+    def clients(self) -> list[int]:
+        """The numbers of all clients that the folder knows of, ascending."""
+        counted = {client for client in self.class_counts if isinstance(client, int)}
+        return sorted(counted.union(self.records.clients))
+
+    @cached_property
+    def generator(self) -> Generator:
+        """What was trained, without weights."""
+        return weightless_generator(self.config)
+
+    @property
+    def num_images(self) -> int | None:
+        """The training images of all that say how many they have; None where none does."""
+        known = [sum(counts) for counts in self.class_counts.values() if counts is not None]
+        told = [
+            each.n or 0
+            for client in self.clients
+            if (each := self.records.last("loss", reference=TRAIN, client=client))
+        ]
+        known = known or list(filter(None, told))
+        return sum(known) if known else None
+
+    @property
+    def seconds(self) -> float:
+        """The time of the whole run: of all its starts, with the drawing and measuring at its end.
+
+        Of a run that did not write it down, the time of all rounds, with their evaluations.
+        """
+        if self.work_times:
+            return sum(each.seconds for each in self.work_times)
+        spent = [self.records.series(name) for name in ("round_seconds", "seconds_evaluating")]
+        return sum(sum(series.values()) for series in spent)
+
+    def participation(self) -> dict[tuple[int, int], str]:
+        """Say of each round and client whether it "trained", or why it did not.
+
+        It was "left out", or "not asked"; where every client is asked, it was "not there".
+        """
+        absent = "not there" if self.config.federation.clients_per_round is None else "not asked"
+        states = {
+            (number, client): absent
+            for number in range(1, self.rounds_done + 1)
+            for client in self.clients
+        }
+        for client, series in self.records.of_clients("loss", reference=TRAIN).items():
+            states |= {(number, client): "trained" for number in series}
+        for each in self.records.left_out:
+            if each.client is not None and each.context["activity"] == "train":
+                states[each.round, each.client] = "left out"
+        return states
 
     @cached_property
     def values(self) -> dict[str, Any]:
@@ -193,7 +447,7 @@ def _options(
     }
 
 
-def load_run(path: str | Path) -> FinishedRun:
+def load_run(path: str | Path) -> Run:
     """Read a finished run, to look at it or to draw from its model.
 
     Args:
@@ -202,15 +456,14 @@ def load_run(path: str | Path) -> FinishedRun:
     Raises:
         ValueError: there is no run, it is not finished, or it is of another version of feddm.
     """
-    folder = Path(path).expanduser()
-    run_config(folder)
-    require_weights(folder)
-    return _read_run(folder)
+    run = Run(Path(path).expanduser())
+    require_weights(run.path)
+    return run
 
 
 def find_runs(
     folder: Path, unreadable: Callable[[Path, Exception], object] = log_unreadable
-) -> list[FinishedRun]:
+) -> list[Run]:
     """Find every finished run in a folder and below it, sorted by path.
 
     Args:
@@ -221,30 +474,26 @@ def find_runs(
     for file in sorted(folder.rglob("config.yaml")):
         if weights_file(file.parent).is_file():
             try:
-                run = _read_run(file.parent)
-                _ = run.evaluations  # which are read here, so that damaged ones are told of
+                run = Run(file.parent)
+                # Read here, so that a damaged file leaves out this run alone.
+                _ = run.evaluations, run.partition
                 found.append(run)
             except (ValueError, OSError) as error:
                 unreadable(file.parent, error)
     return found
 
 
-def _read_run(path: Path) -> FinishedRun:
-    partition = path / PARTITION_FILE
-    return FinishedRun(
-        path=path,
-        config=read_config(path / "config.yaml"),
-        partition=_read_mapping(partition) if partition.exists() else None,
-    )
+def _counts_of(name: str, content: Mapping[str, Any]) -> dict[int | str, list[int] | None]:
+    if name == POOLED_FILE:
+        return {POOLED: content["train_counts"]}
+    if name == PARTITION_FILE:
+        return dict(enumerate(content["train_counts"]))
+    return {int(client): counts for client, counts in content["clients"].items()}
 
 
-def _read_mapping(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-    require(isinstance(content, dict), str(file), "a mapping", content)
-    return dict(content)
+def _check_counts(counts: list[int] | None, num_classes: int) -> None:
+    if counts is not None and [type(number) for number in counts] != [int] * num_classes:
+        raise ValueError(f"expected {num_classes} numbers, got {counts!r}")
 
 
 def kept_clients(run: Path) -> list[int]:

@@ -13,7 +13,7 @@ from task.data import ImageSet, build_dataset
 from task.evaluation.classifier import accuracy
 from task.evaluation.features import cached_classifier
 from task.generation.grids import Panel, save_panels
-from task.runs.run import FinishedRun, load_run
+from task.runs.run import Run, load_run
 
 COLUMNS = 5
 GREY = 128
@@ -51,7 +51,7 @@ def main(run_folder: str, picture: str) -> None:
     save_panels(panels, Path(picture), rows=data.classes, columns=COLUMNS, tile=32)
 
 
-def filled(run: FinishedRun, real: ImageSet, mask: Tensor, *, num_resamples: int) -> Tensor:
+def filled(run: Run, real: ImageSet, mask: Tensor, *, num_resamples: int) -> Tensor:
     """Fill a mask in by the class of each image, sorted by class."""
     return torch.cat(
         [

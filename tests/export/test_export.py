@@ -27,7 +27,7 @@ from task.generation.folder import NOTICE, folder_names
 from task.generators.diffusion.network import UNet
 from task.generators.registry import build_generator
 from task.runs.checkpoint import save_weights
-from task.runs.run import FinishedRun, final_model, load_run
+from task.runs.run import Run, final_model, load_run
 from tests.cli.test_cli import assert_fails_in_one_line, feddm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ print(json.dumps({**told, "shape": list(np.shape(card.get("prediction")))}))
 """
 
 
-def finished_run(folder: Path, *overrides: str) -> FinishedRun:
+def finished_run(folder: Path, *overrides: str) -> Run:
     """Make a run of a network that learned nothing, with weights of one client beside it."""
     config = anchored(
         load_config(
@@ -90,7 +90,7 @@ def finished_run(folder: Path, *overrides: str) -> FinishedRun:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return finished_run(tmp_path_factory.mktemp("hospital-of-somewhere"))
 
 
@@ -102,7 +102,7 @@ def unguided(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=FORMATS)
-def exported(run: FinishedRun, request: pytest.FixtureRequest) -> Iterator[Path]:
+def exported(run: Run, request: pytest.FixtureRequest) -> Iterator[Path]:
     missing = [name for name in FORMATS[request.param].needs if not importlib.util.find_spec(name)]
     if missing:
         pytest.skip(f"{', '.join(missing)} missing: uv sync --extra export")
@@ -128,7 +128,7 @@ def python(folder: Path, program: str) -> str:
     return done.stdout
 
 
-def drawn_by_feddm(run: FinishedRun, draw_noise: Any) -> np.ndarray:
+def drawn_by_feddm(run: Run, draw_noise: Any) -> np.ndarray:
     model, _ = final_model(run.path, run.config)
     return model.eval().sample(torch.tensor([0, 2]), draw_noise).numpy()
 
@@ -139,9 +139,7 @@ def assert_same_picture(file: Path, expected: Image.Image) -> None:
     assert np.abs(difference).max() <= 1  # of 255, for rounding
 
 
-def test_an_export_draws_the_images_of_feddm_without_feddm(
-    run: FinishedRun, exported: Path
-) -> None:
+def test_an_export_draws_the_images_of_feddm_without_feddm(run: Run, exported: Path) -> None:
     # No file may lead back to the machine that wrote it.
     content = b"".join(file.read_bytes() for file in exported.rglob("*") if file.is_file())
     for path in (run.path.parent.name, str(ROOT), str(Path.home())):
@@ -198,7 +196,7 @@ def test_drawing_with_numpy_equals_feddm(tmp_path: Path, overrides: tuple[str, .
     np.testing.assert_allclose(found, drawn_by_feddm(run, lambda: next(ours)), atol=1e-3)
 
 
-def test_weights_of_a_client_are_its_own(run: FinishedRun) -> None:
+def test_weights_of_a_client_are_its_own(run: Run) -> None:
     written = export_run(run, "safetensors", client=1)
     assert written.folder == run.path / "export" / "safetensors-client-1"
     assert read_settings(written.folder)["exported"]["client"] == 1
@@ -212,7 +210,7 @@ def test_weights_of_a_client_are_its_own(run: FinishedRun) -> None:
 
 
 def test_an_export_replaces_an_export_and_nothing_else(
-    run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "models" / "tiny"
     words = ("export", run.path, "--to", "safetensors", "--out", folder)
@@ -244,7 +242,7 @@ def test_an_export_replaces_an_export_and_nothing_else(
         assert_fails_in_one_line(feddm(*words[:-1], here), expected)
 
 
-def test_a_folder_with_sums_of_its_own_is_no_export(run: FinishedRun, tmp_path: Path) -> None:
+def test_a_folder_with_sums_of_its_own_is_no_export(run: Run, tmp_path: Path) -> None:
     (tmp_path / "images.zip").touch()
     (tmp_path / "config.json").write_text("{}")
     write_sums(tmp_path)
@@ -254,7 +252,7 @@ def test_a_folder_with_sums_of_its_own_is_no_export(run: FinishedRun, tmp_path: 
 
 
 def test_an_export_that_predicts_otherwise_is_not_written(
-    run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     form = FORMATS["safetensors"]
 
@@ -268,7 +266,7 @@ def test_an_export_that_predicts_otherwise_is_not_written(
 
 
 def test_wrong_words_are_errors_of_one_line(
-    run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def export(path: Path, *words: object) -> Any:
         return feddm("export", path, "--to", *words)
@@ -326,7 +324,7 @@ def test_draw_refuses_guidance_without_a_null_label(unguided: Path) -> None:
         draw(model, np.array([0]), settings=settings, guidance_scale=2, **nothing)
 
 
-def test_pipeline_takes_classes_by_name_and_number(run: FinishedRun) -> None:
+def test_pipeline_takes_classes_by_name_and_number(run: Run) -> None:
     pytest.importorskip("diffusers")
     from task.export.diffusers_pipeline import ClassConditionalPipeline
     from task.export.diffusers_unet import ClassConditionalUNet

@@ -9,7 +9,6 @@ import pytest
 from task.config import OWN_IMAGES, anchored, flat_values, load_config, read_config
 from task.evaluation.metrics import METRICS
 from task.progress import duration
-from task.reporting.history import RunHistory, read_history
 from task.reporting.metric_table import Quantity
 from task.reporting.run_summary import (
     describe_run,
@@ -37,6 +36,7 @@ from task.runs.repeat import (
     training_words,
 )
 from task.runs.resume import check_same_run
+from task.runs.run import Run
 from tests.helpers import evaluated, left_out, losses, written_run
 
 NOISE_POSITION = Quantity("noise_position")
@@ -53,7 +53,7 @@ def test_history_holds_what_was_recorded_of_complete_rounds(tmp_path: Path) -> N
     run = written_run(tmp_path / "run", recorded, rounds_done=2, files=files, federation__rounds=4)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"round": 3, "metr')
-    history = read_history(run)
+    history = Run(run)
     assert (history.rounds_done, history.finished, history.running) == (2, False, False)
     records = history.records
     assert records.series("loss", reference=TRAIN) == {1: pytest.approx(0.6), 2: 0.3}
@@ -74,13 +74,13 @@ def test_history_holds_what_was_recorded_of_complete_rounds(tmp_path: Path) -> N
 def test_real_nodes_and_pooled_data_are_told_apart(tmp_path: Path) -> None:
     told = {"classes": ["0"], "clients": {"0": None, "1": [5] * 10}}
     files = {"nodes.json": {"123": 0, "456": 1}, "class_counts.json": told}
-    nodes = read_history(written_run(tmp_path / "nodes", [], rounds_done=0, files=files))
+    nodes = Run(written_run(tmp_path / "nodes", [], rounds_done=0, files=files))
     assert (nodes.setting, nodes.clients, nodes.num_images) == ("real nodes", [0, 1], 50)
     pooled = {"pooled.json": {"train_counts": [7] * 10, "test_counts": [1] * 10}}
     run = written_run(
         tmp_path / "pooled", [], rounds_done=2, files=pooled, train__mode="centralized"
     )
-    history = read_history(run)
+    history = Run(run)
     assert (history.setting, history.clients, history.num_images) == ("centralised", [], 70)
     assert history.finished and warning_signs(history) == []
 
@@ -88,7 +88,7 @@ def test_real_nodes_and_pooled_data_are_told_apart(tmp_path: Path) -> None:
 def test_run_that_no_client_has_answered_says_where_it_runs(tmp_path: Path) -> None:
     machine = {"device": "cpu", "setting": "real nodes", "versions": {"torch": "9"}, "code": "ab"}
     run = written_run(tmp_path / "run", [], rounds_done=0, files={"machine.json": machine})
-    history = read_history(run)
+    history = Run(run)
     assert (history.setting, history.clients) == ("real nodes", [])
     assert (history.versions, history.code) == ({"torch": "9"}, "ab")
     assert describe_run(history)[0].startswith("No client has answered yet. 0 of 2 rounds")
@@ -106,17 +106,17 @@ def test_what_hospitals_scored_is_read_from_the_run(tmp_path: Path) -> None:
         )
     ]
     run = written_run(tmp_path / "run", recorded, rounds_done=2)
-    (fid,) = found_metrics(read_history(run))
+    (fid,) = found_metrics(Run(run))
     assert fid.of == "hospitals, classifier, correct, n=1,200, seed 7"
-    (check,) = found(read_history(run), "fewer")
+    (check,) = found(Run(run), "fewer")
     assert "1,200 of 10 classes in the hospitals' scores" in check.says
-    (fid,) = found_metrics(read_history(written_run(tmp_path / "early", recorded, rounds_done=1)))
+    (fid,) = found_metrics(Run(written_run(tmp_path / "early", recorded, rounds_done=1)))
     assert fid.of == "hospitals, classifier, correct, n=40, seed 7"
 
 
 def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"RUN: {tmp_path} holds no run"):
-        read_history(tmp_path)
+        Run(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_evaluation_of_the_first_schema_is_read() -> None:
     )
 
 
-def found(history: RunHistory, subject: str) -> list[Check]:
+def found(history: Run, subject: str) -> list[Check]:
     return [check for check in checks(history) if subject in check.subject]
 
 
@@ -161,14 +161,14 @@ def test_copies_and_few_images_are_warned_of(tmp_path: Path) -> None:
     for p_value, state in ((0.02, State.CLEAR), (0.001, State.WARNING), (None, State.UNMEASURED)):
         content = evaluated(scores={Quantity("pixel_p_value"): (p_value, None)})
         file.write_text(json.dumps(content))
-        assert [check.state for check in found(read_history(run), "copies")] == [state]
-        assert [check.state for check in found(read_history(run), "fewer")] == [State.CLEAR]
+        assert [check.state for check in found(Run(run), "copies")] == [state]
+        assert [check.state for check in found(Run(run), "fewer")] == [State.CLEAR]
     for few, said in (
         ({"n_generated": 499, "n_rarest": 49}, "499 of 10"),
         ({"n_rarest": 3}, "at least 3 of each"),
     ):
         file.write_text(json.dumps(evaluated(**few)))
-        assert any(said in sign for sign in warning_signs(read_history(run)))
+        assert any(said in sign for sign in warning_signs(Run(run)))
 
 
 def test_what_was_measured_before_a_run_was_prolonged_is_not_said_of_its_end(
@@ -178,13 +178,13 @@ def test_what_was_measured_before_a_run_was_prolonged_is_not_said_of_its_end(
     run = written_run(tmp_path / "run", lines, rounds_done=2)
     file = run / "evaluation-classifier-correct.json"
     file.write_text(json.dumps(evaluated(1)))
-    assert {check.state for check in image_checks(read_history(run))} == {State.UNMEASURED}
-    (found_before,) = found_metrics(read_history(run), NOISE_POSITION)
+    assert {check.state for check in image_checks(Run(run))} == {State.UNMEASURED}
+    (found_before,) = found_metrics(Run(run), NOISE_POSITION)
     assert found_before.of.endswith("n=500, round 1")
     lines += [Record(2, "noise_position", 0.9, n=500)]
     run = written_run(tmp_path / "measured", lines, rounds_done=2)
     (run / file.name).write_text(file.read_text())
-    history = read_history(run)
+    history = Run(run)
     assert [check.state for check in found(history, "noise")] == [State.WARNING]
     assert [each.generated for each in evaluated_metrics(history, NOISE_POSITION)] == ["0.9"]
     before = image_checks(history.of_round(1))
@@ -196,13 +196,13 @@ def test_images_drawn_otherwise_do_not_hide_what_the_run_measured(tmp_path: Path
     run = written_run(tmp_path / "run", [quick], rounds_done=2)
     content = json.dumps(evaluated(scores={NOISE_POSITION: (0.9, 0.03)}))
     (run / "evaluation-classifier-correct-sampler=ddpm.json").write_text(content)
-    states = [check.state for check in found(read_history(run), "noise")]
+    states = [check.state for check in found(Run(run), "noise")]
     assert states == [State.WARNING, State.CLEAR]
     (run / "evaluation-classifier-correct.json").write_text(content)
-    first, second = evaluated_metrics(read_history(run), NOISE_POSITION)
+    first, second = evaluated_metrics(Run(run), NOISE_POSITION)
     assert first.of.startswith("pixels and spectra, n=")
     assert (first.of + ", drawn with sampler=ddpm") == second.of
-    assert {check.state for check in found(read_history(run), "noise")} == {State.WARNING}
+    assert {check.state for check in found(Run(run), "noise")} == {State.WARNING}
 
 
 def test_place_between_real_and_noise_names_the_numbers_that_it_is_of(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_place_between_real_and_noise_names_the_numbers_that_it_is_of(tmp_path: 
         Record(2, "noise_position", 0.1, n=1000),
         Record(2, "noise_position", 0.03, real=True, n=179),
     ]
-    history = read_history(written_run(tmp_path / "run", quick, rounds_done=2))
+    history = Run(written_run(tmp_path / "run", quick, rounds_done=2))
     said = "other real images at 0.03 (n=1,000, 500 of them compared, 179 real ones)"
     assert said in found(history, "noise")[0].says
     assert found_metrics(history, NOISE_POSITION)[0].of == "pixels and spectra, n=500"
@@ -259,7 +259,7 @@ def test_nothing_is_called_clear_that_was_not_looked_at(
     values = recorded | {"chance_agreement": 0.1} if recorded else {}
     real = Record(2, "class_agreement", values.pop("of_real", 1.0), real=True)
     lines = [*losses(2, {0: 0.5}), *records_of(2, values, n=500), real]
-    history = read_history(written_run(tmp_path / "run", lines, rounds_done=2))
+    history = Run(written_run(tmp_path / "run", lines, rounds_done=2))
     for subject, state in (("noise", noise), ("other classes", classes), ("copies", copies)):
         assert [check.state for check in found(history, subject)] == [state]
     assert [check.state for check in found(history, "drift")] == [State.UNMEASURED]
@@ -276,7 +276,7 @@ def test_hospitals_scores_are_checked_one_by_one(tmp_path: Path) -> None:
         told = {"pixel_copied": 0.1, "pixel_p_value": p_value}
         lines += records_of(2, told, client=client, reference=HELD_OUT, n=500)
         lines += [Record(2, "num_held_out", 200, client=client)]
-    history = read_history(written_run(tmp_path / "run", lines, rounds_done=2))
+    history = Run(written_run(tmp_path / "run", lines, rounds_done=2))
     copies = found(history, "copies")
     assert [check.state for check in copies] == [State.WARNING, State.CLEAR]
     assert "at client 0" in copies[0].says and "n=500, 200 held out" in copies[0].says
@@ -327,7 +327,7 @@ def test_words_of_a_run_compose_its_configuration(words: list[str]) -> None:
 def test_words_that_resume_a_run_name_its_folder_of_now(tmp_path: Path) -> None:
     run = written_run(tmp_path / "old", losses(1, {0: 0.5}), rounds_done=1)
     moved = run.rename(tmp_path / "it's new")
-    history = read_history(moved)
+    history = Run(moved)
     command = shlex.split(resuming_command(history.config, moved))
     assert command[0] == "feddm-train"
     resumed = anchored(load_config(command[1:]), tmp_path)
@@ -355,7 +355,7 @@ def test_test_images_that_were_trained_on_are_warned_of(tmp_path: Path) -> None:
         found = {"in_both": [number] + [0] * 9}
         files: dict[str, object] = {"data.json": {"duplicates": found}}
         run = written_run(tmp_path / name, losses(1, {0: 0.5}), rounds_done=2, files=files)
-        (leak,) = [each for each in checks(read_history(run)) if "trained on" in each.subject]
+        (leak,) = [each for each in checks(Run(run)) if "trained on" in each.subject]
         assert leak.state is (State.WARNING if number else State.CLEAR)
         assert ("(0 21)" in leak.says) == (number > 0)
 
@@ -371,7 +371,7 @@ def test_run_ends_with_few_lines_of_what_it_found(tmp_path: Path) -> None:
         Record(2, "seconds_evaluating", 25.0),
     ]
     run = written_run(tmp_path / "run", recorded, rounds_done=2)
-    text = "\n".join(lines := summary_lines(read_history(run)))
+    text = "\n".join(lines := summary_lines(Run(run)))
     assert len(lines) <= 15
     for words in (
         "2 of 2",

@@ -12,7 +12,7 @@ from task.config import anchored, load_config, write_config
 from task.reporting.metric_table import Quantity
 from task.reporting.model_card import training_counts, write_model_card
 from task.runs.records import HELD_OUT, TEST, TRAIN, Record, records_of
-from task.runs.run import FinishedRun, load_run
+from task.runs.run import Run, load_run
 from tests.helpers import Scores, evaluated
 
 EXPORTED = {
@@ -36,7 +36,7 @@ def measured(server_round: int = 3, **drawn: Any) -> dict[str, Any]:
     return evaluated(server_round, SCORES, **told)
 
 
-def run_of(folder: Path, files: dict[str, Any], *overrides: str) -> FinishedRun:
+def run_of(folder: Path, files: dict[str, Any], *overrides: str) -> Run:
     path = folder / "st-elsewhere"
     path.mkdir(parents=True)
     config = load_config(
@@ -52,7 +52,7 @@ def run_of(folder: Path, files: dict[str, Any], *overrides: str) -> FinishedRun:
     return load_run(path)
 
 
-def card(run: FinishedRun, **exported: Any) -> str:
+def card(run: Run, **exported: Any) -> str:
     write_model_card(
         run, run.path, usage="Load it.\n", library="onnx", exported={**EXPORTED, **exported}
     )
@@ -139,7 +139,7 @@ def test_card_of_a_run_without_evaluation_tells_what_it_measured_itself(tmp_path
         assert words in text
 
 
-def record(run: FinishedRun, *records: Record) -> None:
+def record(run: Run, *records: Record) -> None:
     (run.path / "metrics.jsonl").write_text("".join(map(Record.line, records)))
 
 

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from task.cli.main import app
 from task.reporting.charts import course_charts, whole_ticks
 from task.reporting.comparison import incomparable
-from task.reporting.history import read_history
 from task.reporting.rendering import render
 from task.reporting.report import (
     comparison_page,
@@ -28,6 +27,7 @@ from task.reporting.report import (
 from task.reporting.run_summary import key_figures
 from task.runs.records import TRAIN, records_of
 from task.runs.repeat import resuming_command
+from task.runs.run import Run
 from tests.helpers import evaluated, left_out, losses, written_run
 
 EVIL = "<script>alert(1)</script>"
@@ -99,7 +99,7 @@ def test_report_shows_the_figures_of_the_metrics(run: Path, page: str) -> None:
         for row in data_of_charts(page, 1)
         if {"client", "value"} <= row.keys()
     }
-    history = read_history(run)
+    history = Run(run)
     assert {("0", 1): 0.512, ("1", 1): 0.734, ("0", 2): 0.256}.items() <= drawn.items()
     shared = {row["round"]: row["value"] for row in rows if row.get("line") == "train loss"}
     assert shared == history.records.series("loss", reference=TRAIN)
@@ -162,7 +162,7 @@ def test_comparison_names_what_differs(run: Path, tmp_path: Path) -> None:
     other = written_run(
         tmp_path / "other", losses(1, {0: 0.9, 1: 0.9}), rounds_done=1, train__local_epochs=7
     )
-    text = bare(comparison_page([read_history(run), read_history(other)]))
+    text = bare(comparison_page([Run(run), Run(other)]))
     row = re.search(r"train.local_epochs</th><td>(\d)</td><td>(\d)</td>", text)
     assert row is not None and row.groups() == ("1", "7")
     assert "other: The run is not finished: 1 of 2 rounds" in text
@@ -175,7 +175,7 @@ def test_comparison_sets_only_like_figures_beside_each_other(tmp_path: Path) -> 
     for run, number in zip(runs, (2000, 2000, 179), strict=True):
         described = evaluated(n_generated=number, n_scored=number)
         (run / "evaluation-classifier-correct.json").write_text(json.dumps(described))
-    text = bare(comparison_page([read_history(run) for run in runs]))
+    text = bare(comparison_page([Run(run) for run in runs]))
     for number, cells in (("2,000", ["2.5", "2.5", "-"]), ("179", ["-", "-", "2.5"])):
         name = f"FID (train) ↓, classifier, correct, n={number}"
         row = text.partition(f">{name}</th>")[2].partition("</tr>")[0]
@@ -196,7 +196,7 @@ def test_comparison_says_first_what_keeps_figures_apart(tmp_path: Path) -> None:
         run = written_run(tmp_path / name, losses(1, {0: 0.5}), rounds_done=rounds, **changed)
         described = evaluated(rounds)
         (run / "evaluation-classifier-correct.json").write_text(json.dumps(described))
-        runs[name] = read_history(run)
+        runs[name] = Run(run)
 
     def sentences(*names: str) -> str:
         return " ".join(incomparable({name: runs[name] for name in names}))
@@ -230,7 +230,7 @@ def test_same_configuration_of_other_images_is_told_by_their_hash(tmp_path: Path
         run = written_run(
             tmp_path / name, losses(1, {0: 0.5}), rounds_done=2, files={"data.json": said}
         )
-        runs[name] = read_history(run)
+        runs[name] = Run(run)
     assert "SHA-256 bbbbbbbbbbbb" in incomparable(runs)[0]
 
 
@@ -245,7 +245,7 @@ def test_page_says_when_where_and_of_what_a_run_is(tmp_path: Path) -> None:
         "times.json": times,
     }
     run = written_run(tmp_path / "run", losses(1, {0: 0.5}), rounds_done=2, files=files)
-    facts = re.findall("<dd>(.*?)</dd>", section(report_page(read_history(run)), "summary"))
+    facts = re.findall("<dd>(.*?)</dd>", section(report_page(Run(run)), "summary"))
     for words in (
         "2026-03-01 10:00 to 2026-03-02 11:00 (+0100)",
         "1:01:40, with drawing and measuring, in 2 starts",
@@ -254,10 +254,10 @@ def test_page_says_when_where_and_of_what_a_run_is(tmp_path: Path) -> None:
         *hashes.values(),
     ):
         assert words in facts
-    assert dict(key_figures(read_history(run)))["time"] == "1:01:40"
+    assert dict(key_figures(Run(run)))["time"] == "1:01:40"
     (run / "times.json").write_text('[{"begun": "yesterday"}]')
     with pytest.raises(ValueError, match=r"times\.json is not what a run writes"):
-        read_history(run)
+        Run(run)
     (run / "times.json").unlink()
     huge = json.dumps({"round": 1, "metric": "loss", "value": 10**400})
     for file, content in (
@@ -269,15 +269,15 @@ def test_page_says_when_where_and_of_what_a_run_is(tmp_path: Path) -> None:
     ):
         (run / file).write_text(content + "\n")
         with pytest.raises(ValueError, match=rf"{file} is not what a run writes"):
-            read_history(run)
+            Run(run)
         (run / file).unlink()
 
 
 def test_run_that_is_not_over_says_how_to_go_on_or_that_it_does(tmp_path: Path) -> None:
     run = written_run(tmp_path / "it's", losses(1, {0: 0.5}), rounds_done=1)
     with (run / ".lock").open("a+") as lock:
-        warnings = section(report_page(read_history(run)), "warnings")
-        command = resuming_command(read_history(run).config, run)
+        warnings = section(report_page(Run(run)), "warnings")
+        command = resuming_command(Run(run).config, run)
         assert f"<pre><code>{command}</code></pre>" in warnings
         assert "The run is not finished: 1 of 2 rounds are done" in warnings
         # Held as another process would.
@@ -285,7 +285,7 @@ def test_run_that_is_not_over_says_how_to_go_on_or_that_it_does(tmp_path: Path) 
         lock.truncate(0)
         lock.write("1")
         lock.flush()
-        going = section(report_page(read_history(run)), "warnings")
+        going = section(report_page(Run(run)), "warnings")
     assert "is going on: 1 of 2 rounds are done" in going
     assert "not finished" not in going and "resume=true" not in going
 
@@ -308,7 +308,7 @@ def test_ticks_are_whole_rounds(first: int, last: int, expected: list[int]) -> N
 def test_time_that_nobody_trained_is_told_from_training(tmp_path: Path) -> None:
     spent = {"seconds_waiting": 124.0, "seconds_training": 8.0, "round_seconds": 126.0}
     run = written_run(tmp_path / "run", records_of(1, spent), rounds_done=2)
-    (drawing,) = course_charts(read_history(run))
+    (drawing,) = course_charts(Run(run))
     rows = {row["phase"]: row["seconds"] for row in rows_in(drawing.spec) if "phase" in row}
     assert rows == {"training": 8.0, "waiting": 116.0}
 

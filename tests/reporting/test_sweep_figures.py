@@ -15,7 +15,7 @@ from task.randomness import Stream
 from task.reporting.figures import Picture
 from task.reporting.sweep_figures import draw_figures
 from task.runs.checkpoint import save_weights
-from task.runs.run import FinishedRun, final_model, find_runs, kept_clients, weights_file
+from task.runs.run import Run, final_model, find_runs, kept_clients, weights_file
 
 TINY = [
     *("model.width=4", "model.num_poolings=1", "data.image_size=8"),
@@ -65,7 +65,7 @@ def pixels(picture: Picture) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def expected_grid(run: FinishedRun, client: int | None = None, tile: int = 80) -> np.ndarray:
+def expected_grid(run: Run, client: int | None = None, tile: int = 80) -> np.ndarray:
     labels = torch.arange(10).repeat_interleave(2)
     model, _ = final_model(run.path, run.config, client)
     drawn = draw_images(run.config, model, labels, device=CPU, stream=Stream.SAMPLE_GRID)
@@ -82,7 +82,7 @@ def test_figure2_shows_the_pair_of_equal_settings(tmp_path: Path, make_run: Make
     runs = {run.path.name: run for run in find_runs(tmp_path / "sweep")}
     picture = pixels(pictures["figure2-digits"])
     central = expected_grid(runs["e-central"])
-    fedavg = FinishedRun(runs["d-fedavg"].path, runs["e-central"].config, partition=None)
+    fedavg = Run(runs["d-fedavg"].path, runs["e-central"].config, partition=None)
     height, width, _ = central.shape
     body = picture[TITLE_HEIGHT : TITLE_HEIGHT + height, :-MARGIN]
     # The noise is the same.

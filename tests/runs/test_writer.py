@@ -17,12 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from task.config import Config, anchored, load_config, read_config, value_paths
-from task.reporting.history import read_history
 from task.runs import writer
 from task.runs.checkpoint import load_weights
 from task.runs.layout import NODES_FILE, client_numbers, run_path
 from task.runs.records import HELD_OUT, TRAIN, Record, read_records
 from task.runs.resume import FREE_TO_CHANGE, check_startable
+from task.runs.run import Run
 from task.runs.writer import RunWriter
 
 # Holds a lock file until its input ends; a line names a file to make before.
@@ -214,7 +214,7 @@ def test_time_of_every_start_is_kept(tmp_path: Path, started: Path) -> None:
         with opened(tmp_path, "resume=true") as directory:
             directory.record_time()
             directory.record_time()
-    history = read_history(started)
+    history = Run(started)
     assert len(history.work_times) == 2
     assert history.seconds == sum(each.seconds for each in history.work_times)
     assert {each.host for each in history.work_times} == {platform.node()}

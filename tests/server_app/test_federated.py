@@ -37,12 +37,11 @@ from server_app.weighting import Weighting
 from task.config import load_run_config, read_config
 from task.fingerprint import code_fingerprint
 from task.protocol.wire import Key, WeightLayout
-from task.reporting.history import read_history
 from task.reporting.warning_signs import State, checks
 from task.runs.checkpoint import load_weights
 from task.runs.layout import weights_file
 from task.runs.records import HELD_OUT, Record, Records, read_records
-from task.runs.run import kept_clients
+from task.runs.run import Run, kept_clients
 from task.runs.writer import RunWriter
 from tests.helpers import SMALL_RUN, ClientNodes, Network, Order, simulated, write_digits_as_mnist
 
@@ -183,7 +182,7 @@ def test_run_leaves_its_files(reference: Path) -> None:
 
 
 def test_run_says_what_it_ran_with(reference: Path) -> None:
-    history = read_history(reference)
+    history = Run(reference)
     assert (history.setting, history.code) == ("simulation", code_fingerprint())
     assert history.versions["torch"] == version("torch")
     assert history.data_source == "package scikit-learn" and len(history.data_hashes["all"]) == 64
@@ -666,7 +665,7 @@ def test_final_images_of_an_untrained_network_are_measured_and_look_like_noise(
     assert recorded(folder, "noise_position")[1, None] > 0.6
     assert recorded(folder, "noise_position real")[1, None] < 0.2
     assert recorded(folder, "pixel_p_value")[1, None] > 0.01
-    states = {check.subject: check.state for check in checks(read_history(folder))}
+    states = {check.subject: check.state for check in checks(Run(folder))}
     assert states["images that look like noise"] is State.WARNING
     assert states["fewer than 50 measured images of a class"] is State.WARNING
     assert "warning: The images look untrained" in capsys.readouterr().out
