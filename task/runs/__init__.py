@@ -1,4 +1,6 @@
-"""The folder of a run: what is written to it and read from it, checkpoints and weights.
+"""The folder of a run: `layout` says what lies where, `writer` writes it and `run` reads it.
 
-Pages and tables that are made from it are in `task.reporting`.
+A number that was measured or counted is a `records.Record`; `first_schema` makes them of what
+older runs hold. `checkpoint` keeps weights, `resume` says which runs may go on, `repeat` names the
+command. What is measured is decided in `task.evaluation`, pages are made in `task.reporting`.
 """

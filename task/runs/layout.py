@@ -2,6 +2,7 @@
 
 <output_dir>/<run_name>/
     config.yaml                     the resolved configuration
+    schema.json                     the version of this layout
     metrics.jsonl                   a `task.runs.records.Record` per line
     partition.json, partition.png   images of each class at each client (simulation)
     pooled.json                     images of each class (centralised)
@@ -35,6 +36,10 @@ from safetensors import SafetensorError
 
 from task.config import Config, read_config
 
+SCHEMA_FILE = "schema.json"
+# Of what is in a folder. The first, which wrote no schema.json, named what are fields of a record
+# now: `task.runs.first_schema` reads it.
+SCHEMA_VERSION = 2
 PARTITION_FILE = "partition.json"
 POOLED_FILE = "pooled.json"
 DATA_FILE = "data.json"
@@ -105,14 +110,10 @@ def client_numbers(run: Path) -> dict[int, int] | None:
     if not (run / NODES_FILE).exists():
         return None
     numbers = read_json(run / NODES_FILE)
-    if isinstance(numbers, dict):
-        pairs = [(node, number) for node, number in numbers.items() if type(number) is int]
-        if len(pairs) == len(numbers) and all(node.isdecimal() for node in numbers):
-            return {int(node): number for node, number in pairs}
-    raise ValueError(
-        f"{run / NODES_FILE} is damaged: it must hold a number for each node id; bring a copy of "
-        "it back"
-    )
+    with understood(run / NODES_FILE):
+        if any(type(number) is not int for number in numbers.values()):
+            raise TypeError(f"expected a number for each node id, got {numbers!r}")
+        return {int(node): number for node, number in numbers.items()}
 
 
 def weights_file(run: Path, client: int | None = None) -> Path:
@@ -129,10 +130,17 @@ def run_config(run: Path) -> Config:
     """Read the configuration of the run in a folder.
 
     Raises:
-        ValueError: there is no run, or it is of another version of feddm.
+        ValueError: there is no run, or a newer version of feddm has written it.
     """
     if not is_begun(run):
         raise ValueError(f"RUN: {run} holds no run (there is no {run / 'config.yaml'})")
+    with understood(run / SCHEMA_FILE):
+        version = int((read_json(run / SCHEMA_FILE) or {"version": 1})["version"])
+    if version > SCHEMA_VERSION:
+        raise ValueError(
+            f"{run} is of schema {version}, and this version of feddm reads schemas up to "
+            f"{SCHEMA_VERSION}; use the version that wrote it, or a newer one"
+        )
     return read_config(run / "config.yaml")
 
 

@@ -4,8 +4,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from task.config import Config, flat_values, read_config, settle_precisions, unknown_values
-from task.runs.layout import is_begun, run_path
+from task.config import Config, flat_values, settle_precisions, unknown_values
+from task.runs.layout import is_begun, run_config, run_path
 
 NAMES_AND_PLACES = frozenset({"experiment", "output_dir", "run_name", "resume", "data.cache_dir"})
 
@@ -71,7 +71,7 @@ def check_same_run(config: Config, path: Path) -> None:
     Raises:
         ValueError: it does not; names every key that differs.
     """
-    different = different_values(read_config(path / "config.yaml"), config)
+    different = different_values(run_config(path), config)
     unknown = [f"{k}={v}" for k, v in unknown_values(path / "config.yaml").items()]
     if unknown:
         raise ValueError(

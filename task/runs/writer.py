@@ -9,18 +9,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from task.config import Config, read_config, write_config
+from task.config import Config, write_config
 from task.files import atomic_path, naming_full_disk, remove_left_overs, write_json
 from task.lock import hold
 from task.runs.layout import (
     DAMAGED,
     LOCK_FILE,
     METRICS_FILE,
+    SCHEMA_FILE,
+    SCHEMA_VERSION,
     TIMES_FILE,
     checkpoints,
     last_complete_round,
     read_json,
     round_of,
+    run_config,
     run_path,
     weights_file,
 )
@@ -68,7 +71,7 @@ class RunWriter:
             self._lock.close()
             raise
         if config.resume:
-            config = with_precisions_of(read_config(path / "config.yaml"), config)
+            config = with_precisions_of(run_config(path), config)
         self.config = config
         self._begun, self._start = datetime.now().astimezone(), time.monotonic()
         self._earlier = self.read_json(TIMES_FILE) or []
@@ -77,6 +80,8 @@ class RunWriter:
         self._remove_left_overs()
         self.damaged = self._set_damaged_aside()
         self._forget_after(self.last_round)
+        # After the metrics, which have been made of this schema.
+        self.write_json(SCHEMA_FILE, {"version": SCHEMA_VERSION})
         from torch.utils.tensorboard import SummaryWriter
 
         self._tensorboard = SummaryWriter(str(path / "tensorboard"), purge_step=self.last_round + 1)
@@ -270,7 +275,7 @@ class RunWriter:
         ]
 
     def _forget_after(self, server_round: int) -> None:
-        """Drop the metrics of rounds that were not completed; they are about to be repeated."""
+        """Drop the records of rounds that were not completed; they are about to be repeated."""
         if self.metrics_file.exists():
             kept = read_records(self.metrics_file).up_to(server_round)
             with atomic_path(self.metrics_file) as aside:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import cast
 
@@ -25,7 +26,8 @@ from task.runs.checkpoint import save_weights
 from task.runs.evaluations import evaluation_of
 from task.runs.records import TEST
 from task.runs.resume import check_startable
-from task.runs.run import find_runs, load_run
+from task.runs.run import Run, find_runs, load_run
+from task.runs.writer import RunWriter
 
 FILE = "evaluation-classifier-correct.json"
 
@@ -212,17 +214,17 @@ def test_images_drawn_otherwise_are_kept_apart_from_those_of_the_run(
     assert (found["sampler"], found["num_inference_steps"]) == ("dpmpp_2m", 300)
     assert (found["clip_x_start"], found["eval.precision"]) == (False, "float32")
     # Nothing that looks for measurements of the run takes this for one.
-    assert find_runs(copy)[0].evaluations == []
+    assert find_runs(copy)[0].main_evaluations == []
     # Nor for one of another seed, which would take the place of the run's own.
     for seed in ("seed=7", "eval.seed=7"):
         seeded = feddm("evaluate", copy, "--num-per-class", 2, seed)
         assert seeded.exit_code == 0, seeded.output
         assert (copy / f"evaluation-classifier-correct-{seed}.json").exists()
-    assert find_runs(copy)[0].evaluations == [] and not (copy / FILE).exists()
+    assert find_runs(copy)[0].main_evaluations == [] and not (copy / FILE).exists()
     # What the run says itself is no other way of drawing.
     same = feddm("evaluate", copy, "--num-per-class", 2, "diffusion.num_inference_steps=4")
     assert same.exit_code == 0, same.output
-    assert [each.name for each in find_runs(copy)[0].evaluations] == [FILE]
+    assert [each.name for each in find_runs(copy)[0].main_evaluations] == [FILE]
 
 
 def test_a_data_set_without_test_images_is_measured_against_its_training_images(
@@ -310,11 +312,14 @@ def test_inception_without_weights_fails_before_images_are_drawn(
     assert "drawing" not in result.stdout
 
 
-@pytest.fixture
-def earlier_run(tmp_path: Path) -> Path:
-    """A run as version 0.1.0 first wrote it, with a value that this version does not know."""
+@pytest.fixture(params=["0.1.0", "0.1.0-federated"])
+def earlier_run(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A run of the first schema, with a value that this version does not know.
+
+    The first is one as version 0.1.0 first wrote it, the other as it last did.
+    """
     run = tmp_path / "sweep" / "earlier"
-    shutil.copytree(Path(__file__).parents[1] / "runs" / "0.1.0", run)
+    shutil.copytree(Path(__file__).parents[1] / "runs" / request.param, run)
     with (run / "config.yaml").open("a", encoding="utf-8") as file:
         file.write("privacy:\n  noise: 1.5\n")
     return run
@@ -331,12 +336,22 @@ def test_run_of_an_earlier_version_is_drawn_from_shown_and_compared(
         result = feddm(*words)
         assert result.exit_code == 0, result.output
     assert len([*(tmp_path / "images" / "3").glob("*.png")]) == 2
-    assert load_run(earlier_run).sample(classes=[3], num_images=2).images.shape == (2, 1, 8, 8)
+    assert "Warning" in (earlier_run / "safetensors" / "README.md").read_text()
+    run = load_run(earlier_run)
+    size = run.config.data.image_size
+    assert run.sample(classes=[3], num_images=2).images.shape == (2, 1, size, size)
     other = Path(shutil.copytree(earlier_run, earlier_run.parent / "other"))
     text = (other / "config.yaml").read_text(encoding="utf-8")
     (other / "config.yaml").write_text(text.replace("beta: 0.5", "beta: 5.0"), encoding="utf-8")
+    # One that cannot be read does not end the table of the others.
+    newer = Path(shutil.copytree(earlier_run, earlier_run.parent / "newer"))
+    (newer / "schema.json").write_text('{"version": 99}')
     result = feddm("tables", earlier_run.parent, "--no-figures")
     assert result.exit_code == 0 and "Table II" in result.stdout, result.output
+    assert (
+        f"{newer} is of schema 99, and this version of feddm reads schemas up to" in result.output
+    )
+    assert_fails_in_one_line(feddm("report", newer), "is of schema 99")
 
 
 def test_run_of_an_earlier_version_is_resumed_where_all_its_values_are_known(
@@ -350,3 +365,10 @@ def test_run_of_an_earlier_version_is_resumed_where_all_its_values_are_known(
     file = earlier_run / "config.yaml"
     file.write_text(file.read_text(encoding="utf-8").partition("privacy:")[0], encoding="utf-8")
     check_startable(config)
+    before = Run(earlier_run).records.all
+    with closing(RunWriter(config)) as writer:
+        assert writer.last_round == len([*earlier_run.glob("checkpoints/*")]) * 2
+    # Of the second schema now; a run without checkpoints begins anew.
+    assert (earlier_run / "schema.json").exists()
+    after = Run(earlier_run).records.all
+    assert after == (before if writer.last_round else ())

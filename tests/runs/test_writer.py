@@ -136,7 +136,14 @@ def test_folder_has_the_documented_layout(tmp_path: Path) -> None:
     events = {name for name in found if name.startswith("tensorboard/events")}
     assert len(events) == 1
     assert found - events == {
-        *("config.yaml", "metrics.jsonl", "partition.json", "samples", "checkpoints"),
+        *(
+            "config.yaml",
+            "schema.json",
+            "metrics.jsonl",
+            "partition.json",
+            "samples",
+            "checkpoints",
+        ),
         *("checkpoints/round_0005.safetensors", "model.safetensors", "tensorboard", ".lock"),
     }
     assert read_config(directory.path / "config.yaml") == directory.config
@@ -539,5 +546,5 @@ def test_damaged_numbers_of_clients_are_refused_by_their_file(tmp_path: Path, te
     file.write_text('{"18446744073709551615": 2}')
     assert client_numbers(tmp_path) == {2**64 - 1: 2}
     file.write_text(text)
-    with pytest.raises(ValueError, match=re.escape(f"{file} is damaged")):
+    with pytest.raises(ValueError, match=re.escape(f"{file} is not what a run writes")):
         client_numbers(tmp_path)
