@@ -56,7 +56,7 @@ def write_tables(
     if alone:
         left_out["measured, with no other run to compare with"] = alone
     page = {"title": f"Tables of {folder.resolve().name}", "tables": tables, "left_out": left_out}
-    say(render("tables.md.j2", **page, pictures=[]))
+    say(render("tables.md", **page, pictures=[]))
     if not tables:
         raise ValueError(
             f"SWEEP_DIR: no two runs in {folder} differ in nothing but train.mode, partition.beta, "
@@ -95,9 +95,8 @@ def _read_sweep(folder: Path) -> tuple[list[Run], list[Measurement], dict[str, l
 
 
 def _write_pages(folder: Path, page: Mapping[str, Any], pictures: Sequence[Picture]) -> None:
-    for language in ("md", "html"):
-        text = render(f"tables.{language}.j2", **page, pictures=pictures)
-        _write_text(folder / f"tables.{language}", text)
+    for name, template in (("tables.md", "tables.md"), ("tables.html", "tables.html.md")):
+        _write_text(folder / name, render(template, **page, pictures=pictures))
 
 
 def _unfinished_runs(folder: Path) -> list[str]:

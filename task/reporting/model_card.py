@@ -66,7 +66,7 @@ def write_model_card(
     versions = (read_json(run.path / MACHINE_FILE) or {}).get("versions", {})
     trained_with = ", ".join(f"{name} {number}" for name, number in versions.items())
     card = render(
-        "model_card.md.j2",
+        "model_card.md",
         library=library,
         data=data,
         data_set=DATA_WITHOUT_NAME.get(data.name, data.name),

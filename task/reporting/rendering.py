@@ -1,4 +1,8 @@
-"""Pages from the templates of `templates/`: every value is escaped for the language of the page."""
+"""Pages from the templates of `templates/`: every value is escaped for the language of the page.
+
+Templates of HTML, too, end with `.md`: Flower sends no files but those of a few endings to where a
+run starts, `.md` among them.
+"""
 
 import base64
 import hashlib
@@ -19,8 +23,8 @@ def render(template: str, **values: object) -> str:
     """Fill a template.
 
     Args:
-        template: name of a file of `templates/`; a value is escaped as its ending asks, `.html.j2`
-            or `.md.j2`, unless the value is `Markup` itself.
+        template: name of a file of `templates/`, NAME.html.md for HTML and NAME.md for Markdown; a
+            value that is `Markup` is not escaped.
         **values: by the names that the template gives them.
 
     Returns:

@@ -121,7 +121,7 @@ def _check_writable(file: Path) -> None:
 def report_page(history: Run) -> str:
     """Lay a run out as a page of HTML."""
     return _page(
-        "report.html.j2",
+        "report.html.md",
         title=f"Run {history.name}",
         found=_findings({"": checks(history)}),
         unfinished=_unfinished_states([history]),
@@ -145,7 +145,7 @@ def comparison_page(histories: Sequence[Run]) -> str:
     """Lay several runs out side by side as a page of HTML."""
     runs = dict(zip(labels([each.path for each in histories]), histories, strict=True))
     return _page(
-        "comparison.html.j2",
+        "comparison.html.md",
         title=f"Comparison of {', '.join(runs)}",
         found=_findings({f"{label}: ": checks(run) for label, run in runs.items()}),
         incomparable=incomparable(runs),

@@ -49,7 +49,7 @@ class Read(HTMLParser):
 
 
 def written(template: str, **values: object) -> str:
-    parts = '{% from "parts.md.j2" import listing, table %}'
+    parts = '{% from "parts.md" import listing, table %}'
     return environment("md").from_string(parts + template).render(values)
 
 

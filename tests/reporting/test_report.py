@@ -365,4 +365,4 @@ def test_broken_file_is_named_in_one_line(tmp_path: Path) -> None:
 
 def test_page_holds_no_value_that_a_browser_cannot_read() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        render("run_page.html.j2", title="", library="", chart_config={"value": float("nan")})
+        render("run_page.html.md", title="", library="", chart_config={"value": float("nan")})

@@ -317,7 +317,7 @@ def test_published_values_stand_beside_measured_ones_of_the_papers_scale(
 
 
 def as_markdown(table: Table) -> str:
-    return render("tables.md.j2", title="", tables=[table], left_out={}, pictures=[])
+    return render("tables.md", title="", tables=[table], left_out={}, pictures=[])
 
 
 def cells_of(table: Table, label: str, row: str) -> list[str]:
@@ -488,7 +488,7 @@ def test_text_of_others_is_shown_and_not_obeyed() -> None:
     page = {"title": words, "tables": [table], "left_out": {words: [words]}}
     pictures = [Picture(Path('a b"<.png'), words, words)]
     html, markdown = (
-        render(f"tables.{language}.j2", **page, pictures=pictures) for language in ("html", "md")
+        render(template, **page, pictures=pictures) for template in ("tables.html.md", "tables.md")
     )
     tags = Tags(html).found
     assert "b" not in {tag for tag, _ in tags}
