@@ -22,13 +22,10 @@ from task.generation.draw_images import draw_images, full_labels
 from task.generators.base import Generator
 from task.randomness import Stream
 from task.reporting.metric_table import (
+    label_caption,
     lay_out,
-    looked_through,
     measured,
     metric_captions,
-    scored,
-    span,
-    stand_ins,
     with_std,
 )
 from task.runs.evaluations import Evaluation, drawing, drawn_otherwise, evaluation_file
@@ -183,21 +180,13 @@ def client_caption(reports: Mapping[str, Evaluation], counts: Mapping[str, list[
         reports: the table's.
         counts: numbers of generated images per class, of "own" and "all".
     """
-    own, everything = reports["global_own"].label, reports["global_all"].label
-    neighbours = "test" if everything.n_test > 0 else "training"
     return [
-        f"own: {own.n_generated:,} generated images of each model ({span(counts['own'])} of each "
-        f"class), measured against one half of the client's {own.n_train:,} training images of the "
-        f"same classes, where copies of them score best; {scored(own)}",
-        f"real, own: {stand_ins(own)}",
-        f"all: {everything.n_generated:,} generated images of each model ({span(counts['all'])} "
-        f"of each class), measured against {'' if everything.n_test else 'one half of '}all "
-        f"{everything.n_train:,} training images; precision, recall and coverage against the "
-        f"{neighbours} images; {scored(everything)}",
-        f"real, all: {stand_ins(everything)}",
-        f"data {own.data}; both models drew from the same noise, once, so that the spread over "
-        f"draws is not known; seed {own.seed}",
-        *looked_through(own),
+        *(
+            f"{whose}: {line}"
+            for whose, of_each in counts.items()
+            for line in label_caption(reports[f"global_{whose}"].label, of_each)
+        ),
+        "both models drew from the same noise, once, so that the spread over draws is not known",
         "compare local with global, never own with all",
         *metric_captions(reports["global_all"].records),
     ]

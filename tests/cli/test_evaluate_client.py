@@ -135,7 +135,7 @@ def test_a_local_model_that_equals_the_global_one_scores_as_it_does(
         "tiny, client 0, local model of round 3, global model of round 3 of 3",
         "metric local, own global, own real, own local, all global, all real, all",
         f"FID (train) ↓ {own_fid:.4f} {own_fid:.4f} {floor:.4f} {whole_fid:.4f}",
-        f"own: {number:,} generated images of each model",
+        f"own: data digits: {number:,} generated images (",
         f"On the {number:,} images of client 0 the local model's FID is",
         "both fit the client alike.",
     ):
