@@ -1,4 +1,6 @@
-"""How good images are: features, metrics, the search for copies, restoration of known images.
+"""How good generated images are, beside real ones.
 
-How the figures are shown is in `task.reporting`.
+`metrics` lists every metric with its name, title and computation, `evaluate` computes them for the
+images of a run, `hospital_scores` against the images of one hospital. The files of evaluations are
+in `task.runs`; how they are shown is in `task.reporting`.
 """

@@ -96,6 +96,11 @@ class FeaturePairs:
     floor: Pairs
     whole: Pairs | None = None
 
+    @property
+    def smallest(self) -> int:
+        """How many images the smallest of the compared sets has."""
+        return next(iter(self.floor.values())).smallest
+
 
 @dataclass(frozen=True, eq=False)
 class Comparison:

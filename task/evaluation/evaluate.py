@@ -1,6 +1,7 @@
 """The metrics of generated images, with the same of real images beside them."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -75,12 +76,13 @@ def evaluate_images(
             where there are no test images), images of another shape than the real ones, or none
             of some class.
     """
+    comparison = Comparison(config, generated, dataset, extractor.device)
     real = real or extract_real(config, dataset, extractor)
     images = looked_at(config, extractor, generated.images, 9)
     features = extract(extractor, images, batch_size=config.eval.batch_size)
     pairs = paired(features, real, config.eval.seed)
-    comparison = Comparison(config, generated, dataset, extractor.device, features, real, pairs)
-    label = _label(comparison, extractor)
+    comparison = replace(comparison, features=features, real_features=real, pairs=pairs)
+    label = _label(comparison, extractor, pairs.smallest)
     told = {name: getattr(label, name) for name in ("extractor", "image_range", "seed")}
     records: dict[bool, list[Record]] = {False: [], True: []}
     for metric, score in scores_of(comparison, metrics_of(use)):
@@ -89,12 +91,8 @@ def evaluate_images(
     return Evaluation(label, scored, whole, drawing(config, server_round))
 
 
-def _label(comparison: Comparison, extractor: FeatureExtractor) -> Label:
-    generated, real = comparison.generated, comparison.real
-    if comparison.pairs is None:
-        raise ValueError("an evaluation needs pairs of features")
-    smallest = next(iter(comparison.pairs.floor.values())).smallest
-    config = comparison.config
+def _label(comparison: Comparison, extractor: FeatureExtractor, smallest: int) -> Label:
+    generated, real, config = comparison.generated, comparison.real, comparison.config
     return Label(
         data=config.data.name,
         extractor=extractor.name,
