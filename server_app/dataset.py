@@ -9,7 +9,7 @@ from task.config import Config
 from task.data import Dataset, build_dataset, count_across_clients, take_inventory
 from task.data.partition import Partition
 from task.data.source import describe_source, hash_images
-from task.reporting.figures import save_partition_heatmap
+from task.reporting.heat_maps import save_partition_heatmaps
 from task.runs.layout import DATA_FILE, PARTITION_FILE
 from task.runs.writer import RunWriter
 
@@ -72,11 +72,9 @@ def record_partition(config: Config, partition: Partition, directory: RunWriter)
             "it with as many hospitals and the same data"
         )
     directory.write_json(PARTITION_FILE, described)
-    save_partition_heatmap(
-        partition.counts,
-        directory.path / "partition.png",
-        classes=config.data.classes,
-        title=f"{config.data.name}, {described_split(config)}",
+    title = f"{config.data.name}, {described_split(config)}"
+    save_partition_heatmaps(
+        {title: partition.counts}, directory.path / "partition.png", classes=config.data.classes
     )
     sizes = partition.counts.sum(1)
     log(f"{sizes.sum():,} training images, {described_range(sizes)} at a hospital")

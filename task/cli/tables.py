@@ -10,10 +10,9 @@ import torch
 
 from task.config import flat_values
 from task.files import atomic_path
-from task.reporting.figures import Picture
+from task.reporting.figures import Picture, draw_figures
 from task.reporting.metric_table import flat_evaluation
 from task.reporting.rendering import render
-from task.reporting.sweep_figures import draw_figures
 from task.reporting.tables import (
     Measurement,
     Table,

@@ -16,7 +16,7 @@ from task.runs.run import POOLED, Run
 
 # Told apart by readers without red, green or blue, at a contrast of 4.5 or more on white.
 COLORS = ("#0072b2", "#b84300", "#007a5a", "#9a3f78", "#5b5b5b", "#7a6100")
-GREY, FAINT, INK = "#8c8c8c", "#d9dde2", "#1a1a1a"
+GRAY, FAINT, INK = "#8c8c8c", "#d9dde2", "#1a1a1a"
 STATES = {"trained": COLORS[0], "left out": COLORS[1], "not there": "#f0c9b4", "not asked": FAINT}
 
 # Of a round, as the server's clock divides it, in the order in which they are stacked.
@@ -100,7 +100,7 @@ def _loss_of_all(history: Run) -> list[Drawing]:
         return []
     clients = history.records.of_clients("loss", reference=TRAIN)
     says = f"Lines of the global model: {_spans(shared)}."
-    says += f" Grey lines: train loss of {len(clients)} clients." if clients else ""
+    says += f" Gray lines: train loss of {len(clients)} clients." if clients else ""
     domain = _extent(v for series in (*clients.values(), *shared.values()) for v in series.values())
     layers = [*_client_lines(clients, "loss", domain), _named_lines(shared, "loss", domain=domain)]
     return [Drawing("Loss by round", says, _spec(alt.layer(*layers)))]
@@ -113,7 +113,7 @@ def _updates(history: Run) -> list[Drawing]:
         return []
     least, largest = _extent(value for series in clients.values() for value in series.values())
     says = (
-        f"Grey lines of {len(clients)} clients: L2 norm of the update, between "
+        f"Gray lines of {len(clients)} clients: L2 norm of the update, between "
         f"{least:.3g} and {largest:.3g}."
     )
     layers = _client_lines(clients, "update norm (L2)", [least, largest])
@@ -415,7 +415,7 @@ def _named_lines(
 def _client_lines(
     clients: Mapping[int, Series], title: str, domain: Sequence[float]
 ) -> list[alt.Chart]:
-    """Draw grey lines, of which the one under the pointer, or the chosen one, stands out."""
+    """Draw gray lines, of which the one under the pointer, or the chosen one, stands out."""
     if not clients:
         return []
     rows = [
@@ -439,7 +439,7 @@ def _client_lines(
     )
     base = _chart(rows).encode(x=_round_axis(rows), y=_value_axis(title, domain), detail="client:N")
     lines = base.mark_line(interpolate="linear").encode(
-        color=_if_else(chosen, INK, GREY),
+        color=_if_else(chosen, INK, GRAY),
         opacity=_if_else(chosen, 1, 0.45),
         strokeWidth=_if_else(chosen, 3, 1.5),
         tooltip=[alt.Tooltip("client:N")],

@@ -102,7 +102,7 @@ def training_counts(run: Run) -> tuple[list[int] | None, int | None, int]:
 
     Returns:
         The counts, None where they are not known or would be those of a single site; the number
-        of clients, None for a centralised run; how many of them did not say.
+        of clients, None for a centralized run; how many of them did not say.
     """
     if run.partition is not None:
         counts = run.partition["train_counts"]
@@ -132,7 +132,7 @@ def training_rows(run: Run, generator: Generator, server_round: int) -> CardRows
     train, federation = config.train, config.federation
     federated = train.mode == "federated"
     return [
-        ("algorithm", federation.aggregation if federated else "centralised training"),
+        ("algorithm", federation.aggregation if federated else "centralized training"),
         ("rounds" if federated else "rounds of local epochs", server_round),
         *(_federation_rows(federation) if federated else []),
         ("local epochs", train.local_epochs),

@@ -98,15 +98,15 @@ class Kind:
 
 
 KINDS = (
-    Kind("I", "train.mode", "centralised and federated", "Centralised better than FedAvg", -1),
+    Kind("I", "train.mode", "centralized and federated", "Centralized better than FedAvg", -1),
     Kind("II", "partition.beta", "skew of the partition", "the smallest beta worst", 0),
     Kind("III", "federation.num_supernodes", "number of clients", "the largest N worst", -1),
     Kind("IV", "train.local_epochs", "local epochs", "the smallest E worst", 0),
     Kind(
         "V",
         "train.mode",
-        "centralised and federated, image files",
-        "Centralised better than FedAvg",
+        "centralized and federated, image files",
+        "Centralized better than FedAvg",
         -1,
     ),
 )
@@ -305,17 +305,17 @@ def _groups(
 ) -> Iterator[tuple[SettingValues, list[Measurement]]]:
     """Put measurements together that are equal in all but what a table varies."""
     groups: dict[SettingValues, list[Measurement]] = {}
-    centralised = []
+    centralized = []
     for each in measured:
         if not kind.takes(each.values):
             continue
         if each.values["train.mode"] == "centralized":
-            centralised.append(each)
+            centralized.append(each)
             continue
         for settings in _group_settings(kind, each):
             groups.setdefault(settings, []).append(each)
     baselines: dict[SettingValues, list[Measurement]] = {}
-    for each in centralised:
+    for each in centralized:
         # It has no clients, so that it fits any federation; the paper's, where that is there.
         fitting = [s for s in groups if _without_clients(s) == _without_clients(each.settings)]
         for settings in [
@@ -413,7 +413,7 @@ def _table(
 def row_label(kind: Kind, value: Any) -> str:
     """Name a row as the paper does."""
     if kind.key == "train.mode":
-        return "Centralised" if value == "centralized" else "FedAvg"
+        return "Centralized" if value == "centralized" else "FedAvg"
     return f"{SCALE[kind.key]}={_plain_value(value)}"
 
 
@@ -471,7 +471,7 @@ def _caption(
     values = dict(settings)
     lines = [scale(settings, *apart) + "."]
     if any(len({m.values["train.mode"] for m in column}) > 1 for column in columns.values()):
-        lines.append("Centralised: R x E epochs on the pooled images, without N clients.")
+        lines.append("Centralized: R x E epochs on the pooled images, without N clients.")
     lines += [
         _column_caption(label, column[0], whole=label in published)
         for label, column in columns.items()

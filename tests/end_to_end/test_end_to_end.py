@@ -256,7 +256,7 @@ def test_table_is_one_line_and_the_tables_of_a_folder_share_their_cells(tmp_path
         )
         assert result.returncode == 0, result.stderr
     page = (sweep / "tables.md").read_text()
-    assert "## Table I: centralised and federated" in page and "Table II:" not in page
+    assert "## Table I: centralized and federated" in page and "Table II:" not in page
     for figure in ("figure2-digits.png", "figure4-digits.png", "figure5-digits.png"):
         with Image.open(sweep / "figures" / figure) as picture:
             assert picture.width > 200

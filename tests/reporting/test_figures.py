@@ -1,252 +1,250 @@
-import os
-from io import BytesIO
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
-from task.generation.grids import (
-    GAP,
-    MARGIN,
-    PANEL_GAP,
-    STRIP_HEIGHT,
-    TITLE_HEIGHT,
-    Panel,
-    color_strip,
-    dominant_colors,
-    mosaic,
-    read_grid,
-    save_panels,
-    save_sample_grid,
-)
-from task.reporting.figures import save_partition_heatmap, save_partition_heatmaps
+from task.config import load_config, write_config
+from task.generation.draw_images import draw_images
+from task.generation.grids import GAP, MARGIN, PANEL_GAP, TITLE_HEIGHT, mosaic
+from task.generators.registry import build_generator
+from task.randomness import Stream
+from task.reporting.figures import Picture, draw_figures
+from task.runs.checkpoint import save_weights
+from task.runs.run import Run, final_model, find_runs, kept_clients, weights_file
 
+TINY = [
+    *("model.width=4", "model.num_poolings=1", "data.image_size=8"),
+    *("diffusion.num_timesteps=20", "diffusion.num_inference_steps=2", "eval.images_per_class=2"),
+    *("diffusion.schedule=cosine", "federation.num_supernodes=2", "train.precision=float32"),
+]
+CPU = torch.device("cpu")
+CENTRAL = "train.mode=centralized"
 
-def samples(rows: int, columns: int, channels: int = 3, size: int = 16) -> Tensor:
-    shape = (rows * columns, channels, size, size)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+Maker = Callable[..., Path]
 
 
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
+@pytest.fixture
+def make_run(tmp_path: Path) -> Maker:
+    """Make the folder of a finished run of random weights."""
+
+    def make(name: str, *overrides: str, clients: tuple[int, ...] = ()) -> Path:
+        path = tmp_path / "sweep" / name
+        (path / "local").mkdir(parents=True)
+        config = load_config([*TINY, f"run_name={name}", *overrides])
+        write_config(config, path / "config.yaml")
+        for client in (None, *clients):
+            torch.manual_seed(len(name) if client is None else client)
+            weights = build_generator(config).state_dict()
+            save_weights(weights_file(path, client), weights, {"round": "1"})
+        if config.train.mode == "federated":
+            counts = [[client + 1] * len(config.data.classes) for client in range(2)]
+            content = f'{{"num_clients": 2, "train_counts": {counts}, "test_counts": []}}'
+            (path / "partition.json").write_text(content)
+        return path
+
+    return make
+
+
+def draw(tmp_path: Path) -> tuple[dict[str, Picture], list[str]]:
+    said: list[str] = []
+    runs = find_runs(tmp_path / "sweep")
+    pictures = draw_figures(runs, tmp_path / "out", device=CPU, say=said.append)
+    assert all(picture.file.parent == Path("figures") for picture in pictures)
+    assert all(picture.title and picture.caption.endswith(".") for picture in pictures)
+    placed = [dataclasses.replace(each, file=tmp_path / "out" / each.file) for each in pictures]
+    return {picture.file.stem: picture for picture in placed}, said
+
+
+def pixels(picture: Picture) -> np.ndarray:
+    with Image.open(picture.file) as image:
         return np.asarray(image.convert("RGB"))
 
 
-@pytest.mark.parametrize(("size", "scale"), [(8, 10), (16, 5), (32, 3), (128, 1)])
-def test_mosaic_enlarges_each_pixel_to_a_square(size: int, scale: int) -> None:
-    images = samples(2, 3, size=size)
-    grid = mosaic(images, 3)
-    side = size * scale
-    assert grid.shape == (2 * side + GAP, 3 * side + 2 * GAP, 3)
-    tile = grid[side + GAP :, side + GAP : 2 * side + GAP]
-    expected = images[4].permute(1, 2, 0).numpy().repeat(scale, 0).repeat(scale, 1)
-    assert np.array_equal(tile, expected)
-    assert (grid[side : side + GAP] == 255).all()
+def expected_grid(run: Run, client: int | None = None, tile: int = 80) -> np.ndarray:
+    labels = torch.arange(10).repeat_interleave(2)
+    model, _ = final_model(run.path, run.config, client)
+    drawn = draw_images(run.config, model, labels, device=CPU, stream=Stream.SAMPLE_GRID)
+    return mosaic(drawn.images, 2, tile=tile)
 
 
-@pytest.mark.parametrize(("title", "top"), [("", MARGIN), ("Round 3", TITLE_HEIGHT)])
-def test_sample_grid_holds_the_exact_pixels_below_the_title(
-    tmp_path: Path, title: str, top: int
+def test_figure2_shows_the_pair_of_equal_settings(tmp_path: Path, make_run: Maker) -> None:
+    make_run("a-skewed", "partition.beta=0.1")
+    make_run("b-long", "train.local_epochs=10")
+    make_run("c-many", "federation.num_supernodes=3")
+    make_run("d-fedavg", "train.num_threads=2", "eval.batch_size=3")
+    make_run("e-central", CENTRAL)
+    pictures, _ = draw(tmp_path)
+    runs = {run.path.name: run for run in find_runs(tmp_path / "sweep")}
+    picture = pixels(pictures["figure2-digits"])
+    central = expected_grid(runs["e-central"])
+    fedavg = Run(runs["d-fedavg"].path, runs["e-central"].config, partition=None)
+    height, width, _ = central.shape
+    body = picture[TITLE_HEIGHT : TITLE_HEIGHT + height, :-MARGIN]
+    # The noise is the same.
+    assert np.array_equal(body[:, -width:], expected_grid(fedavg))
+    step = width + PANEL_GAP
+    assert np.array_equal(body[:, -width - step : -step], central)
+    assert "beta=0.5" in pictures["figure2-digits"].caption
+
+
+def test_figures_take_the_lowest_seed(tmp_path: Path, make_run: Maker) -> None:
+    for seed in (3, 12, 1):
+        make_run(f"fed-{seed}", f"seed={seed}", clients=(0,))
+        make_run(f"central-{seed}", f"seed={seed}", CENTRAL)
+    pictures, said = draw(tmp_path)
+    assert set(pictures) == {f"figure{number}-digits" for number in (2, 3, 4, 5)}
+    assert said == []
+    for picture in pictures.values():
+        assert "seed 1." in picture.caption.lower() or "seed 1;" in picture.caption
+
+
+def test_figure3_shows_each_beta_of_equal_numbers_of_clients(
+    tmp_path: Path, make_run: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = samples(2, 5)
-    save_sample_grid(
-        images, tmp_path / "grid.png", classes=["cat", "dog"], images_per_class=5, title=title
+    for beta in ("5", "0.1", "0.5"):
+        make_run(f"beta-{beta}", f"partition.beta={beta}", "train.local_epochs=1")
+    lonely = make_run("more-clients", "partition.beta=7", "federation.num_supernodes=3")
+    (lonely / "partition.json").write_text(
+        f'{{"num_clients": 3, "train_counts": {[[9] * 10] * 3}}}'
     )
-    picture, grid = pixels(tmp_path / "grid.png"), mosaic(images, 5)
-    height, width = grid.shape[:2]
-    assert picture.shape[0] == top + height + MARGIN
-    assert np.array_equal(picture[top : top + height, -width - MARGIN : -MARGIN], grid)
+    shown: dict[str, np.ndarray] = {}
+    monkeypatch.setattr(
+        "task.reporting.figures.save_partition_heatmaps",
+        lambda maps, *_, **__: shown.update(maps),
+    )
+    draw(tmp_path)
+    assert [*shown] == ["beta=0.1", "beta=0.5", "beta=5"]
+    assert all(counts.tolist() == [[1] * 10, [2] * 10] for counts in shown.values())
 
 
-def test_sample_grid_makes_room_for_names(tmp_path: Path) -> None:
-    widths = []
-    for names in (["0", "1"], ["automobile", "1"]):
-        save_sample_grid(samples(2, 2), tmp_path / "g.png", classes=names, images_per_class=2)
-        picture = pixels(tmp_path / "g.png")
-        widths.append(picture.shape[1])
-        assert (picture[:, :MARGIN] > 200).all(), "a name runs out of the picture"
-        assert (picture[:, MARGIN : 2 * MARGIN] < 200).any(), "no name is there"
-    assert widths[0] < widths[1]
-
-
-def test_images_are_cut_out_of_a_grid_to_the_pixel(tmp_path: Path) -> None:
-    images, file = samples(2, 3), tmp_path / "grid.png"
-    save_sample_grid(images, file, classes=["cat", "a dog"], images_per_class=3, title="Round 1")
-    cut = read_grid(file)
-    assert cut is not None
-    with Image.open(BytesIO(cut)) as picture:
-        found = np.asarray(picture)
-    assert picture.mode == "RGBA"
-    grid, shown = mosaic(images, 3), found[..., 3] > 0
-    assert found.shape[:2] == grid.shape[:2]
-    assert np.array_equal(found[shown][:, :3], grid[shown])
-    assert shown.sum() == 6 * 80 * 80
-    Image.new("L", (8, 8)).save(file)
-    assert read_grid(file) is None
-
-
-def test_names_are_no_formulas(tmp_path: Path) -> None:
-    for name in ("$\\frac$", "a$_b$"):
-        file = tmp_path / "grid.png"
-        save_sample_grid(samples(1, 1), file, classes=[name], images_per_class=1, title=name)
-        save_partition_heatmap(np.ones((2, 1), int), file, classes=[name], title=name)
-
-
-def test_sample_grid_shows_grey_as_grey(tmp_path: Path) -> None:
-    save_sample_grid(samples(1, 2, 1), tmp_path / "g.png", classes=["x"], images_per_class=2)
-    tile = pixels(tmp_path / "g.png")[MARGIN:-MARGIN, -MARGIN - 80 : -MARGIN]
-    assert np.array_equal(tile[..., 0], tile[..., 2])
-
-
-@pytest.mark.parametrize("images", [samples(1, 3), samples(2, 2, 2), samples(0, 0)])
-def test_sample_grid_refuses_a_wrong_number_of_images(tmp_path: Path, images: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"images must be \[4, 1 or 3, H, W\]"):
-        save_sample_grid(images, tmp_path / "g.png", classes=["a", "b"], images_per_class=2)
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("num_clients", [1, 10, 20, 21, 50])
-def test_heatmap_is_wider_with_more_clients_and_has_its_colours(
-    tmp_path: Path, num_clients: int
+def test_figure4_shows_the_global_model_and_every_kept_client(
+    tmp_path: Path, make_run: Maker
 ) -> None:
-    counts = np.zeros((num_clients, 10), np.int64)
-    counts[0] = 900
-    classes = [str(label) for label in range(10)]
-    save_partition_heatmap(counts, tmp_path / "map.png", classes=classes, title="beta = 0.5")
-    picture = pixels(tmp_path / "map.png")
-    assert picture.shape[0] == 825 and 700 < picture.shape[1] < 2200
-    assert ((picture == (8, 48, 107)).all(axis=-1)).any(), "the darkest blue is the largest count"
+    make_run("beta-0.1", "partition.beta=0.1", clients=(0, 1))
+    make_run("fedavg", clients=(1,))
+    make_run("central", CENTRAL)
+    pictures, _ = draw(tmp_path)
+    runs = {run.path.name: run for run in find_runs(tmp_path / "sweep")}
+    assert kept_clients(runs["fedavg"].path) == [1]
+    picture = pixels(pictures["figure4-digits"])
+    everyone, client = (expected_grid(runs["fedavg"], who, tile=48) for who in (None, 1))
+    body = picture[-MARGIN - len(client) : -MARGIN]
+    # A title can be wider than two small tiles, and makes its panel wider.
+    assert 0 < place_of(everyone, body) < place_of(client, body)
+    assert "beta=0.5" in pictures["figure4-digits"].caption
 
 
-def test_heatmap_of_nothing_can_be_drawn(tmp_path: Path) -> None:
-    save_partition_heatmap(np.zeros((2, 2), np.int64), tmp_path / "map.png", classes=["a", "b"])
-    assert os.listdir(tmp_path) == ["map.png"]
+def place_of(part: np.ndarray, picture: np.ndarray) -> int:
+    width = part.shape[1]
+    starts = range(picture.shape[1] - width + 1)
+    return next(x for x in starts if np.array_equal(picture[:, x : x + width], part))
 
 
-def test_heatmap_refuses_other_shapes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"counts must be \[clients, 3\], got \(4, 2\)"):
-        save_partition_heatmap(np.ones((4, 2)), tmp_path / "map.png", classes=["a", "b", "c"])
+def test_figure5_shows_one_class_that_the_seed_decides(tmp_path: Path, make_run: Maker) -> None:
+    for seed in range(4):
+        make_run(f"run-{seed}", f"seed={seed}", clients=(0,))
+    runs = find_runs(tmp_path / "sweep")
+    titles = []
+    for run in [*runs, runs[0]]:
+        pictures = draw_figures([run], tmp_path / "out", device=CPU, say=str)
+        (figure5,) = (
+            dataclasses.replace(each, file=tmp_path / "out" / each.file)
+            for each in pictures
+            if "figure5" in each.file.name
+        )
+        titles.append(figure5.title)
+    assert titles[-1] == titles[0] and len(set(titles)) > 1
+    side = 2 * 48 + GAP
+    assert pixels(figure5).shape[0] == TITLE_HEIGHT + 24 + 2 * GAP + side + MARGIN
 
 
-def test_panels_stand_side_by_side_and_below_with_their_exact_pixels(tmp_path: Path) -> None:
-    panels = [Panel(samples(2, 3) + number, f"client {number}") for number in range(3)]
-    save_panels(panels, tmp_path / "p.png", rows=["", ""], columns=3, panels_per_line=2)
-    picture = pixels(tmp_path / "p.png")
-    height, width, _ = mosaic(panels[0].images, 3).shape
-    line = TITLE_HEIGHT + height + MARGIN
-    assert picture.shape == (2 * line, 2 * MARGIN + 2 * width + PANEL_GAP, 3)
-    for number, panel in enumerate(panels):
-        x = MARGIN + number % 2 * (width + PANEL_GAP)
-        y = TITLE_HEIGHT + number // 2 * line
-        assert np.array_equal(picture[y : y + height, x : x + width], mosaic(panel.images, 3))
-        assert (picture[y - TITLE_HEIGHT : y, x : x + width] < 100).any(), "no title is there"
-    assert (picture[line:, MARGIN + width :] == 255).all()
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    """Grey images of two classes, of which one has more than the other."""
+    for label, name in enumerate(("normal", "pneumonia")):
+        folder = tmp_path / "scans" / "train" / name
+        folder.mkdir(parents=True)
+        for number in range(3 - label):
+            Image.new("L", (8, 8), 40 + 100 * label + number).save(folder / f"{number}.png")
+    return tmp_path / "scans"
 
 
-def test_panels_share_lines_evenly(tmp_path: Path) -> None:
-    panels = [Panel(samples(1, 1))] * 4
-    save_panels(panels, tmp_path / "p.png", rows=[""], columns=1, panels_per_line=3)
-    assert pixels(tmp_path / "p.png").shape[:2] == (
-        2 * (MARGIN + 80 + MARGIN),
-        MARGIN + 80 + PANEL_GAP + 80 + MARGIN,
-    )
+def medical(tmp_path: Path, root: Path) -> list[str]:
+    return [
+        *("data=chest_xray", "data.image_size=8", "data.test_fraction=null"),
+        *(f"data.root={root}", f"data.cache_dir={tmp_path / 'cache'}", "eval.images_per_class=3"),
+    ]
 
 
-def test_panel_is_as_wide_as_its_title(tmp_path: Path) -> None:
-    panels = [Panel(samples(1, 1), "a title far longer than one tile"), Panel(samples(1, 1), "b")]
-    save_panels(panels, tmp_path / "p.png", rows=[""], columns=1)
-    picture = pixels(tmp_path / "p.png")
-    heading = (picture[:TITLE_HEIGHT] < 200).any(axis=(0, 2))
-    right_tile = picture.shape[1] - MARGIN - (picture.shape[1] - 2 * MARGIN - PANEL_GAP) // 2
-    assert heading[right_tile : right_tile + 20].any(), "the second title is not above its tile"
-    assert not heading[right_tile - PANEL_GAP + 1 : right_tile].any(), "titles run together"
-    assert not heading[-MARGIN:].any()
+def test_figure6_shows_real_images_beside_samples(
+    tmp_path: Path, make_run: Maker, scans: Path
+) -> None:
+    make_run("fedavg", *medical(tmp_path, scans))
+    make_run("central", *medical(tmp_path, scans), CENTRAL)
+    pictures, said = draw(tmp_path)
+    assert [*pictures] == ["figure2-chest_xray", "figure3-chest_xray", "figure6-chest_xray"]
+    assert len(said) == 3 and "is readable for you alone" in said[-1]
+    assert pictures["figure6-chest_xray"].file.stat().st_mode & 0o077 == 0
+    picture = pixels(pictures["figure6-chest_xray"])
+    # Two columns, as the smaller class has two images; the first row is of its class alone.
+    assert picture.shape[0] == TITLE_HEIGHT + 2 * 48 + GAP + MARGIN
+    row = picture[TITLE_HEIGHT : TITLE_HEIGHT + 48, :, 0]
+    assert len({40, 41, 42} & {*row[24].tolist()}) >= 2
+    below = picture[TITLE_HEIGHT + 48 + GAP : -MARGIN, :, 0]
+    assert {140, 141} <= {*below[24].tolist()}
 
 
-def test_panels_have_their_dominant_colors_on_top(tmp_path: Path) -> None:
-    red, blue = solid((255, 0, 0)), solid((0, 0, 255))
-    panels = [Panel(torch.cat([red, red, red, blue])), Panel(torch.cat([blue, red, blue, blue]))]
-    save_panels(panels, tmp_path / "p.png", rows=["", ""], columns=2, tile=20, num_colors=2)
-    picture = pixels(tmp_path / "p.png")
-    width = 2 * 24 + GAP
-    for number, (most, least) in enumerate(((red, blue), (blue, red))):
-        x = MARGIN + number * (width + PANEL_GAP)
-        strip = picture[MARGIN : MARGIN + STRIP_HEIGHT, x : x + width]
-        assert (strip[:, : width * 3 // 4] == most[0, :, 0, 0].numpy()).all()
-        assert (strip[:, width * 3 // 4 :] == least[0, :, 0, 0].numpy()).all()
-    below = picture[MARGIN + STRIP_HEIGHT :, MARGIN : MARGIN + width]
-    assert (below[: 2 * GAP] == 255).all()
-    assert np.array_equal(below[2 * GAP : -MARGIN], mosaic(panels[0].images, 2, tile=20))
+def test_lost_scans_lose_only_their_own_figure(tmp_path: Path, make_run: Maker) -> None:
+    for name in ("fedavg", "central"):
+        mode = [CENTRAL] if name == "central" else []
+        make_run(name, *medical(tmp_path, tmp_path / "nowhere"), *mode)
+    pictures, said = draw(tmp_path)
+    assert [*pictures] == ["figure2-chest_xray", "figure3-chest_xray"]
+    assert any(line.startswith("figure 6 of chest_xray is not drawn: ") for line in said)
+    assert all("\n" not in line for line in said)
+    assert any("nowhere" in line for line in said)
 
 
-def test_panels_refuse_another_number_of_images(tmp_path: Path) -> None:
-    panels = [Panel(samples(2, 2)), Panel(samples(2, 3))]
-    with pytest.raises(ValueError, match=r"images must be \[4, .* got \(6, 3, 16, 16\)"):
-        save_panels(panels, tmp_path / "p.png", rows=["a", "b"], columns=2)
-    assert os.listdir(tmp_path) == []
+def test_what_is_missing_is_said(tmp_path: Path, make_run: Maker) -> None:
+    make_run("central", CENTRAL)
+    pictures, said = draw(tmp_path)
+    assert pictures == {}
+    assert [line.split(" is not drawn: ")[0] for line in said] == [
+        f"figure {number} of digits" for number in (2, 3, 4, 5)
+    ]
+    assert "keep_local_models" in said[2]
 
 
-def solid(color: tuple[int, int, int]) -> Tensor:
-    return torch.tensor(color, dtype=torch.uint8).reshape(1, 3, 1, 1).expand(1, 3, 8, 8)
+def test_each_data_set_has_its_pictures(tmp_path: Path, make_run: Maker) -> None:
+    make_run("digits")
+    make_run("mnist", "data=mnist", "data.image_size=8")
+    pictures, _ = draw(tmp_path)
+    assert [*pictures] == ["figure3-digits", "figure3-mnist"]
 
 
-def test_dominant_colors_are_the_means_of_clusters_by_share() -> None:
-    near = [(10, 10, 10), (12, 10, 10), (250, 0, 0), (0, 250, 0), (0, 250, 0), (0, 250, 2)]
-    images = torch.cat([solid(color) for color in near])
-    colors, shares = dominant_colors(images, 3)
-    assert colors.tolist() == [[0, 250, 1], [11, 10, 10], [250, 0, 0]]
-    assert shares.tolist() == pytest.approx([3 / 6, 2 / 6, 1 / 6])
+def test_no_runs_give_no_pictures(tmp_path: Path) -> None:
+    assert draw(tmp_path) == ({}, [])
 
 
-def test_dominant_colors_of_grey_images_are_grey_and_no_more_than_there_are() -> None:
-    images = torch.tensor([0, 0, 0, 200], dtype=torch.uint8).reshape(1, 1, 2, 2)
-    colors, shares = dominant_colors(images, 5)
-    assert colors.tolist() == [[0, 0, 0], [200, 200, 200]]
-    assert shares.tolist() == [0.75, 0.25]
+def test_weights_of_another_network_are_refused(tmp_path: Path, make_run: Maker) -> None:
+    run = make_run("fedavg", clients=(0,))
+    save_weights(weights_file(run, 0), {"other": torch.zeros(1)}, {"round": "1"})
+    with pytest.raises(ValueError, match="does not fit the network"):
+        draw(tmp_path)
 
 
-def test_dominant_colors_are_the_same_each_time() -> None:
-    first, second = (dominant_colors(samples(2, 5), 5) for _ in range(2))
-    assert np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
-    assert first[1].sum() == pytest.approx(1) and (np.diff(first[1]) <= 0).all()
-
-
-def test_color_strip_fills_its_width() -> None:
-    colors = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]], np.uint8)
-    strip = color_strip(colors, np.array([1 / 3] * 3), width=100)
-    assert strip.shape == (STRIP_HEIGHT, 100, 3) and strip.dtype == np.uint8
-    assert [int((strip[0, :, 0] == color).sum()) for color in (1, 4, 7)] == [33, 34, 33]
-
-
-def test_heatmaps_share_one_scale(tmp_path: Path) -> None:
-    maps = {"beta=0.1": np.full((3, 2), 500), "beta=5": np.full((3, 2), 1000)}
-    save_partition_heatmaps(maps, tmp_path / "maps.png", classes=["a", "b"])
-    picture = pixels(tmp_path / "maps.png")
-    darkest, middle = (8, 48, 107), (107, 174, 214)  # of Blues at 1000 and at 500 of 1000
-    halves = picture[:, : picture.shape[1] // 2], picture[:, picture.shape[1] // 2 : -300]
-    # The second map begins right of the middle of the picture, which the bar is part of.
-    assert is_there(halves[0], middle) and is_there(halves[1], darkest)
-    assert not is_there(halves[0], darkest)
-
-
-def is_there(picture: np.ndarray, color: tuple[int, int, int]) -> bool:
-    return bool((np.abs(picture.astype(int) - color).max(axis=-1) <= 2).sum() > 5000)
-
-
-@pytest.mark.parametrize("num_clients", [10, 50])
-def test_three_heatmaps_are_no_wider_with_many_clients(tmp_path: Path, num_clients: int) -> None:
-    maps = {f"beta={beta}": np.ones((num_clients, 10), np.int64) for beta in (0.1, 0.5, 5)}
-    save_partition_heatmaps(
-        maps, tmp_path / "maps.png", classes=[str(label) for label in range(10)]
-    )
-    assert pixels(tmp_path / "maps.png").shape[:2] == (825, 2955)
-
-
-def test_heatmaps_refuse_other_shapes(tmp_path: Path) -> None:
-    maps = {"a": np.ones((4, 2)), "b": np.ones((4, 3))}
-    with pytest.raises(ValueError, match=r"counts must be \[clients, 2\], got \(4, 3\)"):
-        save_partition_heatmaps(maps, tmp_path / "map.png", classes=["a", "b"])
+def test_data_sets_of_one_name_get_pictures_of_their_own(
+    tmp_path: Path, make_run: Maker, scans: Path
+) -> None:
+    other = tmp_path / "other"
+    scans.rename(other)
+    scans.symlink_to(other)
+    for number, root in enumerate((scans, other)):
+        make_run(f"fedavg-{number}", *medical(tmp_path, root))
+        make_run(f"central-{number}", *medical(tmp_path, root), CENTRAL)
+    pictures, _ = draw(tmp_path)
+    assert {"figure2-chest_xray", "figure2-chest_xray-2", "figure6-chest_xray-2"} <= set(pictures)

@@ -234,7 +234,7 @@ def test_card_of_a_centralised_run_says_where_the_images_were(tmp_path: Path) ->
     run = run_of(tmp_path, files, "train.mode=centralized")
     record(run, loss(2, 0.5), loss(3, 0.125))
     text = card(run)
-    assert "on all images in one place" in text and "| algorithm | centralised training |" in text
+    assert "on all images in one place" in text and "| algorithm | centralized training |" in text
     assert "| all | 11 |" in text
     assert "### On held-out images\n" in text and "| loss | 0.1250 | 3 |" in text
     assert "client" not in text.casefold()

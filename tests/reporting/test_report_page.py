@@ -105,7 +105,7 @@ def test_samples_come_before_every_figure(page: Page) -> None:
     assert heads[1:3] == ["Samples", "Summary"]
 
 
-def test_rounds_are_labelled_once_and_whole(page: Page) -> None:
+def test_rounds_are_labeled_once_and_whole(page: Page) -> None:
     labels = page.locator(".plot").first.locator(".role-axis-label text").all_text_contents()
     rounds = [label for label in labels if "." not in label]
     assert rounds == ["1", "2"]

@@ -112,11 +112,11 @@ def test_a_small_table_is_laid_out_as_the_papers(sweep: Sweep) -> None:
     assert result.stdout.startswith(text)
     assert text.split("## ")[1] == (
         """\
-Table I: centralised and federated
+Table I: centralized and federated
 
 - R=3, E=5, N=10, beta=0.5, clients per round=10, batch=32, lr=0.001, width=8, poolings=1, \
 bottom blocks=2, prediction=v_prediction, T=300, sampler=ddim.
-- Centralised: R x E epochs on the pooled images, without N clients.
+- Centralized: R x E epochs on the pooled images, without N clients.
 - digits: 16x16, 200 generated, 1,618 training and 179 test images; scores of 179 \
 generated and floor of 179 real ones; 13,249 parameters; extractor classifier 0123456789ab.
 - Image range correct; FID depends on n: compare equal n only.
@@ -126,15 +126,15 @@ and of real images that of the inception score over its 10 splits.
 
 |  | digits IS ↑ | digits FID (train) ↓ | digits FID (test) ↓ |
 | --- | ---: | ---: | ---: |
-| Centralised | 3.00 ± 0.10 | 10.00 | 11.00 |
+| Centralized | 3.00 ± 0.10 | 10.00 | 11.00 |
 | FedAvg | 2.50 ± 0.10 | 20.00 | 21.00 |
 | real images (floor, n=179) | 9.00 ± 0.20 | 1.50 | 0.7500 |
 
-- Centralised better than FedAvg, digits, IS: not shown (difference 0.5; a single \
+- Centralized better than FedAvg, digits, IS: not shown (difference 0.5; a single \
 seed, so that no interval is known)
-- Centralised better than FedAvg, digits, FID (train): not shown (difference 10; a single seed, \
+- Centralized better than FedAvg, digits, FID (train): not shown (difference 10; a single seed, \
 so that no interval is known)
-- Centralised better than FedAvg, digits, FID (test): not shown (difference 10; a single seed, \
+- Centralized better than FedAvg, digits, FID (test): not shown (difference 10; a single seed, \
 so that no interval is known)
 
 """
@@ -159,8 +159,8 @@ def test_each_key_makes_its_table_with_rows_in_the_papers_order(sweep: Sweep) ->
     # All of 10 clients are 10 clients per round.
     assert [*tables["Table III"].rows[:-1]] == ["N=10", "N=30", "N=50"]
     assert [*tables["Table IV"].rows[:-1]] == ["E=1", "E=5", "E=10"]
-    # Of the federated runs that it fits, the paper's cell is the baseline's neighbour.
-    assert [*tables["Table I"].rows[:-1]] == ["Centralised", "FedAvg"]
+    # Of the federated runs that it fits, the paper's cell is the baseline's neighbor.
+    assert [*tables["Table I"].rows[:-1]] == ["Centralized", "FedAvg"]
     assert "N=10, beta=0.5," in tables["Table I"].caption[0]
 
 
@@ -173,7 +173,7 @@ def test_baseline_without_the_papers_federation_goes_with_all_of_its_length(
     sweep.add("d", "train.mode=centralized")
     found = [t for t in measured(sweep.tables()) if t.title.startswith("Table I ")]
     assert [*titles(found)] == ["Table I (1 of 2)", "Table I (2 of 2)"]
-    assert all([*table.rows[:-1]] == ["Centralised", "FedAvg"] for table in found)
+    assert all([*table.rows[:-1]] == ["Centralized", "FedAvg"] for table in found)
 
 
 def test_all_of_ten_clients_goes_with_all_of_thirty_and_with_ten_of_thirty(sweep: Sweep) -> None:
@@ -227,7 +227,7 @@ def test_equal_runs_of_one_seed_are_no_seeds(sweep: Sweep) -> None:
     sweep.add("b", "train.mode=centralized", "partition.beta=2", "train.num_threads=2")
     sweep.add("c")
     (table,) = measured(sweep.tables())
-    assert cells(table, 0, FID)["Centralised"] == "20.00"
+    assert cells(table, 0, FID)["Centralized"] == "20.00"
     assert f"{sweep.folder / 'b'} (of {sweep.folder / 'a'})" in feddm_tables(sweep.folder).stdout
 
 
@@ -296,8 +296,8 @@ def test_published_values_are_the_papers() -> None:
     assert PUBLISHED["IV"][10]["svhn"] == (3.10, 0.04, 11.73, 17.31)
     assert PUBLISHED["V"]["federated"]["sars_cov_2_ct"] == (1.60, 0.03, 134.98, None)
     assert [row_label(kind, value) for kind in KINDS for value in PUBLISHED[kind.number]] == [
-        *("Centralised", "FedAvg", "beta=0.1", "beta=0.5", "beta=5", "N=10", "N=30", "N=50"),
-        *("E=1", "E=5", "E=10", "Centralised", "FedAvg"),
+        *("Centralized", "FedAvg", "beta=0.1", "beta=0.5", "beta=5", "N=10", "N=30", "N=50"),
+        *("E=1", "E=5", "E=10", "Centralized", "FedAvg"),
     ]
 
 
@@ -552,7 +552,7 @@ def test_figures_stand_below_the_tables(sweep: Sweep) -> None:
         (run / "partition.json").write_text(json.dumps({"train_counts": [[3] * 10] * 10}))
     result = feddm_tables(sweep.folder, "--figures", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert "figure 2 of digits is not drawn: it takes a centralised" in result.stdout
+    assert "figure 2 of digits is not drawn: it takes a centralized" in result.stdout
     file = "figures/figure3-digits.png"
     assert (sweep.folder / file).stat().st_size > 1000
     assert f"]({file})" in (sweep.folder / "tables.md").read_text(encoding="utf-8")
