@@ -117,7 +117,7 @@ class Supervisor:
         self._runs = runs
         self._attempts = attempts
         self._answered = True
-        self._said: dict[tuple[object, ...], float] = {}
+        self._said: dict[object, float] = {}
         # The runs that were over at the first look; None before it.
         self._history: set[int] | None = None
 
@@ -167,9 +167,14 @@ class Supervisor:
         self._answered = True
         if self._history is None:
             self._history = {run.run_id for run in listed.values() if run.is_over}
-        self.say_what_has_no_folder(listed, folders)
+        lost = failed_without_folder(listed, folders)
+        if lost is not None:
+            self.say_once(
+                f"run {lost.run_id} failed and has no folder below {self._runs}, so it is not "
+                f"submitted again: {lost.details}"
+            )
         verdicts = {folder.run_id: self.handle(folder, listed, folders) for folder in folders}
-        return self.status(verdicts, listed, folders) if until_done and all_read else None
+        return self.status(verdicts, listed, lost) if until_done and all_read else None
 
     def read_folders(self) -> tuple[list[RunFolder], bool]:
         """Read every run directory that names its run, and say which cannot be read.
@@ -187,7 +192,7 @@ class Supervisor:
             try:
                 folders.append(read_folder(file.parent))
             except ValueError as error:
-                self.say_once(f"left alone: {error}", file)
+                self.say_once(f"left alone: {error}", about=file)
             except OSError as error:
                 self.say_trouble(file.parent, error)
                 all_read = False
@@ -203,7 +208,10 @@ class Supervisor:
             verdict = judge(folder, listed, attempts=self._attempts, starting=starting, now=now)
             run = listed.get(folder.run_id)
             if run is None:
-                self.say_foreign(folder)
+                self.say_once(
+                    f"{folder.path}: left alone, this SuperLink does not list its run "
+                    f"{folder.run_id}"
+                )
             elif verdict is Verdict.RESUBMIT:
                 self.submit_again(folder, run, now=now)
             elif verdict is Verdict.HOPELESS:
@@ -225,8 +233,7 @@ class Supervisor:
         self.say_once(
             f"{folder.path}: run {run.run_id} failed ({run.details}) after round "
             f"{folder.last_round}; submitting it again, attempt {this_attempt.attempts} of "
-            f"{self._attempts}",
-            *(run.run_id, Verdict.RESUBMIT, this_attempt.attempts),
+            f"{self._attempts}"
         )
         try:
             with submittable(folder) as arguments:
@@ -255,8 +262,7 @@ class Supervisor:
             f"complete round; complete: {folder.last_round}; run {run.run_id} failed: "
             f"{run.details}. Remove the cause; then, in {code}:\n"
             f"{resubmitting_command(words, folder.path, connection=self._connection)}",
-            # And not once more in the words of a later supervisor.
-            *(run.run_id, Verdict.GIVEN_UP, fruitless(folder)),
+            about=(run.run_id, Verdict.GIVEN_UP),
         )
         remember(folder.path, giving_up(folder))
 
@@ -268,6 +274,8 @@ class Supervisor:
     def say_verdict(self, folder: RunFolder, run: ListedRun, verdict: Verdict) -> None:
         """Say where a run stands, which asks for nothing now."""
         text, again = f"run {run.run_id} is {verdict.value}", math.inf
+        # Of a run that this supervisor has given up it has said so.
+        about = (run.run_id, verdict) if verdict is Verdict.GIVEN_UP else None
         if verdict is Verdict.GIVEN_UP:
             text = f"run {run.run_id} was given up before: {run.details}"
         elif verdict is Verdict.DIVERGED:
@@ -284,47 +292,27 @@ class Supervisor:
                 f"run {run.run_id} failed ({run.details}); to be submitted again after "
                 f"{due.isoformat(' ', 'seconds')}, and not while another run starts"
             )
-        about = (run.run_id, verdict, fruitless(folder))
-        self.say_once(f"{folder.path}: {text}", *about, again=again)
-
-    def say_foreign(self, folder: RunFolder) -> None:
-        """Say of a run that the SuperLink does not know it."""
-        self.say_once(
-            f"{folder.path}: left alone, this SuperLink does not list its run {folder.run_id}",
-            folder.run_id,
-            Verdict.FOREIGN,
-        )
+        self.say_once(f"{folder.path}: {text}", about=about, again=again)
 
     def say_trouble(self, path: Path, error: OSError | ValueError) -> None:
         """Say that nothing can be done for a folder now."""
         # Not its text, which may hold the name of a temporary file.
         kind = getattr(error, "errno", None)
-        self.say_once(f"{path}: waiting, it is tried again: {error}", path, type(error), kind)
-
-    def say_what_has_no_folder(
-        self, listed: Mapping[int, ListedRun], folders: Collection[RunFolder]
-    ) -> None:
-        """Say of the newest run that it failed before it had a folder, if it did."""
-        run = failed_without_folder(listed, folders)
-        if run is not None:
-            self.say_once(
-                f"run {run.run_id} failed and has no folder below {self._runs}, so it is not "
-                f"submitted again: {run.details}",
-                run.run_id,
-            )
+        about = (path, type(error), kind)
+        self.say_once(f"{path}: waiting, it is tried again: {error}", about=about)
 
     def status(
         self,
         verdicts: Mapping[int, Verdict],
         listed: Mapping[int, ListedRun],
-        folders: Collection[RunFolder],
+        lost: ListedRun | None,
     ) -> int | None:
         """Return the status to end with when nothing is going any more; None before.
 
         Args:
             verdicts: by the number of the run.
             listed: what Flower lists.
-            folders: what is on the disk.
+            lost: of `failed_without_folder`.
         """
         open_cases = {Verdict.GOING, Verdict.HELD, Verdict.WAITING, Verdict.RESUBMIT}
         going = any(not run.is_over for run in listed.values())
@@ -332,25 +320,25 @@ class Supervisor:
             return None
         present = listed.keys() - (self._history or set())
         ours = {verdict for run_id, verdict in verdicts.items() if run_id in present}
-        lost = failed_without_folder(listed, folders)
-        if not ours and (lost is None or lost.run_id not in present):
+        is_lost = lost is not None and lost.run_id in present
+        if not ours and not is_lost:
             log(f"no run of {self._runs} was going since the start; nothing to wait for")
             return 1
-        done = ours == {Verdict.COMPLETED} and (lost is None or lost.run_id not in present)
+        done = ours == {Verdict.COMPLETED} and not is_lost
         log("all runs completed" if done else "no run is going, and not all completed")
         return 0 if done else 1
 
-    def say_once(self, text: str, *about: object, again: float = math.inf) -> None:
-        """Print a line, unless it was printed before about the same.
+    def say_once(self, text: str, *, about: object = None, again: float = math.inf) -> None:
+        """Print a line, unless it was printed before.
 
         Args:
             text: the line.
-            about: what it is about.
+            about: what it is about, where a line with other words may have said the same.
             again: seconds after which it is printed again.
         """
-        now, before = time.monotonic(), self._said.get(about)
-        if before is None or now - before >= again:
-            self._said[about] = now
+        now, key = time.monotonic(), about or text
+        if key not in self._said or now - self._said[key] >= again:
+            self._said[key] = now
             log(text)
 
 
