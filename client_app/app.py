@@ -73,7 +73,7 @@ def train(message: Message, context: Context) -> Message:
     workspace = open_workspace(context)
     config = workspace.config
     images, _ = workspace.images(context)
-    load_weights(workspace, message)
+    receive_weights(workspace, message)
     precision = choose_precision(workspace, context, str(asked[Key.PRECISION]))
     result = fit(
         workspace.generator,
@@ -132,7 +132,7 @@ def evaluate(message: Message, context: Context) -> Message:
     loss = None
     # A small share of a skewed partition can be without held-out images.
     if len(held_out) > 0:
-        load_weights(workspace, message)
+        receive_weights(workspace, message)
         precision = choose_precision(workspace, context, str(asked[Key.PRECISION]))
         loss = held_out_loss(
             workspace.generator,
@@ -189,7 +189,7 @@ def score(message: Message, context: Context) -> Message:
     return Message(RecordDict({Key.METRICS: metrics}), reply_to=message)
 
 
-def load_weights(workspace: Workspace, message: Message) -> None:
+def receive_weights(workspace: Workspace, message: Message) -> None:
     """Put the weights of a message into the model.
 
     Raises:

@@ -39,7 +39,7 @@ MEMORY_SHARE = 0.25
 # Small messages that are handed out together, and bytes of messages that may wait as replies.
 MANY_AT_ONCE, BYTES_AT_ONCE = 32, 1 << 28
 
-T = TypeVar("T")
+Answer = TypeVar("Answer")
 
 
 class Turns:
@@ -166,7 +166,7 @@ def simulated_at_once(message_bytes: int) -> int:
 
 
 @dataclass(frozen=True)
-class Question(Generic[T]):
+class Question(Generic[Answer]):
     """What clients are asked in an exchange.
 
     Attributes:
@@ -177,7 +177,7 @@ class Question(Generic[T]):
 
     message_type: str
     content: RecordDict
-    read: Callable[[RecordDict], T]
+    read: Callable[[RecordDict], Answer]
 
     @property
     def activity(self) -> str:
@@ -206,8 +206,8 @@ class ClientExchange:
         self._grid, self._nodes, self._federation = grid, nodes, federation
 
     def ask(
-        self, question: Question[T], server_round: int, clients: list[int], phases: PhaseTimer
-    ) -> Iterator[tuple[int, T, float]]:
+        self, question: Question[Answer], server_round: int, clients: list[int], phases: PhaseTimer
+    ) -> Iterator[tuple[int, Answer, float]]:
         """Ask clients and yield what their usable replies say, as they arrive.
 
         The messages share their arrays. A simulation's network is the memory of this process, and

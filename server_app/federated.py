@@ -4,7 +4,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 from flwr.app import ConfigRecord, MessageType, RecordDict
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from server_app.dataset import load_images, record_data, record_partition
 from server_app.evaluation import GlobalEvaluation, HospitalEvaluation
-from server_app.exchange import ClientExchange, Question, is_simulation
+from server_app.exchange import Answer, ClientExchange, Question, is_simulation
 from server_app.hospital_scores import SCORES_TYPE, read_scores, score_records
 from server_app.log import log
 from server_app.messages import images_record, packed_record
@@ -30,8 +29,6 @@ from task.protocol.wire import Key, WeightLayout, Weights
 from task.runs.layout import CLASS_COUNTS_FILE, NODES_FILE, client_numbers
 from task.runs.records import LEFT_OUT, TEST, TRAIN, Record, records_of
 from task.runs.writer import RunWriter
-
-T = TypeVar("T")
 
 
 class FederatedTraining(RoundLoop):
@@ -309,8 +306,8 @@ class FederatedTraining(RoundLoop):
         return answers
 
     def about_weights(
-        self, message_type: str, packed: NDArray[np.floating], read: Callable[[RecordDict], T]
-    ) -> Question[T]:
+        self, message_type: str, packed: NDArray[np.floating], read: Callable[[RecordDict], Answer]
+    ) -> Question[Answer]:
         """Make the question about packed weights, which all messages share.
 
         Args:
@@ -323,8 +320,8 @@ class FederatedTraining(RoundLoop):
         return Question(message_type, content, read)
 
     def ask(
-        self, question: Question[T], server_round: int, clients: list[int], phases: PhaseTimer
-    ) -> Iterator[tuple[int, T, float]]:
+        self, question: Question[Answer], server_round: int, clients: list[int], phases: PhaseTimer
+    ) -> Iterator[tuple[int, Answer, float]]:
         """Ask clients; see `ClientExchange.ask`.
 
         Raises:

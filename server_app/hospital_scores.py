@@ -10,7 +10,7 @@ from torch import Tensor
 
 from server_app.log import log
 from server_app.messages import record_of
-from server_app.replies import LARGEST_METRIC, UnusableReply, check_numbers
+from server_app.replies import LARGEST_METRIC, UnusableReply, check_bounds
 from server_app.weighting import Weighting
 from task.checks import require
 from task.config import MIN_MEASURED_IMAGES, Config
@@ -78,7 +78,7 @@ def read_scores(content: RecordDict) -> HospitalScores:
     if metrics.get(Key.NUM_EXAMPLES) == 0:  # too few held-out images
         return {Key.NUM_EXAMPLES: 0}
     bounds = expected_scores(metrics)
-    check_numbers(metrics, bounds)
+    check_bounds(metrics, bounds)
     return {name: cast(int | float, metrics[name]) for name in (Key.NUM_EXAMPLES, *bounds)}
 
 

@@ -115,7 +115,7 @@ def read_metrics(content: RecordDict) -> MetricRecord:
         raise UnusableReply(f"no record {Key.METRICS.value!r} in the reply")
     metrics = record_of(content, Key.METRICS, MetricRecord)
     given = [name for name in DURATIONS_AND_RATES if name in metrics]
-    check_numbers(metrics, dict.fromkeys((Key.LOSS, *given), (0.0, LARGEST_METRIC)))
+    check_bounds(metrics, dict.fromkeys((Key.LOSS, *given), (0.0, LARGEST_METRIC)))
     return metrics
 
 
@@ -139,7 +139,7 @@ def check_claim(content: RecordDict, num_images: int | None) -> None:
         )
 
 
-def check_numbers(metrics: MetricRecord, bounds: Mapping[str, tuple[float, float]]) -> None:
+def check_bounds(metrics: MetricRecord, bounds: Mapping[str, tuple[float, float]]) -> None:
     """Check the number of images of a reply, and that each number is there and within bounds.
 
     Args:

@@ -19,7 +19,7 @@ class PublishedScores(NamedTuple):
     fid_test: float | None = None
 
 
-Row = Mapping[str, PublishedScores]
+PublishedRow = Mapping[str, PublishedScores]
 
 # Training images, and generated ones, as many as test images (CT: as training images).
 PAPER_SIZES = {
@@ -55,7 +55,7 @@ def is_papers_federation(values: Mapping[str, Any]) -> bool:
 
 def _row(
     cifar10: tuple[float, ...], fashion_mnist: tuple[float, ...], svhn: tuple[float, ...]
-) -> Row:
+) -> PublishedRow:
     return {
         "cifar10": PublishedScores(*cifar10),
         "fashion_mnist": PublishedScores(*fashion_mnist),
@@ -64,7 +64,7 @@ def _row(
 
 
 # By table, then by the value that the table varies, then by data set.
-PUBLISHED: dict[str, dict[str | float, Row]] = {
+PUBLISHED: dict[str, dict[str | float, PublishedRow]] = {
     "I": {
         "centralized": _row(
             (4.45, 0.12, 10.30, 11.70), (4.15, 0.08, 7.93, 8.92), (3.39, 0.04, 13.18, 13.13)

@@ -100,7 +100,7 @@ def closing_lines(history: Run) -> list[str]:
     ]
 
 
-def _found(subject: str, signs: Iterable[str], otherwise: str) -> list[Check]:
+def _checked(subject: str, signs: Iterable[str], otherwise: str) -> list[Check]:
     """Make a warning of each sign, or say that there is none."""
     found = [Check(subject, State.WARNING, sign) for sign in signs]
     return found or [Check(subject, State.CLEAR, otherwise)]
@@ -110,15 +110,15 @@ def _unfinished_check(history: Run) -> list[Check]:
     if history.running and not history.finished:
         return []
     rounds = f"All {history.config.federation.rounds} rounds are done."
-    return _found("an unfinished run", _unfinished(history), rounds)
+    return _checked("an unfinished run", _unfinished(history), rounds)
 
 
 def _clients_check(history: Run) -> list[Check]:
     if history.setting == "centralised":
         return []
-    signs = [*_left_out(history), *_absent(history)]
+    signs = [*_left_out_clients(history), *_absent(history)]
     everyone = f"Every client replied whenever it was asked ({len(history.clients)} in all)."
-    return _found("clients left out or not there", signs, everyone)
+    return _checked("clients left out or not there", signs, everyone)
 
 
 def _drift_check(history: Run) -> list[Check]:
@@ -129,7 +129,7 @@ def _drift_check(history: Run) -> list[Check]:
         few = f"Clients are compared where there are {LEAST_COMPARED} or more; here: {number}."
         return [Check(subject, State.UNMEASURED, few)]
     alike = f"None of {number} clients is far from the others in loss or in the size of its update."
-    return _found(subject, _drifting(history), alike)
+    return _checked(subject, _drifting(history), alike)
 
 
 def _leak_check(history: Run) -> list[Check]:
@@ -142,7 +142,7 @@ def _leak_check(history: Run) -> list[Check]:
         "is too good; take them out of one of the splits."
     )
     clear = "No test image is a training image too."
-    return _found("test images that were trained on", [sign] if each else [], clear)
+    return _checked("test images that were trained on", [sign] if each else [], clear)
 
 
 def _noise_checks(history: Run) -> list[Check]:
@@ -269,14 +269,14 @@ def _unfinished(history: Run) -> Iterator[str]:
         yield f"The run is not finished: {done}, and nothing goes on with it."
 
 
-def _left_out(history: Run) -> Iterator[str]:
+def _left_out_clients(history: Run) -> Iterator[str]:
     for client in history.clients:
         own = [each for each in history.records.left_out if each.client == client]
         reasons = dict.fromkeys(each.context["reason"] for each in own)
         if own:
             rounds = len({each.round for each in own})
             yield (
-                f"Client {client} was left out {_times(len(own))} in {_rounds(rounds)}: "
+                f"Client {client} was left out {_times(len(own))} in {_counted_rounds(rounds)}: "
                 f"{'; '.join(reasons)}."
             )
 
@@ -291,8 +291,8 @@ def _absent(history: Run) -> Iterator[str]:
         ]
         if missed:
             yield (
-                f"Client {client} was not there in {_rounds(len(missed))} although all clients are "
-                f"asked (first in round {min(missed)}, last in round {max(missed)})."
+                f"Client {client} was not there in {_counted_rounds(len(missed))} although all "
+                f"clients are asked (first in round {min(missed)}, last in round {max(missed)})."
             )
 
 
@@ -461,12 +461,12 @@ def _number_checks(history: Run) -> list[Check]:
         for what, (_, least) in measured.items()
         if least < LEAST_PER_CLASS
     ]
-    return _found(subject, signs, f"Measured were {'; '.join(counts.values())}.")
+    return _checked(subject, signs, f"Measured were {'; '.join(counts.values())}.")
 
 
 def _times(number: int) -> str:
     return "once" if number == 1 else f"{number} times"
 
 
-def _rounds(number: int) -> str:
+def _counted_rounds(number: int) -> str:
     return f"{number} round{'' if number == 1 else 's'}"

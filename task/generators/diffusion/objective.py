@@ -21,7 +21,7 @@ from task.generators.diffusion.noise_schedule import (
     sample_times,
 )
 
-Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def scales(alphas_cumprod: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ def loss_weights(alphas_cumprod: Tensor, prediction_type: str, loss_weighting: s
 
 
 def diffusion_losses(
-    model: Model,
+    model: Denoiser,
     x_start: Tensor,
     labels: Tensor,
     *,
@@ -192,7 +192,12 @@ class DiffusionObjective:
         return self.schedule.alphas_cumprod_at(times), noise, labels
 
     def losses(
-        self, model: Model, x_start: Tensor, alphas_cumprod: Tensor, noise: Tensor, labels: Tensor
+        self,
+        model: Denoiser,
+        x_start: Tensor,
+        alphas_cumprod: Tensor,
+        noise: Tensor,
+        labels: Tensor,
     ) -> Tensor:
         """Return the losses of images at what was drawn for them; see `diffusion_losses`."""
         return diffusion_losses(
