@@ -1,9 +1,10 @@
-"""Who may import whom: see the dependency rule of the design."""
+"""Who may import whom, and that no name means two things."""
 
 import ast
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -16,6 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("task", "server_app", "client_app")
 FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
 HYDRA = {ROOT / "task/config/compose.py", ROOT / "server_app/launch/feddm_train.py"}
+# Copied into the folder of an export, where they import nothing of feddm.
+EXPORTED = {ROOT / "task/export/drawing.py", *(ROOT / "task/export").glob("sample_*.py")}
+# A program's entry, its commands, the log of a module and what any array library has.
+EACH_HAS_ONE = {"main", "app", "_log", "Array"}
 FORBIDDEN = {
     "task": {"server_app", "client_app", "flwr"},
     "server_app": {"client_app"},
@@ -78,6 +83,25 @@ def test_task_has_no_circles() -> None:
 )
 def test_every_form_of_import_is_seen(source: str, expected: str) -> None:
     assert expected in imported(source, "task.protocol")
+
+
+def defined(file: Path) -> set[str]:
+    """Name what a module defines at its top, but for the modules' own `__all__` and the like."""
+    names = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in names if not name.startswith("__")}
+
+
+def test_one_name_means_one_thing() -> None:
+    everywhere = Counter(
+        name for file in FILES if file not in EXPORTED for name in defined(file) - EACH_HAS_ONE
+    )
+    assert [name for name, number in everywhere.items() if number > 1] == []
 
 
 def test_python_interface_is_one_module() -> None:
