@@ -763,7 +763,7 @@ def test_processes_run_the_code_of_the_bundle_that_their_parent_runs(tmp_path: P
     bundle, elsewhere = tmp_path / "bundle", tmp_path / "elsewhere"
     for package in ("task", "client_app", "server_app", "conf", "tests"):
         shutil.copytree(ROOT / package, bundle / package)
-    with (bundle / "task" / "network.py").open("a") as file:
+    with (bundle / "task" / "generators" / "diffusion" / "network.py").open("a") as file:
         file.write("\nimport os\nprint('the bundle in process', os.getpid(), flush=True)\n")
     (elsewhere / "task").mkdir(parents=True)  # a decoy
     (elsewhere / "task" / "__init__.py").write_text("raise ImportError")
