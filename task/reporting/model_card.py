@@ -16,7 +16,15 @@ from task.reporting.metric_table import HEADS, caption, measured, metric_rows, w
 from task.reporting.rendering import render
 from task.reporting.warning_signs import State, image_checks
 from task.runs.evaluations import Evaluation
-from task.runs.layout import CLASS_COUNTS_FILE, MACHINE_FILE, NODES_FILE, POOLED_FILE, read_json
+from task.runs.layout import (
+    CLASS_COUNTS_FILE,
+    MACHINE_FILE,
+    NODES_FILE,
+    PARTITION_FILE,
+    POOLED_FILE,
+    read_json,
+    understood,
+)
 from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, TRAIN, Records
 from task.runs.run import Run
 
@@ -105,7 +113,8 @@ def training_counts(run: Run) -> tuple[list[int] | None, int | None, int]:
         of clients, None for a centralized run; how many of them did not say.
     """
     if run.partition is not None:
-        counts = run.partition["train_counts"]
+        with understood(run.path / PARTITION_FILE):
+            counts = run.partition["train_counts"]
         return _summed(counts), len(counts), 0
     pooled = read_json(run.path / POOLED_FILE)
     if pooled is not None:

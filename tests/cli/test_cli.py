@@ -336,7 +336,7 @@ def test_run_of_an_earlier_version_is_drawn_from_shown_and_compared(
         result = feddm(*words)
         assert result.exit_code == 0, result.output
     assert len([*(tmp_path / "images" / "3").glob("*.png")]) == 2
-    assert "Warning" in (earlier_run / "safetensors" / "README.md").read_text()
+    assert "Warning" in (earlier_run / "export" / "safetensors" / "README.md").read_text()
     run = load_run(earlier_run)
     size = run.config.data.image_size
     assert run.sample(classes=[3], num_images=2).images.shape == (2, 1, size, size)

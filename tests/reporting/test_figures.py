@@ -81,7 +81,8 @@ def test_figure2_shows_the_pair_of_equal_settings(tmp_path: Path, make_run: Make
     runs = {run.path.name: run for run in find_runs(tmp_path / "sweep")}
     picture = pixels(pictures["figure2-digits"])
     central = expected_grid(runs["e-central"])
-    fedavg = Run(runs["d-fedavg"].path, runs["e-central"].config, partition=None)
+    fedavg = Run(runs["d-fedavg"].path)
+    fedavg.config = runs["e-central"].config
     height, width, _ = central.shape
     body = picture[TITLE_HEIGHT : TITLE_HEIGHT + height, :-MARGIN]
     # The noise is the same.

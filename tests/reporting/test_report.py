@@ -257,7 +257,7 @@ def test_page_says_when_where_and_of_what_a_run_is(tmp_path: Path) -> None:
     assert dict(key_figures(Run(run)))["time"] == "1:01:40"
     (run / "times.json").write_text('[{"begun": "yesterday"}]')
     with pytest.raises(ValueError, match=r"times\.json is not what a run writes"):
-        Run(run)
+        report_page(Run(run))
     (run / "times.json").unlink()
     huge = json.dumps({"round": 1, "metric": "loss", "value": 10**400})
     for file, content in (
@@ -269,7 +269,7 @@ def test_page_says_when_where_and_of_what_a_run_is(tmp_path: Path) -> None:
     ):
         (run / file).write_text(content + "\n")
         with pytest.raises(ValueError, match=rf"{file} is not what a run writes"):
-            Run(run)
+            report_page(Run(run)), Run(run).submitted
         (run / file).unlink()
 
 
