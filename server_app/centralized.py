@@ -75,7 +75,7 @@ class CentralizedTraining(RoundLoop):
 
     def describe(self) -> str:
         """Say how many images are pooled."""
-        return f"centralised on {len(self.dataset.train):,} images"
+        return f"centralized on {len(self.dataset.train):,} images"
 
     def train(self, server_round: int) -> str:
         """Run `train.local_epochs` epochs."""

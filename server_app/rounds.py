@@ -177,7 +177,7 @@ class RoundLoop(ABC):
     def describe_machine(self) -> dict[str, object]:
         """Say what runs where, for those who read the run later."""
         if self.config.train.mode == "centralized":
-            setting = "centralised"
+            setting = "centralized"
         else:
             setting = "real nodes" if self.dataset is None else "simulation"
         return {

@@ -80,7 +80,7 @@ def _rounds(run: Run) -> str:
 
 
 def _clients(run: Run) -> str:
-    return run.setting if run.setting == "centralised" else f"{len(run.clients)} clients"
+    return run.setting if run.setting == "centralized" else f"{len(run.clients)} clients"
 
 
 def _seeds(runs: Mapping[str, Run]) -> list[str]:

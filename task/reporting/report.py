@@ -293,7 +293,7 @@ def _with_digits(value: float | None, form: str) -> str:
 
 
 def _participation(history: Run) -> dict[str, Any]:
-    federated = history.setting != "centralised"
+    federated = history.setting != "centralized"
     left_out = [
         ((each.client or 0, each.context["activity"], each.context["reason"]), each.round)
         for each in history.records.left_out

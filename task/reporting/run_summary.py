@@ -45,7 +45,7 @@ def key_figures(history: Run, *, losses: bool = True) -> list[tuple[str, str]]:
         *_time(history),
         ("training images", "not told" if not history.num_images else f"{history.num_images:,}"),
     ]
-    if history.setting != "centralised" and history.clients:
+    if history.setting != "centralized" and history.clients:
         found.append(("clients", str(len(history.clients))))
         found.append(("left out", _left_out(history)))
     return found
@@ -114,10 +114,10 @@ def describe_run(history: Run) -> list[str]:
 
 def _who_trained_what(history: Run) -> str:
     data, num_clients = history.config.data, len(history.clients)
-    if history.setting != "centralised" and not num_clients:
+    if history.setting != "centralized" and not num_clients:
         return f"No client has answered yet. {_what_is_done(history)}"
     who = {
-        "centralised": "One machine, on the pooled images,",
+        "centralized": "One machine, on the pooled images,",
         "simulation": f"{num_clients} simulated hospitals, on one machine,",
         "real nodes": f"{num_clients} hospitals, each on its own images,",
     }[history.setting]

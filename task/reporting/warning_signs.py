@@ -114,7 +114,7 @@ def _unfinished_check(history: Run) -> list[Check]:
 
 
 def _clients_check(history: Run) -> list[Check]:
-    if history.setting == "centralised":
+    if history.setting == "centralized":
         return []
     signs = [*_left_out_clients(history), *_absent(history)]
     everyone = f"Every client replied whenever it was asked ({len(history.clients)} in all)."
@@ -122,7 +122,7 @@ def _clients_check(history: Run) -> list[Check]:
 
 
 def _drift_check(history: Run) -> list[Check]:
-    if history.setting == "centralised":
+    if history.setting == "centralized":
         return []
     subject, number = "clients that drift", len(history.clients)
     if number < LEAST_COMPARED:

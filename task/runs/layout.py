@@ -5,9 +5,9 @@
     schema.json                     the version of this layout
     metrics.jsonl                   a `task.runs.records.Record` per line
     partition.json, partition.png   images of each class at each client (simulation)
-    pooled.json                     images of each class (centralised)
+    pooled.json                     images of each class (centralized)
     data.json                       files used and left out, images that are the same, source and
-                                    hashes of all images (simulation, centralised)
+                                    hashes of all images (simulation, centralized)
     nodes.json                      client numbers by node id (deployment)
     class_counts.json               classes, and images of each at each client that says so, null
                                     where one does not (deployment)

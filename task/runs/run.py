@@ -180,13 +180,13 @@ class Run:
 
     @property
     def setting(self) -> str:
-        """Which it is: "simulation", "real nodes" or "centralised"."""
+        """Which it is: "simulation", "real nodes" or "centralized"."""
+        if self.config.train.mode == "centralized":
+            return "centralized"
         setting: str | None = self._machine.get("setting")
         if setting is not None:
             return setting
         # Of a run that did not write it down.
-        if self.config.train.mode == "centralized":
-            return "centralised"
         return "real nodes" if (self.path / NODES_FILE).exists() else "simulation"
 
     @property

@@ -229,7 +229,7 @@ def test_card_of_a_clients_weights_claims_no_results(tmp_path: Path) -> None:
     assert "Nothing was measured of these weights: " in text
 
 
-def test_card_of_a_centralised_run_says_where_the_images_were(tmp_path: Path) -> None:
+def test_card_of_a_centralized_run_says_where_the_images_were(tmp_path: Path) -> None:
     files = {"pooled.json": {"train_counts": [5, 6], "test_counts": [1, 1]}}
     run = run_of(tmp_path, files, "train.mode=centralized")
     record(run, loss(2, 0.5), loss(3, 0.125))
