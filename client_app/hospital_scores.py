@@ -1,6 +1,5 @@
 """What a node needs to score the server's images: the images, and an extractor of its own."""
 
-import dataclasses
 from pathlib import Path
 from typing import cast
 
@@ -47,8 +46,7 @@ def with_own_extractor(config: Config, inception_weights: str | None) -> Config:
         config.eval.extractor,
     )
     file = inception_weights or str(hub_inception_file())
-    chosen = dataclasses.replace(config.eval, inception_weights=file)
-    config = anchored(dataclasses.replace(config, eval=chosen), Path.home())
+    config = anchored(config.changed({"eval.inception_weights": file}), Path.home())
     if config.eval.extractor == "inception" and not Path(config.eval.inception_weights).is_file():
         raise FileNotFoundError(
             f"eval.extractor=inception needs Inception's weights, and {file} is not there: nothing "

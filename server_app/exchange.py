@@ -194,13 +194,7 @@ class ClientExchange:
     """
 
     def __init__(self, grid: Grid, nodes: Nodes, federation: FederationConfig) -> None:
-        """Send nothing yet.
-
-        Args:
-            grid: Flower's view of the network.
-            nodes: of the run.
-            federation: how long to wait, and for how many at once.
-        """
+        """Send nothing yet; `federation` says how long to wait, and for how many at once."""
         self.simulated = is_simulation(grid)
         self.left_out: dict[int, UnusableReply] = {}
         self._grid, self._nodes, self._federation = grid, nodes, federation
@@ -268,10 +262,8 @@ class ClientExchange:
         """Return how many clients may be at work at a time, `federation.max_in_flight`.
 
         Where it is null, a simulation has as many as keep its processes busy; of real nodes all,
-        or as many as could reply at once into `MEMORY_SHARE` of this machine's memory.
-
-        Args:
-            arrays: of a message, as large as those of a reply may be.
+        or as many as could reply at once, with arrays as large as those of a message, into
+        `MEMORY_SHARE` of this machine's memory.
         """
         if self._federation.max_in_flight is not None:
             return self._federation.max_in_flight

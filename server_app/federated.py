@@ -1,6 +1,5 @@
 """The rounds of a federated run: who trains, what is asked of them, what comes back."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -68,8 +67,7 @@ class FederatedTraining(RoundLoop):
         """Wait for the nodes, and deal the images out where they are simulated."""
         num_nodes = len(self.gather_nodes(patience=QUERY_TIMEOUT_SECONDS))
         if self.simulated:
-            federation = dataclasses.replace(self.config.federation, num_supernodes=num_nodes)
-            self.config = dataclasses.replace(self.config, federation=federation)
+            self.config = self.config.changed({"federation.num_supernodes": num_nodes})
             self.dataset = load_images(self.config)
             partition = partition_dataset(self.config, self.dataset, num_nodes)
             record_partition(self.config, partition, self.directory)

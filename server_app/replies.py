@@ -34,7 +34,6 @@ LARGEST_METRIC = 1e15
 MAX_COUNT = 10**12
 DURATIONS_AND_RATES = (Key.SECONDS, Key.SECONDS_BESIDE, Key.IMAGES_PER_SECOND)
 
-
 # What Flower's own errors come to, without the texts that they carry.
 FLOWERS_ERRORS = {
     ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "its Flower could not load the app; its own log says why",

@@ -3,10 +3,11 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from statistics import fmean
 
 from server_app.evaluation import GlobalEvaluation, PooledEvaluation, is_measured
 from server_app.log import log
-from server_app.timing import MeanSeconds, PhaseTimer
+from server_app.timing import PhaseTimer
 from task.config import Config, settle_precisions
 from task.data import Dataset
 from task.fingerprint import code_fingerprint, installed_versions
@@ -42,22 +43,18 @@ class RoundLoop(ABC):
         weights: the global weights after the last complete round.
         dataset: all images; None with real nodes, whose images stay there.
         phases: of the round that is going on.
-        pace: of the rounds and of their evaluations.
+        seconds: of each round, "training", and of each evaluation, "evaluating".
         attempts: how often a round is tried.
     """
 
     attempts = 1
 
     def __init__(self, directory: RunWriter) -> None:
-        """Make the initial weights; nothing is read yet.
-
-        Args:
-            directory: of the run, open.
-        """
+        """Make the initial weights of the run of an open directory; nothing is read yet."""
         self.config = directory.config
         self.dataset: Dataset | None = None
         self.phases = PhaseTimer()
-        self.pace = MeanSeconds()
+        self.seconds: dict[str, list[float]] = {"training": [], "evaluating": []}
         self.directory = directory
         self.device = select_device(self.config.train.device)
         self.model = initial_model(self.config)
@@ -132,18 +129,12 @@ class RoundLoop(ABC):
         self.finish()
 
     def seconds_left(self, rounds: range) -> float:
-        """Estimate the seconds until all is trained and drawn, in the rounds and at the end.
-
-        Args:
-            rounds: that are left.
-        """
+        """Estimate the seconds until the rounds that are left and what follows are done."""
+        training = fmean(self.seconds["training"] or [0.0])
+        evaluating = fmean(self.seconds["evaluating"] or [self.evaluation.seconds_of_grid()])
         evaluations = sum(map(self.evaluation.is_due, rounds))
-        evaluation = self.pace.mean("evaluating", self.evaluation.seconds_of_grid())
-        return (
-            len(rounds) * self.pace.mean("training", 0.0)
-            + evaluations * evaluation
-            + self.evaluation.seconds_at_end()
-        )
+        at_end = self.evaluation.seconds_at_end()
+        return len(rounds) * training + evaluations * evaluating + at_end
 
     def prepare(self) -> None:
         """Settle what depends on this machine and its nodes, and load the last complete round."""
@@ -212,7 +203,7 @@ class RoundLoop(ABC):
 
         # Before the evaluation, so that no training is lost with it.
         self.directory.save_checkpoint(server_round, self.weights, self.state(), numbers=numbers)
-        self.pace.note("training", spent["round_seconds"])
+        self.seconds["training"].append(spent["round_seconds"])
         summary += f", {duration(spent['round_seconds'])}"
         summary += f", {spent['overhead_share']:.0%} outside training"
         if self.evaluation.is_due(server_round):
@@ -250,7 +241,7 @@ class RoundLoop(ABC):
         good = [file for file in checkpoints(path) if round_of(file) < server_round]
         saved = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is good"
         harmful = (
-            " (or with federation.max_update_norm, where the train_update_norm of a single client "
+            " (or with federation.max_update_norm, where the update norm of a single client "
             "is far above the others)"
         )
         return DivergedError(
@@ -268,7 +259,7 @@ class RoundLoop(ABC):
         # Last, because it marks the round as evaluated.
         self.evaluation.draw_grid(server_round, self.final_weights())
         spent = time.monotonic() - start
-        self.pace.note("evaluating", spent)
+        self.seconds["evaluating"].append(spent)
         self.directory.record([Record(server_round, "seconds_evaluating", spent)])
         return ", ".join(found)
 

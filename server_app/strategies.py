@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import trim_mean
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -109,13 +110,7 @@ class Reducer(ABC):
 
     @abstractmethod
     def add(self, client: int, weights: NDArray[np.floating], num_images: int) -> None:
-        """Take the weights of a client.
-
-        Args:
-            client: its number.
-            weights: [P], checked; float32 or float16.
-            num_images: > 0, that it trained on.
-        """
+        """Take the weights of a client, [P], and the number of images > 0 that it trained on."""
 
     @abstractmethod
     def reduce(self) -> NDArray[np.float32]:
@@ -139,7 +134,7 @@ class WeightedMean(Reducer):
         self._largest: list[tuple[int, NDArray[np.floating]]] = []
 
     def add(self, client: int, weights: NDArray[np.floating], num_images: int) -> None:
-        """Add the weights of a client, or of one that claims fewer images; see `Reducer.add`."""
+        """Add the weights of a client, or of one that claims fewer images."""
         self._counts.append(num_images)
         self._largest.append((num_images, weights))
         self._largest.sort(key=lambda claimed: claimed[0])
@@ -147,105 +142,76 @@ class WeightedMean(Reducer):
             self._sum.add(*reversed(self._largest.pop(0)))
 
     def reduce(self) -> NDArray[np.float32]:
-        """Return the mean; see `Reducer.reduce`."""
+        """Return the mean."""
         counted = dict(zip(self._counts, self._weighting.weights(self._counts), strict=True))
         for num_images, weights in self._largest:
             self._sum.add(weights, counted[num_images])
         return self._sum.mean()
 
 
+Updates = NDArray[np.float32]
+
+
 class OverUpdates(Reducer):
-    """A reducer of the updates of clients: their weights less those that were sent.
+    """A statistic of the updates of clients: their weights less those that were sent.
 
     The result is that over the weights, which are a shift away; but updates are a thousand times
     smaller, and so is the rounding. Clients count alike, and in the order of their numbers.
     """
 
-    def __init__(self, sent: NDArray[np.floating]) -> None:
-        """Start from [P], the weights that the clients were sent."""
+    def __init__(
+        self,
+        sent: NDArray[np.floating],
+        *,
+        statistic: Callable[[Updates], Updates],
+        select: Callable[[list[Updates]], list[Updates]] = lambda updates: updates,
+    ) -> None:
+        """Start without updates.
+
+        Args:
+            sent: [P], the weights that the clients were sent.
+            statistic: makes [values] of [clients, values].
+            select: chooses the updates that count, of [P] of each client.
+        """
         self._sent = sent.astype(np.float32)
-        self._updates: dict[int, NDArray[np.float32]] = {}
+        self._statistic, self._select = statistic, select
+        self._updates: dict[int, Updates] = {}
 
     def add(self, client: int, weights: NDArray[np.floating], num_images: int) -> None:
-        """Keep the update of a client; see `Reducer.add`."""
+        """Keep the update of a client."""
         self._updates[client] = weights.astype(np.float32) - self._sent
 
     def reduce(self) -> NDArray[np.float32]:
-        """Reduce the updates, piece by piece; see `Reducer.reduce`."""
-        updates = self.chosen([self._updates[client] for client in sorted(self._updates)])
+        """Return the weights that were sent and the statistic, computed piece by piece."""
+        updates = self._select([self._updates[client] for client in sorted(self._updates)])
         weights = self._sent.copy()
         for chunk in chunks(weights):
-            weights[chunk] += self.combined(np.stack([update[chunk] for update in updates]))
+            weights[chunk] += self._statistic(np.stack([update[chunk] for update in updates]))
         return weights
 
-    def chosen(self, updates: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-        """Choose the updates that count, out of [P] of each client; all of them."""
-        return updates
 
-    @abstractmethod
-    def combined(self, updates: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Make one of the updates that count: [N, values] to [values]."""
+def plain_mean(updates: Updates) -> Updates:
+    """Return the mean over clients that count alike."""
+    return np.asarray((updates * np.float32(1 / len(updates))).sum(axis=0), np.float32)
 
 
-class Median(OverUpdates):
-    """The median of each value.
-
-    Source: Yin et al. 2018 (arXiv 1803.01498).
-    """
-
-    def combined(self, updates: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the median over clients."""
-        return np.asarray(np.median(updates, axis=0), np.float32)
-
-
-class TrimmedMean(OverUpdates):
-    """The mean of each value without the largest and the smallest ones.
-
-    Source: Yin et al. 2018 (arXiv 1803.01498).
-    """
-
-    def __init__(self, sent: NDArray[np.floating], trim_fraction: float) -> None:
-        """Leave this share of the clients out at either end, in (0, 0.5)."""
-        super().__init__(sent)
-        self._trim_fraction = trim_fraction
-
-    def combined(self, updates: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the mean over those between."""
-        first = int(self._trim_fraction * len(updates))
-        end = len(updates) - first
-        kept = np.partition(updates, (first, end - 1), axis=0)[first:end]
-        return np.asarray(kept.mean(axis=0), np.float32)
-
-
-class Krum(OverUpdates):
-    """The mean of the updates that lie nearest to most others.
+def select_by_krum(
+    updates: list[Updates], *, num_malicious: int, num_selected: int
+) -> list[Updates]:
+    """Select the updates that lie nearest to their nearest others.
 
     Source: Blanchard et al. 2017 (arXiv 1703.02757).
     """
-
-    def __init__(
-        self, sent: NDArray[np.floating], *, num_malicious: int, num_selected: int
-    ) -> None:
-        """Select so many clients, where so many others may do harm."""
-        super().__init__(sent)
-        self._num_malicious, self._num_selected = num_malicious, num_selected
-
-    def chosen(self, updates: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-        """Select those with the smallest sum of squared distances to their nearest others."""
-        products = np.zeros((len(updates), len(updates)))
-        for chunk in chunks(updates[0]):
-            rows = np.stack([update[chunk] for update in updates]).astype(np.float64)
-            products += rows @ rows.T
-        squares = np.diag(products)
-        distances = squares[:, None] + squares[None] - 2 * products
-        nearest = max(1, len(updates) - self._num_malicious - 2)
-        # The first is the client itself.
-        scores = np.sort(distances, axis=1)[:, 1 : nearest + 1].sum(axis=1)
-        return [updates[place] for place in np.argsort(scores)[: self._num_selected]]
-
-    def combined(self, updates: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the mean of those that were selected."""
-        return np.asarray((updates * np.float32(1 / len(updates))).sum(axis=0), np.float32)
+    products = np.zeros((len(updates), len(updates)))
+    for chunk in chunks(updates[0]):
+        rows = np.stack([update[chunk] for update in updates]).astype(np.float64)
+        products += rows @ rows.T
+    squares = np.diag(products)
+    distances = squares[:, None] + squares[None] - 2 * products
+    nearest = max(1, len(updates) - num_malicious - 2)
+    # The first is the client itself.
+    scores = np.sort(distances, axis=1)[:, 1 : nearest + 1].sum(axis=1)
+    return [updates[place] for place in np.argsort(scores)[:num_selected]]
 
 
 class Strategy:
@@ -292,11 +258,7 @@ class Strategy:
             self._optimizer = server_optimizer([self._parameter])
 
     def broadcast(self, weights: Weights) -> NDArray[np.floating]:
-        """Begin a round, or another attempt at it, and return what the clients are sent, [P].
-
-        Args:
-            weights: the global weights.
-        """
+        """Begin a round, or another attempt at it; return what clients are sent of the weights."""
         self._weights = weights
         self._sent = self._layout.pack(weights, self._wire_dtype)
         self._reducer = self._new_reducer(self._sent)
@@ -347,19 +309,19 @@ def build_strategy(
 ) -> Strategy:
     """Build the strategy that `federation.aggregation` names.
 
-    Args:
-        config: of the run.
-        layout: of the weights on the wire.
-        weighting: how much each client counts in a mean.
-
     Raises:
         ValueError: it names none.
     """
+    krum = partial(
+        select_by_krum, num_malicious=config.num_malicious, num_selected=config.num_selected
+    )
+    # Median and trimmed mean: Yin et al. 2018 (arXiv 1803.01498).
+    trimmed_mean = partial(trim_mean, proportiontocut=config.trim_fraction)
     new_reducer: dict[str, Callable[[NDArray[np.floating]], Reducer]] = {
         "fedavg": lambda _: WeightedMean(weighting),
-        "median": Median,
-        "trimmed_mean": partial(TrimmedMean, trim_fraction=config.trim_fraction),
-        "krum": partial(Krum, num_malicious=config.num_malicious, num_selected=config.num_selected),
+        "median": partial(OverUpdates, statistic=partial(np.median, axis=0)),
+        "trimmed_mean": partial(OverUpdates, statistic=trimmed_mean),
+        "krum": partial(OverUpdates, statistic=plain_mean, select=krum),
     }
     if config.aggregation not in new_reducer:
         raise ValueError(f"federation.aggregation: no such aggregation: {config.aggregation}")

@@ -1,22 +1,6 @@
-"""Where the time of a round goes, and what is left of a run's, by this machine's clock alone."""
+"""Where the time of a round goes, by this machine's clock alone."""
 
 import time
-
-
-class MeanSeconds:
-    """The mean seconds of what a run does again and again."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, list[float]] = {}
-
-    def note(self, part: str, seconds: float) -> None:
-        """Note how long a part took this time."""
-        self._seconds.setdefault(part, []).append(seconds)
-
-    def mean(self, part: str, otherwise: float) -> float:
-        """Return the mean seconds of a part, or another number where it has not been done yet."""
-        seconds = self._seconds.get(part)
-        return otherwise if seconds is None else sum(seconds) / len(seconds)
 
 
 class PhaseTimer:

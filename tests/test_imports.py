@@ -82,7 +82,7 @@ def test_task_has_no_circles() -> None:
     ],
 )
 def test_every_form_of_import_is_seen(source: str, expected: str) -> None:
-    assert expected in imported(source, "task.protocol")
+    assert expected in imported(source, "task")
 
 
 def defined(file: Path) -> set[str]:

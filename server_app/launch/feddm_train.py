@@ -4,7 +4,6 @@ What takes its arguments apart imports nothing of torch, which takes seconds: a 
 answered at once.
 """
 
-import dataclasses
 import os
 import re
 import shlex
@@ -33,7 +32,6 @@ from task.config import (
     config_from_hydra,
     hydra_override,
     read_override,
-    register_schema,
     require_data_root,
 )
 from task.processes import have_home, let_threads_sleep, write_any_letter
@@ -58,7 +56,6 @@ def main() -> None:
     have_home()
     let_threads_sleep()
     write_any_letter()
-    register_schema()
     OmegaConf.register_new_resolver("one_folder", one_folder, replace=True)
     try:
         sys.argv[1:] = name_by_what_is_swept(read_arguments(sys.argv[1:]))
@@ -143,7 +140,7 @@ def _hydra_main(composed: DictConfig) -> None:
         require_data_root(asked)
         if sweep:
             # The runs of a sweep lie side by side in its folder.
-            asked = dataclasses.replace(asked, output_dir=job.sweep.dir, run_name=job.sweep.subdir)
+            asked = asked.changed({"output_dir": job.sweep.dir, "run_name": job.sweep.subdir})
         given = {named(word) for word in words}
         config = as_begun(anchored(asked, Path.cwd()), given)
         with leaving_no_empty_run(run_path(config)):

@@ -1,10 +1,9 @@
 """What `feddm-train` chooses for a user's own images: hospitals, and epochs of a round."""
 
-import dataclasses
 import math
 from collections.abc import Collection
 
-from task.config import OWN_IMAGES, Config
+from task.config import FITTED_VALUES, OWN_IMAGES, Config, flat_values
 from task.runs.layout import is_begun, run_config, run_path
 
 # Hospitals that share the steps of a round; where there are more, each would take too few.
@@ -29,13 +28,8 @@ def as_begun(config: Config, given: Collection[str]) -> Config:
     path = run_path(config)
     if config.data.name not in OWN_IMAGES or not config.resume or not is_begun(path):
         return config
-    begun = run_config(path)
-    return _with(
-        config,
-        given,
-        num_supernodes=begun.federation.num_supernodes,
-        local_epochs=begun.train.local_epochs,
-    )
+    begun = flat_values(run_config(path))
+    return config.changed({name: begun[name] for name in FITTED_VALUES if name not in given})
 
 
 def fit_to_images(config: Config, given: Collection[str]) -> Config:
@@ -60,9 +54,14 @@ def fit_to_images(config: Config, given: Collection[str]) -> Config:
     from task.data import list_dataset
 
     num_images = len(list_dataset(config)[0])
-    config = _with(config, given, num_supernodes=fitting_clients(config, num_images))
-    shares = config.federation.num_supernodes if config.train.mode == "federated" else 1
-    return _with(config, given, local_epochs=fitting_epochs(config, num_images, shares))
+    if "federation.num_supernodes" not in given:
+        num_clients = fitting_clients(config, num_images)
+        config = config.changed({"federation.num_supernodes": num_clients})
+    if "train.local_epochs" not in given:
+        shares = config.federation.num_supernodes if config.train.mode == "federated" else 1
+        num_epochs = fitting_epochs(config, num_images, shares)
+        config = config.changed({"train.local_epochs": num_epochs})
+    return config
 
 
 def fitting_clients(config: Config, num_images: int) -> int:
@@ -90,18 +89,3 @@ def fitting_epochs(config: Config, num_images: int, shares: int) -> int:
         return train.local_epochs
     steps = train.steps_per_round / min(shares, SHARED_BY)
     return max(1, round(steps / math.ceil(num_images / shares / train.batch_size)))
-
-
-def _with(
-    config: Config,
-    given: Collection[str],
-    *,
-    num_supernodes: int | None = None,
-    local_epochs: int | None = None,
-) -> Config:
-    federation, train = config.federation, config.train
-    if num_supernodes is not None and "federation.num_supernodes" not in given:
-        federation = dataclasses.replace(federation, num_supernodes=num_supernodes)
-    if local_epochs is not None and "train.local_epochs" not in given:
-        train = dataclasses.replace(train, local_epochs=local_epochs)
-    return dataclasses.replace(config, federation=federation, train=train)

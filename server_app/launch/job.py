@@ -1,6 +1,5 @@
 """One run of `feddm-train`: federated through `flwr run`, or centralized in this process."""
 
-import dataclasses
 import os
 import shlex
 import socket
@@ -34,7 +33,7 @@ RAY_ANSWER_SECONDS = 10.0
 def go_on_with_sweep(config: Config) -> Config:
     """Let `resume` of a sweep go on with the runs that it had begun and start the rest."""
     begun = (run_path(config) / "config.yaml").exists()
-    return dataclasses.replace(config, resume=config.resume and begun)
+    return config.changed({"resume": config.resume and begun})
 
 
 def equal_finished_run(config: Config) -> Path | None:

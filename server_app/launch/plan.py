@@ -1,13 +1,12 @@
 """What a run of `feddm-train` is going to do, and about how long, told before it starts."""
 
-import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
 
 from server_app.dataset import described_range
 from server_app.launch.time_estimate import estimate_seconds
-from task.config import OWN_IMAGES, Config
+from task.config import FITTED_VALUES, OWN_IMAGES, Config, flat_values
 from task.data import Dataset
 from task.data.partition import partition_dataset
 from task.progress import duration
@@ -59,8 +58,8 @@ def describe_plan(config: Config, dataset: Dataset) -> Iterator[str]:
 
 def how_to_train_on(config: Config) -> str:
     """Say of a finished run how to train longer, and whether its images need it."""
-    longer = dataclasses.replace(config.federation, rounds=2 * config.federation.rounds)
-    command = resuming_command(dataclasses.replace(config, federation=longer), run_path(config))
+    longer = config.changed({"federation.rounds": 2 * config.federation.rounds})
+    command = resuming_command(longer, run_path(config))
     found = Run(run_path(config)).records.value("noise_position")
     said = "if the images are not clear enough"
     if found is not None and found >= UNTRAINED:

@@ -8,9 +8,9 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from task.config import Word
 from task.fingerprint import ROOT, code_fingerprint
 from task.runs.layout import SUBMISSION_FILE
-from task.runs.repeat import Word
 from task.runs.writer import RunWriter
 
 Stored = TypeVar("Stored")

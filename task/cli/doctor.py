@@ -16,7 +16,7 @@ from task.cli.findings import (
     nearest_folder,
     versions,
 )
-from task.config import DATA_SETS, FILE_SETS, Config, class_folders, hydra_override, load_config
+from task.config import FILE_SETS, Config, choices, class_folders, hydra_override, load_config
 from task.data import list_dataset
 from task.data.packaged import missing_files
 from task.evaluation.features import hub_inception_file
@@ -84,7 +84,7 @@ def data_sets(root: Path | None) -> Iterator[Finding]:
     Args:
         root: the folder of all of them, in place of the presets' own.
     """
-    for name in DATA_SETS:
+    for name in choices("data.name"):
         if name in ANY_FOLDER:
             continue
         config = load_config([f"data={name}"])

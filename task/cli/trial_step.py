@@ -132,7 +132,7 @@ def _try_step(config: Config) -> Trial:
     generator = build_generator(config)
     compile_where_wanted(generator, train.compile, device, deterministic=train.deterministic)
     num_processes = count_processes(train.num_processes, device, one_per_gpu=True)
-    precision = train.precision
+    precision: str = train.precision
     if precision == "auto":
         precision = fastest_precision(config, generator, device)
     images = torch.randint(256, (train.batch_size, *generator.image_shape), dtype=torch.uint8)

@@ -6,19 +6,20 @@
 
 from task.config.class_folders import class_folders, is_hidden, require_folder
 from task.config.compose import (
-    as_hydra,
     changed_config,
     config_from_hydra,
     load_config,
-    register_schema,
 )
-from task.config.flower import compose_run_config, load_run_config
+from task.config.flower import (
+    RUN_CONFIG_WORDS,
+    Word,
+    as_run_config,
+    compose_run_config,
+    load_run_config,
+)
 from task.config.overrides import hydra_override, read_override
 from task.config.schema import (
     CONF_DIR,
-    DATA_FITS,
-    DATA_SETS,
-    DIFFUSION_CHOICES,
     DRAWING_VALUES,
     EXTRACTORS,
     FILE_SETS,
@@ -27,11 +28,11 @@ from task.config.schema import (
     IMAGE_RANGES,
     MIN_MEASURED_IMAGES,
     OWN_IMAGES,
-    PACKAGED_SETS,
     Config,
     DataConfig,
     FederationConfig,
     anchored,
+    choices,
     flat_values,
     require_data_root,
     settle_precisions,
@@ -41,9 +42,6 @@ from task.config.stored import read_config, unknown_values, write_config
 
 __all__ = [
     "CONF_DIR",
-    "DATA_FITS",
-    "DATA_SETS",
-    "DIFFUSION_CHOICES",
     "DRAWING_VALUES",
     "EXTRACTORS",
     "FILE_SETS",
@@ -52,13 +50,15 @@ __all__ = [
     "IMAGE_RANGES",
     "MIN_MEASURED_IMAGES",
     "OWN_IMAGES",
-    "PACKAGED_SETS",
+    "RUN_CONFIG_WORDS",
     "Config",
     "DataConfig",
     "FederationConfig",
+    "Word",
     "anchored",
-    "as_hydra",
+    "as_run_config",
     "changed_config",
+    "choices",
     "class_folders",
     "compose_run_config",
     "config_from_hydra",
@@ -69,7 +69,6 @@ __all__ = [
     "load_run_config",
     "read_config",
     "read_override",
-    "register_schema",
     "require_data_root",
     "require_folder",
     "settle_precisions",

@@ -1,13 +1,11 @@
 """How a configuration is composed: Hydra puts `conf/` and overrides together, the schema checks."""
 
-import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -18,12 +16,7 @@ from task.checks import require
 from task.config.class_folders import classes_below
 from task.config.grammar import escaped
 from task.config.overrides import hydra_override, read_override
-from task.config.schema import CONF_DIR, FILE_SETS, Config, anchored, leaves, value_paths
-
-
-def register_schema() -> None:
-    """Make the types known to Hydra under the name that `conf/config.yaml` asks for."""
-    ConfigStore.instance().store(name="schema", node=Config)
+from task.config.schema import CONF_DIR, FILE_SETS, Config, anchored, checked
 
 
 def load_config(overrides: Iterable[str] = (), *, images_below: Path | None = None) -> Config:
@@ -36,21 +29,23 @@ def load_config(overrides: Iterable[str] = (), *, images_below: Path | None = No
     Raises:
         ValueError: a name is unknown, a value is of the wrong type or out of range.
     """
-    try:
-        return config_from_hydra(compose_conf(overrides), images_below=images_below)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(composition_error(error)) from error
+    return config_from_hydra(compose_conf(overrides), images_below=images_below)
 
 
 def compose_conf(overrides: Iterable[str]) -> DictConfig:
-    """Compose `conf/` with overrides as they were typed; nothing is checked yet."""
+    """Compose `conf/` with overrides as they were typed; no value is checked yet.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
     read = [read_override(word) for word in overrides]
-    register_schema()
     # Hydra keeps one composition context per process; the one of feddm-train stays untouched.
     hydra, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             return compose("config", overrides=read)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(composition_error(error)) from error
     finally:
         GlobalHydra.instance().hydra = hydra
 
@@ -66,34 +61,35 @@ def config_from_hydra(composed: DictConfig, *, images_below: Path | None = None)
     Raises:
         ValueError: a value is missing, of the wrong type or out of range.
     """
+    values = resolved(composed)
+    data = values["data"]
+    by_folders = FILE_SETS.get(data["name"]) in ("image_folder", "dicom_folder")
+    if images_below is not None and by_folders and not data["classes"]:
+        data["classes"] = classes_below(images_below / Path(data["root"]).expanduser())
+    return checked(values)
+
+
+def resolved(tree: Mapping[Any, Any] | DictConfig) -> dict[str, Any]:
+    """Return nested values with what their interpolations stand for.
+
+    Raises:
+        ValueError: one stands for nothing.
+    """
     try:
-        known = {p for path in value_paths() for p in (path, path.split(".")[0])}
-        unknown = leaves(OmegaConf.to_container(composed)).keys() - known  # type: ignore[arg-type]
-        if unknown:
-            raise ValueError(f"configuration: no such value: {', '.join(sorted(unknown))}")
-        if images_below is not None and are_named_by_folders(composed.data):
-            root = images_below / Path(composed.data.root).expanduser()
-            composed = OmegaConf.merge(composed, {"data": {"classes": classes_below(root)}})  # type: ignore[assignment]
-        config = OmegaConf.to_object(composed)
+        whole: DictConfig = OmegaConf.create(tree)  # type: ignore[arg-type]
+        return OmegaConf.to_container(whole, resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ValueError(composition_error(error)) from error
-    if not isinstance(config, Config):
-        raise TypeError(f"expected a composed Config, got {type(config).__name__}")
-    return config
-
-
-def are_named_by_folders(data: DictConfig) -> bool:
-    """Whether the classes of a data set, not checked yet, are to be the names of its folders."""
-    return FILE_SETS.get(data.name) in ("image_folder", "dicom_folder") and not data.classes
 
 
 def composition_error(error: Exception) -> str:
     """Say in a few words what Hydra or OmegaConf did not accept, and why."""
     reasons = [str(error)] if error.__cause__ is None else [str(error), str(error.__cause__)]
-    # Hydra speaks of its own insides, and advises to append what no part of feddm would read.
+    if unknown := re.match(r"Could not override '(.+)'\.", reasons[0]):
+        # Hydra's own words advise to append what no part of feddm would read.
+        reasons = [f"no such value: {unknown[1]}"]
     return "configuration: " + "; ".join(
-        re.split("\nConfig search path|\nTo append to your config", reason)[0].strip()
-        for reason in reasons
+        re.split("\nConfig search path|\n +full_key", reason)[0].strip() for reason in reasons
     )
 
 
@@ -131,24 +127,20 @@ def changed_config(
             OmegaConf.update(tree, name, override.value())
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(composition_error(error)) from error
-    return anchored(config_from_hydra(tree), Path.cwd())
+    return anchored(checked(resolved(tree)), Path.cwd())
 
 
 def as_hydra(config: Config) -> DictConfig:
-    """Return the configuration as an OmegaConf tree, which can be written as YAML."""
-    tree: DictConfig = OmegaConf.structured(_escaped_texts(config))
+    """Return the configuration as an OmegaConf tree, which resolves to what it was."""
+    tree: DictConfig = OmegaConf.create(_escaped_texts(config.model_dump()))
     return tree
 
 
 def _escaped_texts(value: Any) -> Any:
-    """Return a configuration, or a part of it, whose texts OmegaConf resolves to what they were."""
     if isinstance(value, str):
         return escaped(value)
     if isinstance(value, list):
         return [_escaped_texts(each) for each in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        return dataclasses.replace(
-            value, **{name: _escaped_texts(getattr(value, name)) for name in names}
-        )
+    if isinstance(value, dict):
+        return {name: _escaped_texts(each) for name, each in value.items()}
     return value

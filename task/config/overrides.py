@@ -41,6 +41,6 @@ def read_override(word: str, *, sweep: bool = False) -> str:
     if kind is str:
         require_text(path, typed)
         typed = typed_text(typed, sweep=sweep)
-    elif kind in (list[str], list[str] | None):
+    elif kind == list[str]:
         typed = typed_texts(typed, sweep=sweep)
     return f"{plus}{path}={typed}"

@@ -7,15 +7,22 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from task.checks import require
-from task.config.compose import as_hydra, compose_conf, config_from_hydra
-from task.config.schema import CONF_DIR, Config, flat_values, leaves, value_paths
+from task.config.compose import as_hydra, compose_conf, resolved
+from task.config.schema import (
+    CONF_DIR,
+    Config,
+    config_of,
+    flat_values,
+    leaves,
+    schema_fields,
+    value_paths,
+)
 from task.files import atomic_path
 
 # What runs did whose configuration lacks the value, where conf/ may have another by now.
-BEFORE_WRITTEN = {"data.fit": "stretch"}
+BEFORE_WRITTEN = {"data.fit": "stretch", "model.family": "diffusion"}
 
 
 def write_config(config: Config, path: Path) -> None:
@@ -37,17 +44,14 @@ def read_config(path: Path) -> Config:
     """
     try:
         stored = _stored_values(path)
-        missing = value_paths().keys() - stored.keys()
-        unknown = stored.keys() - value_paths().keys()
+        known = schema_fields(stored.get("model.family", BEFORE_WRITTEN["model.family"])).keys()
+        missing, unknown = known - stored.keys(), stored.keys() - known
         defaults = _defaults(stored.get("experiment"), stored.get("data.name")) if missing else {}
         # Where a run lies is known without its configuration.
         place = {"output_dir": str(path.parent.parent), "run_name": path.parent.name}
-        defaults = defaults | BEFORE_WRITTEN | place
-        tree = OmegaConf.create()
-        for name in value_paths():
-            OmegaConf.update(tree, name, defaults[name] if name in missing else stored[name])
-        config = config_from_hydra(OmegaConf.merge(OmegaConf.structured(Config), tree))  # type: ignore[arg-type]
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
+        values = defaults | BEFORE_WRITTEN | place | stored
+        config = config_of({name: value for name, value in values.items() if name in known})
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path} is not a configuration of this feddm: {error}") from error
     for name in sorted(missing):
         why = (
@@ -68,14 +72,12 @@ def _stored_values(path: Path) -> dict[str, Any]:
     """Read the values of a written configuration, by dotted path."""
     stored = yaml.safe_load(path.read_bytes())
     sections = {name.partition(".")[0] for name in value_paths() if "." in name}
-    lacking = {"data", "diffusion", "model", "train"} - set(
-        stored if isinstance(stored, dict) else ()
-    )
-    if lacking:
+    needed = {"data", "diffusion", "model", "train"}
+    if lacking := needed - set(stored if isinstance(stored, dict) else ()):
         raise ValueError(f"it has no section {', '.join(sorted(lacking))}")
     for name in sections & stored.keys():
         require(isinstance(stored[name], dict), name, "a mapping", stored[name])
-    return leaves(stored)
+    return leaves(resolved(stored))
 
 
 @cache
@@ -87,8 +89,7 @@ def _defaults(experiment: object, data: object) -> dict[str, Any]:
         for group, name in given.items()
         if name in {file.stem for file in (CONF_DIR / group).glob("*.yaml")}
     }
-    tree = compose_conf([f"{group}={name}" for group, name in known.items()])
-    return {name: OmegaConf.select(tree, name) for name in value_paths()}
+    return leaves(resolved(compose_conf([f"{group}={name}" for group, name in known.items()])))
 
 
 @cache

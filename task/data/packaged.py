@@ -37,7 +37,7 @@ def load_packaged(data: DataConfig, *, download: bool) -> Dataset:
     """Load a data set as square images with the channels that the model expects.
 
     Args:
-        data: of one of `task.config.PACKAGED_SETS`; gray images fill three channels.
+        data: of digits, or of one of `TORCHVISION_SETS`; gray images fill three channels.
         download: whether to fetch what is not below `data.root`; never on a hospital's own node,
             which would train on public images in the place of its own.
 

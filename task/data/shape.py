@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from task.checks import require_one_of
-from task.config import DATA_FITS
+from task.config import choices
 from task.data.images import resize
 
 # JPEG leaves the black around a fundus photograph a little gray.
@@ -52,7 +52,7 @@ def to_square(pixels: Tensor, fit: str) -> Tensor:
     Raises:
         ValueError: `fit` is another.
     """
-    require_one_of("data.fit", fit, DATA_FITS)
+    require_one_of("data.fit", fit, choices("data.fit"))
     if fit == "stretch":
         return pixels
     height, width = pixels.shape[-2:]

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import file_digest
 from importlib.metadata import version
 from pathlib import Path
@@ -296,7 +296,7 @@ def describe_origin(
         client: whose own weights they are; None: the global ones.
         scale: height and width in the files of a pixel of an image.
     """
-    values, data = flat_values(config), asdict(config.data)
+    values, data = flat_values(config), config.data.model_dump()
     with weights.open("rb") as file:
         model = file_digest(file, "sha256").hexdigest()
     return {

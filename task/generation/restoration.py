@@ -4,7 +4,6 @@ What is known of an image is its orthogonal projection onto some subspace: the p
 mask, the means of blocks, or the brightness of colors.
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -116,8 +115,7 @@ def restoration_config(
 ) -> Config:
     """Change a run's configuration for restoring; see `task.config.changed_config`."""
     # RePaint's steps are those of ddim with eta = 1, whatever the run draws with, and may skip.
-    diffusion = dataclasses.replace(config.diffusion, sampler="ddim", eta=1.0)
-    config = dataclasses.replace(config, diffusion=diffusion)
+    config = config.changed({"diffusion.sampler": "ddim", "diffusion.eta": 1.0})
     return changed_config(config, overrides, options=options, names=RESTORATION_VALUES)
 
 

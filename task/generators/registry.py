@@ -19,4 +19,4 @@ def weightless_generator(config: Config) -> Generator:
 
 def build_generator(config: Config) -> Generator:
     """Make the generator of a configuration, with weights from torch's global generator."""
-    return GENERATORS["diffusion"](config)
+    return GENERATORS[config.model.family](config)

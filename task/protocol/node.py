@@ -99,14 +99,7 @@ def read_node_config(given: Mapping[str, object]) -> NodeConfig | Share:
         missing = {Key.PARTITION_ID, Key.NUM_PARTITIONS} - given.keys()
         require(not missing, "node config", f"given {', '.join(missing)} as well", dict(given))
         return Share(given[Key.PARTITION_ID], given[Key.NUM_PARTITIONS])  # type: ignore[arg-type]
-    types: dict[str, type] = {
-        NodeKey.DATA_PATH: str,
-        NodeKey.OUTPUT_PATH: str,
-        NodeKey.MIN_IMAGES: int,
-        NodeKey.REPORT_CLASS_COUNTS: bool,
-        NodeKey.SCORE_IMAGES: bool,
-        NodeKey.INCEPTION_WEIGHTS: str,
-    }
+    types: dict[str, type] = {key: type(getattr(NodeConfig, _field(key)) or "") for key in NodeKey}
     _check(given, types, "a node")
     return NodeConfig(**{_field(key): value for key, value in given.items()})  # type: ignore[arg-type]
 
@@ -143,8 +136,7 @@ def own_config(config: Config, node: NodeConfig) -> Config:
     """
     if node.data_path is not None:
         fraction = config.data.test_fraction if config.data.name == "digits" else None
-        data = dataclasses.replace(config.data, root=node.data_path, test_fraction=fraction)
-        config = dataclasses.replace(config, data=data)
+        config = config.changed({"data.root": node.data_path, "data.test_fraction": fraction})
     elif config.data.name != "digits":
         raise ValueError(
             "a node needs its own images: start it with --node-config 'data-path=\"/folder\"'"

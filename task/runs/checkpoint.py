@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from task.config import Config, as_hydra
+from task.config import Config
 from task.files import atomic_path
 
 # The entry of the metadata that holds `checksum`; files of others have none.
@@ -61,7 +60,7 @@ def checksum(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -
 
 def weights_metadata(config: Config, server_round: int) -> dict[str, str]:
     """Describe weights by the configuration and the round that they are of."""
-    described = json.dumps(OmegaConf.to_container(as_hydra(config)))
+    described = json.dumps(config.model_dump())
     return {"round": str(server_round), "config": described}
 
 

@@ -1,7 +1,6 @@
 """The words that repeat a run, for either of its two commands."""
 
 import json
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,14 +12,14 @@ from task.config import (
     FITTED_VALUES,
     OWN_IMAGES,
     Config,
+    Word,
+    as_run_config,
     flat_values,
     hydra_override,
     load_config,
 )
 from task.runs.layout import NODES_FILE, is_begun, run_config, weights_file
 from task.runs.resume import NAMES_AND_PLACES
-
-Word = str | int | float | bool
 
 # Where a run lies says nothing of what it is.
 PLACES = NAMES_AND_PLACES - {"experiment"}
@@ -126,12 +125,8 @@ def _submitting(words: Mapping[str, Word], connection: str) -> str:
 def as_toml(words: Mapping[str, Word]) -> str:
     """Write words as the TOML file that `flwr run --run-config` reads."""
     # A string of JSON is one of TOML, where it holds no pair of surrogates and no raw DEL.
-    return "".join(f"{_toml_key(key)} = {_toml_value(value)}\n" for key, value in words.items())
-
-
-def _toml_key(key: str) -> str:
-    # In the lines for a shell a key from a file that was tampered with must not end a line.
-    return key if re.fullmatch(r"[A-Za-z0-9_.-]+", key) else _toml_value(key)
+    taken = as_run_config(words)
+    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in taken.items())
 
 
 def _toml_value(value: Word) -> str:

@@ -1,7 +1,6 @@
 """The project's own training and sampling, as a run would have them, to be timed."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -110,7 +109,7 @@ class Feddm:
 
     def draw(self, count: int, batch_size: int) -> float:
         """Draw images as a run does and return the images per second."""
-        config = replace(self.config, eval=replace(self.config.eval, batch_size=batch_size))
+        config = self.config.changed({"eval.batch_size": batch_size})
         labels = balanced_labels(count, len(config.data.classes))
 
         def work() -> None:

@@ -1,6 +1,5 @@
 """How good the images of few steps are beside those of all steps, of one trained model."""
 
-import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,11 +95,12 @@ def compare(run: Path, *, num_images: int, seeds: Sequence[int]) -> Figures:
 def _drawing(
     config: Config, seed: int, sampler: str, steps: int | None, eta: float, precision: str
 ) -> Config:
-    return dataclasses.replace(
-        config,
-        seed=seed,
-        diffusion=dataclasses.replace(
-            config.diffusion, sampler=sampler, num_inference_steps=steps, eta=eta
-        ),
-        eval=dataclasses.replace(config.eval, precision=precision),
+    return config.changed(
+        {
+            "seed": seed,
+            "diffusion.sampler": sampler,
+            "diffusion.num_inference_steps": steps,
+            "diffusion.eta": eta,
+            "eval.precision": precision,
+        }
     )

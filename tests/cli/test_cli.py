@@ -1,4 +1,3 @@
-import dataclasses
 import inspect
 import json
 import math
@@ -292,7 +291,7 @@ def test_unusable_weights_are_errors_of_one_line(run: Path, tmp_path: Path) -> N
     save_weights(file, {"weight": torch.ones(1)}, {"round": "3"})
     assert_fails_in_one_line(feddm("evaluate", tmp_path), "does not fit the network")
     config = read_config(tmp_path / "config.yaml")
-    vast = dataclasses.replace(config, model=dataclasses.replace(config.model, width=10**8))
+    vast = config.changed({"model.width": 10**8})
     write_config(vast, tmp_path / "config.yaml")
     assert_fails_in_one_line(feddm("evaluate", tmp_path), "does not fit the network")
     save_weights(file, {"weight": torch.full((1,), math.nan)}, {"round": "3"})
@@ -359,7 +358,7 @@ def test_run_of_an_earlier_version_is_resumed_where_all_its_values_are_known(
 ) -> None:
     place = {"output_dir": str(earlier_run.parent), "run_name": "earlier"}
     stored = read_config(earlier_run / "config.yaml")
-    config = dataclasses.replace(stored, resume=True, **place)
+    config = stored.changed({"resume": True, **place})
     with pytest.raises(ValueError, match=r"was trained with privacy\.noise=1\.5, which"):
         check_startable(config)
     file = earlier_run / "config.yaml"

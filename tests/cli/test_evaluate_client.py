@@ -169,8 +169,7 @@ def test_a_client_that_was_not_kept_is_an_error_of_one_line(run: Path) -> None:
 
 
 def test_a_centralized_run_has_no_clients(copy: Path, config: Config) -> None:
-    central = dataclasses.replace(config.train, mode="centralized")
-    write_config(dataclasses.replace(config, train=central), copy / "config.yaml")
+    write_config(config.changed({"train.mode": "centralized"}), copy / "config.yaml")
     result = feddm("evaluate", copy, "--client", 0)
     assert_fails_in_one_line(result, "train.mode must be federated for --client, got 'centralized'")
 

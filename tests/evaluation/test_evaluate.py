@@ -167,9 +167,7 @@ def searched(
     config: Config, generated: ImageSet, digits: Dataset, *, flip: bool = False
 ) -> dict[str, float]:
     """Search for copies in pixels."""
-    config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, horizontal_flip=flip)
-    )
+    config = config.changed({"data.horizontal_flip": flip})
     comparison = Comparison(config, generated, digits, torch.device("cpu"))
     metrics = [metric for metric in METRICS.values() if metric.name.startswith("pixel")]
     return {m.name: found.value for m, found in scores_of(comparison, metrics) if not found.real}
@@ -220,7 +218,7 @@ def test_scores_are_those_of_the_features(
     real = extract_real(config, digits, extractor)
     seen = extract_real(config, Dataset(honest, honest), extractor).train
     report = evaluate(config, honest, digits, extractor, real=real)
-    whole = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=1000))
+    whole = config.changed({"eval.batch_size": 1000})
     assert report == evaluate(whole, honest, digits, extractor)
     fid = frechet_distance(seen.features, real.train.features)
     assert value(report, "fid", TRAIN, whole=True) == pytest.approx(fid)
@@ -241,7 +239,7 @@ def test_paper_range_is_another_measure_and_mirrors_ct_scans_alone(
     wrapped = dataclasses.replace(extractor, image_range="paper")
     correct, plain, mirrored = (
         evaluate(
-            dataclasses.replace(config, data=dataclasses.replace(config.data, name=name)),
+            config.changed({"data.name": name}),
             honest,
             digits,
             looks,

@@ -1,4 +1,3 @@
-import dataclasses
 import tomllib
 from contextlib import nullcontext
 from pathlib import Path
@@ -40,7 +39,7 @@ def job(sweep: Path, name: str, **changes: str | int | bool) -> Config:
     config = load_run_config(
         {**SMALL_RUN, **CENTRALIZED, "output_dir": str(sweep), "run_name": name}
     )
-    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+    return config.changed(changes)
 
 
 @pytest.fixture(scope="module")
@@ -58,38 +57,28 @@ def test_precision_left_open_takes_what_the_finished_job_settled(
     sweep: Path, finished: Path
 ) -> None:
     config = job(sweep, "second")
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="auto"))
-    assert equal_finished_run(config) == finished
+    assert equal_finished_run(config.changed({"train.precision": "auto"})) == finished
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"seed": 1},
-        {"train": {"lr": 0.5}},
-        {"federation": {"rounds": 2}},
-        {"data": {"root": "/other/images"}},
-        {"train": {"mode": "federated"}},
+        {"train.lr": 0.5},
+        {"federation.rounds": 2},
+        {"data.root": "/other/images"},
+        {"train.mode": "federated"},
     ],
 )
 def test_other_job_is_not_taken_for_the_finished_one(
     sweep: Path, finished: Path, changes: dict
 ) -> None:
-    config = job(sweep, "first")
-    for name, value in changes.items():
-        if isinstance(value, dict):
-            value = dataclasses.replace(getattr(config, name), **value)
-        config = dataclasses.replace(config, **{name: value})
-    assert equal_finished_run(config) is None
+    assert equal_finished_run(job(sweep, "first").changed(changes)) is None
 
 
 def test_clients_make_no_difference_to_the_baseline(sweep: Path, finished: Path) -> None:
     config = job(sweep, "second")
-    config = dataclasses.replace(
-        config,
-        partition=dataclasses.replace(config.partition, beta=5.0),
-        federation=dataclasses.replace(config.federation, num_supernodes=30),
-    )
+    config = config.changed({"partition.beta": 5.0, "federation.num_supernodes": 30})
     assert equal_finished_run(config) == finished
 
 

@@ -122,11 +122,7 @@ def test_resumed_run_keeps_what_it_began_with(tmp_path: Path) -> None:
     config = own_images(tmp_path / "set", *words)
     assert as_begun(config, ()) == config
     run_path(config).mkdir()
-    begun = dataclasses.replace(
-        config,
-        federation=dataclasses.replace(config.federation, num_supernodes=3),
-        train=dataclasses.replace(config.train, local_epochs=2),
-    )
+    begun = config.changed({"federation.num_supernodes": 3, "train.local_epochs": 2})
     write_config(begun, run_path(config) / "config.yaml")
     resumed = as_begun(config, ("train.local_epochs",))
     assert (resumed.federation.num_supernodes, resumed.train.local_epochs) == (3, 5)
@@ -175,9 +171,7 @@ def test_plan_says_images_hospitals_training_and_time(
     )
     *_, warning = describe_plan(config, build_dataset(config, download=False))
     assert warning.startswith("warning: a round takes about 6:40, and is over after")
-    pooled = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, mode="centralized")
-    )
+    pooled = config.changed({"train.mode": "centralized"})
     lines = list(describe_plan(pooled, build_dataset(pooled, download=False)))
     assert [line.split(":")[0] for line in lines] == ["images", "training", "time"]
 

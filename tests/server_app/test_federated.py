@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import math
 import os
@@ -882,8 +881,7 @@ def test_nodes_that_stay_away_end_the_run_and_are_named_with_the_way_on(
         run.prepare()
         run.play_round(1)
         nodes.network.state.deactivate_node(gone)
-        federation = dataclasses.replace(run.config.federation, node_wait=0.2)
-        run.config = dataclasses.replace(run.config, federation=federation)
+        run.config = run.config.changed({"federation.node_wait": 0.2})
         with pytest.raises(TimeoutError, match=message):
             run.play_round(2)
 

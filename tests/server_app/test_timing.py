@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from server_app.timing import MeanSeconds, PhaseTimer
+from server_app.timing import PhaseTimer
 
 
 def union(intervals: list[tuple[float, float]]) -> float:
@@ -70,12 +70,3 @@ def test_round_in_which_nobody_trained_is_all_overhead() -> None:
     phases = PhaseTimer()
     phases.enter("waiting")
     assert phases.finish()["overhead_share"] == 1.0
-
-
-def test_pace_is_the_mean_of_what_was_done_or_what_is_expected() -> None:
-    pace = MeanSeconds()
-    assert pace.mean("training", 7.0) == 7.0
-    pace.note("training", 2.0)
-    pace.note("training", 4.0)
-    assert pace.mean("training", 7.0) == 3.0
-    assert pace.mean("evaluating", 7.0) == 7.0

@@ -240,7 +240,7 @@ def build_diffusion(config: Config) -> Diffusion:
         "channels": data.channels,
         "num_classes": len(data.classes),
         "null_class": null_label is not None,
-        **asdict(config.model),
+        **config.model.model_dump(exclude={"family"}),
     }
     objective = DiffusionObjective(
         schedule=build_schedule(config),

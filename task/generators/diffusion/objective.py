@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from task.checks import require, require_one_of
-from task.config import DIFFUSION_CHOICES
+from task.config import choices
 from task.generators.diffusion.noise_schedule import (
     NoiseSchedule,
     log_snr,
@@ -123,7 +123,7 @@ def diffusion_losses(
     """
     if not x_start.is_floating_point():
         raise TypeError(f"x_start must be floating-point in [-1, 1], got {x_start.dtype}")
-    require_one_of("loss_reduction", loss_reduction, DIFFUSION_CHOICES["loss_reduction"])
+    require_one_of("loss_reduction", loss_reduction, choices("diffusion.loss_reduction"))
     target = training_target(x_start, noise, alphas_cumprod, prediction_type)
     weights = loss_weights(alphas_cumprod, prediction_type, loss_weighting).to(x_start.dtype)
     x_t = q_sample(x_start, noise, alphas_cumprod)
@@ -214,4 +214,6 @@ class DiffusionObjective:
 
 def unknown_choice(name: str, value: str) -> ValueError:
     """Make the error that ends a chain of options."""
-    return ValueError(f"{name} must be one of {', '.join(DIFFUSION_CHOICES[name])}, got {value!r}")
+    return ValueError(
+        f"{name} must be one of {', '.join(choices(f'diffusion.{name}'))}, got {value!r}"
+    )
