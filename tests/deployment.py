@@ -18,6 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from server_app.launch.superlink import free_port
+from task.runs.repeat import as_toml
 from tests.processes import CHECKOUT, COMMANDS, process, wait_for
 
 SCRIPTS = CHECKOUT / "docker" / "scripts"
@@ -141,8 +142,7 @@ class Deployment:
         """Submit a run with `flwr run`, without waiting for it."""
         config = {"output_dir": str(self.results), "run_name": run_name, **RUN_CONFIG, **values}
         file = self.folder / "run-config.toml"
-        # JSON's scalars are TOML's.
-        file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()))
+        file.write_text(as_toml(config))
         self.flwr("run", app, CONNECTION, "--run-config", file)
 
     def supervise(self) -> None:

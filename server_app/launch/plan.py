@@ -6,7 +6,7 @@ import numpy as np
 
 from server_app.dataset import described_range
 from server_app.launch.time_estimate import estimate_seconds
-from task.config import FITTED_VALUES, OWN_IMAGES, Config, flat_values
+from task.config import OWN_IMAGES, Config
 from task.data import Dataset
 from task.data.partition import partition_dataset
 from task.progress import duration

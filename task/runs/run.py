@@ -18,6 +18,7 @@ from task.config import (
     FILE_SETS,
     GENERATION_VALUES,
     Config,
+    Word,
     changed_config,
     flat_values,
 )
@@ -47,7 +48,7 @@ from task.runs.layout import (
     weights_file,
 )
 from task.runs.records import TRAIN, Records, read_records
-from task.runs.repeat import Word, require_weights
+from task.runs.repeat import require_weights
 from task.training.devices import select_device
 
 POOLED = "pooled"

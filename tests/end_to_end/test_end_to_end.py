@@ -267,8 +267,9 @@ def test_plain_flwr_run_takes_the_size_of_its_federation(tmp_path: Path) -> None
     run_config = tmp_path / "run.toml"
     run_config.write_text(
         f'output_dir = "{tmp_path}"\nrun_name = "plain"\nfederation.rounds = 1\n'
-        'train.local_epochs = 1\nmodel.width = 8\ntrain.precision = "float32"\n'
-        'eval.num_images = 0\noverrides = "diffusion.num_inference_steps=4"\n'
+        'train.local_epochs = 1\nmodel = "tiny"\noverrides = """\n'
+        "    model.width=8 train.precision=float32\n"
+        '    eval.num_images=0 diffusion.num_inference_steps=4"""\n'
     )
     with private_superlink() as superlink:
         subprocess.run(
