@@ -1,12 +1,13 @@
 """The values of a configuration, their types, and what is legal. Their defaults live in `conf/`.
 
-A new family of generators is one subclass of `ModelConfig`, its entry in `MODELS`, and one file in
-`conf/model/`.
+A new family of generators is one subclass of `ModelConfig`, its entry in `MODELS` (or a call of
+`task.generators.registry.register` in a package of its own), and one file in `conf/model/`.
 """
 
 import math
 from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -182,13 +183,27 @@ class UNetConfig(ModelConfig):
 MODELS: dict[str, type[ModelConfig]] = {"diffusion": UNetConfig}
 
 
+@cache
+def _load_installed_families() -> None:
+    for found in entry_points(group="feddm.generators"):
+        found.load()
+
+
+def _models(family: object) -> Mapping[str, type[ModelConfig]]:
+    """Return the schemas of all families; packages of others are asked where none is known."""
+    if family is not None and family not in MODELS:
+        _load_installed_families()
+    return MODELS
+
+
 def _of_family(value: object) -> object:
     """Check the values of a network by the schema of its family."""
     if not isinstance(value, dict):
         return value
     family: Any = value.get("family")
-    require_one_of("model.family", family, tuple(MODELS))
-    return MODELS[family].model_validate(value)
+    models = _models(family)
+    require_one_of("model.family", family, tuple(models))
+    return models[family].model_validate(value)
 
 
 class DiffusionConfig(Section):
@@ -459,7 +474,8 @@ def checked(tree: Mapping[str, Any]) -> Config:
 
 def schema_fields(family: object = None) -> dict[str, FieldInfo]:
     """List the field of every value by dotted path; in section `model` of a family, or of all."""
-    models = [MODELS[family]] if family in MODELS else [*MODELS.values()]
+    known = _models(family)
+    models = [known[family]] if isinstance(family, str) and family in known else [*known.values()]
     fields: dict[str, FieldInfo] = {}
     for name, field in Config.model_fields.items():
         schema = field.annotation

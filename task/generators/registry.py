@@ -4,11 +4,25 @@ from collections.abc import Callable
 
 import torch
 
-from task.config import Config
+from task.config import MODELS, Config, ModelConfig
 from task.generators.base import Generator
 from task.generators.diffusion.generator import build_diffusion
 
 GENERATORS: dict[str, Callable[[Config], Generator]] = {"diffusion": build_diffusion}
+
+
+def register(family: str, schema: type[ModelConfig], build: Callable[[Config], Generator]) -> None:
+    """Add a family of generators.
+
+    A package beside feddm does so in a module that it names in its entry points, in the group
+    "feddm.generators". Nothing that a run's folder or a message holds can name a class.
+
+    Args:
+        family: its name, the word of `model.family`.
+        schema: of the section `model`.
+        build: makes a generator, with weights from torch's global generator.
+    """
+    MODELS[family], GENERATORS[family] = schema, build
 
 
 def weightless_generator(config: Config) -> Generator:
