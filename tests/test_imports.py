@@ -6,9 +6,12 @@ import sys
 import tomllib
 from collections import Counter
 from graphlib import TopologicalSorter
+from io import BytesIO
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
+from flwr.cli.build import build_fab_from_disk
 
 from feddm import load_run
 from task.runs import run as runs
@@ -110,6 +113,14 @@ def test_python_interface_is_one_module() -> None:
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     wheel = pyproject["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     assert set(wheel) == {*PACKAGES, "conf", "feddm.py"}
+
+
+def test_flower_takes_defaults_and_templates_along() -> None:
+    with ZipFile(BytesIO(build_fab_from_disk(ROOT))) as bundle:
+        held = bundle.namelist()
+    for folder in ("conf", "task/reporting/templates"):
+        files = [file.relative_to(ROOT).as_posix() for file in (ROOT / folder).rglob("*.*")]
+        assert files and set(files) <= set(held)
 
 
 @pytest.mark.parametrize("name", ["task.py", "task/__init__.py"])

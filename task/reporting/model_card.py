@@ -11,22 +11,13 @@ from typing import Any
 from markupsafe import Markup
 
 from task.config import FederationConfig
-from task.generators.base import Generator
 from task.reporting.metric_table import HEADS, caption, measured, metric_rows, with_std
 from task.reporting.rendering import render
 from task.reporting.warning_signs import State, image_checks
 from task.runs.evaluations import Evaluation
-from task.runs.layout import (
-    CLASS_COUNTS_FILE,
-    MACHINE_FILE,
-    NODES_FILE,
-    PARTITION_FILE,
-    POOLED_FILE,
-    read_json,
-    understood,
-)
+from task.runs.layout import NODES_FILE, read_json
 from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, TRAIN, Records
-from task.runs.run import Run
+from task.runs.run import POOLED, Run
 
 # They say where a run finds images and not what these show.
 DATA_WITHOUT_NAME = {
@@ -67,12 +58,10 @@ def write_model_card(
         ValueError: a file of the run is not what a run of this version of feddm writes.
     """
     data, server_round = run.config.data, exported["round"]
-    history = Run(run.path).of_round(server_round)
     # The scores are of the global weights.
-    results = results_of(run, history) if exported["client"] is None else None
+    results = results_of(run.of_round(server_round)) if exported["client"] is None else None
     counts, num_clients, num_silent = training_counts(run)
-    versions = (read_json(run.path / MACHINE_FILE) or {}).get("versions", {})
-    trained_with = ", ".join(f"{name} {number}" for name, number in versions.items())
+    trained_with = ", ".join(f"{name} {number}" for name, number in run.versions.items())
     card = render(
         "model_card.md",
         library=library,
@@ -85,8 +74,8 @@ def write_model_card(
         num_clients=num_clients,
         num_silent=num_silent,
         counts=None if counts is None else _class_rows(data.classes, counts),
-        title=history.generator.title,
-        training=training_rows(run, history.generator, server_round),
+        title=run.generator.title,
+        training=training_rows(run, server_round),
         heads=HEADS,
         min_counted=MIN_COUNTED,
         results=results,
@@ -112,18 +101,13 @@ def training_counts(run: Run) -> tuple[list[int] | None, int | None, int]:
         The counts, None where they are not known or would be those of a single site; the number
         of clients, None for a centralized run; how many of them did not say.
     """
-    if run.partition is not None:
-        with understood(run.path / PARTITION_FILE):
-            counts = run.partition["train_counts"]
-        return _summed(counts), len(counts), 0
-    pooled = read_json(run.path / POOLED_FILE)
-    if pooled is not None:
-        return pooled["train_counts"], None, 0
-    told = (read_json(run.path / CLASS_COUNTS_FILE) or {"clients": {}})["clients"]
-    known = [counts for counts in told.values() if counts is not None]
-    num_clients = len(read_json(run.path / NODES_FILE) or told)
-    counts = _summed(known) if len(known) >= MIN_COUNTED else None
-    return counts, num_clients or None, num_clients - len(known)
+    counts = run.class_counts
+    if POOLED in counts:
+        return counts[POOLED], None, 0
+    known = [of_client for of_client in counts.values() if of_client is not None]
+    num_clients = len(read_json(run.path / NODES_FILE) or counts)
+    told = run.partition is not None or len(known) >= MIN_COUNTED
+    return _summed(known) if told else None, num_clients or None, num_clients - len(known)
 
 
 def _summed(counts: Iterable[Sequence[int]]) -> list[int]:
@@ -135,9 +119,9 @@ def _class_rows(classes: Sequence[str], counts: Sequence[int]) -> CardRows:
     return [*rows, ("all", f"{sum(counts):,}")]
 
 
-def training_rows(run: Run, generator: Generator, server_round: int) -> CardRows:
+def training_rows(run: Run, server_round: int) -> CardRows:
     """List how the model was trained."""
-    config = run.config
+    config, generator = run.config, run.generator
     train, federation = config.train, config.federation
     federated = train.mode == "federated"
     return [
@@ -168,18 +152,17 @@ def _federation_rows(federation: FederationConfig) -> list[tuple[str, object]]:
     ]
 
 
-def results_of(run: Run, history: Run) -> dict[str, Any] | None:
-    """Collect what was measured of the weights of a round, with the same of real images beside it.
+def results_of(run: Run) -> dict[str, Any] | None:
+    """Collect what was measured of weights, with the same of real images beside it.
 
     Args:
-        run: that the weights are of.
-        history: of that round alone.
+        run: with what was measured of them alone.
 
     Returns:
         What the template shows; None where nothing was measured.
     """
-    records = history.records
-    evaluations = [_card_evaluation(each) for each in history.evaluations if not each.otherwise]
+    records = run.records
+    evaluations = [_card_evaluation(each) for each in run.main_evaluations]
     centralized = run.config.train.mode == "centralized"
     found = {
         "evaluations": evaluations,
@@ -187,7 +170,7 @@ def results_of(run: Run, history: Run) -> dict[str, Any] | None:
         "held_out_loss": records.last("loss", reference=TEST) if centralized else None,
         "clients_scores": None if centralized else _clients_scores(records),
     }
-    return {**found, "gaps": _warnings_and_gaps(history)} if any(found.values()) else None
+    return {**found, "gaps": _warnings_and_gaps(run)} if any(found.values()) else None
 
 
 def _card_evaluation(found: Evaluation) -> dict[str, Any]:
@@ -235,17 +218,17 @@ def _clients_scores(records: Records) -> dict[str, Any] | None:
     return {"rows": rows, "withheld": len(rows) < len(counted)} if counted else None
 
 
-def _warnings_and_gaps(history: Run) -> list[str]:
+def _warnings_and_gaps(run: Run) -> list[str]:
     """Say what is wrong with the images of a round, and what nobody has measured of them.
 
     A single client's own scores are left out, and so is what a single hospital has scored.
     """
-    alone = history.records.value(SCORING_CLIENTS) or MIN_COUNTED
+    alone = run.records.value(SCORING_CLIENTS) or MIN_COUNTED
     if alone < MIN_COUNTED:
         return []
     heads = {State.WARNING: "Warning", State.UNMEASURED: "Not measured"}
     return [
         f"{heads[check.state]}: {check.subject}. {check.says}"
-        for check in image_checks(history)
+        for check in image_checks(run)
         if check.state in heads and check.client is None
     ]

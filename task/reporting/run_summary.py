@@ -98,13 +98,13 @@ def _found(records: Records, each: Record, of: str) -> Found:
 def _looked_at(each: Record) -> str:
     """Say through what was looked, and at how many images."""
     metric, context = METRICS[each.metric], each.context
-    number = "" if each.n is None else f", n={min(each.n, metric.most or each.n):,}"
+    number = "" if each.n is None else f"n={min(each.n, metric.most or each.n):,}"
     if each.reference != HELD_OUT and metric.through:
-        return metric.through + number
-    settings = [str(context[name]) for name in ("extractor", "image_range") if name in context]
-    seed = f", seed {context['seed']}" if context.get("seed") else ""
-    who = "hospitals, " * (each.reference == HELD_OUT)
-    return who + ", ".join(settings) + number + seed
+        return ", ".join(filter(None, [metric.through, number]))
+    settings = [context.get("extractor"), context.get("image_range")]
+    seed = f"seed {context['seed']}" if context.get("seed") else ""
+    who = "hospitals" * (each.reference == HELD_OUT)
+    return ", ".join(filter(None, [who, *settings, number, seed]))
 
 
 def describe_run(history: Run) -> list[str]:

@@ -17,7 +17,7 @@ from task.config import (
     read_config,
 )
 from task.runs.first_schema import translated
-from task.runs.layout import read_json
+from task.runs.layout import read_json, understood
 from task.runs.records import Record, Records
 
 # Of the noise that images are drawn from, and of what measures them.
@@ -113,7 +113,7 @@ def evaluation_of(
         ValueError: it is none.
     """
     names = [field.name for field in fields(Label)]
-    try:
+    with understood(file or Path("an evaluation")):
         given = dict(content)
         if "records" not in given:
             given = _of_first_schema(given)
@@ -124,12 +124,6 @@ def evaluation_of(
         label = Label(**{name: given.pop(name) for name in names})
         require(isinstance(given["round"], int), "round", "a number", given["round"])
         require(bool(records.all), "records", "at least one", 0)
-    except (TypeError, LookupError, ValueError, AttributeError, RecursionError) as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(
-            f"{file or 'an evaluation'} is not what a run writes ({why}); mend it, or move it out "
-            "of the folder"
-        ) from error
     return Evaluation(label, records, whole, given, file.name if file else "", otherwise)
 
 

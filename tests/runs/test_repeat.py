@@ -1,0 +1,72 @@
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from task.config import OWN_IMAGES, anchored, flat_values, load_config
+from task.runs.layout import run_path
+from task.runs.repeat import (
+    PLACES,
+    resubmitting_command,
+    resuming_command,
+    submitting_command,
+    training_words,
+)
+from task.runs.resume import check_same_run
+from task.runs.run import Run
+from tests.helpers import losses, written_run
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["experiment=table1", "data=mnist", "model=tiny", "federation.keep_local_models=[0,1]"],
+        [
+            "data=image_folder",
+            "data.classes=['it\\'s \"a\"','007','null','<x>']",
+            "data.root='/a b'",
+        ],
+        [
+            "partition.beta=inf",
+            "seed=3",
+            "train.lr=1e-5",
+            "diffusion=paper",
+        ],
+        ["experiment=table5", "data.root=/x", "train.precision=bfloat16"],
+    ],
+)
+def test_words_of_a_run_compose_its_configuration(words: list[str]) -> None:
+    config = load_config([*words, "run_name=given"])
+    repeated = training_words(config)
+    wanted, found = flat_values(config), flat_values(load_config(repeated))
+    assert {key for key in wanted if wanted[key] != found[key]} <= PLACES
+    # Of own images it says as well what feddm-train would otherwise fit to them.
+    fitted = 2 * (config.data.name in OWN_IMAGES)
+    assert len(repeated) <= len(words) + 2 + fitted
+
+
+def test_words_that_resume_a_run_name_its_folder_of_now(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "old", losses(1, {0: 0.5}), rounds_done=1)
+    moved = run.rename(tmp_path / "it's new")
+    history = Run(moved)
+    command = shlex.split(resuming_command(history.config, moved))
+    assert command[0] == "feddm-train"
+    resumed = anchored(load_config(command[1:]), tmp_path)
+    assert resumed.resume and run_path(resumed) == moved
+    check_same_run(resumed, moved)
+    words = {"output_dir": "/gone", "run_name": "old", "train.lr": 0.1}
+    command = resubmitting_command(words, moved, connection="it's")
+    toml = command.partition("<<'END'\n")[2].partition("\nEND\n")[0]
+    assert tomllib.loads(toml) == {
+        "train": {"lr": 0.1},
+        "output_dir": str(tmp_path),
+        "run_name": "it's new",
+        "resume": True,
+    }
+    assert command.endswith("""\nflwr run . 'it'"'"'s' --run-config words.toml""")
+    # A key of a file that was tampered with ends no line of what a reader may paste into a shell.
+    hostile = {"a\nEND\ntouch owned\nb": "c\nEND\n"}
+    lines = submitting_command(hostile).splitlines()
+    assert lines[0].endswith("<<'END'") and lines[2] == "END" and len(lines) == 4
+    assert tomllib.loads(lines[1]) == hostile
