@@ -1,6 +1,7 @@
 """The forward process and the loss against closed forms."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,6 @@ from task.generators.diffusion.generator import build_diffusion
 from task.generators.diffusion.noise_schedule import log_snr
 from task.generators.diffusion.objective import (
     DiffusionObjective,
-    Model,
     diffusion_losses,
     q_sample,
     training_target,
@@ -42,7 +42,7 @@ def objective(**changes: Any) -> DiffusionObjective:
 
 def losses(
     objective: DiffusionObjective,
-    model: Model,
+    model: Callable[..., Tensor],
     x_start: Tensor,
     labels: Tensor,
     rng: torch.Generator,
