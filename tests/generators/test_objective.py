@@ -1,7 +1,6 @@
 """The forward process and the loss against closed forms."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from task.generators.base import Batch
 from task.generators.diffusion.generator import build_diffusion
 from task.generators.diffusion.noise_schedule import log_snr
 from task.generators.diffusion.objective import (
+    Denoiser,
     DiffusionObjective,
     diffusion_losses,
     q_sample,
@@ -42,7 +42,7 @@ def objective(**changes: Any) -> DiffusionObjective:
 
 def losses(
     objective: DiffusionObjective,
-    model: Callable[..., Tensor],
+    model: Denoiser,
     x_start: Tensor,
     labels: Tensor,
     rng: torch.Generator,
