@@ -151,3 +151,26 @@ def remove_left_overs(path: Path) -> None:
     """
     for aside in path.parent.glob(f".{path.stem}-*{path.suffix}"):
         aside.unlink()
+
+
+def check_readable(folder: Path) -> None:
+    """Check that a folder may be read and entered.
+
+    Raises:
+        PermissionError: it may not.
+    """
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise PermissionError(refusal(folder))
+
+
+def refusal(folder: Path) -> str:
+    """Say of a folder of images that it may not be read, and what to do."""
+    return (
+        f"{with_escapes(str(folder))}: this folder may not be read; give the user of this process "
+        "the rights to read and enter it, or move it out of data.root"
+    )
+
+
+def with_escapes(text: str) -> str:
+    """Escape what a name of a file may hold: line breaks, control characters, bytes of no text."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

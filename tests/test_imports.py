@@ -80,8 +80,8 @@ def test_task_has_no_circles() -> None:
         ("from flwr.app import Message", "flwr.app"),
         ("from flwr import app", "flwr.app"),
         ("def f():\n    import flwr", "flwr"),
-        ("from . import wire", "task.protocol.wire"),
-        ("from .wire import Key", "task.protocol.wire"),
+        ("from . import wire", "task.wire"),
+        ("from .wire import Key", "task.wire"),
     ],
 )
 def test_every_form_of_import_is_seen(source: str, expected: str) -> None:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from task.files import check_readable
+
 # What macOS, Linux, Windows, Synology and QNAP put into folders of their users.
 SYSTEM_FOLDERS = frozenset(
     {
@@ -38,6 +40,8 @@ def class_folders(folder: Path) -> list[str]:
 
 def image_classes(root: Path) -> list[str]:
     """Name the folders of classes in a tree of images, `root/train/<class>` or `root/<class>`."""
+    if root.is_dir():
+        check_readable(root)
     return class_folders(root / "train") or class_folders(root)
 
 

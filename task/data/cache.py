@@ -31,7 +31,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from task.data.duplicates import image_hash
-from task.data.walk import with_escapes
+from task.files import with_escapes
 from task.fingerprint import installed_versions
 from task.progress import tracked
 

@@ -19,7 +19,7 @@ from task.data.listing import Listing, list_class_folders, list_odir
 from task.data.pictures import decode_picture, picture_size
 from task.data.shape import crop_round_field, resize_decoded, to_square
 from task.data.split import split_validation
-from task.data.walk import check_readable
+from task.files import check_readable
 from task.randomness import Stream, numpy_generator
 
 NONE = np.empty(0, dtype=np.int64)

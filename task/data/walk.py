@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from task.config import is_hidden
+from task.files import check_readable, refusal
 
 FOLDER = "folders"
 FILE = "files"
@@ -14,11 +15,6 @@ HIDDEN_FILE = "hidden files"
 RESOURCE = "macOS resource files (._*)"
 CIRCLE = "links to folders that are read already"
 SPECIAL = "neither files nor folders"
-
-REFUSAL = (
-    "{}: this folder may not be read; give the user of this process the rights to read and enter "
-    "it, or move it out of data.root"
-)
 
 
 def files_below(folder: Path) -> tuple[list[Path], Counter[str]]:
@@ -59,21 +55,6 @@ def entries(folder: Path) -> Iterator[tuple[Path, str]]:
             yield folder / entry.name, _kind(entry)
 
 
-def check_readable(folder: Path) -> None:
-    """Check that a folder may be read and entered.
-
-    Raises:
-        PermissionError: it may not.
-    """
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise PermissionError(REFUSAL.format(with_escapes(str(folder))))
-
-
-def with_escapes(text: str) -> str:
-    """Escape what a name of a file may hold: line breaks, control characters, bytes of no text."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def count_files(folder: Path) -> int:
     """Count the files below a folder, as far as it may be read."""
     return sum(len(files) for _, _, files in os.walk(folder))
@@ -90,7 +71,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
         # Links that lead nowhere may be images: whoever decodes them says what is missing.
         return FILE if entry.is_file() or entry.is_symlink() else SPECIAL
     except PermissionError as error:  # of what a link leads to
-        raise PermissionError(REFUSAL.format(with_escapes(entry.path))) from error
+        raise PermissionError(refusal(Path(entry.path))) from error
     except OSError:  # a link to itself
         return FILE
 

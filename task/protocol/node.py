@@ -99,7 +99,10 @@ def read_node_config(given: Mapping[str, object]) -> NodeConfig | Share:
         missing = {Key.PARTITION_ID, Key.NUM_PARTITIONS} - given.keys()
         require(not missing, "node config", f"given {', '.join(missing)} as well", dict(given))
         return Share(given[Key.PARTITION_ID], given[Key.NUM_PARTITIONS])  # type: ignore[arg-type]
-    types: dict[str, type] = {key: type(getattr(NodeConfig, _field(key)) or "") for key in NodeKey}
+    defaults = {key: getattr(NodeConfig, _field(key)) for key in NodeKey}
+    types: dict[str, type] = {
+        key: str if value is None else type(value) for key, value in defaults.items()
+    }
     _check(given, types, "a node")
     return NodeConfig(**{_field(key): value for key, value in given.items()})  # type: ignore[arg-type]
 

@@ -19,6 +19,7 @@ from task.data import (
     split_validation,
 )
 from task.data import images as images_module
+from task.data.packaged import load_packaged
 from task.data.source import describe_source, hash_images
 
 NINE = list("abcdefghi")
@@ -96,7 +97,10 @@ def test_fashion_mnist_is_read_whole_and_resized() -> None:
 @needs_fashion_mnist
 def test_fashion_mnist_of_the_right_size_keeps_its_pixels() -> None:
     expected = datasets.FashionMNIST(SHARED, train=False)
-    found = load("fashion_mnist", image_size=28).test
+    words = ["data=fashion_mnist", f"data.root={SHARED}", "data.channels=1"]
+    # No network takes this size, so no configuration does.
+    data = load_config(words).data.model_copy(update={"image_size": 28})
+    found = load_packaged(data, download=False).test
     assert torch.equal(found.images[:, 0], expected.data)
     assert torch.equal(found.labels, expected.targets)
 

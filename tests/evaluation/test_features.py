@@ -249,7 +249,7 @@ def test_build_extractor_makes_what_the_configuration_names(
     chosen = ["eval.extractor=exported", f"eval.exported_program={file}"]
     assert build_extractor(load_config(chosen), few, "cpu").name == "exported"
     config = load_config()
-    config.eval.extractor = "eye"
+    config = config.model_copy(update={"eval": config.eval.model_copy(update={"extractor": "eye"})})
     with pytest.raises(ValueError, match=r"eval\.extractor must be a known extractor, got 'eye'"):
         build_extractor(config, few, "cpu")
 

@@ -21,9 +21,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def source(run: Path, seed: int = 0) -> ImageSource:
-    config = run_config(run)
-    config.seed = seed
-    config.eval.batch_size = 2 * NOISE_BLOCK
+    config = run_config(run).changed({"seed": seed, "eval.batch_size": 2 * NOISE_BLOCK})
     return ImageSource(config, final_model(run, config)[0], CPU)
 
 

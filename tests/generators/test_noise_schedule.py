@@ -160,6 +160,7 @@ def test_sample_times_rejects_unknown_word() -> None:
 
 def test_build_schedule_rejects_unknown_word() -> None:
     config = load_config()
-    config.diffusion.schedule = "quadratic"
+    diffusion = config.diffusion.model_copy(update={"schedule": "quadratic"})
+    config = config.model_copy(update={"diffusion": diffusion})
     with pytest.raises(ValueError, match=r"diffusion.schedule must be .* got 'quadratic'"):
         build_schedule(config)

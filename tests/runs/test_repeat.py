@@ -59,7 +59,7 @@ def test_words_that_resume_a_run_name_its_folder_of_now(tmp_path: Path) -> None:
     command = resubmitting_command(words, moved, connection="it's")
     toml = command.partition("<<'END'\n")[2].partition("\nEND\n")[0]
     assert tomllib.loads(toml) == {
-        "train": {"lr": 0.1},
+        "overrides": "train.lr=0.1",
         "output_dir": str(tmp_path),
         "run_name": "it's new",
         "resume": True,
@@ -69,4 +69,4 @@ def test_words_that_resume_a_run_name_its_folder_of_now(tmp_path: Path) -> None:
     hostile = {"a\nEND\ntouch owned\nb": "c\nEND\n"}
     lines = submitting_command(hostile).splitlines()
     assert lines[0].endswith("<<'END'") and lines[2] == "END" and len(lines) == 4
-    assert tomllib.loads(lines[1]) == hostile
+    assert tomllib.loads(lines[1]) == {"overrides": "'a\nEND\ntouch owned\nb=c\nEND\n'"}

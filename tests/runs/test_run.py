@@ -50,7 +50,7 @@ def test_real_nodes_and_pooled_data_are_told_apart(tmp_path: Path) -> None:
         tmp_path / "pooled", [], rounds_done=2, files=pooled, train__mode="centralized"
     )
     history = Run(run)
-    assert (history.setting, history.clients, history.num_images) == ("centralised", [], 70)
+    assert (history.setting, history.clients, history.num_images) == ("centralized", [], 70)
     assert history.finished and warning_signs(history) == []
 
 

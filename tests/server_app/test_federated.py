@@ -172,7 +172,7 @@ def test_run_leaves_its_files(reference: Path) -> None:
     assert len(events) == 1
     assert found - events == {
         *("config.yaml", "metrics.jsonl", "partition.json", "partition.png", "model.safetensors"),
-        *("machine.json", "data.json", "times.json", "report.html"),
+        *("machine.json", "data.json", "times.json", "report.html", "schema.json"),
         *("samples/round_0002.png", "samples/round_0003.png", ".lock"),
         *(f"checkpoints/round_000{server_round}.safetensors" for server_round in (1, 2, 3)),
     }
