@@ -25,7 +25,7 @@ class CentralizedTraining(RoundLoop):
     What a federated run calls a round is a stretch of `train.local_epochs` epochs here, so that
     equal rounds have seen equally many images and both are drawn and measured at the same points.
 
-    Source: the row "Centralised" of Tables I and V of the paper.
+    Source: the row "Centralized" of Tables I and V of the paper.
     """
 
     dataset: Dataset

@@ -183,7 +183,7 @@ def read_weights(
         raise UnusableReply(f"arrays must be [{Key.PACKED.value!r}], got {names}")
     try:
         if arrays[Key.PACKED].stype != SType.NUMPY:
-            raise TypeError("another serialisation")
+            raise TypeError("another serialization")
         packed = from_npy(arrays[Key.PACKED].data)
     except Exception as error:
         # NumPy's reader raises nearly anything on bytes that were made to break it.

@@ -62,7 +62,7 @@ def _sequence(seed: int, stream: Stream, *key: int) -> np.random.SeedSequence:
 def seeded_global_generator(generator: torch.Generator, rank: int = 0) -> Iterator[None]:
     """Fork torch's global generators and seed them with a draw from `generator`.
 
-    For what takes no generator: the initialisation of layers and channel dropout.
+    For what takes no generator: the initialization of layers and channel dropout.
 
     Args:
         generator: one and the same draw is taken from it, whatever the rank.

@@ -41,7 +41,7 @@ def test_every_seed_stream_and_key_has_draws_of_its_own() -> None:
         assert len(drawn) == len(set(drawn)) == 4 * len(Stream) * len(KEYS)
 
 
-def test_neighbouring_streams_are_uncorrelated() -> None:
+def test_neighboring_streams_are_uncorrelated() -> None:
     drawn = [numpy_generator(0, stream, 1, 0).standard_normal(10_000) for stream in Stream]
     drawn += [numpy_generator(0, Stream.TRAIN, 1, i).standard_normal(10_000) for i in range(1, 10)]
     correlation = np.corrcoef(drawn)

@@ -1,4 +1,4 @@
-"""`feddm restore`: pictures filled in, enlarged or coloured by a run's final weights."""
+"""`feddm restore`: pictures filled in, enlarged or colored by a run's final weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,7 +122,7 @@ def read_picture(file: Path, size: int, channels: int) -> Tensor:
     Args:
         file: of a picture, see `decode_picture`.
         size: its height and width.
-        channels: 1 turns colours into grey, 3 repeats grey.
+        channels: 1 turns colors into gray, 3 repeats gray.
 
     Returns:
         [channels, size, size] uint8.
@@ -143,7 +143,7 @@ def read_mask(file: Path, size: int) -> Tensor:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is of another size, or has greys or colours.
+        ValueError: it is of another size, or has grays or colors.
     """
     mask = read_picture(file, size, 1)[0]
     between = sorted({*mask[(mask > 0) & (mask < 255)].tolist()})

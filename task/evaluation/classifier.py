@@ -31,7 +31,7 @@ def convolutional_network(channels: int, image_size: int, num_classes: int) -> n
     """
     layers: list[nn.Module] = []
     for inner, outer in zip((channels, *WIDTHS), WIDTHS, strict=False):
-        # The normalisation has a bias of its own.
+        # The normalization has a bias of its own.
         layers += [nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer)]
         layers += [nn.ReLU(), nn.MaxPool2d(2)]
     side = image_size // 2 ** len(WIDTHS)
@@ -59,7 +59,7 @@ def train_classifier(
         device: that trains.
 
     Returns:
-        The classifier in eval mode, on `device`: normalised images to logits [N, num_classes].
+        The classifier in eval mode, on `device`: normalized images to logits [N, num_classes].
 
     Raises:
         ValueError: there are no images, a label is out of range or the images are too small.

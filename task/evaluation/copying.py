@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.special import xlogy
 from torch import Tensor
 
-from task.evaluation.distances import neighbour_distances
+from task.evaluation.distances import neighbor_distances
 from task.evaluation.features import Features
 from task.progress import progress
 
@@ -39,7 +39,7 @@ class Copying(NamedTuple):
 
     @classmethod
     def of(cls, generated: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]) -> "Copying":
-        """Compare distances to the training images; see `neighbour_distances`."""
+        """Compare distances to the training images; see `neighbor_distances`."""
         p_value, copied = copying_test(generated[1], held_out[1])
         return cls(generated[0].median().item(), held_out[0].median().item(), copied, p_value)
 
@@ -127,8 +127,8 @@ def _evidence(
 def feature_copying(generated: Features, train: Features, held_out: Features) -> Copying:
     """Compare how near images come to the training images, in the features of an extractor."""
     return Copying.of(
-        neighbour_distances(generated.features, train.features),
-        neighbour_distances(held_out.features, train.features),
+        neighbor_distances(generated.features, train.features),
+        neighbor_distances(held_out.features, train.features),
     )
 
 
@@ -158,7 +158,7 @@ def pixel_copying(
     scale = 255 * math.sqrt(train[0].numel())
 
     def distances(images: Tensor) -> tuple[Tensor, Tensor]:
-        nearest, relative = neighbour_distances(images.flatten(1).to(device), train.flatten(1))
+        nearest, relative = neighbor_distances(images.flatten(1).to(device), train.flatten(1))
         return nearest / scale, relative
 
     return Copying.of(distances(generated), distances(held_out))

@@ -29,7 +29,7 @@ class MeanStd(NamedTuple):
 
 
 class Manifold(NamedTuple):
-    """How well generated images fill the neighbourhoods of real ones; see `density_coverage`."""
+    """How well generated images fill the neighborhoods of real ones; see `density_coverage`."""
 
     density: float
     coverage: float
@@ -92,8 +92,8 @@ def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
     mean = torch.stack([block.double().sum(0) for block in _rows(features)]).sum(0) / len(features)
     covariance = mean.new_zeros(len(mean), len(mean))
     for block in _rows(features):
-        centred = block.double() - mean
-        covariance += centred.T @ centred
+        centered = block.double() - mean
+        covariance += centered.T @ centered
     return mean, covariance / (len(features) - 1)
 
 
@@ -195,7 +195,7 @@ def share_near(queries: Tensor, reference: Tensor, *, k: int = 3) -> float:
     """Return the share of images that lie near those of another set.
 
     An image is near a set when it lies in the ball around one of its images that reaches to that
-    image's k-th nearest neighbour in the set. Of generated images near real ones it is the
+    image's k-th nearest neighbor in the set. Of generated images near real ones it is the
     precision, of real images near generated ones the recall.
 
     Args:
@@ -208,7 +208,7 @@ def share_near(queries: Tensor, reference: Tensor, *, k: int = 3) -> float:
 
     Source: Kynkaanniemi et al. 2019, equations 1 and 2.
     """
-    _check_neighbours(reference, queries, k)
+    _check_neighbors(reference, queries, k)
     radii = _squared_radii(reference, k)
     inside = 0
     for rows in _rows(queries):
@@ -222,7 +222,7 @@ def share_near(queries: Tensor, reference: Tensor, *, k: int = 3) -> float:
 def density_coverage(real: Tensor, generated: Tensor, *, k: int = 5) -> Manifold:
     """Return how densely generated images fill the balls of real ones, and how many they reach.
 
-    The ball around a real image reaches to its k-th nearest real neighbour, which it leaves out.
+    The ball around a real image reaches to its k-th nearest real neighbor, which it leaves out.
     Density is the mean number of balls around a generated image, over k: about 1 for real images,
     more where generated ones crowd in the middle. Coverage is the share of the balls that hold a
     generated image; it depends on N and M.
@@ -237,7 +237,7 @@ def density_coverage(real: Tensor, generated: Tensor, *, k: int = 5) -> Manifold
 
     Source: Naeem et al. 2020, equations 3 and 4, with the strict inequality of their code.
     """
-    _check_neighbours(real, generated, k)
+    _check_neighbors(real, generated, k)
     radii = _squared_radii(real, k)
     balls = 0
     covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
@@ -278,7 +278,7 @@ def _distance_sum(first: Tensor, second: Tensor) -> float:
     )
 
 
-def neighbour_distances(queries: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+def neighbor_distances(queries: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Return how near the nearest reference of each query is, alone and beside the next ones.
 
     The second is the distance to the nearest over the mean distance to the `NEIGHBOURS` nearest:
@@ -294,7 +294,7 @@ def neighbour_distances(queries: Tensor, reference: Tensor) -> tuple[Tensor, Ten
     Raises:
         ValueError: a set is empty, or D differs.
 
-    Source: Carlini et al. 2023, section 5.1 (their mean is over 50 neighbours).
+    Source: Carlini et al. 2023, section 5.1 (their mean is over 50 neighbors).
     """
     _check_features(queries, reference, at_least=1)
     number = min(NEIGHBOURS, len(reference))
@@ -362,6 +362,6 @@ def _check_features(first: Tensor, second: Tensor, *, at_least: int) -> None:
     )
 
 
-def _check_neighbours(real: Tensor, generated: Tensor, k: int) -> None:
+def _check_neighbors(real: Tensor, generated: Tensor, k: int) -> None:
     require(k >= 1, "k", ">= 1", k)
     _check_features(real, generated, at_least=k + 1)

@@ -186,7 +186,7 @@ def inception_extractor(
     """Make the extractor of the true FID, IS and KID: torch-fidelity's port of Inception-2015.
 
     Features are its 2,048 pooled ones, logits those without a bias, as FID and IS in torchmetrics
-    take them. Grey images fill three channels. Images are resized to 299x299, for "correct" with
+    take them. Gray images fill three channels. Images are resized to 299x299, for "correct" with
     antialiasing (torchmetrics' default), for "paper" without, as torchmetrics did then.
 
     Args:
@@ -223,7 +223,7 @@ def inception_extractor(
     ).to(device)
 
     def network(images: Tensor) -> tuple[Tensor, Tensor | None]:
-        features: Tensor = model(_coloured(images, 3))
+        features: Tensor = model(_colored(images, 3))
         return features, features @ model.fc.weight.T
 
     return FeatureExtractor("inception", sha256, image_range, network, torch.device(device))
@@ -395,7 +395,7 @@ def exported_extractor(
 
     The program takes one argument, images [N, C, H, W] with N dynamic: uint8 as they are, or
     float32 in [-1, 1], as its own input's dtype says. It returns features [N, D], or features
-    and logits [N, K]. Grey images fill the channels that it takes.
+    and logits [N, K]. Gray images fill the channels that it takes.
 
     Args:
         program: the file.
@@ -439,7 +439,7 @@ def exported_extractor(
     model = move_to_device_pass(loaded, torch.device(device)).module()
 
     def network(images: Tensor) -> tuple[Tensor, Tensor | None]:
-        images = _coloured(images, channels)
+        images = _colored(images, channels)
         output = model(images if as_uint8 else normalize(images))
         return (output, None) if isinstance(output, Tensor) else (output[0], output[1])
 
@@ -447,7 +447,7 @@ def exported_extractor(
     return FeatureExtractor("exported", sha256, image_range, network, torch.device(device))
 
 
-def _coloured(images: Tensor, channels: int) -> Tensor:
+def _colored(images: Tensor, channels: int) -> Tensor:
     if images.shape[1] == channels:
         return images
     require(images.shape[1] == 1, "images", f"of 1 or {channels} channels", images.shape[1])

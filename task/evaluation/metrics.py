@@ -305,7 +305,7 @@ AGAINST = (
 NEAR = (
     "nearest training image: medians, beside those of held-out images; nearer than held-out ones: "
     "the share of generated images by which more of them lie near a training image, relative to "
-    "its neighbours, and the p value of that share where nothing is copied"
+    "its neighbors, and the p value of that share where nothing is copied"
 )
 
 

@@ -147,7 +147,7 @@ def save_panels(
         columns: of each grid, > 0.
         tile: the least height and width of an image in the picture, in pixels.
         panels_per_line: at most so many stand side by side, the rest below; None: all.
-        num_colors: of the strip of dominant colours on top of each grid; 0: no strip.
+        num_colors: of the strip of dominant colors on top of each grid; 0: no strip.
         private: whether its owner alone may read the file.
 
     Raises:
@@ -237,14 +237,14 @@ def _below_strip(grid: np.ndarray, images: Tensor, num_colors: int) -> np.ndarra
 
 
 def dominant_colors(images: Tensor, num_colors: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find the dominant colours of images: the means of k clusters of their pixels.
+    """Find the dominant colors of images: the means of k clusters of their pixels.
 
     Args:
         images: [N, C, H, W] uint8 with C in {1, 3}, N > 0.
-        num_colors: k > 0; fewer come back where the images have fewer colours.
+        num_colors: k > 0; fewer come back where the images have fewer colors.
 
     Returns:
-        The colours, [k, 3] uint8, and their shares of the pixels, [k] float64, falling.
+        The colors, [k, 3] uint8, and their shares of the pixels, [k] float64, falling.
 
     Source: figures 4 and 5 of the paper.
     """
@@ -259,7 +259,7 @@ def dominant_colors(images: Tensor, num_colors: int) -> tuple[np.ndarray, np.nda
 
 
 def color_strip(colors: np.ndarray, shares: np.ndarray, *, width: int) -> np.ndarray:
-    """Lay colours out side by side, each as wide as its share.
+    """Lay colors out side by side, each as wide as its share.
 
     Args:
         colors: [k, 3] uint8.

@@ -25,7 +25,7 @@ class GeneratedImages(ImageSet):
     """Images that a model drew, which a notebook shows as a picture."""
 
     def to_pil(self) -> list[Image.Image]:
-        """Return the images as Pillow has them, grey ("L") or coloured ("RGB")."""
+        """Return the images as Pillow has them, gray ("L") or colored ("RGB")."""
         return [to_pil(image) for image in self.images]
 
     def grid(self) -> Image.Image:

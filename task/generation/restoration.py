@@ -74,7 +74,7 @@ class Luma:
     """The brightness of each pixel is known, of images with 3 channels."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Keep of each colour its part along that of brightness, ITU-R BT.601."""
+        """Keep of each color its part along that of brightness, ITU-R BT.601."""
         weights = LUMA.to(images)[:, None, None]
         brightness = (images * weights).sum(1, keepdim=True)
         return brightness * weights / weights.square().sum()
@@ -135,7 +135,7 @@ def known_part(
             `upscale` [N, C, H / upscale, W / upscale], with `colorize` [N, 1, H, W].
         mask: [H, W] bool, true where a picture is to be filled.
         upscale: how many times larger than the pictures the images are.
-        colorize: whether the pictures lack their colours.
+        colorize: whether the pictures lack their colors.
 
     Returns:
         Images that have the known projection, [N, C, H, W] float32 in [-1, 1], and the projection.

@@ -390,7 +390,7 @@ class Run:
             num_images: for each picture.
             mask: [H, W] bool, true where to fill.
             upscale: how many times larger the images are to be.
-            colorize: whether to colour grey pictures.
+            colorize: whether to color gray pictures.
             jump_length: steps that are taken back at a time; None: RePaint's.
             num_resamples: how often each stretch of that length is walked; None: RePaint's.
             client: see `sample`.

@@ -16,7 +16,7 @@ from task.generation.grids import Panel, save_panels
 from task.runs.run import Run, load_run
 
 COLUMNS = 5
-GREY = 128
+GRAY = 128
 
 
 def main(run_folder: str, picture: str) -> None:
@@ -36,7 +36,7 @@ def main(run_folder: str, picture: str) -> None:
     ways = {
         "real": real.images,
         "noise": torch.where(mask, noise, real.images),
-        "grey": real.images.masked_fill(mask, GREY),
+        "gray": real.images.masked_fill(mask, GRAY),
         "1 walk": filled(run, real, mask, num_resamples=1),
         "10 walks": filled(run, real, mask, num_resamples=10),
     }
@@ -46,7 +46,7 @@ def main(run_folder: str, picture: str) -> None:
         print(f"{name}: class found in {share:.1%} of {len(real)}")
     rows = range(len(data.classes))
     shown = torch.cat([(real.labels == row).nonzero().flatten()[:COLUMNS] for row in rows])
-    titles = {"real": "real", "grey": "lower half hidden", "10 walks": "filled in"}
+    titles = {"real": "real", "gray": "lower half hidden", "10 walks": "filled in"}
     panels = [Panel(ways[name][shown], title) for name, title in titles.items()]
     save_panels(panels, Path(picture), rows=data.classes, columns=COLUMNS, tile=32)
 

@@ -17,7 +17,7 @@ from task.evaluation.distances import (
     gaussian_distance,
     inception_score,
     kid,
-    neighbour_distances,
+    neighbor_distances,
     share_near,
     squared_mmd,
 )
@@ -66,7 +66,7 @@ def test_a_set_against_itself_is_at_distance_zero_and_covers_itself() -> None:
     assert abs(squared_mmd(x, points(200, seed=1))) < 0.1 * squared_mmd(x, points(200, shift=3))
     assert share_near(x, x) == 1
     assert density_coverage(x, x) == pytest.approx((1, 1), abs=0.02)
-    assert neighbour_distances(x, x)[0].max() == 0
+    assert neighbor_distances(x, x)[0].max() == 0
 
 
 def test_a_set_against_noise_elsewhere_is_far_and_covers_nothing() -> None:
@@ -188,18 +188,18 @@ def test_nearest_distances_are_those_of_loops_and_zero_for_copies() -> None:
     reference = torch.randint(256, (40, 9), generator=generator(), dtype=torch.uint8)
     queries = torch.randint(256, (10, 9), generator=generator(1), dtype=torch.uint8)
     expected = [min(distance(q, x) for x in reference) for q in queries]
-    assert neighbour_distances(queries, reference)[0].tolist() == pytest.approx(expected)
-    assert neighbour_distances(reference[11:33], reference)[0].tolist() == [0] * 22
-    assert neighbour_distances(points(30)[7:9].float(), points(30).float())[0].tolist() == [0, 0]
+    assert neighbor_distances(queries, reference)[0].tolist() == pytest.approx(expected)
+    assert neighbor_distances(reference[11:33], reference)[0].tolist() == [0] * 22
+    assert neighbor_distances(points(30)[7:9].float(), points(30).float())[0].tolist() == [0, 0]
 
 
 def test_nearest_beside_the_next_ones_is_0_for_copies_and_1_among_equals() -> None:
     corners = torch.eye(12)
-    _, relative = neighbour_distances(torch.cat([corners[:1], torch.zeros(1, 12)]), corners)
+    _, relative = neighbor_distances(torch.cat([corners[:1], torch.zeros(1, 12)]), corners)
     assert relative.tolist() == pytest.approx([0, 1])
     distances = torch.cdist(points(7, seed=1).double(), points(30).double()).sort(1).values[:, :10]
     expected = distances[:, 0] / distances.mean(1)
-    assert neighbour_distances(points(7, seed=1), points(30))[1].tolist() == pytest.approx(
+    assert neighbor_distances(points(7, seed=1), points(30))[1].tolist() == pytest.approx(
         expected.tolist()
     )
 

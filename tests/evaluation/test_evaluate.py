@@ -200,12 +200,12 @@ def test_copies_of_training_images_show(
 
 
 def test_pixel_distance_is_the_root_mean_square_of_the_difference(config: Config) -> None:
-    def grey(*values: int) -> ImageSet:
+    def gray(*values: int) -> ImageSet:
         images = torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
         return ImageSet(images, torch.arange(len(values)) % 10)
 
-    dataset = Dataset(grey(*range(0, 20)), grey(*range(71, 82)))
-    comparison = Comparison(config, grey(*range(117, 128)), dataset, torch.device("cpu"))
+    dataset = Dataset(gray(*range(0, 20)), gray(*range(71, 82)))
+    comparison = Comparison(config, gray(*range(117, 128)), dataset, torch.device("cpu"))
     found = [*METRICS["pixel_distance"].compute(comparison)]
     assert [each.real for each in found] == [False, True]
     assert found[0].value == pytest.approx((122 - 19) / 255)

@@ -88,8 +88,8 @@ def test_classifier_comes_from_the_cache_for_the_same_images_and_settings_only(
     assert hashes == {classifier_extractor(first, image_range="correct").sha256}
     cached(few, cache, "eval.seed=1")
     cached(few, cache, "data.horizontal_flip=true")
-    relabelled = ImageSet(few.images, few.labels.roll(1))
-    cached(relabelled, cache)
+    relabeled = ImageSet(few.images, few.labels.roll(1))
+    cached(relabeled, cache)
     assert len([*cache.iterdir()]) == 4
 
 
@@ -160,8 +160,8 @@ def test_exported_program_sees_images_as_its_input_asks(
     extractor = exported_extractor(file, image_range="correct", device="cpu")
     images = digits.test.images[:5]
     found = extract(extractor, images, batch_size=2)
-    colour = images.expand(-1, 3, -1, -1)
-    seen = colour.float() if dtype == torch.uint8 else normalize(colour)
+    color = images.expand(-1, 3, -1, -1)
+    seen = color.float() if dtype == torch.uint8 else normalize(color)
     torch.testing.assert_close(found.features, seen.mean((2, 3)))
     if logits:
         expected = model.head(seen.mean((2, 3))).double().softmax(1)

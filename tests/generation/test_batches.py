@@ -11,7 +11,7 @@ from tests.generators.denoisers import diffusion, seeded
 from tests.training.generators import Known
 
 
-class Labelled(Known):
+class Labeled(Known):
     """Its images are their labels; it takes no more than three at a time."""
 
     def sample(
@@ -35,7 +35,7 @@ def draw(generator: Generator, labels: Tensor, batch_size: int | None) -> Tensor
 
 @pytest.mark.parametrize("training", [True, False])
 def test_sample_batches_covers_all_labels_and_restores_mode(training: bool) -> None:
-    generator = Labelled()
+    generator = Labeled()
     generator.train(training)
     assert draw(generator, torch.arange(7), 3).flatten().tolist() == list(range(7))
     assert generator.training is training

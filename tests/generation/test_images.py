@@ -76,9 +76,9 @@ def test_generated_images_show_themselves_as_a_grid() -> None:
     assert [picture.getpixel((x * tile, y * tile))[0] for y in (0, 1) for x in (0, 1, 2)] == [
         *(0, 40, 80, 120, 160, 200)
     ]
-    grey = GeneratedImages(levels[:5, :1], torch.tensor([0, 0, 1, 1, 1]))
-    assert grey.to_pil()[2].getpixel((0, 0)) == 80
-    assert grey.grid().size == (2 * tile - 4, 3 * tile - 4)
+    gray = GeneratedImages(levels[:5, :1], torch.tensor([0, 0, 1, 1, 1]))
+    assert gray.to_pil()[2].getpixel((0, 0)) == 80
+    assert gray.grid().size == (2 * tile - 4, 3 * tile - 4)
 
 
 def test_what_cannot_be_drawn_is_refused(run: Path, tmp_path: Path) -> None:

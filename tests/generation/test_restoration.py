@@ -152,12 +152,12 @@ def test_images_agree_with_what_is_known_and_stay_in_range(projection: Projectio
     assert not torch.allclose(found, known, atol=0.1)
 
 
-def test_enlarged_and_coloured_pictures_give_back_the_given_one() -> None:
+def test_enlarged_and_colored_pictures_give_back_the_given_one() -> None:
     config = load_config(["data.channels=3", "data.image_size=8", "model.num_poolings=1"])
     generator = torch.Generator().manual_seed(0)
     small = torch.randint(256, (3, 3, 2, 2), generator=generator, dtype=torch.uint8)
-    grey = torch.randint(256, (3, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    for picture, task in ((small, {"upscale": 4}), (grey, {"colorize": True})):
+    gray = torch.randint(256, (3, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    for picture, task in ((small, {"upscale": 4}), (gray, {"colorize": True})):
         known, projection = known_part(config, picture, **task)  # type: ignore[arg-type]
         found = to_uint8(repaint(white_gaussian(0.0, 1.0), known, projection=projection)).float()
         if "upscale" in task:
@@ -188,21 +188,21 @@ def test_resampling_walk_jumps_as_the_code_of_repaint_does() -> None:
 
 
 def test_impossible_tasks_are_refused() -> None:
-    grey = load_config(["data.image_size=8", "model.num_poolings=1"])
+    gray = load_config(["data.image_size=8", "model.num_poolings=1"])
     one = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
     hole = torch.ones(8, 8, dtype=torch.bool)
     with pytest.raises(ValueError, match="one of mask, upscale and colorize must be given"):
-        known_part(grey, one)
+        known_part(gray, one)
     with pytest.raises(ValueError, match=r"data\.channels must be 3 for colorize, got 1"):
-        known_part(grey, one, colorize=True)
+        known_part(gray, one, colorize=True)
     with pytest.raises(ValueError, match=r"upscale must be > 1 and a divisor of .*=8, got 3"):
-        known_part(grey, one, upscale=3)
+        known_part(gray, one, upscale=3)
     with pytest.raises(ValueError, match=r"images must be of shape \(N, 1, 4, 4\)"):
-        known_part(grey, one, upscale=2)
+        known_part(gray, one, upscale=2)
     with pytest.raises(ValueError, match=r"mask must be true .white. somewhere"):
-        known_part(grey, one, mask=~hole)
+        known_part(gray, one, mask=~hole)
     with pytest.raises(TypeError, match="mask must be bool"):
-        known_part(grey, one, mask=hole.byte())
+        known_part(gray, one, mask=hole.byte())
     with pytest.raises(
         ValueError, match=r"jump_length must be >= 1 and below the 4 steps .*--num-resamples 1"
     ):
@@ -247,9 +247,9 @@ def test_restore_command_and_method_keep_the_known_pixels(run: Path, tmp_path: P
     assert_fails_in_one_line(typo, "an override must be NAME=VALUE", "diffusion.num_inference_step")
     assert_fails_in_one_line(feddm(*small), "one of mask, upscale and colorize must be given")
     assert not (tmp_path / "large").exists()
-    grey = tmp_path / "grey.png"
-    Image.fromarray(levels.numpy()).save(grey)
-    assert_fails_in_one_line(feddm(*small, "--mask", grey), "black (known) or white", "[4, 8, 12]")
+    gray = tmp_path / "gray.png"
+    Image.fromarray(levels.numpy()).save(gray)
+    assert_fails_in_one_line(feddm(*small, "--mask", gray), "black (known) or white", "[4, 8, 12]")
     assert_fails_in_one_line(
         feddm(*small, "--mask", tmp_path / "mask.png", "diffusion.eta=0"), "an override must be"
     )

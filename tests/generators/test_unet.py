@@ -113,8 +113,8 @@ def test_paper_preset_is_the_released_network_for_all_of_its_data(data: str) -> 
     config = load_config(["experiment=paper", f"data={data}"])
     with torch.device("meta"):
         assert count(build_unet(config)) == 23_211_315
-    grey = load_config(["experiment=paper", f"data={data}", "data.channels=1"])
-    assert grey.data.channels == 1
+    gray = load_config(["experiment=paper", f"data={data}", "data.channels=1"])
+    assert gray.data.channels == 1
 
 
 def test_unet_tiny_is_tiny() -> None:

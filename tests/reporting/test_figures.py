@@ -165,7 +165,7 @@ def test_figure5_shows_one_class_that_the_seed_decides(tmp_path: Path, make_run:
 
 @pytest.fixture
 def scans(tmp_path: Path) -> Path:
-    """Grey images of two classes, of which one has more than the other."""
+    """Gray images of two classes, of which one has more than the other."""
     for label, name in enumerate(("normal", "pneumonia")):
         folder = tmp_path / "scans" / "train" / name
         folder.mkdir(parents=True)

@@ -96,7 +96,7 @@ def test_names_are_no_formulas(tmp_path: Path) -> None:
         save_partition_heatmaps({name: np.ones((2, 1), int)}, file, classes=[name])
 
 
-def test_sample_grid_shows_grey_as_grey(tmp_path: Path) -> None:
+def test_sample_grid_shows_gray_as_gray(tmp_path: Path) -> None:
     save_sample_grid(samples(1, 2, 1), tmp_path / "g.png", classes=["x"], images_per_class=2)
     tile = pixels(tmp_path / "g.png")[MARGIN:-MARGIN, -MARGIN - 80 : -MARGIN]
     assert np.array_equal(tile[..., 0], tile[..., 2])
@@ -204,7 +204,7 @@ def test_dominant_colors_are_the_means_of_clusters_by_share() -> None:
     assert shares.tolist() == pytest.approx([3 / 6, 2 / 6, 1 / 6])
 
 
-def test_dominant_colors_of_grey_images_are_grey_and_no_more_than_there_are() -> None:
+def test_dominant_colors_of_gray_images_are_gray_and_no_more_than_there_are() -> None:
     images = torch.tensor([0, 0, 0, 200], dtype=torch.uint8).reshape(1, 1, 2, 2)
     colors, shares = dominant_colors(images, 5)
     assert colors.tolist() == [[0, 0, 0], [200, 200, 200]]

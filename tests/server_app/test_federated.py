@@ -392,7 +392,7 @@ def test_run_that_is_complete_sends_nothing_and_a_longer_one_goes_on(
     ]
 
 
-def test_weights_are_never_labelled_with_a_round_that_they_are_not_of(
+def test_weights_are_never_labeled_with_a_round_that_they_are_not_of(
     reference: Path, tmp_path: Path
 ) -> None:
     # Ended between its last round and its last file, and resumed with fewer rounds.

@@ -274,7 +274,7 @@ def test_weights_that_cannot_be_read_are_unusable(data: bytes) -> None:
     assert len(str(caught.value)) < LINE_LENGTH
 
 
-def test_weights_of_a_foreign_serialisation_are_unusable() -> None:
+def test_weights_of_a_foreign_serialization_are_unusable() -> None:
     with pytest.raises(UnusableReply, match="cannot be read: TypeError"):
         packed_of(content(packed=Array("float32", (SIZE,), "pickle", b"")))
 

@@ -168,7 +168,7 @@ def test_every_image_is_seen_once_in_every_epoch_in_a_new_order() -> None:
     assert len({tuple(epoch) for epoch in labels.tolist()}) == 3
 
 
-def test_images_are_normalised_and_stay_with_their_labels() -> None:
+def test_images_are_normalized_and_stay_with_their_labels() -> None:
     recorder = Known()
     train(recorder, numbered(10), batch_size=4, channels_last=False)
     for batch in recorder.batches:

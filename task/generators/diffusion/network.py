@@ -63,7 +63,7 @@ class ResidualBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """A class-conditional U-Net of residual blocks, without normalisation or attention.
+    """A class-conditional U-Net of residual blocks, without normalization or attention.
 
     Modules are made in the order in which data passes them, which is the order of the
     parameters of the released code.

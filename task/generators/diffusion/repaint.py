@@ -1,7 +1,7 @@
 """Inverse problems without training: images that agree with what is known, filled in by a model.
 
 What is known of an image is its orthogonal projection P onto some subspace: the pixels outside a
-mask, the means of blocks, the brightness of colours. Sampling takes the known part from the image,
+mask, the means of blocks, the brightness of colors. Sampling takes the known part from the image,
 noised, and the rest, I - P, from the model: x_{t-1} = P(q_sample(known)) + (I - P)(model's step).
 
 Sources: RePaint (Lugmayr et al. 2022, arXiv 2201.09865, Algorithm 1 and its jumps, section 4.2)
