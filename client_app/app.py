@@ -13,10 +13,10 @@ from client_app.hospital_scores import images_of, with_own_extractor
 from client_app.local_model import keep_local_model
 from client_app.log import logger
 from client_app.workspace import Workspace, choose_precision, named_run, open_workspace
+from task.code_version import code_fingerprint
 from task.config import compose_run_config
 from task.data import Dataset
 from task.evaluation.hospital_scores import score_images
-from task.fingerprint import code_fingerprint
 from task.protocol.node import NodeConfig, check_node, own_config, read_node_config
 from task.protocol.wire import SCORES, Key, from_npy, to_npy
 from task.randomness import Stream, torch_generator

@@ -25,7 +25,7 @@ from server_app.replies import (
 )
 from server_app.timing import PhaseTimer
 from task.config import FederationConfig
-from task.memory import total_memory
+from task.machine_memory import total_memory
 from task.progress import tracked
 from task.protocol.wire import Key
 

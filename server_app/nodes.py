@@ -16,7 +16,7 @@ from server_app.replies import (
     checked_content,
     read_introduction,
 )
-from task.fingerprint import code_fingerprint
+from task.code_version import code_fingerprint
 from task.protocol.wire import Key
 from task.randomness import Stream, numpy_generator
 

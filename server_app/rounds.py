@@ -8,9 +8,9 @@ from statistics import fmean
 from server_app.evaluation import GlobalEvaluation, PooledEvaluation, is_measured
 from server_app.log import log
 from server_app.timing import PhaseTimer
+from task.code_version import code_fingerprint, installed_versions
 from task.config import Config, settle_precisions
 from task.data import Dataset
-from task.fingerprint import code_fingerprint, installed_versions
 from task.generators.base import Generator
 from task.generators.registry import build_generator
 from task.progress import duration, progress
@@ -18,9 +18,9 @@ from task.protocol.wire import Weights
 from task.randomness import Stream, seeded_global_generator, torch_generator
 from task.reporting.run_summary import summary_lines
 from task.reporting.warning_signs import closing_lines
+from task.runs.commands import describe_report_of
 from task.runs.layout import DIVERGED, MACHINE_FILE, REPORT_FILE, checkpoints, round_of
 from task.runs.records import Record
-from task.runs.repeat import describe_report_of
 from task.runs.run import Run
 from task.runs.writer import RunWriter
 from task.training.devices import device_name, is_compiled, missing_for_compiling, select_device

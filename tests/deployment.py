@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from server_app.launch.superlink import free_port
-from task.runs.repeat import as_toml
+from task.runs.commands import as_toml
 from tests.processes import CHECKOUT, COMMANDS, process, wait_for
 
 SCRIPTS = CHECKOUT / "docker" / "scripts"

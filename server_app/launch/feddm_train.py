@@ -35,8 +35,8 @@ from task.config import (
     require_data_root,
 )
 from task.processes import have_home, let_threads_sleep, write_any_letter
+from task.runs.commands import resuming_command
 from task.runs.layout import LOG_FILE, is_begun, run_path
-from task.runs.repeat import resuming_command
 from task.runs.resume import check_startable
 
 # Hydra's own value that says what does not stand in the name of a job.

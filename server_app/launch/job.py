@@ -14,13 +14,13 @@ from server_app.launch.fit_to_images import named
 from server_app.launch.plan import describe_plan, how_to_train_on
 from server_app.launch.simulation import simulate
 from task.checks import require
+from task.code_version import ROOT
 from task.config import FITTED_VALUES, OWN_IMAGES, Config, flat_values, hydra_override
 from task.data import Dataset
 from task.data.partition import partition_dataset
 from task.evaluation.features import build_extractor
-from task.fingerprint import ROOT
+from task.runs.commands import as_toml
 from task.runs.layout import LOG_FILE, is_begun, run_path
-from task.runs.repeat import as_toml
 from task.runs.resume import check_startable, different_values
 from task.runs.run import find_runs
 from task.runs.writer import RunWriter

@@ -11,8 +11,8 @@ from task.data import Dataset
 from task.data.partition import partition_dataset
 from task.progress import duration
 from task.reporting.warning_signs import UNTRAINED
+from task.runs.commands import resuming_command
 from task.runs.layout import last_complete_round, run_path
-from task.runs.repeat import resuming_command
 from task.runs.run import Run
 
 

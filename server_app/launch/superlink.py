@@ -27,7 +27,7 @@ STOP_TIMEOUT_SECONDS = 3.0
 CONNECTION = "feddm"
 WATCH_SECONDS = 2.0
 SUBMITTER_VARIABLE = "FEDDM_SUBMITTER_PID"
-PATIENT_FLOWER = Path(__file__).with_name("patient_flower.py")
+FLOWER_PROCESS = Path(__file__).with_name("flower_process.py")
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Ray's sockets lie 68 characters below its folder, and may have paths of 107.
 LONGEST_FOLDER = 38
@@ -137,7 +137,7 @@ def private_environment(folder: Path) -> dict[str, str]:
 
 def patient(command: str) -> list[str]:
     """Return how to run a command of Flower with more patience, see `patient_flower.py`."""
-    return [sys.executable, "-P", str(PATIENT_FLOWER), command]
+    return [sys.executable, "-P", str(FLOWER_PROCESS), command]
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from task.code_version import ROOT, code_fingerprint
 from task.config import Word
-from task.fingerprint import ROOT, code_fingerprint
 from task.runs.layout import SUBMISSION_FILE
 from task.runs.writer import RunWriter
 

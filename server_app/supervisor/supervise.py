@@ -34,10 +34,10 @@ from server_app.supervisor.decisions import (
     remember,
 )
 from task.checks import require
-from task.fingerprint import fingerprint_of
+from task.code_version import fingerprint_of
 from task.lock import hold
+from task.runs.commands import as_toml, resubmitting_command
 from task.runs.layout import SUBMISSION_FILE
-from task.runs.repeat import as_toml, resubmitting_command
 
 SUPERVISOR_LOCK = ".supervisor.lock"
 NAP_SECONDS = 0.2

@@ -4,7 +4,7 @@ import os
 import sys
 from typing import NoReturn
 
-from task.fingerprint import ROOT
+from task.code_version import ROOT
 
 
 def run_benchmarks(arguments: list[str]) -> NoReturn:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from task.cli.check_superlink import check_superlink
 from task.cli.findings import GIB, Finding, Findings, free_disk, gpu_memory, memory, versions
-from task.cli.trial_step import Trial, try_step
+from task.cli.training_trial import Trial, try_step
 from task.config import Config, load_config
 from task.data import (
     Inventory,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from task.memory import free_memory
+from task.machine_memory import free_memory
 
 # A name and what was found, for a line.
 Finding = tuple[str, str]

@@ -60,8 +60,8 @@ app = typer.Typer(
 
 def finished(run: Path) -> Path:
     """Check that a folder holds a finished run, before anything that takes long is imported."""
+    from task.runs.commands import require_weights
     from task.runs.layout import run_config
-    from task.runs.repeat import require_weights
 
     run_config(run)
     require_weights(run)

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from task.checks import require
 from task.config.class_folders import classes_below
-from task.config.grammar import escaped
+from task.config.hydra_grammar import escaped
 from task.config.overrides import hydra_override, read_override
 from task.config.schema import CONF_DIR, FILE_SETS, Config, anchored, checked
 

@@ -2,7 +2,7 @@
 
 import re
 
-from task.config.grammar import hydra_value, require_text, typed_text, typed_texts
+from task.config.hydra_grammar import hydra_value, require_text, typed_text, typed_texts
 from task.config.schema import value_paths
 
 

@@ -25,7 +25,7 @@ from pydantic.fields import FieldInfo
 from task.checks import require, require_one_of
 from task.config.class_folders import image_classes, require_folder
 from task.config.errors import explanation
-from task.config.grammar import require_text
+from task.config.hydra_grammar import require_text
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 

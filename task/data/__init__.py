@@ -1,8 +1,9 @@
 """The data sets: read, brought to the shape that the model sees, split, normalized.
 
 Images stay uint8 NCHW; batches are normalized on the device that trains. `packaged` reads what
-comes with a library; what lies in files goes `listing` -> `pictures` or `dicom` -> `shape` ->
-`cache`, joined in `files`.
+comes with a library; what lies in files goes `walk` and `listing` (which file is of which class)
+-> `pictures` or `dicom` -> `shape` -> `cache`, joined in `files`. `inventory` tells what became of
+each file, `source` where images are from.
 """
 
 from task.config import FILE_SETS, Config

@@ -30,9 +30,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from task.code_version import installed_versions
 from task.data.duplicates import image_hash
 from task.files import with_escapes
-from task.fingerprint import installed_versions
 from task.progress import tracked
 
 # To be raised when the same file and settings give other pixels than before, or any for the first

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from task.checks import require
 from task.config import Config
 from task.data import Dataset, ImageSet, random_horizontal_flip
-from task.evaluation.copying import Copying, feature_copying, pixel_copying
 from task.evaluation.distances import Manifold, density_coverage
 from task.evaluation.features import (
     FeatureExtractor,
@@ -20,6 +19,7 @@ from task.evaluation.features import (
     cached_features,
     extract,
 )
+from task.evaluation.near_copies import Copying, feature_copying, pixel_copying
 from task.randomness import Stream, torch_generator
 from task.runs.records import TEST, TRAIN
 

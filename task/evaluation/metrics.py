@@ -16,7 +16,6 @@ import torch
 from task.checks import require
 from task.evaluation.classifier import accuracy, balanced_accuracy, train_classifier
 from task.evaluation.comparison import Comparison, Pair, Pairs, random_order
-from task.evaluation.copying import Copying
 from task.evaluation.distances import (
     MeanStd,
     frechet_distance,
@@ -25,6 +24,7 @@ from task.evaluation.distances import (
     share_near,
 )
 from task.evaluation.features import cached_classifier
+from task.evaluation.near_copies import Copying
 from task.evaluation.noise_position import MOST_COMPARED, noise_position
 from task.runs.records import HELD_OUT, TEST, TRAIN
 

@@ -22,7 +22,7 @@ from task.reporting.charts import (
     metric_charts,
     participation_charts,
 )
-from task.reporting.comparison import DATA_KEYS, LOSS_KEYS, alike, incomparable
+from task.reporting.comparability import DATA_KEYS, LOSS_KEYS, alike, incomparable
 from task.reporting.metric_table import HEADS, caption, measured, metric_rows, quantities
 from task.reporting.rendering import render
 from task.reporting.run_summary import (
@@ -33,15 +33,15 @@ from task.reporting.run_summary import (
     loss_figures,
 )
 from task.reporting.warning_signs import Check, State, checks
-from task.runs.evaluations import Evaluation
-from task.runs.layout import REPORT_FILE
-from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, TRAIN, Record
-from task.runs.repeat import (
+from task.runs.commands import (
     resubmitting_command,
     resuming_command,
     submitting_command,
     training_command,
 )
+from task.runs.evaluations import Evaluation
+from task.runs.layout import REPORT_FILE
+from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, TRAIN, Record
 from task.runs.resume import different_values
 from task.runs.run import POOLED, Run
 

@@ -7,7 +7,7 @@ from statistics import median
 
 from scipy.stats import binomtest
 
-from task.evaluation.copying import least_share_shown
+from task.evaluation.near_copies import least_share_shown
 from task.evaluation.noise_position import MOST_COMPARED
 from task.reporting.metric_table import Quantity
 from task.runs.records import HELD_OUT, SCORING_CLIENTS, TRAIN, Record, Records, Series

@@ -28,6 +28,7 @@ from task.generators.base import Generator
 from task.generators.registry import build_generator, weightless_generator
 from task.lock import holder
 from task.runs.checkpoint import load_weights
+from task.runs.commands import require_weights
 from task.runs.evaluations import Evaluation, read_evaluations
 from task.runs.layout import (
     CLASS_COUNTS_FILE,
@@ -48,7 +49,6 @@ from task.runs.layout import (
     weights_file,
 )
 from task.runs.records import TRAIN, Records, read_records
-from task.runs.repeat import require_weights
 from task.training.devices import select_device
 
 POOLED = "pooled"

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from task.config import load_config
 from task.data import build_dataset
-from task.evaluation.copying import copying_test
 from task.evaluation.distances import neighbor_distances
+from task.evaluation.near_copies import copying_test
 from tests.benchmarks.report import Figures
 
 # Of generated images; the numbers of held-out ones are given.

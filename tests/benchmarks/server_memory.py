@@ -13,8 +13,8 @@ from flwr.simulation import run_simulation
 
 from server_app.federated import FederatedTraining
 from server_app.messages import packed_record
+from task.code_version import code_fingerprint
 from task.config import load_run_config
-from task.fingerprint import code_fingerprint
 from task.generators.registry import build_generator
 from task.protocol.wire import Key, WeightLayout
 from task.runs.writer import RunWriter

@@ -16,12 +16,12 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from task.cli import trial_step
+from task.cli import training_trial as trial_step
 from task.cli.check_key import check_private_key
 from task.cli.check_node import NodeCheck, describe_trial, expected_round
 from task.cli.check_superlink import check_superlink
 from task.cli.main import app
-from task.cli.trial_step import Trial, in_own_process
+from task.cli.training_trial import Trial, in_own_process
 from task.config import load_config
 from task.protocol.node import NodeConfig, own_config
 from tests.data.test_data_files import write_tree

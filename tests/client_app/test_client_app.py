@@ -26,11 +26,11 @@ from client_app.workspace import choose_precision, open_workspace
 from server_app.hospital_scores import SCORES_TYPE, expected_scores
 from server_app.messages import addressed, images_record
 from server_app.rounds import initial_model
+from task.code_version import code_fingerprint
 from task.config import Config, load_run_config
 from task.data import Dataset, ImageSet, UnknownClassError, build_dataset, split_validation
 from task.data.partition import build_partition
 from task.evaluation.hospital_scores import score_images
-from task.fingerprint import code_fingerprint
 from task.protocol.node import TooFewImagesError
 from task.protocol.wire import FailureCode, Key, WeightLayout
 from task.randomness import Stream, numpy_generator, torch_generator

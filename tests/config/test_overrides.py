@@ -20,8 +20,8 @@ from task.config import (
     read_override,
     write_config,
 )
-from task.config.grammar import quoted
-from task.runs.repeat import as_toml, training_command
+from task.config.hydra_grammar import quoted
+from task.runs.commands import as_toml, training_command
 
 SIGNS = "ab1e_\\\\'\"=,[](){}$${#~:;! \t.-+*?%&|<>@`^/\x7fé東😀"
 ANY_TEXT = st.one_of(

@@ -9,7 +9,6 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from task.evaluation import distances
-from task.evaluation.copying import copying_test, least_share_shown
 from task.evaluation.distances import (
     density_coverage,
     energy_distance,
@@ -21,6 +20,7 @@ from task.evaluation.distances import (
     share_near,
     squared_mmd,
 )
+from task.evaluation.near_copies import copying_test, least_share_shown
 
 # torchmetrics says that it keeps all features.
 pytestmark = pytest.mark.filterwarnings("ignore:Metric `:UserWarning")

@@ -23,8 +23,8 @@ from server_app.launch.job import (
 )
 from task.config import Config, anchored, hydra_override, load_config, load_run_config
 from task.data import Dataset, ImageSet
+from task.runs.commands import resuming_command
 from task.runs.layout import run_path
-from task.runs.repeat import resuming_command
 from tests.helpers import SMALL_RUN
 
 CENTRALIZED = {"train.mode": "centralized", "federation.rounds": 1, "eval.num_images": 10}

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from task.cli.main import app
 from task.reporting.charts import course_charts, whole_ticks
-from task.reporting.comparison import incomparable
+from task.reporting.comparability import incomparable
 from task.reporting.rendering import render
 from task.reporting.report import (
     comparison_page,
@@ -25,8 +25,8 @@ from task.reporting.report import (
     write_report,
 )
 from task.reporting.run_summary import key_figures
+from task.runs.commands import resuming_command
 from task.runs.records import TRAIN, records_of
-from task.runs.repeat import resuming_command
 from task.runs.run import Run
 from tests.helpers import evaluated, left_out, losses, written_run
 

@@ -33,8 +33,8 @@ from server_app.replies import UnusableReply
 from server_app.rounds import DivergedError, initial_model
 from server_app.strategies import Strategy, WeightedMean
 from server_app.weighting import Weighting
+from task.code_version import code_fingerprint
 from task.config import load_run_config, read_config
-from task.fingerprint import code_fingerprint
 from task.protocol.wire import Key, WeightLayout
 from task.reporting.warning_signs import State, checks
 from task.runs.checkpoint import load_weights

@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from client_app.app import app
 from server_app.nodes import Nodes, sample_clients
 from server_app.replies import Introduction
-from task.fingerprint import code_fingerprint
+from task.code_version import code_fingerprint
 from task.protocol.wire import Key
 from tests.helpers import ClientNodes, Network, node_context, simulated
 

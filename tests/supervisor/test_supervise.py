@@ -40,11 +40,11 @@ from server_app.supervisor.submission import (
     write_submission,
 )
 from server_app.supervisor.supervise import Supervisor
+from task.code_version import ROOT, code_fingerprint
 from task.config import anchored, load_config, load_run_config
-from task.fingerprint import ROOT, code_fingerprint
 from task.lock import hold
+from task.runs.commands import as_toml
 from task.runs.layout import DIVERGED, SUBMISSION_FILE
-from task.runs.repeat import as_toml
 from task.runs.writer import RunWriter
 from tests.processes import COMMANDS, process, wait_for
 

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from task.memory import free_memory, total_memory
+from task.machine_memory import free_memory, total_memory
 
 
 def test_total_memory_is_that_of_the_container_where_it_has_less(tmp_path: Path) -> None:

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from task.config import OWN_IMAGES, anchored, flat_values, load_config
-from task.runs.layout import run_path
-from task.runs.repeat import (
+from task.runs.commands import (
     PLACES,
     resubmitting_command,
     resuming_command,
     submitting_command,
     training_words,
 )
+from task.runs.layout import run_path
 from task.runs.resume import check_same_run
 from task.runs.run import Run
 from tests.helpers import losses, written_run

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from task.fingerprint import ROOT, code_fingerprint
+from task.code_version import ROOT, code_fingerprint
 
 
 def fingerprint_of(checkout: Path) -> str:
     """Ask a new process, as every node is one."""
     result = subprocess.run(
-        [sys.executable, "-c", "from task.fingerprint import *; print(code_fingerprint())"],
+        [sys.executable, "-c", "from task.code_version import *; print(code_fingerprint())"],
         cwd=checkout,
         env={**os.environ, "PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
