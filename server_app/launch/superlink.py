@@ -136,7 +136,7 @@ def private_environment(folder: Path) -> dict[str, str]:
 
 
 def patient(command: str) -> list[str]:
-    """Return how to run a command of Flower with more patience, see `patient_flower.py`."""
+    """Return how to run a command of Flower with more patience, see `flower_process.py`."""
     return [sys.executable, "-P", str(FLOWER_PROCESS), command]
 
 

@@ -2,7 +2,7 @@
 
 `conf/` holds every default, `schema` the types and checks. `compose` puts both together for
 `feddm-train`, `flower` for `flwr run`, `stored` for a run's folder: equal values, equal runs.
-`overrides` and `hydra_grammar` read what people type; `class_folders` names the classes of a folder.
+`overrides` and `hydra_grammar` read what people type; `class_folders` finds the names of classes.
 """
 
 from task.config.class_folders import class_folders, is_hidden, require_folder

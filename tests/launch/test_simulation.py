@@ -17,8 +17,8 @@ import ray._private.services
 from server_app.launch import simulation as module
 from server_app.launch.simulation import OverloadedError, described_end, show, simulate
 from server_app.launch.superlink import (
+    FLOWER_PROCESS,
     LONGEST_FOLDER,
-    PATIENT_FLOWER,
     private_environment,
     private_folder,
     uninterrupted,
@@ -162,7 +162,7 @@ def test_cleaning_up_is_not_interrupted() -> None:
 
 def test_superlink_waits_longer_for_a_sign_of_life() -> None:
     code = (
-        f"import runpy; runpy.run_path({str(PATIENT_FLOWER)!r})['be_patient_with_heartbeats']()\n"
+        f"import runpy; runpy.run_path({str(FLOWER_PROCESS)!r})['be_patient_with_heartbeats']()\n"
         "from flwr.supercore.corestate import in_memory_corestate as state\n"
         "print(state.HEARTBEAT_PATIENCE * state.HEARTBEAT_DEFAULT_INTERVAL)"
     )
@@ -182,7 +182,7 @@ def test_ray_waits_longer_for_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
         return answer
 
     monkeypatch.setattr(ray._private.services, "get_node", get_node)
-    patience: Callable[[], None] = runpy.run_path(str(PATIENT_FLOWER))["be_patient_with_ray"]
+    patience: Callable[[], None] = runpy.run_path(str(FLOWER_PROCESS))["be_patient_with_ray"]
     patience()
     assert ray._private.services.get_node("address", "id") == {"node": 1}
 
