@@ -39,7 +39,9 @@ def scores_of(comparison: Comparison, metrics: Iterable[Metric]) -> Iterator[tup
 
 def _record(server_round: int, metric: Metric, score: Score, **context: object) -> Record:
     return Record(
-        *(server_round, metric.name, score.value),
+        server_round,
+        metric.name,
+        score.value,
         reference=score.reference,
         real=score.real,
         std=score.std,

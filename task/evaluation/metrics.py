@@ -95,6 +95,7 @@ class Metric:
 
     name: str
     title: str
+    _: KW_ONLY
     better: Literal["higher", "lower"] | float | None
     bounds: tuple[float, float]
     compute: Callable[[Comparison], Iterable[Score]]
@@ -313,18 +314,34 @@ def _copying_metrics(
     space: str, search: Callable[[Comparison], Copying | None], uses: frozenset[Use]
 ) -> tuple[Metric, ...]:
     """List what is told of the nearest training images, in pixels or in features."""
-    distance = of_copying(search, "generated", real="held_out")
-    copied, p_value = (of_copying(search, name) for name in ("copied", "p_value"))
-    near = f"nearer to training images than held-out ones, {space}s"
-    chance = f"p where nothing is copied, {space}s"
-    asked = uses | {Use.HOSPITALS}
     return (
         Metric(
-            *(f"{space}_distance", f"nearest training image, {space}s", None, POSITIVE),
-            *(distance, uses, NEAR),
+            f"{space}_distance",
+            f"nearest training image, {space}s",
+            better=None,
+            bounds=POSITIVE,
+            compute=of_copying(search, "generated", real="held_out"),
+            uses=uses,
+            caption=NEAR,
         ),
-        Metric(f"{space}_copied", near, "lower", SHARE, copied, asked, beside=False),
-        Metric(f"{space}_p_value", chance, None, SHARE, p_value, asked, beside=False),
+        Metric(
+            f"{space}_copied",
+            f"nearer to training images than held-out ones, {space}s",
+            better="lower",
+            bounds=SHARE,
+            compute=of_copying(search, "copied"),
+            uses=uses | {Use.HOSPITALS},
+            beside=False,
+        ),
+        Metric(
+            f"{space}_p_value",
+            f"p where nothing is copied, {space}s",
+            better=None,
+            bounds=SHARE,
+            compute=of_copying(search, "p_value"),
+            uses=uses | {Use.HOSPITALS},
+            beside=False,
+        ),
     )
 
 
@@ -333,66 +350,118 @@ METRICS = {
     metric.name: metric
     for metric in (
         Metric(
-            *("noise_position", "between real (0) and noise (1)", "lower", POSITIVE),
-            *(_noise_position, FEATURES | {Use.END, Use.HOSPITALS, Use.SUMMARY}),
-            "between real and noise: the energy distance to the training images, in pixels or in "
-            "the power at each spatial frequency, whichever is larger, as a share of that of noise "
-            "(the N(0, 1) that sampling starts from), of at most "
-            f"{MOST_COMPARED} images of each; 0 as near as real images, 1 as far as noise",
+            "noise_position",
+            "between real (0) and noise (1)",
+            better="lower",
+            bounds=POSITIVE,
+            compute=_noise_position,
+            uses=FEATURES | {Use.END, Use.HOSPITALS, Use.SUMMARY},
+            caption="between real and noise: the energy distance to the training images, in pixels "
+            "or in the power at each spatial frequency, whichever is larger, as a share of that of "
+            f"noise (the N(0, 1) that sampling starts from), of at most {MOST_COMPARED} images of "
+            "each; 0 as near as real images, 1 as far as noise",
             through="pixels and spectra",
             most=MOST_COMPARED,
         ),
         Metric(
-            *("inception_score", "IS", "higher", (1.0, math.inf)),
-            *(of_features(_inception_score, TRAINING_IMAGES), FEATURES | {Use.TABLES}),
-            "IS: the Inception score, over 10 splits of the images",
+            "inception_score",
+            "IS",
+            better="higher",
+            bounds=(1.0, math.inf),
+            compute=of_features(_inception_score, TRAINING_IMAGES),
+            uses=FEATURES | {Use.TABLES},
+            caption="IS: the Inception score, over 10 splits of the images",
         ),
         Metric(
-            *("fid", "FID", "lower", POSITIVE, of_features(_fid, EACH)),
-            FEATURES | {Use.HOSPITALS, Use.SUMMARY, Use.TABLES},
-            "FID depends on n, compare equal n only",
+            "fid",
+            "FID",
+            better="lower",
+            bounds=POSITIVE,
+            compute=of_features(_fid, EACH),
+            uses=FEATURES | {Use.HOSPITALS, Use.SUMMARY, Use.TABLES},
+            caption="FID depends on n, compare equal n only",
         ),
         Metric(
-            *("kid", "KID", "lower", (-math.inf, math.inf), of_features(_kid, EACH)),
-            FEATURES | {Use.HOSPITALS},
-            f"KID: {KID_SUBSETS} subsets of at most {KID_SUBSET_SIZE:,} images",
+            "kid",
+            "KID",
+            better="lower",
+            bounds=(-math.inf, math.inf),
+            compute=of_features(_kid, EACH),
+            uses=FEATURES | {Use.HOSPITALS},
+            caption=f"KID: {KID_SUBSETS} subsets of at most {KID_SUBSET_SIZE:,} images",
         ),
         Metric(
-            *("precision", "precision", "higher", SHARE, of_features(_precision, TEST_IMAGES)),
-            *(FEATURES | {Use.SUMMARY}, AGAINST),
+            "precision",
+            "precision",
+            better="higher",
+            bounds=SHARE,
+            compute=of_features(_precision, TEST_IMAGES),
+            uses=FEATURES | {Use.SUMMARY},
+            caption=AGAINST,
         ),
         Metric(
-            *("recall", "recall", "higher", SHARE, of_features(_recall, TEST_IMAGES)),
-            *(FEATURES | {Use.SUMMARY}, AGAINST),
+            "recall",
+            "recall",
+            better="higher",
+            bounds=SHARE,
+            compute=of_features(_recall, TEST_IMAGES),
+            uses=FEATURES | {Use.SUMMARY},
+            caption=AGAINST,
         ),
         Metric(
-            *("density", "density", 1.0, POSITIVE, of_features(_density, TEST_IMAGES)),
-            *(FEATURES, AGAINST),
+            "density",
+            "density",
+            better=1.0,
+            bounds=POSITIVE,
+            compute=of_features(_density, TEST_IMAGES),
+            uses=FEATURES,
+            caption=AGAINST,
         ),
         Metric(
-            *("coverage", "coverage", "higher", SHARE, of_features(_coverage, TEST_IMAGES)),
-            *(FEATURES, AGAINST),
+            "coverage",
+            "coverage",
+            better="higher",
+            bounds=SHARE,
+            compute=of_features(_coverage, TEST_IMAGES),
+            uses=FEATURES,
+            caption=AGAINST,
         ),
         Metric(
-            *("cas", "classification accuracy score", "higher", SHARE, _classification_accuracy),
-            frozenset({Use.EVALUATION}),
-            "classification accuracy score: on the test images, of a classifier trained on the "
-            "generated ones; real: of one trained on as many real ones",
+            "cas",
+            "classification accuracy score",
+            better="higher",
+            bounds=SHARE,
+            compute=_classification_accuracy,
+            uses=frozenset({Use.EVALUATION}),
+            caption="classification accuracy score: on the test images, of a classifier trained on "
+            "the generated ones; real: of one trained on as many real ones",
         ),
         Metric(
-            *("cas_real", "the same, trained on all real images", "higher", SHARE, _real_accuracy),
-            frozenset({Use.EVALUATION}),
+            "cas_real",
+            "classification accuracy, trained on all real images",
+            better="higher",
+            bounds=SHARE,
+            compute=_real_accuracy,
+            uses=frozenset({Use.EVALUATION}),
         ),
         Metric(
-            *("class_agreement", "found in the class asked for", "higher", SHARE),
-            *(_class_agreement, CLASSES | {Use.SUMMARY}),
-            "found in the class asked for: by a classifier trained on the real training images; "
-            "real: held-out ones, in the proportions of the classes of the generated ones",
+            "class_agreement",
+            "found in the class asked for",
+            better="higher",
+            bounds=SHARE,
+            compute=_class_agreement,
+            uses=CLASSES | {Use.SUMMARY},
+            caption="found in the class asked for: by a classifier trained on the real training "
+            "images; real: held-out ones, in the proportions of the classes of the generated ones",
             through="a classifier trained on the real images",
         ),
         Metric(
-            *("chance_agreement", "found by one class for all", None, SHARE),
-            *(_chance_agreement, CLASSES),
+            "chance_agreement",
+            "found in the class asked for by chance",
+            better=None,
+            bounds=SHARE,
+            compute=_chance_agreement,
+            uses=CLASSES,
             beside=False,
         ),
         # Every run ends with a search in pixels, for which no network is needed.

@@ -34,11 +34,11 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Metric:
     metric = Metric(
         "mean_brightness",
         "mean brightness",
-        0.25,
-        (0.0, 1.0),
-        brightness,
-        frozenset(Use),
-        "mean brightness: of all pixels, 0 as black, 1 as white",
+        better=0.25,
+        bounds=(0.0, 1.0),
+        compute=brightness,
+        uses=frozenset(Use),
+        caption="mean brightness: of all pixels, 0 as black, 1 as white",
     )
     monkeypatch.setitem(METRICS, metric.name, metric)
     return metric
@@ -100,7 +100,7 @@ def test_headings_tell_the_reference_and_what_is_better() -> None:
     headings = {each.heading for each in quantities(Use.TABLES)}
     assert {"IS ↑", "FID (train) ↓", "FID (test) ↓", "FID ↓"} <= headings
     assert METRICS["density"].heading(None) == "density ≈ 1"
-    assert METRICS["chance_agreement"].heading(None) == "found by one class for all"
+    assert METRICS["chance_agreement"].heading(None) == "found in the class asked for by chance"
 
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)

@@ -131,7 +131,7 @@ def test_card_of_a_run_without_evaluation_tells_what_it_measured_itself(tmp_path
         "500 images at the end of the run, round 3",
         "| between real (0) and noise (1) ↓ | 0.7500 | 0.1250 |",
         "| found in the class asked for ↑ | 0.5000 |  |",
-        "| found by one class for all | 0.5000 |  |",
+        "| found in the class asked for by chance | 0.5000 |  |",
         "Warning: images that look like noise. The images look untrained",
         "Warning: images of other classes than asked for.",
         "Not measured: copies of training images.",
