@@ -353,7 +353,9 @@ def left_out_records(
     """Make the records of the replies of clients that are not used."""
     return [
         Record(
-            *(server_round, LEFT_OUT, 1),
+            server_round,
+            LEFT_OUT,
+            1,
             client=client,
             context={"activity": activity, "reason": str(why)},
         )
