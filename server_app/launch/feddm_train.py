@@ -31,6 +31,7 @@ from task.config import (
     anchored,
     config_from_hydra,
     hydra_override,
+    preset_sweep,
     read_override,
     require_data_root,
 )
@@ -117,15 +118,6 @@ def name_by_what_is_swept(arguments: list[str]) -> list[str]:
     own = f"{NAMING}=[{','.join(sorted(fixed))}]"
     # Among the other overrides: argparse refuses them on both sides of a flag.
     return [*arguments[: last + 1], own, *arguments[last + 1 :]]
-
-
-def preset_sweep(experiment: str) -> set[str]:
-    """Return the paths of the values that a preset sweeps by itself; none where it is unknown."""
-    file = CONF_DIR / "experiment" / f"{experiment}.yaml"
-    if not file.is_file():
-        return set()
-    params = OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params")
-    return {str(key) for key in params or {}}
 
 
 @hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")

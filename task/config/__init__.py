@@ -6,11 +6,7 @@
 """
 
 from task.config.class_folders import class_folders, is_hidden, require_folder
-from task.config.compose import (
-    changed_config,
-    config_from_hydra,
-    load_config,
-)
+from task.config.compose import changed_config, config_from_hydra, load_config, preset_sweep
 from task.config.flower import (
     RUN_CONFIG_WORDS,
     Word,
@@ -72,6 +68,7 @@ __all__ = [
     "is_hidden",
     "load_config",
     "load_run_config",
+    "preset_sweep",
     "read_config",
     "read_override",
     "require_data_root",

@@ -69,6 +69,15 @@ def config_from_hydra(composed: DictConfig, *, images_below: Path | None = None)
     return checked(values)
 
 
+def preset_sweep(experiment: str) -> set[str]:
+    """Return the paths of the values that a preset sweeps by itself; none where it is unknown."""
+    file = CONF_DIR / "experiment" / f"{experiment}.yaml"
+    if not file.is_file():
+        return set()
+    params = OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params")
+    return {str(key) for key in params or {}}
+
+
 def resolved(tree: Mapping[Any, Any] | DictConfig) -> dict[str, Any]:
     """Return nested values with what their interpolations stand for.
 

@@ -17,6 +17,7 @@ from task.config import (
     flat_values,
     hydra_override,
     load_config,
+    preset_sweep,
 )
 from task.runs.layout import NODES_FILE, is_begun, run_config, weights_file
 from task.runs.resume import NAMES_AND_PLACES
@@ -55,7 +56,9 @@ def training_words(config: Config) -> list[str]:
 
 def training_command(config: Config) -> str:
     """Return the line for a shell that trains a run once more."""
-    return shlex.join(["feddm-train", *training_words(config)])
+    # Of a preset that trains several runs this is one.
+    single = ["hydra.mode=RUN"] if preset_sweep(config.experiment) else []
+    return shlex.join(["feddm-train", *training_words(config), *single])
 
 
 def resuming_command(config: Config, run: Path) -> str:
@@ -68,7 +71,7 @@ def resuming_command(config: Config, run: Path) -> str:
     # The digits lie in their library; files of other sets may be anywhere.
     root = {} if config.data.name in (*FILE_SETS, "digits") else {"data.root": config.data.root}
     values = [hydra_override(key, value) for key, value in {**root, **_folder_of(run)}.items()]
-    return shlex.join(["feddm-train", *training_words(config), *values, "resume=true"])
+    return f"{training_command(config)} {shlex.join([*values, 'resume=true'])}"
 
 
 def resubmitting_command(

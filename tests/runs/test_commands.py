@@ -10,6 +10,7 @@ from task.runs.commands import (
     resubmitting_command,
     resuming_command,
     submitting_command,
+    training_command,
     training_words,
 )
 from task.runs.layout import run_path
@@ -44,6 +45,13 @@ def test_words_of_a_run_compose_its_configuration(words: list[str]) -> None:
     # Of own images it says as well what feddm-train would otherwise fit to them.
     fitted = 2 * (config.data.name in OWN_IMAGES)
     assert len(repeated) <= len(words) + 2 + fitted
+
+
+def test_command_of_a_run_of_a_sweep_trains_this_run_alone() -> None:
+    command = training_command(load_config(["experiment=table1", "train.mode=centralized"]))
+    words = "experiment=table1 train.mode=centralized hydra.mode=RUN"
+    assert command == f"feddm-train {words}"
+    assert "hydra" not in training_command(load_config(["experiment=demo"]))
 
 
 def test_words_that_resume_a_run_name_its_folder_of_now(tmp_path: Path) -> None:
