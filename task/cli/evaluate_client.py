@@ -3,7 +3,6 @@
 Source: section F of the paper, which shows such images and measures none.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -29,8 +28,9 @@ from task.reporting.metric_table import (
     with_std,
 )
 from task.runs.evaluations import Evaluation, drawing, drawn_otherwise, evaluation_file
+from task.runs.layout import PARTITION_FILE
 from task.runs.records import TRAIN
-from task.runs.run import final_model
+from task.runs.run import Run, final_model
 from task.training.devices import select_device
 
 # The floor takes one half of the images, and the Inception score parts those into 10 splits.
@@ -130,7 +130,7 @@ def client_images(run: Path, config: Config, dataset: Dataset, client: int) -> D
     Its share of the test images is too small to measure against.
 
     Args:
-        run: its folder; its partition.json, where there is one, must count the same images.
+        run: its folder; its counts, where there are some, must count the same images.
         config: of the run.
         dataset: which the run dealt out.
         client: its number in the simulation.
@@ -139,11 +139,10 @@ def client_images(run: Path, config: Config, dataset: Dataset, client: int) -> D
         ValueError: the run was dealt from other data, or the client has too few images.
     """
     partition = partition_dataset(config, dataset, config.federation.num_supernodes)
-    file = run / "partition.json"
     require(
-        not file.exists() or json.loads(file.read_text("utf-8")) == partition.describe(),
+        Run(run).partition in (None, partition.describe()),
         "data.root",
-        f"where the images are that {file} counts",
+        f"where the images are that {run / PARTITION_FILE} counts",
         config.data.root,
     )
     indices = partition.train_indices[client]

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from task.config import flat_values
 from task.files import atomic_path
 from task.reporting.figures import Picture, draw_figures
 from task.reporting.metric_table import flat_evaluation
@@ -17,7 +16,6 @@ from task.reporting.tables import (
     Measurement,
     Table,
     build_tables,
-    current_evaluations,
     measurements,
     scale,
 )
@@ -43,11 +41,9 @@ def write_tables(
         say: takes the text for the reader.
 
     Raises:
-        ValueError: there is no such folder, no measured run in it, or nothing to compare; in the
-            last case the CSV is written nevertheless.
+        ValueError: there is no measured run in it, or nothing to compare; in the last case the CSV
+            is written nevertheless.
     """
-    if not folder.is_dir():
-        raise ValueError(f"SWEEP_DIR: there is no folder {folder}")
     runs, measured, left_out = _read_sweep(folder)
     tables = build_tables(measured)
     _write_text(folder / "tables.csv", csv_text(_csv_rows(folder, runs, tables)))
@@ -106,7 +102,7 @@ def _unfinished_runs(folder: Path) -> list[str]:
 def _alone(measured: Sequence[Measurement], tables: Sequence[Table]) -> list[str]:
     shown = {each for table in tables for each in table.members}
     return [
-        f"{each.run.path}: {each.values['data.name']}, {each.values['train.mode']}, "
+        f"{each.run.path}: {each.run.values['data.name']}, {each.run.values['train.mode']}, "
         f"{each.found.label.extractor}, {each.found.label.image_range}, {scale(each.settings)}"
         for each in measured
         if each not in shown
@@ -123,7 +119,7 @@ def _csv_rows(folder: Path, runs: Sequence[Run], tables: Sequence[Table]) -> lis
             )
     evaluated: list[tuple[Run, Evaluation | None]] = []
     for run in runs:
-        evaluated += [(run, found) for found in current_evaluations(run)] or [(run, None)]
+        evaluated += [(run, found) for found in run.final_evaluations] or [(run, None)]
     return [
         {
             "tables": ", ".join(numbers.get(id(found), [])),
@@ -138,7 +134,7 @@ def _csv_rows(folder: Path, runs: Sequence[Run], tables: Sequence[Table]) -> lis
 def _csv_settings(run: Run) -> dict[str, Any]:
     return {
         name: value
-        for name, value in flat_values(run.config).items()
+        for name, value in run.values.items()
         if name in ALSO_RECORDED or name not in FREE_TO_CHANGE
     }
 

@@ -15,7 +15,7 @@ from task.reporting.metric_table import HEADS, caption, measured, metric_rows, w
 from task.reporting.rendering import render
 from task.reporting.warning_signs import State, image_checks
 from task.runs.evaluations import Evaluation
-from task.runs.layout import NODES_FILE, read_json
+from task.runs.layout import client_numbers
 from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, TRAIN, Records
 from task.runs.run import POOLED, Run
 
@@ -105,7 +105,7 @@ def training_counts(run: Run) -> tuple[list[int] | None, int | None, int]:
     if POOLED in counts:
         return counts[POOLED], None, 0
     known = [of_client for of_client in counts.values() if of_client is not None]
-    num_clients = len(read_json(run.path / NODES_FILE) or counts)
+    num_clients = len(client_numbers(run.path) or counts)
     told = run.partition is not None or len(known) >= MIN_COUNTED
     return _summed(known) if told else None, num_clients or None, num_clients - len(known)
 

@@ -118,7 +118,6 @@ class Measurement:
 
     Attributes:
         run: the run.
-        values: its configuration, flat.
         found: what was measured of it.
         settings: what determined its weights, by path, without data and seed, and through what
             it was seen.
@@ -126,14 +125,13 @@ class Measurement:
     """
 
     run: Run
-    values: Mapping[str, Any]
     found: Evaluation
     settings: SettingValues
     column: SettingValues
 
     def row(self, kind: Kind) -> Any:
         """Return the value that a table varies."""
-        return self.values[kind.key]
+        return self.run.values[kind.key]
 
 
 @dataclass(frozen=True)
@@ -209,11 +207,6 @@ class Table:
         return [(column, metric) for column in self.columns for metric in self.metrics]
 
 
-def current_evaluations(run: Run) -> list[Evaluation]:
-    """Return what was measured of a run's final weights, and not before it was prolonged."""
-    return [each for each in run.main_evaluations if each.round == run.config.federation.rounds]
-
-
 def measurements(runs: Iterable[Run]) -> tuple[list[Measurement], dict[str, list[str]]]:
     """Take the evaluations of runs apart, without those that must not be in a table.
 
@@ -223,15 +216,14 @@ def measurements(runs: Iterable[Run]) -> tuple[list[Measurement], dict[str, list
     taken: dict[object, Measurement] = {}
     unmeasured, stale, repeats = [], [], []
     for run in runs:
-        current = current_evaluations(run)
         if not run.main_evaluations:
             unmeasured.append(str(run.path))
-        if len(current) < len(run.main_evaluations):
+        if len(run.final_evaluations) < len(run.main_evaluations):
             stale.append(f"{run.path} (it now ends after round {run.config.federation.rounds})")
-        for each in (_measurement(run, found) for found in current):
-            mode = each.values["train.mode"]
+        for each in (_measurement(run, found) for found in run.final_evaluations):
+            mode = each.run.values["train.mode"]
             trained = each.settings if mode == "federated" else _without_clients(each.settings)
-            same = (trained, each.column, mode, each.values["seed"])
+            same = (trained, each.column, mode, each.run.values["seed"])
             twin = taken.setdefault(same, each)
             if twin is not each:
                 repeats.append(f"{run.path} (of {twin.run.path})")
@@ -244,11 +236,11 @@ def measurements(runs: Iterable[Run]) -> tuple[list[Measurement], dict[str, list
 
 
 def _measurement(run: Run, found: Evaluation) -> Measurement:
-    values, column, label = run.values, run.data_values, found.label
+    column, label = run.data_values, found.label
     column |= {name: getattr(label, name) for name in COLUMN_VALUES} | {"eval.seed": label.seed}
-    settings = _weight_settings(values)
+    settings = _weight_settings(run.values)
     settings |= {"extractor": label.extractor, "image_range": label.image_range}
-    return Measurement(run, values, found, _as_text(settings), _as_text(column))
+    return Measurement(run, found, _as_text(settings), _as_text(column))
 
 
 def _weight_settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -307,9 +299,9 @@ def _groups(
     groups: dict[SettingValues, list[Measurement]] = {}
     centralized = []
     for each in measured:
-        if not kind.takes(each.values):
+        if not kind.takes(each.run.values):
             continue
-        if each.values["train.mode"] == "centralized":
+        if each.run.values["train.mode"] == "centralized":
             centralized.append(each)
             continue
         for settings in _group_settings(kind, each):
@@ -319,7 +311,7 @@ def _groups(
         # It has no clients, so that it fits any federation; the paper's, where that is there.
         fitting = [s for s in groups if _without_clients(s) == _without_clients(each.settings)]
         for settings in [
-            s for s in fitting if is_papers_federation(groups[s][0].values)
+            s for s in fitting if is_papers_federation(groups[s][0].run.values)
         ] or fitting:
             baselines.setdefault(settings, []).append(each)
     for settings, members in groups.items():
@@ -389,7 +381,7 @@ def _table(
     for name, column in columns.items():
         whole = name in published
         scores = {label: _mean_cell(kind, row, column, whole=whole) for label, row in rows.items()}
-        data = column[0].values["data.name"]
+        data = column[0].run.values["data.name"]
         verdicts += _verdicts(kind, name, scores, data)
         laid_out.append(Column(name, scores | {floor: _floor(column[0], whole=whole)}))
         if name in published:
@@ -470,7 +462,7 @@ def _caption(
 ) -> list[str]:
     values = dict(settings)
     lines = [scale(settings, *apart) + "."]
-    if any(len({m.values["train.mode"] for m in column}) > 1 for column in columns.values()):
+    if any(len({m.run.values["train.mode"] for m in column}) > 1 for column in columns.values()):
         lines.append("Centralized: R x E epochs on the pooled images, without N clients.")
     lines += [
         _column_caption(label, column[0], whole=label in published)

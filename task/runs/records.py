@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from task.runs.first_schema import is_of_first_schema, translated
+from task.runs.layout import understood
 
 # Values by round.
 Series = dict[int, float]
@@ -174,7 +175,8 @@ def read_records(file: Path) -> Records:
     Raises:
         ValueError: a line is no record.
     """
-    return Records(tuple(_records(_lines(file))))
+    with understood(file):
+        return Records(tuple(_records(_lines(file))))
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -131,9 +131,7 @@ class Run:
     @cached_property
     def records(self) -> Records:
         """What was measured and counted in complete rounds."""
-        file = self.path / METRICS_FILE
-        with understood(file):
-            return read_records(file).up_to(self.rounds_done)
+        return read_records(self.path / METRICS_FILE).up_to(self.rounds_done)
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
@@ -144,6 +142,12 @@ class Run:
     def main_evaluations(self) -> list[Evaluation]:
         """Those of images that were drawn as the run draws."""
         return [each for each in self.evaluations if not each.otherwise]
+
+    @property
+    def final_evaluations(self) -> list[Evaluation]:
+        """Those of the weights of the last round asked for, drawn as the run draws."""
+        rounds = self.config.federation.rounds
+        return [each for each in self.main_evaluations if each.round == rounds]
 
     @property
     def current_evaluations(self) -> list[Evaluation]:
