@@ -16,6 +16,8 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import nn
 
+from task.checks import require
+
 # A `state_dict`, or a part of one.
 Weights = Mapping[str, torch.Tensor]
 
@@ -82,9 +84,11 @@ class WeightLayout:
 
         Raises:
             TypeError: the model holds floats that are not float32.
+            ValueError: it has no tensor of a name of `local`, which would travel by another name.
         """
-        shapes, own = {}, {}
-        for name, tensor in model.state_dict().items():
+        shapes, own, state = {}, {}, model.state_dict()
+        require(state.keys() >= {*local}, "local", "names in the state_dict", sorted(local))
+        for name, tensor in state.items():
             if name in local or not tensor.is_floating_point():
                 own[name] = tensor.detach().clone()
             elif tensor.dtype != torch.float32:

@@ -134,6 +134,11 @@ def test_counters_and_local_tensors_stay_at_home_as_in_a_new_model() -> None:
     assert again["num_batches_tracked"].item() == 0  # memory of its own
 
 
+def test_local_names_without_a_tensor_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"local must be names .*, got \['latent'\]"):
+        WeightLayout.of(nn.Linear(2, 2), local={"latent"})
+
+
 def test_half_precision_models_are_refused() -> None:
     with pytest.raises(TypeError, match=r"weight must be float32.*float16"):
         WeightLayout.of(nn.Linear(2, 2).half())
