@@ -52,14 +52,14 @@ class Turns:
     """
 
     def __init__(
-        self, grid: Grid, messages: Mapping[int, Message], *, timeout: float, at_once: int | None
+        self, grid: Grid, messages: Mapping[int, Message], *, timeout: float, at_once: int
     ) -> None:
         """Line the messages up; see `exchange`."""
         self.waiting = deque(messages.items())
         self.pending: dict[str, tuple[int, float]] = {}
         self.refused: list[Reply] = []
         self._grid = grid
-        self._at_once = at_once or len(messages)
+        self._at_once = at_once
         self._patience = PATIENCE_SHARE * timeout
 
     def send(self) -> None:
@@ -94,8 +94,8 @@ def exchange(
     *,
     timeout: float,
     poll_seconds: float,
-    at_once: int | None = None,
-    phases: PhaseTimer | None = None,
+    at_once: int,
+    phases: PhaseTimer,
 ) -> Iterator[Reply]:
     """Send a message to each client and yield replies as they arrive, then what never came.
 
@@ -107,11 +107,10 @@ def exchange(
         messages: a new message for each client number, sent in this order.
         timeout: seconds until the exchange ends.
         poll_seconds: pause between two looks at what has come.
-        at_once: how many may be unanswered; None for all. A client that is silent for
-            `PATIENCE_SHARE` of the time no longer counts, so that it holds up nobody.
+        at_once: how many may be unanswered. A client that is silent for `PATIENCE_SHARE` of the
+            time no longer counts, so that it holds up nobody.
         phases: are told when this sends, and when it waits.
     """
-    phases = phases or PhaseTimer()
     start = time.monotonic()
     turns = Turns(grid, messages, timeout=timeout, at_once=at_once)
 

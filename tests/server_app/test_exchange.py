@@ -8,6 +8,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from server_app.exchange import exchange
 from server_app.messages import addressed
 from server_app.replies import Reply, UnusableReply, checked_content
+from server_app.timing import PhaseTimer
 from task.protocol.wire import Key
 from tests.helpers import Network
 
@@ -33,7 +34,8 @@ def replies(
     timeout: float = 20,
     at_once: int | None = None,
 ) -> Iterator[Reply]:
-    return exchange(network.grid, messages, timeout=timeout, poll_seconds=0.01, at_once=at_once)
+    options = {"timeout": timeout, "poll_seconds": 0.01, "at_once": at_once or len(messages)}
+    return exchange(network.grid, messages, **options, phases=PhaseTimer())
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
