@@ -43,7 +43,6 @@ def explanation(
 def _explained(
     line: dict[str, Any], values: Mapping[str, Any], fields: Mapping[str, FieldInfo]
 ) -> str:
-    # Of a list, what is wrong with one of its elements is wrong with all of it.
     path = ".".join(name for name in line["loc"] if isinstance(name, str))
     kind, context = line["type"], line.get("ctx", {})
     if kind == "value_error":  # of a check of our own
@@ -58,6 +57,10 @@ def _explained(
         expected = fields[path].description or EXPECTED_BOUNDS[kind].format(**context)
     else:
         expected = EXPECTED_TYPES.get(kind, line["msg"])
+    # Of a list the whole is shown, whatever its element is that was refused.
+    expected = (
+        "a list, each element " * sum(isinstance(each, int) for each in line["loc"]) + expected
+    )
     if path in fields and NoneType in get_args(fields[path].annotation) and "null" not in expected:
         expected += ", or null"
     return f"{path} must be {expected}, got {values.get(path, line['input'])!r}"

@@ -191,7 +191,7 @@ def _load_installed_families() -> None:
 
 def _models(family: object) -> Mapping[str, type[ModelConfig]]:
     """Return the schemas of all families; packages of others are asked where none is known."""
-    if family is not None and family not in MODELS:
+    if isinstance(family, str) and family not in MODELS:
         _load_installed_families()
     return MODELS
 

@@ -65,7 +65,9 @@ def read_config(path: Path) -> Config:
 
 def unknown_values(path: Path) -> dict[str, Any]:
     """Return the values of a written configuration that this version of feddm does not know."""
-    return {n: value for n, value in _stored_values(path).items() if n not in value_paths()}
+    stored = _stored_values(path)
+    known = schema_fields(stored.get("model.family"))
+    return {name: value for name, value in stored.items() if name not in known}
 
 
 def _stored_values(path: Path) -> dict[str, Any]:

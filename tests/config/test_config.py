@@ -187,6 +187,11 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
         ("federation.rounds=2.5", ["federation.rounds must be an integer, got 2.5"]),
         ("federation.rounds=null", ["federation.rounds must be an integer, got None"]),
         ("federation.rounds=true", ["federation.rounds must be an integer, got True"]),
+        (
+            "partition.counts=[[a]]",
+            ["must be a list, each element a list, each element an integer"],
+        ),
+        ("model.family=[a]", ["model.family must be one of diffusion, got ['a']"]),
         ("federation.rounds='3'", ["federation.rounds must be an integer, got '3'"]),
         ("train.lr=true", ["train.lr must be a number, got True"]),
         (
@@ -340,7 +345,9 @@ def test_family_of_generators_is_one_class_and_its_name(
 
 def test_changed_values_are_checked_too() -> None:
     config = load_config()
-    with pytest.raises(ValueError, match=r"data\.window must be finite, .*got \[nan, 400\.0\]"):
+    with pytest.raises(
+        ValueError, match=r"data\.window must be a list, each element finite, .*got \[nan, 400\.0\]"
+    ):
         config.changed({"data.window": [math.nan, 400.0]})
 
 

@@ -1,6 +1,5 @@
 """A family of generators that feddm does not know, through the real commands."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from task.runs.records import read_records
 from tests.processes import COMMANDS, SMALL, feddm_train
 
 pytestmark = pytest.mark.slow
@@ -55,11 +55,10 @@ def feddm(*words: object, env: dict[str, str]) -> "subprocess.CompletedProcess[s
 
 
 def test_it_learns_in_a_federation_and_is_measured(run: Path) -> None:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    train_loss = [json.loads(line) for line in lines if '"train_loss"' in line]
-    of_all = {each["round"]: each["value"] for each in train_loss if "global" in each.values()}
-    assert of_all[3] < of_all[1]
-    assert any('"class_agreement"' in line for line in lines)
+    records = read_records(run / "metrics.jsonl")
+    train_loss = records.series("loss", reference="train")
+    assert train_loss[3] < train_loss[1]
+    assert records.last("class_agreement") is not None
     assert (run / "report.html").exists()
 
 
