@@ -114,7 +114,9 @@ def read_metrics(content: RecordDict) -> MetricRecord:
         raise UnusableReply(f"no record {Key.METRICS.value!r} in the reply")
     metrics = record_of(content, Key.METRICS, MetricRecord)
     given = [name for name in DURATIONS_AND_RATES if name in metrics]
-    check_bounds(metrics, dict.fromkeys((Key.LOSS, *given), (0.0, LARGEST_METRIC)))
+    bounds: dict[str, tuple[float, float]] = dict.fromkeys(given, (0.0, LARGEST_METRIC))
+    # Below 0 are losses such as those of a density or of a critic.
+    check_bounds(metrics, {Key.LOSS: (-LARGEST_METRIC, LARGEST_METRIC), **bounds})
     return metrics
 
 
@@ -151,7 +153,7 @@ def check_bounds(metrics: MetricRecord, bounds: Mapping[str, tuple[float, float]
     for name in (Key.NUM_EXAMPLES, *bounds):
         value = metrics.get(name)
         least, most = bounds.get(name, (-np.inf, np.inf))
-        too_large = isinstance(value, float) and not value <= most
+        too_large = isinstance(value, float) and not abs(value) <= most
         kind = Diverged if name == Key.LOSS and too_large else UnusableReply
         if not isinstance(value, int | float) or not np.isfinite(value):
             raise kind(f"{name} must be a finite number, got {value!r}")
