@@ -46,7 +46,7 @@ def training_words(config: Config) -> list[str]:
         groups += [hydra_override(path, flat_values(config)[path]) for path in FITTED_VALUES]
     changes = _changes(values, groups)
     for group in NAMELESS_GROUPS:
-        if any(change.startswith(f"{group}.") for change in changes):
+        if any(change.lstrip("+").startswith(f"{group}.") for change in changes):
             for option in _group_options(group):
                 others = _changes(values, [*groups, option])
                 if len(others) + 1 < len(changes):
@@ -150,8 +150,12 @@ def _identifying_values(config: Config) -> dict[str, Any]:
 
 
 def _changes(values: Mapping[str, Any], overrides: list[str]) -> list[str]:
-    """List the values that overrides do not compose yet."""
+    """List what else composes some values, beside overrides."""
     composed = flat_values(load_config(overrides))
-    return [
-        hydra_override(path, value) for path, value in values.items() if composed[path] != value
-    ]
+    changed = {path: value for path, value in values.items() if composed.get(path) != value}
+    if "model.family" not in changed:
+        return [hydra_override(path, value) for path, value in changed.items()]
+    # The section of another family has other values: it is replaced whole.
+    model = {path: value for path, value in values.items() if path.startswith("model.")}
+    others = [hydra_override(*each) for each in changed.items() if each[0] not in model]
+    return ["~model", *(f"+{hydra_override(*each)}" for each in model.items()), *others]

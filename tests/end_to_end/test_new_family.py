@@ -70,11 +70,13 @@ def test_it_draws_evaluates_reports_and_exports(
         ("generate", run, "--num", 2, "--out", drawn),
         ("evaluate", run, "--num-per-class", 2, "--extractor", "classifier"),
         ("report", run),
-        ("tables", run),
         ("export", run, "--to", "safetensors", "--out", exported),
     ):
         done = feddm(*words, env=installed)
         assert done.returncode == 0, done.stdout + done.stderr
+    # There is no table of a single run, but all of its figures.
+    assert "SWEEP_DIR: no two runs in " in feddm("tables", run, env=installed).stderr
+    assert "pixel_gaussians" in (run / "tables.csv").read_text()
     with Image.open(drawn / "3" / "000001.png") as image:
         assert image.size == (16, 16)
     weights = load_file(exported / "model.safetensors")

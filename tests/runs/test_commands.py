@@ -1,10 +1,11 @@
 import shlex
 import tomllib
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from task.config import OWN_IMAGES, anchored, flat_values, load_config
+from task.config import MODELS, OWN_IMAGES, ModelConfig, anchored, flat_values, load_config
 from task.runs.commands import (
     PLACES,
     resubmitting_command,
@@ -45,6 +46,18 @@ def test_words_of_a_run_compose_its_configuration(words: list[str]) -> None:
     # Of own images it says as well what feddm-train would otherwise fit to them.
     fitted = 2 * (config.data.name in OWN_IMAGES)
     assert len(repeated) <= len(words) + 2 + fitted
+
+
+def test_words_of_another_family_replace_the_section_of_its_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Mixture(ModelConfig):
+        family: Literal["mixture"]
+        num_components: int
+
+    monkeypatch.setitem(MODELS, "mixture", Mixture)
+    words = ["~model", "+model.family=mixture", "+model.num_components=3", "seed=3"]
+    assert training_words(load_config(words)) == ["experiment=demo", *words]
 
 
 def test_command_of_a_run_of_a_sweep_trains_this_run_alone() -> None:
