@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
 from server_app.log import log
-from server_app.messages import TTL_SHARE, addressed, record_of
+from server_app.messages import TTL_SHARE, addressed, pull_reply, record_of
 from server_app.nodes import Nodes
 from server_app.replies import (
     FalseClaim,
@@ -125,11 +125,11 @@ def exchange(
     while turns.pending:
         idle = True
         for message_id in list(turns.pending):
-            # One id per call: a pull loads every reply that is ready into memory.
-            for message in grid.pull_messages([message_id]):
+            client, sent = turns.pending[message_id]
+            if (reply := pull_reply(grid, messages[client])) is not None:
                 idle = False
-                client, sent = turns.pending.pop(message_id)
-                yield Reply(client, message, sent)
+                del turns.pending[message_id]
+                yield Reply(client, reply, sent)
                 send()
         if time.monotonic() - start > timeout:
             break

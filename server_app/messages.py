@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.common.constant import SType
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode, SType
+from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from task.data import ImageSet
@@ -14,6 +16,9 @@ from task.protocol.wire import Key, to_npy
 # A reply that would come after the deadline is refused by the network with an error of its own,
 # and a node that wakes up late does not work through rounds that are over.
 TTL_SHARE = 0.95
+
+# Flower's, of a reply made to break it; a network that fails raises others.
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError, DecodeError)
 
 FlowerRecord = TypeVar("FlowerRecord", ArrayRecord, MetricRecord, ConfigRecord)
 
@@ -39,6 +44,15 @@ def addressed(
     shared = record_of(content, Key.CONFIG, ConfigRecord)
     records[Key.CONFIG] = ConfigRecord({**shared, **(entries or {})})
     return Message(records, node_id, message_type, ttl=timeout * TTL_SHARE)
+
+
+def pull_reply(grid: Grid, message: Message) -> Message | None:
+    """Take the reply to a message, an error where Flower cannot read it; None before it comes."""
+    try:
+        # One id per call: a pull loads every reply that is ready into memory.
+        return next(iter(grid.pull_messages([message.metadata.message_id])), None)
+    except UNREADABLE:
+        return Message(Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE), reply_to=message)
 
 
 def record_of(content: RecordDict, name: str, kind: type[FlowerRecord]) -> FlowerRecord:

@@ -7,7 +7,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from server_app.log import log
-from server_app.messages import addressed, record_of
+from server_app.messages import addressed, pull_reply, record_of
 from server_app.replies import (
     SLOW_CODES,
     Introduction,
@@ -39,7 +39,7 @@ class Introductions:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        self._out: dict[int, tuple[str, float]] = {}
+        self._out: dict[int, tuple[Message, float]] = {}
         self._tardy: set[int] = set()
 
     def forget_all_but(self, connected: set[int]) -> None:
@@ -66,13 +66,14 @@ class Introductions:
         taken = set(self._grid.push_messages([*messages.values()]))
         for node, message in messages.items():
             if message.metadata.message_id in taken:
-                self._out[node] = message.metadata.message_id, time.monotonic()
+                self._out[node] = message, time.monotonic()
 
     def answers(self) -> dict[int, Message]:
         """Take the answers that have come, by node, sorted; a node that was slow has none."""
         found: dict[int, Message] = {}
-        for node, (message_id, sent) in sorted(self._out.items()):
-            answer = next(iter(self._grid.pull_messages([message_id])), None)
+        for node in self.unanswered():
+            message, sent = self._out[node]
+            answer = pull_reply(self._grid, message)
             expired = time.monotonic() - sent > QUERY_TIMEOUT_SECONDS
             slow = answer is not None and answer.has_error() and answer.error.code in SLOW_CODES
             if answer is None and not expired:

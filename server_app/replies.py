@@ -39,6 +39,7 @@ FLOWERS_ERRORS = {
     ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "its Flower could not load the app; its own log says why",
     ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "its ClientApp could not start; its own log says why",
     ErrorCode.MESSAGE_UNAVAILABLE: "no reply in time",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "its reply cannot be read, or has expired",
     ErrorCode.NODE_UNAVAILABLE: "the node is gone",
     ErrorCode.CLIENT_APP_CRASHED: "its ClientApp was killed, perhaps for want of memory",
 }
@@ -92,7 +93,7 @@ def checked_content(reply: Reply, *, timeout: float) -> RecordDict:
     """Return what a client replied.
 
     Raises:
-        UnusableReply: it did not reply in time, or replied with an error.
+        UnusableReply: it did not reply in time, or replied with an error or without records.
     """
     if reply.sent is None:
         raise UnusableReply(f"not asked: its turn did not come within {timeout:g} s")
@@ -100,6 +101,8 @@ def checked_content(reply: Reply, *, timeout: float) -> RecordDict:
         raise UnusableReply(f"no reply within {timeout:g} s")
     if reply.message.has_error():
         raise UnusableReply(describe_error(reply.message.error))
+    if not isinstance(reply.message.content, RecordDict):
+        raise UnusableReply("no records in the reply")
     return reply.message.content
 
 

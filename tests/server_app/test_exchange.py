@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from server_app.exchange import exchange
 from server_app.messages import addressed
@@ -125,6 +126,25 @@ def test_error_replies_are_replies() -> None:
         found = [*replies(network, messages)]
     assert sorted(reply.client for reply in found) == [0, 1]
     assert all(reply.message is not None and reply.message.has_error() for reply in found)
+
+
+def test_reply_that_flower_cannot_read_is_unusable_and_the_others_reply() -> None:
+    network = Network()
+    messages = sent_to(network.add_nodes(3))
+    pull = network.grid.pull_messages
+
+    def pulled(message_ids: list[str]) -> list[Message]:
+        found = list(pull(message_ids))
+        if found and message_ids == [messages[1].metadata.message_id]:
+            ProtoMessage.FromString(b"no message")
+        return found
+
+    network.grid.pull_messages = pulled  # type: ignore[method-assign]
+    with network.answering(echo):
+        found = {reply.client: reply for reply in replies(network, messages)}
+    with pytest.raises(UnusableReply, match="its reply cannot be read"):
+        checked_content(found[1], timeout=20)
+    assert [checked_content(found[n], timeout=20)[Key.CONFIG]["n"] for n in (0, 2)] == [0, 2]
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 5, 9, None])

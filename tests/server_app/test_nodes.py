@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from client_app.app import app
 from server_app.nodes import Nodes, sample_clients
@@ -188,6 +189,18 @@ def test_node_that_fails_is_refused_with_its_words(network: Network) -> None:
     reason = rf"node {bad} was refused: ImportError \(code 100\)$"
     with network.answering(failing), pytest.raises(TimeoutError, match=reason):
         real(network).wait_for(1, seconds=2.5)
+
+
+def test_node_whose_answer_flower_cannot_read_is_refused(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(message_ids: object) -> None:
+        ProtoMessage.FromString(b"no message")
+
+    (bad,) = network.add_nodes(1)
+    monkeypatch.setattr(network.grid, "pull_messages", unreadable)
+    with pytest.raises(TimeoutError, match=rf"node {bad} was refused: its reply cannot be read"):
+        real(network).wait_for(1, seconds=0.2)
 
 
 @pytest.mark.parametrize("missing", [Key.CONFIG, Key.FINGERPRINT])
