@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from task.checks import require
 from task.config import MODELS, Config, ModelConfig
 from task.generators.base import Generator
 from task.generators.diffusion.generator import build_diffusion
@@ -21,12 +22,16 @@ def register(family: str, schema: type[ModelConfig], build: Callable[[Config], G
         family: its name, the word of `model.family`.
         schema: of the section `model`.
         build: makes a generator, with weights from torch's global generator.
+
+    Raises:
+        ValueError: there is a family of this name.
     """
+    require(family not in MODELS, "family", f"another name than {', '.join(MODELS)}", family)
     MODELS[family], GENERATORS[family] = schema, build
 
 
 def weightless_generator(config: Config) -> Generator:
-    """Make the generator of a configuration without memory for weights, to be asked what it is."""
+    """Make the generator of a configuration on the meta device, without memory for weights."""
     with torch.device("meta"):
         return build_generator(config)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from task.config import load_config
+from task.config import ModelConfig, load_config
 from task.generators.base import Batch
 from task.generators.diffusion.generator import build_diffusion
 from task.generators.diffusion.noise_schedule import log_snr
@@ -20,6 +20,7 @@ from task.generators.diffusion.objective import (
     training_target,
 )
 from task.generators.diffusion.samplers import predict_x_start
+from task.generators.registry import register
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -238,3 +239,8 @@ def test_diffusion_losses_rejects_uint8_images() -> None:
             loss_weighting="uniform",
             loss_reduction="mean",
         )
+
+
+def test_a_family_is_registered_once() -> None:
+    with pytest.raises(ValueError, match="family must be another name than diffusion, got 'diff"):
+        register("diffusion", ModelConfig, build_diffusion)
