@@ -283,7 +283,7 @@ The network is a function of
 
 It returns what `prediction_type` says ({prediction_type}), in the shape of `x_t`. Images are drawn
 from noise along the steps of a sampler: `config.json` holds `classes`, `alphas_cumprod` and the
-sampler's arguments, `samplers.py` makes steps of them and walks them with NumPy or PyTorch, and
+sampler's arguments, `samplers.py` makes steps of them and takes them with NumPy or PyTorch, and
 `drawing.py` is the rest of `sample.py`.
 """
 

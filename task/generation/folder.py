@@ -207,7 +207,7 @@ class SyntheticFolder:
 
 
 def batch_size_of(path: Path) -> int | None:
-    """Return the batch size of the images in a folder, None where there are none; see above."""
+    """Return the batch size of the images in a folder, None where there are none."""
     manifest = read_manifest(path)
     return None if manifest is None else manifest.origin.get("batch_size")
 

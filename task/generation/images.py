@@ -150,8 +150,3 @@ class ImageSource:
         return GeneratedImages(
             torch.cat(batches), torch.tensor(labels).repeat_interleave(num_images)
         )
-
-
-def image_shape(config: Config) -> tuple[int, int, int]:
-    """Return (C, H, W) of the images of a configuration."""
-    return (config.data.channels, config.data.image_size, config.data.image_size)

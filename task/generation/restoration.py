@@ -17,7 +17,7 @@ from task.config import Config, changed_config
 from task.data import normalize
 from task.data.shape import LUMA
 from task.generation.batches import block_noise, fitting_batch_size, to_uint8
-from task.generation.images import GeneratedImages, image_shape
+from task.generation.images import GeneratedImages
 from task.generators.base import Generator, Projection
 from task.randomness import Stream, torch_generator
 from task.training.devices import autocast, move
@@ -99,7 +99,7 @@ def picture_shape(
     """
     asked = mask + (upscale is not None) + colorize
     require(asked == 1, "one of mask, upscale and colorize", "given, no more", asked)
-    channels, size, _ = image_shape(config)
+    channels, size = config.data.channels, config.data.image_size
     if upscale is not None:
         fits = upscale > 1 and size % upscale == 0
         require(fits, "upscale", f"> 1 and a divisor of data.image_size={size}", upscale)
@@ -176,7 +176,7 @@ class Restorer:
         label: int,
         num_images: int,
         device: torch.device,
-        **walk: int | None,
+        **options: int | None,
     ) -> None:
         """Bring a generator to a device, and check all that can be checked before drawing.
 
@@ -188,7 +188,7 @@ class Restorer:
             label: of the class.
             num_images: for each of `known`, >= 1.
             device: that draws.
-            **walk: see `Generator.restoring`.
+            **options: see `Generator.restoring`.
 
         Raises:
             ValueError: a number is out of range, or the generator cannot restore.
@@ -198,7 +198,7 @@ class Restorer:
         self._config, self._num_images = config, num_images
         self._known, self._projection = known, projection
         self._generator = generator
-        self._restore = generator.restoring(**walk)
+        self._restore = generator.restoring(**options)
         move(generator, device, channels_last=config.train.channels_last)
         generator.eval()
         with autocast(device, config.eval.precision):

@@ -159,7 +159,7 @@ class Generator(nn.Module, ABC):
 
         Args:
             jump_length: steps that are taken back at a time; None: what suits the family.
-            num_resamples: how often each stretch of that length is walked; None: likewise.
+            num_resamples: how often each stretch of that length is taken; None: likewise.
 
         Raises:
             ValueError: an option is out of range, or the family cannot restore.

@@ -21,7 +21,7 @@ from task.generation.restoration import (
     restoration_config,
 )
 from task.generators.base import NoiseSource, Projection
-from task.generators.diffusion.repaint import into_range, resampling_walk
+from task.generators.diffusion.repaint import into_range, repaint_moves
 from task.runs.layout import run_config
 from task.runs.run import final_model, load_run
 from tests.cli.test_cli import assert_fails_in_one_line, feddm, finished_run
@@ -173,18 +173,18 @@ def test_into_range_leaves_images_in_range_alone() -> None:
     assert torch.allclose(into_range(images, known, BlockMean(4)), images, atol=1e-6)
 
 
-def test_resampling_walk_jumps_as_the_code_of_repaint_does() -> None:
+def test_repaint_moves_jumps_as_the_code_of_repaint_does() -> None:
     # t of its get_schedule_jump(t_T=8, jump_length=2, jump_n_sample=3) is the steps left, less one.
     t_values = [7, 6, 5, 4, 5, 6, 5, 4, 5, 6, 5, 4, 3, 2, 3, 4, 3, 2, 3, 4, 3, 2]
     t_values += [1, 0, 1, 2, 1, 0, 1, 2, 1, 0, -1]
-    walk = [*resampling_walk(8, 2, 3)]
+    walk = [*repaint_moves(8, 2, 3)]
     visited = [8]
     for before, after in walk:
         assert before == visited[-1]
         step = 1 if after > before else -1
         visited += range(before + step, after + step, step)
     assert [left - 1 for left in visited] == t_values
-    assert [*resampling_walk(3, 10, 1)] == [(3, 2), (2, 1), (1, 0)]
+    assert [*repaint_moves(3, 10, 1)] == [(3, 2), (2, 1), (1, 0)]
 
 
 def test_impossible_tasks_are_refused() -> None:
@@ -206,7 +206,7 @@ def test_impossible_tasks_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"jump_length must be >= 1 and below the 4 steps .*--num-resamples 1"
     ):
-        [*resampling_walk(4, 10, 2)]
+        [*repaint_moves(4, 10, 2)]
     with pytest.raises(ValueError, match="known must be in"):
         repaint(white_gaussian(0, 1), 2 * pictures(1), projection=Luma())
 

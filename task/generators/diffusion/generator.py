@@ -18,10 +18,10 @@ from task.generators.diffusion.objective import DiffusionObjective
 from task.generators.diffusion.repaint import (
     JUMP_LENGTH,
     NUM_RESAMPLES,
+    repaint_moves,
     repaint_sample,
-    resampling_walk,
 )
-from task.generators.diffusion.samplers import Predict, guide, sampling_steps, walk
+from task.generators.diffusion.samplers import Predict, guide, sample_along, sampling_steps
 
 # Of the network's tensors, which no file and no message has.
 PREFIX = "network."
@@ -129,7 +129,7 @@ class Diffusion(Generator):
         self, labels: Tensor, noise: NoiseSource, *, advance: Advance = lambda number: None
     ) -> Tensor:
         """Draw an image for each label along the steps of the sampler."""
-        images: Tensor = walk(
+        images: Tensor = sample_along(
             self._steps,
             self.predicting(labels, advance),
             draw_noise=noise,
@@ -176,7 +176,7 @@ class Diffusion(Generator):
             jump_length = max(1, min(JUMP_LENGTH, num_steps - 1))
         if num_resamples is None:
             num_resamples = NUM_RESAMPLES if num_steps > 1 else 1
-        return partial(self._restore, [*resampling_walk(num_steps, jump_length, num_resamples)])
+        return partial(self._restore, [*repaint_moves(num_steps, jump_length, num_resamples)])
 
     @torch.inference_mode()
     def _restore(

@@ -36,14 +36,8 @@ class NoiseSchedule:
 
     @property
     def num_timesteps(self) -> int:
-        """T, the number of timesteps on which samplers walk."""
+        """T, the number of timesteps."""
         return len(self.alphas_cumprod)
-
-    @property
-    def betas(self) -> Tensor:
-        """The variance that each step adds, [T] float64 in (0, 1); nothing precedes step 0."""
-        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
-        return 1 - self.alphas_cumprod / before
 
     def alphas_cumprod_at(self, times: Tensor) -> Tensor:
         """Look up what is left of the images at given times.

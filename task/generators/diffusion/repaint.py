@@ -23,7 +23,7 @@ from torch import Tensor
 
 from task.checks import require
 from task.generators.base import NoiseSource, Projection
-from task.generators.diffusion.samplers import Predict, ddim_steps, see, take
+from task.generators.diffusion.samplers import Predict, ddim_steps, denoise, take_step
 
 # RePaint's own, for its 250 steps.
 JUMP_LENGTH = 10
@@ -45,7 +45,7 @@ def repaint_sample(
 
     Args:
         predict: the model, for the labels of the images.
-        moves: of `resampling_walk`.
+        moves: of `repaint_moves`.
         alphas_cumprod: of each timestep of the model, in (0, 1), falling.
         prediction_type: what the model returns.
         clip_x_start: whether to clamp each prediction of x_start to [-1, 1].
@@ -74,10 +74,10 @@ def repaint_sample(
             x_t = noised(x_t, after / here, draw_noise)
             continue
         step = steps[left - 1]
-        x_start = see(
+        x_start = denoise(
             step, x_t, predict, prediction_type=prediction_type, clip_x_start=clip_x_start
         )
-        x_t = take(step, x_t, x_start, x_start, draw_noise)
+        x_t = take_step(step, x_t, x_start, x_start, draw_noise)
         target = noised(known, after, draw_noise) if to > 0 else known
         x_t = x_t + projection(target - x_t)
     return into_range(x_t, known, projection)
@@ -88,17 +88,17 @@ def noised(images: Tensor, share: float, draw_noise: NoiseSource) -> Tensor:
     return math.sqrt(share) * images + math.sqrt(1 - share) * draw_noise()
 
 
-def resampling_walk(
+def repaint_moves(
     num_inference_steps: int, jump_length: int, num_resamples: int
 ) -> Iterator[tuple[int, int]]:
-    """Walk from noise to images with jumps back: yields steps left, before and after each move.
+    """List the moves from noise to images with jumps back: steps left, before and after each move.
 
     A move down is a step of the model; a move up adds the noise of `jump_length` steps at once.
 
     Args:
         num_inference_steps: n, >= 1.
         jump_length: in [1, n) where there are jumps.
-        num_resamples: >= 1, how often the model walks from each landing to the next.
+        num_resamples: >= 1, how often the model takes the steps from each landing to the next.
 
     Raises:
         ValueError: a number is out of range.

@@ -1,6 +1,6 @@
-"""The steps of the samplers in plain numbers, and the walk along them from noise to images.
+"""The steps of the samplers in plain numbers, and how they lead from noise to images.
 
-The numbers are Python's own and the walk takes arrays of torch and of NumPy alike. It imports
+The numbers are Python's own, and the arrays of torch or of NumPy. It imports
 nothing of feddm, because `feddm export` ships this file beside the weights.
 """
 
@@ -177,7 +177,7 @@ def inference_timesteps(num_timesteps: int, num_inference_steps: int) -> list[in
     return [num_timesteps * step // num_inference_steps - 1 for step in steps]
 
 
-def walk(
+def sample_along(
     steps: Iterable[Step],
     predict: Predict,
     *,
@@ -202,24 +202,24 @@ def walk(
     """
     x_t = previous = draw_noise()
     for step in steps:
-        x_start = see(
+        x_start = denoise(
             step, x_t, predict, prediction_type=prediction_type, clip_x_start=clip_x_start
         )
-        x_t = take(step, x_t, x_start, previous, draw_noise)
+        x_t = take_step(step, x_t, x_start, previous, draw_noise)
         previous = x_start
     return x_t
 
 
-def see(
+def denoise(
     step: Step, x_t: Array, predict: Predict, *, prediction_type: str, clip_x_start: bool
 ) -> Array:
-    """Return the clean images that the model sees in noisy ones; the arguments are `walk`'s."""
+    """Return the clean images that the model sees in noisy ones; see `sample_along`."""
     output = predict(x_t, step.log_snr)
     x_start = predict_x_start(output, x_t, step.alpha_cumprod, prediction_type)
     return x_start.clip(-1, 1) if clip_x_start else x_start
 
 
-def take(
+def take_step(
     step: Step, x_t: Array, x_start: Array, previous: Array, draw_noise: Callable[[], Array]
 ) -> Array:
     """Take a step from noisy images `x_t`, in which the model sees `x_start`."""
@@ -281,7 +281,7 @@ def draw_by_settings(
         settings: with "alphas_cumprod", "prediction_type", "null_label" and "sampling".
         predict: the model, of x_t, their log-SNR and labels.
         labels: [N] int64.
-        draw_noise: see `walk`.
+        draw_noise: see `sample_along`.
         **sampling: what to change of `settings["sampling"]`: sampler, num_inference_steps, eta,
             variance, clip_x_start, guidance_scale.
 
@@ -306,7 +306,7 @@ def draw_by_settings(
             return output
         return guide(output, predict(x_t, log_snr, labels * 0 + null_label), scale)
 
-    return walk(
+    return sample_along(
         sampling_steps(settings["alphas_cumprod"], **chosen),
         guided,
         draw_noise=draw_noise,
