@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from flwr.app import MessageType, MetricRecord, RecordDict
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from server_app.log import log
 from server_app.messages import record_of
-from server_app.replies import LARGEST_METRIC, UnusableReply, check_bounds
+from server_app.replies import LARGEST_METRIC, read_numbers
 from server_app.weighting import Weighting
 from task.checks import require
 from task.config import MIN_MEASURED_IMAGES, Config
@@ -72,14 +72,10 @@ def read_scores(content: RecordDict) -> HospitalScores:
     Raises:
         UnusableReply: a score is missing or is no number that it can be.
     """
-    if Key.METRICS not in content:
-        raise UnusableReply(f"no record {Key.METRICS.value!r} in the reply")
     metrics = record_of(content, Key.METRICS, MetricRecord)
     if metrics.get(Key.NUM_EXAMPLES) == 0:  # too few held-out images
         return {Key.NUM_EXAMPLES: 0}
-    bounds = expected_scores(metrics)
-    check_bounds(metrics, bounds)
-    return {name: cast(int | float, metrics[name]) for name in (Key.NUM_EXAMPLES, *bounds)}
+    return read_numbers(content, expected_scores(metrics))
 
 
 def expected_scores(scores: Container[str]) -> dict[str, tuple[float, float]]:

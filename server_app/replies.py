@@ -106,21 +106,18 @@ def checked_content(reply: Reply, *, timeout: float) -> RecordDict:
     return reply.message.content
 
 
-def read_metrics(content: RecordDict) -> MetricRecord:
+def read_metrics(content: RecordDict) -> dict[str, int | float]:
     """Return the numbers of a reply.
 
     Raises:
         UnusableReply: loss or number of images is missing, one is no number that a metric can
             be, or there are no images.
     """
-    if Key.METRICS not in content:
-        raise UnusableReply(f"no record {Key.METRICS.value!r} in the reply")
     metrics = record_of(content, Key.METRICS, MetricRecord)
     given = [name for name in DURATIONS_AND_RATES if name in metrics]
     bounds: dict[str, tuple[float, float]] = dict.fromkeys(given, (0.0, LARGEST_METRIC))
     # Below 0 are losses such as those of a density or of a critic.
-    check_bounds(metrics, {Key.LOSS: (-LARGEST_METRIC, LARGEST_METRIC), **bounds})
-    return metrics
+    return read_numbers(content, {Key.LOSS: (-LARGEST_METRIC, LARGEST_METRIC), **bounds})
 
 
 def check_claim(content: RecordDict, num_images: int | None) -> None:
@@ -143,16 +140,22 @@ def check_claim(content: RecordDict, num_images: int | None) -> None:
         )
 
 
-def check_bounds(metrics: MetricRecord, bounds: Mapping[str, tuple[float, float]]) -> None:
-    """Check the number of images of a reply, and that each number is there and within bounds.
+def read_numbers(
+    content: RecordDict, bounds: Mapping[str, tuple[float, float]]
+) -> dict[str, int | float]:
+    """Return the number of images of a reply, and each number that has bounds.
 
     Args:
-        metrics: of the reply.
+        content: the reply.
         bounds: the least and the largest that a number may be, by name.
 
     Raises:
-        UnusableReply: one is not.
+        UnusableReply: one is missing or out of its bounds.
     """
+    if Key.METRICS not in content:
+        raise UnusableReply(f"no record {Key.METRICS.value!r} in the reply")
+    metrics = record_of(content, Key.METRICS, MetricRecord)
+    numbers: dict[str, int | float] = {}
     for name in (Key.NUM_EXAMPLES, *bounds):
         value = metrics.get(name)
         least, most = bounds.get(name, (-np.inf, np.inf))
@@ -162,9 +165,11 @@ def check_bounds(metrics: MetricRecord, bounds: Mapping[str, tuple[float, float]
             raise kind(f"{name} must be a finite number, got {value!r}")
         if not least <= value <= most:
             raise kind(f"{name} must be from {least:g} to {most:g}, got {value!r}")
-    num_examples = metrics[Key.NUM_EXAMPLES]
+        numbers[name] = value
+    num_examples = numbers[Key.NUM_EXAMPLES]
     if not isinstance(num_examples, int) or not 0 < num_examples <= LARGEST_METRIC:
         raise UnusableReply(f"{Key.NUM_EXAMPLES} must be a whole number > 0, got {num_examples}")
+    return numbers
 
 
 def read_weights(
@@ -240,8 +245,8 @@ def read_training(
         UnusableReply: see `read_metrics` and `read_weights`; or the weights lie further than
             `max_norm` from those that were sent.
     """
-    metrics = read_metrics(content)
-    num_images, loss = counted_loss(metrics)
+    numbers = read_metrics(content)
+    num_images = int(numbers[Key.NUM_EXAMPLES])
     weights = read_weights(content, size=len(sent), num_images=num_images, num_clients=num_clients)
     norm = distance(weights, sent)
     if max_norm is not None and norm > max_norm:
@@ -249,12 +254,8 @@ def read_training(
             f"weights at a distance of {norm:.4g} from those that were sent, "
             f"federation.max_update_norm={max_norm:g}"
         )
-    spent = {
-        str(name): float(metrics[name])  # type: ignore[arg-type]
-        for name in DURATIONS_AND_RATES
-        if name in metrics
-    }
-    return LocalTraining(weights, num_images, loss, spent, norm)
+    spent = {str(name): numbers[name] for name in DURATIONS_AND_RATES if name in numbers}
+    return LocalTraining(weights, num_images, numbers[Key.LOSS], spent, norm)
 
 
 def read_loss(content: RecordDict) -> tuple[int, float] | None:
@@ -265,12 +266,8 @@ def read_loss(content: RecordDict) -> tuple[int, float] | None:
     """
     if record_of(content, Key.METRICS, MetricRecord).get(Key.NUM_EXAMPLES) == 0:
         return None
-    return counted_loss(read_metrics(content))
-
-
-def counted_loss(metrics: MetricRecord) -> tuple[int, float]:
-    """Return the images and the loss of numbers that were checked."""
-    return int(metrics[Key.NUM_EXAMPLES]), float(metrics[Key.LOSS])  # type: ignore[arg-type]
+    numbers = read_metrics(content)
+    return int(numbers[Key.NUM_EXAMPLES]), numbers[Key.LOSS]
 
 
 @dataclass(frozen=True)
