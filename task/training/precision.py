@@ -19,26 +19,25 @@ PRECISION_SECONDS = 20.0
 
 
 def fastest_precision(config: Config, generator: Generator, device: torch.device) -> str:
-    """Name the faster precision for a run on this machine; see `faster_precision`."""
-    train = config.train
-    with torch_configured(num_threads=train.num_threads, deterministic=train.deterministic):
-        return faster_precision(generator, channels_last=train.channels_last, device=device)
-
-
-def faster_precision(generator: Generator, *, channels_last: bool, device: torch.device) -> str:
-    """Name the faster of float32 and bfloat16.
+    """Name the faster of float32 and bfloat16 for a run on this machine.
 
     On a GPU it is bfloat16 where the GPU computes in it; a CPU is timed, because there it
     depends on the network as well.
 
     Args:
+        config: of the run.
         generator: copied, so left as it is.
-        channels_last: as it will be trained.
         device: where it will be trained.
     """
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if native else "float32"
+    train = config.train
+    with torch_configured(num_threads=train.num_threads, deterministic=train.deterministic):
+        return _timed_precision(generator, channels_last=train.channels_last, device=device)
+
+
+def _timed_precision(generator: Generator, *, channels_last: bool, device: torch.device) -> str:
     # 32 images say as much as a whole batch and take seconds.
     images = torch.zeros((32, *generator.image_shape), dtype=torch.uint8)
 

@@ -21,7 +21,7 @@ from task.training.devices import (
     select_device,
 )
 from task.training.loop import fit, fit_options, held_out_loss
-from task.training.precision import faster_precision
+from task.training.precision import fastest_precision
 from tests.benchmarks.contestants import timed
 from tests.benchmarks.flops import count_flop, matmul_rate
 
@@ -70,8 +70,7 @@ class Feddm:
         train = self.config.train
         if train.precision != "auto":
             return train.precision
-        channels_last = train.channels_last
-        return faster_precision(self.model, channels_last=channels_last, device=self.device)
+        return fastest_precision(self.config, self.model, self.device)
 
     def settled_precision(self) -> str:
         """Return `precision`."""

@@ -26,7 +26,7 @@ from task.training.devices import (
     select_device,
 )
 from task.training.loop import Callback, FitResult, fit, fit_options, held_out_loss
-from task.training.precision import faster_precision
+from task.training.precision import fastest_precision
 from tests.training.generators import Known
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -355,9 +355,9 @@ def test_model_trains_on_after_a_held_out_loss(model: Diffusion, digits: ImageSe
     assert same_bits(model, other)
 
 
-def test_faster_precision_names_one_and_leaves_model_and_generator(model: Diffusion) -> None:
+def test_fastest_precision_names_one_and_leaves_model_and_generator(model: Diffusion) -> None:
     before, state = copy.deepcopy(model.eval()), torch.get_rng_state()
-    assert faster_precision(model, channels_last=True, device=CPU) in ("float32", "bfloat16")
+    assert fastest_precision(CONFIG, model, CPU) in ("float32", "bfloat16")
     assert same_bits(model, before) and not model.training
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -377,11 +377,11 @@ class Slow(Known):
 
 @pytest.mark.parametrize("patience", [20.0, 0.0])
 @pytest.mark.parametrize(("slow", "fast"), [("float32", "bfloat16"), ("bfloat16", "float32")])
-def test_faster_precision_names_the_faster(
+def test_fastest_precision_names_the_faster(
     slow: str, fast: str, patience: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("task.training.precision.PRECISION_SECONDS", patience)
-    assert faster_precision(Slow(slow), channels_last=False, device=CPU) == fast
+    assert fastest_precision(CONFIG, Slow(slow), CPU) == fast
 
 
 def test_seeded_global_generator_gives_its_draws_and_puts_the_global_one_back() -> None:
