@@ -72,18 +72,13 @@ def record_partition(config: Config, partition: Partition, directory: RunWriter)
             "it with as many hospitals and the same data"
         )
     directory.write_json(PARTITION_FILE, described)
-    title = f"{config.data.name}, {described_split(config)}"
+    beta = config.partition.beta
+    title = f"{config.data.name}, {'given counts' if beta is None else f'beta={beta:g}'}"
     save_partition_heatmaps(
         {title: partition.counts}, directory.path / "partition.png", classes=config.data.classes
     )
     sizes = partition.counts.sum(1)
     log(f"{sizes.sum():,} training images, {described_range(sizes)} at a hospital")
-
-
-def described_split(config: Config) -> str:
-    """Say in a few words how the images were dealt out."""
-    beta = config.partition.beta
-    return "given counts" if beta is None else f"beta={beta:g}"
 
 
 def described_range(numbers: np.ndarray) -> str:
