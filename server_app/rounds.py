@@ -19,7 +19,7 @@ from task.randomness import Stream, seeded_global_generator, torch_generator
 from task.reporting.run_summary import summary_lines
 from task.reporting.warning_signs import closing_lines
 from task.runs.commands import describe_report_of
-from task.runs.layout import DIVERGED, MACHINE_FILE, REPORT_FILE, checkpoints, round_of
+from task.runs.layout import DIVERGED, MACHINE_FILE, REPORT_FILE, checkpoints, final_round, round_of
 from task.runs.records import Record
 from task.runs.run import Run
 from task.runs.writer import RunWriter
@@ -111,7 +111,7 @@ class RoundLoop(ABC):
                 f"federation.rounds must be at least {done}, the last complete round of "
                 f"{self.directory.path}, got {rounds}"
             )
-        whole = self.directory.final_round() == rounds and not self.directory.damaged
+        whole = final_round(self.directory.path) == rounds and not self.directory.damaged
         if whole and is_measured(self.directory.path, self.config):
             log(f"all {rounds} rounds are complete already; a larger federation.rounds goes on")
             if not (self.directory.path / REPORT_FILE).exists():

@@ -105,16 +105,6 @@ class Metric:
     through: str = ""
     most: int | None = None
 
-    def full_title(self, reference: str | None) -> str:
-        """Return the title with the images that it is measured against."""
-        return f"{self.title} ({reference})" if reference in (TRAIN, TEST) else self.title
-
-    def heading(self, reference: str | None) -> str:
-        """Return the full title with an arrow to what is better."""
-        arrows = {"higher": " ↑", "lower": " ↓", None: ""}
-        arrow = f" ≈ {self.better:g}" if isinstance(self.better, float) else arrows[self.better]
-        return self.full_title(reference) + arrow
-
     def key(self, *, real: bool = False) -> str:
         """Return the name in messages, of generated images or of real ones."""
         return ("floor-" if real else "") + self.name.replace("_", "-")

@@ -29,12 +29,14 @@ class Quantity(NamedTuple):
     @property
     def title(self) -> str:
         """What is measured against what."""
-        return self.metric.full_title(self.reference)
+        title = self.metric.title
+        return f"{title} ({self.reference})" if self.reference in (TRAIN, TEST) else title
 
     @property
     def heading(self) -> str:
         """The title with an arrow to what is better."""
-        return self.metric.heading(self.reference)
+        better, arrows = self.metric.better, {"higher": " ↑", "lower": " ↓", None: ""}
+        return self.title + (f" ≈ {better:g}" if isinstance(better, float) else arrows[better])
 
     def found(
         self, records: Records, *, real: bool = False, client: int | None = None

@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from task.config import Config, read_config
 
@@ -152,6 +152,19 @@ def checkpoints(run: Path) -> list[Path]:
 def last_complete_round(run: Path) -> int:
     """Return the last complete round of the run in a folder, 0 before the first."""
     return max((round_of(file) for file in checkpoints(run)), default=0)
+
+
+def final_round(run: Path) -> int | None:
+    """Return the round of the final weights of the run in a folder; None while there are none.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    file = weights_file(run)
+    if not file.is_file():
+        return None
+    with understood(file), safe_open(file, framework="pt") as weights:
+        return int((weights.metadata() or {})["round"])
 
 
 def round_of(file: Path) -> int:

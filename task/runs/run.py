@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from task.checks import require
@@ -41,6 +40,7 @@ from task.runs.layout import (
     POOLED_FILE,
     SUBMISSION_FILE,
     TIMES_FILE,
+    final_round,
     last_complete_round,
     read_json,
     round_of,
@@ -107,11 +107,7 @@ class Run:
     @cached_property
     def final_round(self) -> int | None:
         """The round of the final weights; None while there are none."""
-        file = weights_file(self.path)
-        if not file.is_file():
-            return None
-        with understood(file), safe_open(file, framework="pt") as weights:
-            return int((weights.metadata() or {})["round"])
+        return final_round(self.path)
 
     @cached_property
     def rounds_done(self) -> int:

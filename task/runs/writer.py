@@ -223,14 +223,6 @@ class RunWriter:
 
         save_weights(self.model_file, weights, self._metadata(server_round))
 
-    def final_round(self) -> int | None:
-        """The round of the final weights; None while there are none."""
-        from task.runs.checkpoint import load_weights
-
-        if not self.model_file.exists():
-            return None
-        return int(load_weights(self.model_file)[1]["round"])
-
     def _metadata(self, server_round: int) -> dict[str, str]:
         from task.runs.checkpoint import weights_metadata
 

@@ -13,7 +13,7 @@ from task.data import Dataset
 from task.evaluation.comparison import Comparison
 from task.evaluation.hospital_scores import score_images
 from task.evaluation.metrics import METRICS, Metric, Score, Use
-from task.reporting.metric_table import quantities
+from task.reporting.metric_table import Quantity, quantities
 from task.reporting.model_card import write_model_card
 from task.reporting.report import write_report
 from task.runs.records import HELD_OUT, Records
@@ -99,8 +99,8 @@ def test_metric_of_one_entry_is_asked_of_hospitals(toy: Metric, tmp_path: Path) 
 def test_headings_tell_the_reference_and_what_is_better() -> None:
     headings = {each.heading for each in quantities(Use.TABLES)}
     assert {"IS ↑", "FID (train) ↓", "FID (test) ↓", "FID ↓"} <= headings
-    assert METRICS["density"].heading(None) == "density ≈ 1"
-    assert METRICS["chance_agreement"].heading(None) == "found in the class asked for by chance"
+    assert Quantity("density").heading == "density ≈ 1"
+    assert Quantity("chance_agreement").heading == "found in the class asked for by chance"
 
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)

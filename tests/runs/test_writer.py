@@ -19,7 +19,7 @@ from torch import Tensor
 from task.config import Config, anchored, load_config, read_config, value_paths
 from task.runs import writer
 from task.runs.checkpoint import load_weights
-from task.runs.layout import NODES_FILE, client_numbers, run_path
+from task.runs.layout import NODES_FILE, client_numbers, final_round, run_path
 from task.runs.records import HELD_OUT, TRAIN, Record, read_records
 from task.runs.resume import FREE_TO_CHANGE, check_startable
 from task.runs.run import Run
@@ -154,7 +154,7 @@ def test_new_run_has_no_rounds_no_metrics_and_no_weights(tmp_path: Path) -> None
         assert directory.last_round == 0
         assert recorded(directory) == []
         assert directory.load_checkpoint() is None
-        assert directory.final_round() is None
+        assert final_round(directory.path) is None
         assert directory.read_json("partition.json") is None
 
 
@@ -452,7 +452,7 @@ def test_damaged_final_weights_are_set_aside(started: Path) -> None:
         directory.save_model(2, weights(2))
     flipped(started / "model.safetensors")
     with opened(started.parent, "resume=true") as directory:
-        assert directory.final_round() is None and directory.last_round == 2
+        assert final_round(directory.path) is None and directory.last_round == 2
         assert "kept as damaged-model.safetensors" in directory.damaged[0]
 
 
@@ -467,7 +467,7 @@ def test_what_is_not_finite_reaches_no_json_file(tmp_path: Path, value: float) -
 def test_final_weights_say_their_round_and_configuration(tmp_path: Path) -> None:
     with opened(tmp_path, "seed=5", "partition.beta=inf") as directory:
         directory.save_model(7, weights(7))
-        assert directory.final_round() == 7
+        assert final_round(directory.path) == 7
         loaded, metadata = load_weights(directory.model_file)
     assert torch.equal(loaded["layer.bias"], weights(7)["layer.bias"])
     stored: dict[str, Any] = json.loads(metadata["config"])
