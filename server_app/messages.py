@@ -17,8 +17,8 @@ from task.protocol.wire import Key, to_npy
 # and a node that wakes up late does not work through rounds that are over.
 TTL_SHARE = 0.95
 
-# Flower's, of a reply made to break it; a network that fails raises others.
-UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError, DecodeError)
+# Flower's, of a reply that was made to break it; a network that fails raises others.
+INFLATE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RecursionError, DecodeError)
 
 FlowerRecord = TypeVar("FlowerRecord", ArrayRecord, MetricRecord, ConfigRecord)
 
@@ -51,7 +51,7 @@ def pull_reply(grid: Grid, message: Message) -> Message | None:
     try:
         # One id per call: a pull loads every reply that is ready into memory.
         return next(iter(grid.pull_messages([message.metadata.message_id])), None)
-    except UNREADABLE:
+    except INFLATE_ERRORS:
         return Message(Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE), reply_to=message)
 
 
