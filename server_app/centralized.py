@@ -43,15 +43,13 @@ class CentralizedTraining(RoundLoop):
         super().__init__(directory)
         keep_freed_memory()
         self.dataset = load_images(self.config)
-        move(self.model, self.device, channels_last=self.config.train.channels_last)
         train = self.config.train
+        move(self.model, self.device, channels_last=train.channels_last)
         compile_where_wanted(
             self.model, train.compile, self.device, deterministic=train.deterministic
         )
-        self._num_processes = count_processes(
-            self.config.train.num_processes, self.device, one_per_gpu=False
-        )
-        self._optimizers = self.model.optimizers(self.config.train.lr)
+        self._num_processes = count_processes(train.num_processes, self.device, one_per_gpu=False)
+        self._optimizers = self.model.optimizers(train.lr)
 
     def gather(self) -> None:
         """Write down how many images of each class there are.

@@ -1,7 +1,7 @@
 """The steps of the samplers in plain numbers, and how they lead from noise to images.
 
-The numbers are Python's own, and the arrays of torch or of NumPy. It imports
-nothing of feddm, because `feddm export` ships this file beside the weights.
+The numbers are Python's own, and the arrays of torch or of NumPy. It imports nothing of feddm,
+because `feddm export` ships this file beside the weights.
 """
 
 import math
