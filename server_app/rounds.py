@@ -280,8 +280,8 @@ class RoundLoop(ABC):
         path = self.directory.path
         self.directory.record_time()
         try:
-            history = Run(path)
-            for line in [*summary_lines(history), *closing_lines(history)]:
+            run = Run(path)
+            for line in [*summary_lines(run), *closing_lines(run)]:
                 log(line)
             log(f"report: {write_report(path)}")
         # Nothing of the run depends on it, and a run that fails at its end would be repeated.

@@ -84,21 +84,21 @@ class Drawing(NamedTuple):
     narrow: bool = False
 
 
-def course_charts(history: Run) -> list[Drawing]:
+def course_charts(run: Run) -> list[Drawing]:
     """Draw losses, updates and times by round."""
-    return [*_loss_of_all(history), *_updates(history), *_phase_times(history), *_overhead(history)]
+    return [*_loss_of_all(run), *_updates(run), *_phase_times(run), *_overhead(run)]
 
 
-def _loss_of_all(history: Run) -> list[Drawing]:
+def _loss_of_all(run: Run) -> list[Drawing]:
     """Draw the training loss of every client and of all, and the test loss."""
     shared = {
         f"{reference} loss": series
         for reference in (TRAIN, TEST)
-        if (series := history.records.series("loss", reference=reference))
+        if (series := run.records.series("loss", reference=reference))
     }
     if not shared:
         return []
-    clients = history.records.of_clients("loss", reference=TRAIN)
+    clients = run.records.of_clients("loss", reference=TRAIN)
     says = f"Lines of the global model: {_spans(shared)}."
     says += f" Gray lines: train loss of {len(clients)} clients." if clients else ""
     domain = _extent(v for series in (*clients.values(), *shared.values()) for v in series.values())
@@ -106,9 +106,9 @@ def _loss_of_all(history: Run) -> list[Drawing]:
     return [Drawing("Loss by round", says, _spec(alt.layer(*layers)))]
 
 
-def _updates(history: Run) -> list[Drawing]:
+def _updates(run: Run) -> list[Drawing]:
     """Draw how far the weights of each client moved in each round."""
-    clients = history.records.of_clients("update_norm")
+    clients = run.records.of_clients("update_norm")
     if not clients:
         return []
     least, largest = _extent(value for series in clients.values() for value in series.values())
@@ -120,9 +120,9 @@ def _updates(history: Run) -> list[Drawing]:
     return [Drawing("How far each client moved the weights", says, _spec(alt.layer(*layers)))]
 
 
-def _phase_times(history: Run) -> list[Drawing]:
+def _phase_times(run: Run) -> list[Drawing]:
     """Draw the seconds of every round, phase by phase."""
-    found = _phases(history)
+    found = _phases(run)
     phases = [name for name in PHASES if found.get(name)]
     if not phases:
         return []
@@ -152,10 +152,10 @@ def _phase_times(history: Run) -> list[Drawing]:
     return [Drawing("Time of each round", says, _spec(chart))]
 
 
-def _phases(history: Run) -> dict[str, Series]:
+def _phases(run: Run) -> dict[str, Series]:
     """Return the seconds of each phase; of waiting only those in which no client trained."""
-    found = {name: history.records.series(f"seconds_{name}") for name in PHASES}
-    if epochs := history.records.series("seconds_epochs"):
+    found = {name: run.records.series(f"seconds_{name}") for name in PHASES}
+    if epochs := run.records.series("seconds_epochs"):
         return found | {"training": epochs}
     waited, trained = found["waiting"], found["training"]
     trained = {number: min(trained.get(number, 0.0), spent) for number, spent in waited.items()}
@@ -163,9 +163,9 @@ def _phases(history: Run) -> dict[str, Series]:
     return found | {"training": trained, "waiting": idle}
 
 
-def _overhead(history: Run) -> list[Drawing]:
+def _overhead(run: Run) -> list[Drawing]:
     """Draw the share of every round in which no client trained."""
-    series = history.records.series("overhead_share")
+    series = run.records.series("overhead_share")
     if not series:
         return []
     says = (
@@ -225,45 +225,45 @@ def metric_charts(runs: Mapping[str, Run], of: str = "") -> list[Drawing]:
     return drawings
 
 
-def participation_charts(history: Run) -> list[Drawing]:
+def participation_charts(run: Run) -> list[Drawing]:
     """Draw a map of which client trained in which round."""
-    states = history.participation()
+    states = run.participation()
     if not states:
         return []
     seen = {state: color for state, color in STATES.items() if state in states.values()}
-    rounds = alt.Scale(domain=[0.5, history.rounds_done + 0.5], nice=False)
+    rounds = alt.Scale(domain=[0.5, run.rounds_done + 0.5], nice=False)
     chart = (
-        _chart(_cells(history, states))
+        _chart(_cells(run, states))
         .mark_rect(stroke="#ffffff", strokeWidth=0.5)
         .encode(
             x=alt.X(
                 "begin:Q",
                 title="round",
                 scale=rounds,
-                axis=_whole_axis(1, history.rounds_done, grid=False),
+                axis=_whole_axis(1, run.rounds_done, grid=False),
             ),
             x2="end:Q",
             y=_client_axis(),
             color=_colors("state", seen),
             tooltip=["client:N", "rounds:N", "state:N", "reason:N"],
         )
-        .properties(height=_height(len(history.clients)))
+        .properties(height=_height(len(run.clients)))
     )
     tally = ", ".join(f"{state} {[*states.values()].count(state)} times" for state in seen)
     says = f"A row per client, a column per round: {tally}."
     return [Drawing("Who trained in which round", says, _spec(chart))]
 
 
-def _cells(history: Run, states: Mapping[tuple[int, int], str]) -> list[dict[str, Any]]:
+def _cells(run: Run, states: Mapping[tuple[int, int], str]) -> list[dict[str, Any]]:
     """List the cells of a map; of many rounds, those in which a client's state was the same join.
 
     Args:
-        history: of the run.
+        run: of the run.
         states: by round and client.
     """
     reasons = {
         (each.round, each.client): each.context["reason"]
-        for each in history.records.left_out
+        for each in run.records.left_out
         if each.context["activity"] == "train"
     }
     rows: list[dict[str, Any]] = []
@@ -273,7 +273,7 @@ def _cells(history: Run, states: Mapping[tuple[int, int], str]) -> list[dict[str
             "state": states[number, client],
             "reason": reasons.get((number, client), "-"),
         }
-        if history.rounds_done > MOST_CELLS and rows and cell.items() <= rows[-1].items():
+        if run.rounds_done > MOST_CELLS and rows and cell.items() <= rows[-1].items():
             rows[-1]["rounds"] = f"{rows[-1]['begin'] + 0.5:.0f} to {number}"
             rows[-1]["end"] = number + 0.5
         else:
@@ -282,12 +282,12 @@ def _cells(history: Run, states: Mapping[tuple[int, int], str]) -> list[dict[str
     return rows
 
 
-def class_charts(history: Run) -> list[Drawing]:
+def class_charts(run: Run) -> list[Drawing]:
     """Draw a map of the training images of each class at each client."""
-    known = {who: counts for who, counts in history.class_counts.items() if counts is not None}
+    known = {who: counts for who, counts in run.class_counts.items() if counts is not None}
     if not known:
         return []
-    classes = history.config.data.classes
+    classes = run.config.data.classes
     rows: list[dict[str, Any]] = [
         {"client": "all" if who == POOLED else str(who), "class": name, "images": number}
         for who, counts in known.items()

@@ -103,8 +103,8 @@ def write_report(run: Path, *others: Path, file: Path | None = None) -> Path:
         raise ValueError("--out must name the file of a comparison, got none; add --out FILE.html")
     if file is not None:
         _check_writable(file)
-    histories = [Run(folder) for folder in (run, *others)]
-    page = comparison_page(histories) if others else report_page(histories[0])
+    compared = [Run(folder) for folder in (run, *others)]
+    page = comparison_page(compared) if others else report_page(compared[0])
     file = run / REPORT_FILE if file is None else file
     with atomic_path(file) as aside:
         aside.write_text(page, encoding="utf-8")
@@ -118,38 +118,38 @@ def _check_writable(file: Path) -> None:
         raise ValueError(f"--out: there is no folder {file.parent}; make it first")
 
 
-def report_page(history: Run) -> str:
+def report_page(run: Run) -> str:
     """Lay a run out as a page of HTML."""
     return _page(
         "report.html.md",
-        title=f"Run {history.name}",
-        found=_findings({"": checks(history)}),
-        unfinished=_unfinished_states([history]),
-        samples=_samples(history),
-        num_samples=len(history.grids),
-        sentences=describe_run(history),
-        figures=[*key_figures(history), *_measured_values(history)],
-        origin=_origin(history),
-        course_charts=course_charts(history),
-        metric_charts=metric_charts({"generated": history}),
-        rounds=_round_rows(history),
-        **_participation(history),
-        **_training_images(history),
-        **_metrics(history),
-        **_repeating(history),
-        configuration=(history.path / "config.yaml").read_text(encoding="utf-8"),
+        title=f"Run {run.name}",
+        found=_findings({"": checks(run)}),
+        unfinished=_unfinished_states([run]),
+        samples=_samples(run),
+        num_samples=len(run.grids),
+        sentences=describe_run(run),
+        figures=[*key_figures(run), *_measured_values(run)],
+        origin=_origin(run),
+        course_charts=course_charts(run),
+        metric_charts=metric_charts({"generated": run}),
+        rounds=_round_rows(run),
+        **_participation(run),
+        **_training_images(run),
+        **_metrics(run),
+        **_repeating(run),
+        configuration=(run.path / "config.yaml").read_text(encoding="utf-8"),
     )
 
 
-def comparison_page(histories: Sequence[Run]) -> str:
+def comparison_page(compared: Sequence[Run]) -> str:
     """Lay several runs out side by side as a page of HTML."""
-    runs = dict(zip(labels([each.path for each in histories]), histories, strict=True))
+    runs = dict(zip(labels([each.path for each in compared]), compared, strict=True))
     return _page(
         "comparison.html.md",
         title=f"Comparison of {', '.join(runs)}",
         found=_findings({f"{label}: ": checks(run) for label, run in runs.items()}),
         incomparable=incomparable(runs),
-        unfinished=_unfinished_states(histories),
+        unfinished=_unfinished_states(compared),
         differences=_differences(runs),
         samples=_last_samples(runs),
         figures=_side_by_side(runs),
@@ -203,7 +203,7 @@ def _findings(found: Mapping[str, Sequence[Check]]) -> dict[str, list[str]]:
     return sentences
 
 
-def _unfinished_states(histories: Iterable[Run]) -> list[dict[str, Any]]:
+def _unfinished_states(compared: Iterable[Run]) -> list[dict[str, Any]]:
     """Say of runs that are not over how far they are, and how to go on with one that stopped."""
     return [
         {
@@ -212,36 +212,36 @@ def _unfinished_states(histories: Iterable[Run]) -> list[dict[str, Any]]:
             "rounds": each.config.federation.rounds,
             "command": None if each.running else _command_to_go_on(each),
         }
-        for each in histories
+        for each in compared
         if each.running or not each.finished
     ]
 
 
-def _command_to_go_on(history: Run) -> str:
-    if history.setting == "real nodes" and history.submitted is not None:
-        return resubmitting_command(history.submitted, history.path)
-    return resuming_command(history.config, history.path)
+def _command_to_go_on(run: Run) -> str:
+    if run.setting == "real nodes" and run.submitted is not None:
+        return resubmitting_command(run.submitted, run.path)
+    return resuming_command(run.config, run.path)
 
 
-def _repeating(history: Run) -> dict[str, Any]:
-    if history.setting == "real nodes" and history.submitted is not None:
-        return {"submitted": True, "command": submitting_command(history.submitted)}
-    return {"submitted": False, "command": training_command(history.config)}
+def _repeating(run: Run) -> dict[str, Any]:
+    if run.setting == "real nodes" and run.submitted is not None:
+        return {"submitted": True, "command": submitting_command(run.submitted)}
+    return {"submitted": False, "command": training_command(run.config)}
 
 
-def _origin(history: Run) -> NamedValues:
+def _origin(run: Run) -> NamedValues:
     """Say when, where, on what and with what a run was made."""
-    versions = ", ".join(f"{name} {number}" for name, number in history.versions.items())
+    versions = ", ".join(f"{name} {number}" for name, number in run.versions.items())
     return [
-        *_when_and_where(history),
-        *_which_data(history),
+        *_when_and_where(run),
+        *_which_data(run),
         ("versions", versions or "not written down"),
-        ("fingerprint of the code", history.code or "not written down"),
+        ("fingerprint of the code", run.code or "not written down"),
     ]
 
 
-def _when_and_where(history: Run) -> NamedValues:
-    times = history.work_times
+def _when_and_where(run: Run) -> NamedValues:
+    times = run.work_times
     if not times:
         return [("date", "not written down")]
     begun, ended = (f"{at:%Y-%m-%d %H:%M}" for at in (times[0].begun, times[-1].ended))
@@ -249,38 +249,38 @@ def _when_and_where(history: Run) -> NamedValues:
     hosts = ", ".join(dict.fromkeys(each.host for each in times))
     return [
         ("date", f"{begun} to {ended} ({times[-1].begun:%z})"),
-        ("duration", f"{duration(history.seconds)}, with drawing and measuring{starts}"),
-        ("coordinator" if history.setting == "real nodes" else "machine", hosts),
+        ("duration", f"{duration(run.seconds)}, with drawing and measuring{starts}"),
+        ("coordinator" if run.setting == "real nodes" else "machine", hosts),
     ]
 
 
-def _which_data(history: Run) -> NamedValues:
-    data = history.config.data.name
-    if history.setting == "real nodes":
+def _which_data(run: Run) -> NamedValues:
+    data = run.config.data.name
+    if run.setting == "real nodes":
         return [("data", f"{data}, each hospital's own; none of it is on the coordinator")]
-    if history.data_source is None:
+    if run.data_source is None:
         return [("data", f"{data}; source and hash were not written down")]
     return [
-        ("data", f"{data}, {history.data_source}"),
-        ("SHA-256 of all images", history.data_hashes["all"]),
-        ("SHA-256 of the training images", history.data_hashes["train"]),
+        ("data", f"{data}, {run.data_source}"),
+        ("SHA-256 of all images", run.data_hashes["all"]),
+        ("SHA-256 of the training images", run.data_hashes["train"]),
     ]
 
 
-def _measured_values(history: Run) -> NamedValues:
+def _measured_values(run: Run) -> NamedValues:
     return [
         (f"{heading}, {of}", f"{generated} (real {real})" if real else generated)
-        for heading, of, generated, real in evaluated_metrics(history, *quantities(Use.SUMMARY))
+        for heading, of, generated, real in evaluated_metrics(run, *quantities(Use.SUMMARY))
     ]
 
 
-def _round_rows(history: Run) -> TableRows:
+def _round_rows(run: Run) -> TableRows:
     columns = [
         (head, series, form)
         for head, metric, reference, form in ROUND_COLUMNS
-        if (series := history.records.series(metric, reference=reference))
+        if (series := run.records.series(metric, reference=reference))
     ]
-    numbers = range(1, history.rounds_done + 1) if columns else ()
+    numbers = range(1, run.rounds_done + 1) if columns else ()
     rows = [
         [str(number), *(_with_digits(series.get(number), form) for _, series, form in columns)]
         for number in numbers
@@ -292,16 +292,16 @@ def _with_digits(value: float | None, form: str) -> str:
     return "" if value is None else f"{value:{form}}"
 
 
-def _participation(history: Run) -> dict[str, Any]:
-    federated = history.setting != "centralized"
+def _participation(run: Run) -> dict[str, Any]:
+    federated = run.setting != "centralized"
     left_out = [
         ((each.client or 0, each.context["activity"], each.context["reason"]), each.round)
-        for each in history.records.left_out
+        for each in run.records.left_out
     ]
-    states = sorted(history.participation().items())
+    states = sorted(run.participation().items())
     in_state = [((client, state), number) for (number, client), state in states]
     return {
-        "participation_charts": participation_charts(history) if federated else [],
+        "participation_charts": participation_charts(run) if federated else [],
         "client_rounds": TableRows(
             ["client", "state", "rounds"],
             [[str(who), state, stretches(n)] for (who, state), n in _by_key(in_state)]
@@ -334,27 +334,27 @@ def stretches(numbers: Sequence[int]) -> str:
     return " ".join(f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
 
 
-def _training_images(history: Run) -> dict[str, Any]:
-    names = {who: "all" if who == POOLED else str(who) for who in history.class_counts}
-    counts = history.class_counts.items()
+def _training_images(run: Run) -> dict[str, Any]:
+    names = {who: "all" if who == POOLED else str(who) for who in run.class_counts}
+    counts = run.class_counts.items()
     rows = [[names[who], *(f"{n:,}" for n in of)] for who, of in counts if of is not None]
     return {
-        "class_charts": class_charts(history),
-        "class_counts": TableRows(["client", *history.config.data.classes], rows),
+        "class_charts": class_charts(run),
+        "class_counts": TableRows(["client", *run.config.data.classes], rows),
         "silent": [names[who] for who, of in counts if of is None],
     }
 
 
-def _samples(history: Run) -> list[Samples]:
-    classes = ", ".join(history.config.data.classes)
+def _samples(run: Run) -> list[Samples]:
+    classes = ", ".join(run.config.data.classes)
     return [
         _picture(
-            history,
+            run,
             number,
             title=f"round {number}",
             says=f"Images generated after round {number}, a row per class: {classes}",
         )
-        for number in evenly(sorted(history.grids), MOST_PICTURES)
+        for number in evenly(sorted(run.grids), MOST_PICTURES)
     ]
 
 
@@ -378,31 +378,31 @@ def _last_samples(runs: Mapping[str, Run]) -> list[Samples]:
     ]
 
 
-def _picture(history: Run, number: int, *, title: str, says: str) -> Samples:
+def _picture(run: Run, number: int, *, title: str, says: str) -> Samples:
     """Embed the samples of a round, with the names of their rows as text where that can be."""
-    file = history.grids[number]
+    file = run.grids[number]
     images = read_grid(file)
     source = "data:image/png;base64," + base64.b64encode(images or file.read_bytes()).decode()
-    return Samples(title, says, source, history.config.data.classes if images else ())
+    return Samples(title, says, source, run.config.data.classes if images else ())
 
 
-def _metrics(history: Run) -> dict[str, Any]:
-    hospitals, found = _hospitals(history), found_metrics(history)
-    evaluated = any(not each.otherwise for each in history.current_evaluations)
+def _metrics(run: Run) -> dict[str, Any]:
+    hospitals, found = _hospitals(run), found_metrics(run)
+    evaluated = any(not each.otherwise for each in run.current_evaluations)
     own = found if hospitals is None and not evaluated else []
     return {
         "own_scores": TableRows(HEADS, [(each.title, each.generated, each.real) for each in own]),
         "own_score_notes": [f"{each.title}: {each.of}" for each in own],
-        "evaluations": [_evaluation_block(each, history) for each in history.evaluations],
+        "evaluations": [_evaluation_block(each, run) for each in run.evaluations],
         "hospitals": hospitals,
     }
 
 
-def _evaluation_block(each: Evaluation, history: Run) -> dict[str, Any]:
+def _evaluation_block(each: Evaluation, run: Run) -> dict[str, Any]:
     label = each.label
     title = (
         f"Extractor {label.extractor}, image range {label.image_range}, round {each.round} of "
-        f"{history.config.federation.rounds}"
+        f"{run.config.federation.rounds}"
     )
     if each.otherwise:
         title += f", drawn with {each.otherwise}"
@@ -414,14 +414,14 @@ def _evaluation_block(each: Evaluation, history: Run) -> dict[str, Any]:
     }
 
 
-def _hospitals(history: Run) -> dict[str, Any] | None:
-    scored = history.records.last(SCORING_CLIENTS)
+def _hospitals(run: Run) -> dict[str, Any] | None:
+    scored = run.records.last(SCORING_CLIENTS)
     if scored is None:
         return None
-    records = history.records.of_round(scored.round)
+    records = run.records.of_round(scored.round)
     columns = [quantity for quantity, *_ in measured(records, references=[HELD_OUT])]
     rows = []
-    for client in (*history.clients, None):
+    for client in (*run.clients, None):
         count = records.value("num_held_out", client=client)
         cells = [
             _beside(*(quantity.found(records, real=real, client=client) for real in (False, True)))

@@ -26,62 +26,62 @@ class Found(NamedTuple):
     real: str
 
 
-def summary_lines(history: Run) -> list[str]:
+def summary_lines(run: Run) -> list[str]:
     """Say how a run ended, in lines for its log, which are fewer than 15."""
     metrics = [
         (title, f"{generated} ({f'real images {real}; ' if real else ''}{of})")
-        for title, of, generated, real in found_metrics(history, *quantities(Use.SUMMARY))
+        for title, of, generated, real in found_metrics(run, *quantities(Use.SUMMARY))
     ]
-    rows = [*key_figures(history), *metrics]
+    rows = [*key_figures(run), *metrics]
     width = max(len(name) for name, _ in rows)
     return [f"{name:<{width}}  {value}" for name, value in rows]
 
 
-def key_figures(history: Run, *, losses: bool = True) -> list[tuple[str, str]]:
+def key_figures(run: Run, *, losses: bool = True) -> list[tuple[str, str]]:
     """List what is asked first of a run, by name."""
     found = [
-        ("rounds", f"{history.rounds_done} of {history.config.federation.rounds}"),
-        *(loss_figures(history) if losses else []),
-        *_time(history),
-        ("training images", "not told" if not history.num_images else f"{history.num_images:,}"),
+        ("rounds", f"{run.rounds_done} of {run.config.federation.rounds}"),
+        *(loss_figures(run) if losses else []),
+        *_time(run),
+        ("training images", "not told" if not run.num_images else f"{run.num_images:,}"),
     ]
-    if history.setting != "centralized" and history.clients:
-        found.append(("clients", str(len(history.clients))))
-        found.append(("left out", _left_out(history)))
+    if run.setting != "centralized" and run.clients:
+        found.append(("clients", str(len(run.clients))))
+        found.append(("left out", _left_out(run)))
     return found
 
 
-def found_metrics(history: Run, *wanted: Quantity) -> list[Found]:
+def found_metrics(run: Run, *wanted: Quantity) -> list[Found]:
     """List what was measured last in the run itself.
 
     Args:
-        history: of the run.
+        run: of the run.
         *wanted: which figures; none: all.
     """
     return [
-        _found(history.records, each, f", round {each.round}" * (each.round != history.rounds_done))
+        _found(run.records, each, f", round {each.round}" * (each.round != run.rounds_done))
         for quantity in wanted or quantities()
-        if (each := quantity.found(history.records)) is not None
+        if (each := quantity.found(run.records)) is not None
     ]
 
 
-def evaluated_metrics(history: Run, *wanted: Quantity) -> list[Found]:
+def evaluated_metrics(run: Run, *wanted: Quantity) -> list[Found]:
     """List figures of the evaluations of the newest weights; without one, of the run itself.
 
     Args:
-        history: of the run.
+        run: of the run.
         *wanted: which figures.
     """
     rows = []
-    for each in history.current_evaluations:
+    for each in run.current_evaluations:
         of = f", drawn with {each.otherwise}" * bool(each.otherwise)
-        of += f", round {each.round}" * (each.round != history.config.federation.rounds)
+        of += f", round {each.round}" * (each.round != run.config.federation.rounds)
         rows += [
             _found(each.records, record, of)
             for quantity in wanted
             if (record := quantity.found(each.records)) is not None
         ]
-    return rows or found_metrics(history, *wanted)
+    return rows or found_metrics(run, *wanted)
 
 
 def _found(records: Records, each: Record, of: str) -> Found:
@@ -107,71 +107,71 @@ def _looked_at(each: Record) -> str:
     return ", ".join(filter(None, [who, *settings, number, seed]))
 
 
-def describe_run(history: Run) -> list[str]:
+def describe_run(run: Run) -> list[str]:
     """Say in sentences what was trained, by whom and on what."""
-    return [_who_trained_what(history), _generator(history), _where(history)]
+    return [_who_trained_what(run), _generator(run), _where(run)]
 
 
-def _who_trained_what(history: Run) -> str:
-    data, num_clients = history.config.data, len(history.clients)
-    if history.setting != "centralized" and not num_clients:
-        return f"No client has answered yet. {_what_is_done(history)}"
+def _who_trained_what(run: Run) -> str:
+    data, num_clients = run.config.data, len(run.clients)
+    if run.setting != "centralized" and not num_clients:
+        return f"No client has answered yet. {_what_is_done(run)}"
     who = {
         "centralized": "One machine, on the pooled images,",
         "simulation": f"{num_clients} simulated hospitals, on one machine,",
         "real nodes": f"{num_clients} hospitals, each on its own images,",
-    }[history.setting]
+    }[run.setting]
     return (
-        f"{who} trained a model of {history.generator.num_parameters:,} parameters to draw "
+        f"{who} trained a model of {run.generator.num_parameters:,} parameters to draw "
         f"images of {data.name}: {len(data.classes)} classes, "
         f"{data.image_size}x{data.image_size} pixels, "
-        f"{data.channels} channel{'s' * (data.channels > 1)}. {_what_is_done(history)}"
+        f"{data.channels} channel{'s' * (data.channels > 1)}. {_what_is_done(run)}"
     )
 
 
-def _what_is_done(history: Run) -> str:
-    config = history.config
+def _what_is_done(run: Run) -> str:
+    config = run.config
     return (
-        f"{history.rounds_done} of {config.federation.rounds} rounds of "
+        f"{run.rounds_done} of {config.federation.rounds} rounds of "
         f"{config.train.local_epochs} local epochs are done."
     )
 
 
-def _generator(history: Run) -> str:
-    told = [f"{name} {value}" for name, value in history.generator.description().items()]
-    return f"It is a {'; '.join([history.generator.title, *told])}."
+def _generator(run: Run) -> str:
+    told = [f"{name} {value}" for name, value in run.generator.description().items()]
+    return f"It is a {'; '.join([run.generator.title, *told])}."
 
 
-def _where(history: Run) -> str:
-    train = history.config.train
-    if history.setting == "real nodes":
-        drawn = f" on {history.device}" if history.device else ""
+def _where(run: Run) -> str:
+    train = run.config.train
+    if run.setting == "real nodes":
+        drawn = f" on {run.device}" if run.device else ""
         return (
             f"Each hospital chose device and precision itself; the server drew its images{drawn}."
         )
-    device = history.device or f"the device of train.device={train.device}"
+    device = run.device or f"the device of train.device={train.device}"
     return f"It ran on {device} in {train.precision}."
 
 
-def loss_figures(history: Run) -> Iterator[tuple[str, str]]:
+def loss_figures(run: Run) -> Iterator[tuple[str, str]]:
     """List the last losses of a run, by name."""
     for reference in (TRAIN, TEST):
-        last = history.records.last("loss", reference=reference)
+        last = run.records.last("loss", reference=reference)
         if last is not None:
             yield f"{reference} loss", f"{last.value:.4g} (round {last.round})"
 
 
-def _time(history: Run) -> Iterator[tuple[str, str]]:
-    total = sum(history.records.series("round_seconds").values())
-    training = sum(history.records.series("seconds_training").values())
-    if history.seconds > 0:
-        yield "time", duration(history.seconds)
+def _time(run: Run) -> Iterator[tuple[str, str]]:
+    total = sum(run.records.series("round_seconds").values())
+    training = sum(run.records.series("seconds_training").values())
+    if run.seconds > 0:
+        yield "time", duration(run.seconds)
     if total > 0:
         yield "of the rounds, without training", f"{1 - training / total:.0%}"
 
 
-def _left_out(history: Run) -> str:
-    left_out = history.records.left_out
+def _left_out(run: Run) -> str:
+    left_out = run.records.left_out
     clients = sorted({each.client for each in left_out if each.client is not None})
     if not clients:
         return "no client"

@@ -67,7 +67,7 @@ class Check:
     client: int | None = None
 
 
-def checks(history: Run) -> list[Check]:
+def checks(run: Run) -> list[Check]:
     """List what was looked for in a run, with what came of it; all that can mislead is in it."""
     looks = (
         _unfinished_check,
@@ -76,26 +76,26 @@ def checks(history: Run) -> list[Check]:
         _leak_check,
         image_checks,
     )
-    return [check for look in looks for check in look(history)]
+    return [check for look in looks for check in look(run)]
 
 
-def image_checks(history: Run) -> list[Check]:
+def image_checks(run: Run) -> list[Check]:
     """List those of the checks that are about the generated images; of a finished run, its last."""
-    if history.finished:
-        history = history.of_round(history.rounds_done)
+    if run.finished:
+        run = run.of_round(run.rounds_done)
     looks = (_noise_checks, _class_checks, _copying_checks, _number_checks)
-    return [check for look in looks for check in look(history)]
+    return [check for look in looks for check in look(run)]
 
 
-def warning_signs(history: Run) -> list[str]:
+def warning_signs(run: Run) -> list[str]:
     """List what a reader should know first, a sentence each; empty where there is nothing."""
-    return [check.says for check in checks(history) if check.state is State.WARNING]
+    return [check.says for check in checks(run) if check.state is State.WARNING]
 
 
-def closing_lines(history: Run) -> list[str]:
+def closing_lines(run: Run) -> list[str]:
     """Say for the end of a log what may be wrong, and what was not measured of the images."""
-    gaps = [check for check in image_checks(history) if check.state is State.UNMEASURED]
-    return [f"{State.WARNING}: {sign}" for sign in warning_signs(history)] + [
+    gaps = [check for check in image_checks(run) if check.state is State.UNMEASURED]
+    return [f"{State.WARNING}: {sign}" for sign in warning_signs(run)] + [
         f"{gap.state}: {gap.subject}. {gap.says}" for gap in gaps
     ]
 
@@ -106,36 +106,36 @@ def _checked(subject: str, signs: Iterable[str], otherwise: str) -> list[Check]:
     return found or [Check(subject, State.CLEAR, otherwise)]
 
 
-def _unfinished_check(history: Run) -> list[Check]:
-    if history.running and not history.finished:
+def _unfinished_check(run: Run) -> list[Check]:
+    if run.running and not run.finished:
         return []
-    rounds = f"All {history.config.federation.rounds} rounds are done."
-    return _checked("an unfinished run", _unfinished(history), rounds)
+    rounds = f"All {run.config.federation.rounds} rounds are done."
+    return _checked("an unfinished run", _unfinished(run), rounds)
 
 
-def _clients_check(history: Run) -> list[Check]:
-    if history.setting == "centralized":
+def _clients_check(run: Run) -> list[Check]:
+    if run.setting == "centralized":
         return []
-    signs = [*_left_out_clients(history), *_absent(history)]
-    everyone = f"Every client replied whenever it was asked ({len(history.clients)} in all)."
+    signs = [*_left_out_clients(run), *_absent(run)]
+    everyone = f"Every client replied whenever it was asked ({len(run.clients)} in all)."
     return _checked("clients left out or not there", signs, everyone)
 
 
-def _drift_check(history: Run) -> list[Check]:
-    if history.setting == "centralized":
+def _drift_check(run: Run) -> list[Check]:
+    if run.setting == "centralized":
         return []
-    subject, number = "clients that drift", len(history.clients)
+    subject, number = "clients that drift", len(run.clients)
     if number < LEAST_COMPARED:
         few = f"Clients are compared where there are {LEAST_COMPARED} or more; here: {number}."
         return [Check(subject, State.UNMEASURED, few)]
     alike = f"None of {number} clients is far from the others in loss or in the size of its update."
-    return _checked(subject, _drifting(history), alike)
+    return _checked(subject, _drifting(run), alike)
 
 
-def _leak_check(history: Run) -> list[Check]:
-    if history.trained_on_test is None:
+def _leak_check(run: Run) -> list[Check]:
+    if run.trained_on_test is None:
         return []
-    classes = zip(history.config.data.classes, history.trained_on_test, strict=True)
+    classes = zip(run.config.data.classes, run.trained_on_test, strict=True)
     each = ", ".join(f"{name} {number:,}" for name, number in classes if number)
     sign = (
         f"Test images are training images too, pixel by pixel ({each}): what is measured with them "
@@ -145,7 +145,7 @@ def _leak_check(history: Run) -> list[Check]:
     return _checked("test images that were trained on", [sign] if each else [], clear)
 
 
-def _noise_checks(history: Run) -> list[Check]:
+def _noise_checks(run: Run) -> list[Check]:
     subject = "images that look like noise"
     found = [
         Check(
@@ -156,9 +156,9 @@ def _noise_checks(history: Run) -> list[Check]:
             + ("" if place.real is None else f", other real images at {place.real:.2f}")
             + f" ({place.where}{_compared(place)}).",
         )
-        for place in _measured(history, "noise_position")
+        for place in _measured(run, "noise_position")
     ]
-    return found or [Check(subject, State.UNMEASURED, _why_unmeasured(history))]
+    return found or [Check(subject, State.UNMEASURED, _why_unmeasured(run))]
 
 
 def _compared(place: "_Figure") -> str:
@@ -173,13 +173,13 @@ _SAYS_PLACE = {
 }
 
 
-def _class_checks(history: Run) -> list[Check]:
+def _class_checks(run: Run) -> list[Check]:
     subject = "images of other classes than asked for"
     found = [
-        _class_check(subject, each, _chance_beside(history, each))
-        for each in _measured(history, "class_agreement")
+        _class_check(subject, each, _chance_beside(run, each))
+        for each in _measured(run, "class_agreement")
     ]
-    if any(check.state is State.WARNING for check in _noise_checks(history)):
+    if any(check.state is State.WARNING for check in _noise_checks(run)):
         noise = "A classifier may find any class in images that look like noise."
         found = [
             replace(check, state=State.UNMEASURED, says=f"{noise} {check.says}")
@@ -187,7 +187,7 @@ def _class_checks(history: Run) -> list[Check]:
             else check
             for check in found
         ]
-    return found or [Check(subject, State.UNMEASURED, _why_unmeasured(history))]
+    return found or [Check(subject, State.UNMEASURED, _why_unmeasured(run))]
 
 
 def _class_check(subject: str, found: "_Figure", chance: float) -> Check:
@@ -209,11 +209,11 @@ def _class_check(subject: str, found: "_Figure", chance: float) -> Check:
     return Check(subject, State.CLEAR, says)
 
 
-def _copying_checks(history: Run) -> list[Check]:
+def _copying_checks(run: Run) -> list[Check]:
     subject = "copies of training images"
-    searches = [*_searches(history)]
+    searches = [*_searches(run)]
     found = [_copying_check(subject, each, len(searches)) for each in searches]
-    return found or [Check(subject, State.UNMEASURED, _why_not_searched(history))]
+    return found or [Check(subject, State.UNMEASURED, _why_not_searched(run))]
 
 
 def _copying_check(subject: str, found: "_Search", num_searches: int) -> Check:
@@ -263,15 +263,15 @@ def far_rounds(series: Mapping[int, Series]) -> dict[int, tuple[int, int]]:
     return counts
 
 
-def _unfinished(history: Run) -> Iterator[str]:
-    if not history.finished:
-        done = f"{history.rounds_done} of {history.config.federation.rounds} rounds are done"
+def _unfinished(run: Run) -> Iterator[str]:
+    if not run.finished:
+        done = f"{run.rounds_done} of {run.config.federation.rounds} rounds are done"
         yield f"The run is not finished: {done}, and nothing goes on with it."
 
 
-def _left_out_clients(history: Run) -> Iterator[str]:
-    for client in history.clients:
-        own = [each for each in history.records.left_out if each.client == client]
+def _left_out_clients(run: Run) -> Iterator[str]:
+    for client in run.clients:
+        own = [each for each in run.records.left_out if each.client == client]
         reasons = dict.fromkeys(each.context["reason"] for each in own)
         if own:
             rounds = len({each.round for each in own})
@@ -281,9 +281,9 @@ def _left_out_clients(history: Run) -> Iterator[str]:
             )
 
 
-def _absent(history: Run) -> Iterator[str]:
-    states = history.participation()
-    for client in history.clients:
+def _absent(run: Run) -> Iterator[str]:
+    states = run.participation()
+    for client in run.clients:
         missed = [
             number
             for (number, who), state in states.items()
@@ -296,9 +296,9 @@ def _absent(history: Run) -> Iterator[str]:
             )
 
 
-def _drifting(history: Run) -> Iterator[str]:
+def _drifting(run: Run) -> Iterator[str]:
     for title, (metric, reference) in COMPARED.items():
-        series = history.records.of_clients(metric, reference=reference)
+        series = run.records.of_clients(metric, reference=reference)
         for client, (far, compared) in far_rounds(series).items():
             if far >= max(LEAST_DRIFTING_ROUNDS, DRIFTING_SHARE * compared):
                 yield (
@@ -333,23 +333,23 @@ class _Search:
     client: int | None = None
 
 
-def _measured(history: Run, metric: str) -> Iterator[_Figure]:
+def _measured(run: Run, metric: str) -> Iterator[_Figure]:
     """Find a quantity wherever it was measured last: files of evaluations, the run, hospitals."""
     evaluated = False
-    for each in history.current_evaluations:
+    for each in run.current_evaluations:
         found = each.records.last(metric)
         if found is not None:
             evaluated = evaluated or not each.otherwise
             number = each.label.n_generated
             yield _figure(each.records, found, number, f"n={number:,}, {each.name}")
-    found, scored = (history.records.last(metric, reference=of) for of in (None, HELD_OUT))
+    found, scored = (run.records.last(metric, reference=of) for of in (None, HELD_OUT))
     # An evaluation at the end of a run is recorded in the run, too.
     if found is not None and not evaluated:
-        yield _figure(history.records, found, found.n or 0, f"n={found.n or 0:,}")
+        yield _figure(run.records, found, found.n or 0, f"n={found.n or 0:,}")
     if scored is not None:
-        number = _num_scored(history)
-        where = f"n={number:,}, scored by {history.records.value(SCORING_CLIENTS):.0f} hospitals"
-        yield _figure(history.records, scored, number, where)
+        number = _num_scored(run)
+        where = f"n={number:,}, scored by {run.records.value(SCORING_CLIENTS):.0f} hospitals"
+        yield _figure(run.records, scored, number, where)
 
 
 def _figure(records: Records, found: Record, number: int, where: str) -> _Figure:
@@ -364,36 +364,36 @@ def _figure(records: Records, found: Record, number: int, where: str) -> _Figure
     )
 
 
-def _num_scored(history: Run) -> int:
+def _num_scored(run: Run) -> int:
     """Return the number of images that hospitals scored last; 0 where they scored none."""
-    scored = history.records.last(SCORING_CLIENTS)
+    scored = run.records.last(SCORING_CLIENTS)
     if scored is None:
         return 0
     # A run of the first schema says it of its last round alone.
-    return history.config.eval.num_images if scored.n is None else scored.n
+    return run.config.eval.num_images if scored.n is None else scored.n
 
 
-def _chance_beside(history: Run, found: _Figure) -> float:
+def _chance_beside(run: Run, found: _Figure) -> float:
     """Return the agreement by chance, of an older version as with equally many of each class."""
-    return 1 / len(history.config.data.classes) if found.chance is None else found.chance
+    return 1 / len(run.config.data.classes) if found.chance is None else found.chance
 
 
-def _searches(history: Run) -> Iterator[_Search]:
+def _searches(run: Run) -> Iterator[_Search]:
     evaluated = False
-    for each in history.current_evaluations:
+    for each in run.current_evaluations:
         evaluated = evaluated or not each.otherwise
         label = each.label
         numbers = label.n_generated, label.n_test
         yield from _searches_in(each.records, numbers, each.name)
-    held_out, found = history.records.value("num_held_out"), history.records.last("pixel_copied")
+    held_out, found = run.records.value("num_held_out"), run.records.last("pixel_copied")
     # All metrics at the end of a run are recorded in the run, too.
     if found is not None and held_out and not evaluated:
-        yield from _searches_in(history.records, (found.n or 0, int(held_out)), "in the run")
-    for client in history.clients:
-        own = int(history.records.value("num_held_out", client=client) or 0)
-        numbers = _num_scored(history), own
+        yield from _searches_in(run.records, (found.n or 0, int(held_out)), "in the run")
+    for client in run.clients:
+        own = int(run.records.value("num_held_out", client=client) or 0)
+        numbers = _num_scored(run), own
         yield from _searches_in(
-            history.records, numbers, f"at client {client}", client=client, reference=HELD_OUT
+            run.records, numbers, f"at client {client}", client=client, reference=HELD_OUT
         )
 
 
@@ -413,40 +413,40 @@ def _searches_in(
             yield _Search(share, p_value, f"{space}s", *numbers, where, client)
 
 
-def _why_unmeasured(history: Run) -> str:
+def _why_unmeasured(run: Run) -> str:
     """Say why a run has not measured what it could have."""
-    if not history.finished:
+    if not run.finished:
         return "The run measures its images at its end."
-    if history.setting == "real nodes":
+    if run.setting == "real nodes":
         return "No hospital has said how the images compare with its own."
-    if history.config.eval.num_images == 0 and not history.config.eval.final_metrics:
+    if run.config.eval.num_images == 0 and not run.config.eval.final_metrics:
         return "eval.num_images=0: measure with feddm evaluate."
     return "The run did not measure it: measure with feddm evaluate."
 
 
-def _why_not_searched(history: Run) -> str:
-    data = history.config.data
-    if history.finished and history.setting != "real nodes" and data.test_fraction is None:
+def _why_not_searched(run: Run) -> str:
+    data = run.config.data
+    if run.finished and run.setting != "real nodes" and data.test_fraction is None:
         return (
             "No search was recorded. It needs real images that were not trained on: a test split, "
             "or data.test_fraction."
         )
-    return _why_unmeasured(history)
+    return _why_unmeasured(run)
 
 
-def _number_checks(history: Run) -> list[Check]:
-    classes = len(history.config.data.classes)
+def _number_checks(run: Run) -> list[Check]:
+    classes = len(run.config.data.classes)
     # By what measured them: the images, and those of the class that has the fewest.
     measured: dict[str, tuple[int, int]] = {}
-    for each in history.current_evaluations:
+    for each in run.current_evaluations:
         label = each.label
         even = label.n_generated // classes
         measured[each.name] = label.n_generated, even if label.n_rarest is None else label.n_rarest
-    quick = history.records.last("class_agreement")
+    quick = run.records.last("class_agreement")
     if quick is not None and quick.n is not None and not measured:
         measured["the run"] = quick.n, quick.n // classes
-    if history.records.value(SCORING_CLIENTS):
-        scored = _num_scored(history)
+    if run.records.value(SCORING_CLIENTS):
+        scored = _num_scored(run)
         measured["the hospitals' scores"] = scored, scored // classes
     if not measured:
         return []
