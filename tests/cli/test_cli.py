@@ -329,6 +329,7 @@ def test_run_of_an_earlier_version_is_drawn_from_shown_and_compared(
 ) -> None:
     for words in (
         ("generate", earlier_run, "--class", 3, "--num", 2, "--out", tmp_path / "images"),
+        ("evaluate", earlier_run, "--num-per-class", 2, "diffusion.num_inference_steps=2"),
         ("report", earlier_run),
         ("export", earlier_run, "--to", "safetensors"),
     ):
