@@ -764,7 +764,8 @@ def test_processes_run_the_code_of_the_bundle_that_their_parent_runs(tmp_path: P
     for package in ("task", "client_app", "server_app", "conf", "tests"):
         shutil.copytree(ROOT / package, bundle / package)
     with (bundle / "task" / "generators" / "diffusion" / "network.py").open("a") as file:
-        file.write("\nimport os\nprint('the bundle in process', os.getpid(), flush=True)\n")
+        # In one call: several processes write at once.
+        file.write("\nimport os\nos.write(1, b'the bundle in process %d\\n' % os.getpid())\n")
     (elsewhere / "task").mkdir(parents=True)  # a decoy
     (elsewhere / "task" / "__init__.py").write_text("raise ImportError")
     (tmp_path / "main").write_text(BUNDLE)
