@@ -29,6 +29,11 @@ FORBIDDEN = {
     "server_app": {"client_app"},
     "client_app": {"server_app"},
 }
+# The packages of task, each of which imports earlier ones alone.
+LAYERS = (
+    *("config", "data", "generators", "training", "protocol", "generation", "runs"),
+    *("evaluation", "reporting", "export", "cli"),
+)
 
 
 def imported(source: str, package: str) -> set[str]:
@@ -58,6 +63,19 @@ def test_packages_import_only_what_they_may(file: Path) -> None:
 
 def test_hydra_is_imported_where_configurations_are_made_and_nowhere_else() -> None:
     assert {file for file in FILES if "hydra" in top_levels(file)} == HYDRA
+
+
+def test_packages_of_task_import_none_above_them() -> None:
+    assert {file.parent.name for file in (ROOT / "task").glob("*/__init__.py")} == {*LAYERS}
+    upwards = [
+        (str(file.relative_to(ROOT)), name)
+        for place, layer in enumerate(LAYERS)
+        for file in (ROOT / "task" / layer).rglob("*.py")
+        for name in imported(file.read_text(encoding="utf-8"), f"task.{layer}")
+        if name.startswith(tuple(f"task.{above}." for above in LAYERS[place + 1 :]))
+        or name in {f"task.{above}" for above in LAYERS[place + 1 :]}
+    ]
+    assert upwards == []
 
 
 def test_task_has_no_circles() -> None:
