@@ -53,9 +53,12 @@ def fit_to_images(config: Config, given: Collection[str]) -> Config:
     # Imported here because it takes torch, without which wrong words are answered at once.
     from task.data import list_dataset
 
-    num_images = len(list_dataset(config)[0])
+    train, _ = list_dataset(config)
+    num_images = len(train)
     if "federation.num_supernodes" not in given:
         num_clients = fitting_clients(config, num_images)
+        if train.groups is not None:  # whole patients are dealt out
+            num_clients = min(num_clients, len(set(train.groups.tolist())))
         config = config.changed({"federation.num_supernodes": num_clients})
     if "train.local_epochs" not in given:
         shares = config.federation.num_supernodes if config.train.mode == "federated" else 1

@@ -202,6 +202,7 @@ def train_federated(config: Config, overrides: list[str]) -> None:
         "output_dir": config.output_dir,
         "run_name": config.run_name,
         "data.root": config.data.root,
+        "data.patients": config.data.patients,
         "data.cache_dir": config.data.cache_dir,
         "eval.inception_weights": config.eval.inception_weights,
         "eval.exported_program": config.eval.exported_program,

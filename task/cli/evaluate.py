@@ -41,6 +41,7 @@ def _measuring_values() -> set[str]:
     used |= {"inception_weights", "exported_program"}
     return {path for path in value_paths() if path.removeprefix("eval.") in used} | {
         "data.root",
+        "data.patients",
         "data.cache_dir",
         "train.device",
         *DRAWING_VALUES,

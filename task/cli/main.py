@@ -493,6 +493,10 @@ def check_node_command(
     min_images: Annotated[
         int, typer.Option(min=1, help="The node's min-images: training images to take part with.")
     ] = 1,
+    patients: Annotated[
+        Path | None,
+        typer.Option(help="The node's patients: its table of which file is of which patient."),
+    ] = None,
     superlink: Annotated[
         str | None, typer.Option(help="HOST:PORT to connect to, as the node is going to.")
     ] = None,
@@ -525,6 +529,7 @@ def check_node_command(
             data_path=None if data_path is None else str(data_path.expanduser().absolute()),
             output_path=None if output_path is None else str(output_path.expanduser().absolute()),
             min_images=min_images,
+            patients=None if patients is None else str(patients.expanduser().absolute()),
         ),
         superlink=superlink,
         root_certificates=root_certificates,

@@ -5,6 +5,7 @@ A new family of generators is one subclass of `ModelConfig`, its entry in `MODEL
 """
 
 import math
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
@@ -34,6 +35,7 @@ FILE_SETS = {
     "image_folder": "image_folder",
     "dicom_folder": "dicom_folder",
     "chest_xray": "image_folder",
+    "blood_cells": "image_folder",
     "sars_cov_2_ct": "image_folder",
     "odir": "odir",
 }
@@ -80,6 +82,7 @@ class DataConfig(Section):
         "image_folder",
         "dicom_folder",
         "chest_xray",
+        "blood_cells",
         "sars_cov_2_ct",
         "odir",
     ]
@@ -99,6 +102,8 @@ class DataConfig(Section):
     )
     val_fraction: float = Field(gt=0, lt=1, description="between 0 and 1, exclusive")
     window: list[float] | None
+    patient_pattern: str
+    patients: str
     cache_dir: str
     on_corrupt: Literal["refuse", "skip"]
     split_seed: Seed
@@ -116,7 +121,34 @@ class DataConfig(Section):
             "[center, width] with a width >= 1, or null for what each file says",
             window,
         )
+        self._check_patients()
         return self
+
+    def _check_patients(self) -> None:
+        named = {"data.patient_pattern": self.patient_pattern, "data.patients": self.patients}
+        in_folders = FILE_SETS.get(self.name) in ("image_folder", "dicom_folder")
+        for name, value in named.items():
+            expected = f"empty for data={self.name}, whose images lie in no folders of classes"
+            require(in_folders or value == "", name, expected, value)
+        require(
+            "" in named.values(),
+            "data.patients",
+            "empty where data.patient_pattern says which images are of one patient",
+            self.patients,
+        )
+        try:
+            groups = re.compile(self.patient_pattern).groups
+        except re.error as error:
+            groups = -1
+            problem = f"{self.patient_pattern} ({error})"
+        else:
+            problem = f"{self.patient_pattern}, with {groups} groups"
+        require(
+            self.patient_pattern == "" or groups == 1,
+            "data.patient_pattern",
+            "a regular expression with one group, the patient, such as ^(patient[0-9]+)_",
+            problem,
+        )
 
     def _expected_classes(self) -> str:
         if self.name not in FILE_SETS:
@@ -530,7 +562,7 @@ def require_data_root(config: Config) -> None:
 def anchored(config: Config, folder: Path) -> Config:
     """Make the paths of a configuration absolute; relative ones count from `folder`."""
     values = flat_values(config)
-    files = ("eval.inception_weights", "eval.exported_program")  # empty: none
+    files = ("data.patients", "eval.inception_weights", "eval.exported_program")  # empty: none
     paths = ["output_dir", "data.root", "data.cache_dir", *(file for file in files if values[file])]
     return config.changed(
         {path: str((folder / Path(values[path]).expanduser()).absolute()) for path in paths}

@@ -22,7 +22,12 @@ from task.config.schema import (
 from task.files import atomic_path
 
 # What runs did whose configuration lacks the value, where conf/ may have another by now.
-BEFORE_WRITTEN = {"data.fit": "stretch", "model.family": "diffusion"}
+BEFORE_WRITTEN = {
+    "data.fit": "stretch",
+    "data.patient_pattern": "",
+    "data.patients": "",
+    "model.family": "diffusion",
+}
 
 
 def write_config(config: Config, path: Path) -> None:

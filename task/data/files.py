@@ -16,6 +16,7 @@ from task.data.file_kinds import DICOM, PICTURES
 from task.data.images import Dataset, ImageSet
 from task.data.inventory import inventory_of_listings
 from task.data.listing import Listing, list_class_folders, list_odir
+from task.data.patients import patients_of
 from task.data.pictures import decode_picture, picture_size
 from task.data.shape import crop_round_field, resize_decoded, to_square
 from task.data.split import split_validation
@@ -57,7 +58,8 @@ def list_files(data: DataConfig) -> tuple[Listing, Listing]:
 
     Errors are those of `load_files`.
     """
-    return _split(*_list(FILE_SETS[data.name], Path(data.root), data.classes), data)
+    train, test = _list(FILE_SETS[data.name], Path(data.root), data.classes)
+    return _split(*_with_patients(train, test, data), data)
 
 
 def original_size(name: str, path: Path) -> tuple[int, int] | None:
@@ -85,6 +87,17 @@ def _list(kind: str, root: Path, classes: Sequence[str]) -> tuple[Listing, Listi
             + "; ".join(found.describe())
         )
     return train, test
+
+
+def _with_patients(
+    train: Listing, test: Listing | None, data: DataConfig
+) -> tuple[Listing, Listing | None]:
+    """Number the patients of both splits alike, where the configuration says who they are."""
+    numbers = patients_of([*train.paths, *(test.paths if test else ())], data)
+    if numbers is None:
+        return train, test
+    named = replace(train, groups=numbers[: len(train)])
+    return named, None if test is None else replace(test, groups=numbers[len(train) :])
 
 
 def _split(train: Listing, test: Listing | None, data: DataConfig) -> tuple[Listing, Listing]:

@@ -3,9 +3,10 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from task.data.duplicates import Duplicates, find_duplicates
 from task.data.images import Dataset
@@ -13,6 +14,20 @@ from task.data.listing import Listing
 
 # Kinds of files that are named before the others are summed up.
 MAX_KINDS = 8
+
+
+class PatientCounts(NamedTuple):
+    """How many patients the images of a data set are of.
+
+    Attributes:
+        train: with images to train on.
+        test: with images to test with.
+        in_both: with some of either.
+    """
+
+    train: int
+    test: int
+    in_both: int
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,7 @@ class Inventory:
         note: how the splits came about, where that is not what was asked for.
         duplicates: images that are the same as another; None where no image was decoded yet.
         across_clients: training images that another client of a simulation holds as well.
+        patients: how many the images are of; None where nothing says who they are.
     """
 
     classes: tuple[str, ...]
@@ -37,6 +53,7 @@ class Inventory:
     note: str = ""
     duplicates: Duplicates | None = None
     across_clients: int | None = None
+    patients: PatientCounts | None = None
 
     def describe(self) -> list[str]:
         """Say in a few lines what became of the files, warnings last."""
@@ -56,6 +73,7 @@ class Inventory:
             "note": self.note,
             "duplicates": None if self.duplicates is None else asdict(self.duplicates),
             "across_clients": self.across_clients,
+            "patients": None if self.patients is None else self.patients._asdict(),
         }
 
     def _lines(self) -> Iterable[str]:
@@ -68,6 +86,12 @@ class Inventory:
             total = sum(self.train) + sum(self.test) + left_out
             used = f"{total:,} in all: {used}, {_most_common(_kinds(self.left_out))}"
         yield used
+        if self.patients is not None:
+            train, test, in_both = self.patients
+            yield (
+                f"the images are of {train + test - in_both:,} patients ({train:,} to train on, "
+                f"{test:,} to test with)"
+            )
         if self.note:
             yield self.note
         found = self.duplicates
@@ -83,6 +107,11 @@ class Inventory:
         for name, train, test in zip(self.classes, self.train, self.test, strict=True):
             if train + test == 0 and any(owner == name for owner, _ in self.left_out):
                 yield f"{name} has no images: {self._held(name)}"
+        if self.patients is not None and self.patients.in_both:
+            yield (
+                f"{self.patients.in_both:,} patients have images to train on and images to test "
+                "with: what is measured with these is too good; move them into one of the splits"
+            )
         if self.duplicates is None:
             return
         in_both = dict(zip(self.classes, self.duplicates.in_both, strict=True))
@@ -114,6 +143,7 @@ def inventory_of_listings(classes: Sequence[str], train: Listing, test: Listing)
         _counted(test.labels, len(classes)),
         train.left_out + test.left_out,
         test.note,
+        patients=_count_patients(train.groups, test.groups),
     )
 
 
@@ -126,7 +156,17 @@ def inventory_of_dataset(classes: Sequence[str], dataset: Dataset) -> Inventory:
         dataset.left_out,
         dataset.note,
         find_duplicates(dataset, len(classes)),
+        patients=_count_patients(dataset.train.groups, dataset.test.groups),
     )
+
+
+def _count_patients(
+    train: np.ndarray | Tensor | None, test: np.ndarray | Tensor | None
+) -> PatientCounts | None:
+    if train is None or test is None:
+        return None
+    ours, theirs = set(train.tolist()), set(test.tolist())
+    return PatientCounts(len(ours), len(theirs), len(ours & theirs))
 
 
 def _counted(labels: np.ndarray, num_classes: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from task.data.file_kinds import PICTURES, FileKind, other_kind
 from task.data.odir_table import ODIR_COLUMNS, ODIR_TABLE, OdirRow, read_odir_table
+from task.data.patients import number_patients
 from task.data.walk import FILE, FOLDER, HIDDEN_FOLDER, count_files, entries, files_below
 
 # Where the copies in circulation keep the photographs, the whole ones before the cropped ones.
@@ -170,11 +171,10 @@ def list_odir(root: Path, classes: Sequence[str]) -> Listing:
         )
     rows = sorted(read_odir_table(table), key=lambda row: row.filename)
     folder = next((root / name for name in ODIR_FOLDERS if (root / name).is_dir()), root)
-    _, patients = np.unique([row.patient for row in rows], return_inverse=True)
     return Listing(
         [folder / row.filename for row in rows],
         np.array([_odir_label(row, classes, table) for row in rows], dtype=np.int64),
-        patients.astype(np.int64),
+        number_patients([row.patient for row in rows]),
         _not_listed(table, folder, {row.filename for row in rows}),
     )
 

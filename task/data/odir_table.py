@@ -1,15 +1,12 @@
 """The table of ODIR-5K: which photograph is of which patient and which class."""
 
 import ast
-import csv
-import io
-import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from task.checks import require
+from task.data.csv_table import read_rows
 
 ODIR_TABLE = "full_df.csv"
 ODIR_COLUMNS = ("ID", "filename", "labels")
@@ -21,7 +18,7 @@ class OdirRow:
 
     Attributes:
         line: of the table, 1-based.
-        patient: the column `ID`; a number is the same with and without a decimal point.
+        patient: the column `ID`.
         filename: of the photograph, from the folder of all of them.
         label: the one name that the column `labels` holds.
     """
@@ -40,7 +37,8 @@ def read_odir_table(table: Path) -> list[OdirRow]:
             no class or several, a file outside of the folder, or one that another row names too.
     """
     rows: dict[str, OdirRow] = {}
-    for row in _table_rows(table):
+    for line, values in read_rows(table, ODIR_COLUMNS):
+        row = _checked_row(table, line, values)
         other = rows.setdefault(row.filename, row)
         if other is not row:
             raise ValueError(
@@ -50,45 +48,9 @@ def read_odir_table(table: Path) -> list[OdirRow]:
     return [*rows.values()]
 
 
-def _table_rows(table: Path) -> Iterator[OdirRow]:
-    reader = csv.DictReader(io.StringIO(_table_text(table), newline=""), strict=True)
-    try:
-        columns = list(reader.fieldnames or [])
-        require(
-            set(ODIR_COLUMNS) <= set(columns),
-            str(table),
-            f"a table with the columns {', '.join(ODIR_COLUMNS)}",
-            columns,
-        )
-        for row in reader:
-            yield _checked_row(row, reader.line_num, f"{table}, line {reader.line_num}")
-    except csv.Error as error:
-        raise ValueError(
-            f"{table}, line {reader.line_num}: it must be a table of values between commas, with "
-            f"quotes that are closed, got {error}"
-        ) from error
-
-
-def _table_text(table: Path) -> str:
-    content = table.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{table}, line {line}: the table must be UTF-8, got the byte "
-            f"0x{content[error.start]:02x}; save it as 'CSV UTF-8'"
-        ) from error
-
-
-def _checked_row(row: dict[Any, Any], line: int, place: str) -> OdirRow:
-    require(
-        None not in row.values() and not any(row.get(None, ())),
-        place,
-        "a row with a value for each column, and no more",
-        [*row.values()],
-    )
-    patient, filename, labels = (row[column].strip() for column in ODIR_COLUMNS)
+def _checked_row(table: Path, line: int, values: Sequence[str]) -> OdirRow:
+    place = f"{table}, line {line}"
+    patient, filename, labels = values
     require(patient != "", f"{place}: ID", "the patient", patient)
     path = PurePosixPath(filename)
     require(
@@ -98,16 +60,11 @@ def _checked_row(row: dict[Any, Any], line: int, place: str) -> OdirRow:
         filename,
     )
     label = _class_name(labels, f"{place}: labels of {filename}")
-    return OdirRow(line, _without_zeros(patient), str(path), label)
+    return OdirRow(line, patient, str(path), label)
 
 
 def _leaves(path: PurePosixPath) -> bool:
     return path.is_absolute() or ".." in path.parts
-
-
-def _without_zeros(patient: str) -> str:
-    number = re.fullmatch(r"0*(\d+)(\.0*)?", patient)
-    return patient if number is None else number[1]
 
 
 def _class_name(labels: str, name: str) -> str:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from task.checks import require
 from task.config import Config
 from task.data import Dataset
+from task.data.split import rarest_labels
 from task.randomness import Stream, numpy_generator
 
 # After so many draws that left a client without images, single images are moved instead.
@@ -54,7 +56,13 @@ def partition_dataset(config: Config, dataset: Dataset, num_clients: int) -> Par
         beta=config.partition.beta,
         counts=config.partition.counts,
         seed=config.seed,
+        train_groups=_as_array(dataset.train.groups),
+        test_groups=_as_array(dataset.test.groups),
     )
+
+
+def _as_array(groups: Tensor | None) -> np.ndarray | None:
+    return None if groups is None else groups.numpy()
 
 
 def build_partition(
@@ -66,8 +74,13 @@ def build_partition(
     beta: float | None,
     counts: Sequence[Sequence[int]] | None = None,
     seed: int,
+    train_groups: np.ndarray | None = None,
+    test_groups: np.ndarray | None = None,
 ) -> Partition:
     """Deal the training images out, and the test images in the same proportions.
+
+    With groups, whole patients are dealt out instead, each as one of the rarest class that it has
+    images of; one with images in both splits goes to one client with all of them.
 
     Args:
         train_labels: [n] int64 in [0, num_classes).
@@ -77,9 +90,12 @@ def build_partition(
         beta: concentration of the Dirichlet distribution, > 0; inf deals evenly; None with counts.
         counts: [num_clients, num_classes] training images of each client and class, exactly.
         seed: of the run.
+        train_groups: [n] int64, equal for the images of one patient; None: each stands alone.
+        test_groups: [m] int64, the same of the test images; given if and only if the others are.
 
     Raises:
-        ValueError: see `dirichlet_counts` and `check_counts`, or a label is out of range.
+        ValueError: see `dirichlet_counts` and `check_counts`, or a label is out of range, or there
+            are both counts and groups.
     """
     generator = numpy_generator(seed, Stream.PARTITION)
     train_sizes, test_sizes = (
@@ -87,12 +103,24 @@ def build_partition(
     )
     found = max(len(train_sizes), len(test_sizes))
     require(found == num_classes, "labels", f"below {num_classes}", found - 1)
+    if train_groups is not None and test_groups is not None:
+        require(
+            counts is None,
+            "partition.counts",
+            "null (with partition.beta=0.5) where images have patients, whom numbers would part",
+            counts,
+        )
+        return _deal_patients(
+            _Patients.of(train_labels, train_groups),
+            _Patients.of(test_labels, test_groups),
+            shape=(num_clients, num_classes),
+            beta=_given(beta),
+            generator=generator,
+        )
     if counts is not None:
         dealt = check_counts(counts, train_sizes, num_clients)
-    elif beta is not None:
-        dealt = dirichlet_counts(train_sizes, num_clients, beta=beta, generator=generator)
     else:
-        raise ValueError("partition.beta must be a number where partition.counts is null, got None")
+        dealt = dirichlet_counts(train_sizes, num_clients, beta=_given(beta), generator=generator)
     test_counts = counts_like(dealt, test_sizes)
     return Partition(
         counts=dealt,
@@ -100,6 +128,65 @@ def build_partition(
         train_indices=assign(train_labels, dealt, generator=generator),
         test_indices=assign(test_labels, test_counts, generator=generator),
     )
+
+
+def _given(beta: float | None) -> float:
+    if beta is None:
+        raise ValueError("partition.beta must be a number where partition.counts is null, got None")
+    return beta
+
+
+@dataclass(frozen=True, eq=False)
+class _Patients:
+    """The patients of one split.
+
+    Attributes:
+        labels: [n] int64, of the images.
+        numbers: [P] int64, sorted, of the patients.
+        members: [n] int64, the place of each image's patient in `numbers`.
+        kinds: [P] int64, the class that each counts as.
+    """
+
+    labels: np.ndarray
+    numbers: np.ndarray
+    members: np.ndarray
+    kinds: np.ndarray
+
+    @classmethod
+    def of(cls, labels: np.ndarray, groups: np.ndarray) -> "_Patients":
+        return cls(labels, np.unique(groups), *rarest_labels(labels, groups))
+
+    def images(self, owners: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, list[Any]]:
+        """Count and list the images of each client, whose patients `owners` ([P] int64) tells."""
+        of_images = owners[self.members]
+        counts = np.zeros(shape, dtype=np.int64)
+        np.add.at(counts, (of_images, self.labels), 1)
+        return counts, [np.flatnonzero(of_images == client) for client in range(shape[0])]
+
+
+def _deal_patients(
+    train: _Patients,
+    test: _Patients,
+    *,
+    shape: tuple[int, int],
+    beta: float,
+    generator: np.random.Generator,
+) -> Partition:
+    num_clients, num_classes = shape
+    sizes = np.bincount(train.kinds, minlength=num_classes)
+    dealt = dirichlet_counts(sizes, num_clients, beta=beta, generator=generator, unit="patients")
+    owners = choose_owners(train.kinds, dealt, generator=generator)
+    # A folder of test images may hold more of a patient who is trained on.
+    places = np.searchsorted(train.numbers, test.numbers)
+    known = np.isin(test.numbers, train.numbers)
+    test_owners = np.empty(len(test.numbers), dtype=np.int64)
+    test_owners[known] = owners[places[known]]
+    others = test.kinds[~known]
+    test_dealt = counts_like(dealt, np.bincount(others, minlength=num_classes))
+    test_owners[~known] = choose_owners(others, test_dealt, generator=generator)
+    counts, indices = train.images(owners, shape)
+    test_counts, test_indices = test.images(test_owners, shape)
+    return Partition(counts, test_counts, indices, test_indices)
 
 
 def check_counts(
@@ -139,7 +226,12 @@ def check_counts(
 
 
 def dirichlet_counts(
-    class_sizes: np.ndarray, num_clients: int, *, beta: float, generator: np.random.Generator
+    class_sizes: np.ndarray,
+    num_clients: int,
+    *,
+    beta: float,
+    generator: np.random.Generator,
+    unit: str = "images",
 ) -> np.ndarray:
     """Draw how many images of each class each client gets; none goes away empty.
 
@@ -151,6 +243,7 @@ def dirichlet_counts(
         num_clients: N > 0.
         beta: concentration, > 0; inf gives equal proportions.
         generator: of the proportions.
+        unit: what is dealt out, for errors.
 
     Returns:
         [N, C] int64; each column adds up to its class size.
@@ -161,11 +254,11 @@ def dirichlet_counts(
     Source: the split of the paper (Dirichlet, per class over clients) without its empty clients.
     """
     require(beta > 0, "partition.beta", "> 0 (inf deals every class evenly)", beta)
-    images = int(class_sizes.sum())
+    number = int(class_sizes.sum())
     require(
-        1 <= num_clients <= images,
+        1 <= num_clients <= number,
         "federation.num_supernodes",
-        f"between 1 and {images}, the number of training images, so that no client is empty",
+        f"between 1 and {number}, the number of training {unit}, so that no client is empty",
         num_clients,
     )
     for _ in range(MAX_DRAWS):
@@ -257,6 +350,21 @@ def assign(
         Per client the sorted indices of its images, int64; together each index exactly once.
 
     Raises:
+        ValueError: see `choose_owners`.
+    """
+    owners = choose_owners(labels, counts, generator=generator)
+    return [np.flatnonzero(owners == client) for client in range(len(counts))]
+
+
+def choose_owners(
+    labels: np.ndarray, counts: np.ndarray, *, generator: np.random.Generator
+) -> np.ndarray:
+    """Choose the client of each image, or of each patient; arguments are those of `assign`.
+
+    Returns:
+        [n] int64.
+
+    Raises:
         ValueError: the counts of a class do not add up to its number of labels.
     """
     class_sizes = np.bincount(labels, minlength=counts.shape[1])
@@ -271,4 +379,4 @@ def assign(
     for label, column in enumerate(counts.T):
         members = generator.permutation(np.flatnonzero(labels == label))
         owners[members] = np.repeat(clients, column)
-    return [np.flatnonzero(owners == client) for client in clients]
+    return owners

@@ -44,12 +44,27 @@ def split_validation(
 def _split_groups(
     labels: np.ndarray, fraction: float, groups: np.ndarray, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
+    members, group_labels = rarest_labels(labels, groups)
+    _, held_out = split_validation(group_labels, fraction, generator=generator)
+    chosen = np.isin(members, held_out)
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+def rarest_labels(labels: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Say of each group which class it counts as: the rarest that it has images of.
+
+    Args:
+        labels: [N] int64.
+        groups: [N] int64, equal for the images of one patient.
+
+    Returns:
+        The place of each image's group among the sorted groups, [N] int64, and the class of each
+        of these, [G] int64.
+    """
     sizes = np.bincount(labels, minlength=1)
     # The last of each group to be written stays: its image of the rarest class.
     order = np.argsort(-sizes[labels], kind="stable")
     _, members = np.unique(groups, return_inverse=True)
     group_labels = np.zeros(members.max(initial=-1) + 1, dtype=np.int64)
     group_labels[members[order]] = labels[order]
-    _, held_out = split_validation(group_labels, fraction, generator=generator)
-    chosen = np.isin(members, held_out)
-    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    return members, group_labels

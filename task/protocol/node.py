@@ -29,6 +29,7 @@ class NodeKey(StrEnum):
     REPORT_CLASS_COUNTS = "report-class-counts"
     SCORE_IMAGES = "score-images"
     INCEPTION_WEIGHTS = "inception-weights"
+    PATIENTS = "patients"
 
 
 OWN_TEST_SPLIT = "in the test split of the data set, which a node does not use"
@@ -51,6 +52,8 @@ class NodeConfig:
         score_images: whether the node compares images that the server sends with its own.
         inception_weights: the file of Inception's weights, for runs that score images with them;
             None: the one in torch.hub's folder.
+        patients: the hospital's own table of which file is of which patient, as `data.patients`;
+            None: the run's `data.patient_pattern` says it, or nothing does.
 
     Raises:
         ValueError: a value is out of range.
@@ -62,9 +65,11 @@ class NodeConfig:
     report_class_counts: bool = False
     score_images: bool = True
     inception_weights: str | None = None
+    patients: str | None = None
 
     def __post_init__(self) -> None:
-        for key in (NodeKey.DATA_PATH, NodeKey.OUTPUT_PATH, NodeKey.INCEPTION_WEIGHTS):
+        paths = (NodeKey.DATA_PATH, NodeKey.OUTPUT_PATH, NodeKey.INCEPTION_WEIGHTS)
+        for key in (*paths, NodeKey.PATIENTS):
             value = getattr(self, _field(key))
             require(value != "", key, "a path", value)
         require(self.min_images >= 1, NodeKey.MIN_IMAGES, ">= 1", self.min_images)
@@ -132,10 +137,12 @@ def own_config(config: Config, node: NodeConfig) -> Config:
     """Point the configuration of a run to the node's own images, with paths of this machine.
 
     Of its images a node holds out `data.val_fraction`; a `data.test_fraction` is a simulation's,
-    and that of the digits, which have no files.
+    and that of the digits, which have no files. Its own table of patients goes before what the run
+    says of them; a `data.patients` of the run is a file of another machine.
 
     Raises:
-        ValueError: the node was started without saying where they are.
+        ValueError: the node was started without saying where they are, or who its patients are in
+            a run with `data.patients`.
     """
     if node.data_path is not None:
         fraction = config.data.test_fraction if config.data.name == "digits" else None
@@ -143,6 +150,13 @@ def own_config(config: Config, node: NodeConfig) -> Config:
     elif config.data.name != "digits":
         raise ValueError(
             "a node needs its own images: start it with --node-config 'data-path=\"/folder\"'"
+        )
+    if node.patients is not None:
+        config = config.changed({"data.patients": node.patients, "data.patient_pattern": ""})
+    elif config.data.patients:
+        raise ValueError(
+            "data.patients: a node needs its own table of patients: start it with --node-config "
+            "'patients=\"/file.csv\"'"
         )
     return anchored(config, Path.home())
 

@@ -12,7 +12,7 @@ NAMES_AND_PLACES = frozenset({"experiment", "output_dir", "run_name", "resume", 
 # A resumed run may change these: none of them touches the weights of a round.
 FREE_TO_CHANGE = NAMES_AND_PLACES | frozenset(
     {
-        "data.root",
+        *("data.root", "data.patients"),
         *("federation.rounds", "federation.num_supernodes", "federation.min_nodes"),
         *("federation.min_replies", "federation.node_wait", "federation.round_timeout"),
         *("federation.keep_checkpoints", "federation.cpus_per_client"),

@@ -563,8 +563,10 @@ def test_missing_configuration_file_is_said_to_be_missing(tmp_path: Path) -> Non
 
 
 def test_files_of_the_extractors_are_absolute_or_empty() -> None:
-    config = anchored(load_config(["eval.inception_weights=w.pth"]), Path("/there"))
+    words = ["eval.inception_weights=w.pth", "data=chest_xray", "data.patients=p.csv"]
+    config = anchored(load_config(words), Path("/there"))
     assert config.eval.inception_weights == "/there/w.pth"
+    assert config.data.patients == "/there/p.csv"
     assert config.eval.exported_program == ""
 
 

@@ -46,6 +46,7 @@ def test_node_config_is_read_as_it_is_given() -> None:
         ({"data-pth": "/x"}, ValueError, "of the keys data-path, output-path, .* got 'data-pth'"),
         ({"data-path": 3}, TypeError, "data-path must be of type str, got 3"),
         ({"data-path": ""}, ValueError, "data-path must be a path, got ''"),
+        ({"patients": ""}, ValueError, "patients must be a path, got ''"),
         ({"min-images": True}, TypeError, "min-images must be of type int, got True"),
         ({"min-images": "50"}, TypeError, "min-images must be of type int, got '50'"),
         ({"min-images": 0}, ValueError, "min-images must be >= 1, got 0"),
