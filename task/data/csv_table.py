@@ -30,7 +30,7 @@ def read_rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[s
         expected = f"a table with the columns {', '.join(columns)}"
         require(set(columns) <= set(named), str(table), expected, named)
         for row in reader:
-            beyond = row.pop(None, [])  # type: ignore[call-overload]
+            beyond = row.pop(None, [])
             given = sum(value is not None for value in row.values()) + len(beyond)
             require(
                 None not in row.values() and not any(beyond),

@@ -33,6 +33,22 @@ def feddm(*words: object) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
+def test_patients_are_counted_and_their_table_is_named(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"a": 20, "b": 10})
+    files = sorted((tmp_path / "set").rglob("*.png"))
+    rows = [f"{file.relative_to(tmp_path / 'set')},jane{file.stem[-1]}" for file in files]
+    (tmp_path / "p.csv").write_text("\n".join(["file,patient", *rows]), encoding="utf-8")
+    said: list[str] = []
+    words = ["data=image_folder", "data.classes=[a,b]", f"data.cache_dir={tmp_path}/cache"]
+    node = NodeConfig(str(tmp_path / "set"), patients=str(tmp_path / "p.csv"))
+    check = NodeCheck(own_config(load_config(words), node), node, said.append)
+    check.section("images", check.data())
+    assert not check.problems
+    text = "\n".join(map(str, said))
+    assert text.count("the images are of 10 patients (9 to train on, 1 to test with)") == 1
+    assert "jane" not in text
+
+
 def run(*command: object) -> str:
     words = [str(word) for word in command]
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout

@@ -517,6 +517,24 @@ def test_every_reply_of_a_hospital_is_free_of_paths_and_names(tmp_path: Path) ->
         assert b"UnknownClassError" in sent(reply) and b"secret" not in sent(reply)
 
 
+def test_no_reply_tells_of_the_table_of_patients(tmp_path: Path) -> None:
+    home = tmp_path / "hospital-secret"
+    write_tree(home / "set", {"a": 12, "b": 10})
+    files = [path.relative_to(home / "set") for path in sorted((home / "set").rglob("*.png"))]
+    rows = [f"{file},jane-secret-{number // 2}" for number, file in enumerate(files)]
+    run_config = {**SMALL_RUN, **FOLDER_RUN, "data.cache_dir": str(home / "cache")}
+    node_config = {"data-path": str(home / "set"), "patients": str(home / "secret.csv")}
+    for number, reason in ((22, ""), (21, "ValueError"), (None, "FileNotFoundError")):
+        workspace._build_workspace.cache_clear()
+        (home / "secret.csv").unlink(missing_ok=True)
+        if number is not None:
+            table = "\n".join(["file,patient", *rows[:number]])
+            (home / "secret.csv").write_text(table, encoding="utf-8")
+        reply = app(message("query"), node_context(run_config, node_config))
+        assert (reply.error.reason if reply.has_error() else "") == reason
+        assert b"secret" not in sent(reply)
+
+
 def sent(reply: Message) -> bytes:
     """Return all bytes of a reply that Flower sends to the server."""
     objects = [found.deflate() for found in get_all_nested_objects(reply).values()]
