@@ -108,12 +108,14 @@ def _split(train: Listing, test: Listing | None, data: DataConfig) -> tuple[List
     if test is not None:
         train = replace(train, left_out=train.left_out + test.left_out)
     if fraction is None:
-        return train, train.subset(NONE)
+        return train, replace(train.subset(NONE), note=train.note)
     generator = numpy_generator(data.split_seed, Stream.TEST_SPLIT)
     kept, held_out = split_validation(
         train.labels, fraction, generator=generator, groups=train.groups
     )
-    return replace(train.subset(kept), left_out=train.left_out), train.subset(held_out)
+    return replace(train.subset(kept), left_out=train.left_out), replace(
+        train.subset(held_out), note=train.note
+    )
 
 
 def _read_split(listing: Listing, data: DataConfig) -> tuple[ImageSet, Listing]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from task.data.file_kinds import PICTURES, FileKind, other_kind
-from task.data.odir_table import ODIR_COLUMNS, ODIR_TABLE, OdirRow, read_odir_table
+from task.data.odir_table import ODIR_COLUMNS, ODIR_PRECEDENCE, ODIR_TABLE, OdirRow, read_odir_table
 from task.data.patients import number_patients
 from task.data.walk import FILE, FOLDER, HIDDEN_FOLDER, count_files, entries, files_below
 
@@ -36,7 +36,7 @@ class Listing:
         groups: [N] int64, equal for the files of one patient; None where patients are not known.
         left_out: how many files beside them are no images of the set, by class ("" where they are
             of none) and kind.
-        note: how the split came about, where that is not what was asked for.
+        note: how the split came about, or its labels, where that is not what was asked for.
     """
 
     paths: list[Path]
@@ -154,13 +154,15 @@ def list_odir(root: Path, classes: Sequence[str]) -> Listing:
 
     Args:
         root: folder of the table.
-        classes: the letters by which the column `labels` (as `['N']`) names them.
+        classes: the letters by which the column `labels` (as `['N']`) names them; an eye with
+            several counts as the first of them in `ODIR_PRECEDENCE`.
 
     Raises:
         FileNotFoundError: the table is not there.
         PermissionError: a folder may not be read.
         ValueError: see `read_odir_table`.
-        UnknownClassError: a row names another class.
+        UnknownClassError: a row names another class, or several that are not in
+            `ODIR_PRECEDENCE`.
     """
     table = root / ODIR_TABLE
     if not table.is_file():
@@ -171,22 +173,41 @@ def list_odir(root: Path, classes: Sequence[str]) -> Listing:
         )
     rows = sorted(read_odir_table(table), key=lambda row: row.filename)
     folder = next((root / name for name in ODIR_FOLDERS if (root / name).is_dir()), root)
+    _check_odir_classes(rows, classes, table)
+    several = sum(len(row.labels) > 1 for row in rows)
+    said = f"{several:,} eyes have several diagnoses and count as the first of them in the order "
     return Listing(
         [folder / row.filename for row in rows],
-        np.array([_odir_label(row, classes, table) for row in rows], dtype=np.int64),
+        np.array([class_label(_diagnosis(row), classes) for row in rows], dtype=np.int64),
         number_patients([row.patient for row in rows]),
         _not_listed(table, folder, {row.filename for row in rows}),
+        said + ", ".join(ODIR_PRECEDENCE) if several else "",
     )
 
 
-def _odir_label(row: OdirRow, classes: Sequence[str], table: Path) -> int:
-    label = class_label(row.label, classes)
-    if label is None:
+def _diagnosis(row: OdirRow) -> str:
+    """Choose the one of an eye's diagnoses that it counts as."""
+    return row.labels[0] if len(row.labels) == 1 else min(row.labels, key=ODIR_PRECEDENCE.index)
+
+
+def _check_odir_classes(rows: Sequence[OdirRow], classes: Sequence[str], table: Path) -> None:
+    """Refuse classes that are not known, and name all of them with their numbers of eyes."""
+    unknown = Counter[str]()
+    first = None
+    for row in rows:
+        known = [name for name in row.labels if class_label(name, classes) is not None]
+        if len(row.labels) > 1:
+            known = [name for name in known if name in ODIR_PRECEDENCE]
+        if len(known) < len(row.labels):
+            first = first or row
+            unknown.update(name for name in row.labels if name not in known)
+    if first is not None:
+        numbers = ", ".join(f"{name} {number:,}" for name, number in unknown.most_common())
         raise UnknownClassError(
-            f"{table}, line {row.line}: labels of {row.filename} must be one of {list(classes)}, "
-            f"as \"['N']\", got {[row.label]}"
+            f"{table}, line {first.line}: labels of {first.filename} must be one of "
+            f"{list(classes)}, as \"['N']\", or several of {', '.join(ODIR_PRECEDENCE)}, got "
+            f"{list(first.labels)} (in the whole table: {numbers})"
         )
-    return label
 
 
 def _not_listed(table: Path, folder: Path, names: set[str]) -> Counter[tuple[str, str]]:

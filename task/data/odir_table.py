@@ -10,6 +10,9 @@ from task.data.csv_table import read_rows
 
 ODIR_TABLE = "full_df.csv"
 ODIR_COLUMNS = ("ID", "filename", "labels")
+# An eye with several diagnoses counts as the first of these that it has: from the rarest named
+# disease of ODIR-5K to the most frequent, then other diseases, then normal.
+ODIR_PRECEDENCE = ("H", "M", "A", "G", "C", "D", "O", "N")
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,13 @@ class OdirRow:
         line: of the table, 1-based.
         patient: the column `ID`.
         filename: of the photograph, from the folder of all of them.
-        label: the one name that the column `labels` holds.
+        labels: the names that the column `labels` holds, each once; one in the published table.
     """
 
     line: int
     patient: str
     filename: str
-    label: str
+    labels: tuple[str, ...]
 
 
 def read_odir_table(table: Path) -> list[OdirRow]:
@@ -34,7 +37,7 @@ def read_odir_table(table: Path) -> list[OdirRow]:
 
     Raises:
         ValueError: it is not UTF-8, lacks a column, or a row cannot be used: it is cut off, names
-            no class or several, a file outside of the folder, or one that another row names too.
+            no class, a file outside of the folder, or one that another row names too.
     """
     rows: dict[str, OdirRow] = {}
     for line, values in read_rows(table, ODIR_COLUMNS):
@@ -43,7 +46,8 @@ def read_odir_table(table: Path) -> list[OdirRow]:
         if other is not row:
             raise ValueError(
                 f"{table}, line {row.line}: filename must be another in each row, got "
-                f"{row.filename!r} ({row.label}), as in line {other.line} ({other.label})"
+                f"{row.filename!r} ({', '.join(row.labels)}), as in line {other.line} "
+                f"({', '.join(other.labels)})"
             )
     return [*rows.values()]
 
@@ -59,17 +63,23 @@ def _checked_row(table: Path, line: int, values: Sequence[str]) -> OdirRow:
         "that of a photograph, in the folder of all of them or below it",
         filename,
     )
-    label = _class_name(labels, f"{place}: labels of {filename}")
-    return OdirRow(line, patient, str(path), label)
+    names = _class_names(labels, f"{place}: labels of {filename}")
+    return OdirRow(line, patient, str(path), names)
 
 
 def _leaves(path: PurePosixPath) -> bool:
     return path.is_absolute() or ".." in path.parts
 
 
-def _class_name(labels: str, name: str) -> str:
+def _class_names(labels: str, name: str) -> tuple[str, ...]:
     try:
-        (label,) = ast.literal_eval(labels)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"{name} must be one class, as \"['N']\", got {labels!r}") from error
-    return str(label)
+        found = ast.literal_eval(labels)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        found = None
+    require(
+        isinstance(found, list) and found != [] and all(isinstance(each, str) for each in found),
+        name,
+        "a list of classes, as \"['N']\"",
+        labels,
+    )
+    return tuple(dict.fromkeys(found))

@@ -1,5 +1,6 @@
 """Which files are images of a data set, what becomes of the others, which images are the same."""
 
+import csv
 import json
 import logging
 import os
@@ -184,8 +185,10 @@ def odir(root: Path, table: str | bytes) -> Listing:
         (HEAD + "1,a\0b.jpg,\"['N']\"\n", r"line 2: filename must be that of .*a\\x00b"),
         (HEAD + "1,,\"['N']\"\n", r"line 2: filename must be that of a photograph"),
         (HEAD + ",x.jpg,\"['N']\"\n", r"line 2: ID must be the patient"),
-        (HEAD + "1,x.jpg,\0\n", r"line 2: labels of x\.jpg must be one class"),
-        (HEAD + "1,x.jpg,\"['N','G']\"\n", r"line 2: labels of x\.jpg must be one class"),
+        (HEAD + "1,x.jpg,\0\n", r"line 2: labels of x\.jpg must be a list of classes"),
+        (HEAD + "1,x.jpg,[]\n", r"line 2: labels of x\.jpg must be a list of classes"),
+        (HEAD + "1,x.jpg,\"['N',1]\"\n", r"line 2: labels of x\.jpg must be a list of classes"),
+        (HEAD + "1,x.jpg,\"['N','X']\"\n", r"line 2: labels of x\.jpg must be .*table: X 1\)"),
         (HEAD + "1,x.jpg,\"['../N']\"\n", r"line 2: labels of x\.jpg must be one of"),
     ],
 )
@@ -195,6 +198,66 @@ def test_rows_that_cannot_be_used_are_refused_with_file_and_line(
     with pytest.raises(ValueError, match=message) as caught:
         odir(tmp_path, table)
     assert str(tmp_path / "full_df.csv") in str(caught.value)
+
+
+def test_classes_that_are_not_known_are_all_named(tmp_path: Path) -> None:
+    rows = "".join(f"{i},{i}.jpg,\"['{name}']\"\n" for i, name in enumerate("NXGYXD"))
+    with pytest.raises(ValueError, match=r"line 3: .*got \['X'\] \(in the .* table: X 2, Y 1\)"):
+        odir(tmp_path, HEAD + rows)
+
+
+def test_eye_with_several_diagnoses_counts_as_one_and_that_is_said(tmp_path: Path) -> None:
+    several = ["D','G", "N','D", "O','N", "D','D", "G"]
+    rows = "".join(f"{i},{i}.jpg,\"['{names}']\"\n" for i, names in enumerate(several))
+    (tmp_path / "full_df.csv").write_text(HEAD + rows)
+    config = load_config(["data=odir", f"data.root={tmp_path}", "data.test_fraction=null"])
+    train, _ = list_dataset(config)
+    assert [config.data.classes[label] for label in train.labels] == [*"GDODG"]
+    assert take_inventory(config).describe()[-1] == (
+        "3 eyes have several diagnoses and count as the first of them in the order "
+        "H, M, A, G, C, D, O, N"
+    )
+
+
+# As the table on Kaggle has them: diagnoses of a patient stand in N to O, of an eye in labels.
+FULL_COLUMNS = (
+    *("ID", "Patient Age", "Patient Sex", "Left-Fundus", "Right-Fundus"),
+    *("Left-Diagnostic Keywords", "Right-Diagnostic Keywords", *"NDGCAHMO"),
+    *("filepath", "labels", "target", "filename"),
+)
+
+
+def test_whole_layout_of_the_published_table_is_read(tmp_path: Path) -> None:
+    letters = "NDGCAHMO"
+    write_tree(tmp_path / "preprocessed_images", {".": 32})
+    pictures = sorted((tmp_path / "preprocessed_images").glob("*.png"))
+    with (tmp_path / "full_df.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(FULL_COLUMNS)
+        for place, picture_file in enumerate(pictures):
+            patient, eye = divmod(place, 2)
+            names = [f"{patient}_{side}.jpg" for side in ("left", "right")]
+            picture_file.rename(picture_file.with_name(names[eye]))
+            letter = letters[(patient + 3 * eye) % 8]
+            of_patient = {letters[patient % 8], letters[(patient + 3) % 8]}
+            keywords = ["drusen\N{FULLWIDTH COMMA}lens dust", "normal fundus, mild"]
+            hot = [int(each in of_patient) for each in letters]
+            target = [int(each == letter) for each in letters]
+            row = [patient, 60, "Female", *names, *keywords, *hot, "../input/x", [letter]]
+            table.writerow([*row, target, names[eye]])
+    words = [f"data.root={tmp_path}", "data.image_size=8", "data.test_fraction=0.25"]
+    config = load_config(["data=odir", *words, f"data.cache_dir={tmp_path}/cache"])
+    train, test = list_dataset(config)
+    everything = np.bincount(np.concatenate([train.labels, test.labels]), minlength=8)
+    assert everything.tolist() == [4] * 8
+    found = take_inventory(config)
+    assert found.patients is not None and sum(found.patients[:2]) == 16
+    assert found.patients.in_both == 0 and not found.left_out
+    partition = partition_dataset(config, build_dataset(config, download=False), 4)
+    held = [
+        {train.paths[i].name.split("_")[0] for i in indices} for indices in partition.train_indices
+    ]
+    assert sum(map(len, held)) == len(set.union(*held)) == found.patients.train
 
 
 def test_numbers_of_patients_are_the_same_however_they_are_written(tmp_path: Path) -> None:
