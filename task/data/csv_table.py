@@ -24,7 +24,7 @@ def read_rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[s
         ValueError: the table is not UTF-8, lacks a column, or a row is cut off, too long, or has a
             quote that is not closed.
     """
-    reader = csv.DictReader(io.StringIO(_text(table), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(_utf8_text(table), newline=""), strict=True)
     try:
         named = list(reader.fieldnames or [])
         expected = f"a table with the columns {', '.join(columns)}"
@@ -46,7 +46,7 @@ def read_rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[s
         ) from error
 
 
-def _text(table: Path) -> str:
+def _utf8_text(table: Path) -> str:
     content = table.read_bytes()
     try:
         return content.decode("utf-8-sig")

@@ -87,7 +87,7 @@ def _found_in_table(paths: Sequence[Path], root: Path, table: Path) -> list[str]
             f"{', '.join(PATIENT_COLUMNS)}"
         )
     patients = _read_patients(table)
-    names = [_plain(path.relative_to(root).as_posix()) for path in paths]
+    names = [_composed(path.relative_to(root).as_posix()) for path in paths]
     listed = sum(name in patients for name in names)
     require(
         listed == len(names),
@@ -104,7 +104,7 @@ def _read_patients(table: Path) -> dict[str, str]:
     lines: dict[str, int] = {}
     for line, (file, patient) in read_rows(table, PATIENT_COLUMNS):
         _require_given(f"{table}, line {line}", {"file": file, "patient": patient}.items())
-        name = _plain(str(PurePosixPath(file)))
+        name = _composed(str(PurePosixPath(file)))
         if name in lines:
             raise ValueError(
                 f"{table}, line {line}: file must be another in each row, got that of line "
@@ -119,6 +119,6 @@ def _require_given(place: str, values: Iterable[tuple[str, str]]) -> None:
         require(value != "", f"{place}: {column}", "given", value)
 
 
-def _plain(name: str) -> str:
+def _composed(name: str) -> str:
     # macOS writes letters with accents as two characters.
     return unicodedata.normalize("NFC", name)

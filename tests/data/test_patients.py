@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from server_app.launch.fit_to_images import fit_to_images
-from task.config import Config, hydra_override, load_config
+from task.config import Config, hydra_override, load_config, read_config, write_config
 from task.data import build_dataset, list_dataset, take_inventory
 from task.data.partition import Partition, build_partition, partition_dataset
 from task.data.patients import number_patients
 from task.protocol.node import NodeConfig, count_images, own_config, own_images
+from task.runs.resume import check_same_run
 
 from .test_data_files import SHARED, shared_zip, unpack, write_tree
 
@@ -191,6 +192,29 @@ def test_hospitals_are_no_more_than_patients(tmp_path: Path) -> None:
 
 def test_numbers_are_one_patient_however_they_are_written() -> None:
     assert number_patients(["7", "07", " 7.0", "x7", "70"]).tolist() == [0, 0, 0, 2, 1]
+
+
+def test_table_may_lie_elsewhere_when_a_run_goes_on_and_not_come_or_go(tmp_path: Path) -> None:
+    def named(table: str) -> Config:
+        return config_of(tmp_path / "set", patients=table)
+
+    write_config(named("/here/p.csv"), tmp_path / "config.yaml")
+    check_same_run(named("/there/q.csv"), tmp_path)
+    with pytest.raises(ValueError, match=r"asked for data\.patients="):
+        check_same_run(named(""), tmp_path)
+    write_config(named(""), tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match=r"asked for data\.patients=/there/q\.csv"):
+        check_same_run(named("/there/q.csv"), tmp_path)
+
+
+def test_run_of_before_patients_could_be_named_has_none(tmp_path: Path) -> None:
+    write_config(load_config(["data=chest_xray"]), tmp_path / "config.yaml")
+    written = (tmp_path / "config.yaml").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in written if "patient" not in line]
+    assert len(kept) == len(written) - 2
+    (tmp_path / "config.yaml").write_text("\n".join(kept), encoding="utf-8")
+    data = read_config(tmp_path / "config.yaml").data
+    assert (data.patients, data.patient_pattern) == ("", "")
 
 
 # On a node, and what is said.
