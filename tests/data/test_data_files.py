@@ -249,6 +249,33 @@ def test_multi_frame_and_strange_dicom_files_are_refused_by_name(tmp_path: Path)
     assert "text.dcm: ValueError: InvalidDicomError" in lines[3]
 
 
+@pytest.mark.parametrize("name", ["image_folder", "dicom_folder"])
+@pytest.mark.parametrize(
+    ("fit", "expected"),
+    [
+        # Columns of 0, 10, ..., 150 in 8 rows, seen as 8x8: the middle 8 of them,
+        ("crop", [[40, 50, 60, 70, 80, 90, 100, 110]] * 8),
+        # every two of them between two rows of 0,
+        ("pad", [[0] * 8] * 2 + [[5, 25, 45, 65, 85, 105, 125, 145]] * 4 + [[0] * 8] * 2),
+        # every two of them.
+        ("stretch", [[5, 25, 45, 65, 85, 105, 125, 145]] * 8),
+    ],
+)
+def test_what_is_not_square_becomes_so_as_asked(
+    tmp_path: Path, name: str, fit: str, expected: list[list[int]]
+) -> None:
+    columns = np.tile(np.arange(0, 160, 10, dtype=np.uint8), (8, 1))
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    if name == "image_folder":
+        Image.fromarray(columns).save(tmp_path / "set" / "a" / "x.png")
+    else:
+        elements = {"RescaleSlope": 1, "RescaleIntercept": 0}
+        window = {"WindowCenter": 128, "WindowWidth": 256}
+        write_dicom(tmp_path / "set" / "a" / "x.dcm", columns, **elements, **window)
+    found = load(tmp_path / "set", name, fit=fit, channels=1).train.images[0, 0]
+    assert (found.int() - torch.tensor(expected)).abs().max() <= 1
+
+
 # ODIR-5K.
 
 
