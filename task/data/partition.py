@@ -156,7 +156,9 @@ class _Patients:
     def of(cls, labels: np.ndarray, groups: np.ndarray) -> "_Patients":
         return cls(labels, np.unique(groups), *rarest_labels(labels, groups))
 
-    def images(self, owners: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, list[np.ndarray]]:
+    def images(
+        self, owners: np.ndarray, shape: tuple[int, int]
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
         """Count and list the images of each client, whose patients `owners` ([P] int64) tells."""
         of_images = owners[self.members]
         counts = np.zeros(shape, dtype=np.int64)
