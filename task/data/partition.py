@@ -103,6 +103,8 @@ def build_partition(
     )
     found = max(len(train_sizes), len(test_sizes))
     require(found == num_classes, "labels", f"below {num_classes}", found - 1)
+    together = (train_groups is None) == (test_groups is None)
+    require(together, "test_groups", "given if and only if train_groups are", test_groups)
     if train_groups is not None and test_groups is not None:
         require(
             counts is None,

@@ -173,6 +173,12 @@ def test_patients_who_cannot_be_dealt_are_refused() -> None:
             train_groups=groups,
             test_groups=none,
         )
+    with pytest.raises(ValueError, match=r"test_groups must be given if and only if"):
+        build_partition(
+            *(labels, none),
+            **{"num_classes": 1, "num_clients": 2, "beta": 1.0, "seed": 0},  # type: ignore[arg-type]
+            train_groups=groups,
+        )
     with pytest.raises(ValueError, match=r"partition\.counts must be null .* patients"):
         build_partition(
             *(labels, none),

@@ -107,7 +107,9 @@ def test_hospitals_and_epochs_fit_the_images_unless_they_are_given(
     assert fit_to_images(config, named_values(words)) == config
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist", "cifar10", "chest_xray", "odir"])
+@pytest.mark.parametrize(
+    "name", ["digits", "mnist", "cifar10", "chest_xray", "blood_cells", "odir"]
+)
 def test_known_sets_keep_the_numbers_of_conf(name: str) -> None:
     config = load_config([f"data={name}"])
     assert fit_to_images(config, ()) is config
