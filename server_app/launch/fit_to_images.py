@@ -36,9 +36,9 @@ def fit_to_images(config: Config, given: Collection[str]) -> Config:
     """Choose how many hospitals share a user's own images, and how many epochs a round has.
 
     There are as many hospitals as have `federation.images_per_client` training images each, one
-    at least, `federation.num_supernodes` at most, and no more than known patients. Up to `SHARED_BY` of them share the
-    `train.steps_per_round` of a round, so that a run takes about the same time for few images.
-    Other data sets, and a run that is resumed, stay as they are.
+    at least, `federation.num_supernodes` at most, and no more than known patients. Up to
+    `SHARED_BY` of them share the `train.steps_per_round` of a round, so that a run takes about the
+    same time for few images. Other data sets, and a run that is resumed, stay as they are.
 
     Args:
         config: of the run, with absolute folders.
