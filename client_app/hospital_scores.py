@@ -42,7 +42,8 @@ def with_own_extractor(config: Config, inception_weights: str | None) -> Config:
     require(
         config.eval.extractor != "exported",
         "eval.extractor",
-        "classifier or inception on a hospital's node, which loads no program from outside",
+        "classifier, efficientnet or inception on a hospital's node, which loads no program from "
+        "outside",
         config.eval.extractor,
     )
     file = inception_weights or str(hub_inception_file())

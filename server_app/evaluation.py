@@ -228,7 +228,7 @@ class PooledEvaluation(GlobalEvaluation):
     def measure(self, server_round: int, weights: Mapping[str, Tensor]) -> str:
         """Measure `eval.num_images` images by what is quick; say the distance in few words."""
         found = self._evaluate(server_round, weights, Use.ROUNDS)
-        return f"FID (train) {found.records.value('fid', reference=TRAIN):.2f}"
+        return f"FD (train) {found.records.value('fid', reference=TRAIN):.2f}"
 
     def measure_final(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
         """Measure the final images with all metrics, or by what costs little."""
@@ -241,7 +241,7 @@ class PooledEvaluation(GlobalEvaluation):
                 found.records.value("fid", reference=TRAIN, real=real) for real in (False, True)
             )
             log(
-                f"FID (train) {fid:.2f} of {label.n_generated} images, {floor:.2f} of "
+                f"FD (train) {fid:.2f} of {label.n_generated} images, {floor:.2f} of "
                 f"{label.n_floor} real ones (extractor {label.extractor}, image range "
                 f"{label.image_range}); all metrics: {file}"
             )
@@ -330,7 +330,7 @@ class HospitalEvaluation(GlobalEvaluation):
         if num_hospitals == 0:
             return "scored at no hospital"
         fid, floor = (found.value("fid", reference=HELD_OUT, real=real) for real in (False, True))
-        return f"FID {fid:.2f} at {num_hospitals} hospitals (their own floor {floor:.2f})"
+        return f"FD {fid:.2f} at {num_hospitals} hospitals (their own floor {floor:.2f})"
 
     def measure_final(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
         """Let the hospitals score the final images, and log what they find together."""

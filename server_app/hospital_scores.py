@@ -61,7 +61,7 @@ def check_scoring(config: Config) -> None:
     require(
         config.eval.extractor != "exported",
         "eval.extractor",
-        "classifier or inception with real nodes, which load no program from outside",
+        "classifier, efficientnet or inception with real nodes, which load no program from outside",
         config.eval.extractor,
     )
 
@@ -168,7 +168,8 @@ def _names() -> dict[str, tuple[str, bool]]:
 
 def describe_scores(records: Records, num_hospitals: int, config: Config) -> str:
     """Say what hospitals found together, in one line."""
-    own = "each hospital's own classifier" if config.eval.extractor == "classifier" else "inception"
+    extractor = config.eval.extractor
+    own = "each hospital's own classifier" if extractor == "classifier" else extractor
     found = []
     for metric in metrics_of(Use.HOSPITALS, Use.HOSPITALS_OF_CLASSES):
         value = records.value(metric.name, reference=HELD_OUT)

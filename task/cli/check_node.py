@@ -20,6 +20,7 @@ from task.progress import tracked
 from task.protocol.node import (
     ImageCounts,
     NodeConfig,
+    check_extractor,
     check_number,
     check_output_path,
     count_images,
@@ -76,6 +77,14 @@ class NodeCheck(Findings):
         check_output_path(self._node)
         yield "free, output-path", free_disk(output_folder(self._node.output_path))
 
+    def scoring(self) -> Iterator[Finding]:
+        """Look for what images are to be scored through."""
+        if not self._node.score_images:
+            yield "scores", "none: score-images=false"
+            return
+        check_extractor(self._config, self._node)
+        yield "extractor", self._config.eval.extractor
+
     def training(self) -> Iterator[Finding]:
         """Look at device and memory, and train a step."""
         device = select_device(self._config.train.device)
@@ -115,6 +124,7 @@ def examine_node(
     check.section("versions", versions())
     check.section("images", check.data())
     check.section("disks", check.places())
+    check.section("scores", check.scoring())
     check.section("training", check.training())
     if superlink is not None:
         check.section("connection", check_superlink(superlink, root_certificates))

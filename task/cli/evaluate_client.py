@@ -192,7 +192,7 @@ def client_caption(reports: Mapping[str, Evaluation], counts: Mapping[str, list[
 
 
 def client_verdict(client: int, local: Evaluation, shared: Evaluation) -> str:
-    """Say which of two models fits a client better, where FID and KID agree on it."""
+    """Say which of two models fits a client better, where FD and KID agree on it."""
     (fid, their_fid), (kid, their_kid) = (
         [each.records.value(name, reference=TRAIN) or 0.0 for each in (local, shared)]
         for name in ("fid", "kid")
@@ -205,9 +205,9 @@ def client_verdict(client: int, local: Evaluation, shared: Evaluation) -> str:
     elif gains == (0, 0):
         found = "both fit the client alike"
     else:
-        found = "FID and KID do not agree on which fits the client better"
+        found = "FD and KID do not agree on which fits the client better"
     return (
-        f"On the {local.label.n_train:,} images of client {client} the local model's FID is "
+        f"On the {local.label.n_train:,} images of client {client} the local model's FD is "
         f"{fid:.4g} and its KID {kid:.4g}, the global model's {their_fid:.4g} and {their_kid:.4g}: "
         f"{found}."
     )

@@ -419,7 +419,7 @@ class EvalConfig(Section):
     seed: Seed
     batch_size: PositiveInt | None
     precision: Precision
-    extractor: Literal["inception", "classifier", "exported"]
+    extractor: Literal["inception", "classifier", "efficientnet", "exported"]
     image_range: Literal["correct", "paper"]
     inception_weights: str
     exported_program: str

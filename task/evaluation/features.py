@@ -1,6 +1,6 @@
 """What a metric sees of an image: the features and the class probabilities of a network.
 
-Three networks to choose from. Figures of one say nothing about figures of another, so each result
+Four networks to choose from. Figures of one say nothing about figures of another, so each result
 carries the extractor's name, its hash and the range of the images that it saw.
 """
 
@@ -20,6 +20,12 @@ from torch import Tensor, nn
 from task.checks import require, require_one_of
 from task.config import IMAGE_RANGES, Config
 from task.data import ImageSet, normalize
+from task.efficientnet import (
+    WEIGHTS_SHA256,
+    check_pretrained,
+    enlarged,
+    pretrained_efficientnet,
+)
 from task.evaluation import classifier
 from task.progress import tracked
 from task.runs.checkpoint import load_weights, save_weights
@@ -32,6 +38,9 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 # Images, where nothing says how many.
 LOOKED_AT_ONCE = 256
+
+# Images that EfficientNet looks at side by side: enlarged, each takes megabytes between layers.
+ENLARGED_AT_ONCE = 32
 
 # Of a hash, where a person reads it.
 HASH_DIGITS = 12
@@ -48,7 +57,7 @@ class FeatureExtractor:
     """A network that metrics look through.
 
     Attributes:
-        name: "inception", "classifier" or "exported".
+        name: one of `task.config.EXTRACTORS`.
         sha256: of its weights, 64 hexadecimal digits.
         image_range: "correct" or "paper", see `in_range`.
         network: takes what `in_range` returns, on `device`.
@@ -169,6 +178,8 @@ def build_extractor(
     if chosen.extractor == "classifier":
         model = cached_classifier(config, train, device)
         return classifier_extractor(model, image_range=chosen.image_range)
+    if chosen.extractor == "efficientnet":
+        return efficientnet_extractor(image_range=chosen.image_range, device=device)
     if chosen.extractor == "exported":
         program = Path(chosen.exported_program)
         return exported_extractor(program, image_range=chosen.image_range, device=device)
@@ -274,6 +285,35 @@ def classifier_extractor(model: nn.Sequential, *, image_range: str) -> FeatureEx
     device = next(model.parameters()).device
     return FeatureExtractor(
         "classifier", weights_sha256(model.state_dict()), image_range, network, device
+    )
+
+
+def efficientnet_extractor(*, image_range: str, device: str | torch.device) -> FeatureExtractor:
+    """Make the extractor of features that were trained on ImageNet, without a download.
+
+    Features are the 1,280 pooled ones of EfficientNet-Lite0, of images enlarged to 224x224 with
+    antialiasing; gray images fill three channels. It gives no class probabilities: an Inception
+    score of another network's classes would be one in name alone.
+
+    Args:
+        image_range: "correct" or "paper".
+        device: that computes.
+
+    Raises:
+        FileNotFoundError: the package of the weights is not installed.
+        ValueError: its file is another one.
+    """
+    file = check_pretrained(
+        "eval.extractor=efficientnet", "eval.extractor=classifier, which needs no file"
+    )
+    model = pretrained_efficientnet(file, device)
+
+    def network(images: Tensor) -> tuple[Tensor, Tensor | None]:
+        parts = torch.split(images, ENLARGED_AT_ONCE)
+        return torch.cat([model(enlarged(normalize(part)))[0] for part in parts]), None
+
+    return FeatureExtractor(
+        "efficientnet", WEIGHTS_SHA256, image_range, network, torch.device(device)
     )
 
 

@@ -364,12 +364,13 @@ METRICS = {
         ),
         Metric(
             "fid",
-            "FID",
+            "FD",
             better="lower",
             bounds=POSITIVE,
             compute=of_features(_fid, EACH),
             uses=FEATURES | {Use.HOSPITALS, Use.SUMMARY, Use.TABLES},
-            caption="FID depends on n, compare equal n only",
+            caption="FD: the Frechet distance of features, FID where these are Inception's; it "
+            "depends on n, compare equal n only",
         ),
         Metric(
             "kid",

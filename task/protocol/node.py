@@ -16,6 +16,7 @@ import numpy as np
 from task.checks import require
 from task.config import Config, anchored
 from task.data import Dataset, Inventory, inventory_of_listings, list_dataset, split_validation
+from task.efficientnet import check_pretrained
 from task.protocol.wire import Key
 from task.randomness import Stream, numpy_generator
 
@@ -279,6 +280,20 @@ def output_folder(output_path: str) -> Path:
     return (Path.home() / Path(output_path).expanduser()).absolute()
 
 
+def check_extractor(config: Config, node: NodeConfig) -> None:
+    """Check that what a node is to score images through is installed.
+
+    Raises:
+        FileNotFoundError: it is not.
+    """
+    scores = config.eval.final_metrics or config.eval.num_images > 0
+    if config.eval.extractor == "efficientnet" and scores and node.score_images:
+        check_pretrained(
+            "eval.extractor=efficientnet",
+            f"{NodeKey.SCORE_IMAGES.value}=false in --node-config, and this node scores nothing",
+        )
+
+
 def check_node(config: Config, node: NodeConfig) -> ImageCounts:
     """Check early that a node can take part in a run, and count its images.
 
@@ -287,10 +302,11 @@ def check_node(config: Config, node: NodeConfig) -> ImageCounts:
         node: what it was started with.
 
     Raises:
-        FileNotFoundError: see `count_images`.
+        FileNotFoundError: see `check_extractor` and `count_images`.
         ValueError: see `check_output_path`, `count_images` and `check_number`.
     """
     check_output_path(node)
+    check_extractor(config, node)
     counts = count_images(config)
     check_number(counts, node)
     return counts

@@ -175,7 +175,7 @@ def looked_through(label: Label) -> list[str]:
         f"extractor {label.extractor} {label.extractor_sha256[:HASH_DIGITS]}, image range "
         f"{label.image_range}" + (", all images mirrored at random" * label.real_flipped),
         *["the wrapped range of the published tables: never beside correct figures"] * paper,
-        *["not the scores of the literature, which look through Inception"] * (not inception),
+        *["FD is not FID: the scores of the literature look through Inception"] * (not inception),
     ]
 
 

@@ -51,7 +51,7 @@ SCALE = {
     "diffusion.sampler": "sampler",
 }
 
-LITERATURE = "Not the scores of the literature, which look through Inception."
+LITERATURE = "FD is not FID: the scores of the literature look through Inception."
 WRAPPED = "The wrapped range of the published tables: never beside figures in the correct range."
 PUBLISHED_SCALE = (
     "As published, at the paper's full scale, through Inception, in the wrapped image range: not "
@@ -468,7 +468,7 @@ def _caption(
         _column_caption(label, column[0], whole=label in published)
         for label, column in columns.items()
     ]
-    lines.append(f"Image range {values['image_range']}; FID depends on n: compare equal n only.")
+    lines.append(f"Image range {values['image_range']}; FD depends on n: compare equal n only.")
     if values["image_range"] == "paper":
         lines.append(WRAPPED)
     if values["extractor"] != "inception":

@@ -167,11 +167,11 @@ def test_evaluate_prints_a_table_and_writes_what_it_holds_for(run: Path) -> None
     assert fid is not None and floor is not None and fid.value > floor.value
     for words in (
         "tiny, round 3 of 3",
-        f"FID (test) ↓ {fid.value:.4f} {floor.value:.4f}",
+        f"FD (test) ↓ {fid.value:.4f} {floor.value:.4f}",
         f"classification accuracy score ↑ {cas:.4f}",
         f"extractor classifier {found['extractor_sha256'][:12]}, image range correct",
         f"{found['n_floor']:,} real images in place of the generated ones",
-        "not the scores of the literature",
+        "FD is not FID: the scores of the literature",
         str(run / FILE),
     ):
         assert words in " ".join(result.stdout.split())
@@ -243,15 +243,18 @@ def test_a_data_set_without_test_images_is_measured_against_its_training_images(
     assert "real: 30 real images in place of the generated ones, training images drawn" in printed
     assert "against 30 others of them" in printed
     assert "no images are held out: all is measured against the training images" in printed
-    assert "FID (train) ↓" in printed and "found in the class asked for" in printed
-    for words in ("FID (test)", "classification accuracy score", "nearest training image"):
+    assert "FD (train) ↓" in printed and "found in the class asked for" in printed
+    for words in ("FD (test)", "classification accuracy score", "nearest training image"):
         assert words not in printed
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("--extractor", "vgg"), "eval.extractor must be one of inception, classifier, exported"),
+        (
+            ("--extractor", "vgg"),
+            "eval.extractor must be one of inception, classifier, efficientnet",
+        ),
         (("--extractor", "exported"), "eval.exported_program must be the file of a program"),
         (("--device", "tpu"), "train.device must be auto, cpu, cuda or cuda:N"),
         (("partition.beta=1",), "an override must be NAME=VALUE with a name of data.cache_dir"),

@@ -106,7 +106,7 @@ def test_unseen_images_like_those_of_a_client_fit_it_better_than_those_of_anothe
         assert "both fit the client alike" in client_verdict(0, ours, ours)
         better = Record(3, "fid", 0.0, reference=TRAIN)
         torn = dataclasses.replace(theirs, records=Records((*theirs.records.all, better)))
-        assert "FID and KID do not agree" in client_verdict(0, ours, torn)
+        assert "FD and KID do not agree" in client_verdict(0, ours, torn)
 
 
 def test_a_local_model_that_equals_the_global_one_scores_as_it_does(
@@ -134,9 +134,9 @@ def test_a_local_model_that_equals_the_global_one_scores_as_it_does(
     for words in (
         "tiny, client 0, local model of round 3, global model of round 3 of 3",
         "metric local, own global, own real, own local, all global, all real, all",
-        f"FID (train) ↓ {own_fid:.4f} {own_fid:.4f} {floor:.4f} {whole_fid:.4f}",
+        f"FD (train) ↓ {own_fid:.4f} {own_fid:.4f} {floor:.4f} {whole_fid:.4f}",
         f"own: data digits: {number:,} generated images (",
-        f"On the {number:,} images of client 0 the local model's FID is",
+        f"On the {number:,} images of client 0 the local model's FD is",
         "both fit the client alike.",
     ):
         assert words in printed

@@ -573,7 +573,10 @@ def test_files_of_the_extractors_are_absolute_or_empty() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("eval.extractor=eye", r"eval\.extractor must be one of inception, classifier, exported"),
+        (
+            "eval.extractor=eye",
+            r"eval\.extractor must be one of inception, classifier, efficientnet",
+        ),
         ("eval.image_range=both", r"eval\.image_range must be one of correct, paper"),
         ("eval.extractor=exported", r"eval\.exported_program must be the file of a program"),
     ],

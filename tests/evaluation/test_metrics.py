@@ -98,7 +98,7 @@ def test_metric_of_one_entry_is_asked_of_hospitals(toy: Metric, tmp_path: Path) 
 
 def test_headings_tell_the_reference_and_what_is_better() -> None:
     headings = {each.heading for each in quantities(Use.TABLES)}
-    assert {"IS ↑", "FID (train) ↓", "FID (test) ↓", "FID ↓"} <= headings
+    assert {"IS ↑", "FD (train) ↓", "FD (test) ↓", "FD ↓"} <= headings
     assert Quantity("density").heading == "density ≈ 1"
     assert Quantity("chance_agreement").heading == "found in the class asked for by chance"
 

@@ -73,7 +73,7 @@ def test_card_of_a_simulation_tells_counts_training_metrics_and_copies(tmp_path:
         "| normal | 50 |",
         "| all | 100 |",
         "| partition.beta (Dirichlet) | 0.25 |",
-        "| FID (train) ↓ | 1.2500 | 0.7500 |",
+        "| FD (train) ↓ | 1.2500 | 0.7500 |",
         "nearer to training images than held-out ones, pixels ↓ | 0.1250 |  |",
         "p where nothing is copied, pixels | 0.0312 |",
         "Not measured: images that look like noise.",
@@ -182,9 +182,9 @@ def test_scores_of_another_round_than_that_of_the_weights_are_not_told(tmp_path:
     )
     record(run, loss(2, 0.625))
     assert "Nothing was measured of these weights: " in card(run)
-    assert "0.625" not in card(run) and "FID (train)" not in card(run)
+    assert "0.625" not in card(run) and "FD (train)" not in card(run)
     of_round_2 = card(run, round=2)
-    assert "| loss | 0.6250 | 2 |" in of_round_2 and "FID (train)" in of_round_2
+    assert "| loss | 0.6250 | 2 |" in of_round_2 and "FD (train)" in of_round_2
 
 
 @pytest.mark.parametrize("others", [False, True])
@@ -225,7 +225,7 @@ def test_file_that_no_run_has_written_is_named(name: str, tmp_path: Path) -> Non
 def test_card_of_a_clients_weights_claims_no_results(tmp_path: Path) -> None:
     files = {"evaluation-classifier-correct.json": measured()}
     text = card(run_of(tmp_path, files), client=1)
-    assert "of a single client" in text and "FID (train)" not in text
+    assert "of a single client" in text and "FD (train)" not in text
     assert "Nothing was measured of these weights: " in text
 
 

@@ -177,7 +177,7 @@ def test_comparison_sets_only_like_figures_beside_each_other(tmp_path: Path) -> 
         (run / "evaluation-classifier-correct.json").write_text(json.dumps(described))
     text = bare(comparison_page([Run(run) for run in runs]))
     for number, cells in (("2,000", ["2.5", "2.5", "-"]), ("179", ["-", "-", "2.5"])):
-        name = f"FID (train) ↓, classifier, correct, n={number}"
+        name = f"FD (train) ↓, classifier, correct, n={number}"
         row = text.partition(f">{name}</th>")[2].partition("</tr>")[0]
         assert [re.split(r"[> ]", cell)[1] for cell in re.findall("<td>[^<]+", row)] == cells
 
@@ -212,7 +212,7 @@ def test_comparison_says_first_what_keeps_figures_apart(tmp_path: Path) -> None:
         rows = [re.findall("<t[hd]>([^<]*)", row) for row in table.split("<tr ")[2:]]
         return {name: cells for name, *cells in rows}
 
-    fid = "FID (train) ↓, classifier, correct, n=897"
+    fid = "FD (train) ↓, classifier, correct, n=897"
     assert len(rows("a", "longer")[fid]) == 2 and "-" not in rows("a", "longer")["train loss"]
     apart = rows("a", "larger")
     assert apart[f"{fid} (of a alone)"][1] == apart[f"{fid} (of larger alone)"][0] == "-"

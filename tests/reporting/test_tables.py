@@ -119,12 +119,12 @@ bottom blocks=2, prediction=v_prediction, T=300, sampler=ddim.
 - Centralized: R x E epochs on the pooled images, without N clients.
 - digits: 16x16, 200 generated, 1,618 training and 179 test images; scores of 179 \
 generated and floor of 179 real ones; 13,249 parameters; extractor classifier 0123456789ab.
-- Image range correct; FID depends on n: compare equal n only.
-- Not the scores of the literature, which look through Inception.
+- Image range correct; FD depends on n: compare equal n only.
+- FD is not FID: the scores of the literature look through Inception.
 - ±: the sample standard deviation over the seeds, where a cell says how many; of a single seed \
 and of real images that of the inception score over its 10 splits.
 
-|  | digits IS ↑ | digits FID (train) ↓ | digits FID (test) ↓ |
+|  | digits IS ↑ | digits FD (train) ↓ | digits FD (test) ↓ |
 | --- | ---: | ---: | ---: |
 | Centralized | 3.00 ± 0.10 | 10.00 | 11.00 |
 | FedAvg | 2.50 ± 0.10 | 20.00 | 21.00 |
@@ -132,9 +132,9 @@ and of real images that of the inception score over its 10 splits.
 
 - Centralized better than FedAvg, digits, IS: not shown (difference 0.5; a single \
 seed, so that no interval is known)
-- Centralized better than FedAvg, digits, FID (train): not shown (difference 10; a single seed, \
+- Centralized better than FedAvg, digits, FD (train): not shown (difference 10; a single seed, \
 so that no interval is known)
-- Centralized better than FedAvg, digits, FID (test): not shown (difference 10; a single seed, \
+- Centralized better than FedAvg, digits, FD (test): not shown (difference 10; a single seed, \
 so that no interval is known)
 
 """

@@ -1099,10 +1099,10 @@ def test_hospitals_score_the_same_images_and_their_means_are_weighted(
     )
     assert (
         f"images scored at 2 hospitals on 80 held-out images: between real (0) and noise (1) "
-        f"{place:.4g} (real images {other:.4g}), FID {mean:.4g} (real images {floor:.4g}), KID "
+        f"{place:.4g} (real images {other:.4g}), FD {mean:.4g} (real images {floor:.4g}), KID "
     ) in said
     assert "(extractor: each hospital's own classifier, image range correct)" in said
-    assert f"FID {fid[1, None]:.2f} at 2 hospitals" in said
+    assert f"FD {fid[1, None]:.2f} at 2 hospitals" in said
 
 
 @pytest.mark.parametrize(
@@ -1228,7 +1228,7 @@ def test_hospitals_with_too_few_images_are_no_failure(
     [
         (
             {"eval.extractor": "exported", "eval.exported_program": "/x", "eval.num_images": 10},
-            r"eval\.extractor must be classifier or inception with real nodes.*got 'exported'",
+            r"eval\.extractor must be classifier, efficientnet or inception with.*got 'exported'",
         ),
         ({"eval.final_metrics": True}, r"eval\.num_images must be at least 10.*got 0"),
     ],
