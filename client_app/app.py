@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import SType
 
 from client_app.failures import failures_stay_local
-from client_app.hospital_scores import images_of, with_own_extractor
+from client_app.hospital_scores import images_of, named_extractor, with_own_extractor
 from client_app.local_model import keep_local_model
 from client_app.log import logger
 from client_app.workspace import Workspace, choose_precision, named_run, open_workspace
@@ -44,6 +44,7 @@ def introduce(message: Message, context: Context) -> Message:
     place = read_node_config(context.node_config)
     if isinstance(place, NodeConfig):
         config = own_config(compose_run_config(named_run(context)), place)
+        config = named_extractor(config, message)
         counts = check_node(config, place)
         said[Key.NUM_IMAGES] = sum(counts.train) + sum(counts.held_out)
         if place.report_class_counts:
@@ -174,7 +175,8 @@ def score(message: Message, context: Context) -> Message:
             RecordDict({Key.METRICS: MetricRecord({Key.NUM_EXAMPLES: 0})}), reply_to=message
         )
     workspace = open_workspace(context)
-    config = with_own_extractor(workspace.config, place.inception_weights)
+    config = named_extractor(workspace.config, message)
+    config = with_own_extractor(config, place.inception_weights)
     own = Dataset(*workspace.images(context))
     generated = images_of(message)
     scores = score_images(config, generated, own, device=workspace.device)

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message
 
 from task.checks import require
-from task.config import Config, anchored
+from task.config import Config, anchored, settle_extractor
 from task.data import ImageSet
 from task.evaluation.features import hub_inception_file
 from task.protocol.wire import Key, from_npy
@@ -28,11 +28,20 @@ def images_of(message: Message) -> ImageSet:
     return ImageSet(images, labels)
 
 
+def named_extractor(config: Config, message: Message) -> Config:
+    """Settle an extractor that the configuration leaves open as the server has.
+
+    All nodes look through the same network: what they measure is averaged.
+    """
+    asked = cast(ConfigRecord, message.content[Key.CONFIG])
+    return settle_extractor(config, str(asked[Key.EXTRACTOR]))
+
+
 def with_own_extractor(config: Config, inception_weights: str | None) -> Config:
     """Let a configuration look through files of this node alone.
 
     Args:
-        config: of the run.
+        config: of the run, with a settled extractor.
         inception_weights: this node's file; None: the one in torch.hub's folder.
 
     Raises:

@@ -54,6 +54,7 @@ class FederatedTraining(RoundLoop):
             grid,
             simulated=self.simulated,
             num_classes=len(self.config.data.classes),
+            extractor=self.config.eval.extractor,
             known=client_numbers(directory.path),
         )
         self._exchange = ClientExchange(grid, self._nodes, federation)
@@ -291,7 +292,8 @@ class FederatedTraining(RoundLoop):
 
     def ask_for_scores(self, server_round: int, generated: ImageSet) -> list[HospitalScores]:
         """Let every hospital that is there score images; returns what they could say."""
-        content = RecordDict({Key.ARRAYS: images_record(generated)})
+        config = ConfigRecord({Key.EXTRACTOR: self.config.eval.extractor})
+        content = RecordDict({Key.ARRAYS: images_record(generated), Key.CONFIG: config})
         clients = list(self._nodes.node_ids)
         answers = []
         question = Question(SCORES_TYPE, content, read_scores)

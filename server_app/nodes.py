@@ -37,8 +37,9 @@ TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 class Introductions:
     """Queries to nodes that are out, each until it is answered or has expired."""
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, extractor: str) -> None:
         self._grid = grid
+        self._content = RecordDict({Key.CONFIG: ConfigRecord({Key.EXTRACTOR: extractor})})
         self._out: dict[int, tuple[Message, float]] = {}
         self._tardy: set[int] = set()
 
@@ -53,7 +54,7 @@ class Introductions:
         new = [node for node in sorted(nodes) if node not in self._out]
         messages = {
             node: addressed(
-                RecordDict(),
+                self._content,
                 node_id=node,
                 message_type=MessageType.QUERY,
                 timeout=QUERY_TIMEOUT_SECONDS,
@@ -118,6 +119,7 @@ class Nodes:
         *,
         simulated: bool,
         num_classes: int,
+        extractor: str,
         known: Mapping[int, int] | None = None,
     ) -> None:
         """Start without nodes.
@@ -127,6 +129,7 @@ class Nodes:
             simulated: whether the nodes are shares of a simulation; what they claim is held
                 against it.
             num_classes: of the data.
+            extractor: that real nodes are to score images through, settled.
             known: client numbers by node id, from an earlier start of the same run.
         """
         self.num_partitions: int | None = None
@@ -136,7 +139,7 @@ class Nodes:
         self._num_classes = num_classes
         self._numbers = dict(known or {})
         self._present: dict[int, int] = {}
-        self._introductions = Introductions(grid)
+        self._introductions = Introductions(grid, extractor)
         # They have introduced themselves and get their numbers together.
         self._newcomers: dict[int, Introduction] = {}
         self._refused: dict[int, tuple[str, float]] = {}

@@ -9,8 +9,9 @@ from server_app.evaluation import GlobalEvaluation, PooledEvaluation, is_measure
 from server_app.log import log
 from server_app.timing import PhaseTimer
 from task.code_version import code_fingerprint, installed_versions
-from task.config import Config, settle_precisions
+from task.config import Config, settle_extractor, settle_precisions
 from task.data import Dataset
+from task.evaluation.features import automatic_extractor
 from task.generators.base import Generator
 from task.generators.registry import build_generator
 from task.progress import duration, progress
@@ -51,7 +52,8 @@ class RoundLoop(ABC):
 
     def __init__(self, directory: RunWriter) -> None:
         """Make the initial weights of the run of an open directory; nothing is read yet."""
-        self.config = directory.config
+        config = directory.config
+        self.config = directory.config = settle_extractor(config, automatic_extractor(config))
         self.dataset: Dataset | None = None
         self.phases = PhaseTimer()
         self.seconds: dict[str, list[float]] = {"training": [], "evaluating": []}

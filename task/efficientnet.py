@@ -169,13 +169,18 @@ def enlarged(images: Tensor, side: int = IMAGE_SIDE) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
+class MissingWeightsError(FileNotFoundError):
+    """The package of the weights is not installed, or lacks them."""
+
+
 def pretrained_file() -> Path | None:
-    """Return the file of the weights; None where the package is not installed."""
+    """Return the file of the weights; None where the package is not installed, or lacks it."""
     # Found without being imported: none of its code runs.
     spec = importlib.util.find_spec(MODULE)
     if spec is None or spec.origin is None:
         return None
-    return Path(spec.origin).parent / WEIGHTS_FILE
+    file = Path(spec.origin).parent / WEIGHTS_FILE
+    return file if file.is_file() else None
 
 
 def check_pretrained(needed_by: str, instead: str) -> Path:
@@ -186,11 +191,11 @@ def check_pretrained(needed_by: str, instead: str) -> Path:
         instead: what does without.
 
     Raises:
-        FileNotFoundError: the package is not installed, or lacks its file.
+        MissingWeightsError: the package is not installed, or lacks its file.
     """
     file = pretrained_file()
-    if file is None or not file.is_file():
-        raise FileNotFoundError(
+    if file is None:
+        raise MissingWeightsError(
             f"{needed_by} needs the package {PACKAGE}, which is not installed: install it with "
             "pip install 'feddm[pretrained]', in a checkout with uv sync --extra pretrained, or "
             f"choose {instead}"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from task import efficientnet
-from task.config import load_config
+from task.config import load_config, settle_extractor
 from task.data import ImageSet, normalize
 from task.efficientnet import (
     EfficientNet,
@@ -18,7 +18,12 @@ from task.efficientnet import (
     enlarged,
     pretrained_efficientnet,
 )
-from task.evaluation.features import build_extractor, efficientnet_extractor, extract
+from task.evaluation.features import (
+    automatic_extractor,
+    build_extractor,
+    efficientnet_extractor,
+    extract,
+)
 from task.protocol.node import NodeConfig, check_extractor
 
 # Of ImageNet's classes.
@@ -103,6 +108,26 @@ def test_extractor_sees_gray_images_in_three_channels_and_parts_as_one(
     assert (extractor.name, extractor.sha256[:8]) == ("efficientnet", "57934424")
     with pytest.raises(ValueError, match="images must be of 1 or 3 channels, got 2"):
         extract(extractor, photographs[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["data=digits"], "classifier"),
+        (["data=fashion_mnist"], "efficientnet"),
+        (["data=fashion_mnist", "data.image_size=31"], "classifier"),
+        (["data=cifar10", "data.image_size=16"], "efficientnet"),
+        (["data=cifar10", "eval.extractor=inception"], "inception"),
+        (["experiment=table1"], "classifier"),
+    ],
+)
+def test_automatic_extractor_suits_the_images_and_what_is_installed(
+    words: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(words)
+    assert settle_extractor(config, automatic_extractor(config)).eval.extractor == expected
+    without_package(monkeypatch)
+    assert automatic_extractor(config) == "classifier"
 
 
 def test_missing_package_is_said_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

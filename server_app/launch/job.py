@@ -167,8 +167,9 @@ def check_images(config: Config) -> Dataset:
         partition_dataset(config, dataset, config.federation.num_supernodes)
     if wants_metrics(config):
         check_numbers(config, dataset)
-        # The classifier is trained on the images; the others come from files.
-        if config.eval.extractor != "classifier":
+        # The classifier is trained on the images, and auto takes what is there; the others come
+        # from files.
+        if config.eval.extractor not in ("auto", "classifier"):
             build_extractor(config, dataset.train, "cpu")
     return dataset
 

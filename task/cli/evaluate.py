@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from task.config import DRAWING_VALUES, Config, changed_config, value_paths
+from task.config import DRAWING_VALUES, Config, changed_config, settle_extractor, value_paths
 from task.data import build_dataset
 from task.evaluation.evaluate import evaluate_images
-from task.evaluation.features import build_extractor
+from task.evaluation.features import automatic_extractor, build_extractor
 from task.files import write_json
 from task.generation.draw_images import draw_images, full_labels
 from task.randomness import Stream
@@ -33,7 +33,9 @@ def evaluation_config(
     Raises:
         ValueError: there is no run, or a name or value is wrong.
     """
-    return changed_config(run_config(run), overrides, options=options, names=_measuring_values())
+    names = _measuring_values()
+    config = changed_config(run_config(run), overrides, options=options, names=names)
+    return settle_extractor(config, automatic_extractor(config))
 
 
 def _measuring_values() -> set[str]:

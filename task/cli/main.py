@@ -152,8 +152,8 @@ def evaluate_command(
     extractor: Annotated[
         str | None,
         typer.Option(
-            help="inception, classifier, efficientnet or exported; else what the run's config "
-            "says.",
+            help="inception, classifier, efficientnet, exported or auto; else what the run's "
+            "config says.",
             autocompletion=lambda: known("task.config", "EXTRACTORS"),
         ),
     ] = None,

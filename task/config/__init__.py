@@ -34,6 +34,7 @@ from task.config.schema import (
     choices,
     flat_values,
     require_data_root,
+    settle_extractor,
     settle_precisions,
     value_paths,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "read_override",
     "require_data_root",
     "require_folder",
+    "settle_extractor",
     "settle_precisions",
     "unknown_values",
     "value_paths",

@@ -419,7 +419,7 @@ class EvalConfig(Section):
     seed: Seed
     batch_size: PositiveInt | None
     precision: Precision
-    extractor: Literal["inception", "classifier", "efficientnet", "exported"]
+    extractor: Literal["auto", "inception", "classifier", "efficientnet", "exported"]
     image_range: Literal["correct", "paper"]
     inception_weights: str
     exported_program: str
@@ -573,3 +573,9 @@ def settle_precisions(config: Config, **precisions: str) -> Config:
     """Replace the precisions that are still "auto", given by section: `train="bfloat16"`."""
     open_ones = (name for name in precisions if getattr(config, name).precision == "auto")
     return config.changed({f"{name}.precision": precisions[name] for name in open_ones})
+
+
+def settle_extractor(config: Config, extractor: str) -> Config:
+    """Replace an `eval.extractor` that is still "auto"."""
+    settled = config.eval.extractor != "auto"
+    return config if settled else config.changed({"eval.extractor": extractor})

@@ -25,6 +25,7 @@ from task.efficientnet import (
     check_pretrained,
     enlarged,
     pretrained_efficientnet,
+    pretrained_file,
 )
 from task.evaluation import classifier
 from task.progress import tracked
@@ -41,6 +42,9 @@ LOOKED_AT_ONCE = 256
 
 # Images that EfficientNet looks at side by side: enlarged, each takes megabytes between layers.
 ENLARGED_AT_ONCE = 32
+
+# The side of gray images from which on EfficientNet is chosen for them.
+LEAST_GRAY_SIDE = 32
 
 # Of a hash, where a person reads it.
 HASH_DIGITS = 12
@@ -157,19 +161,30 @@ def extract(
     return Features(torch.cat(features), torch.cat(probabilities) if probabilities else None)
 
 
+def automatic_extractor(config: Config) -> str:
+    """Return what `eval.extractor=auto` stands for on this machine.
+
+    That is EfficientNet where its package is installed and images are such as it was trained on,
+    in colors or of some size, else the classifier.
+    """
+    data = config.data
+    suited = data.channels == 3 or data.image_size >= LEAST_GRAY_SIDE
+    return "efficientnet" if suited and pretrained_file() is not None else "classifier"
+
+
 def build_extractor(
     config: Config, train: ImageSet, device: str | torch.device
 ) -> FeatureExtractor:
     """Make the extractor that `eval.extractor` names, for the images of `eval.image_range`.
 
     Args:
-        config: with absolute folders, see `task.config.anchored`.
+        config: with absolute folders, see `task.config.anchored`, and a settled extractor.
         train: the real training images, which the classifier is trained on.
         device: that computes.
 
     Raises:
         FileNotFoundError: a file is not there and cannot be downloaded.
-        ValueError: a file is not what it should be, or the extractor is unknown.
+        ValueError: a file is not what it should be, or the extractor is "auto" or unknown.
     """
     chosen = config.eval
     if chosen.extractor == "inception":
@@ -183,7 +198,7 @@ def build_extractor(
     if chosen.extractor == "exported":
         program = Path(chosen.exported_program)
         return exported_extractor(program, image_range=chosen.image_range, device=device)
-    raise ValueError(f"eval.extractor must be a known extractor, got {chosen.extractor!r}")
+    raise ValueError(f"eval.extractor must be a settled extractor, got {chosen.extractor!r}")
 
 
 def hub_inception_file() -> Path:

@@ -283,14 +283,17 @@ def output_folder(output_path: str) -> Path:
 def check_extractor(config: Config, node: NodeConfig) -> None:
     """Check that what a node is to score images through is installed.
 
+    Nothing is checked of "auto", which the server settles.
+
     Raises:
-        FileNotFoundError: it is not.
+        MissingWeightsError: it is not.
     """
     scores = config.eval.final_metrics or config.eval.num_images > 0
     if config.eval.extractor == "efficientnet" and scores and node.score_images:
         check_pretrained(
             "eval.extractor=efficientnet",
-            f"{NodeKey.SCORE_IMAGES.value}=false in --node-config, and this node scores nothing",
+            f"{NodeKey.SCORE_IMAGES.value}=false in --node-config, and this node scores nothing "
+            "(or have the whole run take eval.extractor=classifier)",
         )
 
 

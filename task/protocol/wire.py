@@ -32,6 +32,7 @@ class Key(StrEnum):
     CLIENT = "client"
     PRECISION = "precision"
     FINGERPRINT = "fingerprint"
+    EXTRACTOR = "extractor"
     NUM_IMAGES = "num-images"
     METRICS = "metrics"
     NUM_EXAMPLES = "num-examples"
@@ -59,6 +60,7 @@ class FailureCode(IntEnum):
     OUT_OF_MEMORY = 103
     UNKNOWN_CLASS = 104
     TOO_FEW_IMAGES = 105
+    MISSING_WEIGHTS = 106
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from task.config import Config, flat_values, settle_precisions, unknown_values
+from task.config import (
+    Config,
+    flat_values,
+    settle_extractor,
+    settle_precisions,
+    unknown_values,
+)
 from task.runs.layout import is_begun, run_config, run_path
 
 NAMES_AND_PLACES = frozenset({"experiment", "output_dir", "run_name", "resume", "data.cache_dir"})
@@ -98,9 +104,9 @@ def different_values(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]
 
     Args:
         stored: of a run, resolved.
-        asked: of another, which takes the resolved precisions where it leaves them open.
+        asked: of another, which takes over what it leaves open and `stored` has settled.
     """
-    resolved, wanted = flat_values(stored), flat_values(with_precisions_of(stored, asked))
+    resolved, wanted = flat_values(stored), flat_values(settled_as(stored, asked))
     without_clients = stored.train.mode == asked.train.mode == "centralized"
     return {
         key: (value, wanted[key])
@@ -111,8 +117,9 @@ def different_values(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]
     }
 
 
-def with_precisions_of(stored: Config, asked: Config) -> Config:
-    """Take over the precisions that a stored run has settled and a configuration leaves open."""
+def settled_as(stored: Config, asked: Config) -> Config:
+    """Take over what a stored run has settled and a configuration leaves "auto"."""
+    asked = settle_extractor(asked, stored.eval.extractor)
     return settle_precisions(asked, train=stored.train.precision, eval=stored.eval.precision)
 
 

@@ -28,7 +28,7 @@ from task.runs.layout import (
     weights_file,
 )
 from task.runs.records import Record, read_records, records_of
-from task.runs.resume import check_startable, with_precisions_of
+from task.runs.resume import check_startable, settled_as
 
 # Whoever only asks what is in a folder does without torch, which takes seconds.
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class RunWriter:
 
     Attributes:
         path: the folder, absolute.
-        config: the configuration of the run; a resumed run keeps its resolved precisions.
+        config: the configuration of the run; a resumed run keeps what it has settled.
         damaged: what was found of files with weights that cannot be read, a line for each.
     """
 
@@ -71,7 +71,7 @@ class RunWriter:
             self._lock.close()
             raise
         if config.resume:
-            config = with_precisions_of(run_config(path), config)
+            config = settled_as(run_config(path), config)
         self.config = config
         self._begun, self._start = datetime.now().astimezone(), time.monotonic()
         self._earlier = self.read_json(TIMES_FILE) or []

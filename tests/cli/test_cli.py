@@ -45,7 +45,7 @@ def finished_run(folder: Path, *overrides: str) -> Path:
         [
             *("data.image_size=8", "run_name=tiny", *overrides),
             *("model.width=8", "model.num_poolings=1", "diffusion.num_inference_steps=4"),
-            "train.precision=float32",
+            *("train.precision=float32", "eval.extractor=classifier"),
             *("train.device=cpu", "federation.rounds=3", f"output_dir={folder}"),
             f"data.cache_dir={folder / 'cache'}",
         ]

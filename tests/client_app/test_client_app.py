@@ -27,9 +27,10 @@ from server_app.hospital_scores import SCORES_TYPE, expected_scores
 from server_app.messages import addressed, images_record
 from server_app.rounds import initial_model
 from task.code_version import code_fingerprint
-from task.config import Config, load_run_config
+from task.config import Config, load_run_config, settle_extractor
 from task.data import Dataset, ImageSet, UnknownClassError, build_dataset, split_validation
 from task.data.partition import build_partition
+from task.efficientnet import MissingWeightsError
 from task.evaluation.hospital_scores import score_images
 from task.protocol.node import TooFewImagesError
 from task.protocol.wire import FailureCode, Key, WeightLayout
@@ -86,11 +87,18 @@ def message(
     server_round: int = 1,
     client: int = 1,
     precision: str = "float32",
+    extractor: str = "classifier",
     weights: NDArray[np.floating] = WEIGHTS,
 ) -> Message:
     """Make a message as the server does, and let the network number it."""
     Network()
-    config = ConfigRecord({Key.SERVER_ROUND: server_round, Key.PRECISION: precision})
+    config = ConfigRecord(
+        {
+            Key.SERVER_ROUND: server_round,
+            Key.PRECISION: precision,
+            Key.EXTRACTOR: extractor,
+        }
+    )
     arrays = ArrayRecord({Key.PACKED: Array(weights)})
     made = addressed(
         RecordDict({Key.ARRAYS: arrays, Key.CONFIG: config}),
@@ -103,10 +111,11 @@ def message(
     return made
 
 
-def drawn_message(generated: ImageSet) -> Message:
+def drawn_message(generated: ImageSet, extractor: str = "classifier") -> Message:
     """Make the message by which a node is to score images, as the server does."""
     Network()
-    content = RecordDict({Key.ARRAYS: images_record(generated)})
+    config = ConfigRecord({Key.EXTRACTOR: extractor})
+    content = RecordDict({Key.ARRAYS: images_record(generated), Key.CONFIG: config})
     made = addressed(content, node_id=7, message_type=SCORES_TYPE, timeout=60)
     made.metadata.__dict__["_message_id"] = "asked"
     return made
@@ -319,7 +328,8 @@ def test_node_scores_the_images_of_a_message_against_its_own(scoring: Context) -
     assert set(metrics(reply)) == {Key.NUM_EXAMPLES, *expected_scores(["class-agreement"])}
     opened = open_workspace(scoring)
     own = Dataset(*opened.images(scoring))
-    expected = score_images(opened.config, other_digits(), own, device=torch.device("cpu"))
+    settled = settle_extractor(opened.config, "classifier")
+    expected = score_images(settled, other_digits(), own, device=torch.device("cpu"))
     assert dict(metrics(reply)) == expected
     assert expected[Key.NUM_EXAMPLES] == 20
     workspace._build_workspace.cache_clear()  # as a new process for the next message
@@ -336,6 +346,37 @@ def test_node_whose_hospital_declines_scores_no_images(scoring: Context) -> None
     scoring.node_config["score-images"] = False
     declined = app(drawn_message(other_digits()), scoring)
     assert dict(metrics(declined)) == {Key.NUM_EXAMPLES: 0}
+
+
+def test_node_looks_through_the_network_that_the_server_has_settled(
+    scoring: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def score(config: Config, *_: object, **__: object) -> dict[str, float]:
+        seen.append(config.eval.extractor)
+        return {}
+
+    monkeypatch.setattr("client_app.app.score_images", score)
+    for asked in ("efficientnet", "classifier"):
+        assert not app(message("query", extractor=asked), scoring).has_error()
+        app(drawn_message(other_digits(), asked), scoring)
+    scoring.run_config["eval.extractor"] = "classifier"
+    app(drawn_message(other_digits(), "efficientnet"), scoring)
+    assert seen == ["efficientnet", "classifier", "classifier"]
+
+
+def test_node_without_the_settled_network_says_so_before_it_trains(
+    scoring: Context, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("task.efficientnet.pretrained_file", lambda: None)
+    assert not app(message("query"), scoring).has_error()
+    refused = app(message("query", extractor="efficientnet"), scoring)
+    assert refused.error.code == FailureCode.MISSING_WEIGHTS
+    said = capsys.readouterr().err
+    assert "feddm[pretrained]" in said and "score-images=false" in said
+    scoring.node_config["score-images"] = False
+    assert not app(message("query", extractor="efficientnet"), scoring).has_error()
 
 
 @pytest.mark.parametrize(
@@ -674,6 +715,7 @@ def test_incomplete_message_is_an_error_reply(context: Context) -> None:
         (RuntimeError("DefaultCPUAllocator: not enough memory"), FailureCode.OUT_OF_MEMORY),
         (UnknownClassError("x"), FailureCode.UNKNOWN_CLASS),
         (TooFewImagesError("x"), FailureCode.TOO_FEW_IMAGES),
+        (MissingWeightsError("x"), FailureCode.MISSING_WEIGHTS),
         (FileNotFoundError("/secret"), FailureCode.DATA_UNREADABLE),
         (PermissionError("/secret"), FailureCode.DATA_UNREADABLE),
         (ValueError("x"), FailureCode.BAD_INPUT),

@@ -21,7 +21,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return load_config(["data=digits", "data.image_size=8", f"data.cache_dir={tmp_path / 'cache'}"])
+    words = ["data=digits", "data.image_size=8", "eval.extractor=classifier"]
+    return load_config([*words, f"data.cache_dir={tmp_path / 'cache'}"])
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,10 @@ from task.runs.checkpoint import save_weights
 from task.runs.records import TRAIN
 from task.runs.run import find_runs
 
-SMALL = ("data=digits", "model.width=8", "model.num_poolings=1", "federation.rounds=3")
+SMALL = (
+    *("data=digits", "model.width=8", "model.num_poolings=1", "federation.rounds=3"),
+    "eval.extractor=classifier",
+)
 FULL = ("experiment=table1", "eval.extractor=inception", "eval.image_range=paper")
 INCEPTION_SCORE, FID = Quantity("inception_score"), Quantity("fid", TRAIN)
 FULL_COUNTS = {"n_generated": 10_000, "n_train": 50_000, "n_test": 10_000, "n_floor": 10_000}

@@ -16,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from task.config import Config, anchored, load_config, read_config, value_paths
+from task.config import Config, anchored, load_config, read_config, value_paths, write_config
 from task.runs import writer
 from task.runs.checkpoint import load_weights
 from task.runs.layout import NODES_FILE, client_numbers, final_round, run_path
@@ -240,6 +240,23 @@ def test_run_may_be_moved_and_resumed(started: Path, tmp_path: Path) -> None:
 def test_precision_auto_takes_the_stored_one(started: Path) -> None:
     with opened(started.parent, "resume=true", "train.precision=auto") as directory:
         assert directory.config.train.precision == directory.config.eval.precision == "float32"
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "expected"),
+    [
+        ("classifier", "auto", "classifier"),
+        ("efficientnet", "auto", "efficientnet"),
+        ("efficientnet", "classifier", "classifier"),
+    ],
+)
+def test_extractor_auto_takes_the_stored_one(
+    stored: str, asked: str, expected: str, started: Path
+) -> None:
+    file = started / "config.yaml"
+    write_config(read_config(file).changed({"eval.extractor": stored}), file)
+    with opened(started.parent, "resume=true", f"eval.extractor={asked}") as directory:
+        assert directory.config.eval.extractor == expected
 
 
 def test_other_precision_than_the_stored_one_is_refused(started: Path) -> None:

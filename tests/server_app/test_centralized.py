@@ -184,6 +184,16 @@ def test_other_images_are_no_resumption(tmp_path: Path) -> None:
         play(configured(tmp_path, federation__rounds=2, resume=True))
 
 
+def test_extractor_auto_is_settled_when_a_run_begins_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for installed, resume in (("efficientnet", False), ("classifier", True)):
+        monkeypatch.setattr("server_app.rounds.automatic_extractor", lambda _, name=installed: name)
+        with closing(RunWriter(configured(tmp_path, resume=resume))) as directory:
+            CentralizedTraining(directory).prepare()
+        assert read_config(tmp_path / "run" / "config.yaml").eval.extractor == "efficientnet"
+
+
 def test_missing_extractor_ends_the_run_before_it_begins(folder: Path) -> None:
     config = configured(
         folder,

@@ -1073,6 +1073,7 @@ def test_hospitals_score_the_same_images_and_their_means_are_weighted(
 
     def alter(asked: Message, reply: Message) -> Message:
         if asks_for_scores(asked):
+            assert asked.content.config_records[Key.CONFIG][Key.EXTRACTOR] == "classifier"
             arrays = asked.content.array_records[Key.ARRAYS]
             asked_for.append(arrays[Key.IMAGES].data + arrays[Key.LABELS].data)
             assert arrays[Key.IMAGES].numpy().shape == (100, 1, 8, 8)
@@ -1092,6 +1093,7 @@ def test_hospitals_score_the_same_images_and_their_means_are_weighted(
         assert recorded(folder, "num_held_out")[server_round, None] == 80
         assert recorded(folder, "num_scoring_clients")[server_round, None] == 2
     assert recorded(folder, "more") == {}
+    assert read_config(folder / "config.yaml").eval.extractor == "classifier"
     said = capsys.readouterr().out
     mean, floor = fid[2, None], recorded(folder, "held_out fid real")[2, None]
     place, other = (

@@ -29,11 +29,11 @@ def network() -> Network:
 
 
 def real(network: Network, *, known: Mapping[int, int] | None = None) -> Nodes:
-    return Nodes(network.grid, simulated=False, num_classes=3, known=known)
+    return Nodes(network.grid, simulated=False, num_classes=3, extractor="classifier", known=known)
 
 
 def simulation(network: Network) -> Nodes:
-    return Nodes(network.simulation, simulated=True, num_classes=3)
+    return Nodes(network.simulation, simulated=True, num_classes=3, extractor="classifier")
 
 
 def introduced(message: Message) -> Message:
