@@ -21,7 +21,7 @@ from task.protocol.node import NodeConfig, check_node, own_config, read_node_con
 from task.protocol.wire import SCORES, Key, from_npy, to_npy
 from task.randomness import Stream, torch_generator
 from task.training.devices import device_name
-from task.training.loop import fit, fit_options, held_out_loss
+from task.training.loop import fit, fit_options, held_out_losses
 
 app = ClientApp()
 
@@ -101,6 +101,7 @@ def train(message: Message, context: Context) -> Message:
             Key.SECONDS: result.seconds,
             Key.SECONDS_BESIDE: time.perf_counter() - start - result.seconds,
             Key.IMAGES_PER_SECOND: result.images_per_second,
+            **result.measures,
         }
     )
     logger.info(
@@ -130,12 +131,12 @@ def evaluate(message: Message, context: Context) -> Message:
     workspace = open_workspace(context)
     config = workspace.config
     _, held_out = workspace.images(context)
-    loss = None
+    losses = None
     # A small share of a skewed partition can be without held-out images.
     if len(held_out) > 0:
         receive_weights(workspace, message)
         precision = choose_precision(workspace, context, str(asked[Key.PRECISION]))
-        loss = held_out_loss(
+        losses = held_out_losses(
             workspace.generator,
             held_out.images,
             held_out.labels,
@@ -147,15 +148,15 @@ def evaluate(message: Message, context: Context) -> Message:
                 device=workspace.device,
             ),
         )
-    metrics = MetricRecord({Key.NUM_EXAMPLES: 0 if loss is None else len(held_out)})
-    if loss is not None:
-        metrics[Key.LOSS] = loss
+    metrics = MetricRecord({Key.NUM_EXAMPLES: 0 if losses is None else len(held_out)})
+    for name, loss in (losses or {}).items():
+        metrics[name] = loss
     logger.info(
         "round %s: evaluated %d held-out images in %.1f s: loss %s on %s",
         asked.get(Key.SERVER_ROUND, "?"),
         len(held_out),
         time.perf_counter() - start,
-        "unknown" if loss is None else f"{loss:.5g}",
+        "unknown" if losses is None else f"{losses[Key.LOSS]:.5g}",
         device_name(workspace.device),
     )
     return Message(RecordDict({Key.METRICS: metrics}), reply_to=message)

@@ -13,7 +13,7 @@ from task.config import Config, compose_run_config, load_run_config
 from task.data import Dataset, ImageSet, build_dataset, take_inventory
 from task.data.partition import Partition, partition_dataset
 from task.generators.base import Generator
-from task.generators.registry import build_generator
+from task.generators.registry import initial_generator
 from task.protocol.node import NodeConfig, own_config, own_images, read_node_config
 from task.protocol.wire import Key, WeightLayout
 from task.training.devices import (
@@ -114,7 +114,7 @@ def _build_workspace(
     configure_torch(num_threads=config.train.num_threads, deterministic=config.train.deterministic)
     dataset = build_dataset(config, download=node is None)
     device = select_device(config.train.device)
-    generator = build_generator(config)
+    generator = initial_generator(config)
     deterministic = config.train.deterministic
     compile_where_wanted(generator, config.train.compile, device, deterministic=deterministic)
     return Workspace(
@@ -125,7 +125,7 @@ def _build_workspace(
             config.train.num_processes, device, one_per_gpu=node is not None
         ),
         generator=generator,
-        layout=WeightLayout.of(generator, generator.local),
+        layout=WeightLayout.of(generator, generator.local | generator.frozen),
         dataset=dataset,
         node=node,
         partition=None

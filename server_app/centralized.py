@@ -11,11 +11,11 @@ from task.progress import progress
 from task.protocol.wire import Weights
 from task.randomness import Stream, torch_generator
 from task.runs.layout import POOLED_FILE
-from task.runs.records import TEST, TRAIN, Record
+from task.runs.records import TEST, TRAIN, Record, records_of
 from task.runs.writer import RunWriter
 from task.training.devices import compile_where_wanted, keep_freed_memory, move, torch_configured
 from task.training.distributed import count_processes
-from task.training.loop import fit, fit_options, held_out_loss
+from task.training.loop import fit, fit_options, held_out_losses
 from task.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
 
 
@@ -97,6 +97,8 @@ class CentralizedTraining(RoundLoop):
         self.phases.trained(result.seconds, since=start, until=time.monotonic())
         if not math.isfinite(result.loss):
             raise self.diverged(server_round, f"train loss {result.loss}")
+        if why := self.model.why_diverged(result.measures):
+            raise self.diverged(server_round, why)
         if not all(bool(t.isfinite().all()) for t in self.model.state_dict().values()):
             raise self.diverged(server_round, "weights that are not finite")
         self.weights = {n: t.detach().cpu().clone() for n, t in self.model.state_dict().items()}
@@ -105,6 +107,7 @@ class CentralizedTraining(RoundLoop):
             [
                 Record(server_round, "loss", result.loss, reference=TRAIN, n=n),
                 Record(server_round, "images_per_second", result.images_per_second),
+                *records_of(server_round, result.measures, reference=TRAIN, n=n),
             ]
         )
         epochs = server_round * config.train.local_epochs
@@ -115,19 +118,19 @@ class CentralizedTraining(RoundLoop):
         test = self.dataset.test
         if len(test) == 0:
             return None
-        loss = held_out_loss(
+        losses = held_out_losses(
             self.model,
             test.images,
             test.labels,
             options=fit_options(self.config),
             rng=torch_generator(self.config.seed, Stream.EVALUATE, device=self.device),
         )
-        if loss is None:
+        if losses is None:
             return None
-        if not math.isfinite(loss):
-            raise self.diverged(server_round, f"test loss {loss}")
-        self.directory.record([Record(server_round, "loss", loss, reference=TEST, n=len(test))])
-        return f"test loss {loss:.4f}"
+        if not all(map(math.isfinite, losses.values())):
+            raise self.diverged(server_round, f"test loss {losses}")
+        self.directory.record(records_of(server_round, losses, reference=TEST, n=len(test)))
+        return f"test loss {losses['loss']:.4f}"
 
     def state(self) -> dict[str, Weights]:
         """Return what each optimizer has gathered."""

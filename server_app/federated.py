@@ -16,7 +16,7 @@ from server_app.hospital_scores import SCORES_TYPE, read_scores, score_records
 from server_app.log import log
 from server_app.messages import images_record, packed_record
 from server_app.nodes import GRACE_SECONDS, QUERY_TIMEOUT_SECONDS, Nodes, sample_clients
-from server_app.replies import Diverged, UnusableReply, read_loss, read_training
+from server_app.replies import Diverged, UnusableReply, read_losses, read_training
 from server_app.rounds import RoundLoop, TooFewRepliesError
 from server_app.strategies import build_strategy
 from server_app.timing import PhaseTimer
@@ -58,7 +58,7 @@ class FederatedTraining(RoundLoop):
             known=client_numbers(directory.path),
         )
         self._exchange = ClientExchange(grid, self._nodes, federation)
-        self._layout = WeightLayout.of(self.model, self.model.local)
+        self._layout = WeightLayout.of(self.model, self.model.local | self.model.frozen)
         self._weighting = Weighting.of(federation, simulated=self.simulated)
         self.strategy = build_strategy(federation, self._layout, self._weighting)
         # Clients that were left out of earlier attempts at the round.
@@ -147,7 +147,7 @@ class FederatedTraining(RoundLoop):
         """
         self.phases.enter("sending")
         clients = self.draw_clients(server_round)
-        losses, told = self.train_clients(server_round, clients)
+        losses, measured, told = self.train_clients(server_round, clients)
         left_out = self._exchange.left_out
         if len(losses) < self.config.federation.min_replies:
             self._failed |= left_out.keys()
@@ -157,6 +157,9 @@ class FederatedTraining(RoundLoop):
                 f"({described(left_out)})"
             )
         self._failed.clear()
+        measures = self.combined_measures(losses, measured)
+        if why := self.model.why_diverged(measures):
+            raise self.diverged(server_round, why)
         self.phases.enter("aggregating")
         self.weights = self.strategy.finish()
         counted = [*losses.values()]
@@ -166,6 +169,7 @@ class FederatedTraining(RoundLoop):
                 *self.held_to_their_share(server_round, losses),
                 *left_out_records(server_round, MessageType.TRAIN, left_out),
                 loss_record(server_round, self._weighting.combined(counted), TRAIN),
+                *records_of(server_round, measures, reference=TRAIN),
                 Record(server_round, "num_clients", len(losses)),
             ]
         )
@@ -174,12 +178,12 @@ class FederatedTraining(RoundLoop):
 
     def train_clients(
         self, server_round: int, clients: list[int]
-    ) -> tuple[dict[int, tuple[int, float]], list[Record]]:
+    ) -> tuple[dict[int, tuple[int, float]], dict[int, dict[str, float]], list[Record]]:
         """Let clients train, and add their weights up as they come.
 
         Returns:
-            Images and loss of each client whose weights can be used, by its number, and what is
-            to be recorded of them.
+            Images and loss of each client whose weights can be used, by its number, what its
+            family measured of the training, likewise, and what is to be recorded of them.
         """
         kept = self.clients_to_keep(server_round, clients)
         sent = self.strategy.broadcast(self.weights)
@@ -188,7 +192,9 @@ class FederatedTraining(RoundLoop):
             sent=sent,
             num_clients=len(clients),
             max_norm=self.config.federation.max_update_norm,
+            measures=self.model.measures,
         )
+        measured: dict[int, dict[str, float]] = {}
         losses: dict[int, tuple[int, float]] = {}
         told: list[Record] = []
         question = self.about_weights(MessageType.TRAIN, sent, read)
@@ -197,14 +203,27 @@ class FederatedTraining(RoundLoop):
             spent = possible_times(trained.spent, now - asked)
             self.phases.trained(spent.get(Key.SECONDS, 0.0), since=asked, until=now)
             losses[client] = trained.num_images, trained.loss
+            measured[client] = trained.measures
             told.append(loss_record(server_round, losses[client], TRAIN, client))
-            measured = {**spent, "update_norm": trained.update_norm}
-            told.extend(records_of(server_round, measured, client=client))
+            numbers = {**spent, "update_norm": trained.update_norm}
+            told.extend(records_of(server_round, numbers, client=client))
+            told.extend(records_of(server_round, trained.measures, client=client, reference=TRAIN))
             if client in kept:
                 own = self._layout.unpack(trained.weights)
                 self.directory.save_local_model(server_round, client, own)
             self.strategy.add(client, trained.weights, trained.num_images)
-        return losses, told
+        return losses, measured, told
+
+    def combined_measures(
+        self, losses: Mapping[int, tuple[int, float]], measured: Mapping[int, Mapping[str, float]]
+    ) -> dict[str, float]:
+        """Make one number of each measure of the clients; see `Weighting.combine`."""
+        return {
+            name: self._weighting.combine(
+                [(losses[client][0], each[name]) for client, each in measured.items()]
+            )
+            for name in self.model.measures
+        }
 
     def draw_clients(self, server_round: int) -> list[int]:
         """Draw the clients of a round of those that are there.
@@ -268,19 +287,25 @@ class FederatedTraining(RoundLoop):
 
         None where no client could say; that is no reason to give the round's training up.
         """
-        losses: list[tuple[int, float]] = []
+        losses: list[tuple[int, dict[str, float]]] = []
         clients = list(self._nodes.node_ids)
         packed = self._layout.pack(self.final_weights(), self.config.federation.wire_dtype)
-        question = self.about_weights(MessageType.EVALUATE, packed, read_loss)
+        read = partial(read_losses, parts=self.model.loss_parts)
+        question = self.about_weights(MessageType.EVALUATE, packed, read)
         for client, found, _ in self.ask(question, server_round, clients, PhaseTimer()):
             if found is not None:
                 losses.append(found)
-                self.directory.record([loss_record(server_round, found, TEST, client)])
+                n, own = found
+                self.directory.record(
+                    records_of(server_round, own, client=client, reference=TEST, n=n)
+                )
         if not losses:
             return None
-        combined = self._weighting.combined(losses)
-        self.directory.record([loss_record(server_round, combined, TEST)])
-        return f"test loss {self._weighting.describe(losses)}"
+        by_name = {name: [(n, each[name]) for n, each in losses] for name in losses[0][1]}
+        combined = {name: self._weighting.combine(told) for name, told in by_name.items()}
+        n = sum(n for n, _ in losses)
+        self.directory.record(records_of(server_round, combined, reference=TEST, n=n))
+        return f"test loss {self._weighting.describe(by_name[Key.LOSS])}"
 
     def open_evaluation(self) -> GlobalEvaluation:
         """Let the hospitals score images where they alone have real ones."""

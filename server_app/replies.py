@@ -3,7 +3,7 @@
 Nothing in a reply is believed before it was looked at here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,8 +108,12 @@ def checked_content(reply: Reply, *, timeout: float) -> RecordDict:
     return reply.message.content
 
 
-def read_metrics(content: RecordDict) -> dict[str, int | float]:
+def read_metrics(content: RecordDict, names: Collection[str] = ()) -> dict[str, int | float]:
     """Return the numbers of a reply.
+
+    Args:
+        content: the reply.
+        names: of what it must say beside the loss and the number of images.
 
     Raises:
         UnusableReply: loss or number of images is missing, one is no number that a metric can
@@ -117,9 +121,9 @@ def read_metrics(content: RecordDict) -> dict[str, int | float]:
     """
     metrics = record_of(content, Key.METRICS, MetricRecord)
     given = [name for name in DURATIONS_AND_RATES if name in metrics]
-    bounds: dict[str, tuple[float, float]] = dict.fromkeys(given, (0.0, LARGEST_METRIC))
     # Below 0 are losses such as those of a density or of a critic.
-    return read_numbers(content, {Key.LOSS: (-LARGEST_METRIC, LARGEST_METRIC), **bounds})
+    bounds = dict.fromkeys((Key.LOSS, *names), (-LARGEST_METRIC, LARGEST_METRIC))
+    return read_numbers(content, {**bounds, **dict.fromkeys(given, (0.0, LARGEST_METRIC))})
 
 
 def check_claim(content: RecordDict, num_images: int | None) -> None:
@@ -221,6 +225,7 @@ class LocalTraining:
         weights: [P], float32 or float16, the bytes of the reply themselves.
         num_images: that it trained on.
         loss: mean of its training.
+        measures: what its family measured of the training, by name.
         spent: `DURATIONS_AND_RATES`, those that it says.
         update_norm: how far its weights lie from those that it was sent, measured here.
     """
@@ -228,12 +233,18 @@ class LocalTraining:
     weights: NDArray[np.floating]
     num_images: int
     loss: float
+    measures: dict[str, float]
     spent: dict[str, float]
     update_norm: float
 
 
 def read_training(
-    content: RecordDict, sent: NDArray[np.floating], *, num_clients: int, max_norm: float | None
+    content: RecordDict,
+    sent: NDArray[np.floating],
+    *,
+    num_clients: int,
+    max_norm: float | None,
+    measures: Collection[str] = (),
 ) -> LocalTraining:
     """Return what a client that has trained replied, and measure how far it went.
 
@@ -242,12 +253,13 @@ def read_training(
         sent: [P], the packed weights that the client started from.
         num_clients: how many clients may add their weights to the same sum.
         max_norm: `federation.max_update_norm`; None for any.
+        measures: names of what the family measures of a training.
 
     Raises:
         UnusableReply: see `read_metrics` and `read_weights`; or the weights lie further than
             `max_norm` from those that were sent.
     """
-    numbers = read_metrics(content)
+    numbers = read_metrics(content, measures)
     num_images = int(numbers[Key.NUM_EXAMPLES])
     weights = read_weights(content, size=len(sent), num_images=num_images, num_clients=num_clients)
     norm = distance(weights, sent)
@@ -257,19 +269,27 @@ def read_training(
             f"federation.max_update_norm={max_norm:g}"
         )
     spent = {str(name): numbers[name] for name in DURATIONS_AND_RATES if name in numbers}
-    return LocalTraining(weights, num_images, numbers[Key.LOSS], spent, norm)
+    measured = {name: float(numbers[name]) for name in measures}
+    return LocalTraining(weights, num_images, numbers[Key.LOSS], measured, spent, norm)
 
 
-def read_loss(content: RecordDict) -> tuple[int, float] | None:
-    """Return the images and the loss of a reply; None from a client without held-out images.
+def read_losses(
+    content: RecordDict, parts: Collection[str] = ()
+) -> tuple[int, dict[str, float]] | None:
+    """Return the images and the losses of a reply; None from a client without held-out images.
+
+    Args:
+        content: the reply.
+        parts: names of what the family says beside the loss.
 
     Raises:
         UnusableReply: see `read_metrics`.
     """
     if record_of(content, Key.METRICS, MetricRecord).get(Key.NUM_EXAMPLES) == 0:
         return None
-    numbers = read_metrics(content)
-    return int(numbers[Key.NUM_EXAMPLES]), numbers[Key.LOSS]
+    numbers = read_metrics(content, parts)
+    losses = {str(name): float(numbers[name]) for name in (Key.LOSS, *parts)}
+    return int(numbers[Key.NUM_EXAMPLES]), losses
 
 
 @dataclass(frozen=True)

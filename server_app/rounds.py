@@ -9,14 +9,12 @@ from server_app.evaluation import GlobalEvaluation, PooledEvaluation, is_measure
 from server_app.log import log
 from server_app.timing import PhaseTimer
 from task.code_version import code_fingerprint, installed_versions
-from task.config import Config, settle_extractor, settle_precisions
+from task.config import settle_extractor, settle_precisions
 from task.data import Dataset
 from task.evaluation.features import automatic_extractor
-from task.generators.base import Generator
-from task.generators.registry import build_generator
+from task.generators.registry import initial_generator
 from task.progress import duration, progress
 from task.protocol.wire import Weights
-from task.randomness import Stream, seeded_global_generator, torch_generator
 from task.reporting.run_summary import summary_lines
 from task.reporting.warning_signs import closing_lines
 from task.runs.commands import describe_report_of
@@ -59,7 +57,7 @@ class RoundLoop(ABC):
         self.seconds: dict[str, list[float]] = {"training": [], "evaluating": []}
         self.directory = directory
         self.device = select_device(self.config.train.device)
-        self.model = initial_model(self.config)
+        self.model = initial_generator(self.config)
         self.weights: Weights = {n: t.clone() for n, t in self.model.state_dict().items()}
 
     @abstractmethod
@@ -289,9 +287,3 @@ class RoundLoop(ABC):
         # Nothing of the run depends on it, and a run that fails at its end would be repeated.
         except (ValueError, OSError, RuntimeError) as error:
             log(f"no report: {error}; `feddm report {path}` writes it once that is mended")
-
-
-def initial_model(config: Config) -> Generator:
-    """Build the model with the weights that round 1 starts from, from the seed alone."""
-    with seeded_global_generator(torch_generator(config.seed, Stream.MODEL_INIT)):
-        return build_generator(config)

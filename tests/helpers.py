@@ -28,9 +28,9 @@ from sklearn.datasets import load_digits
 
 from client_app.app import app
 from server_app.federated import FederatedTraining
-from server_app.rounds import initial_model
 from task.config import load_config, load_run_config
 from task.data import Dataset, build_dataset
+from task.generators.registry import initial_generator
 from task.protocol.wire import Key
 from task.reporting.metric_table import Quantity
 from task.runs.evaluations import Evaluation, Label
@@ -277,7 +277,7 @@ def written_run(
         for name, content in (files or {}).items():
             directory.write_json(name, content)
         directory.record(recorded)
-        weights = initial_model(config).state_dict()
+        weights = initial_generator(config).state_dict()
         for number in range(1, rounds_done + 1):
             directory.save_checkpoint(number, weights, {})
         if rounds_done == config.federation.rounds:

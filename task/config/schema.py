@@ -296,6 +296,7 @@ class TrainConfig(Section):
     steps_per_round: PositiveInt | None
     batch_size: PositiveInt
     lr: PositiveFloat
+    clip_norm: PositiveFloat | None
     device: str = Field(
         pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N"
     )

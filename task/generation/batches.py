@@ -52,7 +52,7 @@ def sample_batches(
         for start in range(0, len(labels), size):
             batch = labels[start : start + size]
             places = range(start, start + len(batch))
-            noise = block_noise(places, generator.image_shape, block_generator)
+            noise = block_noise(places, generator.noise_shape, block_generator)
             images.append(generator.sample(batch, noise, advance=advance))
         return torch.cat(images)
     finally:
@@ -69,7 +69,7 @@ def fitting_batch_size(generator: Generator, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return CPU_BATCH_SIZE
-    noise = torch.zeros(16, *generator.image_shape, device=device)
+    noise = torch.zeros(16, *generator.noise_shape, device=device)
     labels = torch.zeros(len(noise), dtype=torch.int64, device=device)
     for _ in range(2):  # the first time leaves behind what is made once, and needs more
         torch.cuda.reset_peak_memory_stats(device)
@@ -84,20 +84,20 @@ def fitting_batch_size(generator: Generator, device: torch.device) -> int:
 
 def block_noise(
     places: range,
-    image_shape: tuple[int, int, int],
+    noise_shape: tuple[int, ...],
     block_generator: Callable[[int], torch.Generator],
 ) -> NoiseSource:
     """Make a noise source of torch's generators for the images at some places; see `join_blocks`.
 
     Args:
         places: of the images, 0-based, without gaps.
-        image_shape: (C, H, W).
+        noise_shape: of an image, see `Generator.noise_shape`.
         block_generator: makes the generator of the block of a number, from 0.
     """
 
     def block_source(number: int) -> NoiseSource:
         generator = block_generator(number)
-        shape = (NOISE_BLOCK, *image_shape)
+        shape = (NOISE_BLOCK, *noise_shape)
         return partial(torch.randn, shape, generator=generator, device=generator.device)
 
     return join_blocks(places, block_source, torch.cat)

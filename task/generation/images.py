@@ -131,7 +131,9 @@ class ImageSource:
             advance: is told of each evaluation of the model for how many images it was; of an
                 image there are `evaluations`.
         """
-        noise = generation_noise(places, self.image_shape, seed=self._config.seed, label=label)
+        noise = generation_noise(
+            places, self._generator.noise_shape, seed=self._config.seed, label=label
+        )
         labels = torch.full((len(places),), label, device=self.device)
 
         def draw_noise() -> Tensor:

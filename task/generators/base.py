@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-# draw_noise() -> standard normal noise beside N labels, [N, C, H, W] float32, new at every call
+# draw_noise() -> standard normal noise beside N labels, [N, *Generator.noise_shape] float32, new at
+# every call
 NoiseSource = Callable[[], Tensor]
 # Is told after each evaluation of a network for how many images it was.
 Advance = Callable[[int], object]
@@ -95,16 +96,39 @@ class Generator(nn.Module, ABC):
     Attributes:
         title: what it is called in messages and reports.
         image_shape: (C, H, W) of the images.
-        local: names in the `state_dict` of what never leaves a client.
+        local: beginnings of the names in the `state_dict` of what stays at a client between
+            rounds: no message carries it, nor the file of the final weights.
+        frozen: beginnings of the names of what nobody trains: it stands in the file of the final
+            weights, and no message carries it.
+        local_optimizers: names of the optimizers whose state a client keeps between rounds; the
+            others are new in each.
         private: names of the optimizers whose losses look at real images.
+        loss_parts: names of what `example_losses` gives beside the loss.
+        measures: names of what `measured` gives.
         evaluations_per_image: how often `sample` evaluates a network for an image.
     """
 
     title: str
     image_shape: tuple[int, int, int]
     local: frozenset[str] = frozenset()
+    frozen: frozenset[str] = frozenset()
+    local_optimizers: frozenset[str] = frozenset()
     private: frozenset[str] = frozenset()
+    loss_parts: tuple[str, ...] = ()
+    measures: tuple[str, ...] = ()
     evaluations_per_image: int = 1
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """The shape of the noise that an image is drawn from, without that of the batch."""
+        return self.image_shape
+
+    def prepare(self, num_images: int) -> None:
+        """Make what has an entry for each training image, before the optimizers are made.
+
+        Args:
+            num_images: that are trained on; `Batch.indices` are below it.
+        """
 
     @abstractmethod
     def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
@@ -129,9 +153,17 @@ class Generator(nn.Module, ABC):
     def after_step(self) -> None:
         """Update what follows a batch's steps without a gradient, such as a moving average."""
 
-    def example_losses(self, batch: Batch, rng: torch.Generator) -> Tensor | None:
-        """Return the loss of each image, [N] float32; None in a family that has no such loss."""
+    def example_losses(self, batch: Batch, rng: torch.Generator) -> Mapping[str, Tensor] | None:
+        """Return the "loss" of each image and its `loss_parts`, [N] float32; None without one."""
         return None
+
+    def measured(self) -> Mapping[str, Tensor]:
+        """Return the `measures` of the training since `prepare`, as means over its steps."""
+        return {}
+
+    def why_diverged(self, measures: Mapping[str, float]) -> str:
+        """Say why the means over the clients of a round show no training any more; else nothing."""
+        return ""
 
     @abstractmethod
     def sample(

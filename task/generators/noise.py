@@ -44,23 +44,23 @@ def join_blocks(
 
 
 def generation_noise(
-    places: range, image_shape: Sequence[int], *, seed: int, label: int
+    places: range, noise_shape: Sequence[int], *, seed: int, label: int
 ) -> Callable[[], np.ndarray]:
     """Make the noise source of generated images, the same on every device and in every export.
 
     Args:
         places: of the images in their class, 0-based, without gaps.
-        image_shape: (C, H, W).
+        noise_shape: of an image, (C, H, W) for a diffusion model.
         seed: >= 0.
         label: of the class.
 
     Returns:
-        What draws standard normal noise, [N, C, H, W] float32, new at every call.
+        What draws standard normal noise, [N, *noise_shape] float32, new at every call.
     """
 
     def block_source(number: int) -> Callable[[], np.ndarray]:
         key = (GENERATED_IMAGES, label, number)
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
-        return lambda: rng.standard_normal((NOISE_BLOCK, *image_shape), np.float32)
+        return lambda: rng.standard_normal((NOISE_BLOCK, *noise_shape), np.float32)
 
     return join_blocks(places, block_source, np.concatenate)

@@ -8,6 +8,7 @@ from task.checks import require
 from task.config import MODELS, Config, ModelConfig
 from task.generators.base import Generator
 from task.generators.diffusion.generator import build_diffusion
+from task.randomness import Stream, seeded_global_generator, torch_generator
 
 GENERATORS: dict[str, Callable[[Config], Generator]] = {"diffusion": build_diffusion}
 
@@ -28,6 +29,12 @@ def register(family: str, schema: type[ModelConfig], build: Callable[[Config], G
     """
     require(family not in MODELS, "family", f"another name than {', '.join(MODELS)}", family)
     MODELS[family], GENERATORS[family] = schema, build
+
+
+def initial_generator(config: Config) -> Generator:
+    """Make the generator that round 1 starts from, with weights of the seed alone."""
+    with seeded_global_generator(torch_generator(config.seed, Stream.MODEL_INIT)):
+        return build_generator(config)
 
 
 def weightless_generator(config: Config) -> Generator:

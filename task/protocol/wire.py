@@ -70,28 +70,30 @@ class WeightLayout:
     Attributes:
         shapes: the shape of each tensor by name, in the order of the `state_dict`.
         own: the tensors that do not travel, as a new model has them: those that are not float,
-            such as counters, which have no average, and those that never leave a client.
+            such as counters, which have no average, those that stay at a client, and frozen ones.
     """
 
     shapes: Mapping[str, torch.Size]
     own: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def of(cls, model: nn.Module, local: Collection[str] = ()) -> "WeightLayout":
+    def of(cls, model: nn.Module, staying: Collection[str] = ()) -> "WeightLayout":
         """Derive the layout from a model.
 
         Args:
             model: as it is built.
-            local: names of tensors that never leave a client.
+            staying: beginnings of the names of tensors that no message carries.
 
         Raises:
             TypeError: the model holds floats that are not float32.
-            ValueError: it has no tensor of a name of `local`, which would travel by another name.
+            ValueError: no name begins so, and what is meant would travel by another name.
         """
         shapes, own, state = {}, {}, model.state_dict()
-        require(state.keys() >= {*local}, "local", "names in the state_dict", sorted(local))
+        for beginning in staying:
+            known = any(name.startswith(beginning) for name in state)
+            require(known, "staying", "beginnings of names in the state_dict", beginning)
         for name, tensor in state.items():
-            if name in local or not tensor.is_floating_point():
+            if name.startswith(tuple(staying)) or not tensor.is_floating_point():
                 own[name] = tensor.detach().clone()
             elif tensor.dtype != torch.float32:
                 raise TypeError(f"{name} must be float32 to be averaged, got {tensor.dtype}")

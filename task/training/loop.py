@@ -29,6 +29,7 @@ class FitOptions:
         horizontal_flip: mirror each image with probability 1/2.
         precision: "float32", or "bfloat16" for autocast over float32 weights.
         channels_last: memory format of images and weights.
+        clip_norm: the largest L2 norm of the gradients of an optimizer's step; None: any.
         num_processes: that train together, see `task.training.distributed.count_processes`.
         compile: `train.compile`, for the other processes; this one has done it.
     """
@@ -38,6 +39,7 @@ class FitOptions:
     horizontal_flip: bool
     precision: str
     channels_last: bool
+    clip_norm: float | None = None
     num_processes: int = 1
     compile: bool | None = None
 
@@ -51,6 +53,7 @@ def fit_options(config: Config, **changes: Any) -> FitOptions:
         horizontal_flip=config.data.horizontal_flip,
         precision=train.precision,
         channels_last=train.channels_last,
+        clip_norm=train.clip_norm,
         compile=train.compile,
     )
     return replace(options, **changes)
@@ -62,6 +65,7 @@ class FitResult:
 
     Attributes:
         loss: mean over the images of all epochs; the sum of those of a family with several.
+        measures: what the family measured of it, by the names of `Generator.measures`.
         seconds: wall-clock time.
         images_per_second: images that went through the networks, over `seconds`.
         tensors: what the callbacks send to the server beside the weights, by name.
@@ -70,6 +74,7 @@ class FitResult:
     loss: float
     seconds: float
     images_per_second: float
+    measures: dict[str, float] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -181,7 +186,8 @@ def _fit(job: _Job, optimizers: Optimizers, rng: torch.Generator, rank: int = 0)
     mean_loss = float(loss_sum / seen)
     seconds = time.perf_counter() - start
     tensors = {n: t for callback in job.callbacks for n, t in callback.finish().items()}
-    return FitResult(mean_loss, seconds, seen / seconds, tensors)
+    measures = {name: float(value) for name, value in job.generator.measured().items()}
+    return FitResult(mean_loss, seconds, seen / seconds, measures, tensors)
 
 
 def _batches(
@@ -209,10 +215,18 @@ def _step(job: _Job, batch: Batch, optimizers: Optimizers, rng: torch.Generator)
             average_gradients(optimizers[name])
         for callback in job.callbacks:
             callback.before_step(name)
+        if job.options.clip_norm is not None:
+            clip_gradients(optimizers[name], job.options.clip_norm)
         optimizers[name].step()
         loss_sum += loss.detach().double() * len(batch)
     job.generator.after_step()
     return loss_sum
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, norm: float) -> None:
+    """Scale the gradients of an optimizer's parameters down to an L2 norm, all by one factor."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, norm)
 
 
 def _under_autocast(
@@ -261,6 +275,7 @@ def _fit_beside(
             "loss": loss,
             "seconds": seconds,
             "images_per_second": job.options.epochs * len(job.images) / seconds,
+            "measures": result.measures,
             "tensors": result.tensors,
         },
     }
@@ -277,15 +292,15 @@ def _on_cpu(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 @torch.no_grad()  # not inference_mode: the generator may be moved here and trained afterwards
-def held_out_loss(
+def held_out_losses(
     generator: Generator,
     images: Tensor,
     labels: Tensor,
     *,
     options: FitOptions,
     rng: torch.Generator,
-) -> float | None:
-    """Return the mean loss over images without training; None in a family that has none.
+) -> dict[str, float] | None:
+    """Return the mean loss over images and its parts, without training; None where there is none.
 
     The same state of `rng` gives the same draws, so that rounds can be compared.
 
@@ -305,7 +320,7 @@ def held_out_loss(
     memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
     move(generator, device, channels_last=options.channels_last)
     generator.eval()
-    loss_sum = torch.zeros((), device=device, dtype=torch.float64)
+    sums: dict[str, Tensor] = {}
     for indices in torch.split(torch.arange(len(images)), options.batch_size):
         x_start = normalize(images[indices].to(device)).to(memory_format=memory_format)
         batch = Batch(x_start, labels[indices].to(device), indices.to(device))
@@ -313,5 +328,6 @@ def held_out_loss(
             losses = generator.example_losses(batch, rng)
             if losses is None:
                 return None
-            loss_sum += losses.mean().double() * len(batch)
-    return float(loss_sum / len(images))
+            for name, each in losses.items():
+                sums[name] = sums.get(name, 0.0) + each.mean().double() * len(batch)
+    return {name: float(each / len(images)) for name, each in sums.items()}

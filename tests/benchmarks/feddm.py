@@ -20,7 +20,7 @@ from task.training.devices import (
     move,
     select_device,
 )
-from task.training.loop import fit, fit_options, held_out_loss
+from task.training.loop import fit, fit_options, held_out_losses
 from task.training.precision import fastest_precision
 from tests.benchmarks.contestants import timed
 from tests.benchmarks.flops import count_flop, matmul_rate
@@ -152,7 +152,7 @@ class Feddm:
             for _ in range(epochs):
                 images, labels = dataset.train.images, dataset.train.labels
                 self._epoch(images, labels, self.config.train.batch_size, precision)
-            loss = held_out_loss(
+            loss = held_out_losses(
                 self.model,
                 dataset.test.images,
                 dataset.test.labels,

@@ -25,18 +25,18 @@ from client_app.log import logger
 from client_app.workspace import choose_precision, open_workspace
 from server_app.hospital_scores import SCORES_TYPE, expected_scores
 from server_app.messages import addressed, images_record
-from server_app.rounds import initial_model
 from task.code_version import code_fingerprint
 from task.config import Config, load_run_config, settle_extractor
 from task.data import Dataset, ImageSet, UnknownClassError, build_dataset, split_validation
 from task.data.partition import build_partition
 from task.efficientnet import MissingWeightsError
 from task.evaluation.hospital_scores import score_images
+from task.generators.registry import initial_generator
 from task.protocol.node import TooFewImagesError
 from task.protocol.wire import FailureCode, Key, WeightLayout
 from task.randomness import Stream, numpy_generator, torch_generator
 from task.runs.checkpoint import load_weights
-from task.training.loop import fit, fit_options, held_out_loss
+from task.training.loop import fit, fit_options, held_out_losses
 from tests.data.test_data_files import write_tree
 from tests.helpers import (
     SMALL_RUN,
@@ -51,7 +51,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = load_run_config(SMALL_RUN)
 HOSPITAL = "data=mnist data.test_fraction=null"
 FOLDER_RUN = {"data.test_fraction": "null", "overrides": "data=image_folder data.classes=[a,b]"}
-MODEL = initial_model(CONFIG)
+MODEL = initial_generator(CONFIG)
 LAYOUT = WeightLayout.of(MODEL)
 WEIGHTS = LAYOUT.pack(MODEL.state_dict())
 TRAINED_KEYS = {Key.NUM_EXAMPLES, Key.LOSS, Key.SECONDS, Key.SECONDS_BESIDE, Key.IMAGES_PER_SECOND}
@@ -160,7 +160,7 @@ def test_train_replies_the_records_allowed_and_nothing_else(context: Context) ->
 def test_train_runs_the_local_epochs_on_the_clients_own_share(context: Context) -> None:
     reply = app(message("train", server_round=3, client=1), context)
     images, _ = share_of(1)
-    expected = initial_model(CONFIG)
+    expected = initial_generator(CONFIG)
     result = fit(
         expected,
         images.images,
@@ -227,8 +227,8 @@ def test_evaluate_replies_the_held_out_loss_and_no_weights(context: Context) -> 
     assert set(metrics(reply)) == {Key.NUM_EXAMPLES, Key.LOSS}
     _, held_out = share_of(1)
     assert metrics(reply)[Key.NUM_EXAMPLES] == len(held_out) > 0
-    expected = held_out_loss(
-        initial_model(CONFIG),
+    expected = held_out_losses(
+        initial_generator(CONFIG),
         held_out.images,
         held_out.labels,
         options=fit_options(CONFIG, precision="float32"),
@@ -249,10 +249,10 @@ def test_evaluate_draws_alike_in_every_round(context: Context) -> None:
 def test_evaluate_hides_no_labels(context: Context) -> None:
     context.run_config["diffusion.label_dropout"] = 0.9
     config = load_run_config(context.run_config)
-    model = initial_model(config)
+    model = initial_generator(config)
     weights = WeightLayout.of(model).pack(model.state_dict())
     _, held_out = share_of(1)
-    expected = held_out_loss(
+    expected = held_out_losses(
         model,
         held_out.images,
         held_out.labels,
@@ -533,7 +533,7 @@ def test_every_reply_of_a_hospital_is_free_of_paths_and_names(tmp_path: Path) ->
         "report-class-counts": True,
     }
     config = load_run_config(run_config)
-    model = initial_model(config)
+    model = initial_generator(config)
     weights = WeightLayout.of(model).pack(model.state_dict())
     agreed = {
         "query": {Key.CONFIG: {Key.FINGERPRINT, Key.NUM_IMAGES, Key.CLASS_COUNTS}},

@@ -9,9 +9,10 @@ from PIL import Image
 
 from server_app.app import app as server_app
 from server_app.centralized import CentralizedTraining
-from server_app.rounds import DivergedError, initial_model
+from server_app.rounds import DivergedError
 from task.config import Config, load_run_config, read_config
 from task.data import build_dataset
+from task.generators.registry import initial_generator
 from task.randomness import Stream, torch_generator
 from task.runs.checkpoint import load_weights
 from task.runs.evaluations import evaluation_of
@@ -66,7 +67,7 @@ def test_rounds_are_stretches_of_epochs_with_one_adam(folder: Path, reference: P
     train = build_dataset(config, download=False).train
     expected: dict[bool, Weights] = {}
     for adam_is_kept in (True, False):
-        model = initial_model(config)
+        model = initial_generator(config)
         optimizers = model.optimizers(config.train.lr)
         for server_round in (1, 2, 3):
             fit(

@@ -30,11 +30,12 @@ from server_app.hospital_scores import (
     read_scores,
 )
 from server_app.replies import UnusableReply
-from server_app.rounds import DivergedError, initial_model
+from server_app.rounds import DivergedError
 from server_app.strategies import Strategy, WeightedMean
 from server_app.weighting import Weighting
 from task.code_version import code_fingerprint
 from task.config import load_run_config, read_config
+from task.generators.registry import initial_generator
 from task.protocol.wire import Key, WeightLayout
 from task.reporting.warning_signs import State, checks
 from task.runs.checkpoint import load_weights
@@ -429,7 +430,7 @@ def without(key: str) -> Alter:
     return change
 
 
-SIZE = WeightLayout.of(initial_model(load_run_config(SMALL_RUN))).size
+SIZE = WeightLayout.of(initial_generator(load_run_config(SMALL_RUN))).size
 GOOD = np.zeros(SIZE, np.float32)
 OPEN_BRACKET = b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '<f4', ".ljust(117) + b"\n"
 BAD_REPLIES: list[tuple[str, Alter, str]] = [
@@ -672,7 +673,7 @@ def test_final_images_of_an_untrained_network_are_measured_and_look_like_noise(
 
 def test_kept_local_models_are_what_the_clients_sent_in_the_last_round(tmp_path: Path) -> None:
     sent: dict[int, Weights] = {}
-    layout = WeightLayout.of(initial_model(load_run_config(SMALL_RUN)))
+    layout = WeightLayout.of(initial_generator(load_run_config(SMALL_RUN)))
 
     def alter(asked: Message, reply: Message) -> Message:
         for client in (0, 2):
@@ -1277,8 +1278,8 @@ def test_first_weights_come_from_the_seed_alone() -> None:
     for global_seed in (1, 2):
         torch.manual_seed(global_seed)
         state = torch.get_rng_state()
-        drawn.append(initial_model(config).state_dict())
+        drawn.append(initial_generator(config).state_dict())
         assert torch.equal(torch.get_rng_state(), state)
     assert same_bits(*drawn)
-    other = initial_model(load_run_config({**SMALL_RUN, "seed": 1})).state_dict()
+    other = initial_generator(load_run_config({**SMALL_RUN, "seed": 1})).state_dict()
     assert not same_bits(drawn[0], other)

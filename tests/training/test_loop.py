@@ -25,7 +25,7 @@ from task.training.devices import (
     is_compiled,
     select_device,
 )
-from task.training.loop import Callback, FitResult, fit, fit_options, held_out_loss
+from task.training.loop import Callback, FitResult, fit, fit_options, held_out_losses
 from task.training.precision import fastest_precision
 from tests.training.generators import Known
 
@@ -79,7 +79,7 @@ def measure(
     model: Generator, images: ImageSet, rng: torch.Generator | None = None, **options: Any
 ) -> float:
     defaults = {"batch_size": 64, "precision": "float32"}
-    loss = held_out_loss(
+    loss = held_out_losses(
         *(model, images.images, images.labels),
         options=fit_options(CONFIG, **(defaults | options)),
         rng=rng or seeded(99),
@@ -263,11 +263,11 @@ class Lossless(Known):
         return None
 
 
-def test_family_without_a_loss_of_an_image_has_no_held_out_loss() -> None:
+def test_family_without_a_loss_of_an_image_has_no_held_out_losses() -> None:
     images = numbered(4)
     options, nothing = fit_options(CONFIG, precision="float32"), Lossless()
     args = (nothing, images.images, images.labels)
-    assert held_out_loss(*args, options=options, rng=seeded()) is None
+    assert held_out_losses(*args, options=options, rng=seeded()) is None
 
 
 class Adversarial(Known):
@@ -347,7 +347,7 @@ def test_callback_changes_gradients_and_tells_the_server() -> None:
     assert pull.names == ["sgd"] * 6 and result.tensors == {"steps": torch.tensor(6)}
 
 
-def test_model_trains_on_after_a_held_out_loss(model: Diffusion, digits: ImageSet) -> None:
+def test_model_trains_on_after_a_held_out_losses(model: Diffusion, digits: ImageSet) -> None:
     other = copy.deepcopy(model)
     measure(other, digits)
     train(model, digits)
@@ -561,7 +561,7 @@ def test_no_images_are_refused(model: Diffusion, digits: ImageSet) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_gpu_gives_about_the_same_held_out_loss(model: Diffusion, digits: ImageSet) -> None:
+def test_gpu_gives_about_the_same_held_out_losses(model: Diffusion, digits: ImageSet) -> None:
     expected = measure(model, digits)
     found = measure(model, digits, rng=torch.Generator("cuda").manual_seed(0))
     assert next(model.parameters()).device.type == "cuda"

@@ -116,9 +116,9 @@ class Diffusion(Generator):
         """Yield the losses of a batch at random times."""
         yield "adam", self._losses(self.objective, batch, rng)
 
-    def example_losses(self, batch: Batch, rng: torch.Generator) -> Tensor:
+    def example_losses(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         """Return the loss of each image at a random time, with its own label."""
-        return self._losses(replace(self.objective, label_dropout=0.0), batch, rng)
+        return {"loss": self._losses(replace(self.objective, label_dropout=0.0), batch, rng)}
 
     def _losses(self, objective: DiffusionObjective, batch: Batch, rng: torch.Generator) -> Tensor:
         drawn = (batch.images, *objective.draw(batch.images, batch.labels, rng))
