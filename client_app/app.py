@@ -11,6 +11,7 @@ from flwr.common.constant import SType
 from client_app.failures import failures_stay_local
 from client_app.hospital_scores import images_of, named_extractor, with_own_extractor
 from client_app.local_model import keep_local_model
+from client_app.local_state import LocalState
 from client_app.log import logger
 from client_app.workspace import Workspace, choose_precision, named_run, open_workspace
 from task.code_version import code_fingerprint
@@ -74,14 +75,18 @@ def train(message: Message, context: Context) -> Message:
     workspace = open_workspace(context)
     config = workspace.config
     images, _ = workspace.images(context)
+    state = LocalState(workspace, int(asked[Key.CLIENT]))  # type: ignore[arg-type]
+    workspace.generator.prepare(len(images))
     receive_weights(workspace, message)
+    optimizers = workspace.generator.optimizers(config.train.lr)
+    state.load(optimizers, before=server_round)
     precision = choose_precision(workspace, context, str(asked[Key.PRECISION]))
     result = fit(
         workspace.generator,
         images.images,
         images.labels,
         options=fit_options(config, precision=precision, num_processes=workspace.num_processes),
-        optimizers=workspace.generator.optimizers(config.train.lr),
+        optimizers=optimizers,
         rng=torch_generator(
             config.seed,
             Stream.TRAIN,
@@ -90,6 +95,7 @@ def train(message: Message, context: Context) -> Message:
             device=workspace.device,
         ),
     )
+    state.save(optimizers, server_round=server_round)
     keep_local_model(workspace, server_round, precision)
     packed = workspace.layout.pack(workspace.generator.state_dict(), config.federation.wire_dtype)
     # As Flower's Array(packed), with fewer copies.
@@ -130,11 +136,15 @@ def evaluate(message: Message, context: Context) -> Message:
     asked = cast(ConfigRecord, message.content[Key.CONFIG])
     workspace = open_workspace(context)
     config = workspace.config
-    _, held_out = workspace.images(context)
+    images, held_out = workspace.images(context)
     losses = None
     # A small share of a skewed partition can be without held-out images.
     if len(held_out) > 0:
+        state = LocalState(workspace, int(asked[Key.CLIENT]))  # type: ignore[arg-type]
+        workspace.generator.prepare(len(images))
         receive_weights(workspace, message)
+        # The first round that follows; this one's own training is over.
+        state.load({}, before=int(asked[Key.SERVER_ROUND]) + 1)  # type: ignore[arg-type]
         precision = choose_precision(workspace, context, str(asked[Key.PRECISION]))
         losses = held_out_losses(
             workspace.generator,
@@ -201,4 +211,4 @@ def receive_weights(workspace: Workspace, message: Message) -> None:
     # Flower's view `content.array_records` would keep the array in memory, in a circle.
     arrays = cast(ArrayRecord, message.content[Key.ARRAYS])
     packed = from_npy(arrays[Key.PACKED].data)
-    workspace.generator.load_state_dict(workspace.layout.unpack(packed, workspace.device))
+    workspace.generator.load_shared(workspace.layout.unpack(packed, workspace.device))

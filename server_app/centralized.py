@@ -44,6 +44,7 @@ class CentralizedTraining(RoundLoop):
         keep_freed_memory()
         self.dataset = load_images(self.config)
         train = self.config.train
+        self.model.prepare(len(self.dataset.train))
         move(self.model, self.device, channels_last=train.channels_last)
         compile_where_wanted(
             self.model, train.compile, self.device, deterministic=train.deterministic
@@ -128,7 +129,8 @@ class CentralizedTraining(RoundLoop):
         if losses is None:
             return None
         if not all(map(math.isfinite, losses.values())):
-            raise self.diverged(server_round, f"test loss {losses}")
+            told = ", ".join(f"{name} {value}" for name, value in losses.items())
+            raise self.diverged(server_round, f"test {told}")
         self.directory.record(records_of(server_round, losses, reference=TEST, n=len(test)))
         return f"test loss {losses['loss']:.4f}"
 

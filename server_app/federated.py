@@ -210,7 +210,7 @@ class FederatedTraining(RoundLoop):
             told.extend(records_of(server_round, trained.measures, client=client, reference=TRAIN))
             if client in kept:
                 own = self._layout.unpack(trained.weights)
-                self.directory.save_local_model(server_round, client, own)
+                self.directory.save_local_model(server_round, client, self.model.shared(own))
             self.strategy.add(client, trained.weights, trained.num_images)
         return losses, measured, told
 

@@ -266,7 +266,7 @@ class RoundLoop(ABC):
     def finish(self) -> None:
         """Save the final weights, and have their images measured."""
         last = self.directory.last_round
-        self.directory.save_model(last, self.final_weights())
+        self.directory.save_model(last, self.model.shared(self.final_weights()))
         self.evaluation.measure_final(last, self.final_weights())
         log(f"samples: {self.directory.samples_file(last)}")
         log(f"weights: {self.directory.model_file}")

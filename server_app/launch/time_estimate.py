@@ -89,6 +89,7 @@ def seconds_to_train(
 ) -> float:
     """Time training steps; returns the seconds that an image takes."""
     train = config.train
+    model.prepare(train.batch_size)
     optimizers = model.optimizers(train.lr)
     rng = torch.Generator(device).manual_seed(0)
 

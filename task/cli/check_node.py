@@ -32,6 +32,7 @@ from task.protocol.node import (
     check_extractor,
     check_number,
     check_output_path,
+    check_state_path,
     count_images,
     output_folder,
     own_config,
@@ -79,6 +80,7 @@ class NodeCheck(Findings):
 
     def places(self) -> Iterator[Finding]:
         """Look at the disks."""
+        check_state_path(self._config, self._node)
         yield "free, cache", free_disk(Path(self._config.data.cache_dir))
         if self._node.output_path is None:
             yield "output-path", "none: the node keeps no local model"

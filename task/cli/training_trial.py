@@ -130,6 +130,7 @@ def _try_step(config: Config) -> Trial:
     configure_torch(num_threads=train.num_threads, deterministic=train.deterministic)
     device = select_device(train.device)
     generator = build_generator(config)
+    generator.prepare(train.batch_size)
     compile_where_wanted(generator, train.compile, device, deterministic=train.deterministic)
     num_processes = count_processes(train.num_processes, device, one_per_gpu=True)
     precision: str = train.precision

@@ -296,6 +296,7 @@ class TrainConfig(Section):
     steps_per_round: PositiveInt | None
     batch_size: PositiveInt
     lr: PositiveFloat
+    accumulation: PositiveInt
     clip_norm: PositiveFloat | None
     device: str = Field(
         pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N"
@@ -345,6 +346,7 @@ class FederationConfig(Section):
     round_timeout: PositiveFloat
     max_in_flight: PositiveInt | None
     wire_dtype: Literal["float32", "float16"]
+    local: list[str]
     ema_decay: float | None = Field(gt=0, lt=1, description="in (0, 1), or null for off")
     keep_checkpoints: PositiveInt
     cpus_per_client: PositiveInt

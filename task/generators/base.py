@@ -130,6 +130,12 @@ class Generator(nn.Module, ABC):
             num_images: that are trained on; `Batch.indices` are below it.
         """
 
+    def start(self) -> None:
+        """Begin the epochs of a round: forget what was `measured`, read what steps must know.
+
+        It is the place to wait for the device, which no step does.
+        """
+
     @abstractmethod
     def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
         """Make new optimizers, by the names that `losses` yields.
@@ -151,14 +157,14 @@ class Generator(nn.Module, ABC):
         """
 
     def after_step(self) -> None:
-        """Update what follows a batch's steps without a gradient, such as a moving average."""
+        """Update what follows the steps without a gradient, such as a moving average."""
 
     def example_losses(self, batch: Batch, rng: torch.Generator) -> Mapping[str, Tensor] | None:
         """Return the "loss" of each image and its `loss_parts`, [N] float32; None without one."""
         return None
 
     def measured(self) -> Mapping[str, Tensor]:
-        """Return the `measures` of the training since `prepare`, as means over its steps."""
+        """Return the `measures` of the training since `start`, as means over its steps."""
         return {}
 
     def why_diverged(self, measures: Mapping[str, float]) -> str:
@@ -212,6 +218,32 @@ class Generator(nn.Module, ABC):
     def drawing_settings(self) -> Mapping[str, Any]:
         """Return in plain values what drawing needs beside the weights, for an export."""
         return {}
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a client has to keep anything between rounds."""
+        return bool(self.local or self.local_optimizers)
+
+    def stays(self, name: str) -> bool:
+        """Whether an entry of the `state_dict` stays at a client; see `local`."""
+        return name.startswith(tuple(self.local))
+
+    def shared(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Leave out of a `state_dict` what stays at a client."""
+        return {name: tensor for name, tensor in weights.items() if not self.stays(name)}
+
+    def load_shared(self, weights: Mapping[str, Tensor], *, assign: bool = False) -> None:
+        """Take up a `state_dict` of which what stays at a client may be missing, and is kept.
+
+        Args:
+            weights: of a generator of the same configuration.
+            assign: see `nn.Module.load_state_dict`.
+
+        Raises:
+            RuntimeError: other entries are missing, unknown or of another shape.
+        """
+        kept = {name: tensor for name, tensor in self.state_dict().items() if self.stays(name)}
+        self.load_state_dict({**kept, **weights}, assign=assign)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the networks in place; the generator itself is never called."""

@@ -1,6 +1,6 @@
 """The families of generators, by the name in `model.family`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -44,5 +44,35 @@ def weightless_generator(config: Config) -> Generator:
 
 
 def build_generator(config: Config) -> Generator:
-    """Make the generator of a configuration, with weights from torch's global generator."""
-    return GENERATORS[config.model.family](config)
+    """Make the generator of a configuration, with weights from torch's global generator.
+
+    Raises:
+        ValueError: `federation.local` names no part of it, or all of it.
+    """
+    generator = GENERATORS[config.model.family](config)
+    if config.train.mode == "federated" and config.federation.local:
+        keep_local(generator, config.federation.local)
+    return generator
+
+
+def keep_local(generator: Generator, parts: Sequence[str]) -> None:
+    """Let parts of a generator stay at each client.
+
+    Args:
+        generator: of any family.
+        parts: whole beginnings of the names in its `state_dict`, such as "discriminator" or
+            "network.up.0".
+
+    Raises:
+        ValueError: there is no such part, or no parameter is left to share.
+    """
+    names = [name for name in generator.state_dict()]
+    known = sorted({name.partition(".")[0] for name in names})
+    for part in parts:
+        found = any(f"{name}.".startswith(f"{part}.") for name in names)
+        expected = f"of the beginnings of names in the model, such as {', '.join(known)}"
+        require(found, "federation.local", expected, part)
+    generator.local |= {f"{part}." if f"{part}" not in names else part for part in parts}
+    trained = [name for name, _ in generator.named_parameters()]
+    left = [n for n in trained if not n.startswith((*generator.local, *generator.frozen))]
+    require(bool(left), "federation.local", "parts of the model, and not all of it", [*parts])

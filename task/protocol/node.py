@@ -17,6 +17,8 @@ from task.checks import require
 from task.config import Config, anchored
 from task.data import Dataset, Inventory, inventory_of_listings, list_dataset, split_validation
 from task.efficientnet import check_pretrained
+from task.generators.base import Generator
+from task.generators.registry import weightless_generator
 from task.protocol.wire import Key
 from task.randomness import Stream, numpy_generator
 
@@ -297,6 +299,25 @@ def check_extractor(config: Config, node: NodeConfig) -> None:
         )
 
 
+def check_state_path(config: Config, node: NodeConfig) -> None:
+    """Check that what a run has a client keep between rounds has a place.
+
+    Raises:
+        ValueError: it has none.
+    """
+    generator = weightless_generator(config)
+    if generator.keeps_state and node.output_path is None:
+        raise missing_output_path(generator)
+
+
+def missing_output_path(generator: Generator) -> ValueError:
+    """Make the error of a node that has no place for what a client keeps between rounds."""
+    return ValueError(
+        f"{NodeKey.OUTPUT_PATH.value}: a {generator.title} keeps a part of its training at each "
+        f"hospital; start the node with --node-config '{NodeKey.OUTPUT_PATH.value}=\"/folder\"'"
+    )
+
+
 def check_node(config: Config, node: NodeConfig) -> ImageCounts:
     """Check early that a node can take part in a run, and count its images.
 
@@ -306,9 +327,11 @@ def check_node(config: Config, node: NodeConfig) -> ImageCounts:
 
     Raises:
         FileNotFoundError: see `check_extractor` and `count_images`.
-        ValueError: see `check_output_path`, `count_images` and `check_number`.
+        ValueError: see `check_output_path`, `check_state_path`, `count_images` and
+            `check_number`.
     """
     check_output_path(node)
+    check_state_path(config, node)
     check_extractor(config, node)
     counts = count_images(config)
     check_number(counts, node)

@@ -49,6 +49,27 @@ def write_weights(
         raise OSError(code, os.strerror(code), str(path)) from error
 
 
+def join_groups(
+    weights: Mapping[str, torch.Tensor], groups: Mapping[str, Mapping[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Join weights and further groups of tensors to be one file."""
+    # No name of a weight holds a slash.
+    beside = {f"{group}/{n}": t for group, tensors in groups.items() for n, t in tensors.items()}
+    return {**weights, **beside}
+
+
+def split_groups(
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
+    """Split the tensors of a file into weights and groups; see `join_groups`."""
+    groups: dict[str, dict[str, torch.Tensor]] = {"": {}}
+    for name, tensor in tensors.items():
+        group, _, own_name = name.rpartition("/")
+        groups.setdefault(group, {})[own_name] = tensor
+    weights = groups.pop("")
+    return weights, groups
+
+
 def checksum(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
     """Return the SHA-256 of contiguous tensors on the CPU, with their names, and of metadata."""
     digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())

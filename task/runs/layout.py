@@ -20,6 +20,7 @@
     samples/round_0005.png          a grid, a row per class
     checkpoints/round_0005.safetensors   with a checksum, as all weights
     local/client-3.safetensors      the own final weights of a simulated client
+    clients/client-3/round_0005.safetensors   what a simulated client keeps between rounds
     model.safetensors               the final weights
     report.html                     all of this on one page
     log.txt                         what Flower, Ray and the run said (feddm-train's simulations)

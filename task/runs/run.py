@@ -530,9 +530,9 @@ def final_model(run: Path, config: Config, client: int | None = None) -> tuple[G
     require(not broken, str(file), "finite weights", f"NaN or infinity in {broken[:3]}")
     try:
         # First without memory: a changed configuration may ask for more than there is.
-        weightless_generator(config).load_state_dict(weights, assign=True)
+        weightless_generator(config).load_shared(weights, assign=True)
         model = build_generator(config)
-        model.load_state_dict(weights)
+        model.load_shared(weights)
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit the network of {run}/config.yaml: {error}") from None
     return model, int(metadata["round"])

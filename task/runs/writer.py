@@ -175,34 +175,25 @@ class RunWriter:
             numbers: returns values of the round, by metric. They are recorded when the file is
                 written and not yet in its place, so that no round is complete without them.
         """
-        from task.runs.checkpoint import write_weights
+        from task.runs.checkpoint import join_groups, write_weights
 
-        # No name of a weight holds a slash.
-        beside = {f"{group}/{n}": t for group, tensors in state.items() for n, t in tensors.items()}
         file = self.path / "checkpoints" / f"round_{server_round:04d}.safetensors"
         with atomic_path(file) as aside:
-            write_weights(aside, {**weights, **beside}, self._metadata(server_round))
+            write_weights(aside, join_groups(weights, state), self._metadata(server_round))
             self.record(records_of(server_round, numbers()))
         for old in checkpoints(self.path)[: -self.config.federation.keep_checkpoints]:
             old.unlink()
 
-    def load_checkpoint(self) -> tuple[Tensors, dict[str, Tensors]] | None:
+    def load_checkpoint(self) -> tuple[Tensors, Mapping[str, Tensors]] | None:
         """Load weights and state of the last complete round; None before the first.
 
         Raises:
             ValueError: the file is broken.
         """
-        from task.runs.checkpoint import load_weights
+        from task.runs.checkpoint import load_weights, split_groups
 
         files = checkpoints(self.path)
-        if not files:
-            return None
-        groups: dict[str, dict[str, torch.Tensor]] = {"": {}}
-        for name, tensor in load_weights(files[-1])[0].items():
-            group, _, own_name = name.rpartition("/")
-            groups.setdefault(group, {})[own_name] = tensor
-        weights = groups.pop("")
-        return weights, dict(groups)
+        return split_groups(load_weights(files[-1])[0]) if files else None
 
     def forget_local_models(self) -> None:
         """Drop the weights of clients that an earlier last round has left."""

@@ -25,10 +25,11 @@ class FitOptions:
 
     Attributes:
         epochs: passes over the images, each in a new order; the last partial batch counts.
-        batch_size: images per step.
+        batch_size: images that go through the networks at a time.
         horizontal_flip: mirror each image with probability 1/2.
         precision: "float32", or "bfloat16" for autocast over float32 weights.
         channels_last: memory format of images and weights.
+        accumulation: batches whose mean gradient a step is taken on.
         clip_norm: the largest L2 norm of the gradients of an optimizer's step; None: any.
         num_processes: that train together, see `task.training.distributed.count_processes`.
         compile: `train.compile`, for the other processes; this one has done it.
@@ -39,6 +40,7 @@ class FitOptions:
     horizontal_flip: bool
     precision: str
     channels_last: bool
+    accumulation: int = 1
     clip_norm: float | None = None
     num_processes: int = 1
     compile: bool | None = None
@@ -53,6 +55,7 @@ def fit_options(config: Config, **changes: Any) -> FitOptions:
         horizontal_flip=config.data.horizontal_flip,
         precision=train.precision,
         channels_last=train.channels_last,
+        accumulation=train.accumulation,
         clip_norm=train.clip_norm,
         compile=train.compile,
     )
@@ -173,16 +176,19 @@ def _fit(job: _Job, optimizers: Optimizers, rng: torch.Generator, rank: int = 0)
     options, device = job.options, rng.device
     move(job.generator, device, channels_last=options.channels_last)
     job.generator.train()
-    images, labels = job.images.to(device), job.labels.to(device)
+    job = replace(job, images=job.images.to(device), labels=job.labels.to(device))
     for callback in job.callbacks:
         callback.start(job.generator, job.received)
+    job.generator.start()
     loss_sum = torch.zeros((), device=device, dtype=torch.float64)
     start = time.perf_counter()
     with seeded_global_generator(rng, rank):
-        for batch in _batches(images, labels, options, rng, rank):
-            # Read once at the end: reading a loss in the step would wait for the GPU.
-            loss_sum += _step(job, batch, optimizers, rng)
-    seen = options.epochs * len(images)
+        for _ in range(options.epochs):
+            order = torch.randperm(len(job.images), generator=rng, device=device)
+            for indices in torch.split(order, options.batch_size * options.accumulation):
+                # Read once at the end: reading a loss in the step would wait for the GPU.
+                loss_sum += _step(job, indices, optimizers, rng, rank)
+    seen = options.epochs * len(job.images)
     mean_loss = float(loss_sum / seen)
     seconds = time.perf_counter() - start
     tensors = {n: t for callback in job.callbacks for n, t in callback.finish().items()}
@@ -190,37 +196,49 @@ def _fit(job: _Job, optimizers: Optimizers, rng: torch.Generator, rank: int = 0)
     return FitResult(mean_loss, seconds, seen / seconds, measures, tensors)
 
 
-def _batches(
-    images: Tensor, labels: Tensor, options: FitOptions, rng: torch.Generator, rank: int
-) -> Iterator[Batch]:
-    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-    for _ in range(options.epochs):
-        order = torch.randperm(len(images), generator=rng, device=rng.device)
-        for indices in torch.split(order, options.batch_size):
-            x_start = normalize(images[indices]).to(memory_format=memory_format)
-            if options.horizontal_flip:
-                x_start = random_horizontal_flip(x_start, rng)
-            yield Batch(x_start, labels[indices], indices, rank, options.num_processes)
-
-
-def _step(job: _Job, batch: Batch, optimizers: Optimizers, rng: torch.Generator) -> Tensor:
-    """Take the steps of a batch; returns the sum of the losses of its images, float64."""
+def _step(
+    job: _Job, indices: Tensor, optimizers: Optimizers, rng: torch.Generator, rank: int
+) -> Tensor:
+    """Take the steps of the images of some indices; returns the sum of their losses, float64."""
     loss_sum = torch.zeros((), device=rng.device, dtype=torch.float64)
-    losses = job.generator.losses(batch, rng)
-    for name, each in _under_autocast(losses, rng.device, job.options.precision):
-        loss = batch.weight * each.mean()
-        optimizers[name].zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if batch.num_processes > 1:
-            average_gradients(optimizers[name])
-        for callback in job.callbacks:
-            callback.before_step(name)
-        if job.options.clip_norm is not None:
-            clip_gradients(optimizers[name], job.options.clip_norm)
-        optimizers[name].step()
-        loss_sum += loss.detach().double() * len(batch)
+    batches = torch.split(indices, job.options.batch_size)
+    waiting: set[str] = set()  # optimizers that have gradients and have taken no step on them
+    for number, of_batch in enumerate(batches, start=1):
+        batch = _batch(job, of_batch, rng, rank)
+        losses = job.generator.losses(batch, rng)
+        for name, each in _under_autocast(losses, rng.device, job.options.precision):
+            loss = batch.weight * each.mean()
+            if name not in waiting:
+                optimizers[name].zero_grad(set_to_none=True)
+            (loss * (len(batch) / len(indices))).backward()  # type: ignore[no-untyped-call]
+            waiting.add(name)
+            if number == len(batches):
+                _take_step(job, name, optimizers[name])
+                waiting.remove(name)
+            loss_sum += loss.detach().double() * len(batch)
+    for name in sorted(waiting):
+        _take_step(job, name, optimizers[name])
     job.generator.after_step()
     return loss_sum
+
+
+def _batch(job: _Job, indices: Tensor, rng: torch.Generator, rank: int) -> Batch:
+    options = job.options
+    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+    x_start = normalize(job.images[indices]).to(memory_format=memory_format)
+    if options.horizontal_flip:
+        x_start = random_horizontal_flip(x_start, rng)
+    return Batch(x_start, job.labels[indices], indices, rank, options.num_processes)
+
+
+def _take_step(job: _Job, name: str, optimizer: torch.optim.Optimizer) -> None:
+    if job.options.num_processes > 1:
+        average_gradients(optimizer)
+    for callback in job.callbacks:
+        callback.before_step(name)
+    if job.options.clip_norm is not None:
+        clip_gradients(optimizer, job.options.clip_norm)
+    optimizer.step()
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: float) -> None:

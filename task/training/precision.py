@@ -43,6 +43,7 @@ def _timed_precision(generator: Generator, *, channels_last: bool, device: torch
 
     def seconds(precision: str, num_images: int, epochs: int) -> float:
         trial = copy.deepcopy(generator)
+        trial.prepare(num_images)
         options = FitOptions(
             epochs=epochs,
             batch_size=num_images,

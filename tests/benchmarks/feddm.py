@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from task.checks import require
 from task.config import Config, load_config, settle_precisions
 from task.data import build_dataset
 from task.generation.draw_images import balanced_labels, draw_images
@@ -152,13 +151,14 @@ class Feddm:
             for _ in range(epochs):
                 images, labels = dataset.train.images, dataset.train.labels
                 self._epoch(images, labels, self.config.train.batch_size, precision)
-            loss = held_out_losses(
+            found = held_out_losses(
                 self.model,
                 dataset.test.images,
                 dataset.test.labels,
                 options=fit_options(self.config, precision="float32"),
                 rng=torch.Generator(self.device).manual_seed(0),
             )
-            require(loss is not None, "model", "of a family with a loss of an image", self.model)
-            losses.append(float(loss))
+            if found is None:
+                raise ValueError(f"model must have a loss of an image, got a {self.model.title}")
+            losses.append(found["loss"])
         return losses

@@ -31,13 +31,13 @@ class PixelGaussians(Generator):
     def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
         return {"adam": torch.optim.Adam(self.parameters(), lr=lr)}
 
-    def example_losses(self, batch: Batch, rng: torch.Generator) -> Tensor:
+    def example_losses(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         logits, labels = torch.atanh(0.95 * batch.images), batch.labels
         place = (logits - self.mean[labels]) * (-self.log_std[labels]).exp()
-        return (place.square() / 2 + self.log_std[labels]).flatten(1).mean(1)
+        return {"loss": (place.square() / 2 + self.log_std[labels]).flatten(1).mean(1)}
 
     def losses(self, batch: Batch, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-        yield "adam", self.example_losses(batch, rng)[batch.part]
+        yield "adam", self.example_losses(batch, rng)["loss"][batch.part]
 
     @torch.no_grad()
     def sample(

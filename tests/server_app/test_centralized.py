@@ -241,7 +241,9 @@ def test_divergence_is_named_with_the_last_good_checkpoint_and_what_to_change(
 def test_test_loss_that_is_not_finite_is_a_divergence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server_app.centralized.held_out_loss", lambda *_, **__: float("inf"))
+    monkeypatch.setattr(
+        "server_app.centralized.held_out_losses", lambda *_, **__: {"loss": float("inf")}
+    )
     config = configured(tmp_path, federation__rounds=2)
     good = tmp_path / "run" / "checkpoints" / "round_0001.safetensors"
     message = (

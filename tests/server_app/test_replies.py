@@ -14,7 +14,7 @@ from server_app.replies import (
     UnusableReply,
     check_claim,
     checked_content,
-    read_loss,
+    read_losses,
     read_metrics,
     read_training,
     read_weights,
@@ -170,10 +170,10 @@ def test_update_is_measured_by_its_norm_and_refused_beyond_the_limit(dtype: type
 
 
 def test_client_without_held_out_images_has_no_loss() -> None:
-    assert read_loss(content(num_examples=0, loss=None)) is None
-    assert read_loss(content()) == (10, 0.5)
+    assert read_losses(content(num_examples=0, loss=None)) is None
+    assert read_losses(content()) == (10, {"loss": 0.5})
     with pytest.raises(UnusableReply, match=r"^no record 'metrics'"):
-        read_loss(RecordDict())
+        read_losses(RecordDict())
 
 
 @pytest.mark.parametrize(

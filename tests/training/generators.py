@@ -32,8 +32,8 @@ class Known(Generator):
         self.batches.append(batch)
         yield "sgd", self.loss(self, batch)[batch.part]
 
-    def example_losses(self, batch: Batch, rng: torch.Generator) -> Tensor | None:
-        return self.loss(self, batch)
+    def example_losses(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor] | None:
+        return {"loss": self.loss(self, batch)}
 
     def sample(
         self, labels: Tensor, noise: NoiseSource, *, advance: Advance = lambda number: None
