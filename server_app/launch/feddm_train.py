@@ -128,7 +128,7 @@ def _hydra_main(composed: DictConfig) -> None:
     words = cast(list[str], OmegaConf.to_container(job.overrides.task))
     config = None
     try:
-        asked = config_from_hydra(composed, images_below=Path.cwd())
+        asked = config_from_hydra(composed, words, images_below=Path.cwd())
         require_data_root(asked)
         if sweep:
             # The runs of a sweep lie side by side in its folder.

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from task.config import DRAWING_VALUES, Config, changed_config, settle_extractor, value_paths
+from task.config import Config, changed_config, settle_extractor, value_paths
 from task.data import build_dataset
 from task.evaluation.evaluate import evaluate_images
 from task.evaluation.features import automatic_extractor, build_extractor
@@ -33,12 +33,13 @@ def evaluation_config(
     Raises:
         ValueError: there is no run, or a name or value is wrong.
     """
-    names = _measuring_values()
-    config = changed_config(run_config(run), overrides, options=options, names=names)
+    config = run_config(run)
+    names = _measuring_values(config)
+    config = changed_config(config, overrides, options=options, names=names)
     return settle_extractor(config, automatic_extractor(config))
 
 
-def _measuring_values() -> set[str]:
+def _measuring_values(config: Config) -> set[str]:
     used = {"extractor", "image_range", "batch_size", "precision", "num_per_class", "seed"}
     used |= {"inception_weights", "exported_program"}
     return {path for path in value_paths() if path.removeprefix("eval.") in used} | {
@@ -46,7 +47,7 @@ def _measuring_values() -> set[str]:
         "data.patients",
         "data.cache_dir",
         "train.device",
-        *DRAWING_VALUES,
+        *config.drawing_values,
     }
 
 

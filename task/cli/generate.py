@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from task.config import GENERATION_VALUES, Config, changed_config
+from task.config import Config, changed_config
 from task.generation.folder import SyntheticFolder, batch_size_of, describe_origin, open_folder
 from task.generation.images import ImageSource, class_labels
 from task.progress import progress
@@ -48,7 +48,7 @@ def generate_images(
     config = changed_config(
         config,
         options={"eval.batch_size": config.eval.batch_size or batch_size_of(out)},
-        names=GENERATION_VALUES,
+        names=config.generation_values,
     )
     model, server_round = final_model(run, config, client)
     source = ImageSource(config, model, select_device(config.train.device))

@@ -267,14 +267,15 @@ def generate(
       feddm generate runs/demo --num 5000 --out all diffusion.sampler=dpmpp_2m \\
         diffusion.num_inference_steps=20
     """
-    from task.config import GENERATION_VALUES, changed_config
+    from task.config import changed_config
     from task.runs.layout import run_config
 
+    config = run_config(run)
     config = changed_config(
-        run_config(run),
+        config,
         overrides or [],
         options={"seed": seed, "train.device": device, "eval.batch_size": batch_size},
-        names=GENERATION_VALUES,
+        names=config.generation_values,
     )
     from task.cli.generate import generate_images
 

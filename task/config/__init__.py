@@ -1,12 +1,20 @@
 """The configuration: which values there are, what is legal, and how one is composed.
 
-`conf/` holds every default, `schema` the types and checks. `compose` puts both together for
-`feddm-train`, `flower` for `flwr run`, `stored` for a run's folder: equal values, equal runs.
+`conf/` holds every default, `schema` and `models` the types and checks. `compose` puts both
+together for `feddm-train`, `flower` for `flwr run`, `stored` for a run's folder: equal values,
+equal runs.
 `overrides` and `hydra_grammar` read what people type; `class_folders` finds the names of classes.
 """
 
 from task.config.class_folders import class_folders, is_hidden, require_folder
-from task.config.compose import changed_config, config_from_hydra, load_config, preset_sweep
+from task.config.compose import (
+    TRAINED_WITH,
+    changed_config,
+    config_from_hydra,
+    load_config,
+    model_presets,
+    preset_sweep,
+)
 from task.config.flower import (
     RUN_CONFIG_WORDS,
     Word,
@@ -14,26 +22,25 @@ from task.config.flower import (
     compose_run_config,
     load_run_config,
 )
+from task.config.models import MODELS, ModelConfig
 from task.config.overrides import hydra_override, read_override
 from task.config.schema import (
     CONF_DIR,
-    DRAWING_VALUES,
     EXTRACTORS,
     FILE_SETS,
     FITTED_VALUES,
-    GENERATION_VALUES,
     IMAGE_RANGES,
     MIN_MEASURED_IMAGES,
-    MODELS,
     OWN_IMAGES,
+    SAMPLER_VALUES,
     Config,
     DataConfig,
     FederationConfig,
-    ModelConfig,
     anchored,
     choices,
     flat_values,
     require_data_root,
+    require_diffusion,
     settle_extractor,
     settle_precisions,
     value_paths,
@@ -42,16 +49,16 @@ from task.config.stored import read_config, unknown_values, write_config
 
 __all__ = [
     "CONF_DIR",
-    "DRAWING_VALUES",
     "EXTRACTORS",
     "FILE_SETS",
     "FITTED_VALUES",
-    "GENERATION_VALUES",
     "IMAGE_RANGES",
     "MIN_MEASURED_IMAGES",
     "MODELS",
     "OWN_IMAGES",
     "RUN_CONFIG_WORDS",
+    "SAMPLER_VALUES",
+    "TRAINED_WITH",
     "Config",
     "DataConfig",
     "FederationConfig",
@@ -69,10 +76,12 @@ __all__ = [
     "is_hidden",
     "load_config",
     "load_run_config",
+    "model_presets",
     "preset_sweep",
     "read_config",
     "read_override",
     "require_data_root",
+    "require_diffusion",
     "require_folder",
     "settle_extractor",
     "settle_precisions",

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from omegaconf.errors import OmegaConfBaseException
 from task.checks import require
 from task.config.class_folders import classes_below
 from task.config.hydra_grammar import escaped
+from task.config.models import model_schemas
 from task.config.overrides import hydra_override, read_override
 from task.config.schema import CONF_DIR, FILE_SETS, Config, anchored, checked
+
+# A file of conf/model says them beside the values of its network; conf/train takes them from there.
+TRAINED_WITH = ("lr", "batch_size")
 
 
 def load_config(overrides: Iterable[str] = (), *, images_below: Path | None = None) -> Config:
@@ -29,11 +34,16 @@ def load_config(overrides: Iterable[str] = (), *, images_below: Path | None = No
     Raises:
         ValueError: a name is unknown, a value is of the wrong type or out of range.
     """
-    return config_from_hydra(compose_conf(overrides), images_below=images_below)
+    words = list(overrides)
+    return config_from_hydra(compose_conf(words), words, images_below=images_below)
 
 
-def compose_conf(overrides: Iterable[str]) -> DictConfig:
+def compose_conf(overrides: Iterable[str], file: str = "config") -> DictConfig:
     """Compose `conf/` with overrides as they were typed; no value is checked yet.
+
+    Args:
+        overrides: see `load_config`.
+        file: of conf/ that is composed, without its ending.
 
     Raises:
         ValueError: a name is unknown.
@@ -43,30 +53,64 @@ def compose_conf(overrides: Iterable[str]) -> DictConfig:
     hydra, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            return compose("config", overrides=read)
+            return compose(file, overrides=read)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(composition_error(error)) from error
     finally:
         GlobalHydra.instance().hydra = hydra
 
 
-def config_from_hydra(composed: DictConfig, *, images_below: Path | None = None) -> Config:
+def config_from_hydra(
+    composed: DictConfig, words: Iterable[str], *, images_below: Path | None = None
+) -> Config:
     """Turn what Hydra composed into a checked `Config`.
 
     Args:
         composed: whole.
+        words: the overrides among what it was composed of.
         images_below: the folder from which a relative `data.root` counts, where the images of the
             run lie on this machine: classes that are left open take the names of their folders.
 
     Raises:
-        ValueError: a value is missing, of the wrong type or out of range.
+        ValueError: a value is missing, of the wrong type or out of range, or of diffusion, which
+            the family of the model has not.
     """
     values = resolved(composed)
+    model = values.get("model") or {}
+    for name in TRAINED_WITH:
+        model.pop(name, None)
+    if not diffuses(model.get("family")):
+        _refuse_diffusion(model["family"], words)
+        # A preset says them for the families that have them.
+        values["diffusion"] = None
     data = values["data"]
     by_folders = FILE_SETS.get(data["name"]) in ("image_folder", "dicom_folder")
     if images_below is not None and by_folders and not data["classes"]:
         data["classes"] = classes_below(images_below / Path(data["root"]).expanduser())
     return checked(values)
+
+
+def diffuses(family: object) -> bool:
+    """Whether a family takes the section `diffusion`; true of one that is unknown."""
+    return any(schema.diffuses for schema in model_schemas(family).values())
+
+
+def _refuse_diffusion(family: str, words: Iterable[str]) -> None:
+    for word in words:
+        path = word.lstrip("+").partition("=")[0]
+        if path.partition(".")[0] == "diffusion":
+            others = [name for name, model in model_presets().items() if diffuses(model["family"])]
+            raise ValueError(
+                f"{path}: model.family={family} has no diffusion; leave {word} out, or choose "
+                f"another model: {', '.join(f'model={name}' for name in others)}"
+            )
+
+
+@cache
+def model_presets() -> dict[str, dict[str, Any]]:
+    """Return the section `model` of every file of conf/model, by the name of the file."""
+    names = sorted(file.stem for file in (CONF_DIR / "model").glob("*.yaml"))
+    return {name: resolved(compose_conf([], f"model/{name}").model) for name in names}
 
 
 def preset_sweep(experiment: str) -> set[str]:

@@ -1,32 +1,24 @@
 """The values of a configuration, their types, and what is legal. Their defaults live in `conf/`.
 
-A new family of generators is one subclass of `ModelConfig`, its entry in `MODELS` (or a call of
-`task.generators.registry.register` in a package of its own), and one file in `conf/model/`.
+Those of the section `model` are in `task.config.models`.
 """
 
 import math
 import re
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from task.checks import require, require_one_of
+from task.checks import require
 from task.config.class_folders import image_classes, require_folder
 from task.config.errors import explanation
 from task.config.hydra_grammar import require_text
+from task.config.models import ModelConfig, model_schemas, of_family
+from task.config.section import PositiveFloat, PositiveInt, Section
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
@@ -45,29 +37,19 @@ OWN_IMAGES = ("image_folder", "dicom_folder")
 FITTED_VALUES = ("federation.num_supernodes", "train.local_epochs")
 # The inception score parts the images into 10 splits.
 MIN_MEASURED_IMAGES = 10
-# They change how images are drawn from weights, and no weights.
-DRAWING_VALUES = (
+# They change how images are drawn from the weights of a diffusion model, and no weights.
+SAMPLER_VALUES = (
     *("diffusion.sampler", "diffusion.num_inference_steps", "diffusion.eta"),
     *("diffusion.variance", "diffusion.guidance_scale", "diffusion.clip_x_start"),
 )
-# What may be changed of a run to draw images from it.
-GENERATION_VALUES = frozenset(
-    {"seed", "train.device", "eval.batch_size", "eval.precision", *DRAWING_VALUES}
+# They say what its loss is of, whatever its network.
+OBJECTIVE_VALUES = (
+    *("diffusion.num_timesteps", "diffusion.schedule", "diffusion.prediction_type"),
+    *("diffusion.loss_weighting", "diffusion.loss_reduction"),
 )
 
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="in [0, 2^63)")]
 Precision = Literal["auto", "float32", "bfloat16"]
-
-
-class Section(BaseModel):
-    """Values that cannot be changed, of exactly their types, and finite.
-
-    The description of a field is what an error says that it must be.
-    """
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -180,62 +162,6 @@ class PartitionConfig(Section):
             self.beta,
         )
         return self
-
-
-class ModelConfig(Section):
-    """The network of a generator; `family` says of which."""
-
-    family: str
-
-    def check_images(self, data: DataConfig) -> None:
-        """Raise a ValueError unless the network takes images of this shape."""
-
-
-class UNetConfig(ModelConfig):
-    """The U-Net of the released code and its smaller relatives."""
-
-    family: Literal["diffusion"]
-    width: PositiveInt
-    num_poolings: PositiveInt
-    bottom_blocks: int = Field(ge=2)
-    final_relu: bool
-    dropout: float = Field(ge=0, lt=1, description="in [0, 1)")
-    class_embedding_dim: PositiveInt
-    fourier_features: int = Field(
-        gt=0, multiple_of=2, description="a positive even number (cosines and sines)"
-    )
-
-    def check_images(self, data: DataConfig) -> None:
-        """Raise a ValueError unless every pooling halves the images."""
-        divisor = 2**self.num_poolings
-        expected = f"a multiple of {divisor} (2 to the power of model.num_poolings)"
-        require(data.image_size % divisor == 0, "data.image_size", expected, data.image_size)
-
-
-MODELS: dict[str, type[ModelConfig]] = {"diffusion": UNetConfig}
-
-
-@cache
-def _load_installed_families() -> None:
-    for found in entry_points(group="feddm.generators"):
-        found.load()
-
-
-def _models(family: object) -> Mapping[str, type[ModelConfig]]:
-    """Return the schemas of all families; packages of others are asked where none is known."""
-    if isinstance(family, str) and family not in MODELS:
-        _load_installed_families()
-    return MODELS
-
-
-def _of_family(value: object) -> object:
-    """Check the values of a network by the schema of its family."""
-    if not isinstance(value, dict):
-        return value
-    family: Any = value.get("family")
-    models = _models(family)
-    require_one_of("model.family", family, tuple(models))
-    return models[family].model_validate(value)
 
 
 class DiffusionConfig(Section):
@@ -454,8 +380,8 @@ class Config(Section):
     seed: Seed
     data: DataConfig
     partition: PartitionConfig
-    model: Annotated[SerializeAsAny[ModelConfig], BeforeValidator(_of_family)]
-    diffusion: DiffusionConfig
+    model: Annotated[SerializeAsAny[ModelConfig], BeforeValidator(of_family)]
+    diffusion: DiffusionConfig | None
     train: TrainConfig
     federation: FederationConfig
     eval: EvalConfig
@@ -469,7 +395,32 @@ class Config(Section):
             self.run_name,
         )
         self.model.check_images(self.data)
+        given, diffuses = self.diffusion is not None, self.model.diffuses
+        require(
+            given == diffuses,
+            "diffusion",
+            f"{'given' if diffuses else 'null'} with model.family={self.model.family}",
+            "its values" if given else None,
+        )
         return self
+
+    @property
+    def drawing_values(self) -> tuple[str, ...]:
+        """Paths of the values that change how images are drawn from weights, and no weights."""
+        return (*SAMPLER_VALUES * self.model.diffuses, *self.model.drawing_values)
+
+    @property
+    def loss_values(self) -> tuple[str, ...]:
+        """Paths of the values in which runs agree whose losses can be compared."""
+        if self.model.diffuses:
+            return (*OBJECTIVE_VALUES, *self.model.loss_values)
+        return ("model.family", *self.model.loss_values)
+
+    @property
+    def generation_values(self) -> frozenset[str]:
+        """Paths of the values that may be changed of a run to draw images from it."""
+        free = {"seed", "train.device", "eval.batch_size", "eval.precision"}
+        return frozenset({*free, *self.drawing_values})
 
     def changed(self, values: Mapping[str, object]) -> "Config":
         """Return a copy with other values, by dotted path: `{"train.lr": 0.1}`.
@@ -478,6 +429,17 @@ class Config(Section):
             ValueError: the configuration has no such value, or does not allow it.
         """
         return config_of(flat_values(self) | dict(values))
+
+
+def require_diffusion(config: Config) -> DiffusionConfig:
+    """Return the section `diffusion` of a configuration.
+
+    Raises:
+        ValueError: the family of the model has none.
+    """
+    if config.diffusion is None:
+        raise ValueError(f"model.family={config.model.family} has no diffusion")
+    return config.diffusion
 
 
 def config_of(values: Mapping[str, Any]) -> Config:
@@ -489,7 +451,10 @@ def config_of(values: Mapping[str, Any]) -> Config:
     tree: dict[str, Any] = {}
     for path, value in values.items():
         section, _, name = path.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[name] = value
+        part = tree.setdefault(section, {}) if section else tree
+        if part is None:
+            raise ValueError(f"configuration: no such value: {path} ({section} is null)")
+        part[name] = value
     return checked(tree)
 
 
@@ -508,16 +473,21 @@ def checked(tree: Mapping[str, Any]) -> Config:
 
 
 def schema_fields(family: object = None) -> dict[str, FieldInfo]:
-    """List the field of every value by dotted path; in section `model` of a family, or of all."""
-    known = _models(family)
-    models = [known[family]] if isinstance(family, str) and family in known else [*known.values()]
+    """List the field of every value by dotted path, with those of a family, or of all.
+
+    A family without diffusion has the one value `diffusion`, null, in place of the section's.
+    """
+    models = model_schemas(family).values()
     fields: dict[str, FieldInfo] = {}
     for name, field in Config.model_fields.items():
-        schema = field.annotation
-        if not (isinstance(schema, type) and issubclass(schema, Section)):
+        kinds = (field.annotation, *get_args(field.annotation))
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+        if sections == [ModelConfig]:
+            sections = [*models]
+        if not sections or (name == "diffusion" and not any(each.diffuses for each in models)):
             fields[name] = field
             continue
-        for section in models if schema is ModelConfig else [schema]:
+        for section in sections:
             for value, its_field in section.model_fields.items():
                 fields.setdefault(f"{name}.{value}", its_field)
     return fields

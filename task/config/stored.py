@@ -1,6 +1,7 @@
 """The configuration in the folder of a run: written, and read again by any later version."""
 
 import logging
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
 from task.checks import require
-from task.config.compose import as_hydra, compose_conf, resolved
+from task.config.compose import as_hydra, compose_conf, model_presets, resolved
 from task.config.schema import (
     CONF_DIR,
     Config,
@@ -26,6 +27,7 @@ BEFORE_WRITTEN = {
     "data.fit": "stretch",
     "data.patient_pattern": "",
     "data.patients": "",
+    "diffusion": None,
     "model.family": "diffusion",
 }
 
@@ -40,8 +42,8 @@ def read_config(path: Path) -> Config:
     """Read a configuration that `write_config` of this version of feddm, or of another, wrote.
 
     A value that it lacks is what runs did before it could be chosen (`BEFORE_WRITTEN`), else the
-    default of conf/ for its experiment and its data set; one that is unknown here is left out.
-    Both are logged.
+    default of conf/ for its experiment, its data set and the model that is most like its own; one
+    that is unknown here is left out. Both are logged.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -49,9 +51,12 @@ def read_config(path: Path) -> Config:
     """
     try:
         stored = _stored_values(path)
-        known = schema_fields(stored.get("model.family", BEFORE_WRITTEN["model.family"])).keys()
+        known = schema_fields(_family(stored)).keys()
         missing, unknown = known - stored.keys(), stored.keys() - known
-        defaults = _defaults(stored.get("experiment"), stored.get("data.name")) if missing else {}
+        defaults = {}
+        if missing:
+            groups = (stored.get("experiment"), stored.get("data.name"), _nearest_model(stored))
+            defaults = _defaults(*groups)
         # Where a run lies is known without its configuration.
         place = {"output_dir": str(path.parent.parent), "run_name": path.parent.name}
         values = defaults | BEFORE_WRITTEN | place | stored
@@ -83,14 +88,33 @@ def _stored_values(path: Path) -> dict[str, Any]:
     if lacking := needed - set(stored if isinstance(stored, dict) else ()):
         raise ValueError(f"it has no section {', '.join(sorted(lacking))}")
     for name in sections & stored.keys():
-        require(isinstance(stored[name], dict), name, "a mapping", stored[name])
-    return leaves(resolved(stored))
+        if stored[name] is not None or name != "diffusion":
+            require(isinstance(stored[name], dict), name, "a mapping", stored[name])
+    values = leaves(resolved(stored))
+    if stored["diffusion"] is None:
+        require("diffusion" in schema_fields(_family(values)), "diffusion", "a mapping", None)
+    return values
+
+
+def _family(stored: Mapping[str, Any]) -> object:
+    return stored.get("model.family", BEFORE_WRITTEN["model.family"])
+
+
+def _nearest_model(stored: Mapping[str, Any]) -> str | None:
+    """Name the file of conf/model that agrees in most with stored values; None: none is of it."""
+    presets = model_presets()
+    of_family = [name for name, model in presets.items() if model["family"] == _family(stored)]
+    return max(
+        of_family,
+        key=lambda name: sum(stored.get(f"model.{k}") == v for k, v in presets[name].items()),
+        default=None,
+    )
 
 
 @cache
-def _defaults(experiment: object, data: object) -> dict[str, Any]:
-    """Return the values of conf/ by dotted path, for an experiment and a data set if known."""
-    given = {"experiment": experiment, "data": data}
+def _defaults(experiment: object, data: object, model: str | None) -> dict[str, Any]:
+    """Return the values of conf/ by dotted path, for an experiment, a data set and a model."""
+    given = {"experiment": experiment, "data": data, "model": model}
     known = {
         group: name
         for group, name in given.items()

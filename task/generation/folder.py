@@ -27,7 +27,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from task.checks import require
-from task.config import DRAWING_VALUES, Config, flat_values, hydra_override
+from task.config import Config, flat_values, hydra_override
 from task.files import atomic_path, remove_left_overs, write_json
 from task.generation.grids import save_sample_grid
 from task.generation.images import ImageSource, to_pil
@@ -306,7 +306,7 @@ def describe_origin(
         "round": server_round,
         "client": client,
         "seed": config.seed,
-        **{name: values[name] for name in DRAWING_VALUES},
+        **{name: values[name] for name in config.drawing_values},
         "eval.precision": config.eval.precision,
         "device": source.device.type,
         "batch_size": source.batch_size,

@@ -114,9 +114,11 @@ def restoration_config(
     config: Config, overrides: Iterable[str] = (), *, options: Mapping[str, object | None]
 ) -> Config:
     """Change a run's configuration for restoring; see `task.config.changed_config`."""
-    # RePaint's steps are those of ddim with eta = 1, whatever the run draws with, and may skip.
-    config = config.changed({"diffusion.sampler": "ddim", "diffusion.eta": 1.0})
-    return changed_config(config, overrides, options=options, names=RESTORATION_VALUES)
+    if config.diffusion is not None:
+        # RePaint's steps are those of ddim with eta = 1, whatever the run draws with, and may skip.
+        config = config.changed({"diffusion.sampler": "ddim", "diffusion.eta": 1.0})
+    names = RESTORATION_VALUES & config.generation_values
+    return changed_config(config, overrides, options=options, names=names)
 
 
 def known_part(

@@ -1,27 +1,31 @@
 """Which runs can be compared: what their figures are figures of, and how long they were trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from task.config import flat_values
 from task.runs.run import Run
 
-# What images are measured against: figures of other data are figures of something else.
-DATA_KEYS = ("data.name", "data.classes", "data.image_size", "data.channels")
-# A loss is that of an objective, too.
-LOSS_KEYS = (
-    *DATA_KEYS,
-    *("diffusion.num_timesteps", "diffusion.schedule", "diffusion.prediction_type"),
-    *("diffusion.loss_weighting", "diffusion.loss_reduction"),
-)
+Values = Mapping[str, Any]
 
 
-def alike(runs: Mapping[str, Run], keys: Sequence[str]) -> dict[str, dict[str, Run]]:
-    """Put runs together whose values of some keys, and whose images, are equal.
+def data_values(run: Run) -> Values:
+    """Say what images are measured against: figures of other data are of something else."""
+    return {
+        name: run.values[f"data.{name}"] for name in ("name", "classes", "image_size", "channels")
+    }
+
+
+def loss_values(run: Run) -> Values:
+    """Say what a loss is of: the data and an objective."""
+    return {**data_values(run), **{path: run.values[path] for path in run.config.loss_values}}
+
+
+def alike(runs: Mapping[str, Run], values: Callable[[Run], Values]) -> dict[str, dict[str, Run]]:
+    """Put runs together of which some values, and the images, are equal.
 
     Args:
         runs: by label.
-        keys: dotted paths of the configuration.
+        values: of a run, `data_values` or `loss_values`.
 
     Returns:
         The runs of each group by label, by what to write behind the name of a figure of theirs;
@@ -30,8 +34,7 @@ def alike(runs: Mapping[str, Run], keys: Sequence[str]) -> dict[str, dict[str, R
     groups: dict[Any, dict[str, Run]] = {}
     hashed = all(run.data_hashes for run in runs.values())
     for label, run in runs.items():
-        values = flat_values(run.config)
-        key = repr([values[name] for name in keys]), run.data_hashes["all"] if hashed else None
+        key = repr(values(run)), run.data_hashes["all"] if hashed else None
         groups.setdefault(key, {})[label] = run
     if len(groups) == 1:
         return {"": dict(runs)}
@@ -41,10 +44,10 @@ def alike(runs: Mapping[str, Run], keys: Sequence[str]) -> dict[str, dict[str, R
 def incomparable(runs: Mapping[str, Run]) -> list[str]:
     """Say in sentences what keeps figures of runs from being compared; first what weighs most."""
     found = []
-    if len(alike(runs, DATA_KEYS)) > 1:
+    if len(alike(runs, data_values)) > 1:
         data = _listed(runs, _data)
         found.append(f"The data differ, so that no figures are set beside each other: {data}.")
-    elif len(alike(runs, LOSS_KEYS)) > 1:
+    elif len(alike(runs, loss_values)) > 1:
         found.append("The losses are those of different objectives and cannot be compared.")
     if len({_epochs(run) for run in runs.values()}) > 1:
         rounds = _listed(runs, _rounds)

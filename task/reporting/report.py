@@ -22,7 +22,7 @@ from task.reporting.charts import (
     metric_charts,
     participation_charts,
 )
-from task.reporting.comparability import DATA_KEYS, LOSS_KEYS, alike, incomparable
+from task.reporting.comparability import alike, data_values, incomparable, loss_values
 from task.reporting.metric_table import HEADS, caption, measured, metric_rows, quantities
 from task.reporting.rendering import render
 from task.reporting.run_summary import (
@@ -155,12 +155,12 @@ def comparison_page(compared: Sequence[Run]) -> str:
         figures=_side_by_side(runs),
         loss_charts=[
             chart
-            for of, group in alike(runs, LOSS_KEYS).items()
+            for of, group in alike(runs, loss_values).items()
             for chart in loss_charts(group, of)
         ],
         metric_charts=[
             chart
-            for of, group in alike(runs, DATA_KEYS).items()
+            for of, group in alike(runs, data_values).items()
             for chart in metric_charts(group, of)
         ],
     )
@@ -451,8 +451,8 @@ def _beside(generated: Record | None, real: Record | None) -> str:
 def _side_by_side(runs: Mapping[str, Run]) -> TableRows:
     """Set figures of runs into one row where they are figures of the same."""
     columns = {label: dict(key_figures(run, losses=False)) for label, run in runs.items()}
-    for keys, found in ((LOSS_KEYS, loss_figures), (DATA_KEYS, _measured_values)):
-        for of, group in alike(runs, keys).items():
+    for values, found in ((loss_values, loss_figures), (data_values, _measured_values)):
+        for of, group in alike(runs, values).items():
             for label, run in group.items():
                 columns[label] |= {f"{name}{of}": value for name, value in found(run)}
     names = dict.fromkeys(name for column in columns.values() for name in column)

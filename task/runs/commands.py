@@ -11,12 +11,14 @@ from task.config import (
     FILE_SETS,
     FITTED_VALUES,
     OWN_IMAGES,
+    TRAINED_WITH,
     Config,
     Word,
     as_run_config,
     flat_values,
     hydra_override,
     load_config,
+    model_presets,
     preset_sweep,
 )
 from task.runs.layout import NODES_FILE, is_begun, run_config, weights_file
@@ -47,10 +49,11 @@ def training_words(config: Config) -> list[str]:
     changes = _changes(values, groups)
     for group in NAMELESS_GROUPS:
         if any(change.lstrip("+").startswith(f"{group}.") for change in changes):
-            for option in _group_options(group):
-                others = _changes(values, [*groups, option])
+            before = groups
+            for option in _group_options(group, config):
+                others = _changes(values, [*before, option])
                 if len(others) + 1 < len(changes):
-                    groups, changes = [*groups, option], others
+                    groups, changes = [*before, option], others
     return [*groups, *changes]
 
 
@@ -138,8 +141,12 @@ def _toml_value(value: Word) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _group_options(group: str) -> list[str]:
-    return [f"{group}={file.stem}" for file in sorted((CONF_DIR / group).glob("*.yaml"))]
+def _group_options(group: str, config: Config) -> list[str]:
+    names = sorted(file.stem for file in (CONF_DIR / group).glob("*.yaml"))
+    if group == "model":
+        presets, family = model_presets(), config.model.family
+        names = [name for name in names if presets[name]["family"] == family]
+    return [f"{group}={name}" for name in names]
 
 
 def _identifying_values(config: Config) -> dict[str, Any]:
@@ -157,5 +164,11 @@ def _changes(values: Mapping[str, Any], overrides: list[str]) -> list[str]:
         return [hydra_override(path, value) for path, value in changed.items()]
     # The section of another family has other values: it is replaced whole.
     model = {path: value for path, value in values.items() if path.startswith("model.")}
-    others = [hydra_override(*each) for each in changed.items() if each[0] not in model]
-    return ["~model", *(f"+{hydra_override(*each)}" for each in model.items()), *others]
+    # What conf/ takes from the file of a model must be given without one.
+    trained_with = {path: values[path] for path in (f"train.{name}" for name in TRAINED_WITH)}
+    others = {path: value for path, value in changed.items() if path not in model} | trained_with
+    return [
+        "~model",
+        *(f"+{hydra_override(*each)}" for each in model.items()),
+        *(hydra_override(*each) for each in others.items()),
+    ]

@@ -9,9 +9,9 @@ from typing import Any
 
 from task.checks import require
 from task.config import (
-    DRAWING_VALUES,
     EXTRACTORS,
     IMAGE_RANGES,
+    SAMPLER_VALUES,
     Config,
     flat_values,
     read_config,
@@ -133,7 +133,7 @@ NO_SCORES = {"round", "num_inference_steps", "num_per_class", "eval.precision"}
 
 def _of_first_schema(content: dict[str, Any]) -> dict[str, Any]:
     """Make records of the scores of a flat mapping."""
-    drawn = {name.removeprefix("diffusion.") for name in DRAWING_VALUES}
+    drawn = {name.removeprefix("diffusion.") for name in SAMPLER_VALUES}
     told = {field.name for field in fields(Label)} | NO_SCORES | drawn
     content.pop("kid_subset_size", None)
     scores = {name: value for name, value in content.items() if name not in told}
@@ -198,19 +198,20 @@ def drawn_otherwise(run: Path, config: Config) -> str:
         config: of the drawing.
     """
     own, asked = flat_values(read_config(run / "config.yaml")), flat_values(config)
-    changed = [name for name in (*DRAWING_VALUES, *SEEDS) if own[name] != asked[name]]
-    return ",".join(f"{name.removeprefix('diffusion.')}={asked[name]}" for name in changed)
+    drawn = {path: path.partition(".")[2] for path in config.drawing_values}
+    names = {**drawn, **{path: path for path in SEEDS}}
+    return ",".join(
+        f"{name}={asked[path]}" for path, name in names.items() if own[path] != asked[path]
+    )
 
 
 def drawing(config: Config, server_round: int) -> dict[str, Any]:
     """Say how images are drawn, for `Evaluation.drawn`."""
     values, diffusion = flat_values(config), config.diffusion
-    drawn = {
-        "round": server_round,
-        **{name.removeprefix("diffusion."): values[name] for name in DRAWING_VALUES},
-        "num_inference_steps": diffusion.num_inference_steps or diffusion.num_timesteps,
-        "eval.precision": config.eval.precision,
-    }
+    drawn = {path.partition(".")[2]: values[path] for path in config.drawing_values}
+    if diffusion is not None:
+        drawn["num_inference_steps"] = diffusion.num_inference_steps or diffusion.num_timesteps
+    drawn = {"round": server_round, **drawn, "eval.precision": config.eval.precision}
     if config.eval.num_per_class is not None:
         drawn["num_per_class"] = config.eval.num_per_class
     return drawn

@@ -15,7 +15,6 @@ from torch import Tensor
 from task.checks import require
 from task.config import (
     FILE_SETS,
-    GENERATION_VALUES,
     Config,
     Word,
     changed_config,
@@ -347,7 +346,8 @@ class Run:
             device: "auto", "cpu", "cuda" or "cuda:N"; None: the run's.
             batch_size: images at a time; None: the run's. It changes rounding alone.
             **drawing: how to draw where not as the run draws: sampler, num_inference_steps, eta,
-                variance, guidance_scale, clip_x_start, with the values of `conf/diffusion`.
+                variance, guidance_scale, clip_x_start, with the values of `conf/diffusion`; of a
+                family without diffusion what its schema names (`ModelConfig.drawing_values`).
 
         Returns:
             Images and labels, class after class.
@@ -356,10 +356,9 @@ class Run:
             TypeError: a keyword is unknown.
             ValueError: a class, a client or a value is wrong.
         """
-        options = _options(
-            GENERATION_VALUES, drawing, seed=seed, device=device, batch_size=batch_size
-        )
-        config = changed_config(self.config, options=options, names=GENERATION_VALUES)
+        names = self.config.generation_values
+        options = _options(names, drawing, seed=seed, device=device, batch_size=batch_size)
+        config = changed_config(self.config, options=options, names=names)
         labels = class_labels(config.data.classes, classes)
         model, _ = final_model(self.path, config, client)
         source = ImageSource(config, model, select_device(config.train.device))
@@ -406,9 +405,8 @@ class Run:
             TypeError: `images` or `mask` is of another dtype, or a keyword unknown.
             ValueError: a value or a shape is wrong.
         """
-        options = _options(
-            RESTORATION_VALUES, drawing, seed=seed, device=device, batch_size=batch_size
-        )
+        names = RESTORATION_VALUES & self.config.generation_values
+        options = _options(names, drawing, seed=seed, device=device, batch_size=batch_size)
         config = restoration_config(self.config, options=options)
         known, projection = known_part(
             config, images, mask=mask, upscale=upscale, colorize=colorize
@@ -436,12 +434,13 @@ def _options(
     batch_size: int | None,
 ) -> dict[str, object]:
     """Name keywords of a method as `changed_config` does."""
-    prefix = "diffusion."
-    known = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-    if unknown := sorted(drawing.keys() - known):
+    known = {
+        path.partition(".")[2]: path for path in names if path.startswith(("diffusion.", "model."))
+    }
+    if unknown := sorted(drawing.keys() - known.keys()):
         raise TypeError(f"unknown keyword {unknown[0]}; known: {', '.join(sorted(known))}")
     return {
-        **{prefix + name: value for name, value in drawing.items()},
+        **{known[name]: value for name, value in drawing.items()},
         "seed": seed,
         "train.device": device,
         "eval.batch_size": batch_size,

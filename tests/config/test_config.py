@@ -1,6 +1,9 @@
 import math
 import os
+import re
+import shutil
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,19 +16,27 @@ from task.config import (
     CONF_DIR,
     RUN_CONFIG_WORDS,
     anchored,
+    changed_config,
     flat_values,
     hydra_override,
     load_config,
     load_run_config,
     read_config,
+    require_diffusion,
     unknown_values,
     value_paths,
     write_config,
 )
-from task.config.schema import MODELS, ModelConfig, PositiveInt, config_of
+from task.config import compose as composing
+from task.config import stored as storing
+from task.config.models import MODELS, ModelConfig
+from task.config.schema import checked, config_of, schema_fields
+from task.config.section import PositiveInt
 
 # These leave the classes to whoever knows the folders.
 NEEDS_CLASSES = ("data=image_folder", "data=dicom_folder")
+FAMILIES = ", ".join(MODELS)
+MODEL_OPTIONS = [f"model={file.stem}" for file in sorted(CONF_DIR.glob("model/*.yaml"))]
 GROUP_OPTIONS = [f"{file.parent.name}={file.stem}" for file in sorted(CONF_DIR.glob("*/*.yaml"))]
 # Every character that Hydra's grammar, YAML or a shell gives a meaning to, but interpolation.
 NASTY = [
@@ -65,8 +76,11 @@ def test_flower_offers_a_dozen_words_and_no_default_of_its_own() -> None:
     assert set(offered.values()) == {""}
 
 
-def test_value_paths_are_the_leaves_of_what_hydra_composes() -> None:
-    assert set(value_paths()) == set(flat_values(load_config()))
+@pytest.mark.parametrize("option", MODEL_OPTIONS)
+def test_schema_fields_are_the_leaves_of_what_hydra_composes(option: str) -> None:
+    config = load_config([option])
+    assert set(schema_fields(config.model.family)) == set(flat_values(config))
+    assert set(flat_values(config)) - {"diffusion"} <= set(value_paths())
 
 
 def test_flat_values_are_the_values_of_the_configuration() -> None:
@@ -74,7 +88,7 @@ def test_flat_values_are_the_values_of_the_configuration() -> None:
     assert values["partition.beta"] == 0.25
     assert values["data.name"] == "svhn"
     assert values["federation.clients_per_round"] is None
-    assert set(values) == set(value_paths())
+    assert set(values) == set(schema_fields("diffusion"))
 
 
 @pytest.mark.parametrize("option", GROUP_OPTIONS)
@@ -191,14 +205,14 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
             "partition.counts=[[a]]",
             ["must be a list, each element a list, each element an integer"],
         ),
-        ("model.family=[a]", ["model.family must be one of diffusion, got ['a']"]),
+        ("model.family=[a]", [f"model.family must be one of {FAMILIES}, got ['a']"]),
         ("federation.rounds='3'", ["federation.rounds must be an integer, got '3'"]),
         ("train.lr=true", ["train.lr must be a number, got True"]),
         (
             "train.lr=0 train.batch_size=0",
             ["train.lr must be > 0, got 0", "train.batch_size must be > 0, got 0"],
         ),
-        ("model.family=vae", ["model.family must be one of diffusion, got 'vae'"]),
+        ("model.family=nvae", [f"model.family must be one of {FAMILIES}, got 'nvae'"]),
         ("model.width=0", ["model.width must be > 0, got 0"]),
         ("+model.depth=3", ["no such value: model.depth"]),
         ("partition.beta=high", ["partition.beta must be a number, or null, got 'high'"]),
@@ -305,18 +319,29 @@ def test_unknown_keys_are_refused_with_a_plus_as_well(override: str) -> None:
         load_config([override])
 
 
-FLOATS = [p for p, kind in value_paths().items() if "float" in str(kind).replace("float32", "")]
+def is_float(path: str) -> bool:
+    return "float" in str(value_paths().get(path)).replace("float32", "")
+
+
+# With what chooses a model that has it.
+FLOATS = {
+    path: option
+    for option in MODEL_OPTIONS
+    for path in flat_values(load_config([option]))
+    if is_float(path)
+}
 
 
 @pytest.mark.parametrize("field", FLOATS)
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_no_value_is_nan_and_one_may_be_infinite(field: str, value: str) -> None:
     given = f"[{value},{value}]" if field == "data.window" else value
+    words = [FLOATS[field], f"{field}={given}"]
     if (field, value) == ("partition.beta", "inf"):
-        load_config([f"{field}={given}"])
+        load_config(words)
         return
     with pytest.raises(ValueError, match=rf"{field} must be .*, got \[?{value}"):
-        load_config([f"{field}={given}"])
+        load_config(words)
 
 
 def test_family_of_generators_is_one_class_and_its_name(
@@ -327,9 +352,12 @@ def test_family_of_generators_is_one_class_and_its_name(
         num_components: PositiveInt
 
     monkeypatch.setitem(MODELS, "mixture", Mixture)
-    rest = {k: v for k, v in flat_values(load_config()).items() if not k.startswith("model.")}
-    own = {"model.family": "mixture", "model.num_components": 3}
-    config = config_of(rest | own)
+    config = config_of(
+        {
+            **{k: v for k, v in flat_values(load_config()).items() if k[:3] not in ("mod", "dif")},
+            **{"model.family": "mixture", "model.num_components": 3, "diffusion": None},
+        }
+    )
     assert config.model == Mixture(family="mixture", num_components=3)
     write_config(config, tmp_path / "config.yaml")
     assert read_config(tmp_path / "config.yaml") == config
@@ -337,10 +365,153 @@ def test_family_of_generators_is_one_class_and_its_name(
     for name, value, expected in (
         ("model.num_components", 0, "> 0, got 0"),
         ("model.family", "diffusion", "given"),
-        ("model.family", "vae", "one of diffusion, mixture, got 'vae'"),
+        ("model.family", "nvae", f"one of {FAMILIES}, mixture, got 'nvae'"),
     ):
         with pytest.raises(ValueError, match=rf"model\.\w+ must be {expected}"):
             config.changed({name: value})
+
+
+@pytest.fixture
+def mixtures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A family without diffusion and two files of it in a conf/ of their own."""
+
+    class Mixture(ModelConfig):
+        drawing_values = ("model.truncation",)
+        family: Literal["mixture"]
+        num_components: PositiveInt
+        truncation: float
+
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF_DIR, conf)
+    (conf / "model" / "mixture.yaml").write_text(
+        "family: mixture\nnum_components: 3\ntruncation: 1.0\nlr: 0.25\nbatch_size: 7\n"
+    )
+    (conf / "model" / "large_mixture.yaml").write_text(
+        "defaults: [mixture]\nnum_components: 99\ntruncation: 2.0\nlr: 0.125\n"
+    )
+    monkeypatch.setitem(MODELS, "mixture", Mixture)
+    for module in (composing, storing):
+        monkeypatch.setattr(module, "CONF_DIR", conf)
+    caches = (composing.model_presets, storing._defaults)
+    for each in caches:
+        each.cache_clear()
+    yield
+    for each in caches:
+        each.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], (1e-3, 32)),
+        (["model=feddm"], (2e-4, 32)),  # of a demo every batch is small
+        (["model=mixture"], (0.25, 32)),
+        (["experiment=paper"], (2e-4, 512)),
+        (["experiment=paper", "model=mixture"], (0.25, 7)),
+        (["experiment=paper", "model=large_mixture"], (0.125, 7)),
+        (["experiment=table5", "model=mixture"], (0.25, 128)),
+        (["model=mixture", "train.lr=0.5", "train.batch_size=9"], (0.5, 9)),
+        (["train.lr=0.5", "model=mixture"], (0.5, 32)),
+        (["model=mixture", "model.lr=0.5"], (0.5, 32)),
+    ],
+)
+def test_learning_rate_comes_with_the_model(
+    words: list[str], expected: tuple[float, int], mixtures: None
+) -> None:
+    config = load_config(words)
+    assert (config.train.lr, config.train.batch_size) == expected
+    assert not {"model.lr", "model.batch_size"} & flat_values(config).keys()
+
+
+def test_a_model_without_a_file_needs_a_learning_rate(mixtures: None) -> None:
+    words = ["~model", "+model.family=mixture", "+model.num_components=3", "+model.truncation=1.0"]
+    with pytest.raises(ValueError, match=r"train\.lr must be a number, got None"):
+        load_config(words)
+    assert load_config([*words, "train.lr=0.1"]).train.lr == 0.1
+
+
+def test_a_family_without_diffusion_has_no_value_of_it(mixtures: None, tmp_path: Path) -> None:
+    config = load_config(["model=mixture", "run_name=x"])
+    assert config.diffusion is None
+    assert {p for p in flat_values(config) if p.startswith("diffusion")} == {"diffusion"}
+    assert set(schema_fields("mixture")) == set(flat_values(config))
+    assert config.changed({"seed": 3}).changed({"seed": config.seed}) == config
+    write_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml").model == config.model
+    assert unknown_values(tmp_path / "config.yaml") == {}
+    assert {p for p in config.generation_values if p.startswith(("diff", "model"))} == {
+        "model.truncation"
+    }
+    assert changed_config(
+        config, ["model.truncation=0.5"], options={}, names=config.generation_values
+    ).model == config.model.model_copy(update={"truncation": 0.5})
+    with pytest.raises(ValueError, match=r"model.family=mixture has no diffusion"):
+        require_diffusion(config)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "diffusion=fast",
+        "diffusion.eta=0.5",
+        "+diffusion.eta=0.5",
+        "diffusion.num_inference_steps=null",
+    ],
+)
+def test_a_word_of_diffusion_is_refused_for_a_family_without_it(word: str, mixtures: None) -> None:
+    for words in (["model=mixture", word], [word, "experiment=table1", "model=mixture"]):
+        with pytest.raises(ValueError, match=r"model\.family=mixture has no diffusion") as caught:
+            load_config(words)
+        assert re.search(
+            rf"leave {re.escape(word)} out, or choose .*model=feddm", str(caught.value)
+        )
+        assert "model=mixture" not in str(caught.value)
+    with pytest.raises(ValueError, match="has no diffusion"):
+        load_run_config({"model": "mixture", "overrides": word})
+    load_config([word.lstrip("+")])
+
+
+def test_diffusion_is_given_where_the_family_has_it_and_nowhere_else(mixtures: None) -> None:
+    mixture, unet = load_config(["model=mixture"]), load_config()
+    with pytest.raises(ValueError, match=r"no such value: diffusion\.eta \(diffusion is null\)"):
+        mixture.changed({"diffusion.eta": 0.5})
+    for config, other, expected in (
+        (mixture, unet, "diffusion must be null with model.family=mixture, got 'its values'"),
+        (unet, mixture, "diffusion must be given with model.family=diffusion, got None"),
+    ):
+        tree = config.model_dump() | {"diffusion": other.model_dump()["diffusion"]}
+        with pytest.raises(ValueError, match=expected):
+            checked(tree)
+
+
+@pytest.mark.parametrize(
+    ("preset", "missing", "expected"),
+    [
+        ("mixture", "truncation", 1.0),
+        ("large_mixture", "truncation", 2.0),
+        ("large_mixture", "num_components", 99),
+    ],
+)
+def test_a_value_that_a_run_of_another_family_lacks_is_that_of_its_preset(
+    preset: str, missing: str, expected: object, mixtures: None, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.yaml"
+    write_config(load_config([f"model={preset}"]), file)
+    stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+    del stored["model"][missing], stored["train"]["clip_norm"]
+    file.write_text(yaml.safe_dump(stored), encoding="utf-8")
+    found = read_config(file)
+    assert flat_values(found)[f"model.{missing}"] == expected
+    assert found.train.clip_norm is None and found.diffusion is None
+
+
+def test_a_stored_diffusion_model_without_diffusion_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    write_config(load_config(), file)
+    stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+    file.write_text(yaml.safe_dump(stored | {"diffusion": None}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config\.yaml.*diffusion must be a mapping, got None"):
+        read_config(file)
 
 
 def test_changed_values_are_checked_too() -> None:
@@ -504,7 +675,7 @@ def test_what_is_no_configuration_is_refused(content: bytes, word: str, tmp_path
     assert str(file) in str(caught.value)
 
 
-@pytest.mark.parametrize("path", [*value_paths()])
+@pytest.mark.parametrize("path", [*schema_fields("diffusion")])
 def test_value_that_a_stored_configuration_lacks_is_that_of_conf(
     path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from task.runs.records import read_records
-from tests.processes import COMMANDS, SMALL, feddm_train
+from tests.processes import COMMANDS, SMALL, assert_fails_in_one_line, feddm_train
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def run(installed: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     family = ("~model", "+model.family=pixel_gaussians")
-    words = [word for word in SMALL if not word.startswith("model")]
+    words = [word for word in SMALL if not word.startswith(("model", "diffusion"))]
     done = feddm_train(*words, *family, "train.lr=0.05", "run_name=toy", cwd=folder, env=installed)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "runs" / "toy"
@@ -52,6 +52,22 @@ def feddm(*words: object, env: dict[str, str]) -> "subprocess.CompletedProcess[s
         text=True,
         check=False,
     )
+
+
+def test_its_configuration_has_no_diffusion(
+    run: Path, installed: dict[str, str], tmp_path: Path
+) -> None:
+    assert "\ndiffusion: null\n" in (run / "config.yaml").read_text()
+    words = ("~model", "+model.family=pixel_gaussians", "train.lr=0.05", "diffusion.eta=0")
+    refused = feddm_train(*words, cwd=tmp_path, env=installed)
+    assert refused.returncode != 0 and not (tmp_path / "runs").exists()
+    assert_fails_in_one_line(
+        refused, "diffusion.eta: model.family=pixel_gaussians has no diffusion", "model=tiny"
+    )
+    drawn = feddm(
+        *("generate", run, "--num", 1, "--out", tmp_path / "out", "diffusion.eta=0"), env=installed
+    )
+    assert_fails_in_one_line(drawn, "an override must be NAME=VALUE", "diffusion.eta=0")
 
 
 def test_it_learns_in_a_federation_and_is_measured(run: Path) -> None:

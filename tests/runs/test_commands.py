@@ -57,7 +57,14 @@ def test_words_of_another_family_replace_the_section_of_its_model(
 
     monkeypatch.setitem(MODELS, "mixture", Mixture)
     words = ["~model", "+model.family=mixture", "+model.num_components=3", "seed=3"]
+    # With those of tiny, whose file is not there to say them.
+    words += ["train.lr=0.001", "train.batch_size=32"]
     assert training_words(load_config(words)) == ["experiment=demo", *words]
+
+
+def test_words_of_a_run_name_one_model(tmp_path: Path) -> None:
+    words = training_words(load_config(["model=feddm", "model.dropout=0.2", "train.lr=0.001"]))
+    assert words == ["experiment=demo", "model=feddm", "model.dropout=0.2", "train.lr=0.001"]
 
 
 def test_command_of_a_run_of_a_sweep_trains_this_run_alone() -> None:

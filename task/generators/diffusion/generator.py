@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from task.checks import require
-from task.config import Config
+from task.config import Config, require_diffusion
 from task.generators.base import Advance, Batch, Generator, NoiseSource, Projection, Restore
 from task.generators.diffusion.network import UNet
 from task.generators.diffusion.noise_schedule import build_schedule
@@ -234,7 +234,7 @@ def _with_prefix(_: nn.Module, state_dict: dict[str, Tensor], prefix: str, *__: 
 
 def build_diffusion(config: Config) -> Diffusion:
     """Make the diffusion model of a configuration, with weights from torch's global generator."""
-    data, diffusion = config.data, config.diffusion
+    data, diffusion = config.data, require_diffusion(config)
     null_label = len(data.classes) if diffusion.label_dropout > 0 else None
     arguments = {
         "channels": data.channels,

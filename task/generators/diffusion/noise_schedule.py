@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from task.checks import require
-from task.config import Config
+from task.config import Config, require_diffusion
 
 # The largest float64 below 1.
 BELOW_ONE = 1 - 2.0**-53
@@ -61,7 +61,8 @@ def build_schedule(config: Config) -> NoiseSchedule:
     Raises:
         ValueError: `diffusion.schedule` is unknown, or too short for `linear`.
     """
-    name, num_timesteps = config.diffusion.schedule, config.diffusion.num_timesteps
+    diffusion = require_diffusion(config)
+    name, num_timesteps = diffusion.schedule, diffusion.num_timesteps
     if name == "linear":
         return NoiseSchedule(linear_alphas_cumprod(num_timesteps), name=name)
     if name == "cosine":

@@ -1,0 +1,93 @@
+"""The section `model`: the network of a generator, with a schema for each family.
+
+A new family of generators is one subclass of `ModelConfig`, its entry in `MODELS` (or a call of
+`task.generators.registry.register` in a package of its own), and one file in `conf/model/`. Beside
+the values of its schema that file says `lr` and `batch_size`, which `conf/train/` takes.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from task.checks import require, require_one_of
+from task.config.section import PositiveInt, Section
+
+if TYPE_CHECKING:
+    from task.config.schema import DataConfig
+
+
+class ModelConfig(Section):
+    """The network of a generator; `family` says of which.
+
+    Attributes:
+        diffuses: whether the family takes the section `diffusion`, which is null for others.
+        drawing_values: paths of the values of this section that change how images are drawn from
+            weights, and no weights.
+        loss_values: paths of those that say what the loss is of: losses cannot be compared where
+            they differ.
+    """
+
+    diffuses: ClassVar[bool] = False
+    drawing_values: ClassVar[tuple[str, ...]] = ()
+    loss_values: ClassVar[tuple[str, ...]] = ()
+    family: str
+
+    def check_images(self, data: DataConfig) -> None:
+        """Raise a ValueError unless the network takes images of this shape."""
+
+
+class UNetConfig(ModelConfig):
+    """The U-Net of the released code and its smaller relatives."""
+
+    diffuses = True
+    family: Literal["diffusion"]
+    width: PositiveInt
+    num_poolings: PositiveInt
+    bottom_blocks: int = Field(ge=2)
+    final_relu: bool
+    dropout: float = Field(ge=0, lt=1, description="in [0, 1)")
+    class_embedding_dim: PositiveInt
+    fourier_features: int = Field(
+        gt=0, multiple_of=2, description="a positive even number (cosines and sines)"
+    )
+
+    def check_images(self, data: DataConfig) -> None:
+        """Raise a ValueError unless every pooling halves the images."""
+        divisor = 2**self.num_poolings
+        expected = f"a multiple of {divisor} (2 to the power of model.num_poolings)"
+        require(data.image_size % divisor == 0, "data.image_size", expected, data.image_size)
+
+
+MODELS: dict[str, type[ModelConfig]] = {"diffusion": UNetConfig}
+
+
+def model_schemas(family: object = None) -> dict[str, type[ModelConfig]]:
+    """Return the schema of a family by its name, or those of all where no family has the name.
+
+    Packages of others are asked for a family that feddm does not know.
+    """
+    if not isinstance(family, str):
+        return MODELS
+    if family not in MODELS:
+        _load_installed_families()
+    return {family: MODELS[family]} if family in MODELS else MODELS
+
+
+@cache
+def _load_installed_families() -> None:
+    for found in entry_points(group="feddm.generators"):
+        found.load()
+
+
+def of_family(value: object) -> object:
+    """Check the values of a network by the schema of its family."""
+    if not isinstance(value, dict):
+        return value
+    family: Any = value.get("family")
+    schemas = model_schemas(family)
+    require_one_of("model.family", family, tuple(schemas))
+    return schemas[family].model_validate(value)
