@@ -82,15 +82,21 @@ class WeightLayout:
 
         Args:
             model: as it is built.
-            staying: beginnings of the names of tensors that no message carries.
+            staying: beginnings of the names of tensors that no message carries; they may be made
+                later, see `Generator.prepare`.
 
         Raises:
             TypeError: the model holds floats that are not float32.
             ValueError: no name begins so, and what is meant would travel by another name.
         """
         shapes, own, state = {}, {}, model.state_dict()
+        registered = [
+            f"{path}.{name}".lstrip(".")
+            for path, module in model.named_modules()
+            for name in (*module._parameters, *module._buffers)  # those that are None as well
+        ]
         for beginning in staying:
-            known = any(name.startswith(beginning) for name in state)
+            known = any(name.startswith(beginning) for name in registered)
             require(known, "staying", "beginnings of names in the state_dict", beginning)
         for name, tensor in state.items():
             if name.startswith(tuple(staying)) or not tensor.is_floating_point():

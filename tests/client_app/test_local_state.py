@@ -1,0 +1,171 @@
+"""What stays at a client between rounds: on its disk, in no message, and the same to the bit."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from torch import Tensor, nn
+
+from client_app import workspace
+from client_app.app import app
+from client_app.local_state import LocalState
+from client_app.workspace import open_workspace
+from server_app.messages import addressed
+from task.config import MODELS, Config, ModelConfig, load_run_config
+from task.generators.base import Batch
+from task.generators.registry import GENERATORS, initial_generator, register
+from task.protocol.node import NodeConfig, check_node, own_config
+from task.protocol.wire import Key, WeightLayout
+from task.runs.checkpoint import load_weights
+from tests.end_to_end.pixel_gaussians import PixelGaussians
+from tests.helpers import SMALL_RUN, Network, node_context, simulated, write_digits_as_mnist
+
+
+class CountingConfig(ModelConfig):
+    """Nothing is to be chosen."""
+
+    family: Literal["counting"]
+
+
+class Counting(PixelGaussians):
+    """Counts its batches, keeps a number for each image, and one of its two optimizers."""
+
+    local = frozenset({"counted", "of_image"})
+    local_optimizers = frozenset({"of_image"})
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_buffer("counted", torch.zeros(()))
+        self.register_parameter("of_image", None)
+
+    def prepare(self, num_images: int) -> None:
+        self.of_image = nn.Parameter(torch.zeros(num_images))
+
+    def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
+        shared = [parameter for name, parameter in self.named_parameters() if name != "of_image"]
+        return {
+            "adam": torch.optim.Adam(shared, lr=lr),
+            "of_image": torch.optim.Adam([self.of_image], lr=lr),
+        }
+
+    def losses(self, batch: Batch, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        self.counted += 1
+        yield from super().losses(batch, rng)
+        yield "of_image", (self.of_image[batch.indices] - batch.labels).square()
+
+
+def build(config: Config) -> Counting:
+    data = config.data
+    return Counting((data.channels, data.image_size, data.image_size), len(data.classes))
+
+
+@pytest.fixture(autouse=True)
+def family() -> Iterator[None]:
+    """Know the family, and begin every test as a new process does."""
+    register("counting", CountingConfig, build)
+    workspace._build_workspace.cache_clear()
+    yield
+    workspace._build_workspace.cache_clear()
+    del MODELS["counting"], GENERATORS["counting"]
+
+
+SHARED = {key: value for key, value in SMALL_RUN.items() if key[:5] not in ("model", "diffu")}
+FAMILY = "~model +model.family=counting train.lr=0.05 train.batch_size=32"
+RUN = {**SHARED, "overrides": FAMILY, "run_name": "counted"}
+
+
+def asked(kind: str, server_round: int, weights: np.ndarray | None = None) -> Message:
+    """Make the message of a round as the server does."""
+    Network()
+    generator = initial_generator(load_run_config(RUN))
+    layout = WeightLayout.of(generator, generator.local)
+    weights = layout.pack(generator.state_dict()) if weights is None else weights
+    config = ConfigRecord({Key.SERVER_ROUND: server_round, Key.PRECISION: "float32"})
+    content = RecordDict(
+        {Key.ARRAYS: ArrayRecord({Key.PACKED: Array(weights)}), Key.CONFIG: config}
+    )
+    made = addressed(content, node_id=7, message_type=kind, timeout=60, entries={Key.CLIENT: 1})
+    made.metadata.__dict__["_message_id"] = "asked"
+    return made
+
+
+def trained(context: Context, server_round: int) -> tuple[Message, dict[str, Tensor], Path]:
+    """Let a client train a round; returns its reply and the newest file of its state."""
+    reply = app(asked("train", server_round), context)
+    assert not reply.has_error(), reply.error
+    file = sorted(Path(str(context.run_config["output_dir"])).parent.rglob("**/round_*"))[-1]
+    return reply, load_weights(file)[0], file
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    return node_context({**RUN, "output_dir": str(tmp_path / "runs")}, simulated(3)[1])
+
+
+def test_state_goes_on_from_round_to_round_and_leaves_in_no_message(context: Context) -> None:
+    batches = 0
+    for server_round in (1, 2, 3):
+        reply, state, file = trained(context, server_round)
+        batches = batches or int(state["counted"])
+        assert batches > 0 and state["counted"] == server_round * batches
+        assert (
+            file.parent.name == "client-1" and file.name == f"round_000{server_round}.safetensors"
+        )
+        assert set(state) == {
+            *("counted", "of_image"),
+            *("of_image/0.step", "of_image/0.exp_avg", "of_image/0.exp_avg_sq"),
+        }
+        assert state["of_image/0.step"] == state["counted"]
+        packed = reply.content.array_records[Key.ARRAYS][Key.PACKED].numpy()
+        shape = initial_generator(load_run_config(RUN)).mean.shape
+        assert packed.size == 2 * shape.numel()
+    # Those of as many rounds as the server may go back, and one more.
+    assert len([*file.parent.iterdir()]) == 3
+
+
+def test_repeated_round_begins_with_the_state_that_it_began_with(context: Context) -> None:
+    trained(context, 1)
+    first, state, file = trained(context, 2)
+    trained(context, 3)
+    workspace._build_workspace.cache_clear()  # another process
+    again, repeated, newest = trained(context, 2)
+    assert newest == file  # that of round 3 is of no round any more
+    assert all(torch.equal(state[name], repeated[name]) for name in state)
+    packed = [each.content.array_records[Key.ARRAYS][Key.PACKED].data for each in (first, again)]
+    assert packed[0] == packed[1]
+
+
+def test_clients_of_a_process_have_states_of_their_own(context: Context) -> None:
+    _, state, _ = trained(context, 1)
+    other = node_context(context.run_config, simulated(3)[2])
+    message = asked("train", 1)
+    message.content[Key.CONFIG][Key.CLIENT] = 2
+    assert not app(message, other).has_error()
+    file = Path(str(context.run_config["output_dir"])) / "counted/clients/client-2"
+    (kept,) = file.iterdir()
+    own = load_weights(kept)[0]
+    assert len(own["of_image"]) != len(state["of_image"])
+    assert int(own["counted"]) > 0
+
+
+def test_node_without_a_place_for_its_state_takes_no_part(tmp_path: Path) -> None:
+    write_digits_as_mnist(tmp_path, train=40, test=5)
+    node = NodeConfig(data_path=str(tmp_path))
+    config = own_config(
+        load_run_config({**RUN, "overrides": RUN["overrides"] + " data=mnist"}), node
+    )
+    with pytest.raises(ValueError, match=r"^output-path: a mixture of Gaussians keeps a part of"):
+        check_node(config, node)
+
+
+def test_state_of_another_run_is_refused_and_named(context: Context, tmp_path: Path) -> None:
+    _, _, file = trained(context, 1)
+    context.run_config["seed"] = 5
+    workspace._build_workspace.cache_clear()
+    state = LocalState(open_workspace(context), client=1)
+    with pytest.raises(ValueError, match=rf"^{file} is of another run of the name counted; move"):
+        state.load({}, before=2)
