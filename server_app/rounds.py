@@ -18,9 +18,18 @@ from task.protocol.wire import Weights
 from task.reporting.run_summary import summary_lines
 from task.reporting.warning_signs import closing_lines
 from task.runs.commands import describe_report_of
-from task.runs.layout import DIVERGED, MACHINE_FILE, REPORT_FILE, checkpoints, final_round, round_of
+from task.runs.layout import (
+    DIVERGED,
+    MACHINE_FILE,
+    REPORT_FILE,
+    START_FILE,
+    checkpoints,
+    final_round,
+    round_of,
+)
 from task.runs.records import Record
 from task.runs.run import Run
+from task.runs.starting_weights import describe_starting_weights, load_starting_weights
 from task.runs.writer import RunWriter
 from task.training.devices import device_name, is_compiled, missing_for_compiling, select_device
 from task.training.precision import fastest_precision
@@ -58,6 +67,10 @@ class RoundLoop(ABC):
         self.directory = directory
         self.device = select_device(self.config.train.device)
         self.model = initial_generator(self.config)
+        if self.config.train.start_from and directory.last_round == 0:
+            told = load_starting_weights(self.model, self.config.train.start_from)
+            directory.write_json(START_FILE, told)
+            log(f"{self.config.run_name} starts from {describe_starting_weights(told)}")
         self.weights: Weights = {n: t.clone() for n, t in self.model.state_dict().items()}
 
     @abstractmethod

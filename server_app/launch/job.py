@@ -19,10 +19,12 @@ from task.config import FITTED_VALUES, OWN_IMAGES, Config, flat_values, hydra_ov
 from task.data import Dataset
 from task.data.partition import partition_dataset
 from task.evaluation.features import build_extractor
+from task.generators.registry import weightless_generator
 from task.runs.commands import as_toml
-from task.runs.layout import LOG_FILE, is_begun, run_path
+from task.runs.layout import LOG_FILE, is_begun, last_complete_round, run_path
 from task.runs.resume import check_startable, different_values
 from task.runs.run import find_runs
+from task.runs.starting_weights import load_starting_weights
 from task.runs.writer import RunWriter
 from task.training.devices import is_compiled, select_device, torch_configured
 from task.training.distributed import count_processes
@@ -159,9 +161,11 @@ def check_images(config: Config) -> Dataset:
     """Load the data set of a run, and check what it is to be dealt out to and measured with.
 
     Raises:
-        FileNotFoundError: the data set, or a file of the extractor, is not there.
+        FileNotFoundError: the data set, or a file of weights or of the extractor, is not there.
         ValueError: they do not fit the configuration.
     """
+    if config.train.start_from and last_complete_round(run_path(config)) == 0:
+        load_starting_weights(weightless_generator(config), config.train.start_from)
     dataset = load_images(config)
     if config.train.mode == "federated":
         partition_dataset(config, dataset, config.federation.num_supernodes)
@@ -205,6 +209,7 @@ def train_federated(config: Config, overrides: list[str]) -> None:
         "data.root": config.data.root,
         "data.patients": config.data.patients,
         "data.cache_dir": config.data.cache_dir,
+        "train.start_from": config.train.start_from,
         "eval.inception_weights": config.eval.inception_weights,
         "eval.exported_program": config.eval.exported_program,
     }

@@ -224,6 +224,7 @@ class TrainConfig(Section):
     lr: PositiveFloat
     accumulation: PositiveInt
     clip_norm: PositiveFloat | None
+    start_from: str
     device: str = Field(
         pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N"
     )
@@ -535,7 +536,8 @@ def require_data_root(config: Config) -> None:
 def anchored(config: Config, folder: Path) -> Config:
     """Make the paths of a configuration absolute; relative ones count from `folder`."""
     values = flat_values(config)
-    files = ("data.patients", "eval.inception_weights", "eval.exported_program")  # empty: none
+    # Empty: none.
+    files = ("data.patients", "train.start_from", "eval.inception_weights", "eval.exported_program")
     paths = ["output_dir", "data.root", "data.cache_dir", *(file for file in files if values[file])]
     return config.changed(
         {path: str((folder / Path(values[path]).expanduser()).absolute()) for path in paths}

@@ -129,6 +129,7 @@ def training_rows(run: Run, server_round: int) -> CardRows:
         ("rounds" if federated else "rounds of local epochs", server_round),
         *(_federation_rows(federation) if federated else []),
         ("local epochs", train.local_epochs),
+        *[("started from", run.started_from)] * (run.started_from is not None),
         ("batch size", train.batch_size),
         ("learning rate", train.lr),
         # "auto" is not what was used, which depends on the machine.

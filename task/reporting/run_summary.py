@@ -139,7 +139,8 @@ def _what_is_done(run: Run) -> str:
 
 def _generator(run: Run) -> str:
     told = [f"{name} {value}" for name, value in run.generator.description().items()]
-    return f"It is a {'; '.join([run.generator.title, *told])}."
+    started = f" It started from {run.started_from}." if run.started_from else ""
+    return f"It is a {'; '.join([run.generator.title, *told])}.{started}"
 
 
 def _where(run: Run) -> str:

@@ -11,6 +11,7 @@
     nodes.json                      client numbers by node id (deployment)
     class_counts.json               classes, and images of each at each client that says so, null
                                     where one does not (deployment)
+    start.json                      the weights that it started from (train.start_from)
     machine.json                    the device, with real nodes the server's own; the setting,
                                     versions and code
     times.json                      when, for how long and on which machine the run was worked on,
@@ -49,6 +50,7 @@ CLASS_COUNTS_FILE = "class_counts.json"
 METRICS_FILE = "metrics.jsonl"
 SUBMISSION_FILE = "submission.json"
 MACHINE_FILE = "machine.json"
+START_FILE = "start.json"
 TIMES_FILE = "times.json"
 REPORT_FILE = "report.html"
 LOCK_FILE = ".lock"

@@ -37,6 +37,7 @@ from task.runs.layout import (
     NODES_FILE,
     PARTITION_FILE,
     POOLED_FILE,
+    START_FILE,
     SUBMISSION_FILE,
     TIMES_FILE,
     final_round,
@@ -48,6 +49,7 @@ from task.runs.layout import (
     weights_file,
 )
 from task.runs.records import TRAIN, Records, read_records
+from task.runs.starting_weights import describe_starting_weights
 from task.training.devices import select_device
 
 POOLED = "pooled"
@@ -203,6 +205,13 @@ class Run:
     def code(self) -> str | None:
         """The fingerprint of what ran; None where it was not written down."""
         return self._machine.get("code")
+
+    @property
+    def started_from(self) -> str | None:
+        """The weights that it started from, in a few words; None: new ones."""
+        told = self._object(START_FILE)
+        with understood(self.path / START_FILE):
+            return None if told is None else describe_starting_weights(told)
 
     @property
     def data_source(self) -> str | None:

@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from task.generators.registry import initial_generator, keep_local, weightless_generator
+from task.runs.run import Run
+from task.runs.starting_weights import load_starting_weights
+from tests.helpers import written_run
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """A finished run of another seed."""
+    return written_run(tmp_path / "earlier", [], rounds_done=2, seed=1)
+
+
+def test_weights_are_those_of_the_earlier_run(earlier: Path) -> None:
+    config = Run(earlier).config
+    generator = initial_generator(config.changed({"seed": 2}))
+    told = load_starting_weights(generator, str(earlier))
+    expected = initial_generator(config).state_dict()  # what `written_run` writes
+    found = generator.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert told["file"] == "earlier" and told["round"] == config.federation.rounds
+    checkpoint = sorted(earlier.glob("checkpoints/*"))[0]
+    assert load_starting_weights(generator, str(checkpoint))["file"] == checkpoint.name
+
+
+def test_what_stays_at_a_client_is_not_taken(earlier: Path) -> None:
+    generator = initial_generator(Run(earlier).config.changed({"seed": 2}))
+    keep_local(generator, ["class_embedding"])
+    before = {name: tensor.clone() for name, tensor in generator.state_dict().items()}
+    load_starting_weights(generator, str(earlier))
+    kept = {n for n, t in generator.state_dict().items() if torch.equal(t, before[n])}
+    stays = {name for name in before if generator.stays(name)}
+    assert stays and stays <= kept < set(before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.channels": 3}, r"up\.0\.1\.\S+: \(1,\) there, \(3,\) here"),
+        ({"data.classes": ["a", "b"]}, r"class_embedding\S*: \(10, 4\) there, \(2, 4\) here"),
+        ({"model.width": 8}, r"and \d+ more\); give the same model"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    changes: dict[str, object], message: str, earlier: Path
+) -> None:
+    other = weightless_generator(Run(earlier).config.changed(changes))
+    with pytest.raises(ValueError, match=rf"^train\.start_from: {earlier}.*{message}"):
+        load_starting_weights(other, str(earlier))
+
+
+def test_missing_and_unknown_entries_are_named(earlier: Path, tmp_path: Path) -> None:
+    generator = weightless_generator(Run(earlier).config)
+    file = tmp_path / "other.safetensors"
+    save_file({"a": torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match=r"none there, .* here; "):
+        load_starting_weights(generator, str(file))
+    with pytest.raises(FileNotFoundError, match=r"there is no .*nowhere"):
+        load_starting_weights(generator, str(tmp_path / "nowhere"))
+    (tmp_path / "unfinished").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"there is no .*unfinished/model\.safetensors"):
+        load_starting_weights(generator, str(tmp_path / "unfinished"))
