@@ -387,7 +387,7 @@ def mixtures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         "family: mixture\nnum_components: 3\ntruncation: 1.0\nlr: 0.25\nbatch_size: 7\n"
     )
     (conf / "model" / "large_mixture.yaml").write_text(
-        "defaults: [mixture]\nnum_components: 99\ntruncation: 2.0\nlr: 0.125\n"
+        "defaults: [mixture, _self_]\nnum_components: 99\ntruncation: 2.0\nlr: 0.125\n"
     )
     monkeypatch.setitem(MODELS, "mixture", Mixture)
     for module in (composing, storing):
@@ -454,7 +454,7 @@ def test_a_family_without_diffusion_has_no_value_of_it(mixtures: None, tmp_path:
     [
         "diffusion=fast",
         "diffusion.eta=0.5",
-        "+diffusion.eta=0.5",
+        "++diffusion.eta=0.5",
         "diffusion.num_inference_steps=null",
     ],
 )
@@ -746,7 +746,7 @@ def test_files_of_the_extractors_are_absolute_or_empty() -> None:
     [
         (
             "eval.extractor=eye",
-            r"eval\.extractor must be one of inception, classifier, efficientnet",
+            r"eval\.extractor must be one of auto, inception, classifier, efficientnet",
         ),
         ("eval.image_range=both", r"eval\.image_range must be one of correct, paper"),
         ("eval.extractor=exported", r"eval\.exported_program must be the file of a program"),
