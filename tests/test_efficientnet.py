@@ -115,7 +115,7 @@ def test_extractor_sees_gray_images_in_three_channels_and_parts_as_one(
     [
         (["data=digits"], "classifier"),
         (["data=fashion_mnist"], "efficientnet"),
-        (["data=fashion_mnist", "data.image_size=31"], "classifier"),
+        (["data=fashion_mnist", "data.image_size=24"], "classifier"),
         (["data=cifar10", "data.image_size=16"], "efficientnet"),
         (["data=cifar10", "eval.extractor=inception"], "inception"),
         (["experiment=table1"], "classifier"),

@@ -15,6 +15,7 @@ from task.config.compose import (
     model_presets,
     preset_sweep,
 )
+from task.config.data_config import FILE_SETS, DataConfig
 from task.config.flower import (
     RUN_CONFIG_WORDS,
     Word,
@@ -27,14 +28,12 @@ from task.config.overrides import hydra_override, read_override
 from task.config.schema import (
     CONF_DIR,
     EXTRACTORS,
-    FILE_SETS,
     FITTED_VALUES,
     IMAGE_RANGES,
     MIN_MEASURED_IMAGES,
     OWN_IMAGES,
     SAMPLER_VALUES,
     Config,
-    DataConfig,
     FederationConfig,
     anchored,
     choices,

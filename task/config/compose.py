@@ -15,10 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from task.checks import require
 from task.config.class_folders import classes_below
+from task.config.data_config import FILE_SETS
 from task.config.hydra_grammar import escaped
 from task.config.models import model_schemas
 from task.config.overrides import hydra_override, read_override
-from task.config.schema import CONF_DIR, FILE_SETS, Config, anchored, checked
+from task.config.schema import CONF_DIR, Config, anchored, checked
 
 # A file of conf/model says them beside the values of its network; conf/train takes them from there.
 TRAINED_WITH = ("lr", "batch_size")

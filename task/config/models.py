@@ -5,19 +5,15 @@ A new family of generators is one subclass of `ModelConfig`, its entry in `MODEL
 the values of its schema that file says `lr` and `batch_size`, which `conf/train/` takes.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from task.checks import require, require_one_of
+from task.config.data_config import DataConfig
 from task.config.section import PositiveInt, Section
-
-if TYPE_CHECKING:
-    from task.config.schema import DataConfig
 
 
 class ModelConfig(Section):

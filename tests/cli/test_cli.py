@@ -253,7 +253,7 @@ def test_a_data_set_without_test_images_is_measured_against_its_training_images(
     [
         (
             ("--extractor", "vgg"),
-            "eval.extractor must be one of inception, classifier, efficientnet",
+            "eval.extractor must be one of auto, inception, classifier, efficientnet",
         ),
         (("--extractor", "exported"), "eval.exported_program must be the file of a program"),
         (("--device", "tpu"), "train.device must be auto, cpu, cuda or cuda:N"),

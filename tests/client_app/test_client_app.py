@@ -370,6 +370,7 @@ def test_node_without_the_settled_network_says_so_before_it_trains(
     scoring: Context, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("task.efficientnet.pretrained_file", lambda: None)
+    scoring.run_config["eval.num_images"] = 20
     assert not app(message("query"), scoring).has_error()
     refused = app(message("query", extractor="efficientnet"), scoring)
     assert refused.error.code == FailureCode.MISSING_WEIGHTS

@@ -84,7 +84,8 @@ def test_metric_of_one_entry_is_found_on_every_page(toy: Metric, tmp_path: Path)
 
 
 def test_metric_of_one_entry_is_asked_of_hospitals(toy: Metric, tmp_path: Path) -> None:
-    config = load_config(["data=digits", "data.image_size=8", f"data.cache_dir={tmp_path}"])
+    words = ["data=digits", "data.image_size=8", "eval.extractor=classifier"]
+    config = load_config([*words, f"data.cache_dir={tmp_path}"])
     digits = digits_dataset(image_size=8, test_fraction=0.1)
     own = Dataset(digits.train.subset(torch.arange(200)), digits.test)
     scores = score_images(config, digits.train.subset(torch.arange(300, 500)), own, device=CPU)

@@ -70,7 +70,7 @@ def test_drawing_needs_a_settled_precision() -> None:
 
 
 def test_file_of_an_evaluation_tells_what_was_drawn_otherwise(tmp_path: Path) -> None:
-    config = configured()
+    config = configured("eval.extractor=classifier")
     write_config(config, tmp_path / "config.yaml")
     measured_otherwise = configured("eval.precision=bfloat16", "eval.batch_size=7")
     assert drawn_otherwise(tmp_path, measured_otherwise) == ""

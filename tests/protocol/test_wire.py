@@ -122,7 +122,7 @@ def test_bytes_are_never_taken_for_objects(dtype: str) -> None:
 
 def test_counters_and_local_tensors_stay_at_home_as_in_a_new_model() -> None:
     model = nn.BatchNorm2d(3)
-    layout = WeightLayout.of(model, local={"running_var"})
+    layout = WeightLayout.of(model, {"running_var"})
     assert list(layout.shapes) == ["weight", "bias", "running_mean"] and layout.size == 9
     model(torch.randn(2, 3, 4, 4))  # counts, and moves all three
     state = layout.unpack(layout.pack(model.state_dict()))
@@ -135,8 +135,8 @@ def test_counters_and_local_tensors_stay_at_home_as_in_a_new_model() -> None:
 
 
 def test_local_names_without_a_tensor_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"local must be names .*, got \['latent'\]"):
-        WeightLayout.of(nn.Linear(2, 2), local={"latent"})
+    with pytest.raises(ValueError, match=r"staying must be beginnings of names .*, got 'latent'"):
+        WeightLayout.of(nn.Linear(2, 2), {"latent"})
 
 
 def test_half_precision_models_are_refused() -> None:

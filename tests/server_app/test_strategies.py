@@ -340,7 +340,7 @@ class Counting(nn.Module):
 
 def test_counters_and_local_tensors_are_not_averaged_and_stay() -> None:
     model = Counting()
-    layout = WeightLayout.of(model, local={"latents"})
+    layout = WeightLayout.of(model, {"latents"})
     strategy = Strategy(layout, lambda _: WeightedMean(Weighting()), ema_decay=0.5)
     sent = strategy.broadcast(model.state_dict())
     assert sent.shape == (8,)
