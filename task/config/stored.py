@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from task.checks import require
 from task.config.compose import as_hydra, compose_conf, model_presets, resolved
+from task.config.models import model_schemas
 from task.config.schema import (
     CONF_DIR,
     Config,
@@ -91,8 +92,10 @@ def _stored_values(path: Path) -> dict[str, Any]:
         if stored[name] is not None or name != "diffusion":
             require(isinstance(stored[name], dict), name, "a mapping", stored[name])
     values = leaves(resolved(stored))
-    if stored["diffusion"] is None:
-        require("diffusion" in schema_fields(_family(values)), "diffusion", "a mapping", None)
+    family = _family(values)
+    # Of a family that is unknown this is all that is to be said.
+    if stored["diffusion"] is None and [*model_schemas(family)] == [family]:
+        require("diffusion" in schema_fields(family), "diffusion", "a mapping", None)
     return values
 
 

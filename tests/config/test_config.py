@@ -505,6 +505,14 @@ def test_a_value_that_a_run_of_another_family_lacks_is_that_of_its_preset(
     assert found.train.clip_norm is None and found.diffusion is None
 
 
+def test_a_stored_family_that_is_not_installed_is_named(mixtures: None, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    write_config(load_config(["model=mixture"]), file)
+    del MODELS["mixture"]
+    with pytest.raises(ValueError, match=r"model\.family must be one of .*, got 'mixture'"):
+        read_config(file)
+
+
 def test_a_stored_diffusion_model_without_diffusion_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     write_config(load_config(), file)

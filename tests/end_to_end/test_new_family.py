@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from task.runs.records import read_records
-from tests.processes import COMMANDS, SMALL, assert_fails_in_one_line, feddm_train
+from tests.processes import COMMANDS, SMALL, feddm_train
 
 pytestmark = pytest.mark.slow
 
@@ -61,13 +61,15 @@ def test_its_configuration_has_no_diffusion(
     words = ("~model", "+model.family=pixel_gaussians", "train.lr=0.05", "diffusion.eta=0")
     refused = feddm_train(*words, cwd=tmp_path, env=installed)
     assert refused.returncode != 0 and not (tmp_path / "runs").exists()
-    assert_fails_in_one_line(
-        refused, "diffusion.eta: model.family=pixel_gaussians has no diffusion", "model=tiny"
-    )
+    said = refused.stderr.splitlines()[-1]
+    assert "diffusion.eta: model.family=pixel_gaussians has no diffusion" in said
+    assert "model=tiny" in said
     drawn = feddm(
         *("generate", run, "--num", 1, "--out", tmp_path / "out", "diffusion.eta=0"), env=installed
     )
-    assert_fails_in_one_line(drawn, "an override must be NAME=VALUE", "diffusion.eta=0")
+    assert drawn.returncode != 0
+    said = drawn.stderr.splitlines()[-1]
+    assert "an override must be NAME=VALUE" in said and "diffusion.eta=0" in said
 
 
 def test_it_learns_in_a_federation_and_is_measured(run: Path) -> None:
@@ -130,4 +132,5 @@ def test_what_it_cannot_do_is_said_in_one_line(
 def test_an_unknown_family_is_refused_by_name(run: Path) -> None:
     done = feddm("generate", run, "--num", 1, "--out", run / "drawn", env={})
     assert done.returncode != 0
-    assert "model.family must be one of diffusion, got 'pixel_gaussians'" in done.stderr
+    assert "model.family must be one of diffusion" in done.stderr
+    assert "got 'pixel_gaussians'" in done.stderr
