@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from server_app.hospital_scores import (
-    check_scoring,
     combined_records,
     describe_scores,
     is_scored,
@@ -307,13 +306,9 @@ class HospitalEvaluation(GlobalEvaluation):
             model: of the run.
             device: that draws.
             ask: lets the hospitals score the images of a round.
-
-        Raises:
-            ValueError: they cannot do what the configuration asks.
         """
         super().__init__(directory, model, device=device)
         self._ask = ask
-        check_scoring(self._config)
 
     def is_metrics_due(self, server_round: int) -> bool:
         """Whether a round is to be scored; the final images are scored in any case."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from server_app.dataset import load_images, record_data, record_partition
 from server_app.evaluation import GlobalEvaluation, HospitalEvaluation
 from server_app.exchange import Answer, ClientExchange, Question, is_simulation
-from server_app.hospital_scores import SCORES_TYPE, read_scores, score_records
+from server_app.hospital_scores import SCORES_TYPE, check_scoring, read_scores, score_records
 from server_app.log import log
 from server_app.messages import images_record, packed_record
 from server_app.nodes import GRACE_SECONDS, QUERY_TIMEOUT_SECONDS, Nodes, sample_clients
@@ -65,7 +65,15 @@ class FederatedTraining(RoundLoop):
         self._failed: set[int] = set()
 
     def gather(self) -> None:
-        """Wait for the nodes, and deal the images out where they are simulated."""
+        """Wait for the nodes, and deal the images out where they are simulated.
+
+        Raises:
+            ValueError: the nodes cannot do what the configuration asks.
+            TimeoutError: see `gather_nodes`.
+        """
+        if not self.simulated:
+            # Before they are asked, who would all refuse.
+            check_scoring(self.config)
         num_nodes = len(self.gather_nodes(patience=QUERY_TIMEOUT_SECONDS))
         if self.simulated:
             self.config = self.config.changed({"federation.num_supernodes": num_nodes})
