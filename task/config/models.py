@@ -13,7 +13,7 @@ from pydantic import Field
 
 from task.checks import require, require_one_of
 from task.config.data_config import DataConfig
-from task.config.section import PositiveInt, Section
+from task.config.section import PositiveFloat, PositiveInt, Section
 
 
 class ModelConfig(Section):
@@ -58,7 +58,25 @@ class UNetConfig(ModelConfig):
         require(data.image_size % divisor == 0, "data.image_size", expected, data.image_size)
 
 
-MODELS: dict[str, type[ModelConfig]] = {"diffusion": UNetConfig}
+class VAEConfig(ModelConfig):
+    """The variational autoencoder, fully connected or with convolutions."""
+
+    loss_values = ("model.pixel_std",)
+    family: Literal["vae"]
+    hidden_dim: PositiveInt
+    latent_dim: PositiveInt
+    conv_channels: list[PositiveInt]
+    class_conditional: bool
+    pixel_std: PositiveFloat | None
+
+    def check_images(self, data: DataConfig) -> None:
+        """Raise a ValueError unless every convolution halves the images."""
+        divisor = 2 ** len(self.conv_channels)
+        expected = f"a multiple of {divisor} (2 to the power of the number of model.conv_channels)"
+        require(data.image_size % divisor == 0, "data.image_size", expected, data.image_size)
+
+
+MODELS: dict[str, type[ModelConfig]] = {"diffusion": UNetConfig, "vae": VAEConfig}
 
 
 def model_schemas(family: object = None) -> dict[str, type[ModelConfig]]:

@@ -8,9 +8,13 @@ from task.checks import require
 from task.config import MODELS, Config, ModelConfig
 from task.generators.base import Generator
 from task.generators.diffusion.generator import build_diffusion
+from task.generators.vae import build_vae
 from task.randomness import Stream, seeded_global_generator, torch_generator
 
-GENERATORS: dict[str, Callable[[Config], Generator]] = {"diffusion": build_diffusion}
+GENERATORS: dict[str, Callable[[Config], Generator]] = {
+    "diffusion": build_diffusion,
+    "vae": build_vae,
+}
 
 
 def register(family: str, schema: type[ModelConfig], build: Callable[[Config], Generator]) -> None:
