@@ -156,6 +156,20 @@ def test_measures_are_means_over_the_images_of_a_round() -> None:
             torch.testing.assert_close(value, mean.detach(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("num", [6, 2])
+def test_mean_over_processes_is_that_of_all_images(num: int) -> None:
+    """Of two images, two of four processes have none of their own."""
+    model = small_vae()
+    expected = model.example_losses(random_batch(num), seeded())
+    measured = []
+    for rank in range(4):
+        list(model.losses(random_batch(num, rank=rank, num_processes=4), seeded()))
+        measured.append(model.measured())
+    for name in model.measures:
+        mean = torch.stack([each[name] for each in measured]).mean()
+        torch.testing.assert_close(mean, expected[name].mean().double(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("preset", ["vae", "conv_vae"])
 def test_labels_matter_where_it_is_told_of_classes(preset: str) -> None:
     batch = random_batch()
