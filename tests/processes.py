@@ -41,6 +41,20 @@ def feddm_train(
     )
 
 
+def feddm(
+    *words: object, env: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Run `feddm` to its end, with further variables in its environment."""
+    return subprocess.run(
+        [COMMANDS / "feddm", *map(str, words)],
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
 @contextmanager
 def process(
     command: list[str | Path],

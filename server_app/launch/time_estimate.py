@@ -113,7 +113,7 @@ def seconds_to_draw(model: Generator, device: torch.device, precision: str) -> f
 
     @torch.inference_mode()
     def step(num_images: int) -> None:
-        noise = torch.zeros(num_images, *model.image_shape, device=device)
+        noise = torch.zeros(num_images, *model.noise_shape, device=device)
         labels = torch.zeros(num_images, dtype=torch.int64, device=device)
         with autocast(device, precision):
             model.sampling_step(labels, lambda: noise).sum().item()

@@ -83,7 +83,7 @@ class Format:
         loaded.load_state_dict(load_file(folder / "model.safetensors"))
         labels = torch.arange(NUM_COMPARED) % len(settings["classes"])
         noise = torch.randn(
-            NUM_COMPARED, *generator.image_shape, generator=torch.Generator().manual_seed(0)
+            NUM_COMPARED, *generator.noise_shape, generator=torch.Generator().manual_seed(0)
         )
         found, expected = (each.sample(labels, lambda: noise) for each in (loaded, generator))
         return float((found - expected).abs().max()), float(expected.abs().max())

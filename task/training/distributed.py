@@ -228,10 +228,12 @@ def average_gradients(optimizer: torch.optim.Optimizer) -> None:
         each.copy_(part.view(each.shape))
 
 
-def average_results(loss: float, seconds: float, device: torch.device) -> tuple[float, float]:
-    """Return the mean of a loss over the processes, and the seconds of the slowest one."""
-    mean = torch.tensor(loss, dtype=torch.float64, device=device)
-    distributed.all_reduce(mean)
+def average_results(
+    numbers: Sequence[float], seconds: float, device: torch.device
+) -> tuple[list[float], float]:
+    """Return the means of numbers over the processes, and the seconds of the slowest one."""
+    means = torch.tensor(numbers, dtype=torch.float64, device=device)
+    distributed.all_reduce(means)
     slowest = torch.tensor(seconds, dtype=torch.float64, device=device)
     distributed.all_reduce(slowest, distributed.ReduceOp.MAX)
-    return mean.item() / distributed.get_world_size(), slowest.item()
+    return (means / distributed.get_world_size()).tolist(), slowest.item()

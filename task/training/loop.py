@@ -284,7 +284,8 @@ def _fit_beside(
     rng = torch.Generator(device)
     rng.set_state(rng_state)
     result = _fit(job, optimizers, rng, rank)
-    loss, seconds = average_results(result.loss, result.seconds, device)
+    numbers = [result.loss, *result.measures.values()]
+    (loss, *measures), seconds = average_results(numbers, result.seconds, device)
     return {
         "generator": generator.state_dict(),
         "optimizers": {name: each.state_dict() for name, each in optimizers.items()},
@@ -293,7 +294,7 @@ def _fit_beside(
             "loss": loss,
             "seconds": seconds,
             "images_per_second": job.options.epochs * len(job.images) / seconds,
-            "measures": result.measures,
+            "measures": dict(zip(result.measures, measures, strict=True)),
             "tensors": result.tensors,
         },
     }

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from task.runs.records import read_records
-from tests.processes import COMMANDS, SMALL, feddm_train
+from tests.processes import SMALL, feddm, feddm_train
 
 pytestmark = pytest.mark.slow
 
@@ -42,16 +41,6 @@ def run(installed: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     done = feddm_train(*words, *family, "train.lr=0.05", "run_name=toy", cwd=folder, env=installed)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "runs" / "toy"
-
-
-def feddm(*words: object, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [COMMANDS / "feddm", *map(str, words)],
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_its_configuration_has_no_diffusion(

@@ -163,6 +163,7 @@ def test_mean_over_processes_is_that_of_all_images(num: int) -> None:
     expected = model.example_losses(random_batch(num), seeded())
     measured = []
     for rank in range(4):
+        model.start()
         list(model.losses(random_batch(num, rank=rank, num_processes=4), seeded()))
         measured.append(model.measured())
     for name in model.measures:

@@ -1,0 +1,56 @@
+"""Every family of generators through the real commands: trained, resumed, drawn, exported."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from task.runs.records import TEST, TRAIN, read_records
+from task.runs.run import Run
+from tests.processes import SMALL, feddm, feddm_train
+
+pytestmark = pytest.mark.slow
+
+# Preset, values that make it small, what it measures of each training, and the parts of its loss.
+FAMILIES = [
+    pytest.param(
+        *("conv_vae", ["model.hidden_dim=64"], {"reconstruction", "kl"}, {"reconstruction", "kl"}),
+        id="conv_vae",
+    ),
+]
+COMMON = [word for word in SMALL if not word.startswith(("model", "diffusion", "federation.r"))]
+
+
+@pytest.mark.parametrize(("preset", "small", "measures", "parts"), FAMILIES)
+def test_family_trains_resumes_to_the_bit_draws_and_is_exported(
+    preset: str, small: list[str], measures: set[str], parts: set[str], tmp_path: Path
+) -> None:
+    words = [f"model={preset}", *small, *COMMON]
+    for name, rounds, resume in (("whole", 2, False), ("parts", 1, False), ("parts", 2, True)):
+        changes = [f"run_name={name}", f"federation.rounds={rounds}", f"resume={resume}".lower()]
+        done = feddm_train(*words, *changes, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    whole, again = (tmp_path / "runs" / name for name in ("whole", "parts"))
+    expected, found = (load_file(run / "model.safetensors") for run in (whole, again))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+    records = read_records(whole / "metrics.jsonl")
+    for reference, names in ((TRAIN, measures), (TEST, parts)):
+        for name in names:
+            assert set(records.series(name, reference=reference)) <= {1, 2}
+            assert records.last(name, reference=reference) is not None, name
+
+    drawn, exported = tmp_path / "drawn", tmp_path / "exported"
+    for command in (
+        ("generate", whole, "--num", 2, "--out", drawn),
+        ("export", whole, "--to", "safetensors", "--out", exported),
+    ):
+        done = feddm(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    with Image.open(drawn / "1" / "000001.png") as image:
+        assert image.size == (16, 16)
+    assert Run(whole).generator.title in (whole / "report.html").read_text(encoding="utf-8")
+    assert (exported / "model.safetensors").exists()
