@@ -53,8 +53,7 @@ def measure(*, full: bool, device: str) -> Figures:
     Returns:
         By data set, extractor, fault and metric the share of pairs of degrees (none among them)
         that are in order, `..._share`, and how many standard deviations over splits the mildest
-        degree lies above none, `..._sigmas`. For copies the
-        metric is the share of copies that is found.
+        degree lies above none, `..._sigmas`. For copies the metric is the share that is found.
 
     Raises:
         FileNotFoundError: the real images are not there.
@@ -80,9 +79,8 @@ def _data_sets(folder: Path) -> list[list[str]]:
     (root,) = {found.parent for found in (folder / "cells").rglob("train")}
     return [
         [
-            "data=image_folder",
+            "data=blood_cells",
             f"data.root={root}",
-            "data.classes=[platelets,rbc,wbc]",
             "data.test_fraction=0.3",
         ],
         ["data=fashion_mnist", f"data.root={SHARED}"],

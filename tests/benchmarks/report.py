@@ -36,7 +36,7 @@ SECTIONS = {
     "times as many trials)",
     "realism": "places of faulty images between real ones and noise (seconds)",
     "extractors": "which extractor orders known faults of real images by how bad they are (only "
-    "with --full or by name; needs ../shared/data)",
+    "with --full or by name, 20 minutes; needs ../shared/data)",
     "loss_curves": "loss curves of bfloat16 and float32 (only with --full or by name)",
     "sampling_quality": "Frechet distance of 20 steps against 300 on a model that is trained for "
     "it (only with --full or by name)",
