@@ -76,7 +76,43 @@ class VAEConfig(ModelConfig):
         require(data.image_size % divisor == 0, "data.image_size", expected, data.image_size)
 
 
-MODELS: dict[str, type[ModelConfig]] = {"diffusion": UNetConfig, "vae": VAEConfig}
+class StyleGAN2ADAConfig(ModelConfig):
+    """The networks of StyleGAN2 and how they are trained, see conf/model/stylegan2_ada.yaml."""
+
+    family: Literal["stylegan2_ada"]
+    latent_dim: PositiveInt
+    mapping_layers: PositiveInt
+    channel_base: PositiveInt
+    channel_max: PositiveInt
+    deviation_group: PositiveInt
+    style_mixing: float = Field(ge=0, le=1, description="in [0, 1]")
+    r1_gamma: float | None = Field(
+        ge=0, description=">= 0 (0: off), or null for what suits the size of image and batch"
+    )
+    r1_interval: PositiveInt
+    path_length_weight: float = Field(ge=0, description=">= 0 (0: off)")
+    path_length_interval: PositiveInt
+    ema_kimg: float | None = Field(gt=0, description="> 0, or null for what suits the batch")
+    ema_ramp: PositiveFloat
+    ada_target: float = Field(gt=-1, le=1, description="in (-1, 1] (1: no augmentation)")
+    ada_kimg: PositiveFloat
+
+    def check_images(self, data: DataConfig) -> None:
+        """Raise a ValueError unless the images double from 4x4."""
+        size = data.image_size
+        require(
+            size & (size - 1) == 0,
+            "data.image_size",
+            "a power of 2 with model.family=stylegan2_ada, such as 32, 64 or 128",
+            size,
+        )
+
+
+MODELS: dict[str, type[ModelConfig]] = {
+    "diffusion": UNetConfig,
+    "vae": VAEConfig,
+    "stylegan2_ada": StyleGAN2ADAConfig,
+}
 
 
 def model_schemas(family: object = None) -> dict[str, type[ModelConfig]]:
