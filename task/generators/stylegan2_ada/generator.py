@@ -21,8 +21,8 @@ from task.generators.stylegan2_ada.networks import Discriminator, StyleNetwork, 
 PATH_LENGTH_DECAY = 0.01
 # Batches after which the probability of augmentation changes.
 ADA_INTERVAL = 4
-# Below it, a discriminator's mean loss over a round says that it tells all images apart; of one that
-# tells none apart it is 2 log 2.
+# Below it, a discriminator's mean loss over a round says that it tells all images apart; it is
+# 2 log 2 where it tells none apart.
 DISCRIMINATOR_WON = 0.01
 
 
@@ -256,9 +256,9 @@ class StyleGAN2ADA(Generator):
         z, noise = self._draw_noise(batch, rng)
         labels = batch.labels[batch.part]
         half = slice((len(labels) + 1) // 2)
-        directions = torch.randn(
-            (len(batch), *self.image_shape), generator=rng, device=rng.device
-        )[batch.part]
+        directions = torch.randn((len(batch), *self.image_shape), generator=rng, device=rng.device)[
+            batch.part
+        ]
         lengths = path_lengths(
             self.generator, z[half], labels[half], noise=noise[half], directions=directions[half]
         )

@@ -5,6 +5,7 @@ learning rates, the standard deviation over a batch).
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from torch.nn import functional as F
 
 # Of the smallest feature maps, which hold a learned constant.
 BASE_SIZE = 4
+# About what a leaky ReLU takes off the root mean square of its inputs. Weights and biases bring it,
+# which has the same effect as scaling the outputs, and takes no pass over them.
+ACTIVATION_GAIN = math.sqrt(2)
 
 
 def full_precision(device: torch.device) -> torch.autocast:
@@ -20,8 +24,8 @@ def full_precision(device: torch.device) -> torch.autocast:
 
 
 def activate(x: Tensor) -> Tensor:
-    """Apply a leaky ReLU that keeps the second moment."""
-    return F.leaky_relu(x, 0.2) * math.sqrt(2)
+    """Apply the activation function of all layers."""
+    return F.leaky_relu(x, 0.2)
 
 
 def normalize_second_moment(x: Tensor) -> Tensor:
@@ -41,7 +45,13 @@ class EqualizedLinear(nn.Module):
     """A linear layer whose weights are scaled as they are used, so that all learn at one rate."""
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: float = 0.0, lr_multiplier: float = 1.0
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: float = 0.0,
+        lr_multiplier: float = 1.0,
+        activated: bool = False,
     ) -> None:
         """Draw weights.
 
@@ -50,16 +60,19 @@ class EqualizedLinear(nn.Module):
             out_features: length of the outputs.
             bias: every bias at first.
             lr_multiplier: of the layer's learning rate.
+            activated: whether the activation function follows.
         """
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
         self.bias = nn.Parameter(torch.full((out_features,), bias / lr_multiplier))
-        self.lr_multiplier = lr_multiplier
-        self.gain = lr_multiplier / math.sqrt(in_features)
+        self.activated = activated
+        self.bias_gain = lr_multiplier * (ACTIVATION_GAIN if activated else 1)
+        self.gain = self.bias_gain / math.sqrt(in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map vectors, [N, D]."""
-        return F.linear(x, self.weight * self.gain, self.bias * self.lr_multiplier)
+        x = F.linear(x, self.weight * self.gain, self.bias * self.bias_gain)
+        return activate(x) if self.activated else x
 
 
 class EqualizedConv(nn.Module):
@@ -71,8 +84,8 @@ class EqualizedConv(nn.Module):
         out_channels: int,
         kernel_size: int,
         *,
-        bias: bool = True,
         down: bool = False,
+        activated: bool = True,
     ) -> None:
         """Draw weights.
 
@@ -80,23 +93,28 @@ class EqualizedConv(nn.Module):
             in_channels: of the inputs.
             out_channels: of the outputs.
             kernel_size: odd.
-            bias: whether there is one.
             down: whether the images are blurred and halved.
+            activated: whether a bias and the activation function follow.
         """
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
-        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
-        self.gain = 1 / math.sqrt(in_channels * kernel_size**2)
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if activated else None
+        self.gain = (ACTIVATION_GAIN if activated else 1) / math.sqrt(in_channels * kernel_size**2)
         self.down = down
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve images, [N, C, H, W]."""
+        if self.bias is None:
+            return self._convolve(x, None)
+        return activate(self._convolve(x, self.bias * ACTIVATION_GAIN))
+
+    def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
         padding, weight = self.weight.shape[-1] // 2, self.weight * self.gain
         if not self.down:
-            return F.conv2d(x, weight, self.bias, padding=padding)
+            return F.conv2d(x, weight, bias, padding=padding)
         if padding == 0:  # a 1x1 convolution needs the pixels that are left alone
-            return F.conv2d(blur(x, padding=1, stride=2), weight, self.bias)
-        return F.conv2d(blur(x, padding=1 + padding), weight, self.bias, stride=2)
+            return F.conv2d(blur(x, padding=1, stride=2), weight, bias)
+        return F.conv2d(blur(x, padding=1 + padding), weight, bias, stride=2)
 
 
 class ModulatedConv(nn.Module):
@@ -115,6 +133,7 @@ class ModulatedConv(nn.Module):
         *,
         demodulate: bool = True,
         up: bool = False,
+        gain: float = 1.0,
     ) -> None:
         """Draw weights.
 
@@ -125,12 +144,13 @@ class ModulatedConv(nn.Module):
             style_dim: length of the vectors that say the style.
             demodulate: whether to keep the variance of the outputs.
             up: whether the images are doubled and blurred.
+            gain: of the outputs.
         """
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.style = EqualizedLinear(style_dim, in_channels, bias=1.0)
         self.gain = 1 / math.sqrt(in_channels * kernel_size**2)
-        self.demodulate, self.up = demodulate, up
+        self.demodulate, self.up, self.output_gain = demodulate, up, gain
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """Convolve images.
@@ -148,10 +168,10 @@ class ModulatedConv(nn.Module):
         else:
             x = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
         if not self.demodulate:
-            return x
+            return x * self.output_gain
         with full_precision(x.device):
             power = styles.float().square() @ weight.square().sum((2, 3)).T
-            scales = (power + 1e-8).rsqrt()
+            scales = (power + 1e-8).rsqrt() * self.output_gain
         return x * scales[:, :, None, None].to(x.dtype)
 
 
@@ -181,8 +201,8 @@ class MappingNetwork(nn.Module):
         self.embedding = nn.Embedding(num_classes, out_dim)
         dims = [latent_dim + out_dim, *[out_dim] * num_layers]
         self.layers = nn.ModuleList(
-            EqualizedLinear(before, after, lr_multiplier=lr_multiplier)
-            for before, after in zip(dims, dims[1:], strict=False)
+            EqualizedLinear(before, after, lr_multiplier=lr_multiplier, activated=True)
+            for before, after in pairwise(dims)
         )
 
     def forward(self, z: Tensor | None, labels: Tensor) -> Tensor:
@@ -191,7 +211,7 @@ class MappingNetwork(nn.Module):
         if z is not None:
             x = torch.cat([normalize_second_moment(z), x], 1)
         for layer in self.layers:
-            x = activate(layer(x))
+            x = layer(x)
         return x
 
 
@@ -203,15 +223,17 @@ class StyledConv(nn.Module):
     ) -> None:
         """Draw weights; arguments as of `ModulatedConv`."""
         super().__init__()
-        self.conv = ModulatedConv(in_channels, out_channels, 3, style_dim, up=up)
+        self.conv = ModulatedConv(
+            in_channels, out_channels, 3, style_dim, up=up, gain=ACTIVATION_GAIN
+        )
         self.noise_strength = nn.Parameter(torch.zeros(()))
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor) -> Tensor:
         """Convolve images, [N, C, H, W], add noise, [N, 1, H', W'], and activate."""
         x = self.conv(x, w)
-        x = x + (noise * self.noise_strength).to(x.dtype)
-        return activate(x + self.bias[:, None, None].to(x.dtype))
+        x = x + (noise * (self.noise_strength * ACTIVATION_GAIN)).to(x.dtype)
+        return activate(x + (self.bias * ACTIVATION_GAIN)[:, None, None].to(x.dtype))
 
 
 class ToImage(nn.Module):
@@ -276,7 +298,7 @@ class StyleNetwork(nn.Module):
         )
         self.constant = nn.Parameter(torch.randn(widths[0], BASE_SIZE, BASE_SIZE))
         self.convs = nn.ModuleList([StyledConv(widths[0], widths[0], latent_dim)])
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             self.convs.append(StyledConv(before, after, latent_dim, up=True))
             self.convs.append(StyledConv(after, after, latent_dim))
         self.to_images = nn.ModuleList(ToImage(width, channels, latent_dim) for width in widths)
@@ -314,7 +336,12 @@ class StyleNetwork(nn.Module):
         return image
 
     def styles(
-        self, z: Tensor, labels: Tensor, *, other: Tensor | None = None, crossover: Tensor | None = None
+        self,
+        z: Tensor,
+        labels: Tensor,
+        *,
+        other: Tensor | None = None,
+        crossover: Tensor | None = None,
     ) -> Tensor:
         """Map latents to styles, those of two latents mixed where another is given.
 
@@ -368,11 +395,11 @@ class DiscriminatorBlock(nn.Module):
         super().__init__()
         self.first = EqualizedConv(in_channels, in_channels, 3)
         self.second = EqualizedConv(in_channels, out_channels, 3, down=True)
-        self.skip = EqualizedConv(in_channels, out_channels, 1, bias=False, down=True)
+        self.skip = EqualizedConv(in_channels, out_channels, 1, down=True, activated=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve features, [N, C, H, W]."""
-        deep = activate(self.second(activate(self.first(x))))
+        deep: Tensor = self.second(self.first(x))
         return (deep + self.skip(x)) / math.sqrt(2)
 
 
@@ -398,11 +425,10 @@ class Discriminator(nn.Module):
         self.group_size = group_size
         self.from_image = EqualizedConv(channels, widths[0], 1)
         self.blocks = nn.ModuleList(
-            DiscriminatorBlock(before, after)
-            for before, after in zip(widths, widths[1:], strict=False)
+            DiscriminatorBlock(before, after) for before, after in pairwise(widths)
         )
         self.conv = EqualizedConv(widths[-1] + 1, widths[-1], 3)
-        self.hidden = EqualizedLinear(widths[-1] * BASE_SIZE**2, widths[-1])
+        self.hidden = EqualizedLinear(widths[-1] * BASE_SIZE**2, widths[-1], activated=True)
         self.output = EqualizedLinear(widths[-1], latent_dim)
         self.mapping = MappingNetwork(0, num_classes, latent_dim, num_layers=mapping_layers)
 
@@ -416,10 +442,11 @@ class Discriminator(nn.Module):
         Returns:
             [N] float32.
         """
-        x = activate(self.from_image(images))
+        x = self.from_image(images)
         for block in self.blocks:
             x = block(x)
-        x = activate(self.conv(with_batch_deviation(x, self.group_size)))
-        x = activate(self.hidden(x.flatten(1)))
+        x = self.conv(with_batch_deviation(x, self.group_size))
+        x = self.hidden(x.flatten(1))
         directions = self.mapping(None, labels).float()
-        return (self.output(x).float() * directions).sum(1) / math.sqrt(directions.shape[1])
+        logits: Tensor = (self.output(x).float() * directions).sum(1)
+        return logits / math.sqrt(directions.shape[1])
