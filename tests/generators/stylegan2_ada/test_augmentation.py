@@ -10,11 +10,12 @@ from torch.nn import functional as F
 from task.generators.stylegan2_ada.augmentation import (
     SYM6,
     ImageChanges,
+    _composed,
+    _hue_rotations,
     change_images,
     draw_changes,
     warp,
 )
-from task.generators.stylegan2_ada.augmentation import _composed, _hue_rotations
 
 
 def drawn(number: int, probability: float, *, channels: int = 3, seed: int = 0) -> ImageChanges:

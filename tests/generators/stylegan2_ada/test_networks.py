@@ -38,10 +38,7 @@ def correlate(image: Tensor, kernel: Tensor) -> Tensor:
     height, width = (length - size + 1 for length in image.shape[1:])
     rows = [
         torch.stack(
-            [
-                (image[:, y : y + size, x : x + size] * kernel).sum((1, 2, 3))
-                for x in range(width)
-            ],
+            [(image[:, y : y + size, x : x + size] * kernel).sum((1, 2, 3)) for x in range(width)],
             1,
         )
         for y in range(height)
