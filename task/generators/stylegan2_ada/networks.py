@@ -172,7 +172,8 @@ class ModulatedConv(nn.Module):
         with full_precision(x.device):
             power = styles.float().square() @ weight.square().sum((2, 3)).T
             scales = (power + 1e-8).rsqrt() * self.output_gain
-        return x * scales[:, :, None, None].to(x.dtype)
+            x = x * scales[:, :, None, None].to(x.dtype)
+        return x
 
 
 class MappingNetwork(nn.Module):
@@ -399,8 +400,8 @@ class DiscriminatorBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve features, [N, C, H, W]."""
-        deep: Tensor = self.second(self.first(x))
-        return (deep + self.skip(x)) / math.sqrt(2)
+        total: Tensor = self.second(self.first(x)) + self.skip(x)
+        return total / math.sqrt(2)
 
 
 class Discriminator(nn.Module):

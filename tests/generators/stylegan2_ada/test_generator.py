@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,16 +47,11 @@ def trained(generator: StyleGAN2ADA, number: int, *, precision: str = "float32")
     images = torch.randint(
         0, 256, (number, 1, 16, 16), generator=torch.Generator().manual_seed(2), dtype=torch.uint8
     )
-    options = (
-        OPTIONS
-        if precision == "float32"
-        else FitOptions(**{**vars(OPTIONS), "precision": precision})
-    )
     fit(
         generator,
         images,
         torch.arange(number) % 10,
-        options=options,
+        options=replace(OPTIONS, precision=precision),
         optimizers=generator.optimizers(0.0025),
         rng=torch.Generator().manual_seed(3),
     )
@@ -144,6 +140,29 @@ def test_probability_stays_at_most_one() -> None:
     assert adaptation.probability.item() == 1
 
 
+class ScriptedDiscriminator(nn.Module):
+    """Says of real images what the script says, and 0 of drawn ones and in the generator's step."""
+
+    def __init__(self, script: list[float]) -> None:
+        super().__init__()
+        self.logits = [logit for real in script for logit in (real, 0.0, 0.0)]
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return torch.full((len(images),), self.logits.pop(0))
+
+
+def test_probability_changes_every_four_batches() -> None:
+    generator = small("model.r1_gamma=0.0", "model.path_length_weight=0.0", "model.ada_kimg=0.32")
+    # Means over four batches of 8: 0.5, 1, 0.75 and again 1.
+    script = [1.0, 1.0, 1.0, -1.0, *[1.0] * 4, 1.0, 1.0, 1.0, 0.0, *[1.0] * 4]
+    generator.discriminator = ScriptedDiscriminator(script)
+    found, batch, rng = [], batch_of(), torch.Generator().manual_seed(0)
+    for _ in script:
+        assert len(list(generator.losses(batch, rng))) == 2
+        found.append(round(generator.adaptation.probability.item(), 6))
+    assert found == [*[0] * 7, *[0.1] * 4, *[0.2] * 4, 0.3]
+
+
 def test_penalties_come_every_few_batches() -> None:
     generator, batch, rng = small(), batch_of(), torch.Generator().manual_seed(0)
     names = []
@@ -216,6 +235,33 @@ def test_several_processes_have_the_losses_of_one() -> None:
         return total
 
     assert mean_loss(2) == pytest.approx(mean_loss(1), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_agree_on_averages_and_probability() -> None:
+    """Real processes, of which each sees half of a batch."""
+    images = torch.randint(
+        0, 256, (32, 1, 16, 16), generator=torch.Generator().manual_seed(2), dtype=torch.uint8
+    )
+    states = []
+    for number in (1, 2):
+        # The half of a batch whose paths are measured is another one with two processes.
+        generator = small("model.path_length_weight=0.0", "model.ada_kimg=1.0")
+        fit(
+            generator,
+            images,
+            torch.arange(32) % 10,
+            options=replace(OPTIONS, num_processes=number),
+            optimizers=generator.optimizers(0.0025),
+            rng=torch.Generator().manual_seed(3),
+        )
+        states.append(generator.state_dict())
+    one, two = states
+    assert one["adaptation.probability"] == two["adaptation.probability"]
+    assert one["adaptation.num_batches"] == two["adaptation.num_batches"] == 4
+    for name, tensor in one.items():
+        if not name.startswith("adaptation.totals"):
+            torch.testing.assert_close(two[name], tensor, atol=2e-3, rtol=1e-2, msg=name)
 
 
 def test_average_of_the_weights_follows_them_by_its_half_life() -> None:
