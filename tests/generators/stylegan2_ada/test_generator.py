@@ -224,6 +224,32 @@ def test_discriminator_learns_to_tell_images_of_one_color() -> None:
     assert losses[-1] < losses[0] / 2
 
 
+def test_it_learns_what_each_class_looks_like() -> None:
+    """In class 0 the left half of an image is bright, in class 1 the right half."""
+    generator = small(
+        *("data.image_size=8", "model.channel_base=128", "model.channel_max=16"),
+        *("model.latent_dim=16", "model.ema_kimg=0.1", "model.path_length_weight=0.0"),
+    )
+    rng, labels = torch.Generator().manual_seed(0), torch.arange(320) % 2
+    images = torch.randint(0, 60, (320, 1, 8, 8), generator=rng, dtype=torch.uint8)
+    images[labels == 0, :, :, :4] += 180
+    images[labels == 1, :, :, 4:] += 180
+    fit(
+        generator,
+        images,
+        labels,
+        options=replace(OPTIONS, epochs=5, batch_size=16),
+        optimizers=generator.optimizers(0.005),
+        rng=rng,
+    )
+    noise = noise_of(generator, 32)
+    drawn = generator.sample(labels[:32], lambda: noise)
+    contrast = drawn[..., :4].mean((1, 2, 3)) - drawn[..., 4:].mean((1, 2, 3))
+    expected = 180 / 127.5
+    assert contrast[::2].mean().item() == pytest.approx(expected, abs=0.4)
+    assert contrast[1::2].mean().item() == pytest.approx(-expected, abs=0.4)
+
+
 def test_several_processes_have_the_losses_of_one() -> None:
     def mean_loss(number: int) -> float:
         total = 0.0
