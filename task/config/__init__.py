@@ -23,7 +23,7 @@ from task.config.flower import (
     compose_run_config,
     load_run_config,
 )
-from task.config.models import MODELS, ModelConfig, VAEConfig
+from task.config.models import MODELS, ModelConfig, StyleGAN2ADAConfig, VAEConfig
 from task.config.overrides import hydra_override, read_override
 from task.config.schema import (
     CONF_DIR,
@@ -62,6 +62,7 @@ __all__ = [
     "DataConfig",
     "FederationConfig",
     "ModelConfig",
+    "StyleGAN2ADAConfig",
     "VAEConfig",
     "Word",
     "anchored",

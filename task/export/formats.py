@@ -67,7 +67,8 @@ class Format:
 
     def fill(self, folder: Path, generator: Generator, settings: Settings) -> None:
         """Write the model and what describes it."""
-        save_file(generator.state_dict(), folder / "model.safetensors", {"format": "pt"})
+        weights = generator.shared(generator.state_dict())
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
         (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
     @torch.inference_mode()
@@ -80,7 +81,7 @@ class Format:
             The largest absolute difference, and the largest absolute value.
         """
         loaded = copy.deepcopy(generator)
-        loaded.load_state_dict(load_file(folder / "model.safetensors"))
+        loaded.load_shared(load_file(folder / "model.safetensors"))
         labels = torch.arange(NUM_COMPARED) % len(settings["classes"])
         noise = torch.randn(
             NUM_COMPARED, *generator.noise_shape, generator=torch.Generator().manual_seed(0)

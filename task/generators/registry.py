@@ -8,8 +8,8 @@ from task.checks import require
 from task.config import MODELS, Config, ModelConfig
 from task.generators.base import Generator
 from task.generators.diffusion.generator import build_diffusion
-from task.generators.vae import build_vae
 from task.generators.stylegan2_ada.generator import build_stylegan2_ada
+from task.generators.vae import build_vae
 from task.randomness import Stream, seeded_global_generator, torch_generator
 
 GENERATORS: dict[str, Callable[[Config], Generator]] = {

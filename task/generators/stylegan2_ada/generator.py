@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from task.config import Config
-from task.config.schema import StyleGAN2ADAConfig
+from task.config import Config, StyleGAN2ADAConfig
 from task.generators.base import Advance, Batch, Generator, NoiseSource
 from task.generators.stylegan2_ada.augmentation import ImageChanges, change_images, draw_changes
 from task.generators.stylegan2_ada.networks import Discriminator, StyleNetwork, full_precision
@@ -61,7 +60,7 @@ class Adaptation(nn.Module):
         signs: sum of the discriminator's signs at real images since the last change of
             `probability`, and how many images these were, [2] float32.
         num_batches: trained on so far, [] int64.
-        totals: since `prepare`: sums of the discriminator's loss, the generator's loss and the
+        totals: since `start`: sums of the discriminator's loss, the generator's loss and the
             mean sign over batches, and the number of batches, [4] float32.
     """
 
@@ -157,16 +156,19 @@ class StyleGAN2ADA(Generator):
         self.register_buffer("path_length_mean", torch.zeros(()))
         self.register_buffer("kimg_seen", torch.zeros(()))
         self.image_shape = image_shape
-        # A latent, and what each convolution adds.
-        self.noise_shape = (generator.latent_dim + generator.noise_length,)
         self._network_arguments = dict(network_arguments)
-        # `adaptation.num_batches` and the size of the last batch: reading a tensor in a step
+        # `adaptation.num_batches` and the images since the last step: reading a tensor in a step
         # would wait for the device.
-        self._num_batches = self._batch_size = 0
+        self._num_batches = self._step_images = 0
 
-    def prepare(self, num_images: int) -> None:
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """A latent, and what each convolution adds."""
+        return (self.generator.latent_dim + self.generator.noise_length,)
+
+    def start(self) -> None:
         """Continue the count of batches of this client, and begin to measure."""
-        self._num_batches = int(self.adaptation.num_batches)
+        self._num_batches, self._step_images = int(self.adaptation.num_batches), 0
         self.adaptation.totals.zero_()
 
     @property
@@ -189,7 +191,7 @@ class StyleGAN2ADA(Generator):
     def losses(self, batch: Batch, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         """Yield the discriminator's loss and the generator's, every few batches with a penalty."""
         options = self.training_options
-        self._batch_size = len(batch)
+        self._step_images += len(batch)
         real = self._augmented(batch.images[batch.part], batch, rng)
         yield "discriminator", self._discriminator_losses(real, batch, rng)
         if options.r1_gamma > 0 and self._num_batches % options.r1_interval == 0:
@@ -282,8 +284,8 @@ class StyleGAN2ADA(Generator):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Move the average of the generator's weights on by a batch."""
-        options, size = self.training_options, self._batch_size
+        """Move the average of the generator's weights on by the images of a step."""
+        options, size, self._step_images = self.training_options, self._step_images, 0
         self.kimg_seen += size / 1000
         half_life = (self.kimg_seen * options.ema_ramp).clamp(max=options.ema_kimg)
         change = 1 - torch.exp2(-size / 1000 / half_life)
@@ -292,7 +294,7 @@ class StyleGAN2ADA(Generator):
             average.lerp_(current, change)
 
     def measured(self) -> dict[str, Tensor]:
-        """Return the means over the batches since `prepare`, and what is augmented now."""
+        """Return the means over the batches since `start`, and what is augmented now."""
         discriminator, generator, sign, number = self.adaptation.totals
         means = (discriminator / number, generator / number)
         values = (*means, self.adaptation.probability, sign / number)
@@ -404,7 +406,7 @@ def build_stylegan2_ada(config: Config) -> StyleGAN2ADA:
     """Make the networks of a configuration, with weights from torch's global generator."""
     # By its family the registry has found this function, and the schema its class.
     model = cast(StyleGAN2ADAConfig, config.model)
-    data, batch_size = config.data, config.train.batch_size
+    data, step_size = config.data, config.train.batch_size * config.train.accumulation
     arguments = {
         "image_size": data.image_size,
         "channels": data.channels,
@@ -417,11 +419,11 @@ def build_stylegan2_ada(config: Config) -> StyleGAN2ADA:
     r1_gamma, ema_kimg = model.r1_gamma, model.ema_kimg
     training = GanTraining(
         style_mixing=model.style_mixing,
-        r1_gamma=2e-4 * data.image_size**2 / batch_size if r1_gamma is None else r1_gamma,
+        r1_gamma=2e-4 * data.image_size**2 / step_size if r1_gamma is None else r1_gamma,
         r1_interval=model.r1_interval,
         path_length_weight=model.path_length_weight,
         path_length_interval=model.path_length_interval,
-        ema_kimg=batch_size * 10 / 32 if ema_kimg is None else ema_kimg,
+        ema_kimg=step_size * 10 / 32 if ema_kimg is None else ema_kimg,
         ema_ramp=model.ema_ramp,
         ada_target=model.ada_target,
         ada_kimg=model.ada_kimg,

@@ -330,7 +330,7 @@ def test_counts_and_probability_stay_and_continue() -> None:
     }
     other = small()
     other.load_state_dict(generator.state_dict())
-    other.prepare(40)
+    other.start()
     rng = torch.Generator().manual_seed(0)
     # After 5 batches the next penalty of any kind is due at batch 8.
     assert [name for name, _ in other.losses(batch_of(), rng)] == ["discriminator", "generator"]
@@ -339,7 +339,7 @@ def test_counts_and_probability_stay_and_continue() -> None:
 
 def test_measures_are_means_over_batches() -> None:
     generator = small()
-    generator.prepare(16)
+    generator.start()
     for signs, loss in ((1.0, 0.5), (-1.0, 1.5)):
         generator.adaptation.see(torch.full((4,), signs), torch.full((4,), loss))
         generator.adaptation.see_drawn(torch.full((4,), 3 * loss))
@@ -409,7 +409,7 @@ def test_what_the_networks_cannot_be_is_refused(word: str, expected: str) -> Non
     ],
 )
 def test_presets_train_images_of_their_size(preset: str, size: int, gamma: float) -> None:
-    words = [f"model={preset}", f"data.image_size={size}", "train.batch_size=32", "data=cifar10"]
+    words = [f"model={preset}", f"data.image_size={size}", "data=cifar10"]
     with torch.device("meta"):
         generator = build_generator(load_config(words))
     assert isinstance(generator, StyleGAN2ADA)
