@@ -4,6 +4,7 @@ import os
 import time
 from typing import cast
 
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SType
@@ -21,7 +22,7 @@ from task.evaluation.hospital_scores import score_images
 from task.protocol.node import NodeConfig, check_node, own_config, read_node_config
 from task.protocol.wire import SCORES, Key, from_npy, to_npy
 from task.randomness import Stream, torch_generator
-from task.training.devices import device_name
+from task.training.devices import device_name, move
 from task.training.loop import fit, fit_options, held_out_losses
 
 app = ClientApp()
@@ -75,27 +76,31 @@ def train(message: Message, context: Context) -> Message:
     workspace = open_workspace(context)
     config = workspace.config
     images, _ = workspace.images(context)
-    state = LocalState(workspace, int(asked[Key.CLIENT]))  # type: ignore[arg-type]
-    workspace.generator.prepare(len(images))
-    receive_weights(workspace, message)
-    optimizers = workspace.generator.optimizers(config.train.lr)
-    state.load(optimizers, before=server_round)
-    precision = choose_precision(workspace, context, str(asked[Key.PRECISION]))
-    result = fit(
-        workspace.generator,
-        images.images,
-        images.labels,
-        options=fit_options(config, precision=precision, num_processes=workspace.num_processes),
-        optimizers=optimizers,
-        rng=torch_generator(
-            config.seed,
-            Stream.TRAIN,
-            server_round,
-            int(asked[Key.CLIENT]),  # type: ignore[arg-type]
-            device=workspace.device,
-        ),
-    )
-    state.save(optimizers, server_round=server_round)
+    generator = workspace.generator
+    with LocalState(workspace, asked).held() as state:
+        generator.prepare(len(images))
+        receive_weights(workspace, message)
+        # Before the optimizers, whose state lies in memory as the weights do.
+        place = workspace.device if workspace.num_processes == 1 else torch.device("cpu")
+        move(generator, place, channels_last=config.train.channels_last)
+        optimizers = generator.optimizers(config.train.lr)
+        state.load(optimizers)
+        precision = choose_precision(workspace, context, str(asked[Key.PRECISION]))
+        result = fit(
+            generator,
+            images.images,
+            images.labels,
+            options=fit_options(config, precision=precision, num_processes=workspace.num_processes),
+            optimizers=optimizers,
+            rng=torch_generator(
+                config.seed,
+                Stream.TRAIN,
+                server_round,
+                int(asked[Key.CLIENT]),  # type: ignore[arg-type]
+                device=workspace.device,
+            ),
+        )
+        state.save(optimizers)
     keep_local_model(workspace, server_round, precision)
     packed = workspace.layout.pack(workspace.generator.state_dict(), config.federation.wire_dtype)
     # As Flower's Array(packed), with fewer copies.
@@ -140,11 +145,9 @@ def evaluate(message: Message, context: Context) -> Message:
     losses = None
     # A small share of a skewed partition can be without held-out images.
     if len(held_out) > 0:
-        state = LocalState(workspace, int(asked[Key.CLIENT]))  # type: ignore[arg-type]
         workspace.generator.prepare(len(images))
         receive_weights(workspace, message)
-        # The first round that follows; this one's own training is over.
-        state.load({}, before=int(asked[Key.SERVER_ROUND]) + 1)  # type: ignore[arg-type]
+        LocalState(workspace, asked).load()
         precision = choose_precision(workspace, context, str(asked[Key.PRECISION]))
         losses = held_out_losses(
             workspace.generator,
@@ -163,7 +166,7 @@ def evaluate(message: Message, context: Context) -> Message:
         metrics[name] = loss
     logger.info(
         "round %s: evaluated %d held-out images in %.1f s: loss %s on %s",
-        asked.get(Key.SERVER_ROUND, "?"),
+        asked[Key.SERVER_ROUND],
         len(held_out),
         time.perf_counter() - start,
         "unknown" if losses is None else f"{losses[Key.LOSS]:.5g}",

@@ -1,20 +1,26 @@
 """What a client keeps of its training from one round to the next, and never sends."""
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
+from flwr.app import ConfigRecord
+
+from client_app.log import logger
 from client_app.workspace import Workspace
+from task.files import remove_left_overs
+from task.lock import hold
 from task.protocol.node import missing_output_path, output_folder
-from task.runs.checkpoint import (
-    join_groups,
-    load_weights,
-    save_weights,
-    split_groups,
-    weights_metadata,
-)
-from task.runs.layout import round_of, run_path
+from task.protocol.wire import Key
+from task.runs.checkpoint import join_groups, load_weights, save_weights, split_groups
+from task.runs.layout import LOCK_FILE, round_of, run_path
 from task.training.loop import Optimizers
 from task.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
+
+# An earlier training of a client may still be about to end.
+LOCK_PATIENCE_SECONDS = 60.0
+ROUND_FILES = "round_*.safetensors"
 
 
 class LocalState:
@@ -24,88 +30,123 @@ class LocalState:
     it then begins with the state that it began with before.
     """
 
-    def __init__(self, workspace: Workspace, client: int) -> None:
-        """Name the folder; nothing is read yet.
+    def __init__(self, workspace: Workspace, asked: ConfigRecord) -> None:
+        """Make the folder, where anything is kept.
 
         Args:
             workspace: whose generator says what is kept.
-            client: its number; in a simulation each has a folder of its own.
-        """
-        self._workspace, self._generator = workspace, workspace.generator
-        self._folder = self._own_folder(client) if self._generator.keeps_state else None
+            asked: what the server's message says of the run and the client.
 
-    def load(self, optimizers: Optimizers, *, before: int) -> None:
-        """Take up the state after the last round before one; without any it stays as it is new.
+        Raises:
+            OSError: the folder cannot be made, such as on a disk that is not mounted.
+            ValueError: a real node has no place for it, or the run's name is none.
+        """
+        self._generator = workspace.generator
+        self._client = int(asked[Key.CLIENT])  # type: ignore[arg-type]
+        self._round = int(asked[Key.SERVER_ROUND])  # type: ignore[arg-type]
+        self._run_id = str(asked[Key.RUN_ID])
+        self._keep = workspace.config.federation.keep_checkpoints
+        self._folder = None
+        if self._generator.keeps_state:
+            self._folder = _make_folder(workspace, str(asked[Key.RUN_NAME]), self._client)
+
+    @contextmanager
+    def held(self) -> Iterator[Self]:
+        """Keep another process from training the same client.
+
+        Raises:
+            ValueError: one is doing so.
+        """
+        if self._folder is None:
+            yield self
+            return
+        lock = hold(self._folder / LOCK_FILE, Key.CLIENT, patience=LOCK_PATIENCE_SECONDS)
+        try:
+            yield self
+        finally:
+            lock.close()
+
+    def load(self, optimizers: Optimizers | None = None) -> None:
+        """Take up the state that the round begins with; without any it stays as it is new.
 
         Args:
-            optimizers: of the generator, which has been prepared.
-            before: 1-based round.
+            optimizers: of the generator, which has been prepared and is where it is trained; None:
+                the round's training is over, and the state after it is taken up, for evaluation.
 
         Raises:
             ValueError: the file is damaged, of another run, or of other images.
         """
+        if self._folder is None:
+            return
+        before = self._round + (optimizers is None)
         earlier = [file for file in self._files() if round_of(file) < before]
         if not earlier:
+            logger.info("round %d: what stays at this client begins anew", self._round)
             return
         tensors, metadata = load_weights(earlier[-1])
-        local, gathered = split_groups(tensors)
-        config = self._workspace.run_config
-        stored = json.loads(metadata["config"])
-        if (stored["seed"], stored["model"]) != (config.seed, config.model.model_dump()):
+        if (metadata["run"], metadata["client"]) != (self._run_id, str(self._client)):
             raise ValueError(
-                f"{earlier[-1]} is of another run of the name {config.run_name}; move its folder "
-                "away, and this client starts anew"
+                f"{earlier[-1]} is of another run, or another client, of the same name; move its "
+                "folder away, and this client starts anew"
             )
+        local, gathered = split_groups(tensors)
         try:
             self._generator.load_state_dict({**self._generator.state_dict(), **local})
-            for name in self._generator.local_optimizers & optimizers.keys():
-                load_optimizer_tensors(optimizers[name], gathered.get(name, {}))
+            for name in self._generator.local_optimizers & (optimizers or {}).keys():
+                load_optimizer_tensors((optimizers or {})[name], gathered.get(name, {}))
         except RuntimeError as error:
             raise ValueError(
                 f"{earlier[-1]} does not fit: this client has another number of images than after "
                 f"round {metadata['round']}; move its folder away, and this client starts anew"
             ) from error
+        logger.info("round %d: goes on from the state of %s", self._round, earlier[-1].name)
 
-    def save(self, optimizers: Optimizers, *, server_round: int) -> None:
-        """Keep the state after a round, and forget that of rounds which no server goes back to.
+    def save(self, optimizers: Optimizers) -> None:
+        """Keep the state after the round, and forget that of rounds which no server goes back to.
 
         Args:
             optimizers: of the generator.
-            server_round: 1-based.
 
         Raises:
             OSError: it cannot be written.
         """
         if self._folder is None:
             return
-        # What one hospital alone has trained tells of its images: for the node's own user.
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = self._generator.state_dict()
         local = {name: tensor for name, tensor in state.items() if self._generator.stays(name)}
         kept = sorted(self._generator.local_optimizers & optimizers.keys())
         gathered = {name: optimizer_tensors(optimizers[name]) for name in kept}
+        remove_left_overs(self._folder / ROUND_FILES)
         for file in self._files():
-            if round_of(file) > server_round:
+            if round_of(file) > self._round:
                 file.unlink()
-        config = self._workspace.run_config
         save_weights(
-            self._folder / f"round_{server_round:04d}.safetensors",
+            self._folder / f"round_{self._round:04d}.safetensors",
             join_groups(local, gathered),
-            weights_metadata(config, server_round),
+            {"round": str(self._round), "run": self._run_id, "client": str(self._client)},
         )
         # One more than the server's checkpoints, because its last may be of the round before.
-        for old in self._files()[: -(config.federation.keep_checkpoints + 1)]:
+        for old in self._files()[: -(self._keep + 1)]:
             old.unlink()
 
-    def _own_folder(self, client: int) -> Path:
-        config, node = self._workspace.config, self._workspace.node
-        if node is None:
-            return run_path(config) / "clients" / f"client-{client}"
-        if node.output_path is None:
-            raise missing_output_path(self._generator)
-        return output_folder(node.output_path) / config.run_name / "state"
-
     def _files(self) -> list[Path]:
-        if self._folder is None:
-            return []
-        return sorted(self._folder.glob("round_*.safetensors"), key=round_of)
+        return [] if self._folder is None else sorted(self._folder.glob(ROUND_FILES), key=round_of)
+
+
+def _make_folder(workspace: Workspace, run_name: str, client: int) -> Path:
+    node = workspace.node
+    # Checks the name, which comes from outside.
+    config = workspace.config.changed({"run_name": run_name})
+    if node is None:
+        run, parts = run_path(config), ("clients",)
+    elif node.output_path is not None:
+        run, parts = output_folder(node.output_path) / run_name, ("state",)
+        run.mkdir(mode=0o700, exist_ok=True)
+    else:
+        raise missing_output_path(workspace.generator)
+    folder = run
+    for part in (*parts, f"client-{client}"):
+        folder /= part
+        # What one hospital alone has trained tells of its images: for the node's own user.
+        folder.mkdir(mode=0o700, exist_ok=True)
+    return folder

@@ -348,7 +348,14 @@ class FederatedTraining(RoundLoop):
             packed: [P], the weights to start from.
             read: of the replies; see `Question`.
         """
-        config = ConfigRecord({Key.PRECISION: self.config.train.precision})
+        # The name that a client composes itself may be another, with the time of day.
+        config = ConfigRecord(
+            {
+                Key.PRECISION: self.config.train.precision,
+                Key.RUN_NAME: self.directory.path.name,
+                Key.RUN_ID: self.directory.run_id,
+            }
+        )
         content = RecordDict({Key.ARRAYS: packed_record(packed), Key.CONFIG: config})
         return Question(message_type, content, read)
 

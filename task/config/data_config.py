@@ -90,7 +90,7 @@ class DataConfig(Section):
         )
         try:
             groups = re.compile(self.patient_pattern).groups
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             groups = -1
             problem = f"{self.patient_pattern} ({error})"
         else:

@@ -21,14 +21,19 @@ def read_rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[s
         The number of the line, 1-based, and the values of the columns without outer spaces.
 
     Raises:
-        ValueError: the table is not UTF-8, lacks a column, or a row is cut off, too long, or has a
-            quote that is not closed.
+        ValueError: the table is not UTF-8, lacks a column or has it twice, or a row is cut off, too
+            long, or has a quote that is not closed.
     """
     reader = csv.DictReader(io.StringIO(_utf8_text(table), newline=""), strict=True)
     try:
         named = list(reader.fieldnames or [])
-        expected = f"a table with the columns {', '.join(columns)}"
-        require(set(columns) <= set(named), str(table), expected, named)
+        expected = (
+            f"a table with each of the columns {', '.join(columns)} once, named in its line 1"
+        )
+        # Without a line of names, line 1 is of a patient.
+        wrong = [column for column in columns if named.count(column) != 1]
+        found = f"{len(named)} columns, without or with several of {', '.join(wrong)}"
+        require(not wrong, str(table), expected, found)
         for row in reader:
             beyond = row.pop(None, [])
             given = sum(value is not None for value in row.values()) + len(beyond)

@@ -21,7 +21,7 @@ def number_patients(names: Sequence[str]) -> np.ndarray:
     """Number patients by their names, in the order of these.
 
     A number is the same patient with and without zeros before it or after its decimal point, as
-    spreadsheets write it.
+    spreadsheets write it, and a name is the same however a system composes its letters.
 
     Args:
         names: N of them.
@@ -29,7 +29,8 @@ def number_patients(names: Sequence[str]) -> np.ndarray:
     Returns:
         [N] int64 in [0, number of patients).
     """
-    _, numbers = np.unique([_without_zeros(name.strip()) for name in names], return_inverse=True)
+    known = [_without_zeros(_composed(name).strip()) for name in names]
+    _, numbers = np.unique(known, return_inverse=True)
     return numbers.astype(np.int64)
 
 

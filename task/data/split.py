@@ -16,7 +16,8 @@ def split_validation(
 
     Of a class with n images, round(n * fraction) are held out, but never none and never all; a
     class with a single image keeps it for training. With `groups`, whole groups are held out
-    instead, in the same way: a group counts as one of the rarest class that it has images of.
+    instead, in the same way: a group counts as one of the rarest class that it has images of, so
+    that all images of a class may come to lie on one side where few groups have them.
 
     Args:
         labels: [N] int64.

@@ -57,7 +57,8 @@ class Batch:
     Attributes:
         images: [N, C, H, W] float32 in [-1, 1].
         labels: [N] int64.
-        indices: [N] int64, the place of each image among those that are trained on.
+        indices: [N] int64, the place of each image among those that are trained on, or among the
+            held-out ones that `example_losses` is asked for.
         rank: of this process among those that train together, 0-based.
         num_processes: how many there are.
     """
@@ -102,6 +103,8 @@ class Generator(nn.Module, ABC):
             weights, and no message carries it.
         local_optimizers: names of the optimizers whose state a client keeps between rounds; the
             others are new in each.
+        undrawn: beginnings of the names of what `sample` does not read, which `federation.local`
+            may keep at clients.
         private: names of the optimizers whose losses look at real images.
         loss_parts: names of what `example_losses` gives beside the loss.
         measures: names of what `measured` gives.
@@ -113,6 +116,7 @@ class Generator(nn.Module, ABC):
     local: frozenset[str] = frozenset()
     frozen: frozenset[str] = frozenset()
     local_optimizers: frozenset[str] = frozenset()
+    undrawn: frozenset[str] = frozenset()
     private: frozenset[str] = frozenset()
     loss_parts: tuple[str, ...] = ()
     measures: tuple[str, ...] = ()
@@ -125,6 +129,8 @@ class Generator(nn.Module, ABC):
 
     def prepare(self, num_images: int) -> None:
         """Make what has an entry for each training image, before the optimizers are made.
+
+        It draws no random numbers, so that nothing depends on what a process did before.
 
         Args:
             num_images: that are trained on; `Batch.indices` are below it.

@@ -53,7 +53,7 @@ def build_generator(config: Config) -> Generator:
     """Make the generator of a configuration, with weights from torch's global generator.
 
     Raises:
-        ValueError: `federation.local` names no part of it, or all of it.
+        ValueError: `federation.local` names what is no such part of it.
     """
     generator = GENERATORS[config.model.family](config)
     if config.train.mode == "federated" and config.federation.local:
@@ -66,19 +66,17 @@ def keep_local(generator: Generator, parts: Sequence[str]) -> None:
 
     Args:
         generator: of any family.
-        parts: whole beginnings of the names in its `state_dict`, such as "discriminator" or
-            "network.up.0".
+        parts: of those that images are not drawn from, see `Generator.undrawn`.
 
     Raises:
-        ValueError: there is no such part, or no parameter is left to share.
+        ValueError: one is another.
     """
-    names = [name for name in generator.state_dict()]
-    known = sorted({name.partition(".")[0] for name in names})
+    possible = sorted(beginning.removesuffix(".") for beginning in generator.undrawn)
+    expected = (
+        f"of the parts of a {generator.title} that images are not drawn from, {', '.join(possible)}"
+        if possible
+        else f"[] with a {generator.title}, all of which images are drawn from"
+    )
     for part in parts:
-        found = any(f"{name}.".startswith(f"{part}.") for name in names)
-        expected = f"of the beginnings of names in the model, such as {', '.join(known)}"
-        require(found, "federation.local", expected, part)
-    generator.local |= {f"{part}." if f"{part}" not in names else part for part in parts}
-    trained = [name for name, _ in generator.named_parameters()]
-    left = [n for n in trained if not n.startswith((*generator.local, *generator.frozen))]
-    require(bool(left), "federation.local", "parts of the model, and not all of it", [*parts])
+        require(part in possible, "federation.local", expected, part)
+    generator.local |= {f"{part}." for part in parts}

@@ -146,6 +146,7 @@ class VAE(Generator):
 
     title = "variational autoencoder"
     private = frozenset({"adam"})
+    undrawn = frozenset({"encoder."})
     loss_parts = ("reconstruction", "kl")
     measures = loss_parts
     _sums: Tensor

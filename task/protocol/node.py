@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from task.checks import require
-from task.config import Config, anchored
+from task.config import MIN_MEASURED_IMAGES, Config, anchored
 from task.data import Dataset, Inventory, inventory_of_listings, list_dataset, split_validation
 from task.efficientnet import check_pretrained
 from task.generators.base import Generator
@@ -290,7 +290,7 @@ def check_extractor(config: Config, node: NodeConfig) -> None:
     Raises:
         MissingWeightsError: it is not.
     """
-    scores = config.eval.final_metrics or config.eval.num_images > 0
+    scores = config.eval.final_metrics or config.eval.num_images >= MIN_MEASURED_IMAGES
     if config.eval.extractor == "efficientnet" and scores and node.score_images:
         check_pretrained(
             "eval.extractor=efficientnet",

@@ -30,6 +30,8 @@ class Key(StrEnum):
     CONFIG = "config"
     SERVER_ROUND = "server-round"
     CLIENT = "client"
+    RUN_NAME = "run-name"
+    RUN_ID = "run-id"
     PRECISION = "precision"
     FINGERPRINT = "fingerprint"
     EXTRACTOR = "extractor"
@@ -96,7 +98,7 @@ class WeightLayout:
             for name in (*module._parameters, *module._buffers)  # those that are None as well
         ]
         for beginning in staying:
-            known = any(name.startswith(beginning) for name in registered)
+            known = any(name.startswith(beginning) for name in (*state, *registered))
             require(known, "staying", "beginnings of names in the state_dict", beginning)
         for name, tensor in state.items():
             if name.startswith(tuple(staying)) or not tensor.is_floating_point():

@@ -2,7 +2,7 @@
 
 <output_dir>/<run_name>/
     config.yaml                     the resolved configuration
-    schema.json                     the version of this layout
+    schema.json                     the version of this layout; a random number of the run
     metrics.jsonl                   a `task.runs.records.Record` per line
     partition.json, partition.png   images of each class at each client (simulation)
     pooled.json                     images of each class (centralized)

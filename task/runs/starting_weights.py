@@ -39,8 +39,8 @@ def load_starting_weights(generator: Generator, start_from: str) -> dict[str, An
             f"{start_from}: there is no {file}"
         )
     tensors, metadata = load_weights(file)
-    weights = generator.shared(split_groups(tensors)[0])
-    expected = generator.shared(generator.state_dict())
+    weights = _trained(generator, split_groups(tensors)[0])
+    expected = _trained(generator, generator.state_dict())
     misfits = _misfits(weights, expected)
     if misfits:
         more = f", and {len(misfits) - NUM_NAMED} more" if len(misfits) > NUM_NAMED else ""
@@ -49,9 +49,19 @@ def load_starting_weights(generator: Generator, start_from: str) -> dict[str, An
             f"({'; '.join(misfits[:NUM_NAMED])}{more}); give the same model and data.classes, "
             "channels and image_size, or leave train.start_from out"
         )
-    generator.load_shared(weights, assign=next(generator.parameters()).is_meta)
+    state = {**generator.state_dict(), **weights}
+    generator.load_state_dict(state, assign=next(generator.parameters()).is_meta)
     told = {"file": _name(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     return told | ({"round": int(metadata["round"])} if "round" in metadata else {})
+
+
+def _trained(generator: Generator, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Leave out what clients do not take from the server: counters, and what is frozen."""
+    return {
+        name: tensor
+        for name, tensor in generator.shared(weights).items()
+        if tensor.is_floating_point() and not name.startswith(tuple(generator.frozen))
+    }
 
 
 def _misfits(

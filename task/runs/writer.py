@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from task.config import Config, write_config
 from task.files import atomic_path, naming_full_disk, remove_left_overs, write_json
@@ -46,6 +47,7 @@ class RunWriter:
     Attributes:
         path: the folder, absolute.
         config: the configuration of the run; a resumed run keeps what it has settled.
+        run_id: tells the run from others of its name.
         damaged: what was found of files with weights that cannot be read, a line for each.
     """
 
@@ -81,7 +83,9 @@ class RunWriter:
         self.damaged = self._set_damaged_aside()
         self._forget_after(self.last_round)
         # After the metrics, which have been made of this schema.
-        self.write_json(SCHEMA_FILE, {"version": SCHEMA_VERSION})
+        stored = self.read_json(SCHEMA_FILE) or {}
+        self.run_id = stored.get("id", uuid4().hex)
+        self.write_json(SCHEMA_FILE, {"version": SCHEMA_VERSION, "id": self.run_id})
         from torch.utils.tensorboard import SummaryWriter
 
         self._tensorboard = SummaryWriter(str(path / "tensorboard"), purge_step=self.last_round + 1)

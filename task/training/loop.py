@@ -128,13 +128,20 @@ def fit(
         received: see `Callback.start`.
 
     Raises:
-        ValueError: there are no images, or no such precision.
+        ValueError: there are no images, no such precision, or batches are to be accumulated for
+            several optimizers.
         RuntimeError: one of several processes was killed.
 
     Source: Algorithm 1 of the paper, the lines of the client.
     """
     if len(images) == 0:
         raise ValueError("a client needs at least 1 image to train, got 0")
+    if options.accumulation > 1 and len(optimizers) > 1:
+        raise ValueError(
+            f"train.accumulation must be 1 with a {generator.title}, whose {len(optimizers)} "
+            f"optimizers follow each other, got {options.accumulation}; train.batch_size alone "
+            "says what a step is taken on"
+        )
     job = _Job(generator, images, labels, options, callbacks, received or {})
     if options.num_processes == 1:
         return _fit(job, optimizers, rng)

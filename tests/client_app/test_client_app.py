@@ -96,6 +96,8 @@ def message(
         {
             Key.SERVER_ROUND: server_round,
             Key.PRECISION: precision,
+            Key.RUN_NAME: "run",
+            Key.RUN_ID: "1",
             Key.EXTRACTOR: extractor,
         }
     )

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 
 from client_app import workspace
 from client_app.app import app
-from client_app.local_state import LocalState
-from client_app.workspace import open_workspace
 from server_app.messages import addressed
 from task.config import MODELS, Config, ModelConfig, load_run_config
 from task.generators.base import Batch
 from task.generators.registry import GENERATORS, initial_generator, register
 from task.protocol.node import NodeConfig, check_node, own_config
-from task.protocol.wire import Key, WeightLayout
+from task.protocol.wire import FailureCode, Key, WeightLayout
 from task.runs.checkpoint import load_weights
 from tests.end_to_end.pixel_gaussians import PixelGaussians
 from tests.helpers import SMALL_RUN, Network, node_context, simulated, write_digits_as_mnist
@@ -78,13 +76,16 @@ FAMILY = "~model +model.family=counting train.lr=0.05 train.batch_size=32"
 RUN = {**SHARED, "overrides": FAMILY, "run_name": "counted"}
 
 
-def asked(kind: str, server_round: int, weights: np.ndarray | None = None) -> Message:
+def asked(
+    kind: str, server_round: int, weights: np.ndarray | None = None, run_id: str = "1"
+) -> Message:
     """Make the message of a round as the server does."""
     Network()
     generator = initial_generator(load_run_config(RUN))
     layout = WeightLayout.of(generator, generator.local)
     weights = layout.pack(generator.state_dict()) if weights is None else weights
-    config = ConfigRecord({Key.SERVER_ROUND: server_round, Key.PRECISION: "float32"})
+    said = {Key.PRECISION: "float32", Key.RUN_NAME: "counted", Key.RUN_ID: run_id}
+    config = ConfigRecord({Key.SERVER_ROUND: server_round, **said})
     content = RecordDict(
         {Key.ARRAYS: ArrayRecord({Key.PACKED: Array(weights)}), Key.CONFIG: config}
     )
@@ -162,10 +163,65 @@ def test_node_without_a_place_for_its_state_takes_no_part(tmp_path: Path) -> Non
         check_node(config, node)
 
 
-def test_state_of_another_run_is_refused_and_named(context: Context, tmp_path: Path) -> None:
+def test_state_of_another_run_is_refused_and_named(
+    context: Context, caplog: pytest.LogCaptureFixture
+) -> None:
     _, _, file = trained(context, 1)
-    context.run_config["seed"] = 5
-    workspace._build_workspace.cache_clear()
-    state = LocalState(open_workspace(context), client=1)
-    with pytest.raises(ValueError, match=rf"^{file} is of another run of the name counted; move"):
-        state.load({}, before=2)
+    reply = app(asked("train", 2, run_id="2"), context)
+    assert reply.error.code == FailureCode.BAD_INPUT
+    assert f"{file} is of another run, or another client, of the same name" in caplog.text
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Context:
+    """A real node with a place for its state."""
+    write_digits_as_mnist(tmp_path, train=80, test=5)
+    (tmp_path / "kept").mkdir()
+    run_config = {**RUN, "overrides": f"{FAMILY} data=mnist data.test_fraction=null"}
+    places = {"data-path": str(tmp_path), "output-path": str(tmp_path / "kept")}
+    return node_context(run_config, places)
+
+
+def test_state_of_a_node_is_for_its_user_and_not_on_a_disk_that_is_gone(
+    node: Context, tmp_path: Path
+) -> None:
+    assert not app(asked("train", 1), node).has_error()
+    kept = tmp_path / "kept"
+    made = [kept / "counted", kept / "counted/state", kept / "counted/state/client-1"]
+    assert [path.stat().st_mode & 0o777 for path in made] == [0o700] * 3
+    assert [file.name for file in made[-1].glob("*.safetensors")] == ["round_0001.safetensors"]
+    kept.rename(tmp_path / "unmounted")
+    assert app(asked("train", 2), node).error.code == FailureCode.DATA_UNREADABLE
+    assert not kept.exists()
+
+
+class Convolution(Counting):
+    """Keeps the state of the optimizer of a weight whose memory format changes."""
+
+    local = frozenset()
+    local_optimizers = frozenset({"adam"})
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.weight = nn.Parameter(torch.ones(3, 4, 2, 2))
+
+    def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
+        return {"adam": torch.optim.Adam(self.parameters(), lr=lr, fused=True)}
+
+    def losses(self, batch: Batch, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        places = torch.arange(self.weight.numel()).view_as(self.weight)
+        yield "adam", ((self.weight - places) ** 2).sum() * batch.labels.float().exp()
+
+
+def test_optimizer_goes_on_alike_in_a_new_process(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = (1, 8, 8)
+    monkeypatch.setitem(GENERATORS, "counting", lambda config: Convolution(shape, 10))
+    sent = []
+    for is_new in (False, True):
+        trained(context, 1)
+        if is_new:
+            workspace._build_workspace.cache_clear()
+        sent.append(trained(context, 2)[0].content.array_records[Key.ARRAYS][Key.PACKED].data)
+    assert sent[0] == sent[1]

@@ -412,7 +412,6 @@ def mixtures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         (["experiment=table5", "model=mixture"], (0.25, 128)),
         (["model=mixture", "train.lr=0.5", "train.batch_size=9"], (0.5, 9)),
         (["train.lr=0.5", "model=mixture"], (0.5, 32)),
-        (["model=mixture", "model.lr=0.5"], (0.5, 32)),
     ],
 )
 def test_learning_rate_comes_with_the_model(
@@ -421,6 +420,12 @@ def test_learning_rate_comes_with_the_model(
     config = load_config(words)
     assert (config.train.lr, config.train.batch_size) == expected
     assert not {"model.lr", "model.batch_size"} & flat_values(config).keys()
+
+
+@pytest.mark.parametrize("name", ["lr", "batch_size"])
+def test_values_of_training_are_no_words_of_the_model(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"model\.{name} must be left out; say train\.{name}="):
+        load_config([f"model.{name}=7"])
 
 
 def test_a_model_without_a_file_needs_a_learning_rate(mixtures: None) -> None:

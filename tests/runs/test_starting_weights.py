@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from task.config import load_config
 from task.generators.registry import initial_generator, keep_local, weightless_generator
 from task.runs.run import Run
 from task.runs.starting_weights import load_starting_weights
@@ -28,11 +29,13 @@ def test_weights_are_those_of_the_earlier_run(earlier: Path) -> None:
     assert load_starting_weights(generator, str(checkpoint))["file"] == checkpoint.name
 
 
-def test_what_stays_at_a_client_is_not_taken(earlier: Path) -> None:
-    generator = initial_generator(Run(earlier).config.changed({"seed": 2}))
-    keep_local(generator, ["class_embedding"])
+def test_what_stays_at_a_client_is_not_taken(tmp_path: Path) -> None:
+    config = load_config(["model=vae", "model.hidden_dim=8", "data.image_size=8"])
+    save_file(initial_generator(config).state_dict(), tmp_path / "earlier.safetensors")
+    generator = initial_generator(config.changed({"seed": 2}))
+    keep_local(generator, ["encoder"])
     before = {name: tensor.clone() for name, tensor in generator.state_dict().items()}
-    load_starting_weights(generator, str(earlier))
+    load_starting_weights(generator, str(tmp_path / "earlier.safetensors"))
     kept = {n for n, t in generator.state_dict().items() if torch.equal(t, before[n])}
     stays = {name for name in before if generator.stays(name)}
     assert stays and stays <= kept < set(before)

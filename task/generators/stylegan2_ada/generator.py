@@ -119,6 +119,7 @@ class StyleGAN2ADA(Generator):
     title = "StyleGAN2-ADA"
     local = frozenset({"adaptation."})
     private = frozenset({"discriminator"})
+    undrawn = frozenset({"discriminator."})
     local_optimizers = frozenset({"discriminator"})
     measures = (
         *("discriminator_loss", "generator_loss"),
