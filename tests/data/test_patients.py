@@ -296,8 +296,8 @@ HEAD = "file,patient\n"
     ("table", "message"),
     [
         (None, r"data\.patients=.*patients\.csv: there is no such file"),
-        ("a,b\n", r"columns file, patient once, .*, got 2 columns, without or with several of"),
-        ("file,patient,patient\n", r"got 3 columns, without or with several of patient$"),
+        ("a,b\n", r"columns file, patient once, .*, got '2 columns, without or with several of"),
+        ("file,patient,patient\n", r"got '3 columns, without or with several of patient'$"),
         (HEAD + "a/000.png,jane\n", r"1 rows, which name 1 of 2 images"),
         (HEAD + "a/000.png,jane\n000.png,jane\n", r"2 rows, which name 1 of 2 images"),
         (HEAD + "a/000.png,jane\nb/000.png\n", r"line 3 must be a row .*1 values for 2 columns"),
