@@ -19,7 +19,7 @@ from task.training.loop import Optimizers
 from task.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
 
 # An earlier training of a client may still be about to end.
-LOCK_PATIENCE_SECONDS = 60.0
+STATE_PATIENCE_SECONDS = 60.0
 ROUND_FILES = "round_*.safetensors"
 
 
@@ -60,7 +60,7 @@ class LocalState:
         if self._folder is None:
             yield self
             return
-        lock = hold(self._folder / LOCK_FILE, Key.CLIENT, patience=LOCK_PATIENCE_SECONDS)
+        lock = hold(self._folder / LOCK_FILE, Key.CLIENT, patience=STATE_PATIENCE_SECONDS)
         try:
             yield self
         finally:

@@ -29,7 +29,7 @@ def number_patients(names: Sequence[str]) -> np.ndarray:
     Returns:
         [N] int64 in [0, number of patients).
     """
-    known = [_without_zeros(_composed(name).strip()) for name in names]
+    known = [_without_zeros(_normal_form(name).strip()) for name in names]
     _, numbers = np.unique(known, return_inverse=True)
     return numbers.astype(np.int64)
 
@@ -88,7 +88,7 @@ def _found_in_table(paths: Sequence[Path], root: Path, table: Path) -> list[str]
             f"{', '.join(PATIENT_COLUMNS)}"
         )
     patients = _read_patients(table)
-    names = [_composed(path.relative_to(root).as_posix()) for path in paths]
+    names = [_normal_form(path.relative_to(root).as_posix()) for path in paths]
     listed = sum(name in patients for name in names)
     require(
         listed == len(names),
@@ -105,7 +105,7 @@ def _read_patients(table: Path) -> dict[str, str]:
     lines: dict[str, int] = {}
     for line, (file, patient) in read_rows(table, PATIENT_COLUMNS):
         _require_given(f"{table}, line {line}", {"file": file, "patient": patient}.items())
-        name = _composed(str(PurePosixPath(file)))
+        name = _normal_form(str(PurePosixPath(file)))
         if name in lines:
             raise ValueError(
                 f"{table}, line {line}: file must be another in each row, got that of line "
@@ -120,6 +120,6 @@ def _require_given(place: str, values: Iterable[tuple[str, str]]) -> None:
         require(value != "", f"{place}: {column}", "given", value)
 
 
-def _composed(name: str) -> str:
+def _normal_form(name: str) -> str:
     # macOS writes letters with accents as two characters.
     return unicodedata.normalize("NFC", name)
