@@ -340,7 +340,7 @@ def test_odir_tables_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1_left\.jpg must be one of \['N', 'D'\].*\['X'\]"):
         load(tmp_path / "set", "odir", classes=["N", "D"])
     (tmp_path / "set" / "full_df.csv").write_text("ID,labels\n1,\"['N']\"\n")
-    with pytest.raises(ValueError, match=r"columns ID, filename, labels, got \['ID', 'labels'\]"):
+    with pytest.raises(ValueError, match=r"columns ID, filename, labels once, .* of filename'$"):
         load(tmp_path / "set", "odir")
 
 
