@@ -23,7 +23,14 @@ from task.config.flower import (
     compose_run_config,
     load_run_config,
 )
-from task.config.models import MODELS, ModelConfig, StyleGAN2ADAConfig, VAEConfig
+from task.config.models import (
+    MODELS,
+    ModelConfig,
+    ResNetGANConfig,
+    SmallGANConfig,
+    StyleGAN2ADAConfig,
+    VAEConfig,
+)
 from task.config.overrides import hydra_override, read_override
 from task.config.schema import (
     CONF_DIR,
@@ -62,6 +69,8 @@ __all__ = [
     "DataConfig",
     "FederationConfig",
     "ModelConfig",
+    "ResNetGANConfig",
+    "SmallGANConfig",
     "StyleGAN2ADAConfig",
     "VAEConfig",
     "Word",

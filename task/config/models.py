@@ -108,10 +108,62 @@ class StyleGAN2ADAConfig(ModelConfig):
         )
 
 
+class ResNetGANConfig(ModelConfig):
+    """A GAN of residual blocks."""
+
+    family: Literal["resnet_gan"]
+    width: PositiveInt
+    latent_dim: PositiveInt
+    class_conditional: bool
+    discriminator_steps: PositiveInt
+    ema_decay: float = Field(ge=0, lt=1, description="in [0, 1) (0: off)")
+
+    def check_images(self, data: DataConfig) -> None:
+        """Raise a ValueError unless blocks that double 4x4 reach the size of the images."""
+        _require_doubled_size(data)
+
+
+class SmallGANConfig(ModelConfig):
+    """A pretrained generator of which scales and shifts of channels are trained."""
+
+    drawing_values = ("model.truncation",)
+    family: Literal["small_gan"]
+    pretrained: str
+    pretrained_sha256: str = Field(
+        pattern="^([0-9a-f]{64})?$", description="64 hexadecimal digits, or empty for any file"
+    )
+    width: PositiveInt
+    latent_dim: PositiveInt
+    class_conditional: bool
+    latent_noise: float = Field(ge=0, description=">= 0")
+    perceptual_weight: float = Field(ge=0, description=">= 0 (0: pixels alone)")
+    latent_weight: float = Field(ge=0, description=">= 0")
+    regularization_weight: float = Field(ge=0, description=">= 0")
+    truncation: PositiveFloat
+
+    def check_images(self, data: DataConfig) -> None:
+        """Raise a ValueError unless the base draws such images, and each of them has one latent."""
+        _require_doubled_size(data)
+        require(
+            not data.horizontal_flip,
+            "data.horizontal_flip",
+            "false with model=small_gan, whose one latent per image cannot draw its mirror as well",
+            data.horizontal_flip,
+        )
+
+
+def _require_doubled_size(data: DataConfig) -> None:
+    sizes = (8, 16, 32, 64, 128)
+    expected = f"one of {', '.join(map(str, sizes))} (4 doubled by up to 5 blocks)"
+    require(data.image_size in sizes, "data.image_size", expected, data.image_size)
+
+
 MODELS: dict[str, type[ModelConfig]] = {
     "diffusion": UNetConfig,
     "vae": VAEConfig,
     "stylegan2_ada": StyleGAN2ADAConfig,
+    "resnet_gan": ResNetGANConfig,
+    "small_gan": SmallGANConfig,
 }
 
 

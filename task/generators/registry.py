@@ -8,6 +8,8 @@ from task.checks import require
 from task.config import MODELS, Config, ModelConfig
 from task.generators.base import Generator
 from task.generators.diffusion.generator import build_diffusion
+from task.generators.resnet_gan import build_resnet_gan
+from task.generators.small_gan import build_small_gan
 from task.generators.stylegan2_ada.generator import build_stylegan2_ada
 from task.generators.vae import build_vae
 from task.randomness import Stream, seeded_global_generator, torch_generator
@@ -16,6 +18,8 @@ GENERATORS: dict[str, Callable[[Config], Generator]] = {
     "diffusion": build_diffusion,
     "vae": build_vae,
     "stylegan2_ada": build_stylegan2_ada,
+    "resnet_gan": build_resnet_gan,
+    "small_gan": build_small_gan,
 }
 
 
