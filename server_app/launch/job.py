@@ -15,11 +15,18 @@ from server_app.launch.plan import describe_plan, how_to_train_on
 from server_app.launch.simulation import simulate
 from task.checks import require
 from task.code_version import ROOT
-from task.config import FITTED_VALUES, OWN_IMAGES, Config, flat_values, hydra_override
+from task.config import (
+    FITTED_VALUES,
+    OWN_IMAGES,
+    Config,
+    SmallGANConfig,
+    flat_values,
+    hydra_override,
+)
 from task.data import Dataset
 from task.data.partition import partition_dataset
 from task.evaluation.features import build_extractor
-from task.generators.registry import weightless_generator
+from task.generators.registry import initial_generator, weightless_generator
 from task.runs.commands import as_toml
 from task.runs.layout import LOG_FILE, is_begun, last_complete_round, run_path
 from task.runs.resume import check_startable, different_values
@@ -164,6 +171,8 @@ def check_images(config: Config) -> Dataset:
         FileNotFoundError: the data set, or a file of weights or of the extractor, is not there.
         ValueError: they do not fit the configuration.
     """
+    if isinstance(config.model, SmallGANConfig):
+        initial_generator(config)  # whether its file is there and fits
     if config.train.start_from and last_complete_round(run_path(config)) == 0:
         load_starting_weights(weightless_generator(config), config.train.start_from)
     dataset = load_images(config)
@@ -213,8 +222,10 @@ def train_federated(config: Config, overrides: list[str]) -> None:
         "eval.inception_weights": config.eval.inception_weights,
         "eval.exported_program": config.eval.exported_program,
     }
+    values = flat_values(config)
+    if "model.pretrained" in values:
+        settled["model.pretrained"] = values["model.pretrained"]
     if config.data.name in OWN_IMAGES:
-        values = flat_values(config)
         settled |= {path: values[path] for path in ("data.classes", *FITTED_VALUES)}
     job = [override for override in overrides if named(override) not in {*settled, "resume"}]
     job += [hydra_override(key, value) for key, value in settled.items()]

@@ -9,7 +9,7 @@ import torch
 
 from task.config import Config
 from task.generators.base import Generator
-from task.generators.registry import build_generator
+from task.generators.registry import initial_generator
 from task.training.devices import autocast, move, select_device, torch_configured
 from task.training.loop import fit, fit_options
 
@@ -48,7 +48,7 @@ def estimate_seconds(config: Config, sizes: Sequence[int], *, rounds: range) -> 
     device = select_device(config.train.device)
     # Modules draw their first weights, of no use here, from the global generator.
     with torch.random.fork_rng(devices=[]):
-        model = build_generator(config)
+        model = initial_generator(config)
     move(model, device, channels_last=config.train.channels_last)
     precision = config.train.precision
     precisions = ("float32", "bfloat16") if precision == "auto" else (precision,)

@@ -499,6 +499,10 @@ def check_node_command(
         Path | None,
         typer.Option(help="The node's patients: its table of which file is of which patient."),
     ] = None,
+    pretrained_generator: Annotated[
+        Path | None,
+        typer.Option(help="The node's pretrained-generator, for a run of model=small_gan."),
+    ] = None,
     superlink: Annotated[
         str | None, typer.Option(help="HOST:PORT to connect to, as the node is going to.")
     ] = None,
@@ -532,6 +536,9 @@ def check_node_command(
             output_path=None if output_path is None else str(output_path.expanduser().absolute()),
             min_images=min_images,
             patients=None if patients is None else str(patients.expanduser().absolute()),
+            pretrained_generator=None
+            if pretrained_generator is None
+            else str(pretrained_generator.expanduser().absolute()),
         ),
         superlink=superlink,
         root_certificates=root_certificates,

@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 import torch
 
 from task.config import Config
-from task.generators.registry import build_generator
+from task.generators.registry import initial_generator
 from task.training.devices import (
     compile_where_wanted,
     configure_torch,
@@ -129,7 +129,7 @@ def _try_step(config: Config) -> Trial:
     keep_freed_memory()
     configure_torch(num_threads=train.num_threads, deterministic=train.deterministic)
     device = select_device(train.device)
-    generator = build_generator(config)
+    generator = initial_generator(config)
     generator.prepare(train.batch_size)
     compile_where_wanted(generator, train.compile, device, deterministic=train.deterministic)
     num_processes = count_processes(train.num_processes, device, one_per_gpu=True)

@@ -42,9 +42,16 @@ def register(family: str, schema: type[ModelConfig], build: Callable[[Config], G
 
 
 def initial_generator(config: Config) -> Generator:
-    """Make the generator that round 1 starts from, with weights of the seed alone."""
+    """Make the generator that round 1 starts from, with weights of the seed and what is frozen.
+
+    Raises:
+        FileNotFoundError: a file of what is frozen is not there.
+        ValueError: it does not fit the model.
+    """
     with seeded_global_generator(torch_generator(config.seed, Stream.MODEL_INIT)):
-        return build_generator(config)
+        generator = build_generator(config)
+    generator.load_frozen()
+    return generator
 
 
 def weightless_generator(config: Config) -> Generator:

@@ -14,7 +14,7 @@ from task.generators.base import Advance, Batch, Generator, NoiseSource
 
 # The side of the feature maps that the first linear layer makes, and the widths from there on.
 START_SIZE = 4
-WIDTHS = (16, 16, 8, 4, 2, 1)
+BLOCK_FACTORS = (16, 16, 8, 4, 2, 1)
 # Mean hinge loss of a round below which the discriminator leaves the generator nothing to learn.
 WON = 1e-3
 
@@ -26,11 +26,11 @@ def block_channels(width: int, image_size: int) -> list[int]:
     """List the channels of the 4x4 start and after each block that doubles the size.
 
     Args:
-        width: that `WIDTHS` are multiples of.
+        width: that `BLOCK_FACTORS` are multiples of.
         image_size: 8, 16, 32, 64 or 128.
     """
     num_blocks = (image_size // START_SIZE).bit_length() - 1
-    return [factor * width for factor in WIDTHS[: num_blocks + 1]]
+    return [factor * width for factor in BLOCK_FACTORS[: num_blocks + 1]]
 
 
 def modulated_channels(width: int, image_size: int) -> list[int]:

@@ -18,7 +18,7 @@ from task.generators.resnet_gan import Modulation, ResNetGenerator, modulated_ch
 
 # What a pretrained file names the moving average of its generator by.
 PRETRAINED_PREFIX = "generator_ema."
-WEIGHTS_FILE = "model.safetensors"
+MODEL_FILE = "model.safetensors"
 # Draws of the prior that the latents of an image are compared with.
 PRIOR_DRAWS = 10
 
@@ -100,7 +100,7 @@ class SmallGAN(Generator):
         return self.scale.numel() + self.shift.numel()
 
     def load_frozen(self) -> str:
-        """Read the frozen generator from the pretrained file; where training starts.
+        """Read the frozen generator from the pretrained file.
 
         Returns:
             The SHA-256 of the file.
@@ -113,7 +113,7 @@ class SmallGAN(Generator):
         if self._pretrained is None:
             raise ValueError(
                 "model.pretrained must be a finished run of model=resnet_gan, or its "
-                f"{WEIGHTS_FILE}, got ''"
+                f"{MODEL_FILE}, got ''"
             )
         self.loss.require_features()
         weights, sha256 = read_pretrained(self._pretrained, self._sha256)
@@ -281,10 +281,10 @@ def read_pretrained(path: Path, sha256: str = "") -> tuple[dict[str, Tensor], st
         FileNotFoundError: there is no such file.
         ValueError: it is another file than `sha256` tells, or holds no such generator.
     """
-    file = path / WEIGHTS_FILE if path.is_dir() else path
+    file = path / MODEL_FILE if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
-            f"model.pretrained must be a finished run of model=resnet_gan or its {WEIGHTS_FILE}, "
+            f"model.pretrained must be a finished run of model=resnet_gan or its {MODEL_FILE}, "
             f"got {path}: there is no {file}"
         )
     content = file.read_bytes()

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from task.checks import require
-from task.config import MIN_MEASURED_IMAGES, Config, anchored
+from task.config import MIN_MEASURED_IMAGES, Config, SmallGANConfig, anchored
 from task.data import Dataset, Inventory, inventory_of_listings, list_dataset, split_validation
 from task.efficientnet import check_pretrained
 from task.generators.base import Generator
@@ -33,6 +33,7 @@ class NodeKey(StrEnum):
     SCORE_IMAGES = "score-images"
     INCEPTION_WEIGHTS = "inception-weights"
     PATIENTS = "patients"
+    PRETRAINED_GENERATOR = "pretrained-generator"
 
 
 OWN_TEST_SPLIT = "in the test split of the data set, which a node does not use"
@@ -57,6 +58,8 @@ class NodeConfig:
             None: the one in torch.hub's folder.
         patients: the hospital's own table of which file is of which patient, as `data.patients`;
             None: the run's `data.patient_pattern` says it, or nothing does.
+        pretrained_generator: the file that `model.pretrained` names elsewhere, for runs that train
+            on top of it.
 
     Raises:
         ValueError: a value is out of range.
@@ -69,10 +72,11 @@ class NodeConfig:
     score_images: bool = True
     inception_weights: str | None = None
     patients: str | None = None
+    pretrained_generator: str | None = None
 
     def __post_init__(self) -> None:
         paths = (NodeKey.DATA_PATH, NodeKey.OUTPUT_PATH, NodeKey.INCEPTION_WEIGHTS)
-        for key in (*paths, NodeKey.PATIENTS):
+        for key in (*paths, NodeKey.PATIENTS, NodeKey.PRETRAINED_GENERATOR):
             value = getattr(self, _field(key))
             require(value != "", key, "a path", value)
         require(self.min_images >= 1, NodeKey.MIN_IMAGES, ">= 1", self.min_images)
@@ -137,7 +141,7 @@ def _check(given: Mapping[str, object], types: Mapping[str, type], whose: str) -
 
 
 def own_config(config: Config, node: NodeConfig) -> Config:
-    """Point the configuration of a run to the node's own images, with paths of this machine.
+    """Point the configuration of a run to the node's own files, with paths of this machine.
 
     Of its images a node holds out `data.val_fraction`; a `data.test_fraction` is a simulation's,
     and that of the digits, which have no files. Its own table of patients goes before what the run
@@ -145,7 +149,8 @@ def own_config(config: Config, node: NodeConfig) -> Config:
 
     Raises:
         ValueError: the node was started without saying where they are, or who its patients are in
-            a run with `data.patients`.
+            a run with `data.patients`; or the run without saying which file its model is trained on
+            top of.
     """
     if node.data_path is not None:
         fraction = config.data.test_fraction if config.data.name == "digits" else None
@@ -161,7 +166,25 @@ def own_config(config: Config, node: NodeConfig) -> Config:
             "data.patients: a node needs its own table of patients: start it with --node-config "
             "'patients=\"/file.csv\"'"
         )
+    if isinstance(config.model, SmallGANConfig):
+        config = config.changed({"model.pretrained": _own_generator(config.model, node)})
     return anchored(config, Path.home())
+
+
+def _own_generator(model: SmallGANConfig, node: NodeConfig) -> str:
+    """Return this node's copy of what a run freezes, which must be known to be the same."""
+    require(
+        model.pretrained_sha256 != "",
+        "model.pretrained_sha256",
+        "the SHA-256 of the file of model.pretrained, by which a hospital's node knows its copy",
+        model.pretrained_sha256,
+    )
+    if node.pretrained_generator is None:
+        raise ValueError(
+            "a node needs a copy of the generator that model=small_gan freezes: start it with "
+            f"--node-config '{NodeKey.PRETRAINED_GENERATOR.value}=\"/file\"'"
+        )
+    return node.pretrained_generator
 
 
 @dataclass(frozen=True)

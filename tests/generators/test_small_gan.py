@@ -11,7 +11,7 @@ from torch import Tensor
 
 from task.config import load_config
 from task.generators.base import Batch
-from task.generators.registry import build_generator, weightless_generator
+from task.generators.registry import build_generator, initial_generator, weightless_generator
 from task.generators.resnet_gan import ResNetGAN, ResNetGenerator
 from task.generators.small_gan import (
     AdaptationLoss,
@@ -217,6 +217,17 @@ def test_what_is_drawn_from_needs_no_pretrained_file(pretrained: Path) -> None:
     model.load_state_dict(held)
     images = model.eval().sample(torch.tensor([4]), lambda: torch.zeros(1, 8))
     assert images.shape == (1, *SHAPE)
+
+
+def test_training_begins_with_what_is_frozen(pretrained: Path) -> None:
+    words = ("model.width=2", "model.latent_dim=8", "model.perceptual_weight=0")
+    config = load_config(
+        ["model=small_gan", "data=digits", *words, f"model.pretrained={pretrained}"]
+    )
+    model, drawing = initial_generator(config), build_generator(config)
+    held = load_file(pretrained / "model.safetensors")["generator_ema.last.weight"]
+    assert torch.equal(model.state_dict()["base.last.weight"], held)
+    assert not torch.equal(drawing.state_dict()["base.last.weight"], held)
 
 
 def test_training_before_the_file_is_read_is_refused(pretrained: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from task.config import Config, load_config
+from task.config import Config, SmallGANConfig, load_config
 from task.data import UnknownClassError, build_dataset
 from task.protocol.node import (
     NodeConfig,
@@ -126,6 +126,19 @@ def test_output_path_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for wrong in ("missing", "set/a/000.png"):
         with pytest.raises(ValueError, match="output-path must be a folder that the node can"):
             check_node(config, NodeConfig(str(tmp_path / "set"), wrong))
+
+
+def test_node_trains_on_top_of_its_own_copy_of_a_generator() -> None:
+    words = ["data=digits", "model=small_gan", "model.pretrained=/theirs"]
+    copied = NodeConfig(pretrained_generator="/own/model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.pretrained_sha256 must be the SHA-256 of"):
+        own_config(load_config(words), copied)
+    known = load_config([*words, f"model.pretrained_sha256={'0' * 64}"])
+    with pytest.raises(ValueError, match="start it with --node-config 'pretrained-generator="):
+        own_config(known, NodeConfig())
+    own = own_config(known, copied).model
+    assert isinstance(own, SmallGANConfig)
+    assert own.pretrained == "/own/model.safetensors"
 
 
 def test_node_without_images_of_its_own_is_refused() -> None:
