@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from task.config import Config, ResNetGANConfig
 from task.generators.base import Advance, Batch, Generator, NoiseSource
+from task.generators.step_means import StepMeans
 
 # The side of the feature maps that the first linear layer makes, and the widths from there on.
 START_SIZE = 4
@@ -302,8 +303,7 @@ class ResNetGAN(Generator):
         # Float, so that it travels with the average that it is of.
         self.register_buffer("num_averaged", torch.zeros(()))
         self.num_averaged: Tensor
-        self._sums: dict[str, Tensor] = {}
-        self._num_steps = 0
+        self._means = StepMeans()
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the networks that are trained."""
@@ -338,29 +338,21 @@ class ResNetGAN(Generator):
             both = self.discriminator(torch.cat([images, drawn]), torch.cat([labels, labels]))
             real, fake = both.chunk(2)
             loss = functional.relu(1 - real) + functional.relu(1 + fake)
-            self._add(discriminator_loss=loss, real_sign=real.sign())
+            self._means.add(discriminator_loss=loss, real_sign=real.sign())
             yield "discriminator", loss
         latents = self._latents(batch, rng)
         # Its gradients would be computed for nothing.
         self.discriminator.requires_grad_(False)
         try:
             loss = -self.discriminator(self.generator(latents, labels), labels)
-            self._add(generator_loss=loss)
+            self._means.add(generator_loss=loss)
             yield "generator", loss
         finally:
             self.discriminator.requires_grad_(True)
-        self._num_steps += 1
 
     def _latents(self, batch: Batch, rng: torch.Generator) -> Tensor:
         drawn = torch.randn(len(batch), *self.noise_shape, generator=rng, device=rng.device)
         return drawn[batch.part]
-
-    def _add(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            mean = value.detach().mean()
-            if name != "generator_loss":
-                mean = mean / self.discriminator_steps
-            self._sums[name] = self._sums[name] + mean if name in self._sums else mean
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -374,9 +366,7 @@ class ResNetGAN(Generator):
 
     def measured(self) -> dict[str, Tensor]:
         """Return the means of `measures` over the steps since it was last asked."""
-        means = {name: total / self._num_steps for name, total in self._sums.items()}
-        self._sums, self._num_steps = {}, 0
-        return means
+        return self._means.read()
 
     def why_diverged(self, measures: Mapping[str, float]) -> str:
         """Say why the means over clients of a round show a failure; "" where they do not."""

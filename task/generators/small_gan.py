@@ -15,6 +15,7 @@ from task.checks import require
 from task.config import Config, SmallGANConfig
 from task.generators.base import Advance, Batch, Generator, NoiseSource
 from task.generators.resnet_gan import Modulation, ResNetGenerator, modulated_channels
+from task.generators.step_means import StepMeans
 
 # What a pretrained file names the moving average of its generator by.
 PRETRAINED_PREFIX = "generator_ema."
@@ -50,6 +51,8 @@ class SmallGAN(Generator):
     frozen: frozenset[str] = frozenset({"base."})
     # Of the latents; that of a few thousand scales adds nothing of note.
     local_optimizers: frozenset[str] = frozenset({"adam"})
+    # The distance of latents hides that of images in the loss.
+    measures: tuple[str, ...] = ("reconstruction", "latent_distance")
 
     def __init__(
         self,
@@ -79,7 +82,7 @@ class SmallGAN(Generator):
         self.image_shape, self.noise_shape = image_shape, (latent_dim,)
         self.loss, self.truncation = loss, truncation
         self._pretrained, self._sha256 = pretrained, pretrained_sha256
-        self._is_loaded = False
+        self._is_loaded, self._means = False, StepMeans()
         self._channels = modulated_channels(width, image_shape[1])
         self.base = ResNetGenerator(image_shape, width=width, latent_dim=latent_dim, num_classes=1)
         self.base.requires_grad_(False).eval()
@@ -147,9 +150,15 @@ class SmallGAN(Generator):
         labels = batch.labels[part]
         noisy = (latents + self.loss.latent_noise * noise)[part]
         drawn = self.base(noisy, labels, self._modulation(labels))
-        losses = self.loss.of_images(drawn, batch.images[part])
-        losses = losses + self.loss.latent_weight * latent_distances(latents, prior)[part]
+        reconstruction = self.loss.of_images(drawn, batch.images[part])
+        distances = latent_distances(latents, prior)[part]
+        self._means.add(reconstruction=reconstruction, latent_distance=distances)
+        losses = reconstruction + self.loss.latent_weight * distances
         yield "adam", losses + self.loss.regularization_weight * self._regularization()
+
+    def measured(self) -> dict[str, Tensor]:
+        """Return the means of `measures` over the steps since it was last asked."""
+        return self._means.read()
 
     def _modulation(self, labels: Tensor) -> Modulation:
         rows = labels if len(self.scale) > 1 else torch.zeros_like(labels)
