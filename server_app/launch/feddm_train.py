@@ -28,6 +28,7 @@ from task.checks import require
 from task.config import (
     CONF_DIR,
     Config,
+    SmallGANConfig,
     anchored,
     config_from_hydra,
     hydra_override,
@@ -134,7 +135,7 @@ def _hydra_main(composed: DictConfig) -> None:
             # The runs of a sweep lie side by side in its folder.
             asked = asked.changed({"output_dir": job.sweep.dir, "run_name": job.sweep.subdir})
         given = {named(word) for word in words}
-        config = as_begun(anchored(asked, Path.cwd()), given)
+        config = with_known_generator(as_begun(anchored(asked, Path.cwd()), given))
         with leaving_no_empty_run(run_path(config)):
             if not sweep:
                 check_startable(config)
@@ -166,6 +167,24 @@ def _hydra_main(composed: DictConfig) -> None:
             how = how_to_go_on(config, sweep=sweep)
             print(f"feddm-train: {how}", file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def with_known_generator(config: Config) -> Config:
+    """Write the SHA-256 of what a run freezes into its configuration, where it is left open.
+
+    All of a run, a resumed one too, then trains on top of the same file or not at all.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no generator.
+    """
+    model = config.model
+    if not isinstance(model, SmallGANConfig) or not model.pretrained or model.pretrained_sha256:
+        return config
+    from task.generators.small_gan import read_pretrained
+
+    _, sha256 = read_pretrained(Path(model.pretrained))
+    return config.changed({"model.pretrained_sha256": sha256})
 
 
 @contextmanager

@@ -223,8 +223,9 @@ def train_federated(config: Config, overrides: list[str]) -> None:
         "eval.exported_program": config.eval.exported_program,
     }
     values = flat_values(config)
-    if "model.pretrained" in values:
-        settled["model.pretrained"] = values["model.pretrained"]
+    if isinstance(config.model, SmallGANConfig):
+        frozen = ("model.pretrained", "model.pretrained_sha256")
+        settled |= {path: values[path] for path in frozen}
     if config.data.name in OWN_IMAGES:
         settled |= {path: values[path] for path in ("data.classes", *FITTED_VALUES)}
     job = [override for override in overrides if named(override) not in {*settled, "resume"}]

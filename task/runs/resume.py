@@ -109,9 +109,10 @@ def different_values(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]
     resolved, wanted = flat_values(stored), flat_values(settled_as(stored, asked))
     without_clients = stored.train.mode == asked.train.mode == "centralized"
     return {
-        key: (value, wanted[key])
+        # Models of another family lack the values of this one.
+        key: (value, wanted.get(key))
         for key, value in resolved.items()
-        if value != wanted[key]
+        if value != wanted.get(key)
         and key not in NAMES_AND_PLACES
         and not (without_clients and is_about_clients(key))
     }

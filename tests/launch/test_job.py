@@ -1,9 +1,11 @@
+import hashlib
 import tomllib
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from server_app.evaluation import check_numbers
 from server_app.launch.feddm_train import (
@@ -12,6 +14,7 @@ from server_app.launch.feddm_train import (
     name_by_what_is_swept,
     one_folder,
     read_arguments,
+    with_known_generator,
 )
 from server_app.launch.job import (
     check_images,
@@ -21,7 +24,14 @@ from server_app.launch.job import (
     run_job,
     train_federated,
 )
-from task.config import Config, anchored, hydra_override, load_config, load_run_config
+from task.config import (
+    Config,
+    anchored,
+    flat_values,
+    hydra_override,
+    load_config,
+    load_run_config,
+)
 from task.data import Dataset, ImageSet
 from task.runs.commands import resuming_command
 from task.runs.layout import run_path
@@ -176,6 +186,27 @@ def test_a_job_has_one_folder() -> None:
     assert one_folder("", 3) == "job-3"
 
 
+def test_what_a_run_freezes_is_known_by_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"generator_ema.last.bias": torch.zeros(1)}, file)
+    config = load_config(["model=small_gan", f"model.pretrained={tmp_path}"])
+    known = with_known_generator(config)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert flat_values(known) == flat_values(config) | {"model.pretrained_sha256": sha256}
+    assert with_known_generator(known) == known
+    assert with_known_generator(load_config()) == load_config()
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.pretrained must be a finished run"):
+        with_known_generator(config)
+
+
+def test_generator_that_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
+    save_file({"generator_ema.last.bias": torch.zeros(1)}, tmp_path / "model.safetensors")
+    words = ["model=small_gan", "model.perceptual_weight=0", f"model.pretrained={tmp_path}"]
+    with pytest.raises(ValueError, match=r"model\.pretrained must be of the same model\.width"):
+        check_images(load_config(words))
+
+
 def test_extractor_that_is_missing_is_refused_before_training(sweep: Path) -> None:
     words = {**SMALL_RUN, **CENTRALIZED, "eval.final_metrics": True, "output_dir": str(sweep)}
     words |= {"eval.extractor": "exported", "eval.exported_program": "/no.pt2"}
@@ -290,7 +321,9 @@ def test_simulation_composes_the_configuration_of_its_job(
     words = [hydra_override("data.root", text), hydra_override("run_name", text)]
     words += [hydra_override("data.classes", [text, "1e5"]), "data=image_folder", "seed=3"]
     words += [f"eval.exported_program={text}.pt2", "eval.extractor=exported", "train.device=cpu"]
-    config = anchored(load_config(words), tmp_path)
+    words += ["model=small_gan", f"model.pretrained={text}"]
+    known = {"model.pretrained_sha256": "0" * 64}
+    config = anchored(load_config(words), tmp_path).changed(known)
     submitted = []
     monkeypatch.setattr(
         "server_app.launch.job.simulate",

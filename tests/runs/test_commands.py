@@ -15,7 +15,7 @@ from task.runs.commands import (
     training_words,
 )
 from task.runs.layout import run_path
-from task.runs.resume import check_same_run
+from task.runs.resume import check_same_run, different_values
 from task.runs.run import Run
 from tests.helpers import losses, written_run
 
@@ -98,3 +98,10 @@ def test_words_that_resume_a_run_name_its_folder_of_now(tmp_path: Path) -> None:
     lines = submitting_command(hostile).splitlines()
     assert lines[0].endswith("<<'END'") and lines[2] == "END" and len(lines) == 4
     assert tomllib.loads(lines[1]) == {"overrides": "'a\nEND\ntouch owned\nb=c\nEND\n'"}
+
+
+def test_runs_of_two_families_differ_in_their_family() -> None:
+    tiny, gan = (load_config([f"model={name}"]) for name in ("tiny", "resnet_gan"))
+    for these, others in ((tiny, gan), (gan, tiny)):
+        families = (these.model.family, others.model.family)
+        assert different_values(these, others)["model.family"] == families
