@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from task.checks import require
 from task.config import Config, SmallGANConfig
+from task.efficientnet import check_pretrained, enlarged, pretrained_efficientnet
 from task.generators.base import Advance, Batch, Generator, NoiseSource
 from task.generators.resnet_gan import Modulation, ResNetGenerator, modulated_channels
 from task.generators.step_means import StepMeans
@@ -22,6 +23,10 @@ PRETRAINED_PREFIX = "generator_ema."
 MODEL_FILE = "model.safetensors"
 # Draws of the prior that the latents of an image are compared with.
 PRIOR_DRAWS = 10
+
+# Smaller images are enlarged for the network of the perceptual part, which knows 224x224: this
+# costs a fifth of that.
+PERCEPTUAL_SIDE = 96
 
 # Feature maps of images, [N, C, H, W] float32 in [-1, 1], of several depths of a network.
 PerceptualFeatures = Callable[[Tensor], Sequence[Tensor]]
@@ -109,16 +114,16 @@ class SmallGAN(Generator):
             The SHA-256 of the file.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: none is named, it is not the file of the run, or does not fit, or the loss
-                lacks the network to look at images through.
+            FileNotFoundError: there is no such file, or the loss looks through a network whose
+                package is not installed.
+            ValueError: none is named, it is not the file of the run, or does not fit.
         """
         if self._pretrained is None:
             raise ValueError(
                 "model.pretrained must be a finished run of model=resnet_gan, or its "
                 f"{MODEL_FILE}, got ''"
             )
-        self.loss.require_features()
+        self.loss.load_features()
         weights, sha256 = read_pretrained(self._pretrained, self._sha256)
         fit_pretrained(self.base, weights, self._pretrained)
         self._is_loaded = True
@@ -193,6 +198,28 @@ class SmallGAN(Generator):
         }
 
 
+class PretrainedMaps:
+    """Looks at images through a network trained on ImageNet, at several depths.
+
+    No module, so that its weights are none of the generator's.
+    """
+
+    def __init__(self) -> None:
+        """Read the weights.
+
+        Raises:
+            FileNotFoundError: their package is not installed.
+            ValueError: they are others than the published ones.
+        """
+        file = check_pretrained("model.perceptual_weight > 0", "model.perceptual_weight=0")
+        self._network = pretrained_efficientnet(file, "cpu")
+
+    def __call__(self, images: Tensor) -> Sequence[Tensor]:
+        """Return feature maps; see `PerceptualFeatures`."""
+        side = max(PERCEPTUAL_SIDE, images.shape[-1])
+        return self._network.to(images.device).maps(enlarged(images, side))
+
+
 class AdaptationLoss:
     """How far drawn images are from those that they are to be, and the weights of the other terms.
 
@@ -216,18 +243,15 @@ class AdaptationLoss:
         self.regularization_weight = regularization_weight
         self.perceptual_weight, self._features = perceptual_weight, features
 
-    def require_features(self) -> None:
-        """Check that what the perceptual part looks through is there.
+    def load_features(self) -> None:
+        """Load what the perceptual part looks through, where it has a weight.
 
         Raises:
-            ValueError: the perceptual part has a weight and no features, or the other way round.
+            FileNotFoundError: its package is not installed.
+            ValueError: its weights are others than the published ones.
         """
-        require(
-            (self.perceptual_weight == 0) == (self._features is None),
-            "model.perceptual_weight",
-            "0 without a pretrained network to look at images through",
-            self.perceptual_weight,
-        )
+        if self.perceptual_weight > 0 and self._features is None:
+            self._features = PretrainedMaps()
 
     def of_images(self, drawn: Tensor, images: Tensor) -> Tensor:
         """Return the mean absolute differences of pixels and, weighted, of features, [N] float32.

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from task.config import load_config
+from task.efficientnet import pretrained_file
 from task.generators.base import Batch
 from task.generators.registry import build_generator, initial_generator, weightless_generator
 from task.generators.resnet_gan import ResNetGAN, ResNetGenerator
@@ -277,10 +278,33 @@ def test_fitting_to_another_size_is_refused_before_anything_is_loaded() -> None:
     assert all(torch.equal(each, before[name]) for name, each in base.state_dict().items())
 
 
-def test_perceptual_part_needs_a_network(pretrained: Path) -> None:
+def test_perceptual_part_needs_its_package(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("task.efficientnet.pretrained_file", lambda: None)
     loss = AdaptationLoss(**WEIGHTS, perceptual_weight=0.001)
-    with pytest.raises(ValueError, match=r"model.perceptual_weight must be 0 without"):
+    with pytest.raises(FileNotFoundError, match=r"or choose model\.perceptual_weight=0"):
         small(pretrained, loss=loss).load_frozen()
+
+
+@pytest.mark.skipif(pretrained_file() is None, reason="the extra `pretrained` is not installed")
+def test_perceptual_part_reaches_latents_and_leaves_the_weights_of_the_model(
+    pretrained: Path,
+) -> None:
+    without = {"latent_noise": 0.0, "latent_weight": 0.0, "regularization_weight": 0.0}
+    gradients = []
+    for weight in (0.0, 0.001):
+        loss = AdaptationLoss(**without, perceptual_weight=weight)
+        model = ready(pretrained, loss=loss)
+        assert {name.split(".")[0] for name in model.state_dict()} == {
+            *("base", "scale", "shift", "latents")
+        }
+        [(_, losses)] = model.losses(batch([0, 1]), rng())
+        losses.mean().backward()
+        assert model.latents is not None and model.latents.grad is not None
+        gradients.append(model.latents.grad)
+    assert not torch.allclose(*gradients)
+    assert gradients[1].isfinite().all()
 
 
 def test_mirrored_images_are_refused() -> None:
