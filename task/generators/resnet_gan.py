@@ -268,6 +268,7 @@ class ResNetGAN(Generator):
 
     title = "GAN of residual blocks"
     private = frozenset({"discriminator"})
+    undrawn = frozenset({"discriminator."})
     measures: tuple[str, ...] = ("discriminator_loss", "generator_loss", "real_sign")
 
     def __init__(
@@ -291,7 +292,7 @@ class ResNetGAN(Generator):
             ema_decay: of the moving average, in [0, 1); smaller in its first steps.
         """
         super().__init__()
-        self.image_shape, self.noise_shape = image_shape, (latent_dim,)
+        self.image_shape, self._latent_dim = image_shape, latent_dim
         self.discriminator_steps, self.ema_decay = discriminator_steps, ema_decay
         self.generator = ResNetGenerator(
             image_shape, width=width, latent_dim=latent_dim, num_classes=num_classes
@@ -312,6 +313,11 @@ class ResNetGAN(Generator):
         return self
 
     @property
+    def noise_shape(self) -> tuple[int]:
+        """The shape of a latent."""
+        return (self._latent_dim,)
+
+    @property
     def num_parameters(self) -> int:
         """The number of trained values, the moving average not counted again."""
         return sum(each.numel() for each in self.parameters() if each.requires_grad)
@@ -325,6 +331,10 @@ class ResNetGAN(Generator):
                 ("generator", self.generator),
             )
         }
+
+    def start(self) -> None:
+        """Begin to measure."""
+        self._means = StepMeans()
 
     def losses(self, batch: Batch, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         """Yield the hinge losses: of the discriminator, some times, and of the generator.
@@ -365,7 +375,7 @@ class ResNetGAN(Generator):
             average.lerp_(value, 1 - decay)
 
     def measured(self) -> dict[str, Tensor]:
-        """Return the means of `measures` over the steps since it was last asked."""
+        """Return the means of `measures` over the steps since `start`."""
         return self._means.read()
 
     def why_diverged(self, measures: Mapping[str, float]) -> str:

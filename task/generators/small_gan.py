@@ -84,7 +84,7 @@ class SmallGAN(Generator):
             pretrained_sha256: see `load_frozen`.
         """
         super().__init__()
-        self.image_shape, self.noise_shape = image_shape, (latent_dim,)
+        self.image_shape, self._latent_dim = image_shape, latent_dim
         self.loss, self.truncation = loss, truncation
         self._pretrained, self._sha256 = pretrained, pretrained_sha256
         self._is_loaded, self._means = False, StepMeans()
@@ -101,6 +101,11 @@ class SmallGAN(Generator):
         super().train(mode)
         self.base.eval()
         return self
+
+    @property
+    def noise_shape(self) -> tuple[int]:
+        """The shape of a latent."""
+        return (self._latent_dim,)
 
     @property
     def num_parameters(self) -> int:
@@ -144,6 +149,10 @@ class SmallGAN(Generator):
         trained = [each for each in (self.scale, self.shift, self.latents) if each is not None]
         return {"adam": torch.optim.Adam(trained, lr=lr)}
 
+    def start(self) -> None:
+        """Begin to measure."""
+        self._means = StepMeans()
+
     def losses(self, batch: Batch, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         """Yield the losses of drawing the images of a batch from their latents."""
         if self.latents is None:
@@ -162,7 +171,7 @@ class SmallGAN(Generator):
         yield "adam", losses + self.loss.regularization_weight * self._regularization()
 
     def measured(self) -> dict[str, Tensor]:
-        """Return the means of `measures` over the steps since it was last asked."""
+        """Return the means of `measures` over the steps since `start`."""
         return self._means.read()
 
     def _modulation(self, labels: Tensor) -> Modulation:

@@ -20,7 +20,5 @@ class StepMeans:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self) -> dict[str, Tensor]:
-        """Return the mean of what was added by each name, scalars, and forget it."""
-        means = {name: total / self._counts[name] for name, total in self._sums.items()}
-        self._sums, self._counts = {}, {}
-        return means
+        """Return the mean of what was added by each name, scalars."""
+        return {name: total / self._counts[name] for name, total in self._sums.items()}

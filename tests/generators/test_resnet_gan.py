@@ -227,6 +227,7 @@ def test_it_measures_means_over_the_steps_since_it_was_asked() -> None:
     for name, each in losses.items():
         torch.testing.assert_close(measured[f"{name}_loss"], torch.stack(each).mean())
     assert -1 <= measured["real_sign"] <= 1
+    model.start()
     assert model.measured() == {}
 
 
