@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from task.config import load_config
+from task.generators.registry import initial_generator
 from task.runs.records import TEST, TRAIN, read_records
 from task.runs.run import Run
 from tests.processes import SMALL, feddm, feddm_train
@@ -21,8 +23,25 @@ FAMILIES = {
         {"discriminator_loss", "generator_loss", "augmentation_probability", "real_sign"},
         set(),
     ),
+    "resnet_gan": (
+        ["model.width=2", "model.latent_dim=8"],
+        {"discriminator_loss", "generator_loss", "real_sign"},
+        set(),
+    ),
+    "small_gan": (
+        ["model.width=2", "model.latent_dim=8", "model.perceptual_weight=0"],
+        {"reconstruction", "latent_distance"},
+        set(),
+    ),
 }
 COMMON = [word for word in SMALL if not word.startswith(("model", "diffusion", "federation.r"))]
+
+
+def write_pretrained(file: Path) -> Path:
+    """Write what a run of model=resnet_gan would, of ten digits, without training."""
+    config = load_config(["model=resnet_gan", *FAMILIES["resnet_gan"][0]])
+    save_file(initial_generator(config).state_dict(), file)
+    return file
 
 
 @pytest.mark.parametrize("preset", FAMILIES)
@@ -31,6 +50,8 @@ def test_family_trains_resumes_to_the_bit_draws_and_is_exported(
 ) -> None:
     small, measures, parts = FAMILIES[preset]
     words = [f"model={preset}", *small, *COMMON]
+    if preset == "small_gan":
+        words.append(f"model.pretrained={write_pretrained(tmp_path / 'base.safetensors')}")
     for name, rounds, resume in (("whole", 2, False), ("parts", 1, False), ("parts", 2, True)):
         changes = [f"run_name={name}", f"federation.rounds={rounds}", f"resume={resume}".lower()]
         done = feddm_train(*words, *changes, cwd=tmp_path)
