@@ -25,6 +25,7 @@ from task.config.flower import (
 )
 from task.config.models import (
     MODELS,
+    AttentionUNetConfig,
     ModelConfig,
     ResNetGANConfig,
     SmallGANConfig,
@@ -65,6 +66,7 @@ __all__ = [
     "RUN_CONFIG_WORDS",
     "SAMPLER_VALUES",
     "TRAINED_WITH",
+    "AttentionUNetConfig",
     "Config",
     "DataConfig",
     "FederationConfig",

@@ -7,13 +7,16 @@ the values of its schema that file says `lr` and `batch_size`, which `conf/train
 
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from task.checks import require, require_one_of
 from task.config.data_config import DataConfig
 from task.config.section import PositiveFloat, PositiveInt, Section
+
+if TYPE_CHECKING:
+    from task.config.schema import DiffusionConfig
 
 
 class ModelConfig(Section):
@@ -34,6 +37,9 @@ class ModelConfig(Section):
 
     def check_images(self, data: DataConfig) -> None:
         """Raise a ValueError unless the network takes images of this shape."""
+
+    def check_diffusion(self, diffusion: "DiffusionConfig") -> None:
+        """Raise a ValueError unless a network that `diffuses` can be trained this way."""
 
 
 class UNetConfig(ModelConfig):
@@ -56,6 +62,35 @@ class UNetConfig(ModelConfig):
         divisor = 2**self.num_poolings
         expected = f"a multiple of {divisor} (2 to the power of model.num_poolings)"
         require(data.image_size % divisor == 0, "data.image_size", expected, data.image_size)
+
+
+class AttentionUNetConfig(ModelConfig):
+    """The U-Net with attention of the package denoising-diffusion-pytorch."""
+
+    diffuses = True
+    family: Literal["attention_unet"]
+    width: int = Field(ge=4, multiple_of=2, description="an even number >= 4 (sines and cosines)")
+    width_multipliers: list[PositiveInt] = Field(min_length=1)
+    class_conditional: bool
+    dropout: float = Field(ge=0, lt=1, description="in [0, 1)")
+
+    def check_images(self, data: DataConfig) -> None:
+        """Raise a ValueError unless every level but the last halves the images."""
+        divisor = 2 ** (len(self.width_multipliers) - 1)
+        expected = (
+            f"a multiple of {divisor} (2 to the power of one less than the "
+            f"{len(self.width_multipliers)} model.width_multipliers)"
+        )
+        require(data.image_size % divisor == 0, "data.image_size", expected, data.image_size)
+
+    def check_diffusion(self, diffusion: "DiffusionConfig") -> None:
+        """Raise a ValueError where labels are hidden of a network that sees none."""
+        require(
+            self.class_conditional or diffusion.label_dropout == 0,
+            "diffusion.label_dropout",
+            "0 with model.class_conditional=false, which sees no labels",
+            diffusion.label_dropout,
+        )
 
 
 class VAEConfig(ModelConfig):
@@ -160,6 +195,7 @@ def _require_doubled_size(data: DataConfig) -> None:
 
 MODELS: dict[str, type[ModelConfig]] = {
     "diffusion": UNetConfig,
+    "attention_unet": AttentionUNetConfig,
     "vae": VAEConfig,
     "stylegan2_ada": StyleGAN2ADAConfig,
     "resnet_gan": ResNetGANConfig,

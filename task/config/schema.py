@@ -66,7 +66,7 @@ class DiffusionConfig(Section):
     """The noise, the objective and the sampler."""
 
     num_timesteps: int = Field(ge=2)
-    schedule: Literal["linear", "cosine", "continuous"]
+    schedule: Literal["linear", "cosine", "sigmoid", "continuous"]
     prediction_type: Literal["epsilon", "v_prediction", "sample"]
     loss_weighting: Literal["epsilon", "uniform"]
     loss_reduction: Literal["mean", "sum"]
@@ -80,6 +80,7 @@ class DiffusionConfig(Section):
     num_inference_steps: int | None = Field(gt=0)
     clip_x_start: bool
     guidance_scale: float = Field(ge=0, description=">= 0 (1: no guidance)")
+    ema_decay: float | None = Field(gt=0, lt=1, description="in (0, 1), or null for off")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -301,6 +302,8 @@ class Config(Section):
             f"{'given' if diffuses else 'null'} with model.family={self.model.family}",
             "its values" if given else None,
         )
+        if self.diffusion is not None:
+            self.model.check_diffusion(self.diffusion)
         return self
 
     @property

@@ -20,6 +20,7 @@ from task.export.drawing import Model, Settings, image_shape
 from task.export.sources import ship
 from task.generators.base import Generator
 from task.generators.diffusion.generator import Diffusion
+from task.generators.diffusion.network import UNet
 from task.generators.diffusion.samplers import half_log_snr
 
 # Of the example that the graph is traced with. One image would be taken for a constant.
@@ -159,19 +160,25 @@ class NetworkFormat(Format):
 
 
 def network_of(generator: Generator) -> nn.Module:
-    """Return the network of a diffusion model.
+    """Return the network that a diffusion model draws with.
 
     Raises:
         TypeError: it is none.
     """
     if not isinstance(generator, Diffusion):
         raise TypeError(f"a network format takes a diffusion model, got a {generator.title}")
-    return generator.network
+    return generator.drawing
 
 
 def formats_of(generator: Generator) -> Mapping[str, Format]:
     """Return by name the formats that a generator can be exported to."""
-    return FORMATS if isinstance(generator, Diffusion) else {"safetensors": Format("pytorch")}
+    if not isinstance(generator, Diffusion):
+        return {"safetensors": Format("pytorch")}
+    if isinstance(generator.network, UNet):
+        return FORMATS
+    # A graph needs no Python of the network, which is shipped for `UNet` alone.
+    graphs = {name: FORMATS[name] for name in ("torch-export", "onnx")}
+    return {"safetensors": Format("pytorch"), **graphs}
 
 
 def write_safetensors(unet: nn.Module, settings: Settings, folder: Path) -> None:

@@ -16,6 +16,7 @@ from task.randomness import Stream, seeded_global_generator, torch_generator
 
 GENERATORS: dict[str, Callable[[Config], Generator]] = {
     "diffusion": build_diffusion,
+    "attention_unet": build_diffusion,
     "vae": build_vae,
     "stylegan2_ada": build_stylegan2_ada,
     "resnet_gan": build_resnet_gan,

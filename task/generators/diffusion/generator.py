@@ -1,5 +1,6 @@
 """The generator of the paper: a network that denoises, its loss, and its samplers."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from task.checks import require
-from task.config import Config, require_diffusion
+from task.config import AttentionUNetConfig, Config, require_diffusion
 from task.generators.base import Advance, Batch, Generator, NoiseSource, Projection, Restore
+from task.generators.diffusion.attention_unet import AttentionUNet
 from task.generators.diffusion.network import UNet
 from task.generators.diffusion.noise_schedule import build_schedule
 from task.generators.diffusion.objective import DiffusionObjective
@@ -25,6 +27,9 @@ from task.generators.diffusion.samplers import Predict, guide, sample_along, sam
 
 # Of the network's tensors, which no file and no message has.
 PREFIX = "network."
+# Of what a moving average adds to them, and which files and messages do have.
+AVERAGE = "average."
+AVERAGE_WEIGHT = "average_weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,9 @@ class Diffusion(Generator):
 
     Attributes:
         network: predicts from noisy images, see `task.generators.diffusion.objective`.
+        average: moving average of the network, from which it draws; None: from the network itself.
+        average_weight: [1] float32, the share of the average that is of training: 1 - decay^steps.
+            It travels with the average, so that the mean over clients of both is that of a run.
         objective: the loss of a batch.
         sampling: how `sample` draws.
     """
@@ -70,6 +78,7 @@ class Diffusion(Generator):
         *,
         image_shape: tuple[int, int, int],
         null_label: int | None = None,
+        ema_decay: float | None = None,
         network_arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Join a network, a loss and a sampler.
@@ -80,6 +89,7 @@ class Diffusion(Generator):
             sampling: how images are drawn.
             image_shape: (C, H, W).
             null_label: what stands for "no class", None where there is none.
+            ema_decay: of the moving average of the network, in each step; None: there is none.
             network_arguments: what the network was made with, for an export.
 
         Raises:
@@ -95,6 +105,11 @@ class Diffusion(Generator):
         )
         self.network, self.objective, self.sampling = network, objective, sampling
         self.image_shape, self.null_label = image_shape, null_label
+        self.average: nn.Module | None = None
+        self._ema_decay = ema_decay
+        if ema_decay is not None:
+            self.average = copy.deepcopy(network).requires_grad_(False)
+            self.register_buffer(AVERAGE_WEIGHT, torch.zeros(1))
         self._network_arguments = dict(network_arguments)
         self._alphas_cumprod: list[float] = objective.schedule.alphas_cumprod.tolist()
         self._steps = sampling_steps(
@@ -110,7 +125,34 @@ class Diffusion(Generator):
 
     def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
         """Make the Adam of the paper."""
-        return {"adam": torch.optim.Adam(self.parameters(), lr=lr, fused=True)}
+        return {"adam": torch.optim.Adam(self.network.parameters(), lr=lr, fused=True)}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move the average towards the network.
+
+        The first step takes it to the network: what the network was before it was trained has no
+        share in it, however short the training.
+        """
+        if self.average is None or self._ema_decay is None:
+            return
+        # Lengthened without reading it, for which a GPU would have to be waited for.
+        self.average_weight.mul_(self._ema_decay).add_(1 - self._ema_decay)
+        share = (1 - self._ema_decay) / self.average_weight[0]
+        averages = [*self.average.parameters()]
+        moves = torch._foreach_sub([*self.network.parameters()], averages)
+        torch._foreach_mul_(moves, share)
+        torch._foreach_add_(averages, moves)
+
+    @property
+    def drawing(self) -> nn.Module:
+        """The network that images are drawn with."""
+        return self.network if self.average is None else self.average
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of trained values, those of the network."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
 
     def losses(self, batch: Batch, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         """Yield the losses of a batch at random times."""
@@ -142,7 +184,7 @@ class Diffusion(Generator):
     def sampling_step(self, labels: Tensor, noise: NoiseSource) -> Tensor:
         """Evaluate the network once."""
         log_snr = torch.zeros(len(labels), device=labels.device)
-        output: Tensor = self.network(noise(), log_snr, labels)
+        output: Tensor = self.drawing(noise(), log_snr, labels)
         return output
 
     def predicting(self, labels: Tensor, advance: Advance = lambda number: None) -> Predict:
@@ -157,7 +199,7 @@ class Diffusion(Generator):
         def predict(x_t: Tensor, log_snr: float) -> Tensor:
             inputs = x_t if scale == 1 else torch.cat([x_t, x_t])
             log_snrs = both.new_full((len(both),), log_snr, dtype=torch.float32)
-            output: Tensor = self.network(inputs, log_snrs, both).to(x_t.dtype)
+            output: Tensor = self.drawing(inputs, log_snrs, both).to(x_t.dtype)
             advance(len(both))
             if scale == 1:
                 return output
@@ -209,7 +251,11 @@ class Diffusion(Generator):
             "loss": f"{objective.loss_weighting} weighting, {objective.loss_reduction} over pixels",
             "label dropout": objective.label_dropout,
             "sampler": f"{self.sampling.sampler}, {steps} steps{guidance}",
+            **({} if self.average is None else {"drawn from": self._average_in_words()}),
         }
+
+    def _average_in_words(self) -> str:
+        return f"a moving average of the network over steps, decay {self._ema_decay:g}"
 
     def drawing_settings(self) -> dict[str, Any]:
         """Return what `task.generators.diffusion.samplers.draw_by_settings` reads."""
@@ -228,7 +274,9 @@ def _without_prefix(_: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_
 
 
 def _with_prefix(_: nn.Module, state_dict: dict[str, Tensor], prefix: str, *__: Any) -> None:
-    for name in [name for name in state_dict if name.startswith(prefix)]:
+    own = (prefix + AVERAGE, prefix + AVERAGE_WEIGHT)
+    names = [name for name in state_dict if name.startswith(prefix) and not name.startswith(own)]
+    for name in names:
         state_dict[prefix + PREFIX + name.removeprefix(prefix)] = state_dict.pop(name)
 
 
@@ -259,11 +307,13 @@ def build_diffusion(config: Config) -> Diffusion:
         clip_x_start=diffusion.clip_x_start,
         guidance_scale=diffusion.guidance_scale,
     )
+    network = AttentionUNet if isinstance(config.model, AttentionUNetConfig) else UNet
     return Diffusion(
-        UNet(**arguments),
+        network(**arguments),
         objective,
         sampling,
         image_shape=(data.channels, data.image_size, data.image_size),
         null_label=null_label,
+        ema_decay=diffusion.ema_decay,
         network_arguments=arguments,
     )

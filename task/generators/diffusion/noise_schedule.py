@@ -67,10 +67,14 @@ def build_schedule(config: Config) -> NoiseSchedule:
         return NoiseSchedule(linear_alphas_cumprod(num_timesteps), name=name)
     if name == "cosine":
         return NoiseSchedule(cosine_alphas_cumprod(num_timesteps), name=name)
+    if name == "sigmoid":
+        return NoiseSchedule(sigmoid_alphas_cumprod(num_timesteps), name=name)
     if name == "continuous":
         times = _timesteps(1, num_timesteps + 1) / num_timesteps
         return NoiseSchedule(continuous_alphas_cumprod(times), continuous=True, name=name)
-    raise ValueError(f"diffusion.schedule must be linear, cosine or continuous, got {name!r}")
+    raise ValueError(
+        f"diffusion.schedule must be linear, cosine, sigmoid or continuous, got {name!r}"
+    )
 
 
 def _timesteps(start: int, end: int) -> Tensor:
@@ -108,6 +112,18 @@ def cosine_alphas_cumprod(num_timesteps: int) -> Tensor:
     """
     times = _timesteps(0, num_timesteps + 1) / num_timesteps
     signal = ((times + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+    betas = 1 - signal[1:] / signal[:-1]
+    return (1 - betas.clamp(max=0.999)).cumprod(0)
+
+
+def sigmoid_alphas_cumprod(num_timesteps: int) -> Tensor:
+    """Return the sigmoid schedule from -3 to 3 at temperature 1, with betas of at most 0.999.
+
+    Source: Jabri et al. 2022, "Scalable Adaptive Computation for Iterative Generation", figure 8.
+    """
+    times = _timesteps(0, num_timesteps + 1) / num_timesteps
+    falling = torch.sigmoid(3 - 6 * times)
+    signal = (falling - falling[-1]) / (falling[0] - falling[-1])
     betas = 1 - signal[1:] / signal[:-1]
     return (1 - betas.clamp(max=0.999)).cumprod(0)
 
