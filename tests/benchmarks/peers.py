@@ -1,4 +1,7 @@
-"""Training steps beside denoising-diffusion-pytorch and diffusers, on their nets and on ours."""
+"""Training steps beside denoising-diffusion-pytorch and diffusers, on their nets and on ours.
+
+`attention_unet` is feddm's training of the very network of denoising-diffusion-pytorch.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,6 +23,11 @@ from tests.benchmarks.report import Figures, available_cores
 
 IMAGE_SIZE = 32
 PRECISIONS = ("float32", "bfloat16")
+# The network that denoising_diffusion_pytorch.own trains, by feddm, which also averages it.
+SAME_NETWORK = (
+    *("data=cifar10", "model=attention_unet", "model.class_conditional=false"),
+    *("diffusion=survey", "data.horizontal_flip=false"),
+)
 Loss = Callable[[Tensor], Tensor]
 
 
@@ -167,12 +175,15 @@ def measure(
         # Every call says its precision, so none is settled.
         settled = (*overrides, "train.precision=float32")
         ours = stack.enter_context(Contestant(Feddm, settled, device, threads))
+        same = stack.enter_context(Contestant(Feddm, SAME_NETWORK, device, threads))
         peers = {
             library: stack.enter_context(Contestant(Peer, library, device, threads))
             for library in NETS
         }
-        flops = {"feddm.own": ours.call("flop_per_image")}
-        trains = {"feddm.own": partial(ours.call, "train", batch, steps)}
+        feddm = {"feddm.own": ours, "feddm.attention_unet": same}
+        flops = {name: each.call("flop_per_image") for name, each in feddm.items()}
+        trains = {name: partial(each.call, "train", batch, steps) for name, each in feddm.items()}
+        settled_precision = same.call("settled_precision")
         for library, nets in NETS.items():
             for net in nets:
                 name, peer = f"{library}.{net}", peers[library]
@@ -184,7 +195,33 @@ def measure(
         }
         matmul = partial(ours.call, "matmul_rate")
         rates = take_turns({**players, "matmul": matmul}, turns or (5 if full else 2))
-    return _figures({name: median(scores) for name, scores in rates.items()}, flops, batch)
+    figures = _figures({name: median(scores) for name, scores in rates.items()}, flops, batch)
+    return figures | same_network(figures, settled_precision)
+
+
+def same_network(figures: Figures, precision: str) -> Figures:
+    """Compare how fast feddm and denoising-diffusion-pytorch train the network of the latter.
+
+    Args:
+        figures: images per second of both.
+        precision: what feddm trains it in where nobody says another; the package's is float32.
+
+    Returns:
+        feddm's images per second over the package's, in each precision and each in its own.
+    """
+
+    def rate(name: str, precision: str) -> float:
+        return float(figures[f"peers.{name}.{precision}.images_per_second"])
+
+    ours, theirs = "feddm.attention_unet", "denoising_diffusion_pytorch.own"
+    return {
+        **{
+            f"peers.attention_unet.{each}.ratio": rate(ours, each) / rate(theirs, each)
+            for each in PRECISIONS
+        },
+        "peers.attention_unet.default_precision": precision,
+        "peers.attention_unet.default.ratio": rate(ours, precision) / rate(theirs, "float32"),
+    }
 
 
 def _figures(rates: dict[str, float], flops: dict[str, int], batch_size: int) -> Figures:

@@ -197,10 +197,30 @@ def test_peers_are_measured_on_their_own_net_and_on_matched_operations() -> None
         full=False, device="cpu", overrides=TINY, batch_size=1, turns=1, num_threads=1
     )
     assert_finite_and_positive(figures)
+    # One network, written twice, is one number of operations; but for the kernel of attention.
+    ours, theirs = (
+        figures[f"peers.{name}.float32.gflop_per_image"]
+        for name in ("feddm.attention_unet", "denoising_diffusion_pytorch.own")
+    )
+    assert ours == pytest.approx(theirs, rel=0.02)
     for library in peers.NETS:
         for precision in peers.PRECISIONS:
             matched = figures[f"peers.{library}.matched.{precision}.gflop_per_image"]
             assert matched == pytest.approx(7.12, rel=0.1)
+
+
+def test_same_network_is_compared_in_each_precision_and_each_in_its_own() -> None:
+    rates = {"float32": (6.0, 4.0), "bfloat16": (10.0, 8.0)}
+    figures: Figures = {}
+    for precision, (ours, theirs) in rates.items():
+        figures[f"peers.feddm.attention_unet.{precision}.images_per_second"] = ours
+        figures[f"peers.denoising_diffusion_pytorch.own.{precision}.images_per_second"] = theirs
+    assert peers.same_network(figures, "bfloat16") == {
+        "peers.attention_unet.float32.ratio": 1.5,
+        "peers.attention_unet.bfloat16.ratio": 1.25,
+        "peers.attention_unet.default_precision": "bfloat16",
+        "peers.attention_unet.default.ratio": 2.5,
+    }
 
 
 def test_peers_that_compute_faster_are_said_to_be_ahead() -> None:

@@ -233,7 +233,10 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
         ("model.bottom_blocks=1", ["model.bottom_blocks", "1", ">= 2"]),
         ("model.fourier_features=3", ["model.fourier_features", "3", "even"]),
         ("diffusion.num_timesteps=1", ["diffusion.num_timesteps", "1", ">= 2"]),
-        ("diffusion.schedule=sine", ["diffusion.schedule", "'sine'", "linear, cosine, continuous"]),
+        (
+            "diffusion.schedule=sine",
+            ["diffusion.schedule", "'sine'", "linear, cosine, sigmoid, continuous"],
+        ),
         ("diffusion.eta=1.5", ["diffusion.eta", "1.5", "[0, 1]"]),
         (
             "diffusion.num_inference_steps=500",

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from task.config import anchored, load_config, write_config
 from task.export.drawing import draw, main, read_settings
@@ -62,14 +63,21 @@ print(json.dumps({**told, "shape": list(np.shape(card.get("prediction")))}))
 """
 
 
-def finished_run(folder: Path, *overrides: str) -> Run:
+UNET = ("model=tiny", "model.width=8", "model.num_poolings=1")
+ATTENTION_UNET = (
+    *("model=attention_unet", "model.width=8", "model.width_multipliers=[1,2]"),
+    "diffusion.ema_decay=0.9",
+)
+
+
+def finished_run(folder: Path, *overrides: str, network: tuple[str, ...] = UNET) -> Run:
     """Make a run of a network that learned nothing, with weights of one client beside it."""
     config = anchored(
         load_config(
             [
                 *("data=image_folder", f"data.classes=[{','.join(CLASSES)}]", "data.channels=1"),
                 *(f"data.image_size={SIZE}", f"data.root={folder}", f"output_dir={folder}"),
-                *("run_name=tiny", "model=tiny", "model.width=8", "model.num_poolings=1"),
+                *("run_name=tiny", *network),
                 *("diffusion.label_dropout=0.1", "diffusion.guidance_scale=2"),
                 *("diffusion.num_timesteps=12", f"diffusion.num_inference_steps={STEPS}"),
                 *("train.precision=float32", "federation.rounds=3", *overrides),
@@ -194,6 +202,40 @@ def test_drawing_with_numpy_equals_feddm(tmp_path: Path, overrides: tuple[str, .
     )
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, drawn_by_feddm(run, lambda: next(ours)), atol=1e-3)
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torch-export", "onnx"])
+def test_a_network_without_shipped_code_is_exported_as_weights_or_as_a_graph_of_its_average(
+    tmp_path: Path, to: str
+) -> None:
+    if FORMATS[to].missing:
+        pytest.skip(f"{', '.join(FORMATS[to].missing)} not installed")
+    run = finished_run(tmp_path, network=ATTENTION_UNET)
+    file = run.path / "model.safetensors"
+    # Of the network itself nothing is left: whatever is drawn comes from the average.
+    weights = {
+        name: value if name.startswith("average") else torch.zeros_like(value)
+        for name, value in load_file(file).items()
+    }
+    save_weights(file, weights, {"round": "3", "config": str(tmp_path)})
+    written = export_run(run, to)
+    assert written.largest > 0.01
+    if to == "safetensors":
+        found = load_file(written.folder / "model.safetensors")
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[name], weights[name]) for name in weights)
+    else:
+        inputs = (np.ones((3, 1, SIZE, SIZE), np.float32), np.zeros(3, np.float32), np.arange(3))
+        one, other, _ = FORMATS[to].load_model(written.folder)(*inputs)
+        assert np.abs(one - other).max() > 1e-4  # the labels matter
+
+
+def test_a_format_that_ships_the_code_of_another_network_is_refused(tmp_path: Path) -> None:
+    if FORMATS["diffusers"].missing:
+        pytest.skip("diffusers is not installed")
+    run = finished_run(tmp_path, network=ATTENTION_UNET)
+    with pytest.raises(ValueError, match="--to must be safetensors or torch-export or onnx for"):
+        export_run(run, "diffusers")
 
 
 def test_weights_of_a_client_are_its_own(run: Run) -> None:

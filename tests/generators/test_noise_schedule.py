@@ -17,7 +17,7 @@ from task.generators.diffusion.noise_schedule import (
     scrambled_sobol,
 )
 
-SCHEDULES = ("linear", "cosine", "continuous")
+SCHEDULES = ("linear", "cosine", "sigmoid", "continuous")
 
 
 def schedule_of(name: str, num_timesteps: int = 300) -> NoiseSchedule:
