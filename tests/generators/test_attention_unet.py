@@ -11,7 +11,7 @@ from task.config import load_config
 from task.generators.base import Batch
 from task.generators.diffusion.attention_unet import (
     HEAD_CHANNELS,
-    HEADS,
+    NUM_HEADS,
     AttentionUNet,
     FullAttention,
     LinearAttention,
@@ -124,7 +124,7 @@ def heads_of(attention: nn.Module, features: Tensor) -> tuple[Tensor, Tensor, Te
     qkv = attention.to_qkv(attention.norm(features))  # type: ignore[operator]
     parts = qkv.flatten(2).transpose(1, 2).chunk(3, dim=2)
     queries, keys, values = (
-        each.unflatten(2, (HEADS, HEAD_CHANNELS)).transpose(1, 2) for each in parts
+        each.unflatten(2, (NUM_HEADS, HEAD_CHANNELS)).transpose(1, 2) for each in parts
     )
     return queries, keys, values
 
@@ -134,9 +134,9 @@ def test_full_attention_weighs_every_position_and_memory() -> None:
     torch.manual_seed(0)
     attention, features = FullAttention(8), torch.randn(2, 8, 2, 3)
     queries, keys, values = heads_of(attention, features)
-    expected = torch.empty(2, HEADS, HEAD_CHANNELS, 6)
+    expected = torch.empty(2, NUM_HEADS, HEAD_CHANNELS, 6)
     for image in range(2):
-        for head in range(HEADS):
+        for head in range(NUM_HEADS):
             known = torch.cat([attention.memories[0, head], keys[image, head]])
             worth = torch.cat([attention.memories[1, head], values[image, head]])
             for place, query in enumerate(queries[image, head]):
@@ -151,9 +151,9 @@ def test_linear_attention_sums_values_by_channel_of_the_keys() -> None:
     torch.manual_seed(0)
     attention, features = LinearAttention(8), torch.randn(2, 8, 2, 3)
     queries, keys, values = heads_of(attention, features)
-    expected = torch.empty(2, HEADS, HEAD_CHANNELS, 6)
+    expected = torch.empty(2, NUM_HEADS, HEAD_CHANNELS, 6)
     for image in range(2):
-        for head in range(HEADS):
+        for head in range(NUM_HEADS):
             known = torch.cat([attention.memories[0, head].T, keys[image, head]]).softmax(0)
             worth = torch.cat([attention.memories[1, head].T, values[image, head]])
             for place, query in enumerate(queries[image, head]):

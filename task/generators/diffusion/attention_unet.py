@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-HEADS = 4
+NUM_HEADS = 4
 HEAD_CHANNELS = 32
 # Keys and values that are trained, and that every position attends to beside the image's own.
 NUM_MEMORIES = 4
 MAX_PERIOD = 10_000
 # Of the sigmoid schedule by which a log-SNR is told as a timestep.
-START, END = -3.0, 3.0
+SIGMOID_START, SIGMOID_END = -3.0, 3.0
 NUM_TIMESTEPS = 1000
 
 
@@ -38,9 +38,9 @@ def timesteps_of(log_snr: Tensor) -> Tensor:
 
     Source: Jabri et al. 2022, the sigmoid schedule, solved for the time.
     """
-    low, high = (1 / (1 + math.exp(-end)) for end in (START, END))
+    low, high = (1 / (1 + math.exp(-end)) for end in (SIGMOID_START, SIGMOID_END))
     share = (low + (high - low) * torch.sigmoid(-log_snr)).clamp(low, high)
-    times = (torch.logit(share) - START) / (END - START)
+    times = (torch.logit(share) - SIGMOID_START) / (SIGMOID_END - SIGMOID_START)
     return NUM_TIMESTEPS * times - 1
 
 
@@ -123,9 +123,9 @@ class FullAttention(nn.Module):
     def __init__(self, channels: int) -> None:
         """Make projections and memories."""
         super().__init__()
-        inner = HEADS * HEAD_CHANNELS
+        inner = NUM_HEADS * HEAD_CHANNELS
         self.norm = ChannelNorm(channels)
-        self.memories = nn.Parameter(torch.randn(2, HEADS, NUM_MEMORIES, HEAD_CHANNELS))
+        self.memories = nn.Parameter(torch.randn(2, NUM_HEADS, NUM_MEMORIES, HEAD_CHANNELS))
         self.to_qkv = nn.Conv2d(channels, 3 * inner, 1, bias=False)
         self.output = nn.Conv2d(inner, channels, 1)
 
@@ -134,7 +134,7 @@ class FullAttention(nn.Module):
         num, _, height, width = features.shape
         qkv = self.to_qkv(self.norm(features))
         # [3, N, heads, positions, channels of a head]
-        split = qkv.reshape(num, 3, HEADS, HEAD_CHANNELS, -1).permute(1, 0, 2, 4, 3)
+        split = qkv.reshape(num, 3, NUM_HEADS, HEAD_CHANNELS, -1).permute(1, 0, 2, 4, 3)
         queries, keys, values = split.unbind()
         memories = self.memories.to(qkv.dtype)[:, None].expand(-1, num, -1, -1, -1)
         keys = torch.cat([memories[0], keys], dim=2)
@@ -153,9 +153,9 @@ class LinearAttention(nn.Module):
     def __init__(self, channels: int) -> None:
         """Make projections and memories."""
         super().__init__()
-        inner = HEADS * HEAD_CHANNELS
+        inner = NUM_HEADS * HEAD_CHANNELS
         self.norm = ChannelNorm(channels)
-        self.memories = nn.Parameter(torch.randn(2, HEADS, HEAD_CHANNELS, NUM_MEMORIES))
+        self.memories = nn.Parameter(torch.randn(2, NUM_HEADS, HEAD_CHANNELS, NUM_MEMORIES))
         self.to_qkv = nn.Conv2d(channels, 3 * inner, 1, bias=False)
         self.output = nn.Sequential(nn.Conv2d(inner, channels, 1), ChannelNorm(channels))
 
@@ -164,7 +164,7 @@ class LinearAttention(nn.Module):
         num, _, height, width = features.shape
         qkv = self.to_qkv(self.norm(features))
         # [N, heads, channels of a head, positions] each
-        queries, keys, values = qkv.reshape(num, 3, HEADS, HEAD_CHANNELS, -1).unbind(1)
+        queries, keys, values = qkv.reshape(num, 3, NUM_HEADS, HEAD_CHANNELS, -1).unbind(1)
         memories = self.memories.to(qkv.dtype)[:, None].expand(-1, num, -1, -1, -1)
         keys = torch.cat([memories[0], keys], dim=3).softmax(dim=3)
         values = torch.cat([memories[1], values], dim=3).to(keys.dtype)
