@@ -200,8 +200,8 @@ def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
     ("overrides", "words"),
     [
         (
-            ("data=digits", "model.width_multipliers=[1,2,4,8,8]"),
-            "data.image_size must be a multiple of 16",
+            ("data=digits", "model.width_multipliers=[1,2,4,8,8,8]"),
+            "data.image_size must be a multiple of 32",
         ),
         (
             ("data=cifar10", "model.class_conditional=false", "diffusion.label_dropout=0.1"),
