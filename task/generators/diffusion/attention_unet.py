@@ -6,6 +6,7 @@ be compared. It holds no buffers, and imports nothing but torch.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -72,7 +73,8 @@ class ChannelNorm(nn.Module):
         """Map [N, channels, H, W] to the same shape and type."""
         norm = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=torch.float32)
         factor = math.sqrt(features.shape[1]) / norm.clamp(min=1e-12)
-        return features * factor.to(features.dtype) * self.scale.to(features.dtype)
+        scaled: Tensor = features * factor.to(features.dtype) * self.scale.to(features.dtype)
+        return scaled
 
 
 class ConvNormAct(nn.Module):
@@ -180,11 +182,11 @@ class Level(nn.Module):
         self,
         in_channels: int,
         channels: int,
-        condition: int,
+        resize: nn.Module,
         *,
+        condition: int,
         dropout: float,
         full_attention: bool,
-        resize: nn.Module,
     ) -> None:
         """Make a level of `channels`, whose blocks each take `in_channels`."""
         super().__init__()
@@ -194,14 +196,39 @@ class Level(nn.Module):
         self.resize = resize
 
 
+class DownLevel(Level):
+    """A level on the way down, which leaves behind what comes of each of its blocks."""
+
+    def forward(self, features: Tensor, condition: Tensor, skips: list[Tensor]) -> Tensor:
+        """Map [N, in, H, W] to the input of the next level, and append two to `skips`."""
+        skips.append(self.first(features, condition))
+        skips.append(self.attention(self.second(skips[-1], condition)))
+        output: Tensor = self.resize(skips[-1])
+        return output
+
+
+class UpLevel(Level):
+    """A level on the way up, which takes up what one on the way down has left."""
+
+    def forward(self, features: Tensor, condition: Tensor, skips: list[Tensor]) -> Tensor:
+        """Map [N, in, H, W] to the input of the next level, and take the last two of `skips`."""
+        features = self.first(torch.cat([features, skips.pop()], dim=1), condition)
+        features = self.second(torch.cat([features, skips.pop()], dim=1), condition)
+        output: Tensor = self.resize(self.attention(features))
+        return output
+
+
+def _convolution(in_channels: int, out_channels: int) -> nn.Module:
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+
 def _halve(in_channels: int, out_channels: int) -> nn.Module:
     return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * in_channels, out_channels, 1))
 
 
 def _double(in_channels: int, out_channels: int) -> nn.Module:
     return nn.Sequential(
-        nn.Upsample(scale_factor=2.0, mode="nearest"),
-        nn.Conv2d(in_channels, out_channels, 3, padding=1),
+        nn.Upsample(scale_factor=2.0, mode="nearest"), _convolution(in_channels, out_channels)
     )
 
 
@@ -243,7 +270,10 @@ class AttentionUNet(nn.Module):
         self.divisor = 2 ** (len(width_multipliers) - 1)
         condition = 4 * width
         widths = [width, *(width * multiplier for multiplier in width_multipliers)]
-        last = len(width_multipliers) - 1
+        levels, last = [*enumerate(pairwise(widths))], len(width_multipliers) - 1
+        down, up = (
+            partial(level, condition=condition, dropout=dropout) for level in (DownLevel, UpLevel)
+        )
 
         self.input = nn.Conv2d(channels, width, 7, padding=3)
         self.time_embedding = nn.Sequential(
@@ -256,34 +286,16 @@ class AttentionUNet(nn.Module):
             nn.Embedding(num_classes + null_class, condition) if class_conditional else None
         )
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for level, (here, after) in enumerate(pairwise(widths)):
-            resize = nn.Conv2d(here, after, 3, padding=1) if level == last else _halve(here, after)
-            self.down.append(
-                Level(
-                    here,
-                    here,
-                    condition,
-                    dropout=dropout,
-                    full_attention=level == last,
-                    resize=resize,
-                )
-            )
+        for level, (here, after) in levels:
+            resize = _convolution(here, after) if level == last else _halve(here, after)
+            self.down.append(down(here, here, resize, full_attention=level == last))
         bottom = widths[-1]
         self.bottom_first = ConditionedBlock(bottom, bottom, condition, dropout)
         self.bottom_attention = FullAttention(bottom)
         self.bottom_second = ConditionedBlock(bottom, bottom, condition, dropout)
-        for level, (after, here) in reversed([*enumerate(pairwise(widths))]):
-            resize = nn.Conv2d(here, after, 3, padding=1) if level == 0 else _double(here, after)
-            self.up.append(
-                Level(
-                    here + after,
-                    here,
-                    condition,
-                    dropout=dropout,
-                    full_attention=level == last,
-                    resize=resize,
-                )
-            )
+        for level, (after, here) in reversed(levels):
+            resize = _convolution(here, after) if level == 0 else _double(here, after)
+            self.up.append(up(here + after, here, resize, full_attention=level == last))
         self.final = ConditionedBlock(2 * width, width, condition, dropout)
         self.output = nn.Conv2d(width, channels, 1)
 
@@ -307,19 +319,13 @@ class AttentionUNet(nn.Module):
             condition = condition + self.class_embedding(labels)
         condition = functional.silu(condition)
         first = features = self.input(x_t)
-        skips = []
+        skips: list[Tensor] = []
         for level in self.down:
-            features = level.first(features, condition)
-            skips.append(features)
-            features = level.attention(level.second(features, condition))
-            skips.append(features)
-            features = level.resize(features)
+            features = level(features, condition, skips)
         features = self.bottom_attention(self.bottom_first(features, condition))
         features = self.bottom_second(features, condition)
         for level in self.up:
-            features = level.first(torch.cat([features, skips.pop()], dim=1), condition)
-            features = level.second(torch.cat([features, skips.pop()], dim=1), condition)
-            features = level.resize(level.attention(features))
+            features = level(features, condition, skips)
         features = self.final(torch.cat([features, first], dim=1), condition)
         output: Tensor = self.output(features)
         return output

@@ -69,6 +69,7 @@ class Diffusion(Generator):
 
     title = "diffusion model"
     private = frozenset({"adam"})
+    average_weight: Tensor
 
     def __init__(
         self,
@@ -139,8 +140,9 @@ class Diffusion(Generator):
         # Lengthened without reading it, for which a GPU would have to be waited for.
         self.average_weight.mul_(self._ema_decay).add_(1 - self._ema_decay)
         share = (1 - self._ema_decay) / self.average_weight[0]
-        averages = [*self.average.parameters()]
-        moves = torch._foreach_sub([*self.network.parameters()], averages)
+        averages: list[Tensor] = [*self.average.parameters()]
+        weights: list[Tensor] = [*self.network.parameters()]
+        moves = list(torch._foreach_sub(weights, averages))
         torch._foreach_mul_(moves, share)
         torch._foreach_add_(averages, moves)
 
