@@ -21,8 +21,9 @@ from task.config.models import model_schemas
 from task.config.overrides import hydra_override, read_override
 from task.config.schema import CONF_DIR, Config, anchored, checked
 
-# A file of conf/model says them beside the values of its network; conf/train takes them from there.
-TRAINED_WITH = ("lr", "batch_size")
+# A file of conf/model says them beside the values of its network, the last two where it needs them;
+# conf/train takes them from there.
+TRAINED_WITH = ("lr", "batch_size", "accumulation", "clip_norm")
 
 
 def load_config(overrides: Iterable[str] = (), *, images_below: Path | None = None) -> Config:

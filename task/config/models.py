@@ -2,21 +2,19 @@
 
 A new family of generators is one subclass of `ModelConfig`, its entry in `MODELS` (or a call of
 `task.generators.registry.register` in a package of its own), and one file in `conf/model/`. Beside
-the values of its schema that file says `lr` and `batch_size`, which `conf/train/` takes.
+the values of its schema that file says `lr` and `batch_size`, and may say `accumulation` and
+`clip_norm`; `conf/train/` takes them.
 """
 
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from task.checks import require, require_one_of
 from task.config.data_config import DataConfig
 from task.config.section import PositiveFloat, PositiveInt, Section
-
-if TYPE_CHECKING:
-    from task.config.schema import DiffusionConfig
 
 
 class ModelConfig(Section):
@@ -38,8 +36,8 @@ class ModelConfig(Section):
     def check_images(self, data: DataConfig) -> None:
         """Raise a ValueError unless the network takes images of this shape."""
 
-    def check_diffusion(self, diffusion: "DiffusionConfig") -> None:
-        """Raise a ValueError unless a network that `diffuses` can be trained this way."""
+    def check_label_dropout(self, label_dropout: float) -> None:
+        """Raise a ValueError unless labels can be hidden of the network at this rate."""
 
 
 class UNetConfig(ModelConfig):
@@ -83,13 +81,13 @@ class AttentionUNetConfig(ModelConfig):
         )
         require(data.image_size % divisor == 0, "data.image_size", expected, data.image_size)
 
-    def check_diffusion(self, diffusion: "DiffusionConfig") -> None:
+    def check_label_dropout(self, label_dropout: float) -> None:
         """Raise a ValueError where labels are hidden of a network that sees none."""
         require(
-            self.class_conditional or diffusion.label_dropout == 0,
+            self.class_conditional or label_dropout == 0,
             "diffusion.label_dropout",
             "0 with model.class_conditional=false, which sees no labels",
-            diffusion.label_dropout,
+            label_dropout,
         )
 
 

@@ -303,7 +303,7 @@ class Config(Section):
             "its values" if given else None,
         )
         if self.diffusion is not None:
-            self.model.check_diffusion(self.diffusion)
+            self.model.check_label_dropout(self.diffusion.label_dropout)
         return self
 
     @property

@@ -23,10 +23,12 @@ from tests.benchmarks.report import Figures, available_cores
 
 IMAGE_SIZE = 32
 PRECISIONS = ("float32", "bfloat16")
-# The network that denoising_diffusion_pytorch.own trains, by feddm, which also averages it.
+# The network that denoising_diffusion_pytorch.own trains, by feddm, which also averages it. A step
+# of either is on one batch.
 SAME_NETWORK = (
     *("data=cifar10", "model=attention_unet", "model.class_conditional=false"),
     *("diffusion=survey", "data.horizontal_flip=false"),
+    *("train.accumulation=1", "train.clip_norm=null"),
 )
 Loss = Callable[[Tensor], Tensor]
 

@@ -17,6 +17,14 @@ pytestmark = pytest.mark.slow
 
 # Preset, values that make it small, what it measures of each training, and the parts of its loss.
 FAMILIES = {
+    "attention_unet": (
+        [
+            *("diffusion=survey", "diffusion.num_inference_steps=4"),
+            *("model.width=8", "model.width_multipliers=[1,2]"),
+        ],
+        set(),
+        set(),
+    ),
     "conv_vae": (["model.hidden_dim=64"], {"reconstruction", "kl"}, {"reconstruction", "kl"}),
     "stylegan2_ada_tiny": (
         ["model.channel_max=8", "model.latent_dim=8", "federation.local=[discriminator]"],

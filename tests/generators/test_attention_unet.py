@@ -218,6 +218,37 @@ def test_configurations_that_cannot_be_trained_are_refused(
         load_config([*SURVEY, *overrides])
 
 
+def test_it_trains_as_the_survey_did() -> None:
+    config = load_config([*SURVEY, "experiment=paper", "run_name=x"])
+    train = config.train
+    assert (train.batch_size, train.accumulation) == (16, 2)
+    assert (train.lr, train.clip_norm) == (8e-5, 1.0)
+    # Others take steps on one batch, and on gradients of any size.
+    others = load_config(["run_name=x"]).train
+    assert (others.accumulation, others.clip_norm) == (1, None)
+    words = ["train.accumulation=3", "train.clip_norm=null"]
+    chosen = load_config([*SURVEY, *words, "run_name=x"]).train
+    assert (chosen.accumulation, chosen.clip_norm) == (3, None)
+
+
+def test_larger_images_train_and_are_drawn() -> None:
+    generator = small_diffusion("data.image_size=128", "model.width_multipliers=[1,1,2,2]")
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.arange(2)
+    batch = Batch(torch.rand(2, 1, 128, 128, generator=rng) * 2 - 1, labels, labels)
+    adam = generator.optimizers(1e-3)["adam"]
+    before = {name: value.clone() for name, value in generator.network.state_dict().items()}
+    ((_, losses),) = generator.losses(batch, rng)
+    losses.mean().backward()
+    adam.step()
+    generator.after_step()
+    after = generator.network.state_dict()
+    assert losses.isfinite().all()
+    assert any(not torch.equal(after[name], value) for name, value in before.items())
+    drawn = generator.sample(labels, lambda: torch.randn(2, 1, 128, 128, generator=rng))
+    assert drawn.shape == (2, 1, 128, 128) and drawn.isfinite().all()
+
+
 def train(generator: Diffusion, steps: int) -> list[dict[str, Tensor]]:
     """Train on noise and return the network's weights after each step."""
     rng = torch.Generator().manual_seed(0)

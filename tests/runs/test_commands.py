@@ -59,6 +59,7 @@ def test_words_of_another_family_replace_the_section_of_its_model(
     words = ["~model", "+model.family=mixture", "+model.num_components=3", "seed=3"]
     # With those of tiny, whose file is not there to say them.
     words += ["train.lr=0.001", "train.batch_size=32"]
+    words += ["train.accumulation=1", "train.clip_norm=null"]
     assert training_words(load_config(words)) == ["experiment=demo", *words]
 
 
