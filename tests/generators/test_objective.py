@@ -242,5 +242,5 @@ def test_diffusion_losses_rejects_uint8_images() -> None:
 
 
 def test_a_family_is_registered_once() -> None:
-    with pytest.raises(ValueError, match="family must be another name than diffusion.* got 'diff"):
+    with pytest.raises(ValueError, match=r"family must be another name than diffusion.* got 'diff"):
         register("diffusion", ModelConfig, build_diffusion)
