@@ -222,11 +222,11 @@ def _convolution(in_channels: int, out_channels: int) -> nn.Module:
     return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
-def _halve(in_channels: int, out_channels: int) -> nn.Module:
+def _halving(in_channels: int, out_channels: int) -> nn.Module:
     return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * in_channels, out_channels, 1))
 
 
-def _double(in_channels: int, out_channels: int) -> nn.Module:
+def _doubling(in_channels: int, out_channels: int) -> nn.Module:
     return nn.Sequential(
         nn.Upsample(scale_factor=2.0, mode="nearest"), _convolution(in_channels, out_channels)
     )
@@ -287,14 +287,14 @@ class AttentionUNet(nn.Module):
         )
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, (here, after) in levels:
-            resize = _convolution(here, after) if level == last else _halve(here, after)
+            resize = _convolution(here, after) if level == last else _halving(here, after)
             self.down.append(down(here, here, resize, full_attention=level == last))
         bottom = widths[-1]
         self.bottom_first = ConditionedBlock(bottom, bottom, condition, dropout)
         self.bottom_attention = FullAttention(bottom)
         self.bottom_second = ConditionedBlock(bottom, bottom, condition, dropout)
         for level, (after, here) in reversed(levels):
-            resize = _convolution(here, after) if level == 0 else _double(here, after)
+            resize = _convolution(here, after) if level == 0 else _doubling(here, after)
             self.up.append(up(here + after, here, resize, full_attention=level == last))
         self.final = ConditionedBlock(2 * width, width, condition, dropout)
         self.output = nn.Conv2d(width, channels, 1)
