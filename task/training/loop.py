@@ -209,22 +209,17 @@ def _step(
     """Take the steps of the images of some indices; returns the sum of their losses, float64."""
     loss_sum = torch.zeros((), device=rng.device, dtype=torch.float64)
     batches = torch.split(indices, job.options.batch_size)
-    waiting: set[str] = set()  # optimizers that have gradients and have taken no step on them
     for number, of_batch in enumerate(batches, start=1):
         batch = _batch(job, of_batch, rng, rank)
         losses = job.generator.losses(batch, rng)
         for name, each in _under_autocast(losses, rng.device, job.options.precision):
             loss = batch.weight * each.mean()
-            if name not in waiting:
+            if number == 1:
                 optimizers[name].zero_grad(set_to_none=True)
             (loss * (len(batch) / len(indices))).backward()  # type: ignore[no-untyped-call]
-            waiting.add(name)
             if number == len(batches):
                 _take_step(job, name, optimizers[name])
-                waiting.remove(name)
             loss_sum += loss.detach().double() * len(batch)
-    for name in sorted(waiting):
-        _take_step(job, name, optimizers[name])
     job.generator.after_step()
     return loss_sum
 
