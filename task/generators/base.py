@@ -108,6 +108,7 @@ class Generator(nn.Module, ABC):
         private: names of the optimizers whose losses look at real images.
         loss_parts: names of what `example_losses` gives beside the loss.
         measures: names of what `measured` gives.
+        noise_dim: how many numbers an image is drawn from; None: noise of the shape of the image.
         evaluations_per_image: how often `sample` evaluates a network for an image.
     """
 
@@ -120,12 +121,13 @@ class Generator(nn.Module, ABC):
     private: frozenset[str] = frozenset()
     loss_parts: tuple[str, ...] = ()
     measures: tuple[str, ...] = ()
+    noise_dim: int | None = None
     evaluations_per_image: int = 1
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
         """The shape of the noise that an image is drawn from, without that of the batch."""
-        return self.image_shape
+        return self.image_shape if self.noise_dim is None else (self.noise_dim,)
 
     def prepare(self, num_images: int) -> None:
         """Make what has an entry for each training image, before the optimizers are made.
@@ -219,7 +221,7 @@ class Generator(nn.Module, ABC):
     @property
     def num_parameters(self) -> int:
         """The number of trained values."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return sum(each.numel() for each in self.parameters() if each.requires_grad)
 
     def drawing_settings(self) -> Mapping[str, Any]:
         """Return in plain values what drawing needs beside the weights, for an export."""

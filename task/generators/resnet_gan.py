@@ -292,7 +292,7 @@ class ResNetGAN(Generator):
             ema_decay: of the moving average, in [0, 1); smaller in its first steps.
         """
         super().__init__()
-        self.image_shape, self._latent_dim = image_shape, latent_dim
+        self.image_shape, self.noise_dim = image_shape, latent_dim
         self.discriminator_steps, self.ema_decay = discriminator_steps, ema_decay
         self.generator = ResNetGenerator(
             image_shape, width=width, latent_dim=latent_dim, num_classes=num_classes
@@ -311,16 +311,6 @@ class ResNetGAN(Generator):
         super().train(mode)
         self.generator_ema.eval()
         return self
-
-    @property
-    def noise_shape(self) -> tuple[int]:
-        """The shape of a latent."""
-        return (self._latent_dim,)
-
-    @property
-    def num_parameters(self) -> int:
-        """The number of trained values, the moving average not counted again."""
-        return sum(each.numel() for each in self.parameters() if each.requires_grad)
 
     def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
         """Make an Adam for each network, without momentum."""
@@ -348,14 +338,14 @@ class ResNetGAN(Generator):
             both = self.discriminator(torch.cat([images, drawn]), torch.cat([labels, labels]))
             real, fake = both.chunk(2)
             loss = functional.relu(1 - real) + functional.relu(1 + fake)
-            self._means.add(discriminator_loss=loss, real_sign=real.sign())
+            self._means.add(batch, discriminator_loss=loss, real_sign=real.sign())
             yield "discriminator", loss
         latents = self._latents(batch, rng)
         # Its gradients would be computed for nothing.
         self.discriminator.requires_grad_(False)
         try:
             loss = -self.discriminator(self.generator(latents, labels), labels)
-            self._means.add(generator_loss=loss)
+            self._means.add(batch, generator_loss=loss)
             yield "generator", loss
         finally:
             self.discriminator.requires_grad_(True)

@@ -84,7 +84,7 @@ class SmallGAN(Generator):
             pretrained_sha256: see `load_frozen`.
         """
         super().__init__()
-        self.image_shape, self._latent_dim = image_shape, latent_dim
+        self.image_shape, self.noise_dim = image_shape, latent_dim
         self.loss, self.truncation = loss, truncation
         self._pretrained, self._sha256 = pretrained, pretrained_sha256
         self._is_loaded, self._means = False, StepMeans()
@@ -101,11 +101,6 @@ class SmallGAN(Generator):
         super().train(mode)
         self.base.eval()
         return self
-
-    @property
-    def noise_shape(self) -> tuple[int]:
-        """The shape of a latent."""
-        return (self._latent_dim,)
 
     @property
     def num_parameters(self) -> int:
@@ -166,7 +161,7 @@ class SmallGAN(Generator):
         drawn = self.base(noisy, labels, self._modulation(labels))
         reconstruction = self.loss.of_images(drawn, batch.images[part])
         distances = latent_distances(latents, prior)[part]
-        self._means.add(reconstruction=reconstruction, latent_distance=distances)
+        self._means.add(batch, reconstruction=reconstruction, latent_distance=distances)
         losses = reconstruction + self.loss.latent_weight * distances
         yield "adam", losses + self.loss.regularization_weight * self._regularization()
 

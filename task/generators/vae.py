@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from task.config import Config, VAEConfig
 from task.generators.base import Advance, Batch, Generator, NoiseSource
+from task.generators.step_means import StepMeans
 
 
 class ClassBiasedLinear(nn.Module):
@@ -149,7 +150,6 @@ class VAE(Generator):
     undrawn = frozenset({"encoder."})
     loss_parts = ("reconstruction", "kl")
     measures = loss_parts
-    _sums: Tensor
 
     def __init__(
         self,
@@ -175,17 +175,10 @@ class VAE(Generator):
         """
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        self.image_shape, self._latent_dim = image_shape, latent_dim
+        self.image_shape, self.noise_dim = image_shape, latent_dim
         self.class_conditional, self.pixel_std = class_conditional, pixel_std
         self._network_arguments = dict(network_arguments)
-        # Of each part over the images since `start`, and their number. No state of the model.
-        sums = torch.zeros(len(self.measures) + 1, dtype=torch.float64)
-        self.register_buffer("_sums", sums, persistent=False)
-
-    @property
-    def noise_shape(self) -> tuple[int]:
-        """The shape of a latent."""
-        return (self._latent_dim,)
+        self._means = StepMeans()
 
     def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
         """Make the one Adam of both networks."""
@@ -194,21 +187,16 @@ class VAE(Generator):
     def losses(self, batch: Batch, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         """Yield the negative ELBO of each image."""
         found = self.example_losses(batch, rng)
-        means = [found[name].detach().mean() for name in self.measures]
-        # As the loop averages a loss: with several processes, the mean over them is that of all.
-        sums = torch.stack([batch.weight * mean for mean in means]).double() * len(batch)
-        self._sums[:-1] += sums
-        self._sums[-1] += len(batch)
+        self._means.add(batch, **{name: found[name] for name in self.measures})
         yield "adam", found["loss"]
 
     def start(self) -> None:
         """Begin to measure."""
-        self._sums.zero_()
+        self._means = StepMeans()
 
     def measured(self) -> dict[str, Tensor]:
         """Return the means of the loss's parts over the images trained on since `start`."""
-        *sums, number = self._sums
-        return {name: each / number for name, each in zip(self.measures, sums, strict=True)}
+        return self._means.read()
 
     def example_losses(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         """Return the negative ELBO of each image and its two parts; see the class."""

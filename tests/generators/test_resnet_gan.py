@@ -225,7 +225,7 @@ def test_it_measures_means_over_the_steps_since_it_was_asked() -> None:
     measured = model.measured()
     assert {*measured} == {*model.measures}
     for name, each in losses.items():
-        torch.testing.assert_close(measured[f"{name}_loss"], torch.stack(each).mean())
+        torch.testing.assert_close(measured[f"{name}_loss"].float(), torch.stack(each).mean())
     assert -1 <= measured["real_sign"] <= 1
     model.start()
     assert model.measured() == {}

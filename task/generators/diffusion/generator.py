@@ -151,11 +151,6 @@ class Diffusion(Generator):
         """The network that images are drawn with."""
         return self.network if self.average is None else self.average
 
-    @property
-    def num_parameters(self) -> int:
-        """The number of trained values, those of the network."""
-        return sum(parameter.numel() for parameter in self.network.parameters())
-
     def losses(self, batch: Batch, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         """Yield the losses of a batch at random times."""
         yield "adam", self._losses(self.objective, batch, rng)

@@ -157,25 +157,17 @@ class StyleGAN2ADA(Generator):
         self.register_buffer("path_length_mean", torch.zeros(()))
         self.register_buffer("kimg_seen", torch.zeros(()))
         self.image_shape = image_shape
+        # A latent, and what each convolution adds.
+        self.noise_dim = generator.latent_dim + generator.noise_length
         self._network_arguments = dict(network_arguments)
-        # `adaptation.num_batches` and the images since the last step: reading a tensor in a step
+        # `adaptation.num_batches` and the size of the last batch: reading a tensor in a step
         # would wait for the device.
-        self._num_batches = self._step_images = 0
-
-    @property
-    def noise_shape(self) -> tuple[int, ...]:
-        """A latent, and what each convolution adds."""
-        return (self.generator.latent_dim + self.generator.noise_length,)
+        self._num_batches = self._batch_size = 0
 
     def start(self) -> None:
         """Continue the count of batches of this client, and begin to measure."""
-        self._num_batches, self._step_images = int(self.adaptation.num_batches), 0
+        self._num_batches = int(self.adaptation.num_batches)
         self.adaptation.totals.zero_()
-
-    @property
-    def num_parameters(self) -> int:
-        """The number of trained values, of both networks."""
-        return sum(each.numel() for each in self.parameters() if each.requires_grad)
 
     def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
         """Make an Adam for each network, slowed by the steps that regularization adds."""
@@ -192,7 +184,7 @@ class StyleGAN2ADA(Generator):
     def losses(self, batch: Batch, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         """Yield the discriminator's loss and the generator's, every few batches with a penalty."""
         options = self.training_options
-        self._step_images += len(batch)
+        self._batch_size = len(batch)
         real = self._augmented(batch.images[batch.part], batch, rng)
         yield "discriminator", self._discriminator_losses(real, batch, rng)
         if options.r1_gamma > 0 and self._num_batches % options.r1_interval == 0:
@@ -285,8 +277,8 @@ class StyleGAN2ADA(Generator):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Move the average of the generator's weights on by the images of a step."""
-        options, size, self._step_images = self.training_options, self._step_images, 0
+        """Move the average of the generator's weights on by a batch."""
+        options, size = self.training_options, self._batch_size
         self.kimg_seen += size / 1000
         half_life = (self.kimg_seen * options.ema_ramp).clamp(max=options.ema_kimg)
         change = 1 - torch.exp2(-size / 1000 / half_life)
@@ -407,7 +399,7 @@ def build_stylegan2_ada(config: Config) -> StyleGAN2ADA:
     """Make the networks of a configuration, with weights from torch's global generator."""
     # By its family the registry has found this function, and the schema its class.
     model = cast(StyleGAN2ADAConfig, config.model)
-    data, step_size = config.data, config.train.batch_size * config.train.accumulation
+    data, batch_size = config.data, config.train.batch_size
     arguments = {
         "image_size": data.image_size,
         "channels": data.channels,
@@ -420,11 +412,11 @@ def build_stylegan2_ada(config: Config) -> StyleGAN2ADA:
     r1_gamma, ema_kimg = model.r1_gamma, model.ema_kimg
     training = GanTraining(
         style_mixing=model.style_mixing,
-        r1_gamma=2e-4 * data.image_size**2 / step_size if r1_gamma is None else r1_gamma,
+        r1_gamma=2e-4 * data.image_size**2 / batch_size if r1_gamma is None else r1_gamma,
         r1_interval=model.r1_interval,
         path_length_weight=model.path_length_weight,
         path_length_interval=model.path_length_interval,
-        ema_kimg=step_size * 10 / 32 if ema_kimg is None else ema_kimg,
+        ema_kimg=batch_size * 10 / 32 if ema_kimg is None else ema_kimg,
         ema_ramp=model.ema_ramp,
         ada_target=model.ada_target,
         ada_kimg=model.ada_kimg,
