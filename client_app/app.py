@@ -16,7 +16,7 @@ from client_app.local_state import LocalState
 from client_app.log import logger
 from client_app.workspace import Workspace, choose_precision, named_run, open_workspace
 from task.code_version import code_fingerprint
-from task.config import compose_run_config
+from task.config import compose_run_config, package_of
 from task.data import Dataset
 from task.evaluation.hospital_scores import score_images
 from task.protocol.node import NodeConfig, check_node, own_config, read_node_config
@@ -47,6 +47,7 @@ def introduce(message: Message, context: Context) -> Message:
     if isinstance(place, NodeConfig):
         config = own_config(compose_run_config(named_run(context)), place)
         config = named_extractor(config, message)
+        said[Key.FINGERPRINT] = code_fingerprint(package_of(config.model.family))
         counts = check_node(config, place)
         said[Key.NUM_IMAGES] = sum(counts.train) + sum(counts.held_out)
         if place.report_class_counts:

@@ -11,6 +11,7 @@ from task.data.partition import Partition
 from task.data.source import describe_source, hash_images
 from task.reporting.heat_maps import save_partition_heatmaps
 from task.runs.layout import DATA_FILE, PARTITION_FILE
+from task.runs.same_images import describe_differences
 from task.runs.writer import RunWriter
 
 
@@ -39,14 +40,20 @@ def record_data(
 ) -> None:
     """Write down and say which files are used, which left out, and which images are the same.
 
-    Beside it stand where the images are from, and their hashes.
+    Beside it stand where the images are from, and their hashes, by which a resumed run knows them.
 
     Args:
         config: of the run.
         dataset: of `load_images`.
         directory: of the run.
         partition: of the clients; None: nothing is dealt out.
+
+    Raises:
+        ValueError: a resumed run was trained on others, or split them otherwise.
     """
+    different = describe_differences(directory.path, dataset) if config.resume else ""
+    if different:
+        raise ValueError(f"resume: data.root={config.data.root} holds {different}")
     inventory = take_inventory(config, dataset)
     if partition is not None:
         shared = count_across_clients(dataset.train, partition.train_indices)

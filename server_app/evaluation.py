@@ -21,7 +21,7 @@ from server_app.log import log
 from task.checks import require
 from task.config import MIN_MEASURED_IMAGES, Config
 from task.data import Dataset, ImageSet
-from task.evaluation.comparison import RealFeatures, extract_real
+from task.evaluation.comparison import RealFeatures, extract_real, training_halves
 from task.evaluation.evaluate import evaluate_images, measures_at_end
 from task.evaluation.features import FeatureExtractor, build_extractor
 from task.evaluation.hospital_scores import HospitalScores
@@ -83,6 +83,16 @@ def check_numbers(config: Config, dataset: Dataset) -> None:
             f"the {part} images",
             f"at least {needed} for eval.final_metrics and eval.metrics_every",
             len(images),
+        )
+    if len(dataset.test) == 0:
+        train = dataset.train
+        smaller = min(map(len, training_halves(len(train), train.groups, config.eval.seed)))
+        require(
+            smaller >= MIN_MEASURED_IMAGES,
+            "the training images, without test images,",
+            f"of patients of whom each half has at least {MIN_MEASURED_IMAGES} images, for "
+            "eval.final_metrics and eval.metrics_every",
+            smaller,
         )
 
 

@@ -21,6 +21,7 @@ from server_app.rounds import RoundLoop, TooFewRepliesError
 from server_app.strategies import build_strategy
 from server_app.timing import PhaseTimer
 from server_app.weighting import Weighting
+from task.config import package_of
 from task.data import ImageSet
 from task.data.partition import partition_dataset
 from task.evaluation.hospital_scores import HospitalScores
@@ -55,6 +56,7 @@ class FederatedTraining(RoundLoop):
             simulated=self.simulated,
             num_classes=len(self.config.data.classes),
             extractor=self.config.eval.extractor,
+            package=package_of(self.config.model.family),
             known=client_numbers(directory.path),
         )
         self._exchange = ClientExchange(grid, self._nodes, federation)

@@ -120,6 +120,7 @@ class Nodes:
         simulated: bool,
         num_classes: int,
         extractor: str,
+        package: str = "",
         known: Mapping[int, int] | None = None,
     ) -> None:
         """Start without nodes.
@@ -130,6 +131,8 @@ class Nodes:
                 against it.
             num_classes: of the data.
             extractor: that real nodes are to score images through, settled.
+            package: that brings the family of the model, see `code_fingerprint`; the clients of a
+                simulation have the server's.
             known: client numbers by node id, from an earlier start of the same run.
         """
         self.num_partitions: int | None = None
@@ -137,6 +140,7 @@ class Nodes:
         self._grid = grid
         self._simulated = simulated
         self._num_classes = num_classes
+        self._fingerprint = code_fingerprint("" if simulated else package)
         self._numbers = dict(known or {})
         self._present: dict[int, int] = {}
         self._introductions = Introductions(grid, extractor)
@@ -252,7 +256,7 @@ class Nodes:
         said = record_of(content, Key.CONFIG, ConfigRecord)
         if Key.FINGERPRINT not in said:
             raise UnusableReply(f"no {Key.FINGERPRINT.value} in {Key.CONFIG.value!r} of its reply")
-        same_code = said[Key.FINGERPRINT] == code_fingerprint()
+        same_code = said[Key.FINGERPRINT] == self._fingerprint
         claims_share = Key.PARTITION_ID in said or Key.NUM_PARTITIONS in said
         if claims_share and not self._simulated:
             raise UnusableReply(

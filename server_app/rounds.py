@@ -9,7 +9,7 @@ from server_app.evaluation import GlobalEvaluation, PooledEvaluation, is_measure
 from server_app.log import log
 from server_app.timing import PhaseTimer
 from task.code_version import code_fingerprint, installed_versions
-from task.config import settle_extractor, settle_precisions
+from task.config import package_of, settle_extractor, settle_precisions
 from task.data import Dataset
 from task.evaluation.features import automatic_extractor
 from task.generators.registry import initial_generator
@@ -188,7 +188,7 @@ class RoundLoop(ABC):
             "device": device_name(self.device),
             "setting": setting,
             "versions": installed_versions("feddm", "flwr", "torch"),
-            "code": code_fingerprint(),
+            "code": code_fingerprint(package_of(self.config.model.family)),
         }
 
     def open_evaluation(self) -> GlobalEvaluation:

@@ -10,8 +10,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @cache
-def code_fingerprint() -> str:
-    """Return `fingerprint_of` the code that runs, as it was at the first call."""
+def code_fingerprint(package: str = "") -> str:
+    """Return `fingerprint_of` the code that runs, as it was at the first call.
+
+    Args:
+        package: name and version of the one that brings the family of the run's model, which is
+            code that both ends must have as well; empty: feddm does.
+    """
+    if package:
+        return hashlib.sha256(f"{code_fingerprint()} {package}".encode()).hexdigest()[:16]
     return fingerprint_of(ROOT)
 
 

@@ -24,6 +24,8 @@ WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77
 
 # Side of the images that it was trained on.
 IMAGE_SIDE = 224
+# The side of gray images from which on it is chosen for them.
+LEAST_GRAY_SIDE = 32
 # The normalization of its training: of pixels of 0 to 255.
 PIXEL_MEAN, PIXEL_SCALE = 127.0, 128.0
 # Of its batch normalizations.
@@ -181,6 +183,11 @@ def pretrained_file() -> Path | None:
         return None
     file = Path(spec.origin).parent / WEIGHTS_FILE
     return file if file.is_file() else None
+
+
+def suits(channels: int, image_size: int) -> bool:
+    """Whether images are such as it was trained on: in colors, or gray and of some size."""
+    return channels == 3 or image_size >= LEAST_GRAY_SIDE
 
 
 def check_pretrained(needed_by: str, instead: str) -> Path:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from task.config import Config, changed_config, settle_extractor, value_paths
-from task.data import build_dataset
+from task.data import Dataset, build_dataset
 from task.evaluation.evaluate import evaluate_images
 from task.evaluation.features import automatic_extractor, build_extractor
 from task.files import write_json
@@ -14,6 +14,7 @@ from task.reporting.metric_table import caption, format_table
 from task.runs.evaluations import Evaluation, drawn_otherwise, evaluation_file
 from task.runs.layout import run_config
 from task.runs.run import final_model
+from task.runs.same_images import SPLIT, describe_differences
 from task.training.devices import select_device
 
 
@@ -63,11 +64,13 @@ def evaluate_run(run: Path, config: Config, *, say: Callable[[str], object]) -> 
 
     Raises:
         FileNotFoundError: files of the data set or of the extractor are missing.
-        ValueError: there are no final weights, or they do not fit, or there are too few images.
+        ValueError: there are no final weights, or they do not fit, or there are too few images, or
+            the images are split otherwise than in training.
     """
     device = select_device(config.train.device)
     model, last = final_model(run, config)
     dataset = build_dataset(config, download=True)
+    check_same_images(run, config, dataset, say=say)
     # Before the images, which may take hours: its files may be missing.
     extractor = build_extractor(config, dataset.train, device)
     labels = full_labels(config, dataset)
@@ -85,3 +88,21 @@ def evaluate_run(run: Path, config: Config, *, say: Callable[[str], object]) -> 
     write_json(file, found.content())
     say(f"\nwritten to {file}")
     return found
+
+
+def check_same_images(
+    run: Path, config: Config, dataset: Dataset, *, say: Callable[[str], object]
+) -> None:
+    """Warn where a run is measured on other images than its own.
+
+    Raises:
+        ValueError: its own are split otherwise, so that it may be tested on what it was trained on.
+    """
+    different = describe_differences(run, dataset)
+    if different == SPLIT:
+        raise ValueError(f"data.root={config.data.root} holds {different}")
+    if different:
+        say(
+            f"WARNING: data.root={config.data.root} holds {different}; test images may be among "
+            "those that it was trained on"
+        )

@@ -31,6 +31,7 @@ from task.config.models import (
     SmallGANConfig,
     StyleGAN2ADAConfig,
     VAEConfig,
+    package_of,
 )
 from task.config.overrides import hydra_override, read_override
 from task.config.schema import (
@@ -89,6 +90,7 @@ __all__ = [
     "load_config",
     "load_run_config",
     "model_presets",
+    "package_of",
     "preset_sweep",
     "read_config",
     "read_override",

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from task.checks import require
 from task.config.class_folders import image_classes
 from task.config.hydra_grammar import require_text
+from task.config.patterns import MOST_WAYS, ways_to_match
 from task.config.section import Section, Seed
 
 # Of files below data.root; by name, how they lie there.
@@ -76,12 +77,16 @@ class DataConfig(Section):
         self._check_patients()
         return self
 
+    @property
+    def in_class_folders(self) -> bool:
+        """Whether the images lie in folders of their classes, so that patients can be named."""
+        return FILE_SETS.get(self.name) in ("image_folder", "dicom_folder")
+
     def _check_patients(self) -> None:
         named = {"data.patient_pattern": self.patient_pattern, "data.patients": self.patients}
-        in_folders = FILE_SETS.get(self.name) in ("image_folder", "dicom_folder")
         for name, value in named.items():
             expected = f"empty for data={self.name}, whose images lie in no folders of classes"
-            require(in_folders or value == "", name, expected, value)
+            require(self.in_class_folders or value == "", name, expected, value)
         require(
             "" in named.values(),
             "data.patients",
@@ -90,8 +95,9 @@ class DataConfig(Section):
         )
         try:
             groups = re.compile(self.patient_pattern).groups
+            ways = ways_to_match(self.patient_pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            groups = -1
+            groups, ways = -1, 0
             problem = f"{self.patient_pattern} ({error})"
         else:
             problem = f"{self.patient_pattern}, with {groups} groups"
@@ -100,6 +106,14 @@ class DataConfig(Section):
             "data.patient_pattern",
             "a regular expression with one group, the patient, such as ^(patient[0-9]+)_",
             problem,
+        )
+        require(
+            ways <= MOST_WAYS,
+            "data.patient_pattern",
+            "a pattern that is searched for in seconds: without a repeat or a choice within a "
+            "repeat, as in (a+)+ or (a|bc)*, and with at most three repeats of no fixed number, "
+            "such as ^(patient[0-9]+)_",
+            self.patient_pattern,
         )
 
     def _expected_classes(self) -> str:

@@ -213,10 +213,34 @@ def model_schemas(family: object = None) -> dict[str, type[ModelConfig]]:
     return {family: MODELS[family]} if family in MODELS else MODELS
 
 
+# By family, of those that a package beside feddm has brought: its name and version.
+PACKAGES: dict[str, str] = {}
+
+
 @cache
 def _load_installed_families() -> None:
+    """Let packages beside feddm register their families.
+
+    Raises:
+        ValueError: one cannot be imported.
+    """
     for found in entry_points(group="feddm.generators"):
-        found.load()
+        package = "" if found.dist is None else f"{found.dist.name} {found.dist.version}"
+        known = set(MODELS)
+        try:
+            found.load()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"model.family: the package {package} brings a family of generators in "
+                f"{found.value} that cannot be imported ({error}); install what it needs, or "
+                "uninstall it"
+            ) from error
+        PACKAGES.update(dict.fromkeys(set(MODELS) - known, package))
+
+
+def package_of(family: str) -> str:
+    """Name the package beside feddm that has brought a family, and its version; "" of feddm's."""
+    return PACKAGES.get(family, "")
 
 
 def of_family(value: object) -> object:

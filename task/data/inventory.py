@@ -23,11 +23,13 @@ class PatientCounts(NamedTuple):
         train: with images to train on.
         test: with images to test with.
         in_both: with some of either.
+        most_images: of a single one, in both.
     """
 
     train: int
     test: int
     in_both: int
+    most_images: int
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Inventory:
             used = f"{total:,} in all: {used}, {_most_common(_kinds(self.left_out))}"
         yield used
         if self.patients is not None:
-            train, test, in_both = self.patients
+            train, test, in_both, _ = self.patients
             yield (
                 f"the images are of {train + test - in_both:,} patients ({train:,} to train on, "
                 f"{test:,} to test with)"
@@ -107,11 +109,8 @@ class Inventory:
         for name, train, test in zip(self.classes, self.train, self.test, strict=True):
             if train + test == 0 and any(owner == name for owner, _ in self.left_out):
                 yield f"{name} has no images: {self._held(name)}"
-        if self.patients is not None and self.patients.in_both:
-            yield (
-                f"{self.patients.in_both:,} patients have images to train on and images to test "
-                "with: what is measured with these is too good; move them into one of the splits"
-            )
+        if self.patients is not None:
+            yield from self._warnings_of(self.patients)
         if self.duplicates is None:
             return
         in_both = dict(zip(self.classes, self.duplicates.in_both, strict=True))
@@ -126,6 +125,20 @@ class Inventory:
             yield (
                 f"{self.duplicates.under_two_classes:,} images stand under two classes or more, "
                 "pixel by pixel: one of their labels is wrong"
+            )
+
+    def _warnings_of(self, patients: PatientCounts) -> Iterable[str]:
+        images = sum(self.train) + sum(self.test)
+        if 2 * patients.most_images > images:
+            yield (
+                f"one patient has {patients.most_images:,} of {images:,} images, which no split "
+                "parts: check what says who is who (data.patient_pattern, data.patients), or leave "
+                "it out where it cannot tell patients apart"
+            )
+        if patients.in_both:
+            yield (
+                f"{patients.in_both:,} patients have images to train on and images to test with: "
+                "what is measured with these is too good; move them into one of the splits"
             )
 
     def _held(self, name: str) -> str:
@@ -165,8 +178,10 @@ def _count_patients(
 ) -> PatientCounts | None:
     if train is None or test is None:
         return None
-    ours, theirs = set(train.tolist()), set(test.tolist())
-    return PatientCounts(len(ours), len(theirs), len(ours & theirs))
+    ours, theirs = Counter[int](train.tolist()), Counter[int](test.tolist())
+    both = ours + theirs
+    most = max(both.values(), default=0)
+    return PatientCounts(len(ours), len(theirs), len(ours.keys() & theirs.keys()), most)
 
 
 def _counted(labels: np.ndarray, num_classes: int) -> tuple[int, ...]:

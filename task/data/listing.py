@@ -204,7 +204,7 @@ def _check_odir_classes(rows: Sequence[OdirRow], classes: Sequence[str], table: 
     if first is not None:
         numbers = ", ".join(f"{name} {number:,}" for name, number in unknown.most_common())
         raise UnknownClassError(
-            f"{table}, line {first.line}: labels of {first.filename} must be one of "
+            f"{table}, line {first.line}: labels must be one of "
             f"{list(classes)}, as \"['N']\", or several of {', '.join(ODIR_PRECEDENCE)}, got "
             f"{list(first.labels)} (in the whole table: {numbers})"
         )

@@ -35,6 +35,8 @@ class OdirRow:
 def read_odir_table(table: Path) -> list[OdirRow]:
     """Read and check the table.
 
+    Errors tell lines and not the names of files, which hold those of patients.
+
     Raises:
         ValueError: it is not UTF-8, lacks a column, or a row cannot be used: it is cut off, names
             no class, a file outside of the folder, or one that another row names too.
@@ -45,9 +47,9 @@ def read_odir_table(table: Path) -> list[OdirRow]:
         other = rows.setdefault(row.filename, row)
         if other is not row:
             raise ValueError(
-                f"{table}, line {row.line}: filename must be another in each row, got "
-                f"{row.filename!r} ({', '.join(row.labels)}), as in line {other.line} "
-                f"({', '.join(other.labels)})"
+                f"{table}, line {row.line}: filename must be another in each row, got that of "
+                f"line {other.line} (labels: here {', '.join(row.labels)}; there "
+                f"{', '.join(other.labels)})"
             )
     return [*rows.values()]
 
@@ -57,18 +59,19 @@ def _checked_row(table: Path, line: int, values: Sequence[str]) -> OdirRow:
     patient, filename, labels = values
     require(patient != "", f"{place}: ID", "the patient", patient)
     path = PurePosixPath(filename)
-    require(
-        bool(path.name) and filename.isprintable() and not _leaves(path),
-        f"{place}: filename",
-        "that of a photograph, in the folder of all of them or below it",
-        filename,
-    )
-    names = _class_names(labels, f"{place}: labels of {filename}")
-    return OdirRow(line, patient, str(path), names)
-
-
-def _leaves(path: PurePosixPath) -> bool:
-    return path.is_absolute() or ".." in path.parts
+    problems = {
+        "none": not path.name,
+        "one with characters that cannot be printed": not filename.isprintable(),
+        "an absolute path": path.is_absolute(),
+        "one with .. in it": ".." in path.parts,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise ValueError(
+                f"{place}: filename must be that of a photograph, in the folder of all of them or "
+                f"below it, got {problem}"
+            )
+    return OdirRow(line, patient, str(path), _class_names(labels, f"{place}: labels"))
 
 
 def _class_names(labels: str, name: str) -> tuple[str, ...]:
@@ -76,10 +79,6 @@ def _class_names(labels: str, name: str) -> tuple[str, ...]:
         found = ast.literal_eval(labels)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         found = None
-    require(
-        isinstance(found, list) and found != [] and all(isinstance(each, str) for each in found),
-        name,
-        "a list of classes, as \"['N']\"",
-        labels,
-    )
+    if not (isinstance(found, list) and found and all(isinstance(each, str) for each in found)):
+        raise ValueError(f"{name} must be a list of classes, as \"['N']\", got another text")
     return tuple(dict.fromkeys(found))

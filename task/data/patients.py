@@ -83,8 +83,9 @@ def _form(name: str) -> str:
 
 def _found_in_table(paths: Sequence[Path], root: Path, table: Path) -> list[str]:
     if not table.is_file():
+        problem = "it is a folder" if table.is_dir() else "there is no such file"
         raise FileNotFoundError(
-            f"data.patients={table}: there is no such file; set it to a table with the columns "
+            f"data.patients={table}: {problem}; set it to a table with the columns "
             f"{', '.join(PATIENT_COLUMNS)}"
         )
     patients = _read_patients(table)

@@ -19,6 +19,7 @@ from task.evaluation.features import (
     cached_features,
     extract,
 )
+from task.evaluation.halves import halve
 from task.evaluation.near_copies import Copying, feature_copying, pixel_copying
 from task.randomness import Stream, torch_generator
 from task.runs.records import TEST, TRAIN
@@ -38,10 +39,12 @@ class RealFeatures:
     Attributes:
         train: of the training images.
         test: of the test images; None where there are none.
+        groups: [N] int64, equal for the training images of one patient; None: not known.
     """
 
     train: Features
     test: Features | None
+    groups: Tensor | None = None
 
     @property
     def held_out(self) -> Features:
@@ -201,6 +204,7 @@ def extract_real(
     return RealFeatures(
         train=look(dataset.train.images, 0),
         test=look(dataset.test.images, 1) if len(dataset.test) > 0 else None,
+        groups=dataset.train.groups,
     )
 
 
@@ -222,13 +226,17 @@ def paired(features: Features, real: RealFeatures, seed: int) -> FeaturePairs:
 
     In the floor test images meet the training images, and training images the test images, as
     many of each as the smallest of the three sets has. Without test images one half of the
-    training images, drawn at random, stands in for the generated ones, at most as many, and meets
-    the other half. Generated images meet the same images as those of the floor, and are as many.
+    training images, drawn at random by whole patients, stands in for the generated ones, at most
+    as many, and meets the other half. Generated images meet the same images as those of the floor,
+    and are as many.
 
     Args:
         features: of the generated images.
         real: of the real ones.
         seed: of what is drawn.
+
+    Raises:
+        ValueError: there are no test images, and the training images are all of one patient.
     """
     train, test = real.train, real.test
 
@@ -236,10 +244,10 @@ def paired(features: Features, real: RealFeatures, seed: int) -> FeaturePairs:
         return {name: Pair(images, reals, seed, number) for name, reals in references.items()}
 
     if test is None:
-        order = random_order(len(train), seed, 2)
-        number = min(len(features), len(train) // 2)
-        references = {TRAIN: train.subset(order[len(train) // 2 :])}
-        floor = against(train.subset(order[:number]), references)
+        stand_ins, others = training_halves(len(train), real.groups, seed)
+        number = min(len(features), len(stand_ins))
+        references = {TRAIN: train.subset(others)}
+        floor = against(train.subset(stand_ins[:number]), references)
     else:
         number = min(len(features), len(train), len(test))
         references = {TRAIN: train, TEST: test}
@@ -254,6 +262,20 @@ def paired(features: Features, real: RealFeatures, seed: int) -> FeaturePairs:
     if number < len(features) or test is None:
         whole = against(features, {TRAIN: train} if test is None else references)
     return FeaturePairs([against(draw, references) for draw in draws], floor, whole)
+
+
+def training_halves(number: int, groups: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Halve the training images for the floor without test images.
+
+    Args:
+        number: of them.
+        groups: see `halve`.
+        seed: `eval.seed`.
+
+    Returns:
+        The indices of those that stand in for generated images, and of those that these meet.
+    """
+    return halve(random_order(number, seed, 2), groups)
 
 
 def _some(features: Features, number: int, seed: int, purpose: int) -> Features:

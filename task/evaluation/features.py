@@ -26,6 +26,7 @@ from task.efficientnet import (
     enlarged,
     pretrained_efficientnet,
     pretrained_file,
+    suits,
 )
 from task.evaluation import classifier
 from task.progress import tracked
@@ -42,9 +43,6 @@ LOOKED_AT_ONCE = 256
 
 # Images that EfficientNet looks at side by side: enlarged, each takes megabytes between layers.
 ENLARGED_AT_ONCE = 32
-
-# The side of gray images from which on EfficientNet is chosen for them.
-LEAST_GRAY_SIDE = 32
 
 # Of a hash, where a person reads it.
 HASH_DIGITS = 12
@@ -164,11 +162,9 @@ def extract(
 def automatic_extractor(config: Config) -> str:
     """Return what `eval.extractor=auto` stands for on this machine.
 
-    That is EfficientNet where its package is installed and images are such as it was trained on,
-    in colors or of some size, else the classifier.
+    That is EfficientNet where its package is installed and `suits` the images, else the classifier.
     """
-    data = config.data
-    suited = data.channels == 3 or data.image_size >= LEAST_GRAY_SIDE
+    suited = suits(config.data.channels, config.data.image_size)
     return "efficientnet" if suited and pretrained_file() is not None else "classifier"
 
 

@@ -24,6 +24,7 @@ from task.evaluation.distances import (
     share_near,
 )
 from task.evaluation.features import cached_classifier
+from task.evaluation.halves import can_be_halved
 from task.evaluation.near_copies import Copying
 from task.evaluation.noise_position import MOST_COMPARED, noise_position
 from task.runs.records import HELD_OUT, TEST, TRAIN
@@ -205,13 +206,16 @@ def _coverage(pair: Pair) -> MeanStd:
 
 def _noise_position(comparison: Comparison) -> Iterator[Score]:
     generated, real = comparison.generated.images, comparison.real
-    if len(generated) >= 2 and len(real.train) >= 4:
+    order = torch.arange(len(real.train))
+    halves = len(real.test) >= 2 or can_be_halved(order, real.train.groups)
+    if len(generated) >= 2 and len(real.train) >= 4 and halves:
         found = noise_position(
             generated,
             real.train.images,
             real.test.images,
             seed=comparison.seed,
             device=comparison.device,
+            groups=real.train.groups,
         )
         yield Score(found.generated, n=len(generated))
         yield Score(found.real, n=found.n_real, real=True)
@@ -379,7 +383,8 @@ METRICS = {
             bounds=(-math.inf, math.inf),
             compute=of_features(_kid, EACH),
             uses=FEATURES | {Use.HOSPITALS},
-            caption=f"KID: {KID_SUBSETS} subsets of at most {KID_SUBSET_SIZE:,} images",
+            caption="KID: the kernel distance of features, that of the literature where these are "
+            f"Inception's; {KID_SUBSETS} subsets of at most {KID_SUBSET_SIZE:,} images",
         ),
         Metric(
             "precision",

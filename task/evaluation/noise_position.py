@@ -9,11 +9,13 @@ from torch import Tensor
 
 from task.checks import require
 from task.evaluation.distances import energy_distance
+from task.evaluation.halves import halve
 from task.generation.batches import to_uint8
 from task.randomness import Stream, torch_generator
 
 # Pairs are compared; more images than this would change the last digits alone.
 MOST_COMPARED = 500
+MOST_IN_A_HALF = MOST_COMPARED // 2
 # Power below this, of values in [0, 1], is rounding to bytes.
 LEAST_POWER = 1e-4
 
@@ -33,7 +35,13 @@ class Position(NamedTuple):
 
 
 def noise_position(
-    generated: Tensor, train: Tensor, held_out: Tensor, *, seed: int, device: str | torch.device
+    generated: Tensor,
+    train: Tensor,
+    held_out: Tensor,
+    *,
+    seed: int,
+    device: str | torch.device,
+    groups: Tensor | None = None,
 ) -> Position:
     """Say where generated images lie between real ones and noise, by what any image has.
 
@@ -49,22 +57,25 @@ def noise_position(
         held_out: [K, C, H, W] uint8; fewer than 2 are none.
         seed: of the noise and of the choice where there are more than `MOST_COMPARED` images.
         device: that computes.
+        groups: [M] int64, equal for the training images of one patient, who is in one half alone.
 
     Raises:
-        ValueError: there are too few images.
+        ValueError: there are too few images, or they should be halved and are of one patient.
     """
     needed = 2 if len(held_out) >= 2 else 4
     require(len(train) >= needed, "the training images", f"at least {needed}", len(train))
 
-    def some(images: Tensor, purpose: int, most: int = MOST_COMPARED) -> Tensor:
+    def shuffled(images: Tensor, purpose: int) -> Tensor:
         generator = torch_generator(seed, Stream.METRICS, purpose)
-        return images[torch.randperm(len(images), generator=generator)[:most]]
+        return torch.randperm(len(images), generator=generator)
 
-    reference, stand_ins = some(train, 10), held_out
+    order, stand_ins = shuffled(train, 10), held_out
     if len(held_out) < 2:
-        stand_ins, reference = torch.tensor_split(reference, 2)
-    generated = some(generated, 11)
-    stand_ins = some(stand_ins, 12, len(generated))
+        first, second = halve(order, groups)
+        stand_ins, order = train[first[:MOST_IN_A_HALF]], second[:MOST_IN_A_HALF]
+    reference = train[order[:MOST_COMPARED]]
+    generated = generated[shuffled(generated, 11)[:MOST_COMPARED]]
+    stand_ins = stand_ins[shuffled(stand_ins, 12)[: len(generated)]]
     noise = starting_noise(len(generated), generated.shape[1:], seed)
     shares = []
     for look in (_pixels, _spectra):

@@ -16,7 +16,7 @@ import numpy as np
 from task.checks import require
 from task.config import MIN_MEASURED_IMAGES, Config, SmallGANConfig, anchored
 from task.data import Dataset, Inventory, inventory_of_listings, list_dataset, split_validation
-from task.efficientnet import check_pretrained
+from task.efficientnet import check_pretrained, suits
 from task.generators.base import Generator
 from task.generators.registry import weightless_generator
 from task.protocol.wire import Key
@@ -149,8 +149,8 @@ def own_config(config: Config, node: NodeConfig) -> Config:
 
     Raises:
         ValueError: the node was started without saying where they are, or who its patients are in
-            a run with `data.patients`; or the run without saying which file its model is trained on
-            top of.
+            a run with `data.patients`, or with a table of patients in a run that takes none; or the
+            run without saying which file its model is trained on top of.
     """
     if node.data_path is not None:
         fraction = config.data.test_fraction if config.data.name == "digits" else None
@@ -160,6 +160,12 @@ def own_config(config: Config, node: NodeConfig) -> Config:
             "a node needs its own images: start it with --node-config 'data-path=\"/folder\"'"
         )
     if node.patients is not None:
+        require(
+            config.data.in_class_folders,
+            f"{NodeKey.PATIENTS.value} in --node-config",
+            f"left out with data={config.data.name}, which takes no table of patients",
+            node.patients,
+        )
         config = config.changed({"data.patients": node.patients, "data.patient_pattern": ""})
     elif config.data.patients:
         raise ValueError(
@@ -308,15 +314,20 @@ def output_folder(output_path: str) -> Path:
 def check_extractor(config: Config, node: NodeConfig) -> None:
     """Check that what a node is to score images through is installed.
 
-    Nothing is checked of "auto", which the server settles.
+    What "auto" stands for the server says, by what is installed there: EfficientNet must be here
+    where it may choose it.
 
     Raises:
         MissingWeightsError: it is not.
     """
     scores = config.eval.final_metrics or config.eval.num_images >= MIN_MEASURED_IMAGES
-    if config.eval.extractor == "efficientnet" and scores and node.score_images:
+    extractor, data = config.eval.extractor, config.data
+    chosen = extractor == "efficientnet"
+    may_be = extractor == "auto" and suits(data.channels, data.image_size)
+    if (chosen or may_be) and scores and node.score_images:
         check_pretrained(
-            "eval.extractor=efficientnet",
+            "eval.extractor=efficientnet"
+            + (", which the server may choose with eval.extractor=auto," if may_be else ""),
             f"{NodeKey.SCORE_IMAGES.value}=false in --node-config, and this node scores nothing "
             "(or have the whole run take eval.extractor=classifier)",
         )

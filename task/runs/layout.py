@@ -124,6 +124,12 @@ def weights_file(run: Path, client: int | None = None) -> Path:
     return run / ("model.safetensors" if client is None else f"local/client-{client}.safetensors")
 
 
+def starting_file(start_from: str) -> Path:
+    """Return the file of weights that `train.start_from` names, itself or by the run's folder."""
+    path = Path(start_from)
+    return weights_file(path) if path.is_dir() else path
+
+
 def is_begun(run: Path) -> bool:
     """Whether the folder of a run holds one that can be resumed."""
     return (run / "config.yaml").exists()

@@ -75,9 +75,10 @@ class Record:
 
     @property
     def tag(self) -> str:
-        """What it is called in TensorBoard."""
+        """What it is called in TensorBoard: an FID looks through Inception, others are FD."""
+        is_fd = self.metric == "fid" and self.context.get("extractor") != "inception"
         of = ", ".join(filter(None, [self.reference, "real images" * self.real]))
-        return f"{self.metric}{f' ({of})' if of else ''}/{self.subject}"
+        return f"{'fd' if is_fd else self.metric}{f' ({of})' if of else ''}/{self.subject}"
 
     def line(self) -> str:
         """Write it as a line of JSON, without what has its default value."""

@@ -1,5 +1,6 @@
 """Whether a run can begin or go on in its folder, and which values of two runs may differ."""
 
+import hashlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from task.config import (
     settle_precisions,
     unknown_values,
 )
-from task.runs.layout import is_begun, run_config, run_path
+from task.runs.layout import START_FILE, is_begun, read_json, run_config, run_path, starting_file
 
 NAMES_AND_PLACES = frozenset({"experiment", "output_dir", "run_name", "resume", "data.cache_dir"})
 
@@ -34,8 +35,9 @@ FREE_TO_CHANGE = NAMES_AND_PLACES | frozenset(
     }
 )
 
-# As data.root, the table of patients may lie elsewhere; a run that has none stays without.
+# As data.root, these may lie elsewhere; a run that has none stays without.
 MOVED_TABLE = "data.patients"
+MOVED_WEIGHTS = "train.start_from"
 
 # Runs that differ in nothing else have the same final weights, but for rounding.
 WITHOUT_INFLUENCE = (FREE_TO_CHANGE - {"federation.rounds", "federation.num_supernodes"}) | {
@@ -90,13 +92,23 @@ def check_same_run(config: Config, path: Path) -> None:
     differences = [
         f"{key}={asked} (there: {stored})"
         for key, (stored, asked) in different.items()
-        if key not in FREE_TO_CHANGE and not (key == MOVED_TABLE and stored and asked)
+        if key not in FREE_TO_CHANGE and not _is_moved(key, stored, asked, path)
     ]
     if differences:
         raise ValueError(
             f"resume: {path} is a run of another configuration; asked for "
             f"{', '.join(differences)}; pass the words that it was started with"
         )
+
+
+def _is_moved(key: str, stored: object, asked: object, path: Path) -> bool:
+    """Whether two values name two places of the same; of a table, the split will tell it."""
+    if key == MOVED_TABLE:
+        return bool(stored and asked)
+    if key != MOVED_WEIGHTS or not (stored and asked):
+        return False
+    file, told = starting_file(str(asked)), read_json(path / START_FILE) or {}
+    return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == told.get("sha256")
 
 
 def different_values(stored: Config, asked: Config) -> dict[str, tuple[Any, Any]]:

@@ -9,7 +9,7 @@ import torch
 
 from task.generators.base import Generator
 from task.runs.checkpoint import load_weights, split_groups
-from task.runs.layout import weights_file
+from task.runs.layout import starting_file, weights_file
 
 # Entries that do not fit and are named in an error.
 NUM_NAMED = 5
@@ -32,7 +32,7 @@ def load_starting_weights(generator: Generator, start_from: str) -> dict[str, An
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or weights of another model.
     """
-    file = weights_file(Path(start_from)) if Path(start_from).is_dir() else Path(start_from)
+    file = starting_file(start_from)
     if not file.is_file():
         raise FileNotFoundError(
             f"train.start_from must be the folder of a finished run or a file of its weights, got "

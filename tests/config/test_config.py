@@ -3,8 +3,9 @@ import os
 import re
 import shutil
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from task.code_version import code_fingerprint
 from task.config import (
     CONF_DIR,
     RUN_CONFIG_WORDS,
@@ -21,6 +23,7 @@ from task.config import (
     hydra_override,
     load_config,
     load_run_config,
+    models,
     read_config,
     require_diffusion,
     unknown_values,
@@ -771,3 +774,39 @@ def test_files_of_the_extractors_are_absolute_or_empty() -> None:
 def test_extractors_out_of_range_are_refused(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config([override])
+
+
+class BesidePackage:
+    """What an installed package says of itself in its entry points."""
+
+    value = "nvae.family"
+    dist = SimpleNamespace(name="feddm-nvae", version="1.2")
+
+    def __init__(self, bring: Callable[[], object]) -> None:
+        self.load = bring
+
+
+def test_package_of_a_family_is_named_and_stands_in_the_fingerprint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class NVAE(ModelConfig):
+        family: Literal["nvae"]
+
+    def fail() -> None:
+        raise ImportError("No module named 'einops'")
+
+    monkeypatch.setattr(models, "MODELS", dict(MODELS))
+    monkeypatch.setattr(models, "PACKAGES", {})
+    found = [BesidePackage(fail)]
+    monkeypatch.setattr(models, "entry_points", lambda group: found)
+    models._load_installed_families.cache_clear()
+    with pytest.raises(
+        ValueError, match=r"the package feddm-nvae 1\.2 brings .*einops'\); install"
+    ):
+        load_config(["model.family=nvae"])
+    found[0] = BesidePackage(lambda: models.MODELS.update(nvae=NVAE))
+    assert "nvae" in models.model_schemas("nvae")
+    assert (models.package_of("nvae"), models.package_of("vae")) == ("feddm-nvae 1.2", "")
+    codes = {code_fingerprint(package) for package in ("", "feddm-nvae 1.2", "feddm-nvae 1.3")}
+    assert len(codes) == 3 and all(re.fullmatch("[0-9a-f]{16}", code) for code in codes)
+    models._load_installed_families.cache_clear()

@@ -1,18 +1,24 @@
 """Which images are of one patient, and that no split and no partition parts one."""
 
 import logging
+import re
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from server_app.dataset import record_data
 from server_app.launch.fit_to_images import fit_to_images
+from task.cli.evaluate import check_same_images
 from task.config import Config, hydra_override, load_config, read_config, write_config
 from task.data import build_dataset, list_dataset, take_inventory
 from task.data.partition import Partition, build_partition, partition_dataset
 from task.data.patients import number_patients
 from task.protocol.node import NodeConfig, count_images, own_config, own_images
 from task.runs.resume import check_same_run
+from task.runs.writer import RunWriter
 
 from .test_data_files import SHARED, shared_zip, unpack, write_tree
 
@@ -213,6 +219,48 @@ def test_table_may_lie_elsewhere_when_a_run_goes_on_and_not_come_or_go(tmp_path:
         check_same_run(named("/there/q.csv"), tmp_path)
 
 
+def test_table_that_splits_otherwise_is_refused_in_resuming_and_evaluating(tmp_path: Path) -> None:
+    write_patients(tmp_path / "set", 10)
+    table = table_of(tmp_path / "set", tmp_path / "patients.csv")
+    words = {"output_dir": str(tmp_path), "run_name": "run"}
+    config = config_of(tmp_path / "set", patients=str(table)).changed(words)
+    with closing(RunWriter(config)) as directory:
+        directory.write_config(config)
+        record_data(config, build_dataset(config, download=False), directory, None)
+    resumed = config.changed({"resume": True})
+
+    def resume_and_evaluate() -> list[str]:
+        dataset, said = build_dataset(config, download=False), list[str]()
+        with closing(RunWriter(resumed)) as directory:
+            record_data(resumed, dataset, directory, None)
+        check_same_images(tmp_path / "run", config, dataset, say=said.append)
+        return said
+
+    assert resume_and_evaluate() == []
+    whole = table.read_text(encoding="utf-8")
+    table.write_text(whole.replace(f",x,{SECRET}", ",x,someone"), encoding="utf-8")
+    assert resume_and_evaluate() == []  # other names for the same patients
+    table.write_text(re.sub(r",x,\w+0([0-6])", ",x,one", whole), encoding="utf-8")
+    dataset = build_dataset(config, download=False)
+    for check in (
+        lambda: resume_and_evaluate(),
+        lambda: check_same_images(tmp_path / "run", config, dataset, say=print),
+    ):
+        with pytest.raises(
+            ValueError, match=r"data\.root=.*split otherwise .* give data\.patients"
+        ):
+            check()
+    table.write_text(whole, encoding="utf-8")
+    file = next((tmp_path / "set").rglob("*.png"))
+    Image.new("L", (8, 8), 7).save(file)
+    said = list[str]()
+    dataset = build_dataset(config, download=False)
+    check_same_images(tmp_path / "run", config, dataset, say=said.append)
+    assert len(said) == 1 and re.match("WARNING: data.root=.*other images, or labels", said[0])
+    with pytest.raises(ValueError, match=r"^resume: data\.root=.*other images, or labels"):
+        resume_and_evaluate()
+
+
 def test_run_of_before_patients_could_be_named_has_none(tmp_path: Path) -> None:
     write_config(load_config(["data=chest_xray"]), tmp_path / "config.yaml")
     written = (tmp_path / "config.yaml").read_text(encoding="utf-8").splitlines()
@@ -252,10 +300,37 @@ def test_patients_of_both_splits_are_counted_and_warned_of(tmp_path: Path) -> No
     config = config_of(tmp_path / "set", patient_pattern=PATTERN, test_fraction=None)
     for dataset in (None, build_dataset(config, download=False)):
         found = take_inventory(config, dataset)
-        assert found.as_json()["patients"] == {"train": 6, "test": 8, "in_both": 6}
+        assert found.as_json()["patients"] == {
+            **{"train": 6, "test": 8, "in_both": 6},
+            "most_images": 6,
+        }
         lines = found.describe()
         assert "the images are of 8 patients (6 to train on, 8 to test with)" in lines
         assert any(line.startswith("WARNING: 6 patients have images to train on") for line in lines)
+
+
+@pytest.mark.parametrize(("pattern", "warned"), [(f"^({SECRET})", True), (PATTERN, False)])
+def test_one_patient_with_most_images_is_warned_of_in_one_line(
+    tmp_path: Path, pattern: str, warned: bool
+) -> None:
+    write_patients(tmp_path / "set", 4)
+    config = config_of(tmp_path / "set", patient_pattern=pattern, test_fraction=None)
+    lines = [line for line in take_inventory(config).describe() if "one patient has" in line]
+    expected = "WARNING: one patient has 12 of 12 images, which no split parts: check"
+    assert [line[: len(expected)] for line in lines] == [expected] * warned
+
+
+def test_node_key_of_patients_is_named_where_the_run_takes_none(tmp_path: Path) -> None:
+    node = NodeConfig(str(tmp_path), patients="/p.csv")
+    for name in ("odir", "digits"):
+        with pytest.raises(ValueError, match=rf"^patients in --node-config .*out with data={name}"):
+            own_config(load_config([f"data={name}"]), node)
+
+
+def test_folder_in_place_of_a_table_is_said_to_be_one(tmp_path: Path) -> None:
+    write_tree(tmp_path / "set", {"a": 1, "b": 1})
+    with pytest.raises(FileNotFoundError, match=r"data\.patients=.*: it is a folder; set it to a"):
+        list_dataset(config_of(tmp_path / "set", patients=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -272,6 +347,14 @@ def test_patients_of_both_splits_are_counted_and_warned_of(tmp_path: Path) -> No
             r"pattern must be a regular .*\(x \(",
         ),
         ("blood_cells", "patients", "p.csv", r"data\.patients must be empty where"),
+        ("chest_xray", "patient_pattern", "^(([a-z]+)*)$", r"one group.*with 2 groups"),
+        *(
+            ("chest_xray", "patient_pattern", pattern, r"without a repeat or a choice within a")
+            for pattern in (
+                *("^([a-z]+)+$", "^(?:[a-z]|[a-z][0-9])*(x)$", "(?:a?){50}(b)", "(?=(a+)+)b"),
+                *("a?" * 30 + "(b)", ".*.*.*.*(x)", "(?>a+)*(b)", "(?:(?:a{1,9}){1,9}){9}(b)"),
+            )
+        ),
     ],
 )
 def test_words_that_do_not_fit_are_refused(
@@ -279,6 +362,15 @@ def test_words_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         load_config([f"data={name}", hydra_override(f"data.{option}", value)])
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["^([^_]+)_[0-9]+_.*", "(?:scan|image)-([a-z]{2}(?:[0-9]{4}-)+)", r"^(\w+?)(?:_left)?\.", ""],
+)
+def test_patterns_that_are_found_at_once_are_taken(pattern: str) -> None:
+    word = hydra_override("data.patient_pattern", pattern)
+    assert load_config(["data=chest_xray", word]).data.patient_pattern == pattern
 
 
 def test_images_without_a_patient_are_counted_and_not_named(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ import torch
 
 from task.config import Config, load_config
 from task.data import Dataset, ImageSet
-from task.evaluation.comparison import Comparison, extract_real
+from task.evaluation.comparison import Comparison, extract_real, random_order
 from task.evaluation.distances import frechet_distance, inception_score
 from task.evaluation.evaluate import evaluate_images, scores_of
 from task.evaluation.features import FeatureExtractor, cached_classifier, classifier_extractor
+from task.evaluation.halves import halve
 from task.evaluation.metrics import METRICS, Use
 from task.randomness import Stream, torch_generator
 from task.runs.evaluations import Evaluation, evaluation_of
@@ -338,6 +339,38 @@ def test_the_floor_without_a_test_split_is_one_half_of_the_images_against_the_ot
     assert value(report, "precision", real=True) < 1
     few = evaluate(config, untested.train.subset(torch.arange(30)), untested, extractor)
     assert few.label.n_floor == 30
+
+
+def test_no_half_of_the_training_images_has_a_part_of_a_patient(
+    config: Config, untested: Dataset, extractor: FeatureExtractor
+) -> None:
+    number = len(untested.train)
+    groups = torch.arange(number) // 9
+    order = random_order(number, 0, 2)
+    halves = halve(order, groups)
+    owners = [set(groups[half].tolist()) for half in halves]
+    assert not owners[0] & owners[1] and all(len(part) > 1 for part in owners)
+    assert torch.equal(torch.cat(halves).sort().values, torch.arange(number))
+    assert abs(len(halves[0]) - len(halves[1])) <= 9
+    uneven = torch.where(torch.arange(number) < number - 1, 0, 1)
+    assert sorted(map(len, halve(order, uneven))) == [1, number - 1]
+    # Every image is there twice: halves of images show the same, halves of patients do not.
+    twice = untested.train.subset(torch.arange(100).repeat(2))
+    known = dataclasses.replace(twice, groups=torch.arange(100).repeat(2))
+    floors = []
+    for train in (twice, known):
+        dataset = Dataset(train, untested.test)
+        found = evaluate(config, untested.train, dataset, extractor)
+        places = METRICS["noise_position"].compute(
+            Comparison(config, untested.train, dataset, torch.device("cpu"))
+        )
+        floors.append(
+            (value(found, "fid", TRAIN, real=True), next(p.value for p in places if p.real))
+        )
+    assert floors[1][0] > 1.2 * floors[0][0] and floors[1][1] > 1.2 * floors[0][1]
+    one = dataclasses.replace(twice, groups=torch.zeros(200, dtype=torch.int64))
+    with pytest.raises(ValueError, match="must be of at least 2 patients"):
+        evaluate(config, untested.train, Dataset(one, untested.test), extractor)
 
 
 def test_a_set_that_lacks_classes_is_measured_without_a_classifier_of_its_own(

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import tomllib
 from contextlib import nullcontext
@@ -276,6 +277,12 @@ def test_too_few_images_for_metrics_are_refused(
     ]
     with pytest.raises(ValueError, match=expected) if expected else nullcontext():
         check_numbers(load_run_config(words), Dataset(*sets))
+    if num_test == 0 and expected is None:
+        # Of two patients one has all but an image, and is one half.
+        groups = (torch.arange(num_train) > 0).long()
+        known = Dataset(dataclasses.replace(sets[0], groups=groups), sets[1])
+        with pytest.raises(ValueError, match="of patients of whom each half has at least 10"):
+            check_numbers(load_run_config(words), known)
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -8,10 +8,12 @@ import pytest
 
 from task.config import Config, SmallGANConfig, load_config
 from task.data import UnknownClassError, build_dataset
+from task.efficientnet import MissingWeightsError, pretrained_file
 from task.protocol.node import (
     NodeConfig,
     Share,
     TooFewImagesError,
+    check_extractor,
     check_node,
     count_images,
     hold_out,
@@ -91,7 +93,7 @@ def test_classes_that_the_run_does_not_name_are_refused(tmp_path: Path) -> None:
         count_images(of_folder(tmp_path / "set"))
     write_odir(tmp_path / "eyes", [(1, "1_left.jpg", "['X']")])
     odir = load_config(["data=odir", "data.test_fraction=null"])
-    with pytest.raises(UnknownClassError, match=r"1_left\.jpg must be one of"):
+    with pytest.raises(UnknownClassError, match="line 2: labels must be one of"):
         count_images(own_config(odir, NodeConfig(str(tmp_path / "eyes"))))
     write_digits_as_mnist(tmp_path / "mnist", train=200, test=50)
     fewer = load_config(["data=mnist", "data.classes=[zero,one]"])
@@ -139,6 +141,23 @@ def test_node_trains_on_top_of_its_own_copy_of_a_generator() -> None:
     own = own_config(known, copied).model
     assert isinstance(own, SmallGANConfig)
     assert own.pretrained == "/own/model.safetensors"
+
+
+def test_weights_that_the_server_may_choose_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(*words: str, score_images: bool = True) -> None:
+        check_extractor(load_config(words), NodeConfig(score_images=score_images))
+
+    colored = ("data=cifar10", "eval.extractor=auto")
+    check(*colored) if pretrained_file() else None
+    monkeypatch.setattr("task.efficientnet.pretrained_file", lambda: None)
+    with pytest.raises(MissingWeightsError, match=r"the server may choose with .*=auto, needs the"):
+        check(*colored)
+    with pytest.raises(MissingWeightsError, match=r"^eval\.extractor=efficientnet needs .*extra"):
+        check("data=cifar10", "eval.extractor=efficientnet")
+    check(*colored, score_images=False)
+    check(*colored, "eval.num_images=0")
+    check("data=digits", "eval.extractor=auto", "data.image_size=16")  # which are not suited
+    check("data=cifar10", "eval.extractor=classifier")
 
 
 def test_node_without_images_of_its_own_is_refused() -> None:

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 from task.config import load_config
 from task.generators.registry import initial_generator, keep_local, weightless_generator
+from task.runs.resume import check_same_run
 from task.runs.run import Run
 from task.runs.starting_weights import load_starting_weights
 from tests.helpers import written_run
@@ -55,6 +56,23 @@ def test_what_does_not_fit_is_named(
     other = weightless_generator(Run(earlier).config.changed(changes))
     with pytest.raises(ValueError, match=rf"^train\.start_from: {earlier}.*{message}"):
         load_starting_weights(other, str(earlier))
+
+
+def test_folder_of_the_starting_weights_may_have_moved_when_a_run_goes_on(
+    earlier: Path, tmp_path: Path
+) -> None:
+    generator = weightless_generator(Run(earlier).config)
+    told = load_starting_weights(generator, str(earlier))
+    options = {"rounds_done": 1, "files": {"start.json": told}}
+    later = written_run(tmp_path / "later", [], **options, train__start_from=str(earlier))  # type: ignore[arg-type]
+    config = Run(later).config
+    moved = config.changed({"train.start_from": str(earlier.rename(tmp_path / "moved"))})
+    check_same_run(config, later)
+    check_same_run(moved, later)
+    other = written_run(tmp_path / "other", [], rounds_done=2, seed=5)
+    for place in (str(other), str(tmp_path / "nowhere"), ""):
+        with pytest.raises(ValueError, match=rf"asked for train\.start_from={place} \(there: "):
+            check_same_run(config.changed({"train.start_from": place}), later)
 
 
 def test_missing_and_unknown_entries_are_named(earlier: Path, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import platform
 import re
@@ -326,9 +327,12 @@ def test_tensorboard_shows_numbers_once_where_a_round_was_repeated(started: Path
     time.sleep(1.1)  # files of events are sorted by the second in their name
     with opened(started.parent, "resume=true") as directory:
         fid = Record(3, "fid", 0.5, client=3, reference=HELD_OUT, real=True)
-        directory.record([Record(3, "loss", 0.25), fid])
+        true = dataclasses.replace(fid, value=0.25, context={"extractor": "inception"})
+        directory.record([Record(3, "loss", 0.25), fid, true])
     assert scalars(started, "loss/global") == [(1, 1.0), (2, 0.5), (3, 0.25)]
-    assert scalars(started, "fid (held_out, real images)/client 3") == [(3, 0.5)]
+    # An FID looks through Inception.
+    assert scalars(started, "fd (held_out, real images)/client 3") == [(3, 0.5)]
+    assert scalars(started, "fid (held_out, real images)/client 3") == [(3, 0.25)]
 
 
 def test_last_checkpoints_are_kept(tmp_path: Path) -> None:
