@@ -315,7 +315,7 @@ class ResNetGAN(Generator):
     def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
         """Make an Adam for each network, without momentum."""
         return {
-            name: torch.optim.Adam(network.parameters(), lr=lr, betas=(0.0, 0.9))
+            name: torch.optim.Adam(network.parameters(), lr=lr, betas=(0.0, 0.9), fused=True)
             for name, network in (
                 ("discriminator", self.discriminator),
                 ("generator", self.generator),

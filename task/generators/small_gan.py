@@ -142,7 +142,7 @@ class SmallGAN(Generator):
     def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
         """Make the Adam of scales, shifts and latents."""
         trained = [each for each in (self.scale, self.shift, self.latents) if each is not None]
-        return {"adam": torch.optim.Adam(trained, lr=lr)}
+        return {"adam": torch.optim.Adam(trained, lr=lr, fused=True)}
 
     def start(self) -> None:
         """Begin to measure."""

@@ -1,11 +1,12 @@
 """What a network computes, and what the machine could."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from tests.benchmarks.contestants import timed
 
@@ -17,12 +18,28 @@ FLOP_AT_ONCE = {"cpu": 4e10, "cuda": 2e13}
 LONGEST_SECONDS = 0.5
 
 
-def count_flop(loss: Callable[[], Tensor]) -> int:
-    """Count the floating-point operations of a loss and its gradients, 2 per multiply-add."""
+def count_flop(work: Callable[[], object]) -> int:
+    """Count the floating-point operations of products and convolutions, 2 per multiply-add."""
     # Not every fused attention is known to the counter; matrix products are.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        loss().backward()
-    return int(counter.get_total_flops())
+    with sdpa_kernel(SDPBackend.MATH), _Counter() as counter:
+        work()
+    return counter.flop
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up what torch's own formulas say; its `FlopCounterMode` fails at second gradients."""
+
+    flop = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flop += int(formula(*args, **kwargs, out_val=result))
+        return result
 
 
 def matmul_rate(device: torch.device) -> float:

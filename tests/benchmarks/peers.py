@@ -117,7 +117,7 @@ class Peer:
     def flop_per_image(self, net: str) -> int:
         """Count what a training step computes for an image."""
         _, loss, _ = self.makers[net](torch.device("cpu"))
-        return count_flop(lambda: loss(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE)))
+        return count_flop(lambda: loss(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE)).backward())
 
     def train(self, batch_size: int, steps: int, net: str, precision: str) -> float:
         """Train for some steps and return the images per second.
