@@ -207,6 +207,8 @@ class FederatedTraining(RoundLoop):
         measured: dict[int, dict[str, float]] = {}
         losses: dict[int, tuple[int, float]] = {}
         told: list[Record] = []
+        # To the clients of the round, and back in the replies that can be used.
+        traffic = sent.nbytes * len(clients)
         question = self.about_weights(MessageType.TRAIN, sent, read)
         for client, trained, asked in self.ask(question, server_round, clients, self.phases):
             now = time.monotonic()
@@ -222,6 +224,8 @@ class FederatedTraining(RoundLoop):
                 own = self._layout.unpack(trained.weights)
                 self.directory.save_local_model(server_round, client, self.model.shared(own))
             self.strategy.add(client, trained.weights, trained.num_images)
+            traffic += trained.weights.nbytes
+        told.append(Record(server_round, "weight_bytes", traffic))
         return losses, measured, told
 
     def combined_measures(

@@ -209,9 +209,12 @@ def test_metrics_hold_every_client_of_every_round(reference: Path) -> None:
     assert {named(r) for r in records(reference) if r.client is None} == {
         *("train loss", "num_clients", "test loss", "round_seconds", "overhead_share"),
         *("seconds_sending", "seconds_waiting", "seconds_aggregating", "seconds_training"),
-        *("seconds_checkpoint", "seconds_evaluating"),
+        *("seconds_checkpoint", "seconds_evaluating", "weight_bytes"),
     }
     assert recorded(reference, "num_clients") == {(r, None): 3 for r in (1, 2, 3)}
+    # float32 to three clients and back.
+    size = (reference / "model.safetensors").stat().st_size
+    assert recorded(reference, "weight_bytes")[1, None] == pytest.approx(6 * size, rel=0.01)
     # Every second round and the last.
     assert [r for r, who in recorded(reference, "test loss") if who is None] == [2, 3]
 
