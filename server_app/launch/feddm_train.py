@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import cast
 
@@ -32,6 +33,7 @@ from task.config import (
     anchored,
     config_from_hydra,
     hydra_override,
+    load_config,
     preset_sweep,
     read_override,
     require_data_root,
@@ -60,7 +62,9 @@ def main() -> None:
     write_any_letter()
     OmegaConf.register_new_resolver("one_folder", one_folder, replace=True)
     try:
-        sys.argv[1:] = name_by_what_is_swept(read_arguments(sys.argv[1:]))
+        arguments = read_arguments(sys.argv[1:])
+        check_sweep(arguments)
+        sys.argv[1:] = name_by_what_is_swept(arguments)
     except ValueError as error:
         print(f"feddm-train: {error}", file=sys.stderr)
         sys.exit(1)
@@ -81,6 +85,45 @@ def read_arguments(arguments: list[str]) -> list[str]:
         if preset := re.fullmatch(r"experiment=['\"]?(\w+)['\"]?", argument):
             sweep = sweep or bool(preset_sweep(preset[1]))
     return [a if a.startswith("-") else read_override(a, sweep=sweep) for a in arguments]
+
+
+def check_sweep(arguments: list[str]) -> None:
+    """Check the values of all jobs of a sweep before the first one trains.
+
+    Args:
+        arguments: of the command line, in Hydra's grammar.
+
+    Raises:
+        ValueError: the configuration of a job is refused; names the job.
+    """
+    for words in sweep_jobs(arguments):
+        try:
+            load_config(words, images_below=Path.cwd())
+        except ValueError as error:
+            swept = " ".join(word for word in words if word not in arguments)
+            raise ValueError(f"{error} (in the run {swept}; nothing has begun)") from error
+
+
+def sweep_jobs(arguments: list[str]) -> list[list[str]]:
+    """List the overrides of each job of a sweep; nothing where the arguments ask for none."""
+    overrides = [argument for argument in arguments if not argument.startswith(("-", "hydra."))]
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException:
+        return []  # Hydra reads them next, and says what is wrong.
+    given = {override.key_or_group: override for override in parsed}
+    preset = given.get("experiment")
+    of_preset = {} if preset is None else preset_sweep(str(preset.value()))
+    added = [f"{name}={values}" for name, values in of_preset.items() if name not in given]
+    parsed += OverridesParser.create().parse_overrides(added)
+    choices = [
+        [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [str(override.input_line)]
+        for override in parsed
+    ]
+    swept = any(len(each) > 1 for each in choices)
+    return [list(job) for job in product(*choices)] if swept else []
 
 
 def one_folder(overrides: str, number: int) -> str:
@@ -114,7 +157,7 @@ def name_by_what_is_swept(arguments: list[str]) -> list[str]:
             require(not sweeping, "experiment", "one at a time of those that sweep", swept)
         else:
             # A value of a preset's sweep that was given stays in the name of its run.
-            fixed -= preset_sweep(str(override.value()))
+            fixed -= preset_sweep(str(override.value())).keys()
     last = max((i for i, a in enumerate(arguments) if not a.startswith("-")), default=-1)
     own = f"{NAMING}=[{','.join(sorted(fixed))}]"
     # Among the other overrides: argparse refuses them on both sides of a flag.

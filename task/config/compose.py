@@ -85,6 +85,8 @@ def config_from_hydra(
         for word in words:
             path = word.lstrip("+").partition("=")[0]
             require(path != f"model.{name}", path, f"left out; say train.{name}=...", word)
+    for name in _of_other_families(model.get("family"), words):
+        model.pop(name, None)
     if not diffuses(model.get("family")):
         _refuse_diffusion(model["family"], words)
         # A preset says them for the families that have them.
@@ -96,6 +98,19 @@ def config_from_hydra(
     return checked(values)
 
 
+def _of_other_families(family: object, words: Iterable[str]) -> set[str]:
+    """List the values of a model that are forced (++model.width=16) and of other families alone.
+
+    A sweep over families so sets what some of them have.
+    """
+    forced = {w.partition("=")[0].removeprefix("++model.") for w in words if w.startswith("++")}
+    own, every = (
+        {name for schema in schemas.values() for name in schema.model_fields}
+        for schemas in (model_schemas(family), model_schemas())
+    )
+    return forced & every - own
+
+
 def diffuses(family: object) -> bool:
     """Whether a family takes the section `diffusion`; true of one that is unknown."""
     return any(schema.diffuses for schema in model_schemas(family).values())
@@ -104,7 +119,7 @@ def diffuses(family: object) -> bool:
 def _refuse_diffusion(family: str, words: Iterable[str]) -> None:
     for word in words:
         path = word.lstrip("+").partition("=")[0]
-        if path.partition(".")[0] == "diffusion":
+        if path.partition(".")[0] == "diffusion" and not word.startswith("++"):
             others = [name for name, model in model_presets().items() if diffuses(model["family"])]
             raise ValueError(
                 f"{path}: model.family={family} has no diffusion; leave {word} out, or choose "
@@ -119,13 +134,13 @@ def model_presets() -> dict[str, dict[str, Any]]:
     return {name: resolved(compose_conf([], f"model/{name}").model) for name in names}
 
 
-def preset_sweep(experiment: str) -> set[str]:
-    """Return the paths of the values that a preset sweeps by itself; none where it is unknown."""
+def preset_sweep(experiment: str) -> dict[str, str]:
+    """Return what a preset sweeps by itself, by path; nothing where it is unknown."""
     file = CONF_DIR / "experiment" / f"{experiment}.yaml"
     if not file.is_file():
-        return set()
+        return {}
     params = OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params")
-    return {str(key) for key in params or {}}
+    return {str(key): str(values) for key, values in (params or {}).items()}
 
 
 def resolved(tree: Mapping[Any, Any] | DictConfig) -> dict[str, Any]:

@@ -161,7 +161,9 @@ class SmallGANConfig(ModelConfig):
 
     drawing_values = ("model.truncation",)
     family: Literal["small_gan"]
-    pretrained: str
+    pretrained: str = Field(
+        pattern=".", description="a finished run of model=resnet_gan, or its model.safetensors"
+    )
     pretrained_sha256: str = Field(
         pattern="^([0-9a-f]{64})?$", description="64 hexadecimal digits, or empty for any file"
     )

@@ -38,6 +38,7 @@ from task.config.section import PositiveInt
 
 # These leave the classes to whoever knows the folders.
 NEEDS_CLASSES = ("data=image_folder", "data=dicom_folder")
+PRETRAINED = "++model.pretrained=runs/base"
 FAMILIES = ", ".join(MODELS)
 MODEL_OPTIONS = [f"model={file.stem}" for file in sorted(CONF_DIR.glob("model/*.yaml"))]
 GROUP_OPTIONS = [f"{file.parent.name}={file.stem}" for file in sorted(CONF_DIR.glob("*/*.yaml"))]
@@ -81,7 +82,7 @@ def test_flower_offers_a_dozen_words_and_no_default_of_its_own() -> None:
 
 @pytest.mark.parametrize("option", MODEL_OPTIONS)
 def test_schema_fields_are_the_leaves_of_what_hydra_composes(option: str) -> None:
-    config = load_config([option])
+    config = load_config([option, PRETRAINED])
     assert set(schema_fields(config.model.family)) == set(flat_values(config))
     assert set(flat_values(config)) - {"diffusion"} <= set(value_paths())
 
@@ -97,9 +98,21 @@ def test_flat_values_are_the_values_of_the_configuration() -> None:
 @pytest.mark.parametrize("option", GROUP_OPTIONS)
 def test_every_option_of_every_group_composes(option: str) -> None:
     group, name = option.split("=")
-    config = load_config([option, *["data.classes=[a,b]"] * (option in NEEDS_CLASSES)])
+    classes = ["data.classes=[a,b]"] * (option in NEEDS_CLASSES)
+    config = load_config([option, PRETRAINED, *classes])
     # A preset and a data set say their own name.
     assert {"experiment": config.experiment, "data": config.data.name}.get(group, name) == name
+
+
+def test_forced_value_is_left_out_where_the_model_has_none() -> None:
+    words = ["++model.hidden_dim=7", "++model.width=16", "++diffusion.eta=0.5"]
+    autoencoder, diffusion = (load_config([f"model={name}", *words]) for name in ("vae", "tiny"))
+    assert autoencoder.diffusion is None
+    assert flat_values(autoencoder)["model.hidden_dim"] == 7
+    assert flat_values(diffusion)["model.width"] == 16
+    assert flat_values(diffusion)["diffusion.eta"] == 0.5
+    with pytest.raises(ValueError, match=r"no such value: model\.widht"):
+        load_config(["model=vae", "++model.widht=16"])
 
 
 def test_groups_of_conf_are_the_sections_of_the_configuration() -> None:
@@ -333,7 +346,7 @@ def is_float(path: str) -> bool:
 FLOATS = {
     path: option
     for option in MODEL_OPTIONS
-    for path in flat_values(load_config([option]))
+    for path in flat_values(load_config([option, PRETRAINED]))
     if is_float(path)
 }
 
@@ -465,7 +478,6 @@ def test_a_family_without_diffusion_has_no_value_of_it(mixtures: None, tmp_path:
     [
         "diffusion=fast",
         "diffusion.eta=0.5",
-        "++diffusion.eta=0.5",
         "diffusion.num_inference_steps=null",
     ],
 )

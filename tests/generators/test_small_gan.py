@@ -77,6 +77,7 @@ def fit(model: SmallGAN, num_steps: int, lr: float = 0.03) -> list[float]:
 
 def test_11904_numbers_are_trained_and_travel() -> None:
     words = ["model=small_gan", "data=cifar10", "data.image_size=128", "data.horizontal_flip=false"]
+    words += ["model.pretrained=/elsewhere"]
     shared = weightless_generator(load_config([*words, "model.class_conditional=false"]))
     by_class = weightless_generator(load_config(words))
     assert (shared.num_parameters, by_class.num_parameters) == (11_904, 119_040)
@@ -309,4 +310,4 @@ def test_perceptual_part_reaches_latents_and_leaves_the_weights_of_the_model(
 
 def test_mirrored_images_are_refused() -> None:
     with pytest.raises(ValueError, match=r"data.horizontal_flip must be false with"):
-        load_config(["model=small_gan", "data=cifar10", "data.horizontal_flip=true"])
+        load_config(["model=small_gan", "model.pretrained=x", "data=cifar10"])

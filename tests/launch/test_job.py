@@ -10,11 +10,13 @@ from safetensors.torch import save_file
 
 from server_app.evaluation import check_numbers
 from server_app.launch.feddm_train import (
+    check_sweep,
     how_to_go_on,
     leaving_no_empty_run,
     name_by_what_is_swept,
     one_folder,
     read_arguments,
+    sweep_jobs,
     with_known_generator,
 )
 from server_app.launch.job import (
@@ -179,6 +181,19 @@ def test_tables_are_not_swept_themselves() -> None:
     with pytest.raises(ValueError, match=r"experiment must be one at a time .*'table1'"):
         name_by_what_is_swept(["-m", "experiment=table1,demo"])
     assert len(name_by_what_is_swept(["-m", "experiment=paper,demo"])) == 3
+
+
+def test_all_jobs_of_a_sweep_are_checked_before_the_first_one() -> None:
+    jobs = sweep_jobs(["experiment=survey", "data=digits", "model=vae,tiny", "seed=0,1"])
+    assert len(jobs) == 8 and jobs[-1] == [
+        *("experiment=survey", "data=digits", "model=tiny", "seed=1", "train.mode=centralized"),
+    ]
+    assert sweep_jobs(["experiment=table2", "partition.beta=1", "seed=3"]) == []
+    check_sweep(["experiment=survey", "++model.pretrained=runs/base"])
+    with pytest.raises(ValueError, match=r"model\.pretrained must be a finished run.*nothing has"):
+        check_sweep(["experiment=survey"])
+    with pytest.raises(ValueError, match=r"train\.lr .* \(in the run train\.lr=-1;"):
+        check_sweep(["-m", "train.lr=1,-1"])
 
 
 def test_a_job_has_one_folder() -> None:
