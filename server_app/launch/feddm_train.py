@@ -37,6 +37,7 @@ from task.config import (
     preset_sweep,
     read_override,
     require_data_root,
+    words_of_family,
 )
 from task.processes import have_home, let_threads_sleep, write_any_letter
 from task.runs.commands import resuming_command
@@ -98,7 +99,7 @@ def check_sweep(arguments: list[str]) -> None:
     """
     for words in sweep_jobs(arguments):
         try:
-            load_config(words, images_below=Path.cwd())
+            load_config(words_of_family(words), images_below=Path.cwd())
         except ValueError as error:
             swept = " ".join(word for word in words if word not in arguments)
             raise ValueError(f"{error} (in the run {swept}; nothing has begun)") from error
@@ -106,6 +107,8 @@ def check_sweep(arguments: list[str]) -> None:
 
 def sweep_jobs(arguments: list[str]) -> list[list[str]]:
     """List the overrides of each job of a sweep; nothing where the arguments ask for none."""
+    if "hydra.mode=RUN" in arguments:
+        return []
     overrides = [argument for argument in arguments if not argument.startswith(("-", "hydra."))]
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
@@ -172,7 +175,11 @@ def _hydra_main(composed: DictConfig) -> None:
     words = cast(list[str], OmegaConf.to_container(job.overrides.task))
     config = None
     try:
-        asked = config_from_hydra(composed, words, images_below=Path.cwd())
+        if sweep:
+            words = words_of_family(words)
+            asked = load_config(words, images_below=Path.cwd())
+        else:
+            asked = config_from_hydra(composed, words, images_below=Path.cwd())
         require_data_root(asked)
         if sweep:
             # The runs of a sweep lie side by side in its folder.

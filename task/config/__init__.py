@@ -14,6 +14,7 @@ from task.config.compose import (
     load_config,
     model_presets,
     preset_sweep,
+    words_of_family,
 )
 from task.config.data_config import FILE_SETS, DataConfig
 from task.config.flower import (
@@ -101,5 +102,6 @@ __all__ = [
     "settle_precisions",
     "unknown_values",
     "value_paths",
+    "words_of_family",
     "write_config",
 ]

@@ -62,6 +62,32 @@ def compose_conf(overrides: Iterable[str], file: str = "config") -> DictConfig:
         GlobalHydra.instance().hydra = hydra
 
 
+def words_of_family(words: Iterable[str]) -> list[str]:
+    """Leave out the words of a job of a sweep that are for other families than its own.
+
+    Those are forced values of the section `model` that other families have (++model.width=16), and
+    of `diffusion` where the family has none.
+
+    Args:
+        words: overrides, see `load_config`.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    words = list(words)
+    family = compose_conf(words).model.get("family")
+    own, every = (
+        {f"++model.{name}" for schema in schemas.values() for name in schema.model_fields}
+        for schemas in (model_schemas(family), model_schemas())
+    )
+    foreign = ("++diffusion.",) if not diffuses(family) else ()
+    return [
+        word
+        for word in words
+        if word.partition("=")[0] not in every - own and not word.startswith(foreign)
+    ]
+
+
 def config_from_hydra(
     composed: DictConfig, words: Iterable[str], *, images_below: Path | None = None
 ) -> Config:
@@ -85,8 +111,6 @@ def config_from_hydra(
         for word in words:
             path = word.lstrip("+").partition("=")[0]
             require(path != f"model.{name}", path, f"left out; say train.{name}=...", word)
-    for name in _of_other_families(model.get("family"), words):
-        model.pop(name, None)
     if not diffuses(model.get("family")):
         _refuse_diffusion(model["family"], words)
         # A preset says them for the families that have them.
@@ -98,19 +122,6 @@ def config_from_hydra(
     return checked(values)
 
 
-def _of_other_families(family: object, words: Iterable[str]) -> set[str]:
-    """List the values of a model that are forced (++model.width=16) and of other families alone.
-
-    A sweep over families so sets what some of them have.
-    """
-    forced = {w.partition("=")[0].removeprefix("++model.") for w in words if w.startswith("++")}
-    own, every = (
-        {name for schema in schemas.values() for name in schema.model_fields}
-        for schemas in (model_schemas(family), model_schemas())
-    )
-    return forced & every - own
-
-
 def diffuses(family: object) -> bool:
     """Whether a family takes the section `diffusion`; true of one that is unknown."""
     return any(schema.diffuses for schema in model_schemas(family).values())
@@ -119,7 +130,7 @@ def diffuses(family: object) -> bool:
 def _refuse_diffusion(family: str, words: Iterable[str]) -> None:
     for word in words:
         path = word.lstrip("+").partition("=")[0]
-        if path.partition(".")[0] == "diffusion" and not word.startswith("++"):
+        if path.partition(".")[0] == "diffusion":
             others = [name for name, model in model_presets().items() if diffuses(model["family"])]
             raise ValueError(
                 f"{path}: model.family={family} has no diffusion; leave {word} out, or choose "

@@ -28,6 +28,7 @@ from task.config import (
     require_diffusion,
     unknown_values,
     value_paths,
+    words_of_family,
     write_config,
 )
 from task.config import compose as composing
@@ -36,9 +37,12 @@ from task.config.models import MODELS, ModelConfig
 from task.config.schema import checked, config_of, schema_fields
 from task.config.section import PositiveInt
 
-# These leave the classes to whoever knows the folders.
-NEEDS_CLASSES = ("data=image_folder", "data=dicom_folder")
-PRETRAINED = "++model.pretrained=runs/base"
+# What these leave open.
+ALSO_NEEDED = {
+    "data=image_folder": ["data.classes=[a,b]"],
+    "data=dicom_folder": ["data.classes=[a,b]"],
+    "model=small_gan": ["model.pretrained=runs/base"],
+}
 FAMILIES = ", ".join(MODELS)
 MODEL_OPTIONS = [f"model={file.stem}" for file in sorted(CONF_DIR.glob("model/*.yaml"))]
 GROUP_OPTIONS = [f"{file.parent.name}={file.stem}" for file in sorted(CONF_DIR.glob("*/*.yaml"))]
@@ -63,6 +67,10 @@ NASTY = [
 ]
 
 
+def also_needed(option: str) -> list[str]:
+    return ALSO_NEEDED.get(option, [])
+
+
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
@@ -82,7 +90,7 @@ def test_flower_offers_a_dozen_words_and_no_default_of_its_own() -> None:
 
 @pytest.mark.parametrize("option", MODEL_OPTIONS)
 def test_schema_fields_are_the_leaves_of_what_hydra_composes(option: str) -> None:
-    config = load_config([option, PRETRAINED])
+    config = load_config([option, *also_needed(option)])
     assert set(schema_fields(config.model.family)) == set(flat_values(config))
     assert set(flat_values(config)) - {"diffusion"} <= set(value_paths())
 
@@ -98,21 +106,21 @@ def test_flat_values_are_the_values_of_the_configuration() -> None:
 @pytest.mark.parametrize("option", GROUP_OPTIONS)
 def test_every_option_of_every_group_composes(option: str) -> None:
     group, name = option.split("=")
-    classes = ["data.classes=[a,b]"] * (option in NEEDS_CLASSES)
-    config = load_config([option, PRETRAINED, *classes])
+    config = load_config([option, *also_needed(option)])
     # A preset and a data set say their own name.
     assert {"experiment": config.experiment, "data": config.data.name}.get(group, name) == name
 
 
-def test_forced_value_is_left_out_where_the_model_has_none() -> None:
-    words = ["++model.hidden_dim=7", "++model.width=16", "++diffusion.eta=0.5"]
-    autoencoder, diffusion = (load_config([f"model={name}", *words]) for name in ("vae", "tiny"))
-    assert autoencoder.diffusion is None
-    assert flat_values(autoencoder)["model.hidden_dim"] == 7
-    assert flat_values(diffusion)["model.width"] == 16
-    assert flat_values(diffusion)["diffusion.eta"] == 0.5
+def test_forced_words_of_other_families_are_left_out_of_a_job() -> None:
+    hidden, width, eta = "++model.hidden_dim=7", "++model.width=16", "++diffusion.eta=0.5"
+    typo = "++model.widht=16"
+    for model, kept in {"vae": [hidden], "tiny": [width, eta]}.items():
+        words = [f"model={model}", hidden, width, eta, typo]
+        assert words_of_family(words) == [f"model={model}", *kept, typo]
     with pytest.raises(ValueError, match=r"no such value: model\.widht"):
-        load_config(["model=vae", "++model.widht=16"])
+        load_config(words_of_family(["model=vae", typo]))
+    with pytest.raises(ValueError, match=r"no such value: model\.width"):
+        load_config(["model=vae", width])
 
 
 def test_groups_of_conf_are_the_sections_of_the_configuration() -> None:
@@ -346,7 +354,7 @@ def is_float(path: str) -> bool:
 FLOATS = {
     path: option
     for option in MODEL_OPTIONS
-    for path in flat_values(load_config([option, PRETRAINED]))
+    for path in flat_values(load_config([option, *also_needed(option)]))
     if is_float(path)
 }
 
@@ -478,6 +486,7 @@ def test_a_family_without_diffusion_has_no_value_of_it(mixtures: None, tmp_path:
     [
         "diffusion=fast",
         "diffusion.eta=0.5",
+        "++diffusion.eta=0.5",
         "diffusion.num_inference_steps=null",
     ],
 )

@@ -189,6 +189,7 @@ def test_all_jobs_of_a_sweep_are_checked_before_the_first_one() -> None:
         *("experiment=survey", "data=digits", "model=tiny", "seed=1", "train.mode=centralized"),
     ]
     assert sweep_jobs(["experiment=table2", "partition.beta=1", "seed=3"]) == []
+    assert sweep_jobs(["experiment=table2", "hydra.mode=RUN"]) == []
     check_sweep(["experiment=survey", "++model.pretrained=runs/base"])
     with pytest.raises(ValueError, match=r"model\.pretrained must be a finished run.*nothing has"):
         check_sweep(["experiment=survey"])
