@@ -53,7 +53,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         prog="feddm bench",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Measure training, sampling and rounds side by side with what their users\n"
-        "would otherwise have. On 2 cores all of it takes 15 minutes, with --full half an hour.\n"
+        "would otherwise have. On 2 cores all of it takes 17 minutes, with --full half an hour.\n"
         "Compare figures of one run only, on a machine that does nothing else.",
         epilog="sections:\n" + "\n".join(f"  {name}: {what}" for name, what in SECTIONS.items()),
     )

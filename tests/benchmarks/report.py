@@ -25,7 +25,7 @@ SECTIONS = {
     "--full on a CPU: the paper's batch as well)",
     "sampling": "drawing images against the network alone (1 minute; --full on a GPU: 10,000 "
     "images)",
-    "families": "training of every family of generators against bf16 matrix products (3 minutes)",
+    "families": "training of every family of generators against bf16 matrix products (5 minutes)",
     "peers": "training beside denoising-diffusion-pytorch and diffusers, where the dependency "
     "group `peers` is installed (3 minutes)",
     "rounds": "what a round costs outside local training, phase by phase (1 minute)",
