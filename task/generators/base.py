@@ -1,5 +1,6 @@
 """The contract of a generator: a model that is trained on images and draws images."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -176,8 +177,12 @@ class Generator(nn.Module, ABC):
         return {}
 
     def why_diverged(self, measures: Mapping[str, float]) -> str:
-        """Say why the means over the clients of a round show no training any more; else nothing."""
-        return ""
+        """Say why the means over the clients of a round show no training any more; else nothing.
+
+        Here: one of them is not finite.
+        """
+        wrong = (f"{name} is {each}" for name, each in measures.items() if not math.isfinite(each))
+        return next(wrong, "")
 
     @abstractmethod
     def sample(

@@ -370,8 +370,8 @@ class ResNetGAN(Generator):
 
     def why_diverged(self, measures: Mapping[str, float]) -> str:
         """Say why the means over clients of a round show a failure; "" where they do not."""
-        if measures["discriminator_loss"] >= WON:
-            return ""
+        if (wrong := super().why_diverged(measures)) or measures["discriminator_loss"] >= WON:
+            return wrong
         return (
             "the discriminator's loss was 0 for a whole round: it tells all images apart, and the "
             "generator learns nothing"

@@ -1,6 +1,7 @@
 """The GAN of residual blocks against singular values, its published shapes, and plain sums."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -235,6 +236,10 @@ def test_a_discriminator_that_has_won_is_named() -> None:
     told = {"generator_loss": 1.0, "real_sign": 1.0}
     assert small().why_diverged({"discriminator_loss": 1.2, **told}) == ""
     assert "discriminator" in small().why_diverged({"discriminator_loss": 0.0, **told})
+    infinite = {"discriminator_loss": math.inf, **told}
+    assert small().why_diverged(infinite) == "discriminator_loss is inf"
+    lost = {"discriminator_loss": 1.2, **told, "generator_loss": math.nan}
+    assert small().why_diverged(lost) == "generator_loss is nan"
 
 
 def test_it_trains_in_bfloat16() -> None:

@@ -295,9 +295,8 @@ class StyleGAN2ADA(Generator):
 
     def why_diverged(self, measures: Mapping[str, float]) -> str:
         """Say where a loss is not finite or the discriminator has won; see `measures`."""
-        for name in ("discriminator_loss", "generator_loss"):
-            if not math.isfinite(measures[name]):
-                return f"{name} is {measures[name]}"
+        if wrong := super().why_diverged(measures):
+            return wrong
         loss = measures["discriminator_loss"]
         if loss < DISCRIMINATOR_WON:
             return (
