@@ -64,7 +64,7 @@ def main() -> None:
     OmegaConf.register_new_resolver("one_folder", one_folder, replace=True)
     try:
         arguments = read_arguments(sys.argv[1:])
-        check_sweep(arguments)
+        warn_of_wrong_jobs(arguments)
         sys.argv[1:] = name_by_what_is_swept(arguments)
     except ValueError as error:
         print(f"feddm-train: {error}", file=sys.stderr)
@@ -88,21 +88,20 @@ def read_arguments(arguments: list[str]) -> list[str]:
     return [a if a.startswith("-") else read_override(a, sweep=sweep) for a in arguments]
 
 
-def check_sweep(arguments: list[str]) -> None:
-    """Check the values of all jobs of a sweep before the first one trains.
+def warn_of_wrong_jobs(arguments: list[str]) -> None:
+    """Say which jobs of a sweep cannot be trained, before hours of the others.
 
     Args:
         arguments: of the command line, in Hydra's grammar.
-
-    Raises:
-        ValueError: the configuration of a job is refused; names the job.
     """
     for words in sweep_jobs(arguments):
         try:
-            load_config(words_of_family(words), images_below=Path.cwd())
-        except ValueError as error:
+            config = load_config(words_of_family(words), images_below=Path.cwd())
+            with_known_generator(anchored(config, Path.cwd()))
+        except (ValueError, OSError) as error:
             swept = " ".join(word for word in words if word not in arguments)
-            raise ValueError(f"{error} (in the run {swept}; nothing has begun)") from error
+            warning = f"warning: the run {swept} cannot be trained: {error}"
+            print(f"feddm-train: {warning}", file=sys.stderr, flush=True)
 
 
 def sweep_jobs(arguments: list[str]) -> list[list[str]]:
@@ -226,11 +225,13 @@ def with_known_generator(config: Config) -> Config:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no generator.
+        ValueError: none is named, or it holds no generator.
     """
     model = config.model
-    if not isinstance(model, SmallGANConfig) or not model.pretrained or model.pretrained_sha256:
+    if not isinstance(model, SmallGANConfig) or model.pretrained_sha256:
         return config
+    expected = "a finished run of model=resnet_gan, or its model.safetensors"
+    require(model.pretrained != "", "model.pretrained", expected, model.pretrained)
     from task.generators.small_gan import read_pretrained
 
     _, sha256 = read_pretrained(Path(model.pretrained))

@@ -161,9 +161,7 @@ class SmallGANConfig(ModelConfig):
 
     drawing_values = ("model.truncation",)
     family: Literal["small_gan"]
-    pretrained: str = Field(
-        pattern=".", description="a finished run of model=resnet_gan, or its model.safetensors"
-    )
+    pretrained: str
     pretrained_sha256: str = Field(
         pattern="^([0-9a-f]{64})?$", description="64 hexadecimal digits, or empty for any file"
     )

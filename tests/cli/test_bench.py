@@ -395,7 +395,7 @@ def test_command_runs_from_anywhere_and_says_how_long_it_takes(tmp_path: Path) -
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert "15 minutes" in result.stdout and "peers: " in result.stdout
+    assert "17 minutes" in result.stdout and "peers: " in result.stdout
 
 
 def test_command_needs_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,6 @@ from task.config.section import PositiveInt
 ALSO_NEEDED = {
     "data=image_folder": ["data.classes=[a,b]"],
     "data=dicom_folder": ["data.classes=[a,b]"],
-    "model=small_gan": ["model.pretrained=runs/base"],
 }
 FAMILIES = ", ".join(MODELS)
 MODEL_OPTIONS = [f"model={file.stem}" for file in sorted(CONF_DIR.glob("model/*.yaml"))]

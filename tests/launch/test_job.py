@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 
 from server_app.evaluation import check_numbers
 from server_app.launch.feddm_train import (
-    check_sweep,
     how_to_go_on,
     leaving_no_empty_run,
     name_by_what_is_swept,
     one_folder,
     read_arguments,
     sweep_jobs,
+    warn_of_wrong_jobs,
     with_known_generator,
 )
 from server_app.launch.job import (
@@ -183,18 +183,25 @@ def test_tables_are_not_swept_themselves() -> None:
     assert len(name_by_what_is_swept(["-m", "experiment=paper,demo"])) == 3
 
 
-def test_all_jobs_of_a_sweep_are_checked_before_the_first_one() -> None:
+def test_jobs_of_a_sweep_that_cannot_be_trained_are_named_before_the_first_one(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     jobs = sweep_jobs(["experiment=survey", "data=digits", "model=vae,tiny", "seed=0,1"])
     assert len(jobs) == 8 and jobs[-1] == [
         *("experiment=survey", "data=digits", "model=tiny", "seed=1", "train.mode=centralized"),
     ]
     assert sweep_jobs(["experiment=table2", "partition.beta=1", "seed=3"]) == []
     assert sweep_jobs(["experiment=table2", "hydra.mode=RUN"]) == []
-    check_sweep(["experiment=survey", "++model.pretrained=runs/base"])
-    with pytest.raises(ValueError, match=r"model\.pretrained must be a finished run.*nothing has"):
-        check_sweep(["experiment=survey"])
-    with pytest.raises(ValueError, match=r"train\.lr .* \(in the run train\.lr=-1;"):
-        check_sweep(["-m", "train.lr=1,-1"])
+    warn_of_wrong_jobs(["experiment=survey", "model=vae"])
+    assert capfd.readouterr().err == ""
+    warn_of_wrong_jobs(["experiment=survey"])
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 2 and all("the run model=small_gan train.mode=" in line for line in said)
+    assert "model.pretrained must be a finished run of model=resnet_gan" in said[0]
+    warn_of_wrong_jobs(["experiment=survey", "model=vae,small_gan", "++model.pretrained=/none"])
+    assert capfd.readouterr().err.count("there is no /none") == 2
+    warn_of_wrong_jobs(["-m", "train.lr=1,-1"])
+    assert "warning: the run train.lr=-1 cannot be trained: train.lr " in capfd.readouterr().err
 
 
 def test_a_job_has_one_folder() -> None:
