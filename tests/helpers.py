@@ -12,6 +12,8 @@ from uuid import uuid4
 
 import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.task_pb2 import Task
 from flwr.server.superlink.fleet.vce.vce_api import _register_nodes
@@ -19,6 +21,7 @@ from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.server.superlink.linkstate.in_memory_linkstate import RunRecord
 from flwr.serverapp import Grid
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -61,6 +64,8 @@ SMALL_RUN: dict[str, str | int | float | bool] = {
     "eval.images_per_class": 1,
     "eval.num_images": 0,
 }
+# What a client of any family says of its training beside the weights.
+TRAINED_KEYS = {Key.NUM_EXAMPLES, Key.LOSS, Key.SECONDS, Key.SECONDS_BESIDE, Key.IMAGES_PER_SECOND}
 
 Handler = Callable[[Message], Message | None]
 Order = Callable[[list[Message]], list[Message]]
@@ -220,6 +225,13 @@ def node_context(run_config: dict, node_config: dict, *, node_id: int = 7) -> Co
 def simulated(number: int) -> list[dict[str, int]]:
     """Node configs of a simulation."""
     return [{Key.PARTITION_ID: i, Key.NUM_PARTITIONS: number} for i in range(number)]
+
+
+def sent(reply: Message) -> bytes:
+    """Return all bytes of a reply that Flower sends to the server."""
+    objects = [found.deflate() for found in get_all_nested_objects(reply).values()]
+    envelope = message_to_proto(remove_content_from_message(reply)).SerializeToString()
+    return b"".join([*objects, envelope])
 
 
 def digits_dataset(*, image_size: int, test_fraction: float) -> Dataset:

@@ -12,9 +12,6 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_to_proto
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from numpy.typing import NDArray
 from torchvision import datasets
 
@@ -40,9 +37,11 @@ from task.training.loop import fit, fit_options, held_out_losses
 from tests.data.test_data_files import write_tree
 from tests.helpers import (
     SMALL_RUN,
+    TRAINED_KEYS,
     Network,
     bound_by_modes,
     node_context,
+    sent,
     simulated,
     write_digits_as_mnist,
 )
@@ -54,7 +53,6 @@ FOLDER_RUN = {"data.test_fraction": "null", "overrides": "data=image_folder data
 MODEL = initial_generator(CONFIG)
 LAYOUT = WeightLayout.of(MODEL)
 WEIGHTS = LAYOUT.pack(MODEL.state_dict())
-TRAINED_KEYS = {Key.NUM_EXAMPLES, Key.LOSS, Key.SECONDS, Key.SECONDS_BESIDE, Key.IMAGES_PER_SECOND}
 
 
 @pytest.fixture(autouse=True)
@@ -577,13 +575,6 @@ def test_no_reply_tells_of_the_table_of_patients(tmp_path: Path) -> None:
         reply = app(message("query"), node_context(run_config, node_config))
         assert (reply.error.reason if reply.has_error() else "") == reason
         assert b"secret" not in sent(reply)
-
-
-def sent(reply: Message) -> bytes:
-    """Return all bytes of a reply that Flower sends to the server."""
-    objects = [found.deflate() for found in get_all_nested_objects(reply).values()]
-    envelope = message_to_proto(remove_content_from_message(reply)).SerializeToString()
-    return b"".join([*objects, envelope])
 
 
 def test_hospital_keeps_its_newest_own_weights(hospital: Context, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What stays at a client between rounds: on its disk, in no message, and the same to the bit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from client_app import workspace
 from client_app.app import app
+from client_app.workspace import open_workspace
 from server_app.messages import addressed
 from task.config import MODELS, Config, ModelConfig, load_run_config
 from task.generators.base import Batch
@@ -20,7 +22,15 @@ from task.protocol.node import NodeConfig, check_node, own_config
 from task.protocol.wire import FailureCode, Key, WeightLayout
 from task.runs.checkpoint import load_weights
 from tests.end_to_end.pixel_gaussians import PixelGaussians
-from tests.helpers import SMALL_RUN, Network, node_context, simulated, write_digits_as_mnist
+from tests.helpers import (
+    SMALL_RUN,
+    TRAINED_KEYS,
+    Network,
+    node_context,
+    sent,
+    simulated,
+    write_digits_as_mnist,
+)
 
 
 class CountingConfig(ModelConfig):
@@ -77,12 +87,16 @@ RUN = {**SHARED, "overrides": FAMILY, "run_name": "counted"}
 
 
 def asked(
-    kind: str, server_round: int, weights: np.ndarray | None = None, run_id: str = "1"
+    kind: str,
+    server_round: int,
+    weights: np.ndarray | None = None,
+    run_id: str = "1",
+    run: Mapping[str, Any] = RUN,
 ) -> Message:
     """Make the message of a round as the server does."""
     Network()
-    generator = initial_generator(load_run_config(RUN))
-    layout = WeightLayout.of(generator, generator.local)
+    generator = initial_generator(load_run_config(run))
+    layout = WeightLayout.of(generator, generator.local | generator.frozen)
     weights = layout.pack(generator.state_dict()) if weights is None else weights
     said = {Key.PRECISION: "float32", Key.RUN_NAME: "counted", Key.RUN_ID: run_id}
     config = ConfigRecord({Key.SERVER_ROUND: server_round, **said})
@@ -96,7 +110,7 @@ def asked(
 
 def trained(context: Context, server_round: int) -> tuple[Message, dict[str, Tensor], Path]:
     """Let a client train a round; returns its reply and the newest file of its state."""
-    reply = app(asked("train", server_round), context)
+    reply = app(asked("train", server_round, run=context.run_config), context)
     assert not reply.has_error(), reply.error
     file = sorted(Path(str(context.run_config["output_dir"])).parent.rglob("**/round_*"))[-1]
     return reply, load_weights(file)[0], file
@@ -225,3 +239,71 @@ def test_optimizer_goes_on_alike_in_a_new_process(
             workspace._build_workspace.cache_clear()
         sent.append(trained(context, 2)[0].content.array_records[Key.ARRAYS][Key.PACKED].data)
     assert sent[0] == sent[1]
+
+
+# Bytes before the numbers in a file of NumPy's format that holds a short shape.
+NPY_HEADER = 128
+# Of a family: values that make it small, and beginnings of the names of what may travel.
+PROMISED = {
+    "small_gan": (
+        "model.width=2 model.latent_dim=8 model.perceptual_weight=0",
+        ("scale", "shift"),
+    ),
+    "resnet_gan": (
+        "model.width=2 model.latent_dim=8 federation.local=[discriminator]",
+        ("generator.", "generator_ema.", "num_averaged"),
+    ),
+    "stylegan2_ada_tiny": (
+        "model.channel_max=8 model.latent_dim=8 federation.local=[discriminator]",
+        ("generator.", "generator_ema.", "path_length_mean", "kimg_seen"),
+    ),
+}
+
+
+def write_unlike_anything(file: Path) -> Path:
+    """Write the file of a run of model=resnet_gan with numbers that stand nowhere else."""
+    words = "model=resnet_gan model.width=2 model.latent_dim=8"
+    state = initial_generator(load_run_config({**SHARED, "overrides": words})).state_dict()
+    rng = torch.Generator().manual_seed(5)
+    save_file({name: torch.rand(each.shape, generator=rng) for name, each in state.items()}, file)
+    return file
+
+
+def passages(secret: Tensor) -> set[bytes]:
+    """Return the bytes of 8 values after each other, of which any 15 of a tensor hold some."""
+    pieces = [piece for piece in secret.flatten().split(8) if len(piece) > 1 and piece.any()]
+    return {each.numpy().tobytes() for piece in pieces for each in (piece, piece.double())}
+
+
+@pytest.mark.parametrize("preset", PROMISED)
+def test_only_the_promised_tensors_leave_the_client(preset: str, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "counted").mkdir(parents=True)
+    words, promised = PROMISED[preset]
+    run = {**SHARED, "run_name": "counted", "output_dir": str(tmp_path / "runs")}
+    run |= {"overrides": f"model={preset} {words}", "train.batch_size": 64}
+    if preset == "small_gan":
+        file = write_unlike_anything(tmp_path / "base.safetensors")
+        run["overrides"] += f" model.pretrained={file}"
+    context = node_context(run, simulated(3)[1])
+    reply, kept, _ = trained(context, 1)
+
+    generator = open_workspace(context).generator
+    state = {name: each.detach().clone() for name, each in generator.state_dict().items()}
+    travels = [state[name].flatten() for name in state if name.startswith(promised)]
+    assert {name: set(record) for name, record in reply.content.items()} == {
+        Key.ARRAYS: {Key.PACKED},
+        Key.METRICS: TRAINED_KEYS | set(generator.measures),
+    }
+    array = reply.content.array_records[Key.ARRAYS][Key.PACKED]
+    assert array.numpy().tobytes() == torch.cat(travels).numpy().tobytes()
+    assert len(array.data) == NPY_HEADER + 4 * sum(map(len, travels))
+
+    secrets = {name: each for name, each in state.items() if not name.startswith(promised)} | kept
+    whole = sent(reply)
+    assert travels[0].numpy().tobytes() in whole
+    for name, secret in secrets.items():
+        assert not any(passage in whole for passage in passages(secret)), name
+    if preset == "small_gan":
+        # A scale and a shift of 96 channels, of each of 10 classes.
+        assert len(array.data) == NPY_HEADER + 2 * 96 * 10 * 4
+        assert passages(kept["latents"]) and passages(kept["adam/2.exp_avg"])

@@ -105,7 +105,8 @@ class StyleGAN2ADA(Generator):
     """StyleGAN2 with adaptive discriminator augmentation.
 
     All images that the discriminator sees are augmented. Its optimizer and the probability of
-    augmentation stay at a client: both follow the client's own images.
+    augmentation stay at a client: both follow the client's own images. The server is told what the
+    probability was, as one of the `measures`.
 
     Attributes:
         generator: draws, and is trained.
