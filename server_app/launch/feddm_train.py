@@ -29,9 +29,9 @@ from task.checks import require
 from task.config import (
     CONF_DIR,
     Config,
-    SmallGANConfig,
     anchored,
     config_from_hydra,
+    flat_values,
     hydra_override,
     load_config,
     preset_sweep,
@@ -97,7 +97,7 @@ def warn_of_wrong_jobs(arguments: list[str]) -> None:
     for words in sweep_jobs(arguments):
         try:
             config = load_config(words_of_family(words), images_below=Path.cwd())
-            with_known_generator(anchored(config, Path.cwd()))
+            with_known_file(anchored(config, Path.cwd()))
         except (ValueError, OSError) as error:
             swept = " ".join(word for word in words if word not in arguments)
             warning = f"warning: the run {swept} cannot be trained: {error}"
@@ -184,7 +184,7 @@ def _hydra_main(composed: DictConfig) -> None:
             # The runs of a sweep lie side by side in its folder.
             asked = asked.changed({"output_dir": job.sweep.dir, "run_name": job.sweep.subdir})
         given = {named(word) for word in words}
-        config = with_known_generator(as_begun(anchored(asked, Path.cwd()), given))
+        config = with_known_file(as_begun(anchored(asked, Path.cwd()), given))
         with leaving_no_empty_run(run_path(config)):
             if not sweep:
                 check_startable(config)
@@ -218,24 +218,23 @@ def _hydra_main(composed: DictConfig) -> None:
         sys.exit(1)
 
 
-def with_known_generator(config: Config) -> Config:
+def with_known_file(config: Config) -> Config:
     """Write the SHA-256 of what a run freezes into its configuration, where it is left open.
 
     All of a run, a resumed one too, then trains on top of the same file or not at all.
 
+    Args:
+        config: of the run, with absolute paths.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: none is named, or it holds no generator.
+        ValueError: none is named, or it is another than the configuration tells.
     """
-    model = config.model
-    if not isinstance(model, SmallGANConfig) or model.pretrained_sha256:
+    if (frozen := config.model.frozen_file) is None:
         return config
-    expected = "a finished run of model=resnet_gan, or its model.safetensors"
-    require(model.pretrained != "", "model.pretrained", expected, model.pretrained)
-    from task.generators.small_gan import read_pretrained
-
-    _, sha256 = read_pretrained(Path(model.pretrained))
-    return config.changed({"model.pretrained_sha256": sha256})
+    values = flat_values(config)
+    _, sha256 = frozen.read(values[frozen.path_value], values[frozen.sha256_value])
+    return config.changed({frozen.sha256_value: sha256})
 
 
 @contextmanager

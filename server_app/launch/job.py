@@ -19,7 +19,6 @@ from task.config import (
     FITTED_VALUES,
     OWN_IMAGES,
     Config,
-    SmallGANConfig,
     flat_values,
     hydra_override,
 )
@@ -171,7 +170,7 @@ def check_images(config: Config) -> Dataset:
         FileNotFoundError: the data set, or a file of weights or of the extractor, is not there.
         ValueError: they do not fit the configuration.
     """
-    if isinstance(config.model, SmallGANConfig):
+    if config.model.frozen_file is not None:
         initial_generator(config)  # whether its file is there and fits
     if config.train.start_from and last_complete_round(run_path(config)) == 0:
         load_starting_weights(weightless_generator(config), config.train.start_from)
@@ -223,9 +222,8 @@ def train_federated(config: Config, overrides: list[str]) -> None:
         "eval.exported_program": config.eval.exported_program,
     }
     values = flat_values(config)
-    if isinstance(config.model, SmallGANConfig):
-        frozen = ("model.pretrained", "model.pretrained_sha256")
-        settled |= {path: values[path] for path in frozen}
+    if (frozen := config.model.frozen_file) is not None:
+        settled |= {path: values[path] for path in (frozen.path_value, frozen.sha256_value)}
     if config.data.name in OWN_IMAGES:
         settled |= {path: values[path] for path in ("data.classes", *FITTED_VALUES)}
     job = [override for override in overrides if named(override) not in {*settled, "resume"}]

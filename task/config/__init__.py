@@ -24,6 +24,7 @@ from task.config.flower import (
     compose_run_config,
     load_run_config,
 )
+from task.config.frozen_file import FrozenFile
 from task.config.models import (
     MODELS,
     AttentionUNetConfig,
@@ -72,6 +73,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "FederationConfig",
+    "FrozenFile",
     "ModelConfig",
     "ResNetGANConfig",
     "SmallGANConfig",

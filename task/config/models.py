@@ -14,6 +14,7 @@ from pydantic import Field
 
 from task.checks import require, require_one_of
 from task.config.data_config import DataConfig
+from task.config.frozen_file import FrozenFile
 from task.config.section import PositiveFloat, PositiveInt, Section
 
 
@@ -26,11 +27,13 @@ class ModelConfig(Section):
             weights, and no weights.
         loss_values: paths of those that say what the loss is of: losses cannot be compared where
             they differ.
+        frozen_file: the file that training reads and leaves as it is; None in a family without.
     """
 
     diffuses: ClassVar[bool] = False
     drawing_values: ClassVar[tuple[str, ...]] = ()
     loss_values: ClassVar[tuple[str, ...]] = ()
+    frozen_file: ClassVar[FrozenFile | None] = None
     family: str
 
     def check_images(self, data: DataConfig) -> None:
@@ -160,6 +163,11 @@ class SmallGANConfig(ModelConfig):
     """A pretrained generator of which scales and shifts of channels are trained."""
 
     drawing_values = ("model.truncation",)
+    frozen_file: ClassVar[FrozenFile] = FrozenFile(
+        "model.pretrained",
+        "model.pretrained_sha256",
+        expected="a finished run of model=resnet_gan, or its model.safetensors",
+    )
     family: Literal["small_gan"]
     pretrained: str
     pretrained_sha256: str = Field(

@@ -438,7 +438,9 @@ def anchored(config: Config, folder: Path) -> Config:
     """Make the paths of a configuration absolute; relative ones count from `folder`."""
     values = flat_values(config)
     # Empty: none.
-    files = ("data.patients", "train.start_from", "eval.inception_weights", "eval.exported_program")
+    files = ["data.patients", "train.start_from", "eval.inception_weights", "eval.exported_program"]
+    if (frozen := config.model.frozen_file) is not None:
+        files.append(frozen.path_value)
     paths = ["output_dir", "data.root", "data.cache_dir", *(file for file in files if values[file])]
     return config.changed(
         {path: str((folder / Path(values[path]).expanduser()).absolute()) for path in paths}

@@ -263,16 +263,12 @@ class Generator(nn.Module, ABC):
         for network in self.children():
             network.compile(*args, **kwargs)
 
-    def load_frozen(self) -> str:
-        """Read what nobody trains from the file that the configuration names.
+    def load_frozen(self) -> None:
+        """Read what nobody trains from the file that the configuration names, if there is one.
 
         Called where training starts; what draws has it among the weights of a run.
-
-        Returns:
-            The SHA-256 of the file; empty in a family that freezes nothing.
 
         Raises:
             FileNotFoundError: the file, or what else training needs, is not there.
             ValueError: it does not fit the model.
         """
-        return ""

@@ -1,9 +1,7 @@
 """Batch statistics adaptation: a frozen generator learns small sets by scales and shifts alone."""
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -20,7 +18,6 @@ from task.generators.step_means import StepMeans
 
 # What a pretrained file names the moving average of its generator by.
 PRETRAINED_PREFIX = "generator_ema."
-MODEL_FILE = "model.safetensors"
 # Draws of the prior that the latents of an image are compared with.
 PRIOR_DRAWS = 10
 
@@ -68,7 +65,7 @@ class SmallGAN(Generator):
         num_classes: int,
         loss: "AdaptationLoss",
         truncation: float,
-        pretrained: Path | None = None,
+        pretrained: str = "",
         pretrained_sha256: str = "",
     ) -> None:
         """Make the networks; `load_frozen` reads the base.
@@ -80,8 +77,8 @@ class SmallGAN(Generator):
             num_classes: that have scales and shifts of their own; 1: shared by all.
             loss: of images.
             truncation: latents are drawn from N(0, I) between -truncation and truncation.
-            pretrained: see `load_frozen`; None: it cannot be trained.
-            pretrained_sha256: see `load_frozen`.
+            pretrained: see `read_pretrained`; empty: it cannot be trained.
+            pretrained_sha256: see `read_pretrained`.
         """
         super().__init__()
         self.image_shape, self.noise_dim = image_shape, latent_dim
@@ -107,27 +104,18 @@ class SmallGAN(Generator):
         """The number of trained values that clients share."""
         return self.scale.numel() + self.shift.numel()
 
-    def load_frozen(self) -> str:
+    def load_frozen(self) -> None:
         """Read the frozen generator from the pretrained file.
-
-        Returns:
-            The SHA-256 of the file.
 
         Raises:
             FileNotFoundError: there is no such file, or the loss looks through a network whose
                 package is not installed.
             ValueError: none is named, it is not the file of the run, or does not fit.
         """
-        if self._pretrained is None:
-            raise ValueError(
-                "model.pretrained must be a finished run of model=resnet_gan, or its "
-                f"{MODEL_FILE}, got ''"
-            )
-        self.loss.load_features()
-        weights, sha256 = read_pretrained(self._pretrained, self._sha256)
+        weights = read_pretrained(self._pretrained, self._sha256)
         fit_pretrained(self.base, weights, self._pretrained)
+        self.loss.load_features()
         self._is_loaded = True
-        return sha256
 
     def prepare(self, num_images: int) -> None:
         """Make a latent for each training image, all 0.
@@ -304,7 +292,7 @@ def truncated(noise: Tensor, limit: float) -> Tensor:
     return (torch.erfinv(within) * math.sqrt(2)).clamp(-limit, limit).to(noise.dtype)
 
 
-def read_pretrained(path: Path, sha256: str = "") -> tuple[dict[str, Tensor], str]:
+def read_pretrained(path: str, sha256: str = "") -> dict[str, Tensor]:
     """Read the generator of a finished run of model=resnet_gan.
 
     Args:
@@ -312,25 +300,17 @@ def read_pretrained(path: Path, sha256: str = "") -> tuple[dict[str, Tensor], st
         sha256: that the file must have; empty: any.
 
     Returns:
-        Its tensors by the names of `ResNetGenerator`, and the SHA-256 of the file.
+        Its tensors by the names of `ResNetGenerator`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is another file than `sha256` tells, or holds no such generator.
     """
-    file = path / MODEL_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"model.pretrained must be a finished run of model=resnet_gan or its {MODEL_FILE}, "
-            f"got {path}: there is no {file}"
-        )
-    content = file.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    require(sha256 in ("", found), "model.pretrained", f"the file of SHA-256 {sha256}", found)
+    content, _ = SmallGANConfig.frozen_file.read(path, sha256)
     try:
         tensors = load_tensors(content)
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     weights = {
         name.removeprefix(PRETRAINED_PREFIX): tensor
         for name, tensor in tensors.items()
@@ -340,12 +320,12 @@ def read_pretrained(path: Path, sha256: str = "") -> tuple[dict[str, Tensor], st
         weights != {},
         "model.pretrained",
         f"a run of model=resnet_gan, whose tensors are named {PRETRAINED_PREFIX}*",
-        str(path),
+        path,
     )
-    return weights, found
+    return weights
 
 
-def fit_pretrained(base: ResNetGenerator, weights: dict[str, Tensor], path: Path) -> None:
+def fit_pretrained(base: ResNetGenerator, weights: dict[str, Tensor], path: str) -> None:
     """Load the weights of a generator of any classes into one without, by the mean of theirs.
 
     Raises:
@@ -388,6 +368,6 @@ def build_small_gan(config: Config) -> SmallGAN:
         num_classes=len(data.classes) if model.class_conditional else 1,
         loss=loss,
         truncation=model.truncation,
-        pretrained=Path(model.pretrained) if model.pretrained else None,
+        pretrained=model.pretrained,
         pretrained_sha256=model.pretrained_sha256,
     )

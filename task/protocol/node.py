@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from task.checks import require
-from task.config import MIN_MEASURED_IMAGES, Config, SmallGANConfig, anchored
+from task.config import MIN_MEASURED_IMAGES, Config, FrozenFile, anchored, flat_values
 from task.data import Dataset, Inventory, inventory_of_listings, list_dataset, split_validation
 from task.efficientnet import check_pretrained, suits
 from task.generators.base import Generator
@@ -58,8 +58,8 @@ class NodeConfig:
             None: the one in torch.hub's folder.
         patients: the hospital's own table of which file is of which patient, as `data.patients`;
             None: the run's `data.patient_pattern` says it, or nothing does.
-        pretrained_generator: the file that `model.pretrained` names elsewhere, for runs that train
-            on top of it.
+        pretrained_generator: this node's copy of the `FrozenFile` of the run's family, for runs
+            that train on top of one.
 
     Raises:
         ValueError: a value is out of range.
@@ -172,23 +172,25 @@ def own_config(config: Config, node: NodeConfig) -> Config:
             "data.patients: a node needs its own table of patients: start it with --node-config "
             "'patients=\"/file.csv\"'"
         )
-    if isinstance(config.model, SmallGANConfig):
-        config = config.changed({"model.pretrained": _own_generator(config.model, node)})
+    if (frozen := config.model.frozen_file) is not None:
+        config = config.changed({frozen.path_value: _own_copy(config, frozen, node)})
     return anchored(config, Path.home())
 
 
-def _own_generator(model: SmallGANConfig, node: NodeConfig) -> str:
+def _own_copy(config: Config, frozen: FrozenFile, node: NodeConfig) -> str:
     """Return this node's copy of what a run freezes, which must be known to be the same."""
+    sha256 = flat_values(config)[frozen.sha256_value]
     require(
-        model.pretrained_sha256 != "",
-        "model.pretrained_sha256",
-        "the SHA-256 of the file of model.pretrained, by which a hospital's node knows its copy",
-        model.pretrained_sha256,
+        sha256 != "",
+        frozen.sha256_value,
+        f"the SHA-256 of the file of {frozen.path_value}, by which a hospital's node knows its "
+        "copy",
+        sha256,
     )
     if node.pretrained_generator is None:
         raise ValueError(
-            "a node needs a copy of the generator that model=small_gan freezes: start it with "
-            f"--node-config '{NodeKey.PRETRAINED_GENERATOR.value}=\"/file\"'"
+            f"a node needs a copy of the generator that model={config.model.family} freezes: start "
+            f"it with --node-config '{NodeKey.PRETRAINED_GENERATOR.value}=\"/file\"'"
         )
     return node.pretrained_generator
 

@@ -1,6 +1,5 @@
 """Batch statistics adaptation: what is trained, what leaves a client, and its loss."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,8 @@ def pretrained(tmp_path: Path) -> Path:
 def small(pretrained: Path | None, num_classes: int = 2, **changes: Any) -> SmallGAN:
     options = {"width": 2, "latent_dim": 8, "truncation": 0.3, "loss": AdaptationLoss(**WEIGHTS)}
     options |= changes
-    return SmallGAN(SHAPE, num_classes=num_classes, pretrained=pretrained, **options)
+    path = "" if pretrained is None else str(pretrained)
+    return SmallGAN(SHAPE, num_classes=num_classes, pretrained=path, **options)
 
 
 def ready(pretrained: Path, num_images: int = 4, **changes: Any) -> SmallGAN:
@@ -101,9 +101,8 @@ def test_only_scales_and_shifts_are_in_a_message(pretrained: Path) -> None:
 
 def test_frozen_generator_draws_as_the_pretrained_mean_over_classes(pretrained: Path) -> None:
     model = small(pretrained, num_classes=5)
-    sha256 = model.load_frozen()
+    model.load_frozen()
     file = pretrained / "model.safetensors"
-    assert sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
     latents = torch.randn(4, 8, generator=rng())
     images = model.sample(torch.tensor([0, 1, 2, 4]), lambda: latents)
     # Nothing is adapted yet, so all classes are alike.
@@ -122,7 +121,8 @@ def test_frozen_generator_draws_as_the_pretrained_mean_over_classes(pretrained: 
 
 def test_a_file_and_its_run_are_the_same(pretrained: Path) -> None:
     models = [small(pretrained), small(pretrained / "model.safetensors")]
-    assert models[0].load_frozen() == models[1].load_frozen()
+    for model in models:
+        model.load_frozen()
     states = [model.state_dict() for model in models]
     assert all(torch.equal(each, states[1][name]) for name, each in states[0].items())
 
@@ -275,7 +275,7 @@ def test_fitting_to_another_size_is_refused_before_anything_is_loaded() -> None:
     before = {name: each.clone() for name, each in base.state_dict().items()}
     other = ResNetGenerator(SHAPE, width=2, latent_dim=8, num_classes=1)
     with pytest.raises(ValueError, match=r"data.image_size"):
-        fit_pretrained(base, other.state_dict(), Path("run"))
+        fit_pretrained(base, other.state_dict(), "run")
     assert all(torch.equal(each, before[name]) for name, each in base.state_dict().items())
 
 

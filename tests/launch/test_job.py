@@ -3,6 +3,7 @@ import hashlib
 import tomllib
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from server_app.launch.feddm_train import (
     read_arguments,
     sweep_jobs,
     warn_of_wrong_jobs,
-    with_known_generator,
+    with_known_file,
 )
 from server_app.launch.job import (
     check_images,
@@ -28,7 +29,10 @@ from server_app.launch.job import (
     train_federated,
 )
 from task.config import (
+    MODELS,
     Config,
+    FrozenFile,
+    ModelConfig,
     anchored,
     flat_values,
     hydra_override,
@@ -36,6 +40,7 @@ from task.config import (
     load_run_config,
 )
 from task.data import Dataset, ImageSet
+from task.protocol.node import NodeConfig, own_config
 from task.runs.commands import resuming_command
 from task.runs.layout import run_path
 from tests.helpers import SMALL_RUN
@@ -214,15 +219,43 @@ def test_what_a_run_freezes_is_known_by_its_file(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file({"generator_ema.last.bias": torch.zeros(1)}, file)
     config = load_config(["model=small_gan", f"model.pretrained={tmp_path}"])
-    known = with_known_generator(config)
+    known = with_known_file(config)
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     assert flat_values(known) == flat_values(config) | {"model.pretrained_sha256": sha256}
-    assert with_known_generator(known) == known
+    assert with_known_file(known) == known
+    with pytest.raises(ValueError, match=r"model\.pretrained must be the file of SHA-256 0000"):
+        with_known_file(config.changed({"model.pretrained_sha256": "0" * 64}))
     other = load_config()
-    assert with_known_generator(other) == other
+    assert with_known_file(other) == other
     file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.pretrained must be a finished run"):
-        with_known_generator(config)
+    for missing in (config, known):
+        with pytest.raises(FileNotFoundError, match=r"model\.pretrained must be a finished run"):
+            with_known_file(missing)
+
+
+class OnTopConfig(ModelConfig):
+    """Of a family that trains on top of a file."""
+
+    family: Literal["on_top"]
+    frozen_file = FrozenFile("model.base", "model.base_sha256", expected="a file")
+    base: str
+    base_sha256: str
+
+
+def test_file_of_any_family_is_known_and_each_nodes_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODELS, "on_top", OnTopConfig)
+    (tmp_path / "base").write_bytes(b"weights")
+    words = ["~model", "+model.family=on_top", "+model.base=base", "+model.base_sha256="]
+    words += ["~diffusion", "data=digits", "train.lr=0.1", "train.batch_size=8"]
+    values = flat_values(with_known_file(anchored(load_config(words), tmp_path)))
+    assert values["model.base"] == str(tmp_path / "base")
+    assert values["model.base_sha256"] == hashlib.sha256(b"weights").hexdigest()
+    with pytest.raises(ValueError, match="copy of the generator that model=on_top freezes"):
+        own_config(load_config(words).changed(values), NodeConfig())
+    own = own_config(load_config(words).changed(values), NodeConfig(pretrained_generator="own"))
+    assert flat_values(own)["model.base"] == str(Path.home() / "own")
 
 
 def test_generator_that_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
@@ -355,6 +388,7 @@ def test_simulation_composes_the_configuration_of_its_job(
     words += ["model=small_gan", f"model.pretrained={text}"]
     known = {"model.pretrained_sha256": "0" * 64}
     config = anchored(load_config(words), tmp_path).changed(known)
+    assert flat_values(config)["model.pretrained"] == str(tmp_path / text)
     submitted = []
     monkeypatch.setattr(
         "server_app.launch.job.simulate",
