@@ -96,23 +96,26 @@ class CentralizedTraining(RoundLoop):
                 rng=torch_generator(config.seed, Stream.TRAIN, server_round, device=self.device),
             )
         self.phases.trained(result.seconds, since=start, until=time.monotonic())
-        if not math.isfinite(result.loss):
-            raise self.diverged(server_round, f"train loss {result.loss}")
-        if why := self.model.why_diverged(result.measures):
-            raise self.diverged(server_round, why)
-        if not all(bool(t.isfinite().all()) for t in self.model.state_dict().values()):
-            raise self.diverged(server_round, "weights that are not finite")
-        self.weights = {n: t.detach().cpu().clone() for n, t in self.model.state_dict().items()}
         n = len(self.dataset.train)
-        self.directory.record(
-            [
-                Record(server_round, "loss", result.loss, reference=TRAIN, n=n),
-                Record(server_round, "images_per_second", result.images_per_second),
-                *records_of(server_round, result.measures, reference=TRAIN, n=n),
-            ]
-        )
+        losses = {"loss": result.loss, **result.measures}
+        finite = {name: each for name, each in losses.items() if math.isfinite(each)}
+        measured = [
+            Record(server_round, "images_per_second", result.images_per_second),
+            *records_of(server_round, finite, reference=TRAIN, n=n),
+        ]
+        if why := self.why_diverged(losses):
+            raise self.diverged(server_round, why, measured)
+        self.weights = {n: t.detach().cpu().clone() for n, t in self.model.state_dict().items()}
+        self.directory.record(measured)
         epochs = server_round * config.train.local_epochs
         return f"train loss {result.loss:.4f}, {epochs} epochs"
+
+    def why_diverged(self, losses: Mapping[str, float]) -> str:
+        """Say why the losses of a round or the weights after it show no training; else nothing."""
+        if why := self.model.why_diverged(losses):
+            return why
+        finite = all(bool(t.isfinite().all()) for t in self.model.state_dict().values())
+        return "" if finite else "weights that are not finite"
 
     def evaluate(self, server_round: int) -> str | None:
         """Measure the loss on the test split, if there are both, drawn alike in every round."""

@@ -168,21 +168,19 @@ class FederatedTraining(RoundLoop):
             )
         self._failed.clear()
         measures = self.combined_measures(losses, measured)
+        counted = [*losses.values()]
+        told += [
+            *self.held_to_their_share(server_round, losses),
+            *left_out_records(server_round, MessageType.TRAIN, left_out),
+            loss_record(server_round, self._weighting.combined(counted), TRAIN),
+            *records_of(server_round, measures, reference=TRAIN),
+            Record(server_round, "num_clients", len(losses)),
+        ]
         if why := self.model.why_diverged(measures):
-            raise self.diverged(server_round, why)
+            raise self.diverged(server_round, why, told)
         self.phases.enter("aggregating")
         self.weights = self.strategy.finish()
-        counted = [*losses.values()]
-        self.directory.record(
-            [
-                *told,
-                *self.held_to_their_share(server_round, losses),
-                *left_out_records(server_round, MessageType.TRAIN, left_out),
-                loss_record(server_round, self._weighting.combined(counted), TRAIN),
-                *records_of(server_round, measures, reference=TRAIN),
-                Record(server_round, "num_clients", len(losses)),
-            ]
-        )
+        self.directory.record(told)
         found = self._weighting.describe(counted)
         return f"train loss {found}, {len(losses)} of {len(clients)} clients"
 
@@ -376,15 +374,17 @@ class FederatedTraining(RoundLoop):
         """
         yield from self._exchange.ask(question, server_round, clients, phases)
         left_out = self._exchange.left_out
-        # Those of a training are recorded once it has succeeded.
+        unused = left_out_records(server_round, question.activity, left_out)
+        # Those of a training are recorded once it has succeeded, or has diverged.
         if question.message_type != MessageType.TRAIN:
-            self.directory.record(left_out_records(server_round, question.activity, left_out))
+            self.directory.record(unused)
+            unused = []
         all_diverged = len(left_out) == len(clients) > 0 and all(
             isinstance(why, Diverged) for why in left_out.values()
         )
         alone = len({*self._failed, *clients}) == 1 < len(self._nodes.node_ids)
         if all_diverged and (self.simulated or not alone):
-            raise self.diverged(server_round, described(left_out))
+            raise self.diverged(server_round, described(left_out), unused)
 
 
 def loss_record(

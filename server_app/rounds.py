@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 
 from server_app.evaluation import GlobalEvaluation, PooledEvaluation, is_measured
@@ -17,17 +17,14 @@ from task.progress import duration, progress
 from task.protocol.wire import Weights
 from task.reporting.run_summary import summary_lines
 from task.reporting.warning_signs import closing_lines
-from task.runs.commands import describe_report_of
+from task.runs.commands import describe_divergence, describe_report_of
 from task.runs.layout import (
-    DIVERGED,
     MACHINE_FILE,
     REPORT_FILE,
     START_FILE,
-    checkpoints,
     final_round,
-    round_of,
 )
-from task.runs.records import Record
+from task.runs.records import DIVERGENCE, Record
 from task.runs.run import Run
 from task.runs.starting_weights import describe_starting_weights, load_starting_weights
 from task.runs.writer import RunWriter
@@ -133,12 +130,16 @@ class RoundLoop(ABC):
         self.prepare()
         if self.evaluation.is_due(done):
             log(f"round {done}, once more: {self.evaluate_and_draw(done)}")
-        for server_round in range(done + 1, rounds + 1):
-            summary = self.play_round(server_round)
-            left = duration(self.seconds_left(range(server_round + 1, rounds + 1)))
-            images = self.evaluation.num_final_images()
-            then = f", and {images:,} images to measure" if images else ""
-            log(f"round {server_round}/{rounds}: {summary}, about {left} left{then}")
+        try:
+            for server_round in range(done + 1, rounds + 1):
+                summary = self.play_round(server_round)
+                left = duration(self.seconds_left(range(server_round + 1, rounds + 1)))
+                images = self.evaluation.num_final_images()
+                then = f", and {images:,} images to measure" if images else ""
+                log(f"round {server_round}/{rounds}: {summary}, about {left} left{then}")
+        except DivergedError:
+            self.report()
+            raise
         self.finish()
 
     def seconds_left(self, rounds: range) -> float:
@@ -248,20 +249,19 @@ class RoundLoop(ABC):
         how = describe_report_of(self.directory.path)
         return f"; everything up to round {last} is saved, {how}"
 
-    def diverged(self, server_round: int, what: str) -> DivergedError:
-        """Say that a round has diverged, what was saved before it, and what to change."""
-        lr, path = self.config.train.lr, self.directory.path
-        good = [file for file in checkpoints(path) if round_of(file) < server_round]
-        saved = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is good"
-        harmful = (
-            " (or with federation.max_update_norm, where the update norm of a single client "
-            "is far above the others)"
-        )
-        return DivergedError(
-            f"{DIVERGED} in round {server_round} ({what}); {saved}; resume=true would repeat the "
-            f"same: start a new run with a smaller learning rate than train.lr={lr:g}, such as "
-            f"train.lr={lr / 10:g}{harmful if self.config.train.mode == 'federated' else ''}"
-        )
+    def diverged(
+        self, server_round: int, reason: str, measured: Iterable[Record] = ()
+    ) -> DivergedError:
+        """Record that a round has diverged, and say what was saved before it and what to change.
+
+        Args:
+            server_round: 1-based.
+            reason: what shows it.
+            measured: what was measured of the round.
+        """
+        divergence = Record(server_round, DIVERGENCE, 1, context={"reason": reason})
+        self.directory.record([*measured, divergence])
+        return DivergedError(describe_divergence(self.config, self.directory.path, divergence))
 
     def evaluate_and_draw(self, server_round: int) -> str:
         """Measure a round and draw its picture; say in few words what was found."""

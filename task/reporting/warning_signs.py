@@ -10,6 +10,7 @@ from scipy.stats import binomtest
 from task.evaluation.near_copies import least_share_shown
 from task.evaluation.noise_position import MOST_COMPARED
 from task.reporting.metric_table import Quantity
+from task.runs.commands import describe_divergence
 from task.runs.records import HELD_OUT, SCORING_CLIENTS, TRAIN, Record, Records, Series
 from task.runs.run import Run
 
@@ -264,7 +265,10 @@ def far_rounds(series: Mapping[int, Series]) -> dict[int, tuple[int, int]]:
 
 
 def _unfinished(run: Run) -> Iterator[str]:
-    if not run.finished:
+    if run.divergence is not None:
+        told = describe_divergence(run.config, run.path, run.divergence)
+        yield f"{told[0].upper()}{told[1:]}."
+    elif not run.finished:
         done = f"{run.rounds_done} of {run.config.federation.rounds} rounds are done"
         yield f"The run is not finished: {done}, and nothing goes on with it."
 

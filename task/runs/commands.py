@@ -21,7 +21,16 @@ from task.config import (
     model_presets,
     preset_sweep,
 )
-from task.runs.layout import NODES_FILE, is_begun, run_config, weights_file
+from task.runs.layout import (
+    DIVERGED,
+    NODES_FILE,
+    checkpoints,
+    is_begun,
+    round_of,
+    run_config,
+    weights_file,
+)
+from task.runs.records import Record
 from task.runs.resume import NAMES_AND_PLACES
 
 # Where a run lies says nothing of what it is.
@@ -106,6 +115,29 @@ def require_weights(run: Path) -> None:
 def describe_report_of(run: Path) -> str:
     """Say where the command stands that goes on with a run; that for real nodes has many lines."""
     return f"`{shlex.join(['feddm', 'report', str(run)])}` shows how to go on with it"
+
+
+def describe_divergence(config: Config, run: Path, divergence: Record) -> str:
+    """Say in which round a run has diverged, what was saved before, and what to change.
+
+    Args:
+        config: of the run.
+        run: its folder.
+        divergence: the record of it.
+    """
+    lr = config.train.lr
+    good = [file for file in checkpoints(run) if round_of(file) < divergence.round]
+    saved = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is good"
+    harmful = (
+        " (or with federation.max_update_norm, where the update norm of a single client "
+        "is far above the others)"
+    )
+    return (
+        f"{DIVERGED} in round {divergence.round} ({divergence.context['reason']}); {saved}; "
+        "resume=true would repeat the same: start a new run with a smaller learning rate than "
+        f"train.lr={lr:g}, such as train.lr={lr / 10:g}"
+        f"{harmful if config.train.mode == 'federated' else ''}"
+    )
 
 
 def _folder_of(run: Path) -> dict[str, str]:

@@ -18,6 +18,8 @@ Series = dict[int, float]
 TRAIN, TEST, HELD_OUT = "train", "test", "held_out"
 # A reply that was not used; the context says of which activity it was, and the reason.
 LEFT_OUT = "left_out"
+# A round after which training could not go on; the context says the reason.
+DIVERGENCE = "divergence"
 # How many clients scored generated images; the context says by what, `n` how many images.
 SCORING_CLIENTS = "num_scoring_clients"
 

@@ -48,7 +48,7 @@ from task.runs.layout import (
     understood,
     weights_file,
 )
-from task.runs.records import TRAIN, Records, read_records
+from task.runs.records import DIVERGENCE, TRAIN, Record, Records, read_records
 from task.runs.starting_weights import describe_starting_weights
 from task.training.devices import select_device
 
@@ -128,7 +128,18 @@ class Run:
     @cached_property
     def records(self) -> Records:
         """What was measured and counted in complete rounds."""
-        return read_records(self.path / METRICS_FILE).up_to(self.rounds_done)
+        return self._all_records.up_to(self.rounds_done)
+
+    @property
+    def divergence(self) -> Record | None:
+        """Of the round after which training could not go on; None: it can, or is finished."""
+        found = self._all_records.last(DIVERGENCE)
+        ended = found is not None and found.round >= self.rounds_done and not self.finished
+        return found if ended else None
+
+    @cached_property
+    def _all_records(self) -> Records:
+        return read_records(self.path / METRICS_FILE)
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:

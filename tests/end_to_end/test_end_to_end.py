@@ -18,11 +18,12 @@ from PIL import Image
 from server_app.launch.superlink import CONNECTION, free_port, private_superlink
 from task.runs.checkpoint import load_weights
 from task.runs.records import TEST, TRAIN, read_records
+from task.runs.run import Run
 from tests.processes import CHECKOUT, COMMANDS, SMALL, feddm_train, process, wait_for
 
 pytestmark = pytest.mark.slow
 
-Run = tuple[Path, "subprocess.CompletedProcess[str]"]
+Finished = tuple[Path, "subprocess.CompletedProcess[str]"]
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -38,7 +39,7 @@ ADVERSE = {
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("finished")
     # Flower takes the name of a connection for a path where an app lies in a folder of that name.
     (folder / CONNECTION).mkdir()
@@ -66,7 +67,7 @@ def strange_ray() -> Iterator[dict[str, str]]:
             yield found
 
 
-def test_feddm_train_leaves_a_whole_folder(finished: Run) -> None:
+def test_feddm_train_leaves_a_whole_folder(finished: Finished) -> None:
     run, _ = finished
     found = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
     assert {
@@ -84,7 +85,7 @@ def test_feddm_train_leaves_a_whole_folder(finished: Run) -> None:
     assert json.loads(metadata["config"])["federation"]["num_supernodes"] == 3
 
 
-def test_feddm_train_says_first_and_last_where_the_results_are(finished: Run) -> None:
+def test_feddm_train_says_first_and_last_where_the_results_are(finished: Finished) -> None:
     run, result = finished
     # Matplotlib has a warning where nothing can be kept at home.
     lines = [line for line in result.stdout.splitlines() if "atplotlib" not in line]
@@ -98,7 +99,7 @@ def test_feddm_train_says_first_and_last_where_the_results_are(finished: Run) ->
     assert "test loss" not in rounds[0] and "test loss" in rounds[1]
 
 
-def test_metrics_hold_every_client_of_every_round(finished: Run) -> None:
+def test_metrics_hold_every_client_of_every_round(finished: Finished) -> None:
     run, _ = finished
     records = read_records(run / "metrics.jsonl")
     counts = json.loads((run / "partition.json").read_text())["train_counts"]
@@ -111,7 +112,7 @@ def test_metrics_hold_every_client_of_every_round(finished: Run) -> None:
 
 
 def test_same_seed_gives_the_same_bits_in_another_order_of_clients(
-    finished: Run, strange_ray: dict[str, str], tmp_path: Path
+    finished: Finished, strange_ray: dict[str, str], tmp_path: Path
 ) -> None:
     # One actor after the other instead of two side by side, and none in the Ray of others.
     words = [*SMALL, "run_name=again", "federation.cpus_per_client=2"]
@@ -121,7 +122,7 @@ def test_same_seed_gives_the_same_bits_in_another_order_of_clients(
 
 
 def test_run_whose_server_is_killed_fails_and_resumes_to_the_same_weights(
-    finished: Run, tmp_path: Path
+    finished: Finished, tmp_path: Path
 ) -> None:
     run = tmp_path / "runs" / "killed"
     command = [COMMANDS / "feddm-train", *SMALL, "run_name=killed"]
@@ -224,8 +225,13 @@ def test_diverging_run_ends_with_status_1_and_names_the_clients(tmp_path: Path) 
     assert result.returncode == 1
     assert "client 2 is left out: loss must be a finite number, got nan" in result.stdout
     assert "training has diverged in round 1 (clients 0 1 2: loss must be" in result.stderr
-    # Nothing of a round that failed is kept, so that a resume repeats it as a whole.
-    assert not (tmp_path / "runs" / "diverging" / "metrics.jsonl").exists()
+    run = Run(tmp_path / "runs" / "diverging")
+    reason = "clients 0 1 2: loss must be a finite number, got nan"
+    assert run.divergence is not None and run.divergence.context == {"reason": reason}
+    report = (run.path / "report.html").read_text()
+    assert f"Training has diverged in round 1 ({reason}); no checkpoint is good;" in report
+    # Nothing of a round that failed is counted, so that a resume repeats it as a whole.
+    assert run.rounds_done == 0 and not run.records.all
 
 
 def test_table_is_one_line_and_the_tables_of_a_folder_share_their_cells(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from task.randomness import Stream, torch_generator
 from task.runs.checkpoint import load_weights
 from task.runs.evaluations import evaluation_of
 from task.runs.records import TRAIN, read_records
+from task.runs.run import Run
 from task.runs.writer import RunWriter
 from task.training.loop import fit, fit_options
 from tests.helpers import SMALL_RUN, Network, node_context
@@ -235,7 +236,14 @@ def test_divergence_is_named_with_the_last_good_checkpoint_and_what_to_change(
     message = r"in round 1 \(.*\); no checkpoint is good; .* such as train\.lr=1e\+24$"
     with pytest.raises(DivergedError, match=message):
         play(config)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    said = Run(tmp_path / "run").divergence
+    assert said is not None and (said.round, said.context["reason"]) == (1, "loss is nan")
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "Training has diverged in round 1 (loss is nan); no checkpoint is good;" in report
+    with pytest.raises(DivergedError, match=message):
+        play(config.changed({"resume": True}))
+    found = read_records(tmp_path / "run" / "metrics.jsonl").all
+    assert [each.metric for each in found] == ["images_per_second", "divergence"]
 
 
 def test_test_loss_that_is_not_finite_is_a_divergence(
@@ -252,6 +260,9 @@ def test_test_loss_that_is_not_finite_is_a_divergence(
     with pytest.raises(DivergedError, match=message):
         play(config)
     assert good.exists()
+    run = Run(tmp_path / "run")
+    assert run.divergence is not None and run.divergence.round == run.rounds_done == 2
+    assert run.divergence.context == {"reason": "test loss inf"}
 
 
 def test_flower_refuses_the_baseline(folder: Path) -> None:

@@ -572,6 +572,12 @@ def test_divergence_of_every_client_ends_the_run_and_says_what_to_change(
     ):
         run.run()
     assert len(asked) == 2  # nobody is asked the same again
+    found = Run(run.directory.path).divergence
+    assert found is not None and found.round == 2
+    records = read_records(run.directory.metrics_file).of_round(2)
+    assert [(each.client, each.context["activity"]) for each in records.left_out] == [
+        *((0, message_type), (1, message_type)),
+    ]
 
 
 def test_client_that_stays_silent_is_left_out_at_the_deadline(
