@@ -204,7 +204,10 @@ def _findings(found: Mapping[str, Sequence[Check]]) -> dict[str, list[str]]:
 
 
 def _unfinished_states(compared: Iterable[Run]) -> list[dict[str, Any]]:
-    """Say of runs that are not over how far they are, and how to go on with one that stopped."""
+    """Say of runs that are not over how far they are, and how to go on with one that stopped.
+
+    One that diverged is left out: going on would repeat the same.
+    """
     return [
         {
             "name": each.name,
@@ -213,7 +216,7 @@ def _unfinished_states(compared: Iterable[Run]) -> list[dict[str, Any]]:
             "command": None if each.running else _command_to_go_on(each),
         }
         for each in compared
-        if each.running or not each.finished
+        if each.running or not (each.finished or each.divergence)
     ]
 
 

@@ -26,7 +26,7 @@ from task.reporting.report import (
 )
 from task.reporting.run_summary import key_figures
 from task.runs.commands import resuming_command
-from task.runs.records import TRAIN, records_of
+from task.runs.records import DIVERGENCE, TRAIN, Record, records_of
 from task.runs.run import Run
 from tests.helpers import evaluated, left_out, losses, written_run
 
@@ -288,6 +288,11 @@ def test_run_that_is_not_over_says_how_to_go_on_or_that_it_does(tmp_path: Path) 
         going = section(report_page(Run(run)), "warnings")
     assert "is going on: 1 of 2 rounds are done" in going
     assert "not finished" not in going and "resume=true" not in going
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write(Record(2, DIVERGENCE, 1, context={"reason": "kl is inf"}).line())
+    diverged = section(report_page(Run(run)), "warnings")
+    assert "Training has diverged in round 2 (kl is inf)" in diverged
+    assert command not in diverged and "not finished" not in diverged
 
 
 @pytest.mark.parametrize(
