@@ -27,7 +27,10 @@ FAMILIES = {
     ),
     "conv_vae": (["model.hidden_dim=64"], {"reconstruction", "kl"}, {"reconstruction", "kl"}),
     "stylegan2_ada_tiny": (
-        ["model.channel_max=8", "model.latent_dim=8", "federation.local=[discriminator]"],
+        [
+            *("model.channel_max=8", "model.latent_dim=8", "federation.local=[discriminator]"),
+            *("model.ada_target=-0.99", "model.ada_kimg=1"),  # augments from the first round on
+        ],
         {"discriminator_loss", "generator_loss", "augmentation_probability", "real_sign"},
         set(),
     ),

@@ -10,7 +10,7 @@ from PIL import Image
 from server_app.app import app as server_app
 from server_app.centralized import CentralizedTraining
 from server_app.rounds import DivergedError
-from task.config import Config, load_run_config, read_config
+from task.config import Config, load_config, load_run_config, read_config
 from task.data import build_dataset
 from task.generators.registry import initial_generator
 from task.randomness import Stream, torch_generator
@@ -20,6 +20,7 @@ from task.runs.records import TRAIN, read_records
 from task.runs.run import Run
 from task.runs.writer import RunWriter
 from task.training.loop import fit, fit_options
+from tests.end_to_end.test_families import FAMILIES, write_pretrained
 from tests.helpers import SMALL_RUN, Network, node_context
 
 Weights = dict[str, torch.Tensor]
@@ -91,6 +92,33 @@ def test_neither_a_pause_nor_pictures_change_the_weights(folder: Path, reference
     play(configured(folder, "paused", federation__rounds=3, resume=True))
     assert same_bits(final_weights(paused), final_weights(reference))
     assert recorded(paused, "train loss") == recorded(reference, "train loss")
+
+
+@pytest.mark.parametrize("preset", FAMILIES)
+def test_family_goes_on_with_all_that_it_has_gathered(preset: str, tmp_path: Path) -> None:
+    words = [f"model={preset}", *FAMILIES[preset][0], "data.test_fraction=0.95"]
+    if preset == "small_gan":
+        words.append(f"model.pretrained={write_pretrained(tmp_path / 'base.safetensors')}")
+    # Of 6 batches, so that what comes every 4 of them is under way where a round ends.
+    words += ["train.batch_size=15", "train.local_epochs=1", "train.mode=centralized"]
+    words += ["train.precision=float32", "eval.precision=float32", "eval.num_images=0"]
+    for name, rounds in (("whole", (1, 2)), ("parts", (1,)), ("parts", (2,))):
+        resume = rounds == (2,)
+        own = [f"output_dir={tmp_path}", f"run_name={name}", f"resume={resume}".lower()]
+        config = load_config(["experiment=demo", *words, *own])
+        with closing(RunWriter(config)) as directory:
+            training = CentralizedTraining(directory)
+            training.prepare()
+            for server_round in rounds:
+                training.play_round(server_round)
+    whole, parts = (
+        load_weights(tmp_path / name / "checkpoints" / "round_0002.safetensors")[0]
+        for name in ("whole", "parts")
+    )
+    assert same_bits(whole, parts)
+    # It holds what stays at clients and what each optimizer has gathered.
+    held = {f"{optimizer}/" for optimizer in training.state()} | training.model.local
+    assert all(any(name.startswith(beginning) for name in whole) for beginning in held)
 
 
 @pytest.mark.slow
