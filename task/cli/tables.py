@@ -1,4 +1,4 @@
-"""`feddm tables`: the paper's tables from the runs of a sweep."""
+"""`feddm tables`: the paper's tables, and the comparison of generators, from a sweep's runs."""
 
 import csv
 import io
@@ -10,6 +10,8 @@ import torch
 
 from task.files import atomic_path
 from task.reporting.figures import Picture, draw_figures
+from task.reporting.generator_figure import draw_generators
+from task.reporting.generator_tables import generator_groups, generator_tables
 from task.reporting.metric_table import flat_evaluation
 from task.reporting.rendering import render
 from task.reporting.tables import (
@@ -37,7 +39,7 @@ def write_tables(
 
     Args:
         folder: of a sweep.
-        device: that draws the figures; None: no figures.
+        device: that draws the paper's figures; None: no figures.
         say: takes the text for the reader.
 
     Raises:
@@ -45,7 +47,8 @@ def write_tables(
             is written nevertheless.
     """
     runs, measured, left_out = _read_sweep(folder)
-    tables = build_tables(measured)
+    groups = generator_groups(measured)
+    tables = [*build_tables(measured), *generator_tables(groups)]
     _write_text(folder / "tables.csv", csv_text(_csv_rows(folder, runs, tables)))
     alone = _alone(measured, tables)
     if alone:
@@ -55,13 +58,17 @@ def write_tables(
     if not tables:
         raise ValueError(
             f"SWEEP_DIR: no two runs in {folder} differ in nothing but train.mode, partition.beta, "
-            "federation.num_supernodes or train.local_epochs and are measured alike, so there is "
-            f"no table; what there is stands in {folder / 'tables.csv'}"
+            "federation.num_supernodes or train.local_epochs, or in nothing but the generator, and "
+            "are measured alike, so there is no table; what there is stands in "
+            f"{folder / 'tables.csv'}"
         )
     # Before the figures, which may take long or find weights that are broken.
     _write_pages(folder, page, [])
     if device is not None:
-        _write_pages(folder, page, draw_figures(runs, folder, device=device, say=say))
+        generators = draw_generators(groups, folder, say=say)
+        _write_pages(folder, page, generators)
+        figures = draw_figures(runs, folder, device=device, say=say)
+        _write_pages(folder, page, [*figures, *generators])
     say("\n".join(f"written to {folder / f'tables.{ending}'}" for ending in ("md", "html", "csv")))
 
 

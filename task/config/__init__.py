@@ -55,7 +55,7 @@ from task.config.schema import (
     settle_precisions,
     value_paths,
 )
-from task.config.stored import read_config, unknown_values, write_config
+from task.config.stored import nearest_models, read_config, unknown_values, write_config
 
 __all__ = [
     "CONF_DIR",
@@ -93,6 +93,7 @@ __all__ = [
     "load_config",
     "load_run_config",
     "model_presets",
+    "nearest_models",
     "package_of",
     "preset_sweep",
     "read_config",

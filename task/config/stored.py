@@ -56,8 +56,8 @@ def read_config(path: Path) -> Config:
         missing, unknown = known - stored.keys(), stored.keys() - known
         defaults = {}
         if missing:
-            groups = (stored.get("experiment"), stored.get("data.name"), _nearest_model(stored))
-            defaults = _defaults(*groups)
+            model = next(iter(nearest_models(stored)), None)
+            defaults = _defaults(stored.get("experiment"), stored.get("data.name"), model)
         # Where a run lies is known without its configuration.
         place = {"output_dir": str(path.parent.parent), "run_name": path.parent.name}
         values = defaults | BEFORE_WRITTEN | place | stored
@@ -103,15 +103,18 @@ def _family(stored: Mapping[str, Any]) -> object:
     return stored.get("model.family", BEFORE_WRITTEN["model.family"])
 
 
-def _nearest_model(stored: Mapping[str, Any]) -> str | None:
-    """Name the file of conf/model that agrees in most with stored values; None: none is of it."""
-    presets = model_presets()
-    of_family = [name for name, model in presets.items() if model["family"] == _family(stored)]
-    return max(
-        of_family,
-        key=lambda name: sum(stored.get(f"model.{k}") == v for k, v in presets[name].items()),
-        default=None,
-    )
+def nearest_models(stored: Mapping[str, Any]) -> list[str]:
+    """Name the files of conf/model that agree in most with values of a run, by dotted path.
+
+    Several may agree in as much; none is of a family that has no file there.
+    """
+    agreeing = {
+        name: sum(stored.get(f"model.{key}") == value for key, value in model.items())
+        for name, model in model_presets().items()
+        if model["family"] == _family(stored)
+    }
+    most = max(agreeing.values(), default=0)
+    return [name for name, number in agreeing.items() if number == most]
 
 
 @cache

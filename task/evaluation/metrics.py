@@ -51,8 +51,10 @@ class Use(StrEnum):
     HOSPITALS_OF_CLASSES = "hospitals of classes"
     # In the few lines that say how a run ended.
     SUMMARY = "summary"
-    # As a column of `feddm tables`.
+    # As a column of the paper's tables of `feddm tables`.
     TABLES = "tables"
+    # As a column of its comparison of generators.
+    GENERATORS = "generators"
 
 
 @dataclass(frozen=True)
@@ -324,7 +326,7 @@ def _copying_metrics(
             better="lower",
             bounds=SHARE,
             compute=of_copying(search, "copied"),
-            uses=uses | {Use.HOSPITALS},
+            uses=uses | {Use.HOSPITALS, Use.GENERATORS},
             beside=False,
         ),
         Metric(
@@ -372,7 +374,7 @@ METRICS = {
             better="lower",
             bounds=POSITIVE,
             compute=of_features(_fid, EACH),
-            uses=FEATURES | {Use.HOSPITALS, Use.SUMMARY, Use.TABLES},
+            uses=FEATURES | {Use.HOSPITALS, Use.SUMMARY, Use.TABLES, Use.GENERATORS},
             caption="FD: the Frechet distance of features, FID where these are Inception's; it "
             "depends on n, compare equal n only",
         ),
@@ -382,7 +384,7 @@ METRICS = {
             better="lower",
             bounds=(-math.inf, math.inf),
             compute=of_features(_kid, EACH),
-            uses=FEATURES | {Use.HOSPITALS},
+            uses=FEATURES | {Use.HOSPITALS, Use.GENERATORS},
             caption="KID: the kernel distance of features, that of the literature where these are "
             f"Inception's; {KID_SUBSETS} subsets of at most {KID_SUBSET_SIZE:,} images",
         ),
@@ -392,7 +394,7 @@ METRICS = {
             better="higher",
             bounds=SHARE,
             compute=of_features(_precision, TEST_IMAGES),
-            uses=FEATURES | {Use.SUMMARY},
+            uses=FEATURES | {Use.SUMMARY, Use.GENERATORS},
             caption=AGAINST,
         ),
         Metric(
@@ -401,7 +403,7 @@ METRICS = {
             better="higher",
             bounds=SHARE,
             compute=of_features(_recall, TEST_IMAGES),
-            uses=FEATURES | {Use.SUMMARY},
+            uses=FEATURES | {Use.SUMMARY, Use.GENERATORS},
             caption=AGAINST,
         ),
         Metric(
@@ -410,7 +412,7 @@ METRICS = {
             better=1.0,
             bounds=POSITIVE,
             compute=of_features(_density, TEST_IMAGES),
-            uses=FEATURES,
+            uses=FEATURES | {Use.GENERATORS},
             caption=AGAINST,
         ),
         Metric(
@@ -419,7 +421,7 @@ METRICS = {
             better="higher",
             bounds=SHARE,
             compute=of_features(_coverage, TEST_IMAGES),
-            uses=FEATURES,
+            uses=FEATURES | {Use.GENERATORS},
             caption=AGAINST,
         ),
         Metric(
@@ -428,7 +430,7 @@ METRICS = {
             better="higher",
             bounds=SHARE,
             compute=_classification_accuracy,
-            uses=frozenset({Use.EVALUATION}),
+            uses=frozenset({Use.EVALUATION, Use.GENERATORS}),
             caption="classification accuracy score: on the test images, of a classifier trained on "
             "the generated ones; real: of one trained on as many real ones",
         ),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -82,24 +83,59 @@ def read_grid(path: Path) -> bytes | None:
         ValueError: what it says of them is something else.
         OSError: it is no picture.
     """
-    with Image.open(path) as picture:
-        said = picture.info.get(GRID_PLACE)
-        if said is None:
-            return None
-        try:
-            place = GridPlace(**json.loads(said))
-        except TypeError as error:
-            raise ValueError(f"the place of a grid in {path}: {error}") from error
-        down, right = place.height + GAP, place.width + GAP
-        size = (place.columns * right - GAP, place.rows * down - GAP)
-        box = (place.left, place.top, place.left + size[0], place.top + size[1])
-        pixels = np.asarray(picture.convert("RGBA").crop(box)).copy()
-    between = (np.arange(size[1]) % down >= place.height)[:, None]
-    between = between | (np.arange(size[0]) % right >= place.width)
+    place = _grid_place(path)
+    if place is None:
+        return None
+    pixels = _cut_out(path, place, "RGBA")
+    between = (np.arange(pixels.shape[0]) % (place.height + GAP) >= place.height)[:, None]
+    between = between | (np.arange(pixels.shape[1]) % (place.width + GAP) >= place.width)
     pixels[between] = 0
     file = BytesIO()
     Image.fromarray(pixels).save(file, "PNG", optimize=True)
     return file.getvalue()
+
+
+def grid_images(path: Path, image_size: int) -> Tensor | None:
+    """Read the images of a sample grid as they were before they were enlarged.
+
+    Args:
+        path: of a file of `save_sample_grid`.
+        image_size: their height and width.
+
+    Returns:
+        [rows, columns, 3, image_size, image_size] uint8; None of a picture that does not say where
+        its images lie.
+
+    Raises:
+        ValueError: what it says of them is something else.
+        OSError: it is no picture.
+    """
+    place = _grid_place(path)
+    if place is None:
+        return None
+    require(place.height % image_size == 0, f"{path}", f"of images of {image_size}", place.height)
+    pixels = np.pad(_cut_out(path, place, "RGB"), ((0, GAP), (0, GAP), (0, 0)))
+    down, right, scale = place.height + GAP, place.width + GAP, place.height // image_size
+    tiles = pixels.reshape(place.rows, down, place.columns, right, 3)
+    images = tiles[:, : place.height : scale, :, : place.width : scale]
+    return torch.from_numpy(images.transpose(0, 2, 4, 1, 3).copy())
+
+
+def _grid_place(path: Path) -> GridPlace | None:
+    with Image.open(path) as picture:
+        said = picture.info.get(GRID_PLACE)
+    try:
+        return None if said is None else GridPlace(**json.loads(said))
+    except TypeError as error:
+        raise ValueError(f"the place of a grid in {path}: {error}") from error
+
+
+def _cut_out(path: Path, place: GridPlace, mode: str) -> np.ndarray:
+    """Return the pixels of a picture from its first image to its last one."""
+    right = place.left + place.columns * (place.width + GAP) - GAP
+    bottom = place.top + place.rows * (place.height + GAP) - GAP
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert(mode).crop((place.left, place.top, right, bottom))).copy()
 
 
 def save_sample_grid(

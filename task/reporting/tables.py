@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from scipy.stats import t as student_t
 
@@ -58,9 +58,10 @@ PUBLISHED_SCALE = (
     "comparable with the measured figures above."
 )
 
+SPREAD_OVER_SEEDS = "±: the sample standard deviation over the seeds, where a cell says how many"
 SPREAD = (
-    "±: the sample standard deviation over the seeds, where a cell says how many; of a single seed "
-    "and of real images that of the inception score over its 10 splits."
+    f"{SPREAD_OVER_SEEDS}; of a single seed and of real images that of the inception score over "
+    "its 10 splits."
 )
 
 # Of the interval of a difference that a verdict rests on.
@@ -163,7 +164,15 @@ class Gap(NamedTuple):
     p_value: float
 
 
-Scores = dict[Quantity, Cell]
+class Headed(Protocol):
+    """What a cell tells: a `Quantity`, or a cost of a run."""
+
+    @property
+    def heading(self) -> str:
+        """What stands above the cells."""
+
+
+Scores = dict[Headed, Cell]
 Columns = Mapping[str, Sequence[Measurement]]
 
 
@@ -174,7 +183,7 @@ class Column:
     label: str
     rows: Mapping[str, Scores]
 
-    def score(self, row: str, metric: Quantity) -> Cell | None:
+    def score(self, row: str, metric: Headed) -> Cell | None:
         """Return what stands in a cell; None where nothing was measured."""
         return self.rows.get(row, {}).get(metric)
 
@@ -195,14 +204,14 @@ class Table:
 
     title: str
     rows: Sequence[str]
-    metrics: Sequence[Quantity]
+    metrics: Sequence[Headed]
     columns: Sequence[Column]
     caption: Sequence[str]
     verdicts: Sequence[str] = ()
     members: Sequence[Measurement] = ()
 
     @property
-    def cells(self) -> list[tuple[Column, Quantity]]:
+    def cells(self) -> list[tuple[Column, Headed]]:
         """The column and the metric of each cell of a row."""
         return [(column, metric) for column in self.columns for metric in self.metrics]
 
@@ -222,7 +231,7 @@ def measurements(runs: Iterable[Run]) -> tuple[list[Measurement], dict[str, list
             stale.append(f"{run.path} (it now ends after round {run.config.federation.rounds})")
         for each in (_measurement(run, found) for found in run.final_evaluations):
             mode = each.run.values["train.mode"]
-            trained = each.settings if mode == "federated" else _without_clients(each.settings)
+            trained = each.settings if mode == "federated" else without_clients(each.settings)
             same = (trained, each.column, mode, each.run.values["seed"])
             twin = taken.setdefault(same, each)
             if twin is not each:
@@ -309,7 +318,7 @@ def _groups(
     baselines: dict[SettingValues, list[Measurement]] = {}
     for each in centralized:
         # It has no clients, so that it fits any federation; the paper's, where that is there.
-        fitting = [s for s in groups if _without_clients(s) == _without_clients(each.settings)]
+        fitting = [s for s in groups if without_clients(s) == without_clients(each.settings)]
         for settings in [
             s for s in fitting if is_papers_federation(groups[s][0].run.values)
         ] or fitting:
@@ -318,7 +327,8 @@ def _groups(
         yield settings, members + baselines.get(settings, [])
 
 
-def _without_clients(settings: SettingValues) -> SettingValues:
+def without_clients(settings: SettingValues) -> SettingValues:
+    """Leave out what says nothing in a centralized run."""
     return frozenset((name, value) for name, value in settings if not is_about_clients(name))
 
 
@@ -341,10 +351,10 @@ def _split_columns(kind: Kind, members: Sequence[Measurement]) -> Columns:
         for key, column in columns.items()
         if len({each.row(kind) for each in column}) > 1
     }
-    return dict(zip(_column_labels([*compared]), compared.values(), strict=True))
+    return dict(zip(column_labels([*compared]), compared.values(), strict=True))
 
 
-def _column_labels(columns: Sequence[SettingValues]) -> list[str]:
+def column_labels(columns: Sequence[SettingValues]) -> list[str]:
     """Name columns by their data sets, and those of one data set by what sets them apart."""
     values = [dict(column) for column in columns]
     labels = []
@@ -371,8 +381,7 @@ def _table(
 ) -> Table:
     members = [each for column in columns.values() for each in column]
     rows = {row_label(kind, row): row for row in sorted({each.row(kind) for each in members})}
-    sizes = dict.fromkeys(f"{column[0].found.label.n_floor:,}" for column in columns.values())
-    floor = f"real images (floor, n={' / '.join(sizes)})"
+    floor = floor_label(column[0] for column in columns.values())
     published = {
         name: column for name, column in columns.items() if _at_full_scale(kind, settings, column)
     }
@@ -380,10 +389,17 @@ def _table(
     verdicts: list[str] = []
     for name, column in columns.items():
         whole = name in published
-        scores = {label: _mean_cell(kind, row, column, whole=whole) for label, row in rows.items()}
+        scores = {
+            label: mean_scores(
+                [each for each in column if each.row(kind) == row], Use.TABLES, whole=whole
+            )
+            for label, row in rows.items()
+        }
         data = column[0].run.values["data.name"]
         verdicts += _verdicts(kind, name, scores, data)
-        laid_out.append(Column(name, scores | {floor: _floor(column[0], whole=whole)}))
+        laid_out.append(
+            Column(name, scores | {floor: floor_scores(column[0], Use.TABLES, whole=whole)})
+        )
         if name in published:
             laid_out.append(_published_column(kind, data))
     return Table(
@@ -409,22 +425,36 @@ def row_label(kind: Kind, value: Any) -> str:
     return f"{SCALE[kind.key]}={_plain_value(value)}"
 
 
-def _mean_cell(kind: Kind, row: Any, column: Sequence[Measurement], *, whole: bool) -> Scores:
-    """Average over the seeds: scores of as many images as the floor has, or of the whole."""
-    scores = {}
-    for quantity in quantities(Use.TABLES):
+def mean_scores(members: Sequence[Measurement], use: Use, *, whole: bool = False) -> Scores:
+    """Average over the seeds.
+
+    Args:
+        members: a measurement of each seed.
+        use: of the metrics that are wanted.
+        whole: whether scores are those of all generated images; else of as many as the floor has.
+    """
+    scores: Scores = {}
+    for quantity in quantities(use):
         found = [
             record
-            for each in column
-            if each.row(kind) == row
-            and (record := _recorded_score(quantity, each, whole=whole)) is not None
+            for each in members
+            if (record := _recorded_score(quantity, each, whole=whole)) is not None
         ]
-        values = [each.value for each in found]
-        if len(values) == 1:
-            scores[quantity] = Cell(values[0], found[0].std)
-        elif values:
-            scores[quantity] = Cell(mean(values), stdev(values), len(values))
+        if found:
+            scores[quantity] = mean_cell([each.value for each in found], found[0].std)
     return scores
+
+
+def mean_cell(values: Sequence[float], std: float | None = None) -> Cell:
+    """Average the values of one seed or more.
+
+    Args:
+        values: at least one.
+        std: what stands beside the value of a single seed.
+    """
+    if len(values) == 1:
+        return Cell(values[0], std)
+    return Cell(mean(values), stdev(values), len(values))
 
 
 def _recorded_score(quantity: Quantity, each: Measurement, *, whole: bool) -> Record | None:
@@ -433,13 +463,19 @@ def _recorded_score(quantity: Quantity, each: Measurement, *, whole: bool) -> Re
     return everything or quantity.found(each.found.records)
 
 
-def _floor(each: Measurement, *, whole: bool) -> Scores:
+def floor_label(of: Iterable[Measurement]) -> str:
+    """Name the row of real images by their number in each column."""
+    sizes = dict.fromkeys(f"{each.found.label.n_floor:,}" for each in of)
+    return f"real images (floor, n={' / '.join(sizes)})"
+
+
+def floor_scores(each: Measurement, use: Use, *, whole: bool = False) -> Scores:
     """Return what real images reach, where as many of them are beside as many generated ones."""
     if _scored(each, whole=whole) != each.found.label.n_floor:
         return {}
     return {
         quantity: Cell(record.value, record.std)
-        for quantity in quantities(Use.TABLES)
+        for quantity in quantities(use)
         if (record := quantity.found(each.found.records, real=True)) is not None
     }
 
@@ -451,10 +487,14 @@ def _scored(each: Measurement, *, whole: bool) -> int:
 
 
 def scale(settings: SettingValues, *further: str) -> str:
-    """Say the settings of `SCALE` in a line, and further ones by their names."""
-    values = {name: value for name, value in settings if value != "null"}
-    words = [f"{symbol}={values[key]}" for key, symbol in SCALE.items() if key in values]
-    return ", ".join(words + [f"{name}={values.get(name, 'null')}" for name in further])
+    """Say the settings of `SCALE` in a line, and further ones that there are by their names."""
+    values = dict(settings)
+    words = [
+        f"{symbol}={values[key]}"
+        for key, symbol in SCALE.items()
+        if values.get(key, "null") != "null"
+    ]
+    return ", ".join(words + [f"{name}={values[name]}" for name in further if name in values])
 
 
 def _caption(
@@ -465,27 +505,46 @@ def _caption(
     if any(len({m.run.values["train.mode"] for m in column}) > 1 for column in columns.values()):
         lines.append("Centralized: R x E epochs on the pooled images, without N clients.")
     lines += [
-        _column_caption(label, column[0], whole=label in published)
+        column_caption(label, column[0], whole=label in published, parameters=True)
         for label, column in columns.items()
     ]
-    lines.append(f"Image range {values['image_range']}; FD depends on n: compare equal n only.")
+    return [*lines, *range_caption(values), SPREAD]
+
+
+def range_caption(values: Mapping[str, str]) -> Iterator[str]:
+    """Say what figures of an image range and an extractor must not be compared with.
+
+    Args:
+        values: of `SettingValues`, by path.
+    """
+    yield f"Image range {values['image_range']}; FD depends on n: compare equal n only."
     if values["image_range"] == "paper":
-        lines.append(WRAPPED)
+        yield WRAPPED
     if values["extractor"] != "inception":
-        lines.append(LITERATURE)
-    return [*lines, SPREAD]
+        yield LITERATURE
 
 
-def _column_caption(name: str, each: Measurement, *, whole: bool) -> str:
+def column_caption(
+    name: str, each: Measurement, *, whole: bool = False, parameters: bool = False
+) -> str:
+    """Say what the figures of a column are of.
+
+    Args:
+        name: of the column.
+        each: one of its measurements.
+        whole: see `mean_scores`.
+        parameters: whether to say their number, which is that of all its models.
+    """
     label, data = each.found.label, each.run.config.data
-    parameters = weightless_generator(each.run.config).num_parameters
+    number = weightless_generator(each.run.config).num_parameters
     scored = _scored(each, whole=whole)
     return (
         f"{name}: {data.image_size}x{data.image_size}, {label.n_generated:,} generated, "
         f"{label.n_train:,} training and {label.n_test:,} test images; scores of "
         f"{scored:,} generated and floor of {label.n_floor:,} real ones"
         + (", which cannot be compared and is left out" if scored != label.n_floor else "")
-        + f"; {parameters:,} parameters; extractor {label.extractor} "
+        + f"; {number:,} parameters" * parameters
+        + f"; extractor {label.extractor} "
         f"{label.extractor_sha256[:HASH_DIGITS]}."
     )
 
@@ -522,7 +581,20 @@ def verdict(scores: Sequence[Cell], worst: int, quantity: Quantity) -> str:
         The verdict, with the difference to the score that it is least shown for, the interval
         of that difference, and Welch's p value. A single seed has no interval and shows nothing.
     """
-    gaps = _gaps(scores, worst, quantity)
+    return _shown(_gaps(scores, worst, quantity))
+
+
+def best_verdict(scores: Sequence[Cell], best: int, quantity: Quantity) -> str:
+    """Say whether one score is shown to be better than all others; see `verdict`."""
+    gaps = [
+        _gap(other, scores[best], _sign(quantity))
+        for number, other in enumerate(scores)
+        if number != best
+    ]
+    return _shown(gaps)
+
+
+def _shown(gaps: Sequence[Gap]) -> str:
     gap = min(gaps, key=lambda gap: (gap.low, gap.mean))
     said = f"difference {gap.mean:.4g}"
     if not math.isfinite(gap.low):
@@ -535,9 +607,12 @@ def verdict(scores: Sequence[Cell], worst: int, quantity: Quantity) -> str:
 
 def _gaps(scores: Sequence[Cell], worst: int, quantity: Quantity) -> list[Gap]:
     """By how much the worst is worse than each other one."""
-    sign = -1 if quantity.metric.better == "higher" else 1
     chosen = scores[worst]
-    return [_gap(chosen, other, sign) for other in scores if other is not chosen]
+    return [_gap(chosen, other, _sign(quantity)) for other in scores if other is not chosen]
+
+
+def _sign(quantity: Quantity) -> int:
+    return -1 if quantity.metric.better == "higher" else 1
 
 
 def _gap(worse: Cell, better: Cell, sign: int) -> Gap:
@@ -590,7 +665,7 @@ def _published_column(kind: Kind, data: str) -> Column:
 
 def _published_scores(published: PublishedScores) -> Scores:
     inception_score = Cell(published.inception_score, published.inception_score_std)
-    scores = {
+    scores: Scores = {
         Quantity("inception_score"): inception_score,
         Quantity("fid", TRAIN): Cell(published.fid_train),
     }

@@ -17,6 +17,7 @@ from task.generation.grids import (
     Panel,
     color_strip,
     dominant_colors,
+    grid_images,
     mosaic,
     read_grid,
     save_panels,
@@ -85,8 +86,10 @@ def test_images_are_cut_out_of_a_grid_to_the_pixel(tmp_path: Path) -> None:
     assert found.shape[:2] == grid.shape[:2]
     assert np.array_equal(found[shown][:, :3], grid[shown])
     assert shown.sum() == 6 * 80 * 80
+    again = grid_images(file, images.shape[-1])
+    assert again is not None and torch.equal(again.flatten(0, 1), images.expand(-1, 3, -1, -1))
     Image.new("L", (8, 8)).save(file)
-    assert read_grid(file) is None
+    assert read_grid(file) is None and grid_images(file, 8) is None
 
 
 def test_names_are_no_formulas(tmp_path: Path) -> None:

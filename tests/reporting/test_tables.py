@@ -21,6 +21,7 @@ from task.reporting.tables import (
     KINDS,
     Cell,
     Table,
+    best_verdict,
     build_tables,
     measurements,
     row_label,
@@ -43,11 +44,12 @@ FULL_COUNTS["n_scored"] = FULL_COUNTS["n_floor"]
 class Sweep:
     """A folder of runs that were never trained."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, small: tuple[str, ...] = SMALL) -> None:
+        self.folder, self.small = folder, small
 
     def add(self, name: str, *words: str, evaluated: bool = True, **found: Any) -> Path:
-        config = load_config([*(words if "experiment=table1" in words else (*SMALL, *words))])
+        small = () if "experiment=table1" in words else self.small
+        config = load_config([*small, *words])
         run = self.folder / name
         run.mkdir(parents=True)
         write_config(config, run / "config.yaml")
@@ -397,6 +399,9 @@ def test_p_value_of_a_verdict_is_that_of_welchs_test() -> None:
     worse, better = Cell(9.0, 2.5, 3), Cell(5.0, 0.5, 4)
     expected = ttest_ind_from_stats(9.0, 2.5, 3, 5.0, 0.5, 4, equal_var=False).pvalue
     assert f"p={expected:.2g})" in verdict([worse, better], 0, FID)
+    for metric, best in ((FID, 1), (INCEPTION_SCORE, 0)):
+        same = verdict([worse, better], 1 - best, metric)
+        assert best_verdict([worse, better], best, metric) == same
 
 
 def test_floor_of_another_number_of_images_is_left_out(sweep: Sweep) -> None:

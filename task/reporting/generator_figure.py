@@ -1,0 +1,74 @@
+"""The samples of the generators of a comparison, side by side."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from task.generation.grids import Panel, grid_images, save_panels
+from task.reporting.figures import SMALL_TILE, Picture
+from task.reporting.generator_tables import GeneratorGroup
+from task.runs.run import Run
+
+MOST_COLUMNS = 5
+MOST_PANELS_PER_LINE = 4
+
+
+def draw_generators(
+    groups: Sequence[GeneratorGroup], folder: Path, *, say: Callable[[str], object]
+) -> list[Picture]:
+    """Put the sample grids of each comparison side by side, as the runs drew them at their end.
+
+    Of several seeds the lowest is shown.
+
+    Args:
+        groups: one picture each, but for those of the same runs.
+        folder: in which the pictures come, as figures/generators-<number>.png.
+        say: is told in a line which picture, or whose samples, are missing, and why.
+
+    Raises:
+        ValueError: what a picture says of its images is wrong.
+    """
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    by_runs = {tuple(str(each.run.path) for each in group.members): group for group in groups[::-1]}
+    pictures = []
+    for number, group in enumerate([*by_runs.values()][::-1], 1):
+        file = Path("figures") / f"generators-{number}.png"
+        grids = {label: _last_grid(members[0].run) for label, members in group.rows.items()}
+        there = {label: grid for label, grid in grids.items() if grid is not None}
+        if missing := [label for label in grids if label not in there]:
+            say(f"{file} lacks {'; '.join(missing)}: no samples of the last round in the run")
+        if len(there) > 1:
+            _save_grids(group, there, folder / file)
+            pictures.append(_picture_of(group, file))
+    return pictures
+
+
+def _last_grid(run: Run) -> Tensor | None:
+    file = run.grids.get(run.config.federation.rounds)
+    return None if file is None else grid_images(file, run.config.data.image_size)
+
+
+def _save_grids(group: GeneratorGroup, grids: dict[str, Tensor], file: Path) -> None:
+    columns = min(MOST_COLUMNS, *(grid.shape[1] for grid in grids.values()))
+    # A line for each mode, where that fits.
+    longest = max(map(len, group.modes.values()))
+    save_panels(
+        [Panel(grid[:, :columns].flatten(0, 1), label) for label, grid in grids.items()],
+        file,
+        rows=group.members[0].run.config.data.classes,
+        columns=columns,
+        tile=SMALL_TILE,
+        panels_per_line=min(longest, MOST_PANELS_PER_LINE),
+    )
+
+
+def _picture_of(group: GeneratorGroup, file: Path) -> Picture:
+    rounds = group.members[0].run.config.federation.rounds
+    seeds = sorted({members[0].run.config.seed for members in group.rows.values()})
+    return Picture(
+        file,
+        f"Generators: {group.label}",
+        f"Samples after round {rounds}, a row per class, as the runs drew them; "
+        f"seed {', '.join(map(str, seeds))}.",
+    )
