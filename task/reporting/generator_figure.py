@@ -30,9 +30,12 @@ def draw_generators(
         ValueError: what a picture says of its images is wrong.
     """
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    by_runs = {tuple(str(each.run.path) for each in group.members): group for group in groups[::-1]}
+    by_runs: dict[tuple[Path, ...], GeneratorGroup] = {}
+    for group in groups:
+        # Several extractors look at the images of the same runs.
+        by_runs.setdefault(tuple(each.run.path for each in group.members), group)
     pictures = []
-    for number, group in enumerate([*by_runs.values()][::-1], 1):
+    for number, group in enumerate(by_runs.values(), 1):
         file = Path("figures") / f"generators-{number}.png"
         grids = {label: _last_grid(members[0].run) for label, members in group.rows.items()}
         there = {label: grid for label, grid in grids.items() if grid is not None}

@@ -53,7 +53,8 @@ def test_a_row_is_a_generator_in_a_mode_with_its_figures_and_costs(survey: Sweep
         record(run, "seconds_training", 10.0, 20.0, 30.0 + seed)
     survey.add("c", "model=conv_vae", fid_train=30.0, floor_cas=0.9)
     survey.add("p", "model=vae", "train.mode=centralized", fid_train=5.0)
-    survey.add("other", "model=conv_vae", "partition.beta=5")
+    survey.add("skewed", "model=conv_vae", "partition.beta=5")
+    survey.add("long", "model=conv_vae", "train.mode=centralized", "train.local_epochs=3")
     found = tables(survey)
     assert [*found] == ["Generators: digits", "Costs of generators: digits"]
     quality, costs = found.values()
@@ -85,12 +86,15 @@ def test_a_row_is_a_generator_in_a_mode_with_its_figures_and_costs(survey: Sweep
     ]
 
 
-def test_a_cost_that_lacks_a_round_or_a_seed_is_no_number(survey: Sweep) -> None:
-    survey.add("c", "model=conv_vae")
+def test_what_a_round_or_a_seed_lacks_is_no_number(survey: Sweep) -> None:
+    record(survey.add("c", "model=conv_vae"), "fid", 9.0, reference=TRAIN, n=60, context=SEEN)
     for seed in (0, 1):
         run = survey.add(f"v{seed}", "model=vae", f"seed={seed}")
         record(run, "weight_bytes", *[1e6] * (2 + seed))
         record(run, "seconds_training", *[1.0] * (3 * seed))
+        record(run, "fid", *[8.0] * seed, reference=TRAIN, n=60, context=SEEN)
+    by_round = tables(survey)["Generators by round: digits"]
+    assert [*by_round.columns[0].rows] == ["conv_vae, FedAvg"]
     costs = tables(survey)["Costs of generators: digits"]
     assert not {"MB sent ↓", "seconds of training ↓"} & row(costs, "vae, FedAvg").keys()
     page = render("tables.md", title="", tables=[costs], left_out={}, pictures=[])
@@ -102,8 +106,8 @@ def test_rounds_and_budgets_say_which_generator_was_ahead(survey: Sweep) -> None
     for model, (course, seconds) in courses.items():
         run = survey.add(model, f"model={model}", fid_train=39.0)
         record(run, "fid", *course, reference=TRAIN, n=60, context=SEEN)
-        record(run, "fid", 1.0, reference=TRAIN, n=61, context={**SEEN, "extractor": "inception"})
-        record(run, "fid", *course, reference=TRAIN, n=60, context=SEEN)
+        other = {**SEEN, "extractor": "inception"}
+        record(run, "fid", 1.0, round=3, reference=TRAIN, n=60, context=other)
         record(run, "seconds_training", *seconds)
     table = tables(survey)["Generators by round: digits"]
     assert [column.label for column in table.columns] == [
