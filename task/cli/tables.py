@@ -48,7 +48,7 @@ def write_tables(
     """
     runs, measured, left_out = _read_sweep(folder)
     groups = generator_groups(measured)
-    tables = [*build_tables(measured), *generator_tables(groups)]
+    tables = [*generator_tables(groups), *build_tables(measured)]
     _write_text(folder / "tables.csv", csv_text(_csv_rows(folder, runs, tables)))
     alone = _alone(measured, tables)
     if alone:
@@ -68,7 +68,7 @@ def write_tables(
         generators = draw_generators(groups, folder, say=say)
         _write_pages(folder, page, generators)
         figures = draw_figures(runs, folder, device=device, say=say)
-        _write_pages(folder, page, [*figures, *generators])
+        _write_pages(folder, page, [*generators, *figures])
     say("\n".join(f"written to {folder / f'tables.{ending}'}" for ending in ("md", "html", "csv")))
 
 

@@ -16,7 +16,6 @@ from scipy.stats import t as student_t
 from task.config import FILE_SETS
 from task.evaluation.features import HASH_DIGITS
 from task.evaluation.metrics import Use
-from task.generators.registry import weightless_generator
 from task.reporting.metric_table import Quantity, quantities
 from task.reporting.published import (
     PAPER_SIZES,
@@ -536,14 +535,13 @@ def column_caption(
         parameters: whether to say their number, which is that of all its models.
     """
     label, data = each.found.label, each.run.config.data
-    number = weightless_generator(each.run.config).num_parameters
     scored = _scored(each, whole=whole)
     return (
         f"{name}: {data.image_size}x{data.image_size}, {label.n_generated:,} generated, "
         f"{label.n_train:,} training and {label.n_test:,} test images; scores of "
         f"{scored:,} generated and floor of {label.n_floor:,} real ones"
         + (", which cannot be compared and is left out" if scored != label.n_floor else "")
-        + f"; {number:,} parameters" * parameters
+        + (f"; {each.run.generator.num_parameters:,} parameters" if parameters else "")
         + f"; extractor {label.extractor} "
         f"{label.extractor_sha256[:HASH_DIGITS]}."
     )

@@ -202,5 +202,5 @@ def test_the_command_lays_generators_out_beside_the_papers_tables(survey: Sweep)
     assert str(survey.folder / "alone") in page.split("## In no table")[1]
     assert {line["run"]: line["tables"] for line in survey.csv()} == {
         **{"alone": "", "conv_vae": "Generators", "skewed": "II", "small_gan": "Generators"},
-        "vae": "II, Generators",
+        "vae": "Generators, II",
     }
