@@ -92,7 +92,7 @@ def check_same_run(config: Config, path: Path) -> None:
     differences = [
         f"{key}={asked} (there: {stored})"
         for key, (stored, asked) in different.items()
-        if key not in FREE_TO_CHANGE and not _is_moved(key, stored, asked, path)
+        if key not in FREE_TO_CHANGE and not _is_moved(key, stored, asked, path, config)
     ]
     if differences:
         raise ValueError(
@@ -101,10 +101,13 @@ def check_same_run(config: Config, path: Path) -> None:
         )
 
 
-def _is_moved(key: str, stored: object, asked: object, path: Path) -> bool:
+def _is_moved(key: str, stored: object, asked: object, path: Path, config: Config) -> bool:
     """Whether two values name two places of the same; of a table, the split will tell it."""
     if key == MOVED_TABLE:
         return bool(stored and asked)
+    if (frozen := config.model.frozen_file) is not None and key == frozen.path_value:
+        # The SHA-256 is a value of its own, which must be equal.
+        return flat_values(config)[frozen.sha256_value] != ""
     if key != MOVED_WEIGHTS or not (stored and asked):
         return False
     file, told = starting_file(str(asked)), read_json(path / START_FILE) or {}

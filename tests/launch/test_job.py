@@ -38,11 +38,13 @@ from task.config import (
     hydra_override,
     load_config,
     load_run_config,
+    write_config,
 )
 from task.data import Dataset, ImageSet
 from task.protocol.node import NodeConfig, own_config
 from task.runs.commands import resuming_command
 from task.runs.layout import run_path
+from task.runs.resume import check_same_run
 from tests.helpers import SMALL_RUN
 
 CENTRALIZED = {"train.mode": "centralized", "federation.rounds": 1, "eval.num_images": 10}
@@ -227,6 +229,12 @@ def test_what_a_run_freezes_is_known_by_its_file(tmp_path: Path) -> None:
         with_known_file(config.changed({"model.pretrained_sha256": "0" * 64}))
     other = load_config()
     assert with_known_file(other) == other
+    run = tmp_path / "run"
+    run.mkdir()
+    write_config(known, run / "config.yaml")
+    check_same_run(known.changed({"model.pretrained": "/moved"}), run)
+    with pytest.raises(ValueError, match=r"asked for model\.pretrained_sha256=0000"):
+        check_same_run(known.changed({"model.pretrained_sha256": "0" * 64}), run)
     file.unlink()
     for missing in (config, known):
         with pytest.raises(FileNotFoundError, match=r"model\.pretrained must be a finished run"):
