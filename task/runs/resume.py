@@ -107,7 +107,7 @@ def _is_moved(key: str, stored: object, asked: object, path: Path, config: Confi
         return bool(stored and asked)
     if (frozen := config.model.frozen_file) is not None and key == frozen.path_value:
         # The SHA-256 is a value of its own, which must be equal.
-        return flat_values(config)[frozen.sha256_value] != ""
+        return bool(flat_values(config)[frozen.sha256_value])
     if key != MOVED_WEIGHTS or not (stored and asked):
         return False
     file, told = starting_file(str(asked)), read_json(path / START_FILE) or {}
