@@ -122,8 +122,10 @@ def read_metrics(content: RecordDict, names: Collection[str] = ()) -> dict[str, 
     metrics = record_of(content, Key.METRICS, MetricRecord)
     given = [name for name in DURATIONS_AND_RATES if name in metrics]
     # Below 0 are losses such as those of a density or of a critic.
-    bounds = dict.fromkeys((Key.LOSS, *names), (-LARGEST_METRIC, LARGEST_METRIC))
-    return read_numbers(content, {**bounds, **dict.fromkeys(given, (0.0, LARGEST_METRIC))})
+    losses: list[str] = [Key.LOSS, *names]
+    bounds = dict.fromkeys(losses, (-LARGEST_METRIC, LARGEST_METRIC))
+    bounds |= dict.fromkeys(given, (0.0, LARGEST_METRIC))
+    return read_numbers(content, bounds, losses=losses)
 
 
 def check_claim(content: RecordDict, num_images: int | None) -> None:
@@ -147,15 +149,20 @@ def check_claim(content: RecordDict, num_images: int | None) -> None:
 
 
 def read_numbers(
-    content: RecordDict, bounds: Mapping[str, tuple[float, float]]
+    content: RecordDict,
+    bounds: Mapping[str, tuple[float, float]],
+    *,
+    losses: Collection[str] = (),
 ) -> dict[str, int | float]:
     """Return the number of images of a reply, and each number that has bounds.
 
     Args:
         content: the reply.
         bounds: the least and the largest that a number may be, by name.
+        losses: names of those that are too large where training has diverged.
 
     Raises:
+        Diverged: a loss is not finite or too large.
         UnusableReply: one is missing or out of its bounds.
     """
     if Key.METRICS not in content:
@@ -166,7 +173,7 @@ def read_numbers(
         value = metrics.get(name)
         least, most = bounds.get(name, (-np.inf, np.inf))
         too_large = isinstance(value, float) and not abs(value) <= most
-        kind = Diverged if name == Key.LOSS and too_large else UnusableReply
+        kind = Diverged if name in losses and too_large else UnusableReply
         if not isinstance(value, int | float) or not np.isfinite(value):
             raise kind(f"{name} must be a finite number, got {value!r}")
         if not least <= value <= most:

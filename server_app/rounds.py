@@ -128,9 +128,9 @@ class RoundLoop(ABC):
                 self.report()
             return
         self.prepare()
-        if self.evaluation.is_due(done):
-            log(f"round {done}, once more: {self.evaluate_and_draw(done)}")
         try:
+            if self.evaluation.is_due(done):
+                log(f"round {done}, once more: {self.evaluate_and_draw(done)}")
             for server_round in range(done + 1, rounds + 1):
                 summary = self.play_round(server_round)
                 left = duration(self.seconds_left(range(server_round + 1, rounds + 1)))

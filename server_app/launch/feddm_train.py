@@ -211,8 +211,8 @@ def _hydra_main(composed: DictConfig) -> None:
         if sweep:
             FAILED_JOBS.append(job.sweep.subdir)
             return
-        # What is wrong in an input stays so.
-        if isinstance(error, RuntimeError) and config is not None and is_begun(run_path(config)):
+        # What is wrong in an input stays so, and what has diverged would do so again.
+        if isinstance(error, RuntimeError) and config is not None and can_go_on(run_path(config)):
             how = how_to_go_on(config, sweep=sweep)
             print(f"feddm-train: {how}", file=sys.stderr, flush=True)
         sys.exit(1)
@@ -259,6 +259,13 @@ def leaving_no_empty_run(path: Path) -> Iterator[None]:
         if failed:
             raise RuntimeError(f"{error}\nall that was said: {log_file}") from error
         raise
+
+
+def can_go_on(path: Path) -> bool:
+    """Whether the run in a folder has begun, and has not diverged."""
+    from task.runs.run import Run
+
+    return is_begun(path) and Run(path).divergence is None
 
 
 def how_to_go_on(config: Config | None, *, sweep: bool) -> str:

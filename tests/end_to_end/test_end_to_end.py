@@ -225,6 +225,7 @@ def test_diverging_run_ends_with_status_1_and_names_the_clients(tmp_path: Path) 
     assert result.returncode == 1
     assert "client 2 is left out: loss must be a finite number, got nan" in result.stdout
     assert "training has diverged in round 1 (clients 0 1 2: loss must be" in result.stderr
+    assert "to go on" not in result.stderr
     run = Run(tmp_path / "runs" / "diverging")
     reason = "clients 0 1 2: loss must be a finite number, got nan"
     assert run.divergence is not None and run.divergence.context == {"reason": reason}

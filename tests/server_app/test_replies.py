@@ -214,6 +214,8 @@ def test_other_arrays_than_the_packed_one_are_unusable(changed: RecordDict) -> N
 def test_loss_that_is_not_finite_or_beyond_all_bounds_is_divergence(loss: float) -> None:
     with pytest.raises(Diverged, match=r"^loss must be "):
         read_metrics(content(loss=loss))
+    with pytest.raises(Diverged, match=r"^kl must be "):
+        read_metrics(content(loss=1.0, kl=loss), ["kl"])
 
 
 @pytest.mark.parametrize("num_clients", [1, 3])
