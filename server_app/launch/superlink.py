@@ -24,6 +24,7 @@ from task.processes import end_with_parent
 
 START_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 3.0
+REMOVAL_SECONDS = 10.0
 CONNECTION = "feddm"
 WATCH_SECONDS = 2.0
 SUBMITTER_VARIABLE = "FEDDM_SUBMITTER_PID"
@@ -97,7 +98,16 @@ def private_superlink() -> Iterator[SuperLink]:
     finally:
         with uninterrupted():
             stop(process)
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_folder(folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder into which processes of Ray that are ending may still write."""
+    deadline = time.monotonic() + REMOVAL_SECONDS
+    shutil.rmtree(folder, ignore_errors=True)
+    while folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def private_folder() -> Path:
