@@ -148,12 +148,13 @@ class FederatedTraining(RoundLoop):
     def train(self, server_round: int) -> str:
         """Let the clients of a round train, and make new weights of theirs; a single attempt.
 
-        Nothing is recorded, and no weights change, unless it succeeds.
+        No weights change unless it succeeds, and nothing is recorded unless it does or has
+        diverged.
 
         Raises:
             TimeoutError: the nodes for it did not come.
             TooFewRepliesError: there were fewer than `federation.min_replies` usable replies.
-            DivergedError: there was none, because training has diverged at every client.
+            DivergedError: training has diverged at every client, or as a whole.
         """
         self.phases.enter("sending")
         clients = self.draw_clients(server_round)

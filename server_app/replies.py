@@ -116,6 +116,7 @@ def read_metrics(content: RecordDict, names: Collection[str] = ()) -> dict[str, 
         names: of what it must say beside the loss and the number of images.
 
     Raises:
+        Diverged: the loss, or what `names` names, is not finite or too large.
         UnusableReply: loss or number of images is missing, one is no number that a metric can
             be, or there are no images.
     """

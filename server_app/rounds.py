@@ -37,7 +37,7 @@ class TooFewRepliesError(RuntimeError):
 
 
 class DivergedError(RuntimeError):
-    """A training whose loss or weights are no finite numbers any more."""
+    """A training that cannot go on: see `Generator.why_diverged`, or weights are not finite."""
 
 
 class RoundLoop(ABC):
@@ -111,7 +111,7 @@ class RoundLoop(ABC):
             ValueError: the configuration does not fit the federation or the data.
             TimeoutError: the nodes did not come.
             RuntimeError: a round had fewer than `federation.min_replies` usable replies.
-            DivergedError: loss or weights are not finite.
+            DivergedError: a round has diverged; it is recorded, and the report is written.
         """
         for found in self.directory.damaged:
             log(found)

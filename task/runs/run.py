@@ -132,10 +132,8 @@ class Run:
 
     @property
     def divergence(self) -> Record | None:
-        """Of the round after which training could not go on; None: it can, or is finished."""
-        found = self._all_records.last(DIVERGENCE)
-        ended = found is not None and found.round >= self.rounds_done and not self.finished
-        return found if ended else None
+        """Of the round that diverged, if the last start of the run ended in that; else None."""
+        return self._all_records.last(DIVERGENCE)
 
     @cached_property
     def _all_records(self) -> Records:

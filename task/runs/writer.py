@@ -28,7 +28,7 @@ from task.runs.layout import (
     run_path,
     weights_file,
 )
-from task.runs.records import Record, read_records, records_of
+from task.runs.records import DIVERGENCE, Record, read_records, records_of
 from task.runs.resume import check_startable, settled_as
 
 # Whoever only asks what is in a folder does without torch, which takes seconds.
@@ -262,11 +262,12 @@ class RunWriter:
         ]
 
     def _forget_after(self, server_round: int) -> None:
-        """Drop the records of rounds that were not completed; they are about to be repeated."""
+        """Drop the records of what is about to be repeated: rounds, and that one has diverged."""
         if self.metrics_file.exists():
-            kept = read_records(self.metrics_file).up_to(server_round)
+            known = read_records(self.metrics_file).up_to(server_round).all
+            kept = [each for each in known if each.metric != DIVERGENCE]
             with atomic_path(self.metrics_file) as aside:
-                aside.write_text("".join(map(Record.line, kept.all)), "utf-8")
+                aside.write_text("".join(map(Record.line, kept)), "utf-8")
 
 
 def what_is_wrong(file: Path) -> str | None:

@@ -291,6 +291,9 @@ def test_test_loss_that_is_not_finite_is_a_divergence(
     run = Run(tmp_path / "run")
     assert run.divergence is not None and run.divergence.round == run.rounds_done == 2
     assert run.divergence.context == {"reason": "test loss inf"}
+    # Whether it does so again, a resumed run finds out.
+    with closing(RunWriter(config.changed({"resume": True}))):
+        assert Run(run.path).divergence is None
 
 
 def test_flower_refuses_the_baseline(folder: Path) -> None:

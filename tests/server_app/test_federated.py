@@ -580,6 +580,25 @@ def test_divergence_of_every_client_ends_the_run_and_says_what_to_change(
     ]
 
 
+def test_round_that_the_model_calls_diverged_is_recorded_and_changes_no_weights(
+    hospitals: tuple[RunConfig, ClientNodes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_config, nodes = hospitals
+    with opened(run_config, nodes=nodes) as run:
+        run.prepare()
+        run.play_round(1)
+        first = run.weights
+        monkeypatch.setattr(run.model, "why_diverged", lambda _: "the discriminator has won")
+        with pytest.raises(DivergedError, match=r"round 2 \(the discriminator has won\); the last"):
+            run.play_round(2)
+        assert run.weights is first
+        found = Run(run.directory.path)
+        assert found.divergence is not None and found.rounds_done == 1
+        told = read_records(run.directory.metrics_file).of_round(2)
+        assert told.clients == [0, 1] and named(told.all[-1]) == "divergence"
+        assert {"train loss", "num_clients"} <= {named(each) for each in told.all}
+
+
 def test_client_that_stays_silent_is_left_out_at_the_deadline(
     tmp_path: Path, spoiled: Spoiled
 ) -> None:
