@@ -95,7 +95,7 @@ def read_grid(path: Path) -> bytes | None:
     return file.getvalue()
 
 
-def grid_images(path: Path, image_size: int) -> Tensor | None:
+def grid_images(path: Path, image_size: int) -> Tensor:
     """Read the images of a sample grid as they were before they were enlarged.
 
     Args:
@@ -103,16 +103,15 @@ def grid_images(path: Path, image_size: int) -> Tensor | None:
         image_size: their height and width.
 
     Returns:
-        [rows, columns, 3, image_size, image_size] uint8; None of a picture that does not say where
-        its images lie.
+        [rows, columns, 3, image_size, image_size] uint8.
 
     Raises:
-        ValueError: what it says of them is something else.
+        ValueError: it does not say where its images lie, or they are of another size.
         OSError: it is no picture.
     """
     place = _grid_place(path)
     if place is None:
-        return None
+        raise ValueError(f"{path} does not say where its images lie")
     require(place.height % image_size == 0, f"{path}", f"of images of {image_size}", place.height)
     pixels = np.pad(_cut_out(path, place, "RGB"), ((0, GAP), (0, GAP), (0, 0)))
     down, right, scale = place.height + GAP, place.width + GAP, place.height // image_size

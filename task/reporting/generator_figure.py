@@ -24,10 +24,7 @@ def draw_generators(
     Args:
         groups: one picture each, but for those of the same runs.
         folder: in which the pictures come, as figures/generators-<number>.png.
-        say: is told in a line which picture, or whose samples, are missing, and why.
-
-    Raises:
-        ValueError: what a picture says of its images is wrong.
+        say: is told in a line whose samples a picture lacks, and why.
     """
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     by_runs: dict[tuple[Path, ...], GeneratorGroup] = {}
@@ -37,19 +34,29 @@ def draw_generators(
     pictures = []
     for number, group in enumerate(by_runs.values(), 1):
         file = Path("figures") / f"generators-{number}.png"
-        grids = {label: _last_grid(members[0].run) for label, members in group.rows.items()}
-        there = {label: grid for label, grid in grids.items() if grid is not None}
-        if missing := [label for label in grids if label not in there]:
-            say(f"{file} lacks {'; '.join(missing)}: no samples of the last round in the run")
-        if len(there) > 1:
-            _save_grids(group, there, folder / file)
+        grids: dict[str, Tensor] = {}
+        for label, members in group.rows.items():
+            try:
+                grids[label] = _last_grid(members[0].run)
+            except (ValueError, OSError) as error:
+                say(f"{file} lacks {label}: {error}")
+        if len(grids) > 1:
+            _save_grids(group, grids, folder / file)
             pictures.append(_picture_of(group, file))
     return pictures
 
 
-def _last_grid(run: Run) -> Tensor | None:
+def _last_grid(run: Run) -> Tensor:
+    """Read the samples of the last round.
+
+    Raises:
+        ValueError: there are none, or it is not told where they lie in their picture.
+        OSError: their picture cannot be read.
+    """
     file = run.grids.get(run.config.federation.rounds)
-    return None if file is None else grid_images(file, run.config.data.image_size)
+    if file is None:
+        raise ValueError(f"no samples of the last round in {run.path}")
+    return grid_images(file, run.config.data.image_size)
 
 
 def _save_grids(group: GeneratorGroup, grids: dict[str, Tensor], file: Path) -> None:
@@ -72,6 +79,6 @@ def _picture_of(group: GeneratorGroup, file: Path) -> Picture:
     return Picture(
         file,
         f"Generators: {group.label}",
-        f"Samples after round {rounds}, a row per class, as the runs drew them; "
+        f"Samples after round {rounds}, a row per class, as the runs drew them. {group.scale}, "
         f"seed {', '.join(map(str, seeds))}.",
     )

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from task.config import TRAINED_WITH, nearest_models
+from task.config import TRAINED_WITH, model_presets, nearest_models
 from task.evaluation.metrics import Use
 from task.reporting.metric_table import Quantity, quantities
 from task.reporting.tables import (
@@ -31,30 +31,35 @@ from task.reporting.tables import (
     range_caption,
     row_label,
     scale,
+    told_apart,
     without_clients,
 )
 from task.runs.records import TEST, TRAIN
+from task.runs.resume import is_about_clients
 from task.runs.run import Run
 
-# What a generator is: sections, and values that come with the word of `model=`.
-OF_GENERATOR = {"model", "diffusion"}
-TRAINED = {f"train.{name}" for name in TRAINED_WITH}
+# What a generator is: sections, and values that come with the word of `model=` or fit one family.
+SECTIONS = {"model", "diffusion"}
+OWN_VALUES = {"train.start_from", "federation.local", *(f"train.{name}" for name in TRAINED_WITH)}
 DISTANCE = Quantity("fid", TRAIN)
 MEGA = 1e6
 # Columns of a table by round.
 MOST_ROUNDS = 8
 ABOUT_ROUNDS = (
-    f"At most {MOST_ROUNDS} of the rounds that were measured, the last among them; seconds of "
-    "training up to there. Below, for each budget, from where on which generator has reached the "
-    "least distance in any round within it: of means, without a test."
+    f"At most {MOST_ROUNDS} of the rounds that were measured, the last among them, with the "
+    "seconds of training up to each."
+)
+ABOUT_BUDGETS = (
+    "Below: the generator whose least distance within a budget is the smallest, and from which "
+    "budget on. Means are compared, without a test."
 )
 
 SPREAD_WITH_KID = (
     f"{SPREAD_OVER_SEEDS}; of a single seed and of real images that of KID over its subsets."
 )
 ABOUT_SECONDS = (
-    "Seconds of training: of all rounds, in which at least one client trained, or the centralized "
-    "run."
+    "Seconds of training: the time in which at least one client, or the centralized run, trained, "
+    "summed over the rounds."
 )
 ABOUT_SENT = (
     "MB sent: weights to the clients that were to train, and back in the replies that were used, "
@@ -64,8 +69,8 @@ ABOUT_MODEL = (
     "MB of model: the tensors of model.safetensors, some of which draw no images; parameters: "
     "trained values."
 )
-# A cost that runs of an older version did not record is not 0.
-NOT_RECORDED = "-: not measured, or not recorded in every round."
+# A cost that was not recorded is not 0.
+NOT_RECORDED = "-: there is none, or it was not measured or recorded in every round."
 
 
 # A measurement of a run that went on or ended: after which round, of how many generated images.
@@ -98,11 +103,13 @@ class GeneratorGroup:
     Attributes:
         label: of their data.
         settings: what is equal in all that have it.
+        scale: of them, those that tell the size of a run or this comparison from others, in words.
         modes: by the name of train.mode, then by that of the generator, a measurement of each seed.
     """
 
     label: str
     settings: SettingValues
+    scale: str
     modes: Mapping[str, Mapping[str, Sequence[Measurement]]]
 
     @property
@@ -175,9 +182,10 @@ def generator_groups(measured: Iterable[Measurement]) -> list[GeneratorGroup]:
     found = {key: group for key, group in members.items() if _compares(group)}
     keys = sorted(found, key=lambda key: (-len(found[key]), *map(sorted, key)))
     labels = column_labels([column for _, column in keys])
+    apart = told_apart([settings for settings, _ in keys])
     return [
-        GeneratorGroup(label, key[0], _modes(found[key]))
-        for label, key in zip(labels, keys, strict=True)
+        GeneratorGroup(label, settings, scale(settings, *apart), _modes(found[settings, column]))
+        for label, (settings, column) in zip(labels, keys, strict=True)
     ]
 
 
@@ -192,20 +200,30 @@ def _mode_of(each: Measurement) -> str:
     return mode
 
 
+def _is_of_generator(name: str, mode: str) -> bool:
+    if mode == "centralized" and is_about_clients(name):
+        return False
+    return name.partition(".")[0] in SECTIONS or name in OWN_VALUES
+
+
 def _generator_of(each: Measurement) -> SettingValues:
+    values, mode, frozen = each.run.values, _mode_of(each), each.run.config.model.frozen_file
+    # Known by its SHA-256, wherever it lies.
+    place = frozen.path_value if frozen is not None and values[frozen.sha256_value] else None
     return frozenset(
         (name, value)
         for name, value in each.settings
-        if name.partition(".")[0] in OF_GENERATOR or name in TRAINED
+        if _is_of_generator(name, mode) and name != place
     )
 
 
 def _common(each: Measurement) -> SettingValues:
-    return each.settings - _generator_of(each)
+    mode = _mode_of(each)
+    return frozenset(pair for pair in each.settings if not _is_of_generator(pair[0], mode))
 
 
 def _model_of(each: Measurement) -> SettingValues:
-    return frozenset(pair for pair in each.settings if pair[0].startswith("model."))
+    return frozenset(pair for pair in _generator_of(each) if pair[0].startswith("model."))
 
 
 def _modes(members: Sequence[Measurement]) -> dict[str, dict[str, list[Measurement]]]:
@@ -224,22 +242,31 @@ def _modes(members: Sequence[Measurement]) -> dict[str, dict[str, list[Measureme
 
 
 def _generator_names(members: Iterable[Measurement]) -> dict[SettingValues, str]:
-    """Name generators by the word of `model=`, and those of one word by what sets them apart."""
+    """Name generators by the word of `model=`, what they change of it, and what sets them apart."""
     words = {_generator_of(each): _word(each.run) for each in members}
     named = {}
-    for generator, word in words.items():
-        twins = [dict(other) for other in words if words[other] == word]
+    for generator, (word, changed) in words.items():
+        twins = [dict(other) for other in words if words[other][0] == word]
         own = dict(generator)
-        apart = [name for name in sorted(own) if len({other.get(name) for other in twins}) > 1]
-        values = ", ".join(f"{name}={own[name]}" for name in apart)
-        named[generator] = f"{word} ({values})" if values else word
+        values = {name: {other[name] for other in twins if name in other} for name in own}
+        told = [name for name in sorted(own) if name in changed or len(values[name]) > 1]
+        said = ", ".join(f"{name}={own[name]}" for name in told)
+        named[generator] = f"{word} ({said})" if said else word
     return named
 
 
-def _word(run: Run) -> str:
-    """Return the word of `model=` that is most like a run's; its family where several are."""
-    words = nearest_models(run.values)
-    return words[0] if len(words) == 1 else run.config.model.family
+def _word(run: Run) -> tuple[str, frozenset[str]]:
+    """Return the word of `model=` that is most like a run's, and the values that it changes.
+
+    It is the family where several words are as like; a file that is frozen is no change.
+    """
+    words, frozen = nearest_models(run.values), run.config.model.frozen_file
+    preset = model_presets()[words[0]] if words else {}
+    own = {f"model.{name}": value for name, value in preset.items()}
+    if frozen is not None:
+        own = {k: v for k, v in own.items() if k not in (frozen.path_value, frozen.sha256_value)}
+    changed = frozenset(k for k, v in own.items() if k in run.values and run.values[k] != v)
+    return words[0] if len(words) == 1 else run.config.model.family, changed
 
 
 def generator_tables(groups: Sequence[GeneratorGroup]) -> Iterator[Table]:
@@ -279,7 +306,7 @@ def _cost_table(group: GeneratorGroup, title: str) -> Table:
         rows[label] |= {
             cost: cell for cost in COSTS if (cell := _mean_cost(cost, members)) is not None
         }
-    devices = sorted({each.run.device or "a machine that was not told" for each in group.members})
+    devices = sorted({each.run.device or "an unknown machine" for each in group.members})
     return Table(
         title=title,
         rows=[*rows],
@@ -306,7 +333,7 @@ def _mean_cost(
 
 
 def _group_caption(group: GeneratorGroup) -> Iterator[str]:
-    yield f"{scale(group.settings)}."
+    yield f"{group.scale}."
     if len(group.modes) > 1:
         yield "Centralized: R x E epochs on the pooled images, without N clients."
     named = {name: each[0] for rows in group.modes.values() for name, each in rows.items()}
@@ -331,18 +358,24 @@ def _least_distances(group: GeneratorGroup, scores: Mapping[str, Scores]) -> Ite
 
 
 def _tables_by_round(group: GeneratorGroup, title: str) -> Iterator[Table]:
-    """Lay out what was measured while the runs trained; nothing where that is of one round."""
+    """Lay out what was measured while the runs trained; nothing where that was done once."""
     courses = {label: _course(members) for label, members in group.rows.items()}
     points = sorted({point for course in courses.values() for point in course})
     if len(points) > 1:
         every = -(-len(points) // MOST_ROUNDS)
+        leaders = [*_leaders(group, courses)]
         yield Table(
             title=title,
             rows=[*group.rows],
             metrics=[DISTANCE, SECONDS],
             columns=[_column_of(group, courses, *point) for point in points[::-1][::every][::-1]],
-            caption=[ABOUT_ROUNDS, *range_caption(dict(group.settings)), NOT_RECORDED],
-            verdicts=[*_leaders(group, courses)],
+            caption=[
+                ABOUT_ROUNDS,
+                *[ABOUT_BUDGETS] * bool(leaders),
+                *range_caption(dict(group.settings)),
+                NOT_RECORDED,
+            ],
+            verdicts=leaders,
         )
 
 

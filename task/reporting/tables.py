@@ -285,7 +285,7 @@ def build_tables(measured: Sequence[Measurement]) -> list[Table]:
             if (columns := _split_columns(kind, m))
         ]
         groups.sort(key=lambda group: -sum(map(len, group[1].values())))
-        apart = _told_apart([settings for settings, _ in groups])
+        apart = told_apart([settings for settings, _ in groups])
         found = []
         for number, (settings, columns) in enumerate(groups, 1):
             count = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
@@ -365,7 +365,7 @@ def column_labels(columns: Sequence[SettingValues]) -> list[str]:
     return labels
 
 
-def _told_apart(groups: Sequence[SettingValues]) -> list[str]:
+def told_apart(groups: Sequence[SettingValues]) -> list[str]:
     """Name the settings, beyond those that every caption says, that differ between groups."""
     names = {name for settings in groups for name, _ in settings}
     return sorted(

@@ -164,7 +164,8 @@ def test_runs_of_one_generator_or_of_other_images_are_no_comparison(survey: Swee
         "Generators (2 of 2): digits (data.horizontal_flip=True)",
     ]
     assert tables(survey)[found[0]].rows[:3] == [
-        *("resnet_gan, FedAvg", "vae (train.lr=0.001), FedAvg", "vae (train.lr=0.1), FedAvg")
+        *("resnet_gan (model.width=4), FedAvg", "vae (train.lr=0.001), FedAvg"),
+        "vae (train.lr=0.1), FedAvg",
     ]
 
 
@@ -176,6 +177,39 @@ def test_a_generator_that_several_words_are_equally_like_has_the_name_of_its_fam
     assert tables(survey)["Generators: digits"].rows[:3] == [
         *("attention_unet, FedAvg", "stylegan2_ada, FedAvg", "stylegan2_ada_tiny, FedAvg"),
     ]
+
+
+def test_what_fits_one_family_alone_parts_no_comparison(survey: Sweep) -> None:
+    survey.add("v", "model=vae", "train.start_from=/one")
+    survey.add("vc", "model=vae", "train.mode=centralized", "train.start_from=/one")
+    for local in ("[]", "[discriminator]"):
+        survey.add(f"g{local}", "model=stylegan2_ada_tiny", f"federation.local={local}")
+    survey.add("gc", "model=stylegan2_ada_tiny", "train.mode=centralized")
+    for seed in (0, 1):
+        # The same file, which has moved.
+        base = (f"model.pretrained=/{seed}/base", f"model.pretrained_sha256={'0' * 64}")
+        survey.add(f"s{seed}", "model=small_gan", f"seed={seed}", *base)
+    (table,) = (each for title, each in tables(survey).items() if title == "Generators: digits")
+    assert table.rows[:6] == [
+        *("stylegan2_ada_tiny, Centralized", "vae, Centralized", "small_gan, FedAvg"),
+        "stylegan2_ada_tiny (federation.local=['discriminator']), FedAvg",
+        "stylegan2_ada_tiny (federation.local=[]), FedAvg",
+        "vae, FedAvg",
+    ]
+    assert row(table, "small_gan, FedAvg")[FD].endswith("(2 seeds)")
+
+
+def test_comparisons_say_what_sets_them_apart(survey: Sweep) -> None:
+    for model in ("vae", "conv_vae"):
+        survey.add(f"{model}-1", f"model={model}")
+        survey.add(f"{model}-2", f"model={model}", "federation.max_update_norm=3")
+    captions = {
+        table.caption[0]
+        for title, table in tables(survey).items()
+        if title.startswith("Generators (")
+    }
+    scale = "R=3, E=2, N=4, beta=0.5, clients per round=4, federation.max_update_norm="
+    assert captions == {f"{scale}3.", f"{scale}null."}
 
 
 def test_the_command_lays_generators_out_beside_the_papers_tables(survey: Sweep) -> None:
@@ -193,7 +227,8 @@ def test_the_command_lays_generators_out_beside_the_papers_tables(survey: Sweep)
     survey.add("alone", "federation.rounds=2")
     result = feddm_tables(survey.folder, "--figures", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert "figures/generators-1.png lacks resnet_gan, FedAvg: no samples" in result.stdout
+    lacks = "figures/generators-1.png lacks resnet_gan (model.width=4), FedAvg: "
+    assert f"{lacks}no samples of the last round" in result.stdout
     page = (survey.folder / "tables.md").read_text(encoding="utf-8")
     for title in ("Table II: skew", "Generators: digits", "Costs of generators: digits"):
         assert f"## {title}" in page
