@@ -33,10 +33,11 @@ def describe_plan(config: Config, dataset: Dataset) -> Iterator[str]:
             f"hospitals: {len(sizes)} simulated, with {described_range(sizes)} training images "
             f"{'each' if len(sizes) > 1 else ''}".rstrip()
         )
-    steps = rounds * train.local_epochs * np.ceil(sizes / train.batch_size).astype(int)
+    images_per_step = train.batch_size * train.accumulation
+    steps = rounds * train.local_epochs * np.ceil(sizes / images_per_step).astype(int)
     yield (
         f"training: {rounds} rounds of {train.local_epochs} epochs in batches of "
-        f"{train.batch_size}, {described_range(steps)} steps"
+        f"{images_per_step}, {described_range(steps)} steps"
         f"{' at a hospital' if train.mode == 'federated' else ''}"
     )
     done = last_complete_round(run_path(config))

@@ -19,6 +19,7 @@ from task.generators.diffusion.attention_unet import (
 )
 from task.generators.diffusion.generator import Diffusion, build_diffusion
 from task.generators.diffusion.noise_schedule import log_snr, sigmoid_alphas_cumprod
+from task.generators.diffusion.objective import loss_weights
 from task.generators.registry import weightless_generator
 
 SURVEY = ("model=attention_unet", "diffusion=survey")
@@ -100,13 +101,17 @@ def test_outputs_and_gradients_equal_those_of_the_package(
         torch.testing.assert_close(mine.grad, their.grad.reshape(mine.shape), rtol=1e-2, atol=1e-4)
 
 
-def test_sigmoid_schedule_equals_that_of_the_package() -> None:
+def test_sigmoid_schedule_and_weights_of_the_loss_equal_those_of_the_package() -> None:
     package: Any = pytest.importorskip(
         "denoising_diffusion_pytorch", reason="the dependency group peers is not installed"
     )
     theirs = package.GaussianDiffusion(package.Unet(dim=8, dim_mults=(1,)), image_size=8)
     found = sigmoid_alphas_cumprod(theirs.num_timesteps)
     torch.testing.assert_close(found.float(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-8)
+    survey = load_config([*SURVEY, "data=cifar10"]).diffusion
+    assert survey is not None and theirs.objective == "pred_v"
+    weights = loss_weights(found, survey.prediction_type, survey.loss_weighting)
+    torch.testing.assert_close(weights.float(), theirs.loss_weight, rtol=1e-4, atol=1e-8)
 
 
 def test_timesteps_of_the_sigmoid_schedule_are_those_that_were_noised_at() -> None:
@@ -221,7 +226,7 @@ def test_configurations_that_cannot_be_trained_are_refused(
 def test_it_trains_as_the_survey_did() -> None:
     config = load_config([*SURVEY, "experiment=paper", "run_name=x"])
     train = config.train
-    assert (train.batch_size, train.accumulation) == (16, 2)
+    assert (train.batch_size, train.accumulation) == (32, 2)
     assert (train.lr, train.clip_norm) == (8e-5, 1.0)
     # Others take steps on one batch, and on gradients of any size.
     others = load_config(["run_name=x"]).train

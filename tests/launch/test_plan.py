@@ -166,6 +166,8 @@ def test_plan_says_images_hospitals_training_and_time(
     assert (
         training == "training: 20 rounds of 80 epochs in batches of 32, 1,600 steps at a hospital"
     )
+    halves = config.changed({"train.batch_size": 16, "train.accumulation": 2})
+    assert training in [*describe_plan(halves, dataset)]
     assert time.startswith("time: about 2:00 on this machine")
     slow = Estimate(20 * 400.0, 20.0)
     monkeypatch.setattr(

@@ -87,9 +87,11 @@ def test_images_are_cut_out_of_a_grid_to_the_pixel(tmp_path: Path) -> None:
     assert np.array_equal(found[shown][:, :3], grid[shown])
     assert shown.sum() == 6 * 80 * 80
     again = grid_images(file, images.shape[-1])
-    assert again is not None and torch.equal(again.flatten(0, 1), images.expand(-1, 3, -1, -1))
+    assert torch.equal(again.flatten(0, 1), images.expand(-1, 3, -1, -1))
     Image.new("L", (8, 8)).save(file)
-    assert read_grid(file) is None and grid_images(file, 8) is None
+    assert read_grid(file) is None
+    with pytest.raises(ValueError, match="does not say where its images lie"):
+        grid_images(file, 8)
 
 
 def test_names_are_no_formulas(tmp_path: Path) -> None:
