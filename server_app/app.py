@@ -9,7 +9,7 @@ from server_app.launch.superlink import end_with_submitter
 from server_app.log import log
 from server_app.supervisor.submission import write_submission
 from task.checks import require
-from task.config import load_run_config
+from task.config import load_run_config, settle_frozen_file
 from task.runs.writer import RunWriter
 
 app = ServerApp()
@@ -26,7 +26,7 @@ def main(grid: Grid, context: Context) -> None:
         "federated under `flwr run` (feddm-train trains the centralized baseline)",
         config.train.mode,
     )
-    directory = RunWriter(config)
+    directory = RunWriter(settle_frozen_file(config))
     log(f"results: {directory.path}")
     try:
         write_submission(directory, context.run_id, context.run_config)

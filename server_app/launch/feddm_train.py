@@ -31,12 +31,12 @@ from task.config import (
     Config,
     anchored,
     config_from_hydra,
-    flat_values,
     hydra_override,
     load_config,
     preset_sweep,
     read_override,
     require_data_root,
+    settle_frozen_file,
     words_of_family,
 )
 from task.processes import have_home, let_threads_sleep, write_any_letter
@@ -93,15 +93,26 @@ def warn_of_wrong_jobs(arguments: list[str]) -> None:
 
     Args:
         arguments: of the command line, in Hydra's grammar.
+
+    Raises:
+        ValueError: none of them can be trained.
     """
-    for words in sweep_jobs(arguments):
+    jobs = sweep_jobs(arguments)
+    wrong: dict[str, Exception] = {}
+    if jobs:
+        from task.generators.registry import weightless_generator
+    for words in jobs:
         try:
             config = load_config(words_of_family(words), images_below=Path.cwd())
-            with_known_file(anchored(config, Path.cwd()))
+            weightless_generator(settle_frozen_file(anchored(config, Path.cwd())))
         except (ValueError, OSError) as error:
-            swept = " ".join(word for word in words if word not in arguments)
-            warning = f"warning: the run {swept} cannot be trained: {error}"
-            print(f"feddm-train: {warning}", file=sys.stderr, flush=True)
+            wrong[" ".join(word for word in words if word not in arguments)] = error
+    reasons = dict.fromkeys(str(error) for error in wrong.values())
+    if jobs and len(wrong) == len(jobs):
+        raise ValueError(f"none of the {len(jobs)} runs can be trained: {'; '.join(reasons)}")
+    for swept, why in wrong.items():
+        warning = f"warning: the run {swept} cannot be trained: {why}"
+        print(f"feddm-train: {warning}", file=sys.stderr, flush=True)
 
 
 def sweep_jobs(arguments: list[str]) -> list[list[str]]:
@@ -184,7 +195,7 @@ def _hydra_main(composed: DictConfig) -> None:
             # The runs of a sweep lie side by side in its folder.
             asked = asked.changed({"output_dir": job.sweep.dir, "run_name": job.sweep.subdir})
         given = {named(word) for word in words}
-        config = with_known_file(as_begun(anchored(asked, Path.cwd()), given))
+        config = settle_frozen_file(as_begun(anchored(asked, Path.cwd()), given))
         with leaving_no_empty_run(run_path(config)):
             if not sweep:
                 check_startable(config)
@@ -216,25 +227,6 @@ def _hydra_main(composed: DictConfig) -> None:
             how = how_to_go_on(config, sweep=sweep)
             print(f"feddm-train: {how}", file=sys.stderr, flush=True)
         sys.exit(1)
-
-
-def with_known_file(config: Config) -> Config:
-    """Write the SHA-256 of what a run freezes into its configuration, where it is left open.
-
-    All of a run, a resumed one too, then trains on top of the same file or not at all.
-
-    Args:
-        config: of the run, with absolute paths.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: none is named, or it is another than the configuration tells.
-    """
-    if (frozen := config.model.frozen_file) is None:
-        return config
-    values = flat_values(config)
-    _, sha256 = frozen.read(values[frozen.path_value], values[frozen.sha256_value])
-    return config.changed({frozen.sha256_value: sha256})
 
 
 @contextmanager

@@ -76,22 +76,21 @@ def _read_sweep(folder: Path) -> tuple[list[Run], list[Measurement], dict[str, l
     """Read the finished runs, what was measured of them, and by reason the runs to leave out."""
     unreadable: list[str] = []
     runs = find_runs(folder, lambda run, error: unreadable.append(f"{run} ({error})"))
-    unfinished = _unfinished_runs(folder)
-    if not runs:
-        begun = f" (unfinished: {', '.join(unfinished)})" if unfinished else ""
-        begun += f" (not readable: {'; '.join(unreadable)})" if unreadable else ""
-        raise ValueError(f"SWEEP_DIR: no finished run in {folder}{begun}")
-    measured, left_out = measurements(runs)
-    left_out |= {
+    unfinished, diverged = _unfinished_runs(folder, unreadable)
+    without_model = {
         "unfinished (feddm-train with run_name=... resume=true)": unfinished,
+        "diverged": diverged,
         "cannot be read": unreadable,
     }
-    left_out = {why: which for why, which in left_out.items() if which}
+    if not runs:
+        begun = f" ({_listed(without_model)})" if any(without_model.values()) else ""
+        raise ValueError(f"SWEEP_DIR: no finished run in {folder}{begun}")
+    measured, left_out = measurements(runs)
+    left_out |= {why: which for why, which in without_model.items() if which}
     if not measured:
-        listed = "; ".join(f"{why}: {', '.join(which)}" for why, which in left_out.items())
         raise ValueError(
             f"SWEEP_DIR: no measured run in {folder}: call feddm evaluate RUN for each, or train "
-            f"with eval.final_metrics=true ({listed})"
+            f"with eval.final_metrics=true ({_listed(left_out)})"
         )
     return runs, measured, left_out
 
@@ -101,9 +100,32 @@ def _write_pages(folder: Path, page: Mapping[str, Any], pictures: Sequence[Pictu
         _write_text(folder / name, render(template, **page, pictures=pictures))
 
 
-def _unfinished_runs(folder: Path) -> list[str]:
-    files = sorted(folder.rglob("config.yaml"))
-    return [str(file.parent) for file in files if not weights_file(file.parent).is_file()]
+def _unfinished_runs(folder: Path, unreadable: list[str]) -> tuple[list[str], list[str]]:
+    """List the runs without final weights: those that can go on, and those that diverged.
+
+    Args:
+        folder: see `write_tables`.
+        unreadable: gets those of which the one or the other is not known.
+    """
+    unfinished, diverged = [], []
+    for file in sorted(folder.rglob("config.yaml")):
+        run = file.parent
+        if weights_file(run).is_file():
+            continue
+        try:
+            divergence = Run(run).divergence
+        except (ValueError, OSError) as error:
+            unreadable.append(f"{run} ({error})")
+            continue
+        if divergence is None:
+            unfinished.append(str(run))
+        else:
+            diverged.append(f"{run} (in round {divergence.round})")
+    return unfinished, diverged
+
+
+def _listed(left_out: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"{why}: {', '.join(which)}" for why, which in left_out.items() if which)
 
 
 def _alone(measured: Sequence[Measurement], tables: Sequence[Table]) -> list[str]:

@@ -52,6 +52,7 @@ from task.config.schema import (
     require_data_root,
     require_diffusion,
     settle_extractor,
+    settle_frozen_file,
     settle_precisions,
     value_paths,
 )
@@ -102,6 +103,7 @@ __all__ = [
     "require_diffusion",
     "require_folder",
     "settle_extractor",
+    "settle_frozen_file",
     "settle_precisions",
     "unknown_values",
     "value_paths",

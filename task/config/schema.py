@@ -457,3 +457,22 @@ def settle_extractor(config: Config, extractor: str) -> Config:
     """Replace an `eval.extractor` that is still "auto"."""
     settled = config.eval.extractor != "auto"
     return config if settled else config.changed({"eval.extractor": extractor})
+
+
+def settle_frozen_file(config: Config) -> Config:
+    """Write the SHA-256 of what a run freezes into its configuration, where it is left open.
+
+    All of a run, a resumed one too, then trains on top of the same file or not at all.
+
+    Args:
+        config: of the run, with absolute paths.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: none is named, or it is another than the configuration tells.
+    """
+    if (frozen := config.model.frozen_file) is None:
+        return config
+    values = flat_values(config)
+    _, sha256 = frozen.read(values[frozen.path_value], values[frozen.sha256_value])
+    return config.changed({frozen.sha256_value: sha256})

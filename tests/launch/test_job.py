@@ -16,9 +16,9 @@ from server_app.launch.feddm_train import (
     name_by_what_is_swept,
     one_folder,
     read_arguments,
+    settle_frozen_file,
     sweep_jobs,
     warn_of_wrong_jobs,
-    with_known_file,
 )
 from server_app.launch.job import (
     check_images,
@@ -207,6 +207,10 @@ def test_jobs_of_a_sweep_that_cannot_be_trained_are_named_before_the_first_one(
     assert "model.pretrained must be a finished run of model=resnet_gan" in said[0]
     warn_of_wrong_jobs(["experiment=survey", "model=vae,small_gan", "++model.pretrained=/none"])
     assert capfd.readouterr().err.count("there is no /none") == 2
+    with pytest.raises(ValueError, match=r"none of the 2 runs can be trained: .* no /none$"):
+        warn_of_wrong_jobs(["experiment=survey", "model=small_gan", "++model.pretrained=/none"])
+    warn_of_wrong_jobs(["experiment=survey", "model=vae,stylegan2_ada", "data.image_size=48"])
+    assert capfd.readouterr().err.count("the run model=stylegan2_ada train.mode=") == 2
     warn_of_wrong_jobs(["-m", "train.lr=1,-1"])
     assert "warning: the run train.lr=-1 cannot be trained: train.lr " in capfd.readouterr().err
 
@@ -221,14 +225,14 @@ def test_what_a_run_freezes_is_known_by_its_file(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file({"generator_ema.last.bias": torch.zeros(1)}, file)
     config = load_config(["model=small_gan", f"model.pretrained={tmp_path}"])
-    known = with_known_file(config)
+    known = settle_frozen_file(config)
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     assert flat_values(known) == flat_values(config) | {"model.pretrained_sha256": sha256}
-    assert with_known_file(known) == known
+    assert settle_frozen_file(known) == known
     with pytest.raises(ValueError, match=r"model\.pretrained must be the file of SHA-256 0000"):
-        with_known_file(config.changed({"model.pretrained_sha256": "0" * 64}))
+        settle_frozen_file(config.changed({"model.pretrained_sha256": "0" * 64}))
     other = load_config()
-    assert with_known_file(other) == other
+    assert settle_frozen_file(other) == other
     run = tmp_path / "run"
     run.mkdir()
     write_config(known, run / "config.yaml")
@@ -238,7 +242,7 @@ def test_what_a_run_freezes_is_known_by_its_file(tmp_path: Path) -> None:
     file.unlink()
     for missing in (config, known):
         with pytest.raises(FileNotFoundError, match=r"model\.pretrained must be a finished run"):
-            with_known_file(missing)
+            settle_frozen_file(missing)
 
 
 class OnTopConfig(ModelConfig):
@@ -257,7 +261,7 @@ def test_file_of_any_family_is_known_and_each_nodes_own(
     (tmp_path / "base").write_bytes(b"weights")
     words = ["~model", "+model.family=on_top", "+model.base=base", "+model.base_sha256="]
     words += ["~diffusion", "data=digits", "train.lr=0.1", "train.batch_size=8"]
-    values = flat_values(with_known_file(anchored(load_config(words), tmp_path)))
+    values = flat_values(settle_frozen_file(anchored(load_config(words), tmp_path)))
     assert values["model.base"] == str(tmp_path / "base")
     assert values["model.base_sha256"] == hashlib.sha256(b"weights").hexdigest()
     with pytest.raises(ValueError, match="copy of the generator that model=on_top freezes"):

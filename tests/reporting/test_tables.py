@@ -28,7 +28,7 @@ from task.reporting.tables import (
     verdict,
 )
 from task.runs.checkpoint import save_weights
-from task.runs.records import TRAIN
+from task.runs.records import DIVERGENCE, TRAIN, Record
 from task.runs.run import find_runs
 
 SMALL = (
@@ -449,11 +449,16 @@ def test_what_is_in_no_table_is_named(sweep: Sweep) -> None:
     sweep.add("unmeasured", evaluated=False)
     sweep.evaluate(sweep.add("stale", "partition.beta=9", evaluated=False), round=2)
     (sweep.add("unfinished") / "model.safetensors").unlink()
+    diverged = sweep.add("lost")
+    (diverged / "model.safetensors").unlink()
+    record = Record(2, DIVERGENCE, 1, context={"reason": "kl is inf"})
+    (diverged / "metrics.jsonl").write_text(record.line())
     output = feddm_tables(sweep.folder).stdout.split("## In no table")[1].replace("\\", "")
     for reason, run in (
         ("finished, not measured", "unmeasured"),
         ("measured before the last round", "stale"),
         ("unfinished (feddm", "unfinished"),
+        ("diverged", "lost (in round 2)"),
         ("with no other run to compare with", "other"),
     ):
         assert f"- {sweep.folder / run}" in output.split(reason)[1].split(":\n\n")[1]
