@@ -24,15 +24,17 @@ from hydra.errors import OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from server_app.launch.fit_to_images import as_begun, fit_to_images, named
+from server_app.launch.fit_to_images import as_begun, fit_to_images
 from task.checks import require
 from task.config import (
     CONF_DIR,
     Config,
     anchored,
+    compose_conf,
     config_from_hydra,
     hydra_override,
     load_config,
+    path_of,
     preset_sweep,
     read_override,
     require_data_root,
@@ -64,7 +66,11 @@ def main() -> None:
     OmegaConf.register_new_resolver("one_folder", one_folder, replace=True)
     try:
         arguments = read_arguments(sys.argv[1:])
-        warn_of_wrong_jobs(arguments)
+        if jobs := sweep_jobs(arguments):
+            warn_of_wrong_jobs(jobs, arguments)
+        else:
+            # For an unknown value, Hydra itself would advise what does not help.
+            compose_conf(overrides_among(arguments))
         sys.argv[1:] = name_by_what_is_swept(arguments)
     except ValueError as error:
         print(f"feddm-train: {error}", file=sys.stderr)
@@ -88,19 +94,19 @@ def read_arguments(arguments: list[str]) -> list[str]:
     return [a if a.startswith("-") else read_override(a, sweep=sweep) for a in arguments]
 
 
-def warn_of_wrong_jobs(arguments: list[str]) -> None:
+def warn_of_wrong_jobs(jobs: list[list[str]], arguments: list[str]) -> None:
     """Say which jobs of a sweep cannot be trained, before hours of the others.
 
     Args:
+        jobs: the overrides of each.
         arguments: of the command line, in Hydra's grammar.
 
     Raises:
         ValueError: none of them can be trained.
     """
-    jobs = sweep_jobs(arguments)
+    from task.generators.registry import weightless_generator
+
     wrong: dict[str, Exception] = {}
-    if jobs:
-        from task.generators.registry import weightless_generator
     for words in jobs:
         try:
             config = load_config(words_of_family(words), images_below=Path.cwd())
@@ -108,7 +114,7 @@ def warn_of_wrong_jobs(arguments: list[str]) -> None:
         except (ValueError, OSError) as error:
             wrong[" ".join(word for word in words if word not in arguments)] = error
     reasons = dict.fromkeys(str(error) for error in wrong.values())
-    if jobs and len(wrong) == len(jobs):
+    if len(wrong) == len(jobs):
         raise ValueError(f"none of the {len(jobs)} runs can be trained: {'; '.join(reasons)}")
     for swept, why in wrong.items():
         warning = f"warning: the run {swept} cannot be trained: {why}"
@@ -119,9 +125,8 @@ def sweep_jobs(arguments: list[str]) -> list[list[str]]:
     """List the overrides of each job of a sweep; nothing where the arguments ask for none."""
     if "hydra.mode=RUN" in arguments:
         return []
-    overrides = [argument for argument in arguments if not argument.startswith(("-", "hydra."))]
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        parsed = OverridesParser.create().parse_overrides(overrides_among(arguments))
     except OverrideParseException:
         return []  # Hydra reads them next, and says what is wrong.
     given = {override.key_or_group: override for override in parsed}
@@ -137,6 +142,16 @@ def sweep_jobs(arguments: list[str]) -> list[list[str]]:
     ]
     swept = any(len(each) > 1 for each in choices)
     return [list(job) for job in product(*choices)] if swept else []
+
+
+def overrides_among(arguments: list[str]) -> list[str]:
+    """Leave out the flags of a command line, what belongs to them, and the values of Hydra."""
+    return [
+        argument
+        for argument in arguments
+        if ("=" in argument or argument.startswith("~"))
+        and not argument.startswith(("-", "hydra."))
+    ]
 
 
 def one_folder(overrides: str, number: int) -> str:
@@ -194,7 +209,7 @@ def _hydra_main(composed: DictConfig) -> None:
         if sweep:
             # The runs of a sweep lie side by side in its folder.
             asked = asked.changed({"output_dir": job.sweep.dir, "run_name": job.sweep.subdir})
-        given = {named(word) for word in words}
+        given = {path_of(word) for word in words}
         config = settle_frozen_file(as_begun(anchored(asked, Path.cwd()), given))
         with leaving_no_empty_run(run_path(config)):
             if not sweep:
@@ -270,7 +285,7 @@ def how_to_go_on(config: Config | None, *, sweep: bool) -> str:
     if sweep and config is not None:
         folder = Path(config.output_dir)
         settled = {"output_dir": str(folder.parent), "run_name": folder.name, "resume": True}
-        typed = [word for word in sys.argv[1:] if named(word) not in {NAMING, *settled}]
+        typed = [word for word in sys.argv[1:] if path_of(word) not in {NAMING, *settled}]
         typed += [hydra_override(name, value) for name, value in settled.items()]
         return f"to go on: {shlex.join(['feddm-train', *typed])}"
     if config is None or not is_begun(run_path(config)):

@@ -10,11 +10,6 @@ from task.runs.layout import is_begun, run_config, run_path
 SHARED_BY = 4
 
 
-def named(override: str) -> str:
-    """Return the dotted path of the value that a Hydra override sets."""
-    return override.split("=")[0].lstrip("+")
-
-
 def as_begun(config: Config, given: Collection[str]) -> Config:
     """Let a run that is resumed keep what was chosen when it began.
 

@@ -10,7 +10,6 @@ import torch
 from server_app.centralized import CentralizedTraining
 from server_app.dataset import load_images
 from server_app.evaluation import check_numbers, is_complete, wants_metrics
-from server_app.launch.fit_to_images import named
 from server_app.launch.plan import describe_plan, how_to_train_on
 from server_app.launch.simulation import simulate
 from task.checks import require
@@ -21,6 +20,7 @@ from task.config import (
     Config,
     flat_values,
     hydra_override,
+    path_of,
 )
 from task.data import Dataset
 from task.data.partition import partition_dataset
@@ -226,7 +226,7 @@ def train_federated(config: Config, overrides: list[str]) -> None:
         settled |= {path: values[path] for path in (frozen.path_value, frozen.sha256_value)}
     if config.data.name in OWN_IMAGES:
         settled |= {path: values[path] for path in ("data.classes", *FITTED_VALUES)}
-    job = [override for override in overrides if named(override) not in {*settled, "resume"}]
+    job = [override for override in overrides if path_of(override) not in {*settled, "resume"}]
     job += [hydra_override(key, value) for key, value in settled.items()]
     federation = config.federation
     print("starting the simulation", flush=True)

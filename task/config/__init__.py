@@ -10,6 +10,7 @@ from task.config.class_folders import class_folders, is_hidden, require_folder
 from task.config.compose import (
     TRAINED_WITH,
     changed_config,
+    compose_conf,
     config_from_hydra,
     load_config,
     model_presets,
@@ -35,7 +36,7 @@ from task.config.models import (
     VAEConfig,
     package_of,
 )
-from task.config.overrides import hydra_override, read_override
+from task.config.overrides import hydra_override, path_of, read_override
 from task.config.schema import (
     CONF_DIR,
     EXTRACTORS,
@@ -86,6 +87,7 @@ __all__ = [
     "changed_config",
     "choices",
     "class_folders",
+    "compose_conf",
     "compose_run_config",
     "config_from_hydra",
     "flat_values",
@@ -96,6 +98,7 @@ __all__ = [
     "model_presets",
     "nearest_models",
     "package_of",
+    "path_of",
     "preset_sweep",
     "read_config",
     "read_override",

@@ -18,7 +18,7 @@ from task.config.class_folders import classes_below
 from task.config.data_config import FILE_SETS
 from task.config.hydra_grammar import escaped
 from task.config.models import model_schemas
-from task.config.overrides import hydra_override, read_override
+from task.config.overrides import hydra_override, path_of, read_override
 from task.config.schema import CONF_DIR, Config, anchored, checked
 
 # A file of conf/model says them beside the values of its network, the last two where it needs them;
@@ -109,10 +109,12 @@ def config_from_hydra(
     for name in TRAINED_WITH:
         model.pop(name, None)
         for word in words:
-            path = word.lstrip("+").partition("=")[0]
+            path = path_of(word)
             require(path != f"model.{name}", path, f"left out; say train.{name}=...", word)
     if not diffuses(model.get("family")):
-        _refuse_diffusion(model["family"], words)
+        others = [name for name, each in model_presets().items() if diffuses(each["family"])]
+        way_out = f", or choose another model: {_chosen(others)}"
+        _refuse_diffusion(model["family"], words, way_out=way_out)
         # A preset says them for the families that have them.
         values["diffusion"] = None
     data = values["data"]
@@ -127,14 +129,12 @@ def diffuses(family: object) -> bool:
     return any(schema.diffuses for schema in model_schemas(family).values())
 
 
-def _refuse_diffusion(family: str, words: Iterable[str]) -> None:
+def _refuse_diffusion(family: str, words: Iterable[str], *, way_out: str) -> None:
     for word in words:
-        path = word.lstrip("+").partition("=")[0]
+        path = path_of(word)
         if path.partition(".")[0] == "diffusion":
-            others = [name for name, model in model_presets().items() if diffuses(model["family"])]
             raise ValueError(
-                f"{path}: model.family={family} has no diffusion; leave {word} out, or choose "
-                f"another model: {', '.join(f'model={name}' for name in others)}"
+                f"{path}: model.family={family} has no diffusion; leave {word} out{way_out}"
             )
 
 
@@ -167,12 +167,19 @@ def resolved(tree: Mapping[Any, Any] | DictConfig) -> dict[str, Any]:
         raise ValueError(composition_error(error)) from error
 
 
+def _chosen(presets: Iterable[str]) -> str:
+    return ", ".join(f"model={name}" for name in presets)
+
+
 def composition_error(error: Exception) -> str:
     """Say in a few words what Hydra or OmegaConf did not accept, and why."""
     reasons = [str(error)] if error.__cause__ is None else [str(error), str(error.__cause__)]
     if unknown := re.match(r"Could not override '(.+)'\.", reasons[0]):
         # Hydra's own words advise to append what no part of feddm would read.
-        reasons = [f"no such value: {unknown[1]}"]
+        section, _, name = unknown[1].partition(".")
+        others = [preset for preset, values in model_presets().items() if name in values]
+        known = f"; it is one of {_chosen(others)}"
+        reasons = [f"no such value: {unknown[1]}{known if section == 'model' and others else ''}"]
     return "configuration: " + "; ".join(
         re.split("\nConfig search path|\n +full_key", reason)[0].strip() for reason in reasons
     )
@@ -199,7 +206,9 @@ def changed_config(
     Raises:
         ValueError: a name is none of `names`, or a value is wrong.
     """
-    tree = as_hydra(config)
+    tree, overrides = as_hydra(config), list(overrides)
+    if config.diffusion is None:
+        _refuse_diffusion(config.model.family, overrides, way_out="")
     given = {name: value for name, value in options.items() if value is not None}
     words = [*overrides, *(hydra_override(name, value) for name, value in given.items())]
     try:

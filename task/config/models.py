@@ -22,6 +22,7 @@ class ModelConfig(Section):
     """The network of a generator; `family` says of which.
 
     Attributes:
+        accumulates: whether a step may be on the gradients of several batches.
         diffuses: whether the family takes the section `diffusion`, which is null for others.
         drawing_values: paths of the values of this section that change how images are drawn from
             weights, and no weights.
@@ -30,6 +31,7 @@ class ModelConfig(Section):
         frozen_file: the file that training reads and leaves as it is; None in a family without.
     """
 
+    accumulates: ClassVar[bool] = True
     diffuses: ClassVar[bool] = False
     drawing_values: ClassVar[tuple[str, ...]] = ()
     loss_values: ClassVar[tuple[str, ...]] = ()
@@ -115,6 +117,7 @@ class VAEConfig(ModelConfig):
 class StyleGAN2ADAConfig(ModelConfig):
     """The networks of StyleGAN2 and how they are trained, see conf/model/stylegan2_ada.yaml."""
 
+    accumulates = False
     family: Literal["stylegan2_ada"]
     latent_dim: PositiveInt
     mapping_layers: PositiveInt
@@ -147,6 +150,7 @@ class StyleGAN2ADAConfig(ModelConfig):
 class ResNetGANConfig(ModelConfig):
     """A GAN of residual blocks."""
 
+    accumulates = False
     family: Literal["resnet_gan"]
     width: PositiveInt
     latent_dim: PositiveInt

@@ -21,6 +21,11 @@ def hydra_override(path: str, value: object) -> str:
     return f"{path}={hydra_value(value)}"
 
 
+def path_of(override: str) -> str:
+    """Return the dotted path of the value that an override sets: `a.b` of `++a.b=1`."""
+    return override.lstrip("+").partition("=")[0]
+
+
 def read_override(word: str, *, sweep: bool = False) -> str:
     """Write an override in Hydra's grammar as somebody typed it: `data.root=/tmp/a=b (x)`.
 

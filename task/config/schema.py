@@ -295,6 +295,13 @@ class Config(Section):
             self.run_name,
         )
         self.model.check_images(self.data)
+        require(
+            self.model.accumulates or self.train.accumulation == 1,
+            "train.accumulation",
+            f"1 with model.family={self.model.family}, whose optimizers follow each other; "
+            "train.batch_size alone says what a step is taken on",
+            self.train.accumulation,
+        )
         given, diffuses = self.diffusion is not None, self.model.diffuses
         require(
             given == diffuses,

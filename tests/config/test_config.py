@@ -238,6 +238,14 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
         ("model.family=nvae", [f"model.family must be one of {FAMILIES}, got 'nvae'"]),
         ("model.width=0", ["model.width must be > 0, got 0"]),
         ("+model.depth=3", ["no such value: model.depth"]),
+        (
+            "model.latent_noise=1",
+            ["no such value: model.latent_noise; it is one of model=small_gan"],
+        ),
+        (
+            "model=resnet_gan train.accumulation=2",
+            ["train.accumulation must be 1 with model.family=resnet_gan", "got 2"],
+        ),
         ("partition.beta=high", ["partition.beta must be a number, or null, got 'high'"]),
         ("resume=maybe", ["resume must be true or false, got 'maybe'"]),
         ("data.classes=abc", ["data.classes", "abc", "list"]),
@@ -499,6 +507,9 @@ def test_a_word_of_diffusion_is_refused_for_a_family_without_it(word: str, mixtu
         assert "model=mixture" not in str(caught.value)
     with pytest.raises(ValueError, match="has no diffusion"):
         load_run_config({"model": "mixture", "overrides": word})
+    config = load_config(["model=mixture"])
+    with pytest.raises(ValueError, match=rf"has no diffusion; leave {re.escape(word)} out$"):
+        changed_config(config, [word], options={}, names=config.generation_values)
     load_config([word.lstrip("+")])
 
 
