@@ -98,10 +98,10 @@ def private_superlink() -> Iterator[SuperLink]:
     finally:
         with uninterrupted():
             stop(process)
-            remove_folder(folder)
+            _remove_folder(folder)
 
 
-def remove_folder(folder: Path) -> None:
+def _remove_folder(folder: Path) -> None:
     """Remove a folder into which processes of Ray that are ending may still write."""
     deadline = time.monotonic() + REMOVAL_SECONDS
     shutil.rmtree(folder, ignore_errors=True)

@@ -381,7 +381,7 @@ def tables(
         ),
     ],
     figures: Annotated[
-        bool, typer.Option(help="Draw figures, 2 to 6 with the models of the runs, too.")
+        bool, typer.Option(help="Draw figures too; for 2 to 6 the models of the runs draw.")
     ] = True,
     device: Annotated[
         str, typer.Option(help="That draws the figures: auto, cpu, cuda or cuda:N.")

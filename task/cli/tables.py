@@ -11,7 +11,12 @@ import torch
 from task.files import atomic_path
 from task.reporting.figures import Picture, draw_figures
 from task.reporting.generator_figure import draw_generators
-from task.reporting.generator_tables import generator_groups, generator_tables
+from task.reporting.generator_tables import (
+    SECONDS,
+    SENT,
+    generator_groups,
+    generator_tables,
+)
 from task.reporting.metric_table import flat_evaluation
 from task.reporting.rendering import render
 from task.reporting.tables import (
@@ -154,6 +159,7 @@ def _csv_rows(folder: Path, runs: Sequence[Run], tables: Sequence[Table]) -> lis
             "tables": ", ".join(numbers.get(id(found), [])),
             "run": run.path.relative_to(folder).as_posix(),
             **_csv_settings(run),
+            **_csv_costs(run),
             **({} if found is None else flat_evaluation(found)),
         }
         for run, found in evaluated
@@ -166,6 +172,11 @@ def _csv_settings(run: Run) -> dict[str, Any]:
         for name, value in run.values.items()
         if name in ALSO_RECORDED or name not in FREE_TO_CHANGE
     }
+
+
+def _csv_costs(run: Run) -> dict[str, float | None]:
+    rounds = run.config.federation.rounds
+    return {"seconds_training": SECONDS.of(run, rounds), "megabytes_sent": SENT.of(run, rounds)}
 
 
 def _write_text(path: Path, text: str) -> None:

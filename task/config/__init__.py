@@ -25,7 +25,7 @@ from task.config.flower import (
     compose_run_config,
     load_run_config,
 )
-from task.config.frozen_file import FrozenFile
+from task.config.frozen_file import MODEL_FILE, FrozenFile
 from task.config.models import (
     MODELS,
     AttentionUNetConfig,
@@ -67,6 +67,7 @@ __all__ = [
     "IMAGE_RANGES",
     "MIN_MEASURED_IMAGES",
     "MODELS",
+    "MODEL_FILE",
     "OWN_IMAGES",
     "RUN_CONFIG_WORDS",
     "SAMPLER_VALUES",

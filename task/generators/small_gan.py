@@ -310,7 +310,9 @@ def read_pretrained(path: str, sha256: str = "") -> dict[str, Tensor]:
     try:
         tensors = load_tensors(content)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        raise ValueError(
+            f"model.pretrained must be a readable safetensors file, got that of {path}: {error}"
+        ) from error
     weights = {
         name.removeprefix(PRETRAINED_PREFIX): tensor
         for name, tensor in tensors.items()

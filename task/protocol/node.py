@@ -189,8 +189,9 @@ def _own_copy(config: Config, frozen: FrozenFile, node: NodeConfig) -> str:
     )
     if node.pretrained_generator is None:
         raise ValueError(
-            f"a node needs a copy of the generator that model={config.model.family} freezes: start "
-            f"it with --node-config '{NodeKey.PRETRAINED_GENERATOR.value}=\"/file\"'"
+            "a node needs a copy of the generator that model.family="
+            f"{config.model.family} freezes: start it with --node-config "
+            f"'{NodeKey.PRETRAINED_GENERATOR.value}=\"/file\"'"
         )
     return node.pretrained_generator
 

@@ -314,6 +314,7 @@ def _draw(
 def _described(config: Config) -> str:
     federation, beta = config.federation, config.partition.beta
     return (
+        f"model.family={config.model.family}, "
         f"R={federation.rounds} rounds of E={config.train.local_epochs} local epochs at "
         f"N={federation.num_supernodes} clients, "
         f"{'given counts' if beta is None else f'beta={beta:g}'}, seed {config.seed}"

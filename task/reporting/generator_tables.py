@@ -329,7 +329,10 @@ def _mean_cost(
     runs = [each.run for each in members]
     values = [cost.of(run, rounds or run.config.federation.rounds) for run in runs]
     known = [value for value in values if value is not None]
-    return mean_cell(known) if len(known) == len(values) else None
+    if len(known) < len(values):
+        return None
+    # What no seed changes has no spread.
+    return mean_cell(known) if len({*known}) > 1 else Cell(known[0])
 
 
 def _group_caption(group: GeneratorGroup) -> Iterator[str]:

@@ -136,7 +136,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell: of one run, the mean over several seeds, or a published or real one.
+    """A value in a table: of one run, the mean over several seeds, published, or of real images.
 
     Attributes:
         mean: the value.
@@ -164,7 +164,7 @@ class Gap(NamedTuple):
 
 
 class Headed(Protocol):
-    """What a cell tells: a `Quantity`, or a cost of a run."""
+    """What a column tells of each row: a `Quantity`, or a cost of a run."""
 
     @property
     def heading(self) -> str:
@@ -177,7 +177,12 @@ Columns = Mapping[str, Sequence[Measurement]]
 
 @dataclass(frozen=True)
 class Column:
-    """The scores of one data set: by row, then by metric."""
+    """What stands under one heading: by row, then by metric.
+
+    Attributes:
+        label: the heading: a data set, or a round.
+        rows: the cells of each row.
+    """
 
     label: str
     rows: Mapping[str, Scores]
@@ -195,7 +200,8 @@ class Table:
         title: with its number.
         rows: their labels, from top to bottom.
         metrics: of each column.
-        columns: one per data set, and one more where there are published values to compare with.
+        columns: one per data set or round, and one more where there are published values to
+            compare with.
         caption: what it holds for, a sentence per line.
         verdicts: whether the paper's ordering holds, a line per data set and metric.
         members: the measurements in it.

@@ -36,7 +36,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from task.config import Config, read_config
+from task.config import MODEL_FILE, Config, read_config
 
 SCHEMA_FILE = "schema.json"
 # Of what is in a folder. The first, which wrote no schema.json, named what are fields of a record
@@ -121,7 +121,7 @@ def client_numbers(run: Path) -> dict[int, int] | None:
 
 def weights_file(run: Path, client: int | None = None) -> Path:
     """Return the file of a run's final weights, or of those of one of its simulated clients."""
-    return run / ("model.safetensors" if client is None else f"local/client-{client}.safetensors")
+    return run / (MODEL_FILE if client is None else f"local/client-{client}.safetensors")
 
 
 def starting_file(start_from: str) -> Path:

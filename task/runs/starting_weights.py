@@ -46,8 +46,9 @@ def load_starting_weights(generator: Generator, start_from: str) -> dict[str, An
         more = f", and {len(misfits) - NUM_NAMED} more" if len(misfits) > NUM_NAMED else ""
         raise ValueError(
             f"train.start_from: {file} holds weights of another model than this run's "
-            f"({'; '.join(misfits[:NUM_NAMED])}{more}); give the same model and data.classes, "
-            "channels and image_size, or leave train.start_from out"
+            f"({'; '.join(misfits[:NUM_NAMED])}{more}); give the same sections model and "
+            "diffusion and the same data.classes, channels and image_size, "
+            "or leave train.start_from out"
         )
     state = {**generator.state_dict(), **weights}
     generator.load_state_dict(state, assign=next(generator.parameters()).is_meta)

@@ -246,7 +246,7 @@ def test_training_before_the_file_is_read_is_refused(pretrained: Path) -> None:
     [
         (None, ValueError, "model.pretrained must be a finished run of model=resnet_gan"),
         ("nowhere", FileNotFoundError, "there is no .*nowhere"),
-        ("text.safetensors", ValueError, "is not a readable safetensors file"),
+        ("text.safetensors", ValueError, r"model\.pretrained must be a readable safetensors file"),
         ("other.safetensors", ValueError, r"whose tensors are named generator_ema\.\*"),
     ],
 )

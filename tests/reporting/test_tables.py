@@ -413,7 +413,11 @@ def test_floor_of_another_number_of_images_is_left_out(sweep: Sweep) -> None:
 
 
 def test_the_csv_has_a_line_per_run_and_evaluation(sweep: Sweep) -> None:
-    sweep.evaluate(sweep.add("a", "partition.beta=1", "seed=4"), image_range="paper", seed=2)
+    run = sweep.add("a", "partition.beta=1", "seed=4")
+    sweep.evaluate(run, image_range="paper", seed=2)
+    costs = [Record(r, "seconds_training", 1.5) for r in (1, 2, 3)]
+    costs.append(Record(1, "weight_bytes", 1e6))
+    (run / "metrics.jsonl").write_text("".join(each.line() for each in costs))
     sweep.add("sub/b", "partition.beta=5", "seed=4")
     sweep.add("c", "federation.rounds=7")
     sweep.add("d", evaluated=False)
@@ -430,6 +434,8 @@ def test_the_csv_has_a_line_per_run_and_evaluation(sweep: Sweep) -> None:
         "0.5",
     )
     assert lines["a", "paper"]["eval.seed"] == "2"
+    # The bytes of two of its rounds are not known.
+    assert (first["seconds_training"], first["megabytes_sent"]) == ("4.5", "")
     assert [lines[key]["tables"] for key in (("a", "paper"), ("c", "correct"), ("d", ""))] == [
         *("", "", ""),
     ]

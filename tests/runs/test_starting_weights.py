@@ -47,7 +47,7 @@ def test_what_stays_at_a_client_is_not_taken(tmp_path: Path) -> None:
     [
         ({"data.channels": 3}, r"up\.0\.1\.\S+: \(1,\) there, \(3,\) here"),
         ({"data.classes": ["a", "b"]}, r"class_embedding\S*: \(10, 4\) there, \(2, 4\) here"),
-        ({"model.width": 8}, r"and \d+ more\); give the same model"),
+        ({"model.width": 8}, r"and \d+ more\); give the same sections model"),
     ],
 )
 def test_what_does_not_fit_is_named(
