@@ -268,7 +268,7 @@ def test_file_of_any_family_is_known_and_each_nodes_own(
     assert values["model.base"] == str(tmp_path / "base")
     assert values["model.base_sha256"] == hashlib.sha256(b"weights").hexdigest()
     with pytest.raises(
-        ValueError, match=r"copy of the generator that model\.family=on_top freezes"
+        ValueError, match=r"the generator that model\.family=on_top freezes"
     ):
         own_config(load_config(words).changed(values), NodeConfig())
     own = own_config(load_config(words).changed(values), NodeConfig(pretrained_generator="own"))
