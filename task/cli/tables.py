@@ -88,14 +88,14 @@ def _read_sweep(folder: Path) -> tuple[list[Run], list[Measurement], dict[str, l
         "cannot be read": unreadable,
     }
     if not runs:
-        begun = f" ({_listed(without_model)})" if any(without_model.values()) else ""
+        begun = f" ({_left_out_in_words(without_model)})" if any(without_model.values()) else ""
         raise ValueError(f"SWEEP_DIR: no finished run in {folder}{begun}")
     measured, left_out = measurements(runs)
     left_out |= {why: which for why, which in without_model.items() if which}
     if not measured:
         raise ValueError(
             f"SWEEP_DIR: no measured run in {folder}: call feddm evaluate RUN for each, or train "
-            f"with eval.final_metrics=true ({_listed(left_out)})"
+            f"with eval.final_metrics=true ({_left_out_in_words(left_out)})"
         )
     return runs, measured, left_out
 
@@ -129,7 +129,7 @@ def _unfinished_runs(folder: Path, unreadable: list[str]) -> tuple[list[str], li
     return unfinished, diverged
 
 
-def _listed(left_out: Mapping[str, Sequence[str]]) -> str:
+def _left_out_in_words(left_out: Mapping[str, Sequence[str]]) -> str:
     return "; ".join(f"{why}: {', '.join(which)}" for why, which in left_out.items() if which)
 
 

@@ -90,6 +90,30 @@ class Batch:
         return start, end
 
 
+class StepMeans:
+    """Means of what steps of training measure, read without any step waiting for a GPU."""
+
+    def __init__(self) -> None:
+        # On the device that computes them, until they are read.
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    @torch.no_grad()
+    def add(self, batch: Batch, **values: Tensor) -> None:
+        """Add values of the images of `batch.part`, tensors of any shape, by name.
+
+        The mean over the processes that train together is that of the whole batch.
+        """
+        for name, value in values.items():
+            added = batch.weight * value.detach().mean().double() * len(batch)
+            self._sums[name] = self._sums[name] + added if name in self._sums else added
+            self._counts[name] = self._counts.get(name, 0) + len(batch)
+
+    def read(self) -> dict[str, Tensor]:
+        """Return the mean over images of what was added by each name, scalars."""
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
+
+
 class Generator(nn.Module, ABC):
     """A family's networks, their losses and how they draw.
 
@@ -111,6 +135,7 @@ class Generator(nn.Module, ABC):
         measures: names of what `measured` gives.
         noise_dim: how many numbers an image is drawn from; None: noise of the shape of the image.
         evaluations_per_image: how often `sample` evaluates a network for an image.
+        means: of what steps add to them since `start`.
     """
 
     title: str
@@ -124,6 +149,11 @@ class Generator(nn.Module, ABC):
     measures: tuple[str, ...] = ()
     noise_dim: int | None = None
     evaluations_per_image: int = 1
+
+    def __init__(self) -> None:
+        """Make a generator without networks."""
+        super().__init__()
+        self.means = StepMeans()
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
@@ -144,6 +174,7 @@ class Generator(nn.Module, ABC):
 
         It is the place to wait for the device, which no step does.
         """
+        self.means = StepMeans()
 
     @abstractmethod
     def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
@@ -172,9 +203,9 @@ class Generator(nn.Module, ABC):
         """Return the "loss" of each image and its `loss_parts`, [N] float32; None without one."""
         return None
 
-    def measured(self) -> Mapping[str, Tensor]:
+    def measured(self) -> dict[str, Tensor]:
         """Return the `measures` of the training since `start`, as means over its steps."""
-        return {}
+        return self.means.read()
 
     def why_diverged(self, measures: Mapping[str, float]) -> str:
         """Say why the means over the clients of a round show no training any more; else nothing.

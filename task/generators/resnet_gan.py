@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from task.config import Config, ResNetGANConfig
 from task.generators.base import Advance, Batch, Generator, NoiseSource
-from task.generators.step_means import StepMeans
 
 # The side of the feature maps that the first linear layer makes, and the widths from there on.
 START_SIZE = 4
@@ -304,7 +303,6 @@ class ResNetGAN(Generator):
         # Float, so that it travels with the average that it is of.
         self.register_buffer("num_averaged", torch.zeros(()))
         self.num_averaged: Tensor
-        self._means = StepMeans()
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the networks that are trained."""
@@ -322,10 +320,6 @@ class ResNetGAN(Generator):
             )
         }
 
-    def start(self) -> None:
-        """Begin to measure."""
-        self._means = StepMeans()
-
     def losses(self, batch: Batch, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         """Yield the hinge losses: of the discriminator, some times, and of the generator.
 
@@ -338,14 +332,14 @@ class ResNetGAN(Generator):
             both = self.discriminator(torch.cat([images, drawn]), torch.cat([labels, labels]))
             real, fake = both.chunk(2)
             loss = functional.relu(1 - real) + functional.relu(1 + fake)
-            self._means.add(batch, discriminator_loss=loss, real_sign=real.sign())
+            self.means.add(batch, discriminator_loss=loss, real_sign=real.sign())
             yield "discriminator", loss
         latents = self._latents(batch, rng)
         # Its gradients would be computed for nothing.
         self.discriminator.requires_grad_(False)
         try:
             loss = -self.discriminator(self.generator(latents, labels), labels)
-            self._means.add(batch, generator_loss=loss)
+            self.means.add(batch, generator_loss=loss)
             yield "generator", loss
         finally:
             self.discriminator.requires_grad_(True)
@@ -363,10 +357,6 @@ class ResNetGAN(Generator):
         averages = self.generator_ema.state_dict().values()
         for average, value in zip(averages, self.generator.state_dict().values(), strict=True):
             average.lerp_(value, 1 - decay)
-
-    def measured(self) -> dict[str, Tensor]:
-        """Return the means of `measures` over the steps since `start`."""
-        return self._means.read()
 
     def why_diverged(self, measures: Mapping[str, float]) -> str:
         """Say why the means over clients of a round show a failure; "" where they do not."""

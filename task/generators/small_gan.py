@@ -14,7 +14,6 @@ from task.config import Config, SmallGANConfig
 from task.efficientnet import check_pretrained, enlarged, pretrained_efficientnet
 from task.generators.base import Advance, Batch, Generator, NoiseSource
 from task.generators.resnet_gan import Modulation, ResNetGenerator, modulated_channels
-from task.generators.step_means import StepMeans
 
 # What a pretrained file names the moving average of its generator by.
 PRETRAINED_PREFIX = "generator_ema."
@@ -84,7 +83,7 @@ class SmallGAN(Generator):
         self.image_shape, self.noise_dim = image_shape, latent_dim
         self.loss, self.truncation = loss, truncation
         self._pretrained, self._sha256 = pretrained, pretrained_sha256
-        self._is_loaded, self._means = False, StepMeans()
+        self._is_loaded = False
         self._channels = modulated_channels(width, image_shape[1])
         self.base = ResNetGenerator(image_shape, width=width, latent_dim=latent_dim, num_classes=1)
         self.base.requires_grad_(False).eval()
@@ -132,10 +131,6 @@ class SmallGAN(Generator):
         trained = [each for each in (self.scale, self.shift, self.latents) if each is not None]
         return {"adam": torch.optim.Adam(trained, lr=lr, fused=True)}
 
-    def start(self) -> None:
-        """Begin to measure."""
-        self._means = StepMeans()
-
     def losses(self, batch: Batch, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         """Yield the losses of drawing the images of a batch from their latents."""
         if self.latents is None:
@@ -149,13 +144,9 @@ class SmallGAN(Generator):
         drawn = self.base(noisy, labels, self._modulation(labels))
         reconstruction = self.loss.of_images(drawn, batch.images[part])
         distances = latent_distances(latents, prior)[part]
-        self._means.add(batch, reconstruction=reconstruction, latent_distance=distances)
+        self.means.add(batch, reconstruction=reconstruction, latent_distance=distances)
         losses = reconstruction + self.loss.latent_weight * distances
         yield "adam", losses + self.loss.regularization_weight * self._regularization()
-
-    def measured(self) -> dict[str, Tensor]:
-        """Return the means of `measures` over the steps since `start`."""
-        return self._means.read()
 
     def _modulation(self, labels: Tensor) -> Modulation:
         rows = labels if len(self.scale) > 1 else torch.zeros_like(labels)

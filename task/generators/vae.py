@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from task.config import Config, VAEConfig
 from task.generators.base import Advance, Batch, Generator, NoiseSource
-from task.generators.step_means import StepMeans
 
 
 class ClassBiasedLinear(nn.Module):
@@ -178,7 +177,6 @@ class VAE(Generator):
         self.image_shape, self.noise_dim = image_shape, latent_dim
         self.class_conditional, self.pixel_std = class_conditional, pixel_std
         self._network_arguments = dict(network_arguments)
-        self._means = StepMeans()
 
     def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
         """Make the one Adam of both networks."""
@@ -187,16 +185,8 @@ class VAE(Generator):
     def losses(self, batch: Batch, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         """Yield the negative ELBO of each image."""
         found = self.example_losses(batch, rng)
-        self._means.add(batch, **{name: found[name] for name in self.measures})
+        self.means.add(batch, **{name: found[name] for name in self.measures})
         yield "adam", found["loss"]
-
-    def start(self) -> None:
-        """Begin to measure."""
-        self._means = StepMeans()
-
-    def measured(self) -> dict[str, Tensor]:
-        """Return the means of the loss's parts over the images trained on since `start`."""
-        return self._means.read()
 
     def example_losses(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         """Return the negative ELBO of each image and its two parts; see the class."""

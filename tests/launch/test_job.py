@@ -267,9 +267,7 @@ def test_file_of_any_family_is_known_and_each_nodes_own(
     values = flat_values(settle_frozen_file(anchored(load_config(words), tmp_path)))
     assert values["model.base"] == str(tmp_path / "base")
     assert values["model.base_sha256"] == hashlib.sha256(b"weights").hexdigest()
-    with pytest.raises(
-        ValueError, match=r"the generator that model\.family=on_top freezes"
-    ):
+    with pytest.raises(ValueError, match=r"the generator that model\.family=on_top freezes"):
         own_config(load_config(words).changed(values), NodeConfig())
     own = own_config(load_config(words).changed(values), NodeConfig(pretrained_generator="own"))
     assert flat_values(own)["model.base"] == str(Path.home() / "own")

@@ -60,34 +60,22 @@ class Adaptation(nn.Module):
         signs: sum of the discriminator's signs at real images since the last change of
             `probability`, and how many images these were, [2] float32.
         num_batches: trained on so far, [] int64.
-        totals: since `start`: sums of the discriminator's loss, the generator's loss and the
-            mean sign over batches, and the number of batches, [4] float32.
     """
 
     probability: Tensor
     signs: Tensor
     num_batches: Tensor
-    totals: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("probability", torch.zeros(()))
         self.register_buffer("signs", torch.zeros(2))
         self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("totals", torch.zeros(4))
 
     @torch.no_grad()
-    def see(self, real_logits: Tensor, loss: Tensor) -> None:
-        """Note the discriminator's logits at real images, [N], and its losses, [N]."""
-        signs = real_logits.detach().sign()
+    def see(self, signs: Tensor) -> None:
+        """Note the signs of the discriminator's logits at real images, [N]."""
         self.signs += torch.stack([signs.sum(), torch.ones_like(signs).sum()])
-        zero = torch.zeros_like(signs[0])
-        self.totals += torch.stack([loss.detach().mean(), zero, signs.mean(), zero + 1])
-
-    @torch.no_grad()
-    def see_drawn(self, loss: Tensor) -> None:
-        """Note the generator's losses, [N]."""
-        self.totals[1] += loss.detach().mean()
 
     @torch.no_grad()
     def adapt(self, *, target: float, kimg: float) -> None:
@@ -167,8 +155,8 @@ class StyleGAN2ADA(Generator):
 
     def start(self) -> None:
         """Continue the count of batches of this client, and begin to measure."""
+        super().start()
         self._num_batches = int(self.adaptation.num_batches)
-        self.adaptation.totals.zero_()
 
     def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
         """Make an Adam for each network, slowed by the steps that regularization adds."""
@@ -238,13 +226,15 @@ class StyleGAN2ADA(Generator):
             drawn = self._augmented(self._drawn(batch, rng), batch, rng)
         real_logits = self.discriminator(real, labels)
         losses = F.softplus(-real_logits) + F.softplus(self.discriminator(drawn, labels))
-        self.adaptation.see(real_logits, losses)
+        signs = real_logits.detach().sign()
+        self.adaptation.see(signs)
+        self.means.add(batch, discriminator_loss=losses, real_sign=signs)
         return losses
 
     def _generator_losses(self, batch: Batch, rng: torch.Generator) -> Tensor:
         drawn = self._augmented(self._drawn(batch, rng), batch, rng)
         losses = F.softplus(-self.discriminator(drawn, batch.labels[batch.part]))
-        self.adaptation.see_drawn(losses)
+        self.means.add(batch, generator_loss=losses)
         return losses
 
     def _path_length_penalties(self, batch: Batch, rng: torch.Generator) -> Tensor:
@@ -288,11 +278,8 @@ class StyleGAN2ADA(Generator):
             average.lerp_(current, change)
 
     def measured(self) -> dict[str, Tensor]:
-        """Return the means over the batches since `start`, and what is augmented now."""
-        discriminator, generator, sign, number = self.adaptation.totals
-        means = (discriminator / number, generator / number)
-        values = (*means, self.adaptation.probability, sign / number)
-        return dict(zip(self.measures, values, strict=True))
+        """Return the means since `start`, and with what probability images are augmented now."""
+        return super().measured() | {"augmentation_probability": self.adaptation.probability}
 
     def why_diverged(self, measures: Mapping[str, float]) -> str:
         """Say where a loss is not finite or the discriminator has won; see `measures`."""
