@@ -94,3 +94,13 @@ def wait_for(condition: Callable[[], bool], *, seconds: float, what: str) -> Non
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not happen within {seconds:g} s")
         time.sleep(0.1)
+
+
+def processes_below(folder: str) -> list[int]:
+    """Return the pids of this user's processes that keep their temporary files in a folder."""
+    variable, found = os.fsencode(f"TMPDIR={folder}"), []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # another user's process, or one that has ended since
+            if variable in environment.read_bytes().split(b"\0"):
+                found.append(int(environment.parent.name))
+    return found

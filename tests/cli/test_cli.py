@@ -109,7 +109,7 @@ def test_every_command_teaches_by_examples_that_can_be_copied(name: str) -> None
         ("feddm tables nothing", "feddm: SWEEP_DIR: there is no folder nothing"),
         ("feddm doctor --data-root nothing", "feddm: --data-root: there is no folder nothing"),
         ("feddm check-node nonsense=1", "feddm: configuration: no such value: nonsense"),
-        ("feddm-train nonsense=1", "Could not override 'nonsense'"),
+        ("feddm-train nonsense=1", "feddm-train: configuration: no such value: nonsense"),
         ("feddm-train data=chest_xray data.root=nothing", "nothing: there is no such folder"),
         ("feddm-train run_name=..", "feddm-train: run_name must be the name of one folder"),
         ("feddm-train resume=true run_name=no", "no holds no run; check output_dir and run_name"),

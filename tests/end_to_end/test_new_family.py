@@ -59,7 +59,7 @@ def test_its_configuration_has_no_diffusion(
     )
     assert drawn.returncode != 0
     said = drawn.stderr.splitlines()[-1]
-    assert "an override must be NAME=VALUE" in said and "diffusion.eta=0" in said
+    assert "diffusion.eta: model.family=pixel_gaussians has no diffusion; leave" in said
 
 
 def test_it_learns_in_a_federation_and_is_measured(run: Path) -> None:
