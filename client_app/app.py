@@ -78,7 +78,7 @@ def train(message: Message, context: Context) -> Message:
     config = workspace.config
     images, _ = workspace.images(context)
     generator = workspace.generator
-    with LocalState(workspace, asked).held() as state:
+    with LocalState(workspace, asked, images).held() as state:
         generator.prepare(len(images))
         receive_weights(workspace, message)
         # Before the optimizers, whose state lies in memory as the weights do.
@@ -148,7 +148,7 @@ def evaluate(message: Message, context: Context) -> Message:
     if len(held_out) > 0:
         workspace.generator.prepare(len(images))
         receive_weights(workspace, message)
-        LocalState(workspace, asked).load()
+        LocalState(workspace, asked, images).load()
         precision = choose_precision(workspace, context, str(asked[Key.PRECISION]))
         losses = held_out_losses(
             workspace.generator,

@@ -1,5 +1,6 @@
 """What a client keeps of its training from one round to the next, and never sends."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from flwr.app import ConfigRecord
 
 from client_app.log import logger
 from client_app.workspace import Workspace
+from task.data import ImageSet
 from task.files import remove_left_overs
 from task.lock import hold
 from task.protocol.node import missing_output_path, output_folder
@@ -30,12 +32,13 @@ class LocalState:
     it then begins with the state that it began with before.
     """
 
-    def __init__(self, workspace: Workspace, asked: ConfigRecord) -> None:
+    def __init__(self, workspace: Workspace, asked: ConfigRecord, images: ImageSet) -> None:
         """Make the folder, where anything is kept.
 
         Args:
             workspace: whose generator says what is kept.
             asked: what the server's message says of the run and the client.
+            images: that the client trains on.
 
         Raises:
             OSError: the folder cannot be made, such as on a disk that is not mounted.
@@ -46,6 +49,7 @@ class LocalState:
         self._round = int(asked[Key.SERVER_ROUND])  # type: ignore[arg-type]
         self._run_id = str(asked[Key.RUN_ID])
         self._keep = workspace.config.federation.keep_checkpoints
+        self._images = images_digest(images) if self._generator.bound_to_images else ""
         self._folder = None
         if self._generator.keeps_state:
             self._folder = _make_folder(workspace, str(asked[Key.RUN_NAME]), self._client)
@@ -90,14 +94,19 @@ class LocalState:
                 "folder away, and this client starts anew"
             )
         local, gathered = split_groups(tensors)
+        way_out = "move its folder away, and this client starts anew"
+        if metadata["images"] != self._images:
+            raise ValueError(
+                f"{earlier[-1]} does not fit: this client has other images than after round "
+                f"{metadata['round']}; {way_out}"
+            )
         try:
             self._generator.load_state_dict({**self._generator.state_dict(), **local})
             for name in self._generator.local_optimizers & (optimizers or {}).keys():
                 load_optimizer_tensors((optimizers or {})[name], gathered.get(name, {}))
         except RuntimeError as error:
             raise ValueError(
-                f"{earlier[-1]} does not fit: this client has another number of images than after "
-                f"round {metadata['round']}; move its folder away, and this client starts anew"
+                f"{earlier[-1]} does not fit this run's model ({error}); {way_out}"
             ) from error
         logger.info("round %d: goes on from the state of %s", self._round, earlier[-1].name)
 
@@ -123,7 +132,12 @@ class LocalState:
         save_weights(
             self._folder / f"round_{self._round:04d}.safetensors",
             join_groups(local, gathered),
-            {"round": str(self._round), "run": self._run_id, "client": str(self._client)},
+            {
+                "round": str(self._round),
+                "run": self._run_id,
+                "client": str(self._client),
+                "images": self._images,
+            },
         )
         # One more than the server's checkpoints, because its last may be of the round before.
         for old in self._files()[: -(self._keep + 1)]:
@@ -131,6 +145,11 @@ class LocalState:
 
     def _files(self) -> list[Path]:
         return [] if self._folder is None else sorted(self._folder.glob(ROUND_FILES), key=round_of)
+
+
+def images_digest(images: ImageSet) -> str:
+    """Return what images in their order are known by, in hexadecimal digits."""
+    return hashlib.sha256(images.images.contiguous().numpy().data).hexdigest()
 
 
 def _make_folder(workspace: Workspace, run_name: str, client: int) -> Path:

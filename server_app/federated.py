@@ -1,7 +1,7 @@
 """The rounds of a federated run: who trains, what is asked of them, what comes back."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -27,7 +27,7 @@ from task.data.partition import partition_dataset
 from task.evaluation.hospital_scores import HospitalScores
 from task.protocol.wire import Key, WeightLayout, Weights
 from task.runs.layout import CLASS_COUNTS_FILE, NODES_FILE, client_numbers
-from task.runs.records import LEFT_OUT, TEST, TRAIN, Record, records_of
+from task.runs.records import CLIENT_DIVERGENCE, LEFT_OUT, TEST, TRAIN, Record, records_of
 from task.runs.writer import RunWriter
 
 
@@ -160,6 +160,8 @@ class FederatedTraining(RoundLoop):
         clients = self.draw_clients(server_round)
         losses, measured, told = self.train_clients(server_round, clients)
         left_out = self._exchange.left_out
+        each_why = ((client, self.model.why_diverged(each)) for client, each in measured.items())
+        wrong = {client: why for client, why in each_why if why}
         if len(losses) < self.config.federation.min_replies:
             self._failed |= left_out.keys()
             raise TooFewRepliesError(
@@ -176,9 +178,15 @@ class FederatedTraining(RoundLoop):
             loss_record(server_round, self._weighting.combined(counted), TRAIN),
             *records_of(server_round, measures, reference=TRAIN),
             Record(server_round, "num_clients", len(losses)),
+            *(
+                Record(server_round, CLIENT_DIVERGENCE, 1, client=client, context={"reason": why})
+                for client, why in wrong.items()
+            ),
         ]
-        if why := self.model.why_diverged(measures):
-            raise self.diverged(server_round, why, told)
+        if len(wrong) == len(losses) and self.may_end_run(losses):
+            raise self.diverged(server_round, described(wrong), told)
+        if wrong:
+            log(f"round {server_round}: {described(wrong)}; the weights are used")
         self.phases.enter("aggregating")
         self.weights = self.strategy.finish()
         self.directory.record(told)
@@ -298,8 +306,11 @@ class FederatedTraining(RoundLoop):
     def evaluate(self, server_round: int) -> str | None:
         """Measure the loss of the global weights on what all clients hold out, and say it.
 
-        None where no client could say; that is no reason to give the round's training up.
+        None where the family has none, or no client could say; that is no reason to give the
+        round's training up.
         """
+        if not self.model.has_test_loss:
+            return None
         losses: list[tuple[int, dict[str, float]]] = []
         clients = list(self._nodes.node_ids)
         packed = self._layout.pack(self.final_weights(), self.config.federation.wire_dtype)
@@ -383,9 +394,13 @@ class FederatedTraining(RoundLoop):
         all_diverged = len(left_out) == len(clients) > 0 and all(
             isinstance(why, Diverged) for why in left_out.values()
         )
-        alone = len({*self._failed, *clients}) == 1 < len(self._nodes.node_ids)
-        if all_diverged and (self.simulated or not alone):
+        if all_diverged and self.may_end_run(clients):
             raise self.diverged(server_round, described(left_out), unused)
+
+    def may_end_run(self, clients: Collection[int]) -> bool:
+        """Whether the run ends where all of these clients diverge; not by one hospital of many."""
+        alone = len({*self._failed, *clients}) == 1 < len(self._nodes.node_ids)
+        return self.simulated or not alone
 
 
 def loss_record(
@@ -429,10 +444,10 @@ def possible_times(spent: Mapping[str, float], elapsed: float) -> dict[str, floa
     }
 
 
-def described(left_out: Mapping[int, UnusableReply]) -> str:
-    """Say which clients were left out for which reason, each reason once."""
+def described(reasons: Mapping[int, object]) -> str:
+    """Say of which clients there is which reason, by their numbers, each reason once."""
     by_reason: dict[str, list[int]] = {}
-    for client, reason in sorted(left_out.items()):
+    for client, reason in sorted(reasons.items()):
         by_reason.setdefault(str(reason), []).append(client)
     return "; ".join(
         f"{'client' if len(clients) == 1 else 'clients'} {' '.join(map(str, clients))}: {reason}"

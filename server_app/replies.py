@@ -26,8 +26,8 @@ ADVICE = {
     "names it",
     FailureCode.TOO_FEW_IMAGES: "it has fewer images than its hospital takes part with "
     "(min-images); its own log counts them",
-    FailureCode.MISSING_WEIGHTS: "it lacks what eval.extractor=efficientnet needs; its own log "
-    "says what to install, and eval.extractor=classifier needs nothing",
+    FailureCode.MISSING_WEIGHTS: "it lacks the pre-trained weights of eval.extractor=efficientnet "
+    "or model.perceptual_weight > 0; its own log says what to install or to do without",
 }
 
 # Beyond this no loss or count means anything, and sums over clients could overflow.

@@ -222,6 +222,8 @@ class RoundLoop(ABC):
         summary += f", {spent['overhead_share']:.0%} outside training"
         if self.evaluation.is_due(server_round):
             summary += f", {self.evaluate_and_draw(server_round)}"
+        # Only now, because an evaluation can find that this round has diverged.
+        self.directory.forget_checkpoints()
         self.directory.record_time()
         return summary
 

@@ -292,6 +292,7 @@ def written_run(
         weights = initial_generator(config).state_dict()
         for number in range(1, rounds_done + 1):
             directory.save_checkpoint(number, weights, {})
+            directory.forget_checkpoints()
         if rounds_done == config.federation.rounds:
             directory.save_model(rounds_done, weights)
     return folder

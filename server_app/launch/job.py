@@ -32,7 +32,12 @@ from task.runs.resume import check_startable, different_values
 from task.runs.run import find_runs
 from task.runs.starting_weights import load_starting_weights
 from task.runs.writer import RunWriter
-from task.training.devices import is_compiled, select_device, torch_configured
+from task.training.devices import (
+    check_deterministic,
+    is_compiled,
+    select_device,
+    torch_configured,
+)
 from task.training.distributed import count_processes
 
 RAY_ANSWER_SECONDS = 10.0
@@ -170,10 +175,11 @@ def check_images(config: Config) -> Dataset:
         FileNotFoundError: the data set, or a file of weights or of the extractor, is not there.
         ValueError: they do not fit the configuration.
     """
-    if config.model.frozen_file is not None:
-        initial_generator(config)  # whether its file is there and fits
+    frozen = config.model.frozen_file is not None
+    generator = initial_generator(config) if frozen else weightless_generator(config)
+    check_deterministic(generator, config)
     if config.train.start_from and last_complete_round(run_path(config)) == 0:
-        load_starting_weights(weightless_generator(config), config.train.start_from)
+        load_starting_weights(generator, config.train.start_from)
     dataset = load_images(config)
     if config.train.mode == "federated":
         partition_dataset(config, dataset, config.federation.num_supernodes)

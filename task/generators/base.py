@@ -130,11 +130,13 @@ class Generator(nn.Module, ABC):
             others are new in each.
         undrawn: beginnings of the names of what `sample` does not read, which `federation.local`
             may keep at clients.
+        bound_to_images: whether something of what stays belongs to single training images.
         private: names of the optimizers whose losses look at real images.
         loss_parts: names of what `example_losses` gives beside the loss.
         measures: names of what `measured` gives.
         noise_dim: how many numbers an image is drawn from; None: noise of the shape of the image.
         evaluations_per_image: how often `sample` evaluates a network for an image.
+        deterministic_on_gpu: whether `train.deterministic` trains it on a GPU.
         means: of what steps add to them since `start`.
     """
 
@@ -144,11 +146,13 @@ class Generator(nn.Module, ABC):
     frozen: frozenset[str] = frozenset()
     local_optimizers: frozenset[str] = frozenset()
     undrawn: frozenset[str] = frozenset()
+    bound_to_images: bool = False
     private: frozenset[str] = frozenset()
     loss_parts: tuple[str, ...] = ()
     measures: tuple[str, ...] = ()
     noise_dim: int | None = None
     evaluations_per_image: int = 1
+    deterministic_on_gpu: bool = True
 
     def __init__(self) -> None:
         """Make a generator without networks."""
@@ -208,7 +212,7 @@ class Generator(nn.Module, ABC):
         return self.means.read()
 
     def why_diverged(self, measures: Mapping[str, float]) -> str:
-        """Say why the means over the clients of a round show no training any more; else nothing.
+        """Say why what a client measured in a round shows no training any more; else nothing.
 
         Here: one of them is not finite.
         """
@@ -262,6 +266,11 @@ class Generator(nn.Module, ABC):
     def drawing_settings(self) -> Mapping[str, Any]:
         """Return in plain values what drawing needs beside the weights, for an export."""
         return {}
+
+    @property
+    def has_test_loss(self) -> bool:
+        """Whether there are `example_losses`."""
+        return type(self).example_losses is not Generator.example_losses
 
     @property
     def keeps_state(self) -> bool:

@@ -263,6 +263,7 @@ class ResNetGAN(Generator):
         generator: as it is trained.
         generator_ema: its moving average.
         discriminator: tells images from real ones.
+        averaged_share: that the generator has in its moving average after a step, [] float32.
     """
 
     title = "GAN of residual blocks"
@@ -300,9 +301,9 @@ class ResNetGAN(Generator):
             image_shape, width=width, num_classes=num_classes
         )
         self.generator_ema = copy.deepcopy(self.generator).requires_grad_(False).eval()
-        # Float, so that it travels with the average that it is of.
-        self.register_buffer("num_averaged", torch.zeros(()))
-        self.num_averaged: Tensor
+        # Not the number of steps, which would be by far the largest of the weights that are sent.
+        self.register_buffer("averaged_share", torch.tensor(0.9))
+        self.averaged_share: Tensor
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the networks that are trained."""
@@ -351,15 +352,15 @@ class ResNetGAN(Generator):
     @torch.no_grad()
     def after_step(self) -> None:
         """Follow the generator, normalization statistics included, with its moving average."""
-        self.num_averaged += 1
-        # At first it forgets quickly what was drawn at random.
-        decay = ((1 + self.num_averaged) / (10 + self.num_averaged)).clamp(max=self.ema_decay)
+        # After n steps 9 / (10 + n): at first it forgets quickly what was drawn at random.
+        share = self.averaged_share / (1 + self.averaged_share / 9)
+        self.averaged_share.copy_(share.clamp(min=1 - self.ema_decay))
         averages = self.generator_ema.state_dict().values()
         for average, value in zip(averages, self.generator.state_dict().values(), strict=True):
-            average.lerp_(value, 1 - decay)
+            average.lerp_(value, self.averaged_share)
 
     def why_diverged(self, measures: Mapping[str, float]) -> str:
-        """Say why the means over clients of a round show a failure; "" where they do not."""
+        """Say where a measure is not finite or the discriminator has won; "" where neither."""
         if (wrong := super().why_diverged(measures)) or measures["discriminator_loss"] >= WON:
             return wrong
         return (

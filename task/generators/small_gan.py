@@ -46,9 +46,10 @@ class SmallGAN(Generator):
     well, at a learning rate of 1e-7, which is left out.
     """
 
-    title = "adapted GAN"
+    title = "GAN with adapted batch statistics"
     private = frozenset({"adam"})
     local: frozenset[str] = frozenset({"latents"})
+    bound_to_images = True
     frozen: frozenset[str] = frozenset({"base."})
     # Of the latents; that of a few thousand scales adds nothing of note.
     local_optimizers: frozenset[str] = frozenset({"adam"})
@@ -146,20 +147,27 @@ class SmallGAN(Generator):
         distances = latent_distances(latents, prior)[part]
         self.means.add(batch, reconstruction=reconstruction, latent_distance=distances)
         losses = reconstruction + self.loss.latent_weight * distances
-        yield "adam", losses + self.loss.regularization_weight * self._regularization()
+        yield "adam", losses + self.loss.regularization_weight * self._regularization(labels)
 
     def _modulation(self, labels: Tensor) -> Modulation:
-        rows = labels if len(self.scale) > 1 else torch.zeros_like(labels)
+        rows = self._rows(labels)
         scales, shifts = (self._by_place(each[rows]) for each in (self.scale, self.shift))
         return list(zip(scales, shifts, strict=True))
+
+    def _rows(self, labels: Tensor) -> Tensor:
+        return labels if len(self.scale) > 1 else torch.zeros_like(labels)
 
     def _by_place(self, channels: Tensor) -> Sequence[Tensor]:
         return torch.split(channels, self._channels, dim=1)
 
-    def _regularization(self) -> Tensor:
-        """Sum, over the places, the mean squared distances of scales to 1 and of shifts to 0."""
+    def _regularization(self, labels: Tensor) -> Tensor:
+        """Sum, over the places, the mean squared distances of scales to 1 and of shifts to 0.
+
+        Of the rows of the labels alone, [N] float32: one without images would be drawn back to the
+        base where it is not trained, and its adaptation at other clients undone.
+        """
         places = [*self._by_place(self.scale - 1), *self._by_place(self.shift)]
-        return torch.stack([each.square().mean() for each in places]).sum()
+        return torch.stack([each.square().mean(1) for each in places]).sum(0)[self._rows(labels)]
 
     @torch.inference_mode()
     def sample(

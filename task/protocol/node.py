@@ -18,9 +18,10 @@ from task.config import MIN_MEASURED_IMAGES, Config, FrozenFile, anchored, flat_
 from task.data import Dataset, Inventory, inventory_of_listings, list_dataset, split_validation
 from task.efficientnet import check_pretrained, suits
 from task.generators.base import Generator
-from task.generators.registry import weightless_generator
+from task.generators.registry import initial_generator, weightless_generator
 from task.protocol.wire import Key
 from task.randomness import Stream, numpy_generator
+from task.training.devices import check_deterministic
 
 
 class NodeKey(StrEnum):
@@ -336,6 +337,18 @@ def check_extractor(config: Config, node: NodeConfig) -> None:
         )
 
 
+def check_training(config: Config) -> None:
+    """Check that the model of a run can be trained here, as far as no image is needed.
+
+    Raises:
+        FileNotFoundError: what it is trained on top of, or what its loss looks through, is missing.
+        ValueError: that file is another one, or this machine cannot train as the run wants it.
+    """
+    check_deterministic(weightless_generator(config), config)
+    if config.model.frozen_file is not None:
+        initial_generator(config)
+
+
 def check_state_path(config: Config, node: NodeConfig) -> None:
     """Check that what a run has a client keep between rounds has a place.
 
@@ -363,13 +376,14 @@ def check_node(config: Config, node: NodeConfig) -> ImageCounts:
         node: what it was started with.
 
     Raises:
-        FileNotFoundError: see `check_extractor` and `count_images`.
-        ValueError: see `check_output_path`, `check_state_path`, `count_images` and
-            `check_number`.
+        FileNotFoundError: see `check_extractor`, `check_training` and `count_images`.
+        ValueError: see `check_output_path`, `check_state_path`, `check_training`, `count_images`
+            and `check_number`.
     """
     check_output_path(node)
     check_state_path(config, node)
     check_extractor(config, node)
+    check_training(config)
     counts = count_images(config)
     check_number(counts, node)
     return counts

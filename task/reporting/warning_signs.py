@@ -73,6 +73,7 @@ def checks(run: Run) -> list[Check]:
     looks = (
         _unfinished_check,
         _clients_check,
+        _divergence_check,
         _drift_check,
         _leak_check,
         image_checks,
@@ -120,6 +121,17 @@ def _clients_check(run: Run) -> list[Check]:
     signs = [*_left_out_clients(run), *_absent(run)]
     everyone = f"Every client replied whenever it was asked ({len(run.clients)} in all)."
     return _checked("clients left out or not there", signs, everyone)
+
+
+def _divergence_check(run: Run) -> list[Check]:
+    if run.setting == "centralized":
+        return []
+    signs = [
+        f"The training of client {client} shows a failure in "
+        f"{_counted_rounds(len({each.round for each in own}))}: {own[-1].context['reason']}."
+        for client, own in run.records.of_client_divergence().items()
+    ]
+    return _checked("clients that diverge", signs, "No single client's training has diverged.")
 
 
 def _drift_check(run: Run) -> list[Check]:

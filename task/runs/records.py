@@ -20,6 +20,8 @@ TRAIN, TEST, HELD_OUT = "train", "test", "held_out"
 LEFT_OUT = "left_out"
 # A round after which training could not go on; the context says the reason.
 DIVERGENCE = "divergence"
+# A client whose training shows a failure while that of others goes on; the context says the reason.
+CLIENT_DIVERGENCE = "client_divergence"
 # How many clients scored generated images; the context says by what, `n` how many images.
 SCORING_CLIENTS = "num_scoring_clients"
 
@@ -162,6 +164,14 @@ class Records:
             if each.metric == LEFT_OUT
         }
         return [found[key] for key in sorted(found)]
+
+    def of_client_divergence(self) -> dict[int, list[Record]]:
+        """Return where single clients have diverged, by client."""
+        found: dict[int, list[Record]] = {}
+        for each in self.all:
+            if each.metric == CLIENT_DIVERGENCE and each.client is not None:
+                found.setdefault(each.client, []).append(each)
+        return found
 
     def up_to(self, number: int) -> "Records":
         """Leave out later rounds."""

@@ -21,7 +21,8 @@ def load_starting_weights(generator: Generator, start_from: str) -> dict[str, An
     Optimizers and what clients keep begin as in any other run.
 
     Args:
-        generator: of any family; on the meta device it is only checked whether they fit.
+        generator: of any family; on the meta device, where nothing of it may be frozen, it is only
+            checked whether they fit.
         start_from: the folder of a finished run, or a safetensors file of weights, such as its
             model.safetensors or one of its checkpoints.
 
@@ -30,7 +31,7 @@ def load_starting_weights(generator: Generator, start_from: str) -> dict[str, An
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or weights of another model.
+        ValueError: it is damaged, or weights of another model, or on top of others that are frozen.
     """
     file = starting_file(start_from)
     if not file.is_file():
@@ -39,8 +40,8 @@ def load_starting_weights(generator: Generator, start_from: str) -> dict[str, An
             f"{start_from}: there is no {file}"
         )
     tensors, metadata = load_weights(file)
-    weights = _trained(generator, split_groups(tensors)[0])
-    expected = _trained(generator, generator.state_dict())
+    found, state = split_groups(tensors)[0], generator.state_dict()
+    weights, expected = (_trained(generator, each) for each in (found, state))
     misfits = _misfits(weights, expected)
     if misfits:
         more = f", and {len(misfits) - NUM_NAMED} more" if len(misfits) > NUM_NAMED else ""
@@ -50,8 +51,13 @@ def load_starting_weights(generator: Generator, start_from: str) -> dict[str, An
             "diffusion and the same data.classes, channels and image_size, "
             "or leave train.start_from out"
         )
-    state = {**generator.state_dict(), **weights}
-    generator.load_state_dict(state, assign=next(generator.parameters()).is_meta)
+    for name in found.keys() & state.keys() if generator.frozen else ():
+        if name.startswith(tuple(generator.frozen)) and not torch.equal(found[name], state[name]):
+            raise ValueError(
+                f"train.start_from: {file} was trained on top of other weights than those that "
+                f"this run freezes ({name}); give the file that the earlier run was given"
+            )
+    generator.load_state_dict(state | weights, assign=next(generator.parameters()).is_meta)
     told = {"file": _name(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     return told | ({"round": int(metadata["round"])} if "round" in metadata else {})
 

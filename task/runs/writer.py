@@ -185,6 +185,9 @@ class RunWriter:
         with atomic_path(file) as aside:
             write_weights(aside, join_groups(weights, state), self._metadata(server_round))
             self.record(records_of(server_round, numbers()))
+
+    def forget_checkpoints(self) -> None:
+        """Drop all but the last `federation.keep_checkpoints`."""
         for old in checkpoints(self.path)[: -self.config.federation.keep_checkpoints]:
             old.unlink()
 

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from task.checks import require
+from task.config import Config
+from task.generators.base import Generator
 
 
 def select_device(name: str) -> torch.device:
@@ -35,6 +37,23 @@ def select_device(name: str) -> torch.device:
         name,
     )
     return device
+
+
+def check_deterministic(generator: Generator, config: Config) -> None:
+    """Check that a family can be trained as `train.deterministic` wants it on this machine.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    train = config.train
+    if train.deterministic and not generator.deterministic_on_gpu:
+        require(
+            select_device(train.device).type != "cuda",
+            "train.deterministic",
+            f"false on a GPU, where torch has no deterministic gradients for a {generator.title}; "
+            "train.device=cpu has",
+            True,
+        )
 
 
 def device_name(device: torch.device) -> str:

@@ -43,6 +43,7 @@ class Counting(PixelGaussians):
     """Counts its batches, keeps a number for each image, and one of its two optimizers."""
 
     local = frozenset({"counted", "of_image"})
+    bound_to_images = True
     local_optimizers = frozenset({"of_image"})
 
     def __init__(self, *args: Any) -> None:
@@ -187,6 +188,20 @@ def test_state_of_another_run_is_refused_and_named(
     assert f"{file} is of another run, or another client, of the same name" in caplog.text
 
 
+def test_state_of_other_images_is_refused(
+    context: Context, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, _, file = trained(context, 1)
+    # As many images, of which two have changed places.
+    train = open_workspace(context).dataset.train
+    own = open_workspace(context).images(context)[0].images
+    places = [int((train.images == image).flatten(1).all(1).nonzero()[0, 0]) for image in own[:2]]
+    train.images[torch.tensor(places)] = own[[1, 0]]
+    reply = app(asked("train", 2), context)
+    assert reply.error.code == FailureCode.BAD_INPUT
+    assert f"{file} does not fit: this client has other images than after round 1" in caplog.text
+
+
 @pytest.fixture
 def node(tmp_path: Path) -> Context:
     """A real node with a place for its state."""
@@ -251,11 +266,11 @@ PROMISED = {
     ),
     "resnet_gan": (
         "model.width=2 model.latent_dim=8 federation.local=[discriminator]",
-        ("generator.", "generator_ema.", "num_averaged"),
+        ("generator.", "generator_ema.", "averaged_share"),
     ),
     "stylegan2_ada_tiny": (
         "model.channel_max=8 model.latent_dim=8 federation.local=[discriminator]",
-        ("generator.", "generator_ema.", "path_length_mean", "kimg_seen"),
+        ("generator.", "generator_ema.", "path_length_mean", "half_life_share"),
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Every family of generators through the real commands: trained, resumed, drawn, exported."""
+"""Every family of generators: resumed to the bit, and through the real commands."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from client_app import workspace
 from task.config import load_config
 from task.generators.registry import initial_generator
 from task.runs.records import TEST, TRAIN, read_records
 from task.runs.run import Run
+from tests.helpers import SMALL_RUN, ClientNodes, Network, played, simulated
 from tests.processes import SMALL, feddm, feddm_train
-
-pytestmark = pytest.mark.slow
 
 # Preset, values that make it small, what it measures of each training, and the parts of its loss.
 FAMILIES = {
@@ -45,6 +45,7 @@ FAMILIES = {
         set(),
     ),
 }
+FEW = ["data.image_size=16", "data.test_fraction=0.9"]
 COMMON = [word for word in SMALL if not word.startswith(("model", "diffusion", "federation.r"))]
 
 
@@ -56,25 +57,38 @@ def write_pretrained(file: Path) -> Path:
 
 
 @pytest.mark.parametrize("preset", FAMILIES)
-def test_family_trains_resumes_to_the_bit_draws_and_is_exported(
-    preset: str, tmp_path: Path
-) -> None:
-    small, measures, parts = FAMILIES[preset]
-    words = [f"model={preset}", *small, *COMMON]
+def test_family_resumes_to_the_bit(preset: str, tmp_path: Path) -> None:
+    words = [f"model={preset}", *FAMILIES[preset][0], *FEW]
     if preset == "small_gan":
-        # Relative, as people type it: processes of the simulation run in other folders.
-        words.append(f"model.pretrained={write_pretrained(tmp_path / 'base.safetensors').name}")
+        words.append(f"model.pretrained={write_pretrained(tmp_path / 'base.safetensors')}")
+    common = {k: v for k, v in SMALL_RUN.items() if not k.startswith(("model", "diffusion"))}
+    common |= {"overrides": " ".join(words), "output_dir": str(tmp_path)}
+    del common["data.image_size"], common["data.test_fraction"]
     for name, rounds, resume in (("whole", 2, False), ("parts", 1, False), ("parts", 2, True)):
-        changes = [f"run_name={name}", f"federation.rounds={rounds}", f"resume={resume}".lower()]
-        done = feddm_train(*words, *changes, cwd=tmp_path)
-        assert done.returncode == 0, done.stdout + done.stderr
-    whole, again = (tmp_path / "runs" / name for name in ("whole", "parts"))
-    expected, found = (load_file(run / "model.safetensors") for run in (whole, again))
+        workspace._build_workspace.cache_clear()  # another process
+        run = {**common, "run_name": name, "federation.rounds": rounds, "resume": resume}
+        nodes = ClientNodes(Network(), run, *simulated(2))
+        played(run, nodes, nodes)
+    expected, found = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts")
+    )
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", FAMILIES)
+def test_family_trains_draws_and_is_exported(preset: str, tmp_path: Path) -> None:
+    small, measures, parts = FAMILIES[preset]
+    words = [f"model={preset}", *small, *FEW, *COMMON, "run_name=whole", "federation.rounds=2"]
+    if preset == "small_gan":
+        # Relative, as people type it: processes of the simulation run in other folders.
+        words.append(f"model.pretrained={write_pretrained(tmp_path / 'base.safetensors').name}")
+    done = feddm_train(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole = tmp_path / "runs" / "whole"
     generator = Run(whole).generator
-    assert not any(generator.stays(name) for name in expected)
+    assert not any(generator.stays(name) for name in load_file(whole / "model.safetensors"))
 
     records = read_records(whole / "metrics.jsonl")
     for reference, names in ((TRAIN, measures), (TEST, parts)):

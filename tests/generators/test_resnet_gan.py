@@ -195,6 +195,16 @@ def test_moving_average_begins_with_short_memory() -> None:
     torch.testing.assert_close(model.generator_ema.last.weight, before * 0.5)
 
 
+def test_what_says_how_long_was_trained_stays_small_among_the_weights() -> None:
+    model = small(ema_decay=0.999)
+    for number in range(1, 31):
+        model.after_step()
+        assert float(model.averaged_share) == pytest.approx(9 / (10 + number))
+    model.averaged_share.fill_(0.0010001)
+    model.after_step()
+    assert float(model.averaged_share) == pytest.approx(0.001)
+
+
 def test_same_seed_gives_the_same_weights() -> None:
     first, second, other = small(), small(), small()
     for model, seed in ((first, 1), (second, 1), (other, 2)):

@@ -155,16 +155,31 @@ def test_loss_is_the_sum_of_its_parts(pretrained: Path) -> None:
     squared = torch.cdist(z, prior).square()
     apart = 0.1 * (squared.amin(1) + squared.amin(0).mean())
     regular = sum(
-        (scale - 1).square().mean() + shift.square().mean()
-        for scale, shift in zip(
-            model.scale.split(places, 1), model.shift.split(places, 1), strict=True
-        )
+        (scale - 1).square().mean(1) + shift.square().mean(1)
+        for scale, shift in zip(scales, shifts, strict=True)
     )
     torch.testing.assert_close(losses, pixels + seen + apart + 0.02 * regular)
     measured = model.measured()
     assert {*measured} == {*model.measures}
     torch.testing.assert_close(measured["reconstruction"].float(), (pixels + seen).mean())
     torch.testing.assert_close(measured["latent_distance"].float(), apart.mean() / 0.1)
+
+
+def test_class_without_images_here_keeps_what_others_have_adapted(pretrained: Path) -> None:
+    model = ready(pretrained)
+    with torch.no_grad():
+        model.scale.fill_(1.3)
+        model.shift.fill_(0.3)
+    adam, draws = model.optimizers(0.03)["adam"], rng()
+    for _ in range(5):
+        given = batch([0, 2])
+        assert given.labels.tolist() == [0, 0]
+        [(_, losses)] = model.losses(given, draws)
+        adam.zero_grad()
+        losses.mean().backward()
+        adam.step()
+    assert model.scale[1].eq(1.3).all() and model.shift[1].eq(0.3).all()
+    assert not model.scale[0].eq(1.3).any()
 
 
 def test_processes_compute_their_part_of_the_same_losses(pretrained: Path) -> None:

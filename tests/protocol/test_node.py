@@ -130,9 +130,10 @@ def test_output_path_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             check_node(config, NodeConfig(str(tmp_path / "set"), wrong))
 
 
-def test_node_trains_on_top_of_its_own_copy_of_a_generator() -> None:
+def test_node_trains_on_top_of_its_own_copy_of_a_generator(tmp_path: Path) -> None:
     words = ["data=digits", "model=small_gan", "model.pretrained=/theirs"]
-    copied = NodeConfig(pretrained_generator="/own/model.safetensors")
+    places = {"output_path": str(tmp_path), "pretrained_generator": "/own/model.safetensors"}
+    copied = NodeConfig(**places)
     with pytest.raises(ValueError, match=r"model\.pretrained_sha256 must be the SHA-256 of"):
         own_config(load_config(words), copied)
     known = load_config([*words, f"model.pretrained_sha256={'0' * 64}"])
@@ -141,6 +142,8 @@ def test_node_trains_on_top_of_its_own_copy_of_a_generator() -> None:
     own = own_config(known, copied).model
     assert isinstance(own, SmallGANConfig)
     assert own.pretrained == "/own/model.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"/own/model\.safetensors"):
+        check_node(own_config(known, copied), copied)
 
 
 def test_weights_that_the_server_may_choose_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,27 @@ def test_what_stays_at_a_client_is_not_taken(tmp_path: Path) -> None:
     assert stays and stays <= kept < set(before)
 
 
+def test_scales_of_one_frozen_generator_are_not_put_onto_another(tmp_path: Path) -> None:
+    words = ["model=resnet_gan", "model.width=2", "model.latent_dim=4", "data.image_size=16"]
+    bases = {seed: tmp_path / f"base-{seed}.safetensors" for seed in (1, 2)}
+    for seed, file in bases.items():
+        save_file(initial_generator(load_config([*words, f"seed={seed}"])).state_dict(), file)
+    words[0] = "model=small_gan"
+    words += ["data.horizontal_flip=false", "model.perceptual_weight=0"]
+    one, other = (
+        initial_generator(load_config([*words, f"model.pretrained={file}"]))
+        for file in bases.values()
+    )
+    earlier = tmp_path / "adapted.safetensors"
+    save_file(
+        {**one.state_dict(), "scale": torch.full_like(one.state_dict()["scale"], 1.7)}, earlier
+    )
+    with pytest.raises(ValueError, match=r"on top of other weights .* freezes \(base\."):
+        load_starting_weights(other, str(earlier))
+    load_starting_weights(one, str(earlier))
+    assert one.state_dict()["scale"].eq(1.7).all()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -280,7 +280,7 @@ def test_test_loss_that_is_not_finite_is_a_divergence(
     monkeypatch.setattr(
         "server_app.centralized.held_out_losses", lambda *_, **__: {"loss": float("inf")}
     )
-    config = configured(tmp_path, federation__rounds=2)
+    config = configured(tmp_path, federation__rounds=2, federation__keep_checkpoints=1)
     good = tmp_path / "run" / "checkpoints" / "round_0001.safetensors"
     message = (
         rf"training has diverged in round 2 \(test loss inf\); the last good checkpoint is {good}; "

@@ -35,6 +35,7 @@ from server_app.strategies import Strategy, WeightedMean
 from server_app.weighting import Weighting
 from task.code_version import code_fingerprint
 from task.config import load_run_config, read_config
+from task.generators.base import Generator
 from task.generators.registry import initial_generator
 from task.protocol.wire import Key, WeightLayout
 from task.reporting.warning_signs import State, checks
@@ -587,16 +588,36 @@ def test_round_that_the_model_calls_diverged_is_recorded_and_changes_no_weights(
     with opened(run_config, nodes=nodes) as run:
         run.prepare()
         run.play_round(1)
+        # At one hospital alone it is said, and the others go on.
+        failures = ["", "all is 0"] + 2 * ["the discriminator has won"]
+        monkeypatch.setattr(run.model, "why_diverged", lambda _: failures.pop(0))
+        run.play_round(2)
+        (told,) = read_records(run.directory.metrics_file).of_client_divergence()[1]
+        assert told.round == 2 and told.context == {"reason": "all is 0"}
+        (sign,) = [each for each in checks(Run(run.directory.path)) if "diverge" in each.subject]
+        assert sign.state is State.WARNING and "client 1 shows a failure in 1 round" in sign.says
         first = run.weights
-        monkeypatch.setattr(run.model, "why_diverged", lambda _: "the discriminator has won")
-        with pytest.raises(DivergedError, match=r"round 2 \(the discriminator has won\); the last"):
-            run.play_round(2)
+        with pytest.raises(
+            DivergedError, match=r"round 3 \(clients 0 1: the discriminator has won\)"
+        ):
+            run.play_round(3)
         assert run.weights is first
         found = Run(run.directory.path)
-        assert found.divergence is not None and found.rounds_done == 1
-        told = read_records(run.directory.metrics_file).of_round(2)
+        assert found.divergence is not None and found.rounds_done == 2
+        told = read_records(run.directory.metrics_file).of_round(3)
         assert told.clients == [0, 1] and named(told.all[-1]) == "divergence"
         assert {"train loss", "num_clients"} <= {named(each) for each in told.all}
+
+
+def test_loss_that_a_family_does_not_have_is_asked_of_nobody(
+    hospitals: tuple[RunConfig, ClientNodes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_config, nodes = hospitals
+    with opened(run_config, nodes=nodes) as run:
+        run.prepare()
+        monkeypatch.setattr(type(run.model), "example_losses", Generator.example_losses)
+        monkeypatch.setattr(run, "ask", None)
+        assert run.evaluate(1) is None
 
 
 def test_client_that_stays_silent_is_left_out_at_the_deadline(

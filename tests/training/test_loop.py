@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from task.config import load_config
 from task.data import ImageSet, build_dataset, normalize
 from task.generators.base import Batch, Generator
 from task.generators.diffusion.generator import Diffusion, build_diffusion
+from task.generators.registry import weightless_generator
 from task.randomness import seeded_global_generator
 from task.training.devices import (
     autocast,
+    check_deterministic,
     compile_where_wanted,
     configure_torch,
     is_compiled,
@@ -556,6 +559,22 @@ def test_compiled_model_trains_alike_and_is_compiled_once_for_all_clients(
 def test_device_is_the_one_named() -> None:
     assert select_device("cpu") == torch.device("cpu")
     assert select_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_family_without_deterministic_gradients_on_a_gpu_is_refused_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for model, refused in (("stylegan2_ada_tiny", True), ("resnet_gan", False)):
+        config = load_config([f"model={model}", "train.deterministic=true"])
+        generator = weightless_generator(config)
+        on_cpu = config.changed({"train.device": "cpu"})
+        for each in (on_cpu, on_cpu.changed({"train.deterministic": False})):
+            check_deterministic(generator, each)
+        with pytest.raises(ValueError) if refused else nullcontext() as error:
+            check_deterministic(generator, config)
+        if refused:
+            assert "train.deterministic must be false on a GPU" in str(error.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

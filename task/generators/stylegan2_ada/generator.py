@@ -102,20 +102,22 @@ class StyleGAN2ADA(Generator):
         discriminator: tells real images from drawn ones.
         adaptation: how much is augmented.
         path_length_mean: of the path lengths so far, [] float32.
-        kimg_seen: thousands of images trained on so far, [] float32; averaged over clients.
+        half_life_share: of `GanTraining.ema_kimg`, that the moving average has reached, [] float32
+            in [0, 1]; averaged over clients.
     """
 
     title = "StyleGAN2-ADA"
     local = frozenset({"adaptation."})
     private = frozenset({"discriminator"})
     undrawn = frozenset({"discriminator."})
+    deterministic_on_gpu = False  # the gradients of the augmentation's padding and sampling
     local_optimizers = frozenset({"discriminator"})
     measures = (
         *("discriminator_loss", "generator_loss"),
         *("augmentation_probability", "real_sign"),
     )
     path_length_mean: Tensor
-    kimg_seen: Tensor
+    half_life_share: Tensor
 
     def __init__(
         self,
@@ -144,7 +146,8 @@ class StyleGAN2ADA(Generator):
         self.generator_ema = copy.deepcopy(generator).requires_grad_(False)
         self.adaptation = Adaptation()
         self.register_buffer("path_length_mean", torch.zeros(()))
-        self.register_buffer("kimg_seen", torch.zeros(()))
+        # Not the number of images, which would be by far the largest of the weights that are sent.
+        self.register_buffer("half_life_share", torch.zeros(()))
         self.image_shape = image_shape
         # A latent, and what each convolution adds.
         self.noise_dim = generator.latent_dim + generator.noise_length
@@ -269,10 +272,10 @@ class StyleGAN2ADA(Generator):
     @torch.no_grad()
     def after_step(self) -> None:
         """Move the average of the generator's weights on by a batch."""
-        options, size = self.training_options, self._batch_size
-        self.kimg_seen += size / 1000
-        half_life = (self.kimg_seen * options.ema_ramp).clamp(max=options.ema_kimg)
-        change = 1 - torch.exp2(-size / 1000 / half_life)
+        options, kimg = self.training_options, self._batch_size / 1000
+        grown = self.half_life_share + kimg * options.ema_ramp / options.ema_kimg
+        self.half_life_share.copy_(grown.clamp(max=1))
+        change = 1 - torch.exp2(-kimg / (self.half_life_share * options.ema_kimg))
         pairs = zip(self.generator_ema.parameters(), self.generator.parameters(), strict=True)
         for average, current in pairs:
             average.lerp_(current, change)

@@ -332,7 +332,16 @@ def test_counts_and_probability_stay_and_continue() -> None:
     rng = torch.Generator().manual_seed(0)
     # After 5 batches the next penalty of any kind is due at batch 8.
     assert [name for name, _ in other.losses(batch_of(), rng)] == ["discriminator", "generator"]
-    assert other.kimg_seen.item() == pytest.approx(0.04)
+    # A twentieth of 0.04 kimg, of 2 kimg.
+    assert other.half_life_share.item() == pytest.approx(0.04 * 0.05 / 2)
+
+
+def test_half_life_of_the_average_grows_to_its_full_length_and_no_further() -> None:
+    generator = small("model.ema_kimg=0.02", "model.ema_ramp=0.5")
+    generator._batch_size = 8
+    for expected in (0.2, 0.4, 0.6, 0.8, 1.0, 1.0):
+        generator.after_step()
+        assert generator.half_life_share.item() == pytest.approx(expected)
 
 
 def test_measures_are_means_over_batches() -> None:
