@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import io
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -141,6 +142,10 @@ class EfficientNet(nn.Module):
         """
         outputs = [*self._outputs(images)]
         return tuple(outputs[block] for block in MAP_BLOCKS)
+
+    def output_of(self, images: Tensor, block: int) -> Tensor:
+        """Return what a block says, 0-based, of images [N, 3, H, W] float in [-1, 1]."""
+        return next(islice(self._outputs(images), block, None))
 
     def _outputs(self, images: Tensor) -> Iterator[Tensor]:
         """Yield what each block says."""

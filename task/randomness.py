@@ -31,6 +31,7 @@ class Stream(IntEnum):
     EVALUATED_IMAGES = 11
     GENERATED_IMAGES = noise.GENERATED_IMAGES
     RESTORED_IMAGES = 13
+    STUDY = 14
 
 
 def numpy_generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

@@ -1,0 +1,147 @@
+"""The arms of a study: which images each classifier is trained on."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from task.checks import require
+from task.config.study_config import StudyConfig
+from task.data import ImageSet
+from task.randomness import Stream, torch_generator
+
+
+class Kind(StrEnum):
+    """What an arm is trained on."""
+
+    REAL = "real"
+    AUGMENTED = "real, augmented"
+    OVERSAMPLED = "real, oversampled"
+    SYNTHETIC = "synthetic"
+    BOTH = "real + synthetic"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to make a training set.
+
+    Attributes:
+        kind: what is in it.
+        fraction: of the real images that there are, in (0, 1].
+        ratio: generated images for each real one; 0 where there are none.
+        source: the run that drew them; "" where there are none.
+    """
+
+    kind: Kind
+    fraction: float
+    ratio: float = 0.0
+    source: str = ""
+
+    @property
+    def title(self) -> str:
+        """What it is called, without its fraction and its source."""
+        return f"real + {self.ratio:g} x synthetic" if self.kind is Kind.BOTH else str(self.kind)
+
+    @property
+    def key(self) -> str:
+        """A name for files."""
+        return f"{self.kind.name.lower()}-{self.ratio:g}-of-{self.fraction:g}"
+
+
+def list_arms(study: StudyConfig, sources: Sequence[str]) -> Iterator[Arm]:
+    """List all arms, those of real images alone first in each fraction.
+
+    Args:
+        study: its ratios and fractions.
+        sources: names of the runs that draw.
+    """
+    for fraction in study.real_fractions:
+        yield Arm(Kind.REAL, fraction)
+        yield Arm(Kind.AUGMENTED, fraction)
+        yield Arm(Kind.OVERSAMPLED, fraction)
+        for source in sources:
+            # As many as real ones, so that both are compared at equal numbers.
+            yield Arm(Kind.SYNTHETIC, fraction, 1.0, source)
+            for ratio in study.ratios:
+                yield Arm(Kind.BOTH, fraction, ratio, source)
+
+
+def real_places(real: ImageSet, fraction: float, seed: int) -> Tensor:
+    """Choose a fraction of the real images, whole patients, [M] int64; of each class at least one.
+
+    Patients are taken in a random order, that of each class in turn, so that a smaller fraction is
+    part of a larger one.
+
+    Args:
+        real: the real images.
+        fraction: in (0, 1].
+        seed: of the order.
+    """
+    if fraction == 1:
+        return torch.arange(len(real))
+    labels = real.labels.numpy()
+    groups = np.arange(len(real)) if real.groups is None else real.groups.numpy()
+    order = torch.randperm(len(real), generator=torch_generator(seed, Stream.STUDY, 0)).numpy()
+    wanted = np.maximum(np.round(fraction * np.bincount(labels)), 1)
+    taken: set[int] = set()
+    counts = np.zeros(len(wanted))
+    for place in order:
+        if groups[place] not in taken and counts[labels[place]] < wanted[labels[place]]:
+            taken.add(int(groups[place]))
+            counts += np.bincount(labels[groups == groups[place]], minlength=len(wanted))
+    return torch.from_numpy(np.flatnonzero(np.isin(groups, sorted(taken))))
+
+
+def synthetic_counts(real_counts: Sequence[int], ratio: float, fill: str) -> list[int]:
+    """Say how many generated images of each class an arm takes.
+
+    Args:
+        real_counts: real images of each class.
+        ratio: generated images for each real one, over all classes.
+        fill: "all" in the proportions of the real ones, or "rare": to the rarest classes first,
+            until all are equally frequent, then to all alike.
+
+    Returns:
+        Their numbers, whose sum is the ratio times the real images, rounded.
+    """
+    counts = np.array(real_counts, dtype=float)
+    number = round(ratio * counts.sum())
+    if fill == "all":
+        exact = counts / counts.sum() * number
+    else:
+        # The level up to which `number` images fill the classes, as water fills a vessel.
+        levels = np.sort(counts)
+        below = np.arange(1, len(counts) + 1)
+        reached = (number + np.cumsum(levels)) / below
+        level = reached[np.flatnonzero(reached >= levels)[-1]]
+        exact = np.maximum(level - counts, 0)
+    whole = np.floor(exact).astype(int)
+    # Largest remainders first.
+    for place in np.argsort(whole - exact, kind="stable")[: number - whole.sum()]:
+        whole[place] += 1
+    return [int(each) for each in whole]
+
+
+def first_of_class(labels: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the places of the first so many images of each class, [M] int64, sorted.
+
+    Where a class has fewer, all of it is taken, again and again until there are enough.
+
+    Raises:
+        ValueError: a class of which images are asked for has none.
+    """
+    chosen = []
+    for label, count in enumerate(counts):
+        places = (labels == label).nonzero().flatten()
+        require(
+            count == 0 or len(places) > 0,
+            f"generated images of class {label}",
+            "at least one, after copies were left out",
+            0,
+        )
+        if count:
+            chosen.append(places.repeat(-(-count // len(places)))[:count])
+    return torch.cat(chosen).sort().values if chosen else torch.zeros(0, dtype=torch.int64)

@@ -1,0 +1,150 @@
+"""How much better one classifier is than another, with intervals over patients and seeds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from task.checks import require
+
+Floats = NDArray[np.float64]
+CONFIDENCE = 0.95
+
+
+def patient_weights(
+    groups: NDArray[np.int64], num_bootstraps: int, rng: np.random.Generator
+) -> Floats:
+    """Draw patients with replacement; returns how often each image is drawn, [B + 1, N].
+
+    The first row is the images as they are, each once.
+
+    Args:
+        groups: [N] equal for the images of a patient.
+        num_bootstraps: B.
+        rng: of the draws.
+    """
+    _, members = np.unique(groups, return_inverse=True)
+    number = int(members.max()) + 1
+    drawn = rng.multinomial(number, np.full(number, 1 / number), size=num_bootstraps)
+    whole = np.ones((1, number), dtype=drawn.dtype)
+    return np.concatenate([whole, drawn])[:, members].astype(np.float64)
+
+
+def seed_weights(num_seeds: int, num_bootstraps: int, rng: np.random.Generator) -> Floats:
+    """Draw classifiers with replacement; returns the weight of each in a mean, [B + 1, S].
+
+    The first row weighs all alike.
+    """
+    drawn = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=num_bootstraps)
+    return np.concatenate([np.ones((1, num_seeds)), drawn]) / num_seeds
+
+
+def macro_auc(probabilities: Floats, labels: NDArray[np.int64], weights: Floats) -> Floats:
+    """Return the mean over classes of the area under the curve of each against the rest, [B].
+
+    Classes of which a draw has no image, or no other, are left out of it; NaN where none is left.
+
+    Args:
+        probabilities: [N, C].
+        labels: [N].
+        weights: [B, N], how often each image is drawn.
+    """
+    areas = [
+        _auc(probabilities[:, label], labels == label, weights)
+        for label in range(probabilities.shape[1])
+    ]
+    return _mean_of_finite(np.stack(areas))
+
+
+def _auc(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
+    """Return the chance that a positive image scores higher than a negative one, ties half."""
+    order = np.argsort(scores, kind="stable")
+    ordered = scores[order]
+    # Where a run of equal scores begins.
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    positives, negatives = (
+        np.add.reduceat((weights * chosen)[:, order], starts, axis=1)
+        for chosen in (positive, ~positive)
+    )
+    below = np.cumsum(negatives, 1) - negatives / 2
+    pairs = positives.sum(1) * negatives.sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        area: Floats = (positives * below).sum(1) / pairs
+    return area
+
+
+def sensitivities(probabilities: Floats, labels: NDArray[np.int64], weights: Floats) -> Floats:
+    """Return the share of the images of each class that are found in it, [C, B]; NaN of none."""
+    right = probabilities.argmax(1) == labels
+    found = []
+    for label in range(probabilities.shape[1]):
+        own = weights * (labels == label)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found.append(own @ right / own.sum(1))
+    return np.stack(found)
+
+
+def balanced_accuracy(probabilities: Floats, labels: NDArray[np.int64], weights: Floats) -> Floats:
+    """Return the mean of `sensitivities` over the classes that there are, [B]."""
+    return _mean_of_finite(sensitivities(probabilities, labels, weights))
+
+
+def _mean_of_finite(values: Floats) -> Floats:
+    there = np.isfinite(values)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean: Floats = np.where(there, values, 0).sum(0) / there.sum(0)
+    return mean
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much higher a figure is than another.
+
+    Attributes:
+        value: the difference on the test images as they are.
+        low: of the interval at `CONFIDENCE`.
+        high: likewise.
+        p_value: of no difference, two-sided.
+    """
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+
+
+def gain_of(ours: Floats, theirs: Floats) -> Gain:
+    """Compare figures of the same draws; see `patient_weights` and `seed_weights`.
+
+    Args:
+        ours: [B + 1], the first of the images as they are.
+        theirs: likewise.
+
+    Raises:
+        ValueError: no draw has both.
+
+    Source: percentile intervals, and p values of Davison & Hinkley 1997, section 4.4, for the
+    bootstrap distribution of the difference.
+    """
+    differences = ours - theirs
+    drawn = differences[1:][np.isfinite(differences[1:])]
+    require(len(drawn) > 0, "the bootstrap", "a draw of patients with a figure", 0)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    # Half of those that are equal on each side.
+    above = ((drawn > 0).sum() + (drawn == 0).sum() / 2 + 1) / (len(drawn) + 2)
+    return Gain(float(differences[0]), float(low), float(high), min(1, 2 * min(above, 1 - above)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct the p values of several tests, so that one falls below 5% by chance 5% of the time.
+
+    Source: Holm 1979.
+    """
+    order = np.argsort(p_values, kind="stable")
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = largest
+    return corrected
