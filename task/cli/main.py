@@ -477,6 +477,43 @@ def report(
     typer.echo(f"written to {write_report(*runs, file=out)}")
 
 
+@app.command()
+def study(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN... [study.NAME=VALUE...]",
+            help="Folders of finished runs of the same images, then values of conf/study.yaml, and "
+            "of how to draw.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write; else RUN/study. Several runs need it."),
+    ] = None,
+) -> None:
+    """Say whether a classifier is better when a run's images fill up its training set.
+
+    Trains classifiers on real images, on generated ones and on both, all for as many steps, and
+    compares them on test images that neither they nor the run have seen. Goes on where it stopped.
+
+    \b
+    Examples:
+      feddm study runs/demo
+      feddm study runs/demo 'study.ratios=[1,2]' study.num_seeds=5
+      feddm study runs/vae runs/stylegan --out runs/study
+    """
+    folders = [Path(word) for word in runs if "=" not in word]
+    words = [word for word in runs if "=" in word]
+    if not folders:
+        raise ValueError("RUN must be the folder of a finished run, got none")
+    for each in folders:
+        finished(each)
+    from task.cli.study import study_runs
+
+    study_runs(folders, words, out=out, say=typer.echo)
+
+
 @app.command("check-node")
 def check_node_command(
     overrides: Annotated[

@@ -135,7 +135,7 @@ class SyntheticFolder:
     def write_grid(self, labels: Sequence[int], num_images: int) -> None:
         """Show the first images of some classes in one picture, a row for each class."""
         columns = min(num_images, GRID_COLUMNS)
-        shown = [self._read(label, place) for label in labels for place in range(columns)]
+        shown = [self.read(label, place) for label in labels for place in range(columns)]
         save_sample_grid(
             torch.stack(shown),
             self.path / GRID_FILE,
@@ -143,7 +143,8 @@ class SyntheticFolder:
             images_per_class=columns,
         )
 
-    def _read(self, label: int, place: int) -> Tensor:
+    def read(self, label: int, place: int) -> Tensor:
+        """Read the file of an image, uint8 [C, H, W] at the folder's scale."""
         with Image.open(self._folders[label] / _file_name(place)) as picture:
             pixels = torch.from_numpy(np.array(picture))
         return pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1)

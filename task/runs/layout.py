@@ -23,6 +23,7 @@
     local/client-3.safetensors      the own final weights of a simulated client
     clients/client-3/round_0005.safetensors   what a simulated client keeps between rounds
     model.safetensors               the final weights
+    study/study.json                what `feddm study` found, beside its images and classifiers
     report.html                     all of this on one page
     log.txt                         what Flower, Ray and the run said (feddm-train's simulations)
     tensorboard/                    the same metrics and pictures as events
@@ -53,6 +54,7 @@ MACHINE_FILE = "machine.json"
 START_FILE = "start.json"
 TIMES_FILE = "times.json"
 REPORT_FILE = "report.html"
+STUDY_FOLDER, STUDY_FILE = "study", "study.json"
 LOCK_FILE = ".lock"
 LOG_FILE = "log.txt"
 # Put before the name of a file with weights that cannot be read.

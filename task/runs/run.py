@@ -38,6 +38,8 @@ from task.runs.layout import (
     PARTITION_FILE,
     POOLED_FILE,
     START_FILE,
+    STUDY_FILE,
+    STUDY_FOLDER,
     SUBMISSION_FILE,
     TIMES_FILE,
     final_round,
@@ -214,6 +216,11 @@ class Run:
     def code(self) -> str | None:
         """The fingerprint of what ran; None where it was not written down."""
         return self._machine.get("code")
+
+    @property
+    def study(self) -> dict[str, Any] | None:
+        """What a study of its images found; None where there was none."""
+        return self._object(f"{STUDY_FOLDER}/{STUDY_FILE}")
 
     @property
     def started_from(self) -> str | None:

@@ -149,7 +149,7 @@ class _Whole(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [N, 3, 224, 224] to features [N, 1280]."""
-        features, _ = self.network(images)
+        features: Tensor = self.network(images)[0]
         return features
 
 
@@ -165,9 +165,7 @@ def efficientnet_parts(network: EfficientNet, fine_tuning: str) -> Parts:
     return enlarged, _Whole(network).requires_grad_(True), NUM_FEATURES
 
 
-def torchvision_parts(
-    name: str, file: Path, fine_tuning: str, device: torch.device
-) -> Parts:
+def torchvision_parts(name: str, file: Path, fine_tuning: str, device: torch.device) -> Parts:
     """Build a network of torchvision from a file of its weights; its last layer is left out.
 
     Raises:
@@ -175,7 +173,7 @@ def torchvision_parts(
         ValueError: torchvision has no such network, or the weights are of another.
     """
     # Imported here: its models take a second.
-    from torchvision import models
+    from torchvision import models  # type: ignore[import-untyped]
 
     known = models.list_models(module=models)
     require(
@@ -238,4 +236,3 @@ def _read_weights(file: Path) -> Mapping[str, Tensor]:
     if not isinstance(found, Mapping):
         raise ValueError(f"expected weights by name, got {type(found).__name__}")
     return found
-

@@ -46,7 +46,7 @@ def figures_of(
         odir: whether the classes are ODIR's, which have a score of their own.
     """
     number = probabilities.shape[1]
-    there = labels.unique().tolist()
+    there = sorted({*labels.tolist()})
     # A mean over classes that are there; torchmetrics counts the others as 0.
     areas = multiclass_auroc(probabilities, labels, number, average="none")
     several = len(there) > 1

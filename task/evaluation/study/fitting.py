@@ -187,7 +187,11 @@ def fit_classifier(
                 found = _probabilities(network, validation, device)
                 value = balanced_cross_entropy(found, validation.labels)
                 if value < best:
-                    best, chosen, at = value, {k: v.clone() for k, v in network.state_dict().items()}, step
+                    best, chosen, at = (
+                        value,
+                        {k: v.clone() for k, v in network.state_dict().items()},
+                        step,
+                    )
         if chosen is None:
             raise RuntimeError("no weights have a finite loss on the validation images")
         network.load_state_dict(chosen)
@@ -218,4 +222,5 @@ def _probabilities(network: nn.Module, inputs: Inputs, device: torch.device) -> 
 def balanced_cross_entropy(probabilities: Tensor, labels: Tensor) -> float:
     """Return the mean over the classes that there are of the mean negative log-likelihood."""
     losses = F.nll_loss(probabilities.double().clamp(min=1e-12).log(), labels, reduction="none")
-    return float(torch.stack([losses[labels == label].mean() for label in labels.unique()]).mean())
+    present = sorted({*labels.tolist()})
+    return float(torch.stack([losses[labels == label].mean() for label in present]).mean())

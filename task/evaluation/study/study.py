@@ -106,7 +106,7 @@ def split_real(
     parts = train.subset(kept), train.subset(chosen)
     for name, part in (("train on", parts[0]), ("choose by", parts[1])):
         counts = part.labels.bincount(minlength=len(classes))
-        for label in test.labels.unique().tolist():
+        for label in sorted({*test.labels.tolist()}):
             require(
                 int(counts[label]) > 0,
                 f"images of class {classes[label]} to {name}",
@@ -361,6 +361,6 @@ def describe_counts(material: Material) -> dict[str, Any]:
         described[name] = {
             "images": len(images),
             "by_class": images.labels.bincount(minlength=number).tolist(),
-            "patients": None if images.groups is None else len(images.groups.unique()),
+            "patients": None if images.groups is None else len({*images.groups.tolist()}),
         }
     return described
