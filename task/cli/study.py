@@ -1,7 +1,7 @@
 """`feddm study`: whether a classifier is better when a run's images fill up its training set."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from task.checks import require
 from task.cli.evaluate import check_same_images, evaluation_config
 from task.cli.generate import fill_folder
 from task.config import Config
-from task.config.study_config import PREFIX, StudyConfig, load_study_config
+from task.config.study_config import STUDY_PREFIX, StudyConfig, load_study_config
 from task.data import Dataset, ImageSet, build_dataset
 from task.data.partition import partition_dataset
 from task.evaluation.study.arms import real_places, synthetic_counts
@@ -28,6 +28,7 @@ from task.evaluation.study.summary import summarize
 from task.files import atomic_path, write_json
 from task.generation.folder import describe_origin, open_folder
 from task.generation.images import ImageSource
+from task.generators.base import Generator
 from task.lock import hold
 from task.reporting.rendering import render
 from task.reporting.report import labels as run_labels
@@ -37,7 +38,7 @@ from task.runs.layout import LOCK_FILE, STUDY_FILE, STUDY_FOLDER, weights_file
 from task.runs.run import Run, final_model
 from task.training.devices import select_device
 
-IMAGES, TABLE_FILE = "images", "study.md"
+DRAWN_FOLDER, TABLE_FILE = "images", "study.md"
 # Drawn beyond what is needed, to stand in for what is left out.
 SPARE = 1.1
 FEW_SEEDS, FEW_TEST_IMAGES = 3, 20
@@ -63,8 +64,8 @@ def study_runs(
             both splits.
     """
     words = list(overrides)
-    study = load_study_config(word for word in words if word.startswith(PREFIX))
-    drawing = [word for word in words if not word.startswith(PREFIX)]
+    study = load_study_config(word for word in words if word.startswith(STUDY_PREFIX))
+    drawing = [word for word in words if not word.startswith(STUDY_PREFIX)]
     named = dict(zip(run_labels(runs) if len(runs) > 1 else [Run(runs[0]).name], runs, strict=True))
     if out is None:
         require(len(runs) == 1, "--out", "the folder of a study of several runs", None)
@@ -85,14 +86,16 @@ def study_runs(
             validation,
             dataset.test,
             {},
-            hospitals=_hospitals(Run(next(iter(named.values()))), first, dataset),
+            hospitals=_hospital_of_each(Run(next(iter(named.values()))), first, dataset),
             nearly_equal=count_nearly_equal(dataset.train, dataset.test),
         )
-        needed = _needed(material, study)
+        needed, rounds = _needed(material, study), {}
         for name, run in named.items():
-            drawn = _drawn(run, configs[name], needed, out / IMAGES / name.replace("/", "-"), say)
+            model, rounds[name] = final_model(run, configs[name])
+            folder = out / DRAWN_FOLDER / name.replace("/", "-")
+            drawn = _drawn(run, configs[name], model, rounds[name], needed, folder, say)
             material = _with_source(material, study, name, drawn, first, dataset, out, device, say)
-        found = _studied(material, study, first, out, device, say)
+        found = _studied(material, study, first, rounds, out, device, say)
         lock.truncate(0)
     return found
 
@@ -109,7 +112,7 @@ def _check_same_data(first: Config, other: Config, name: str) -> None:
     )
 
 
-def _hospitals(run: Run, config: Config, dataset: Dataset) -> torch.Tensor | None:
+def _hospital_of_each(run: Run, config: Config, dataset: Dataset) -> torch.Tensor | None:
     """Say at which client of a simulation each test image is; None of a centralized run."""
     if run.partition is None:
         return None
@@ -132,9 +135,16 @@ def _needed(material: Material, study: StudyConfig) -> list[int]:
     return [math.ceil(SPARE * each) for each in most]
 
 
-def _drawn(run: Path, config: Config, needed: Sequence[int], folder: Path, say: Say) -> ImageSet:
+def _drawn(
+    run: Path,
+    config: Config,
+    model: Generator,
+    server_round: int,
+    needed: Sequence[int],
+    folder: Path,
+    say: Say,
+) -> ImageSet:
     """Draw images of a run into a folder, or those that it lacks, and read all of them."""
-    model, server_round = final_model(run, config)
     source = ImageSource(config, model, select_device(config.train.device))
     origin = describe_origin(
         config,
@@ -188,6 +198,7 @@ def _studied(
     material: Material,
     study: StudyConfig,
     config: Config,
+    rounds: Mapping[str, int],
     out: Path,
     device: torch.device,
     say: Say,
@@ -196,6 +207,7 @@ def _studied(
     odir = config.data.name == "odir"
     found = {
         "schema": 1,
+        "rounds": rounds,
         "data": config.data.name,
         "classes": list(config.data.classes),
         "classifier": trained.kind.title,

@@ -13,7 +13,7 @@ from task.config.section import PositiveFloat, PositiveInt, Section, Seed
 
 # Of classifiers that are no network of torchvision.
 OWN_CLASSIFIERS = ("auto", "small", "efficientnet")
-PREFIX = "study."
+STUDY_PREFIX = "study."
 
 
 class StudyConfig(Section):
@@ -70,5 +70,6 @@ def load_study_config(words: Iterable[str] = ()) -> StudyConfig:
         return StudyConfig.model_validate(study)
     except ValidationError as error:
         raise ValueError(
-            PREFIX + explanation(error, study, StudyConfig.model_fields).removeprefix(PREFIX)
+            STUDY_PREFIX
+            + explanation(error, study, StudyConfig.model_fields).removeprefix(STUDY_PREFIX)
         ) from error

@@ -15,7 +15,7 @@ from task.reporting.metric_table import HEADS, caption, measured, metric_rows, w
 from task.reporting.rendering import render
 from task.reporting.warning_signs import State, image_checks
 from task.runs.evaluations import Evaluation
-from task.runs.layout import client_numbers
+from task.runs.layout import STUDY_FILE, STUDY_FOLDER, client_numbers, understood
 from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, TRAIN, Records
 from task.runs.run import POOLED, Run
 
@@ -79,10 +79,23 @@ def write_model_card(
         heads=HEADS,
         min_counted=MIN_COUNTED,
         results=results,
+        study=study_sentences(run, exported),
         trained_with=trained_with or "versions that the run does not record",
         torch_version=version("torch"),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def study_sentences(run: Run, exported: Mapping[str, Any]) -> list[str]:
+    """Say what a study of the exported weights found, with its warnings; empty without one."""
+    found = run.study
+    if found is None or exported["client"] is not None:
+        return []
+    with understood(run.path / STUDY_FOLDER / STUDY_FILE):
+        if exported["round"] not in found["rounds"].values():
+            return []
+        own = [each["sentence"] for each in found["headlines"]]
+        return [*own, f"Classifier: {found['classifier']}.", *found["warnings"]]
 
 
 def trained_where(run: Run) -> str:

@@ -32,6 +32,7 @@ from task.reporting.run_summary import (
     key_figures,
     loss_figures,
 )
+from task.reporting.study_tables import study_notes, study_tables
 from task.reporting.warning_signs import Check, State, checks
 from task.runs.commands import (
     resubmitting_command,
@@ -40,7 +41,7 @@ from task.runs.commands import (
     training_command,
 )
 from task.runs.evaluations import Evaluation
-from task.runs.layout import REPORT_FILE
+from task.runs.layout import REPORT_FILE, STUDY_FILE, STUDY_FOLDER, understood
 from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, TRAIN, Record
 from task.runs.resume import different_values
 from task.runs.run import POOLED, Run
@@ -136,6 +137,7 @@ def report_page(run: Run) -> str:
         **_participation(run),
         **_training_images(run),
         **_metrics(run),
+        study=_study(run),
         **_repeating(run),
         configuration=(run.path / "config.yaml").read_text(encoding="utf-8"),
     )
@@ -399,6 +401,24 @@ def _metrics(run: Run) -> dict[str, Any]:
         "evaluations": [_evaluation_block(each, run) for each in run.evaluations],
         "hospitals": hospitals,
     }
+
+
+def _study(run: Run) -> dict[str, Any] | None:
+    found = run.study
+    if found is None:
+        return None
+    with understood(run.path / STUDY_FOLDER / STUDY_FILE):
+        return {
+            "rounds": ", ".join(
+                f"{name}, round {number}" for name, number in found["rounds"].items()
+            ),
+            "sentences": [each["sentence"] for each in found["headlines"]],
+            "warnings": found["warnings"],
+            "tables": [
+                (heading, TableRows(heads, rows)) for heading, heads, rows in study_tables(found)
+            ],
+            "notes": study_notes(found),
+        }
 
 
 def _evaluation_block(each: Evaluation, run: Run) -> dict[str, Any]:

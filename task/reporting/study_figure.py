@@ -85,7 +85,7 @@ def draw_classes(found: Mapping[str, Any], folder: Path) -> None:
         panel.set_ylim(0, 1.05)
         panel.set_ylabel("sensitivity")
         panel.set_title(headline["source"], fontsize=10)
-        panel.legend(fontsize=8, loc="lower right")
+        panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, folder / CLASSES_FILE)
 
 

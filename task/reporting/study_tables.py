@@ -16,7 +16,7 @@ def study_tables(found: Mapping[str, Any]) -> list[StudyTable]:
     Args:
         found: what `feddm study` wrote.
     """
-    return [_arms(found), *_classes(found), *_hospitals(found)]
+    return [_arm_table(found), *_class_tables(found), *_hospital_tables(found)]
 
 
 def study_notes(found: Mapping[str, Any]) -> list[str]:
@@ -52,7 +52,7 @@ def study_notes(found: Mapping[str, Any]) -> list[str]:
     return told
 
 
-def _arms(found: Mapping[str, Any]) -> StudyTable:
+def _arm_table(found: Mapping[str, Any]) -> StudyTable:
     several = len(found["headlines"]) > 1
     names = [name for name in TITLES if any(name in row["figures"] for row in found["arms"])]
     heads = [
@@ -80,7 +80,7 @@ def _arms(found: Mapping[str, Any]) -> StudyTable:
     return "Arms", heads, rows
 
 
-def _classes(found: Mapping[str, Any]) -> list[StudyTable]:
+def _class_tables(found: Mapping[str, Any]) -> list[StudyTable]:
     """Set the sensitivity of each class before and after, for each generator."""
     tables: list[StudyTable] = []
     for headline in found["headlines"]:
@@ -113,7 +113,7 @@ def _classes(found: Mapping[str, Any]) -> list[StudyTable]:
     return tables
 
 
-def _hospitals(found: Mapping[str, Any]) -> list[StudyTable]:
+def _hospital_tables(found: Mapping[str, Any]) -> list[StudyTable]:
     """Set the balanced accuracy on each hospital's own test images before and after."""
     if not found["hospitals"]:
         return []

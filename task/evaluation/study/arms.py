@@ -14,7 +14,7 @@ from task.data import ImageSet
 from task.randomness import Stream, torch_generator
 
 
-class Kind(StrEnum):
+class ArmKind(StrEnum):
     """What an arm is trained on."""
 
     REAL = "real"
@@ -35,7 +35,7 @@ class Arm:
         source: the run that drew them; "" where there are none.
     """
 
-    kind: Kind
+    kind: ArmKind
     fraction: float
     ratio: float = 0.0
     source: str = ""
@@ -43,7 +43,7 @@ class Arm:
     @property
     def title(self) -> str:
         """What it is called, without its fraction and its source."""
-        return f"real + {self.ratio:g} x synthetic" if self.kind is Kind.BOTH else str(self.kind)
+        return f"real + {self.ratio:g} x synthetic" if self.kind is ArmKind.BOTH else str(self.kind)
 
     @property
     def key(self) -> str:
@@ -59,21 +59,20 @@ def list_arms(study: StudyConfig, sources: Sequence[str]) -> Iterator[Arm]:
         sources: names of the runs that draw.
     """
     for fraction in study.real_fractions:
-        yield Arm(Kind.REAL, fraction)
-        yield Arm(Kind.AUGMENTED, fraction)
-        yield Arm(Kind.OVERSAMPLED, fraction)
+        yield Arm(ArmKind.REAL, fraction)
+        yield Arm(ArmKind.AUGMENTED, fraction)
+        yield Arm(ArmKind.OVERSAMPLED, fraction)
         for source in sources:
             # As many as real ones, so that both are compared at equal numbers.
-            yield Arm(Kind.SYNTHETIC, fraction, 1.0, source)
+            yield Arm(ArmKind.SYNTHETIC, fraction, 1.0, source)
             for ratio in study.ratios:
-                yield Arm(Kind.BOTH, fraction, ratio, source)
+                yield Arm(ArmKind.BOTH, fraction, ratio, source)
 
 
 def real_places(real: ImageSet, fraction: float, seed: int) -> Tensor:
     """Choose a fraction of the real images, whole patients, [M] int64; of each class at least one.
 
-    Patients are taken in a random order, that of each class in turn, so that a smaller fraction is
-    part of a larger one.
+    Patients are taken in a random order, each while the class of its image has too few.
 
     Args:
         real: the real images.

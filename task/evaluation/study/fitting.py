@@ -15,12 +15,12 @@ from task.randomness import Stream, seeded_global_generator, torch_generator
 # Changed copies of each image that an augmented arm is trained on.
 NUM_VIEWS = 8
 # Of classic augmentation: turns in degrees, shifts in shares of the side, contrast and brightness.
-MAX_TURN, MAX_SHIFT, MAX_CONTRAST = 10.0, 0.1, 0.15
+TURN_DEGREES, SHIFT, CONTRAST = 10.0, 0.1, 0.15
 # Times that a fit looks at the validation images.
 NUM_LOOKS = 20
-WEIGHT_DECAY = 1e-2
-MIN_STEPS, MAX_STEPS, EPOCHS = 200, 2000, 20
-CHUNK = 256
+DECAY = 1e-2
+LEAST_STEPS, MOST_STEPS, REAL_EPOCHS = 200, 2000, 20
+IMAGES_AT_ONCE = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ def inputs_of(
     views = []
     for view in range(1 if changes is None else NUM_VIEWS):
         found = []
-        for chunk in torch.split(images.images, CHUNK):
+        for chunk in torch.split(images.images, IMAGES_AT_ONCE):
             pixels = normalize(chunk)
             if changes is not None and view > 0:  # the first is the image itself
                 pixels = changes(pixels)
@@ -90,19 +90,19 @@ def augmented(rng: torch.Generator, *, mirrors: bool) -> Callable[[Tensor], Tens
 
     def changed(images: Tensor) -> Tensor:
         number = len(images)
-        turn = spread(number, MAX_TURN).deg2rad()
+        turn = spread(number, TURN_DEGREES).deg2rad()
         cosine, sine = turn.cos(), turn.sin()
         if mirrors:
             sign = torch.where(torch.rand(number, generator=rng) < 0.5, -1.0, 1.0)
         else:
             sign = torch.ones(number)
         # A shift by a share of the side, in coordinates from -1 to 1.
-        shifts = [spread(number, 2 * MAX_SHIFT) for _ in range(2)]
+        shifts = [spread(number, 2 * SHIFT) for _ in range(2)]
         rows = [sign * cosine, -sine, shifts[0], sign * sine, cosine, shifts[1]]
         maps = torch.stack(rows, 1).view(number, 2, 3)
         grid = F.affine_grid(maps, list(images.shape), align_corners=False)
         moved = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-        gain, offset = (spread(number, MAX_CONTRAST).view(-1, 1, 1, 1) for _ in range(2))
+        gain, offset = (spread(number, CONTRAST).view(-1, 1, 1, 1) for _ in range(2))
         return (moved * (1 + gain) + offset).clamp(-1, 1)
 
     return changed
@@ -125,8 +125,8 @@ class Fit:
 
 def num_steps(study: StudyConfig, num_real: int) -> int:
     """Return the optimizer steps of every fit of a study with so many real images."""
-    epochs = EPOCHS * -(-num_real // study.batch_size)
-    return study.num_steps or max(MIN_STEPS, min(epochs, MAX_STEPS))
+    epochs = REAL_EPOCHS * -(-num_real // study.batch_size)
+    return study.num_steps or max(LEAST_STEPS, min(epochs, MOST_STEPS))
 
 
 def fit_classifier(
@@ -161,7 +161,7 @@ def fit_classifier(
     with seeded_global_generator(torch_generator(study.seed, Stream.STUDY, 2, seed)):
         network = kind.make().to(device)
         optimizer = torch.optim.AdamW(
-            kind.parameter_groups(network), weight_decay=WEIGHT_DECAY, fused=True
+            kind.parameter_groups(network), weight_decay=DECAY, fused=True
         )
         rates = [group["lr"] for group in optimizer.param_groups]
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps + 1)
@@ -215,7 +215,7 @@ def _batches(number: int, size: int, chances: Tensor | None, rng: torch.Generato
 @torch.no_grad()
 def _probabilities(network: nn.Module, inputs: Inputs, device: torch.device) -> Tensor:
     network.eval()
-    chunks = torch.split(inputs.values[0], CHUNK)
+    chunks = torch.split(inputs.values[0], IMAGES_AT_ONCE)
     return torch.cat([network(chunk.to(device)).float().softmax(1).cpu() for chunk in chunks])
 
 

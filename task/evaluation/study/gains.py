@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from task.checks import require
 
 Floats = NDArray[np.float64]
-CONFIDENCE = 0.95
+INTERVAL = 0.95
 
 
 def patient_weights(
@@ -85,7 +85,7 @@ def sensitivities(probabilities: Floats, labels: NDArray[np.int64], weights: Flo
     return np.stack(found)
 
 
-def balanced_accuracy(probabilities: Floats, labels: NDArray[np.int64], weights: Floats) -> Floats:
+def resampled_accuracy(probabilities: Floats, labels: NDArray[np.int64], weights: Floats) -> Floats:
     """Return the mean of `sensitivities` over the classes that there are, [B]."""
     return _mean_of_finite(sensitivities(probabilities, labels, weights))
 
@@ -103,7 +103,7 @@ class Gain:
 
     Attributes:
         value: the difference on the test images as they are.
-        low: of the interval at `CONFIDENCE`.
+        low: of the interval at `INTERVAL`.
         high: likewise.
         p_value: of no difference, two-sided.
     """
@@ -130,7 +130,7 @@ def gain_of(ours: Floats, theirs: Floats) -> Gain:
     differences = ours - theirs
     drawn = differences[1:][np.isfinite(differences[1:])]
     require(len(drawn) > 0, "the bootstrap", "a draw of patients with a figure", 0)
-    tail = (1 - CONFIDENCE) / 2
+    tail = (1 - INTERVAL) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     # Half of those that are equal on each side.
     above = ((drawn > 0).sum() + (drawn == 0).sum() / 2 + 1) / (len(drawn) + 2)

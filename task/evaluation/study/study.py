@@ -23,7 +23,7 @@ from task.data.split import split_validation
 from task.evaluation.distances import neighbor_distances
 from task.evaluation.study.arms import (
     Arm,
-    Kind,
+    ArmKind,
     first_of_class,
     list_arms,
     real_places,
@@ -248,18 +248,18 @@ class Study:
         if not arm.source:
             return places, torch.zeros(0, dtype=torch.int64)
         counts = train.labels[places].bincount(minlength=len(self._material.classes)).tolist()
-        fill = "all" if arm.kind is Kind.SYNTHETIC else self._study.fill
+        fill = "all" if arm.kind is ArmKind.SYNTHETIC else self._study.fill
         wanted = synthetic_counts(counts, arm.ratio, fill)
         chosen = first_of_class(self._material.sources[arm.source].labels, wanted)
-        return (places[:0] if arm.kind is Kind.SYNTHETIC else places), chosen
+        return (places[:0] if arm.kind is ArmKind.SYNTHETIC else places), chosen
 
     def _train(self, arm: Arm, seed: int) -> None:
         of_real, of_synthetic = self._places(arm, seed)
-        views = "augmented" if arm.kind is Kind.AUGMENTED else "train"
+        views = "augmented" if arm.kind is ArmKind.AUGMENTED else "train"
         train = self._looked_at(views).subset(of_real)
         if arm.source:
             generated = self._looked_at(arm.source).subset(of_synthetic)
-            train = generated if arm.kind is Kind.SYNTHETIC else train.joined(generated)
+            train = generated if arm.kind is ArmKind.SYNTHETIC else train.joined(generated)
         fit = fit_classifier(
             self.kind,
             train,
@@ -268,7 +268,7 @@ class Study:
             study=self._study,
             steps=self.steps,
             seed=seed,
-            balance="oversample" if arm.kind is Kind.OVERSAMPLED else self._study.balance,
+            balance="oversample" if arm.kind is ArmKind.OVERSAMPLED else self._study.balance,
             num_classes=len(self._material.classes),
             device=self._device,
         )

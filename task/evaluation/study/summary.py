@@ -8,24 +8,24 @@ from typing import Any
 import numpy as np
 
 from task.config.study_config import StudyConfig
-from task.evaluation.study.arms import Arm, Kind
+from task.evaluation.study.arms import Arm, ArmKind
 from task.evaluation.study.figures import TITLES, figures_of
 from task.evaluation.study.gains import (
-    CONFIDENCE,
+    INTERVAL,
     Floats,
     Gain,
-    balanced_accuracy,
     gain_of,
     holm,
     macro_auc,
     patient_weights,
+    resampled_accuracy,
     seed_weights,
     sensitivities,
 )
 from task.evaluation.study.study import ArmResult, Material
 from task.randomness import Stream, numpy_generator
 
-SIGNIFICANT = 1 - CONFIDENCE
+SIGNIFICANCE_LEVEL = 1 - INTERVAL
 # What an arm is chosen by and judged by.
 PRIMARY = "macro_auc"
 VERDICTS = {1: "gain", 0: "no gain shown", -1: "loss"}
@@ -60,12 +60,12 @@ class Resampled:
             by_class = sensitivities(said, self._labels, self.weights)
             own = {
                 "macro_auc": macro_auc(said, self._labels, self.weights),
-                "balanced_accuracy": balanced_accuracy(said, self._labels, self.weights),
+                "balanced_accuracy": resampled_accuracy(said, self._labels, self.weights),
             }
             own |= {f"sensitivity/{label}": by_class[label] for label in range(len(by_class))}
             for hospital in self.hospitals:
                 weights = self.weights * (self._hospitals == hospital)
-                own[f"hospital/{hospital}"] = balanced_accuracy(said, self._labels, weights)
+                own[f"hospital/{hospital}"] = resampled_accuracy(said, self._labels, weights)
             for name, values in own.items():
                 found.setdefault(name, []).append(values)
         return {
@@ -99,8 +99,10 @@ def summarize(
     rows: list[dict[str, Any]] = []
     for result in results:
         figures[result.arm] = resampled.figures(result)
-        rows.append(_row(material, result, odir=odir))
-    gains = {arm: _gains(figures, arm, Kind.REAL) for arm in figures if arm.kind is not Kind.REAL}
+        rows.append(_arm_row(material, result, odir=odir))
+    gains = {
+        arm: _gains(figures, arm, ArmKind.REAL) for arm in figures if arm.kind is not ArmKind.REAL
+    }
     corrected = holm([each[PRIMARY].p_value for each in gains.values()])
     p_values = dict(zip(gains, corrected, strict=True))
     for arm, row in zip(figures, rows, strict=True):
@@ -114,7 +116,7 @@ def summarize(
     return {"rarest_class": resampled.rarest, "arms": rows, "headlines": headlines}
 
 
-def _gains(figures: Mapping[Arm, Mapping[str, Floats]], arm: Arm, over: Kind) -> dict[str, Gain]:
+def _gains(figures: Mapping[Arm, Mapping[str, Floats]], arm: Arm, over: ArmKind) -> dict[str, Gain]:
     base = figures[Arm(over, arm.fraction)]
     found = {}
     for name, values in figures[arm].items():
@@ -125,12 +127,12 @@ def _gains(figures: Mapping[Arm, Mapping[str, Floats]], arm: Arm, over: Kind) ->
 
 
 def _direction(gain: Gain, p_value: float) -> int:
-    if p_value >= SIGNIFICANT:
+    if p_value >= SIGNIFICANCE_LEVEL:
         return 0
     return (gain.low > 0) - (gain.high < 0)
 
 
-def _row(material: Material, result: ArmResult, *, odir: bool) -> dict[str, Any]:
+def _arm_row(material: Material, result: ArmResult, *, odir: bool) -> dict[str, Any]:
     arm, labels = result.arm, material.test.labels
     values: dict[str, list[float]] = {}
     validation = []
@@ -169,11 +171,11 @@ def _headline(
     chances = {
         arm: row[f"validation_{PRIMARY}"]
         for arm, row in zip(figures, rows, strict=True)
-        if arm.source == source and arm.kind is Kind.BOTH and arm.fraction == fraction
+        if arm.source == source and arm.kind is ArmKind.BOTH and arm.fraction == fraction
     }
     # By the validation images, never by the test images; the smallest ratio of equal ones.
     best = max(chances, key=lambda arm: (chances[arm] or 0.0, -arm.ratio))
-    gain, control = gains[best][PRIMARY], _gains(figures, best, Kind.OVERSAMPLED)[PRIMARY]
+    gain, control = gains[best][PRIMARY], _gains(figures, best, ArmKind.OVERSAMPLED)[PRIMARY]
     direction = _direction(gain, p_values[best])
     directions = [_direction(gains[arm][PRIMARY], p_values[arm]) for arm in chances]
     found = {1: "A gain is shown", 0: "No gain is shown", -1: "A loss is shown"}[direction]
@@ -197,7 +199,7 @@ def _headline(
 
 
 def _told(gain: Gain) -> str:
-    return f"{gain.value:+.3f} ({CONFIDENCE:.0%} interval {gain.low:+.3f} to {gain.high:+.3f})"
+    return f"{gain.value:+.3f} ({INTERVAL:.0%} interval {gain.low:+.3f} to {gain.high:+.3f})"
 
 
 def title_of(name: str, classes: Sequence[str]) -> str:
