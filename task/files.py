@@ -1,6 +1,7 @@
 """Files that are either whole or not there."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -117,6 +118,16 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
             f"no room left on the disk of {folder}: make some there and start this again; "
             "what was whole before is whole still",
         ) from error
+
+
+def file_sha256(file: Path) -> str:
+    """Return the SHA-256 of what is in a file, in hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def write_json(path: Path, content: object) -> None:

@@ -503,8 +503,9 @@ def study(
       feddm study runs/demo 'study.ratios=[1,2]' study.num_seeds=5
       feddm study runs/vae runs/stylegan --out runs/study
     """
-    folders = [Path(word) for word in runs if "=" not in word]
-    words = [word for word in runs if "=" in word]
+    # A run of a sweep is named by its words.
+    folders = [Path(word) for word in runs if "=" not in word or Path(word).exists()]
+    words = [word for word in runs if "=" in word and not Path(word).exists()]
     if not folders:
         raise ValueError("RUN must be the folder of a finished run, got none")
     for each in folders:

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from task.checks import require
 from task.cli.evaluate import check_same_images, evaluation_config
@@ -16,19 +18,19 @@ from task.config.study_config import STUDY_PREFIX, StudyConfig, load_study_confi
 from task.data import Dataset, ImageSet, build_dataset
 from task.data.partition import partition_dataset
 from task.evaluation.study.arms import real_places, synthetic_counts
+from task.evaluation.study.classifiers import build_classifier
 from task.evaluation.study.study import (
     Material,
     Study,
     count_nearly_equal,
     describe_counts,
-    split_real,
+    split_test,
     without_copies,
 )
-from task.evaluation.study.summary import summarize
-from task.files import atomic_path, write_json
+from task.evaluation.study.summary import check_bootstraps, summarize
+from task.files import atomic_path, file_sha256, write_json
 from task.generation.folder import describe_origin, open_folder
 from task.generation.images import ImageSource
-from task.generators.base import Generator
 from task.lock import hold
 from task.reporting.rendering import render
 from task.reporting.report import labels as run_labels
@@ -42,6 +44,10 @@ DRAWN_FOLDER, TABLE_FILE = "images", "study.md"
 # Drawn beyond what is needed, to stand in for what is left out.
 SPARE = 1.1
 FEW_SEEDS, FEW_TEST_IMAGES = 3, 20
+UNKNOWN_IMAGES = (
+    "Which images the run was trained on was not written down, as by hospitals: the test images "
+    "may be among them."
+)
 
 Say = Callable[[str], object]
 
@@ -70,32 +76,46 @@ def study_runs(
     if out is None:
         require(len(runs) == 1, "--out", "the folder of a study of several runs", None)
         out = runs[0] / STUDY_FOLDER
+    check_bootstraps(study, len(runs))
     configs = {name: evaluation_config(run, drawing, {}) for name, run in named.items()}
     first = next(iter(configs.values()))
+    device = select_device(study.device)
+    # Before any image is drawn: its weights may be missing.
+    build_classifier(
+        study,
+        channels=first.data.channels,
+        image_size=first.data.image_size,
+        num_classes=len(first.data.classes),
+        device=device,
+    )
+    warnings: list[str] = []
     dataset = build_dataset(first, download=True)
     for name, run in named.items():
         _check_same_data(first, configs[name], name)
-        check_same_images(run, configs[name], dataset, say=say)
-    train, validation = split_real(dataset, first.data.classes, study)
-    device = select_device(study.device)
+        check_same_images(run, configs[name], dataset, say=warnings.append)
+        if not Run(run).data_hashes:
+            warnings.append(UNKNOWN_IMAGES)
+    chosen, measured = split_test(dataset, first.data.classes, study)
+    mirrors = first.data.horizontal_flip
     out.mkdir(parents=True, exist_ok=True)
     with hold(out / LOCK_FILE, "--out", patience=0) as lock:
         material = Material(
             first.data.classes,
-            train,
-            validation,
-            dataset.test,
+            dataset.train,
+            dataset.test.subset(chosen),
+            dataset.test.subset(measured),
             {},
-            hospitals=_hospital_of_each(Run(next(iter(named.values()))), first, dataset),
-            nearly_equal=count_nearly_equal(dataset.train, dataset.test),
+            hospitals=_hospital_of_each(named.values(), dataset, measured, warnings),
+            nearly_equal=count_nearly_equal(dataset.test, dataset.train, mirrors=mirrors),
         )
-        needed, rounds = _needed(material, study), {}
+        needed, weights = _needed(material, study), {}
         for name, run in named.items():
-            model, rounds[name] = final_model(run, configs[name])
+            weights[name] = file_sha256(weights_file(run))
             folder = out / DRAWN_FOLDER / name.replace("/", "-")
-            drawn = _drawn(run, configs[name], model, rounds[name], needed, folder, say)
-            material = _with_source(material, study, name, drawn, first, dataset, out, device, say)
-        found = _studied(material, study, first, rounds, out, device, say)
+            drawn = _drawn(run, configs[name], needed, folder, say)
+            material = _with_source(material, study, name, drawn, out, mirrors, device)
+        told = {"weights_sha256": weights, "warnings": [*warnings, *_warnings(material, study)]}
+        found = _studied(material, study, first, told, out, device, say)
         lock.truncate(0)
     return found
 
@@ -112,15 +132,30 @@ def _check_same_data(first: Config, other: Config, name: str) -> None:
     )
 
 
-def _hospital_of_each(run: Run, config: Config, dataset: Dataset) -> torch.Tensor | None:
-    """Say at which client of a simulation each test image is; None of a centralized run."""
-    if run.partition is None:
+def _hospital_of_each(
+    runs: Iterable[Path], dataset: Dataset, measured: Tensor, warnings: list[str]
+) -> Tensor | None:
+    """Say at which client of a simulation each measured image is; None where that is not told.
+
+    It is that of the runs as they were trained, whatever is drawn otherwise, and of all of them.
+    """
+    found = []
+    for path in runs:
+        run = Run(path)
+        if run.partition is None:
+            return None
+        partition = partition_dataset(run.config, dataset, int(run.partition["num_clients"]))
+        whose = torch.zeros(len(dataset.test), dtype=torch.int64)
+        for client, indices in enumerate(partition.test_indices):
+            whose[torch.as_tensor(indices)] = client
+        if partition.describe() != run.partition:
+            warnings.append("The hospitals of the run cannot be told: their images have changed.")
+            return None
+        found.append(whose)
+    if not all(torch.equal(each, found[0]) for each in found):
+        warnings.append("The runs dealt the images out otherwise, so no hospitals are compared.")
         return None
-    number = len(run.class_counts)
-    whose = torch.zeros(len(dataset.test), dtype=torch.int64)
-    for client, indices in enumerate(partition_dataset(config, dataset, number).test_indices):
-        whose[torch.as_tensor(indices)] = client
-    return whose
+    return found[0][measured]
 
 
 def _needed(material: Material, study: StudyConfig) -> list[int]:
@@ -135,16 +170,9 @@ def _needed(material: Material, study: StudyConfig) -> list[int]:
     return [math.ceil(SPARE * each) for each in most]
 
 
-def _drawn(
-    run: Path,
-    config: Config,
-    model: Generator,
-    server_round: int,
-    needed: Sequence[int],
-    folder: Path,
-    say: Say,
-) -> ImageSet:
+def _drawn(run: Path, config: Config, needed: Sequence[int], folder: Path, say: Say) -> ImageSet:
     """Draw images of a run into a folder, or those that it lacks, and read all of them."""
+    model, server_round = final_model(run, config)
     source = ImageSource(config, model, select_device(config.train.device))
     origin = describe_origin(
         config,
@@ -169,24 +197,20 @@ def _with_source(
     study: StudyConfig,
     name: str,
     drawn: ImageSet,
-    config: Config,
-    dataset: Dataset,
     out: Path,
+    mirrors: bool,
     device: torch.device,
-    say: Say,
 ) -> Material:
     """Add the images of a run to a study, without those that are to be left out."""
-    mirrors = config.data.horizontal_flip
-    kept = without_copies(drawn, dataset, study.copy_share, mirrors=mirrors)
+    kept = without_copies(
+        drawn, material.train, material.validation, study.copy_share, mirrors=mirrors
+    )
     left_out = {"near copies of training images": len(drawn) - len(kept)}
-    if study.leave_out_misclassified:
+    if study.leave_out_misclassified and len(kept):
         judge = Study(material, study, out, mirrors=mirrors, device=device)
         wrong = judge.misclassified(kept)
         left_out["found in another class"] = int(wrong.sum())
         kept = kept.subset((~wrong).nonzero().flatten())
-    for reason, number in left_out.items():
-        if number:
-            say(f"{name}: {number:,} of {len(drawn):,} images are left out, {reason}")
     return replace(
         material,
         sources={**material.sources, name: kept},
@@ -198,7 +222,7 @@ def _studied(
     material: Material,
     study: StudyConfig,
     config: Config,
-    rounds: Mapping[str, int],
+    told: Mapping[str, Any],
     out: Path,
     device: torch.device,
     say: Say,
@@ -207,7 +231,6 @@ def _studied(
     odir = config.data.name == "odir"
     found = {
         "schema": 1,
-        "rounds": rounds,
         "data": config.data.name,
         "classes": list(config.data.classes),
         "classifier": trained.kind.title,
@@ -220,8 +243,8 @@ def _studied(
         if material.hospitals is None
         else {str(n): count for n, count in enumerate(material.hospitals.bincount().tolist())},
         "left_out": material.left_out,
-        "warnings": [*_warnings(material, study)],
         "values": study.model_dump(),
+        **told,
         **summarize(material, study, trained.results(say), odir=odir),
     }
     write_json(out / STUDY_FILE, found)
@@ -250,11 +273,13 @@ def study_page(found: dict[str, Any]) -> str:
 
 
 def _warnings(material: Material, study: StudyConfig) -> Iterable[str]:
+    """Say what weakens a study; no names of runs, because an export tells it, too."""
     if material.nearly_equal:
+        number = len(material.validation) + len(material.test)
         yield (
-            f"{material.nearly_equal:,} of {len(material.test):,} test images are equal or nearly "
-            "equal to a training image: all figures are too good, and a generator may have learned "
-            "them."
+            f"{material.nearly_equal:,} of {number:,} validation and test images are equal or "
+            "nearly equal to a training image: all figures are too good, and a generator may have "
+            "learned them."
         )
     if material.test.groups is None:
         yield "Whose images are of one patient is not known: they may be in both splits."
@@ -265,9 +290,12 @@ def _warnings(material: Material, study: StudyConfig) -> Iterable[str]:
     if few:
         told = ", ".join(f"{name} {number}" for name, number in few.items())
         yield f"Classes with few test images, of which little can be said: {told}."
-    for name, reasons in material.left_out.items():
-        number = sum(reasons.values())
-        if number:
-            told = ", ".join(f"{n:,} {why}" for why, n in reasons.items() if n)
-            left = len(material.sources[name])
-            yield f"Of the images of {name} {told} are left out; {left:,} are used."
+    for (name, reasons), place in zip(material.left_out.items(), count(1), strict=False):
+        which = "generated images" if len(material.sources) == 1 else f"images of generator {place}"
+        told = ", ".join(f"{number:,} {why}" for why, number in reasons.items() if number)
+        if told:
+            yield f"Left out of the {which}: {told}; {len(material.sources[name]):,} are used."
+        kept = material.sources[name].labels.bincount(minlength=len(material.classes)).tolist()
+        gone = [c for c, number in zip(material.classes, kept, strict=True) if number == 0]
+        if gone:
+            yield f"No {which} are left of the classes {', '.join(gone)}."

@@ -92,9 +92,15 @@ def study_sentences(run: Run, exported: Mapping[str, Any]) -> list[str]:
     if found is None or exported["client"] is not None:
         return []
     with understood(run.path / STUDY_FOLDER / STUDY_FILE):
-        if exported["round"] not in found["rounds"].values():
+        # A study of several runs says of each what it found.
+        weights = exported["weights_sha256"]
+        own = [
+            each["sentence"]
+            for each in found["headlines"]
+            if found["weights_sha256"][each["source"]] == weights
+        ]
+        if not own:
             return []
-        own = [each["sentence"] for each in found["headlines"]]
         return [*own, f"Classifier: {found['classifier']}.", *found["warnings"]]
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from task.config import flat_values
 from task.evaluation.metrics import Use
-from task.files import atomic_path
+from task.files import atomic_path, file_sha256
 from task.generation.grids import read_grid
 from task.progress import duration
 from task.reporting.charts import (
@@ -41,7 +41,7 @@ from task.runs.commands import (
     training_command,
 )
 from task.runs.evaluations import Evaluation
-from task.runs.layout import REPORT_FILE, STUDY_FILE, STUDY_FOLDER, understood
+from task.runs.layout import REPORT_FILE, STUDY_FILE, STUDY_FOLDER, understood, weights_file
 from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, TRAIN, Record
 from task.runs.resume import different_values
 from task.runs.run import POOLED, Run
@@ -408,11 +408,16 @@ def _study(run: Run) -> dict[str, Any] | None:
     if found is None:
         return None
     with understood(run.path / STUDY_FOLDER / STUDY_FILE):
+        weights = weights_file(run.path)
+        if not weights.exists() or file_sha256(weights) not in found["weights_sha256"].values():
+            return None  # of weights that the run has trained further since
         return {
-            "rounds": ", ".join(
-                f"{name}, round {number}" for name, number in found["rounds"].items()
-            ),
-            "sentences": [each["sentence"] for each in found["headlines"]],
+            "sentences": [
+                f"{each['source']}: {each['sentence']}"
+                if len(found["headlines"]) > 1
+                else each["sentence"]
+                for each in found["headlines"]
+            ],
             "warnings": found["warnings"],
             "tables": [
                 (heading, TableRows(heads, rows)) for heading, heads, rows in study_tables(found)

@@ -16,7 +16,15 @@ def study_tables(found: Mapping[str, Any]) -> list[StudyTable]:
     Args:
         found: what `feddm study` wrote.
     """
-    return [_arm_table(found), *_class_tables(found), *_hospital_tables(found)]
+    tables = [_arm_table(found), *_class_tables(found), *_hospital_tables(found)]
+    if found["between"]:
+        rows = [
+            [f"{e['first']} beside {e['second']}", told_gain(e[PRIMARY])] for e in found["between"]
+        ]
+        tables.append(
+            ("Generators", ["at the ratio chosen for each", "difference in macro AUC"], rows)
+        )
+    return tables
 
 
 def study_notes(found: Mapping[str, Any]) -> list[str]:
@@ -26,7 +34,7 @@ def study_notes(found: Mapping[str, Any]) -> list[str]:
     for name, role in (
         ("train", "train the classifiers"),
         ("validation", "choose among their weights and among the ratios"),
-        ("test", "are measured on; no generator and no classifier has seen them"),
+        ("test", "are measured on"),
     ):
         counts = images[name]
         each = ", ".join(f"{c} {n:,}" for c, n in zip(classes, counts["by_class"], strict=True))
@@ -40,9 +48,9 @@ def study_notes(found: Mapping[str, Any]) -> list[str]:
     )
     resampled = "images" if images["test"]["patients"] is None else "patients"
     told.append(
-        f"Gains: over real images alone, of the same fraction; intervals at 95% over "
-        f"{found['num_bootstraps']:,} draws of test {resampled} and of classifiers; p values of "
-        "the macro AUC by Holm's correction over all arms."
+        "Gains: over real images of the same fraction, alone or oversampled; intervals at 95% over "
+        f"{found['num_bootstraps']:,} draws of test {resampled}, and by Student's t over the "
+        "classifiers; p values of the macro AUC by Holm's correction over all comparisons."
     )
     if any(row["fraction"] < 1 for row in found["arms"]):
         told.append(
@@ -59,12 +67,15 @@ def _arm_table(found: Mapping[str, Any]) -> StudyTable:
         "arm",
         *(["generator"] if several else []),
         *("of the real images", "real", "synthetic"),
-        *("gain in macro AUC", "p (Holm)"),
+        *("gain in macro AUC", "p (Holm)", "over oversampling", "p (Holm) "),
         *(f"{TITLES[name][0]} {'↑' if TITLES[name][1] else '↓'}" for name in names),
     ]
     rows = []
     for row in found["arms"]:
-        gain = row.get("gains", {}).get(PRIMARY)
+        found_gains = [
+            (row.get(name, {}).get(PRIMARY), row.get(f"p_holm_{name}"))
+            for name in ("gains", "over_control")
+        ]
         rows.append(
             [
                 row["title"],
@@ -72,8 +83,13 @@ def _arm_table(found: Mapping[str, Any]) -> StudyTable:
                 f"{row['fraction']:g}",
                 _count(row["num_real"]),
                 _count(row["num_synthetic"]),
-                "-" if gain is None else told_gain(gain),
-                "-" if gain is None else f"{row['p_holm']:.2g}",
+                *(
+                    text
+                    for gain, p_value in found_gains
+                    for text in (
+                        ("-", "-") if gain is None else (told_gain(gain), f"{p_value:.2g}")
+                    )
+                ),
                 *(_mean(row["figures"].get(name)) for name in names),
             ]
         )

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from task.cli.study import study_runs
+from task.files import file_sha256
 from task.reporting.model_card import study_sentences
 from task.reporting.report import report_page
 from task.runs.run import Run
@@ -18,7 +19,7 @@ from tests.processes import feddm
 
 FAST = [
     *("study.classifier=small", "study.ratios=[0.5,1]", "study.real_fractions=[1.0]"),
-    *("study.num_steps=5", "study.num_seeds=1", "study.num_bootstraps=100", "study.device=cpu"),
+    *("study.num_steps=5", "study.num_seeds=1", "study.num_bootstraps=1000", "study.device=cpu"),
 ]
 
 
@@ -45,13 +46,15 @@ def test_study_is_written_shown_and_gone_on_with(run: Path) -> None:
     shown = Run(run)
     report = html.unescape(report_page(shown))
     assert "Use to a classifier" in report and headline["sentence"] in report
-    assert study_sentences(shown, {"client": None, "round": 2})[0] == headline["sentence"]
-    assert study_sentences(shown, {"client": None, "round": 1}) == []
-    assert study_sentences(shown, {"client": 0, "round": 2}) == []
+    weights = {"client": None, "weights_sha256": file_sha256(run / "model.safetensors")}
+    card = study_sentences(shown, weights)
+    assert card[0] == headline["sentence"] and not [each for each in card if "noise" in each]
+    assert study_sentences(shown, weights | {"weights_sha256": "0"}) == []
+    assert study_sentences(shown, weights | {"client": 0}) == []
 
     said.clear()
     assert study_runs([run], FAST, out=None, say=said.append) == found
-    assert not [line for line in said if re.search("drawing|trained", line)]
+    assert not [line for line in said if re.search("^drawing| trained, about", line)]
 
 
 def test_runs_are_compared_by_their_generators(run: Path, tmp_path: Path) -> None:
@@ -64,7 +67,8 @@ def test_runs_are_compared_by_their_generators(run: Path, tmp_path: Path) -> Non
         f"{run.parent.name}/noise",
         "other/noise",
     ]
-    assert found["headlines"][0]["gain"] == found["headlines"][1]["gain"]
+    (between,) = found["between"]
+    assert between["macro_auc"]["value"] == between["macro_auc"]["low"] == 0  # the same images
     assert "| generator |" in (tmp_path / "both" / "study.md").read_text()
 
 
@@ -72,6 +76,8 @@ def test_runs_are_compared_by_their_generators(run: Path, tmp_path: Path) -> Non
     ("words", "message"),
     [
         (["study.ratios=[-1]"], "study.ratios must be a list, each element > 0"),
+        (["study.num_bootstraps=100"], "study.num_bootstraps must be at least 1680 for 42 compar"),
+        (["study.classifier=resnt18", "study.weights=x"], "or a network of torchvision, such as"),
         (["study.nonsense=1"], "no such value: study.nonsense"),
         (["model.width=9"], "an override must be NAME=VALUE with a name of"),
     ],

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from task.checks import require
 from task.config.study_config import StudyConfig
 from task.data import ImageSet
 from task.randomness import Stream, torch_generator
@@ -124,23 +123,13 @@ def synthetic_counts(real_counts: Sequence[int], ratio: float, fill: str) -> lis
     return [int(each) for each in whole]
 
 
-def first_of_class(labels: Tensor, counts: Sequence[int]) -> Tensor:
-    """Return the places of the first so many images of each class, [M] int64, sorted.
+def places_of_classes(labels: Tensor, counts: Sequence[int], rng: torch.Generator) -> Tensor:
+    """Draw so many images of each class, or all where there are fewer, [M] int64, sorted.
 
-    Where a class has fewer, all of it is taken, again and again until there are enough.
-
-    Raises:
-        ValueError: a class of which images are asked for has none.
+    Of the same generator a larger number takes the images of a smaller one and more.
     """
-    chosen = []
+    chosen = [torch.zeros(0, dtype=torch.int64)]
     for label, count in enumerate(counts):
         places = (labels == label).nonzero().flatten()
-        require(
-            count == 0 or len(places) > 0,
-            f"generated images of class {label}",
-            "at least one, after copies were left out",
-            0,
-        )
-        if count:
-            chosen.append(places.repeat(-(-count // len(places)))[:count])
-    return torch.cat(chosen).sort().values if chosen else torch.zeros(0, dtype=torch.int64)
+        chosen.append(places[torch.randperm(len(places), generator=rng)[:count]])
+    return torch.cat(chosen).sort().values

@@ -1,6 +1,7 @@
 """The classifiers of a study: networks from scratch or pre-trained, and what of them is trained."""
 
 import copy
+import hashlib
 import io
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class ClassifierKind:
         lr: of what is new in it.
         lower_lr: of its pre-trained layers.
         head: names of the parameters that are new, by their beginnings.
+        sha256: of the file of its pre-trained weights; "" where there is none.
     """
 
     title: str
@@ -52,6 +54,7 @@ class ClassifierKind:
     lr: float
     lower_lr: float
     head: tuple[str, ...] = ("",)
+    sha256: str = ""
 
     def parameter_groups(self, network: nn.Module) -> list[dict[str, object]]:
         """Group the parameters that are trained by their learning rates."""
@@ -102,7 +105,7 @@ def build_classifier(
     if name == "small":
         return ClassifierKind(
             "network of three convolutions, from scratch",
-            lambda images: images,
+            _unchanged,
             lambda: convolutional_network(channels, image_size, num_classes),
             lr,
             lr,
@@ -114,14 +117,20 @@ def build_classifier(
         title = f"EfficientNet-Lite0 of ImageNet, trained: {study.fine_tuning}"
     else:
         parts = torchvision_parts(name, Path(study.weights), study.fine_tuning, device)
-        title = f"{name} of {Path(study.weights).name}, trained: {study.fine_tuning}"
+        file = Path(study.weights)
+        title = f"{name}, pre-trained, trained: {study.fine_tuning}"
     frozen, tuned, num_features = parts
 
     def make() -> nn.Module:
         head = nn.Linear(num_features, num_classes)
         return nn.Sequential(copy.deepcopy(tuned), head)
 
-    return ClassifierKind(title, frozen, make, lr, lower_lr, head=("1.",))
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    return ClassifierKind(title, frozen, make, lr, lower_lr, head=("1.",), sha256=sha256)
+
+
+def _unchanged(images: Tensor) -> Tensor:
+    return images
 
 
 Parts = tuple[Callable[[Tensor], Tensor], nn.Module, int]
@@ -141,15 +150,15 @@ class _Above(nn.Module):
 
 
 class _Whole(nn.Module):
-    """All of EfficientNet but its classes."""
+    """All of EfficientNet but its classes, and the enlarging before it."""
 
     def __init__(self, network: EfficientNet) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images [N, 3, 224, 224] to features [N, 1280]."""
-        features: Tensor = self.network(images)[0]
+        """Map images [N, C, H, W] to features [N, 1280]."""
+        features: Tensor = self.network(enlarged(images))[0]
         return features
 
 
@@ -162,7 +171,7 @@ def efficientnet_parts(network: EfficientNet, fine_tuning: str) -> Parts:
         below = copy.deepcopy(network)
         above = _Above(network, first).requires_grad_(True)
         return lambda images: below.output_of(enlarged(images), first - 1), above, NUM_FEATURES
-    return enlarged, _Whole(network).requires_grad_(True), NUM_FEATURES
+    return _unchanged, _Whole(network).requires_grad_(True), NUM_FEATURES
 
 
 def torchvision_parts(name: str, file: Path, fine_tuning: str, device: torch.device) -> Parts:
@@ -190,18 +199,26 @@ def torchvision_parts(name: str, file: Path, fine_tuning: str, device: torch.dev
     except (RuntimeError, ValueError) as error:
         first = " ".join(str(error).split())[:200]
         raise ValueError(f"study.weights: {file} holds no weights of {name}: {first}") from error
-    last = [each for each, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
+    linear = [each for each, module in network.named_modules() if isinstance(module, nn.Linear)]
+    require(linear != [], "study.classifier", "a network that ends in a linear layer", name)
+    last = linear[-1]
     features = network.get_submodule(last).in_features
     network.set_submodule(last, nn.Identity())
     body = _Body(_Normalized(), network).to(device).eval()
     if fine_tuning == "head":
         body.requires_grad_(False)
-        return lambda images: body(enlarged(images)), nn.Identity(), features
+        return body, nn.Identity(), features
     if fine_tuning == "last_blocks":
         parts = [each for each in network.children() if [*each.parameters()]]
+        require(
+            len(parts) > 2 * LAST_BLOCKS,
+            "study.fine_tuning",
+            f"head, all or discriminative with {name}, of whose parts the last cannot be told",
+            fine_tuning,
+        )
         for part in parts[:-LAST_BLOCKS]:
             _freeze(part.parameters())
-    return enlarged, body, features
+    return _unchanged, body, features
 
 
 class _Body(nn.Sequential):
@@ -220,7 +237,7 @@ class _Normalized(nn.Module):
         self.std: Tensor
 
     def forward(self, images: Tensor) -> Tensor:
-        return ((images + 1) / 2 - self.mean) / self.std
+        return ((enlarged(images) + 1) / 2 - self.mean) / self.std
 
 
 def _freeze(parameters: Iterable[nn.Parameter]) -> None:

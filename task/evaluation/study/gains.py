@@ -31,15 +31,6 @@ def patient_weights(
     return np.concatenate([whole, drawn])[:, members].astype(np.float64)
 
 
-def seed_weights(num_seeds: int, num_bootstraps: int, rng: np.random.Generator) -> Floats:
-    """Draw classifiers with replacement; returns the weight of each in a mean, [B + 1, S].
-
-    The first row weighs all alike.
-    """
-    drawn = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=num_bootstraps)
-    return np.concatenate([np.ones((1, num_seeds)), drawn]) / num_seeds
-
-
 def macro_auc(probabilities: Floats, labels: NDArray[np.int64], weights: Floats) -> Floats:
     """Return the mean over classes of the area under the curve of each against the rest, [B].
 
@@ -114,27 +105,37 @@ class Gain:
     p_value: float
 
 
-def gain_of(ours: Floats, theirs: Floats) -> Gain:
-    """Compare figures of the same draws; see `patient_weights` and `seed_weights`.
+def gain_of(ours: Floats, theirs: Floats, rng: np.random.Generator) -> Gain:
+    """Compare figures of the same draws of patients; see `patient_weights`.
+
+    The uncertainty has two parts, which are added up: which patients are tested, by the draws, and
+    which first weights the classifiers had, by Student's t over the seeds, as bootstrapping a few
+    of them would understate it. A single seed leaves the second out.
 
     Args:
-        ours: [B + 1], the first of the images as they are.
-        theirs: likewise.
+        ours: [S, B + 1] of S seeds, the first column of the images as they are.
+        theirs: likewise, of the same seeds.
+        rng: of the draws of the second part.
 
     Raises:
         ValueError: no draw has both.
 
-    Source: percentile intervals, and p values of Davison & Hinkley 1997, section 4.4, for the
-    bootstrap distribution of the difference.
+    Source: percentile intervals, and p values of Davison & Hinkley 1997, section 4.4.
     """
-    differences = ours - theirs
-    drawn = differences[1:][np.isfinite(differences[1:])]
+    by_seed = ours - theirs
+    differences, number = by_seed.mean(0), len(by_seed)
+    drawn = differences[1:]
+    if number > 1:
+        error = by_seed[:, 0].std(ddof=1) / np.sqrt(number)
+        drawn = drawn + error * rng.standard_t(number - 1, len(drawn))
+    drawn = drawn[np.isfinite(drawn)]
     require(len(drawn) > 0, "the bootstrap", "a draw of patients with a figure", 0)
     tail = (1 - INTERVAL) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     # Half of those that are equal on each side.
     above = ((drawn > 0).sum() + (drawn == 0).sum() / 2 + 1) / (len(drawn) + 2)
-    return Gain(float(differences[0]), float(low), float(high), min(1, 2 * min(above, 1 - above)))
+    p_value = min(1.0, 2 * float(min(above, 1 - above)))
+    return Gain(float(differences[0]), float(low), float(high), p_value)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -24,8 +24,8 @@ from task.evaluation.distances import neighbor_distances
 from task.evaluation.study.arms import (
     Arm,
     ArmKind,
-    first_of_class,
     list_arms,
+    places_of_classes,
     real_places,
     synthetic_counts,
 )
@@ -54,13 +54,13 @@ class Material:
 
     Attributes:
         classes: their names.
-        train: real, that classifiers are trained on.
-        validation: real, that choose among weights and among ratios.
+        train: real, that generators and classifiers are trained on.
+        validation: real, that no generator has seen, and that choose among weights and ratios.
         test: real, that neither a generator nor a classifier has seen.
         sources: generated images, by the name of the run that drew them.
         hospitals: [number of test images] int64, whose each is; None: of one place.
         left_out: by source, how many generated images were left out, by reason.
-        nearly_equal: test images that are nearly equal to a training image.
+        nearly_equal: validation and test images that are nearly equal to a training image.
     """
 
     classes: Sequence[str]
@@ -79,14 +79,19 @@ class Material:
         return np.arange(len(self.test)) if groups is None else groups.numpy()
 
 
-def split_real(
+def split_test(
     dataset: Dataset, classes: Sequence[str], study: StudyConfig
-) -> tuple[ImageSet, ImageSet]:
-    """Part the training images by patient into those that train and those that choose.
+) -> tuple[Tensor, Tensor]:
+    """Part the test images by patient into those that choose and those that are measured on.
+
+    Not the training images: the generator has seen all of them.
+
+    Returns:
+        The places of both among the test images, [M] int64.
 
     Raises:
         ValueError: a patient is in both splits of the data set, there are no test images, or a
-            class has no image left to train on or to choose by.
+            class has no image to train on or to choose by.
     """
     require(len(dataset.test) > 0, "the data set", "one with test images", "none")
     train, test = dataset.train, dataset.test
@@ -98,14 +103,13 @@ def split_real(
             "one in which no patient has images on both sides",
             f"{len(shared)} patients on both",
         )
-    groups = None if train.groups is None else train.groups.numpy()
+    groups = None if test.groups is None else test.groups.numpy()
     generator = numpy_generator(study.seed, Stream.STUDY, 3)
-    kept, chosen = split_validation(
-        train.labels.numpy(), study.val_fraction, generator=generator, groups=groups
+    measured, chosen = split_validation(
+        test.labels.numpy(), study.val_fraction, generator=generator, groups=groups
     )
-    parts = train.subset(kept), train.subset(chosen)
-    for name, part in (("train on", parts[0]), ("choose by", parts[1])):
-        counts = part.labels.bincount(minlength=len(classes))
+    for name, labels in (("train on", train.labels), ("choose by", test.labels[chosen])):
+        counts = labels.bincount(minlength=len(classes))
         for label in sorted({*test.labels.tolist()}):
             require(
                 int(counts[label]) > 0,
@@ -113,39 +117,58 @@ def split_real(
                 "at least one (see study.val_fraction)",
                 0,
             )
-    return parts
+    return torch.from_numpy(chosen), torch.from_numpy(measured)
 
 
-def count_nearly_equal(train: ImageSet, test: ImageSet) -> int:
-    """Count the test images that are equal to a training image, or differ in hardly a pixel."""
-    distances, _ = neighbor_distances(test.images.flatten(1), train.images.flatten(1))
-    scale = 255 * train.images[0].numel() ** 0.5
-    return int((distances / scale < NEARLY_EQUAL).sum())
+def nearness(images: ImageSet, train: ImageSet, *, mirrors: bool) -> tuple[Tensor, Tensor]:
+    """Tell how near images come to training images.
+
+    Args:
+        images: to be looked at.
+        train: the training images.
+        mirrors: whether these count mirrored as well.
+
+    Returns:
+        The root mean square difference of pixels in [0, 1] to the nearest, [N] float64, and the
+        same beside the next ones; see `neighbor_distances`.
+    """
+    pixels = train.images
+    if mirrors:
+        pixels = torch.cat([pixels, pixels.flip(-1)])
+    nearest, relative = neighbor_distances(images.images.flatten(1), pixels.flatten(1))
+    return nearest / (255 * pixels[0].numel() ** 0.5), relative
+
+
+def count_nearly_equal(images: ImageSet, train: ImageSet, *, mirrors: bool) -> int:
+    """Count the images that are equal to a training image, or differ in hardly a pixel."""
+    return int((nearness(images, train, mirrors=mirrors)[0] < NEARLY_EQUAL).sum())
 
 
 def without_copies(
-    generated: ImageSet, dataset: Dataset, share: float, *, mirrors: bool
+    generated: ImageSet,
+    train: ImageSet,
+    validation: ImageSet,
+    share: float,
+    *,
+    mirrors: bool,
 ) -> ImageSet:
     """Leave out generated images that lie nearer to a training image than real ones do.
 
-    Nearness is that of `neighbor_distances`, beside the next training images.
-
     Args:
         generated: the images.
-        dataset: the real images; those of its test split show how near real images come.
-        share: of the test images that come as near as what is left out.
+        train: the training images.
+        validation: real images that were not trained on, which show how near those come; such as
+            are nearly equal to a training image say nothing of that.
+        share: of these that come as near as what is left out; 0: nothing is left out.
         mirrors: whether training images count mirrored as well.
     """
     if share == 0:
         return generated
-    train = dataset.train.images
-    if mirrors:
-        train = torch.cat([train, train.flip(-1)])
-    near, usual = (
-        neighbor_distances(images.images.flatten(1), train.flatten(1))[1]
-        for images in (generated, dataset.test)
-    )
-    return generated.subset((near >= usual.quantile(share)).nonzero().flatten())
+    pixels, relative = nearness(generated, train, mirrors=mirrors)
+    of_real, usual = nearness(validation, train, mirrors=mirrors)
+    usual = usual[of_real >= NEARLY_EQUAL]
+    least = usual.quantile(share) if len(usual) else 0.0
+    return generated.subset(((relative >= least) & (pixels >= NEARLY_EQUAL)).nonzero().flatten())
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,13 +229,17 @@ class Study:
             device=device,
         )
         self.steps = num_steps(study, len(material.train))
-        self._inputs: dict[str, Inputs] = {}
+        self._inputs: dict[tuple[str, str], Inputs] = {}
 
     def results(self, say: Callable[[str], object]) -> Iterator[ArmResult]:
-        """Train what is not on disk, and yield the arms in their order."""
-        arms = [*list_arms(self._study, [*self._material.sources])]
+        """Train what is not on disk, and yield the arms that have images, in their order."""
         seeds = range(self._study.num_seeds)
-        todo = [(arm, seed) for arm in arms for seed in seeds if self._read(arm, seed) is None]
+        arms = [
+            arm
+            for arm in list_arms(self._study, [*self._material.sources])
+            if all(sum(map(len, self._places(arm, seed))) > 0 for seed in seeds)
+        ]
+        todo = {(arm, seed) for arm in arms for seed in seeds if not self._file(arm, seed).exists()}
         done, start = 0, time.monotonic()
         if todo:
             total = len(arms) * len(seeds)
@@ -220,136 +247,128 @@ class Study:
         for arm in arms:
             for seed in seeds:
                 if (arm, seed) in todo:
-                    self._train(arm, seed)
+                    self._save(self._file(arm, seed), self._train(arm, seed))
                     done += 1
                     left = (time.monotonic() - start) / done * (len(todo) - done)
                     say(
                         f"{arm.title} of {arm.fraction:g} of the real images, seed {seed}: "
                         f"{done} of {len(todo)} trained, about {duration(left)} left"
                     )
-            yield self._result(arm)
+            places = [self._places(arm, seed) for seed in seeds]
+            yield ArmResult(
+                arm,
+                [len(real) for real, _ in places],
+                [len(generated) for _, generated in places],
+                [self._read(self._file(arm, seed)) for seed in seeds],
+            )
 
-    def _result(self, arm: Arm) -> ArmResult:
-        fits, real, synthetic = [], [], []
-        for seed in range(self._study.num_seeds):
-            fit = self._read(arm, seed)
-            if fit is None:
-                raise RuntimeError(f"the fit of {arm.title} of seed {seed} is not on disk")
-            fits.append(fit)
-            of_real, of_synthetic = self._places(arm, seed)
-            real.append(len(of_real))
-            synthetic.append(len(of_synthetic))
-        return ArmResult(arm, real, synthetic, fits)
+    def misclassified(self, generated: ImageSet) -> Tensor:
+        """Tell in which images a classifier trained on all real ones finds another class, [N]."""
+        told = [*self._basis(), self._study.balance, _digest(generated)]
+        file = self._folder / FITS / f"judge-{_short_hash(told)}.safetensors"
+        if not file.exists():
+            judged = inputs_of(self.kind, generated, self._device)
+            train = self._looked_at("real", "train")
+            self._save(file, self._fit(train, judged, 0, self._study.balance))
+        return self._read(file).test.argmax(1) != generated.labels
 
     def _places(self, arm: Arm, seed: int) -> tuple[Tensor, Tensor]:
         """Say which real and which generated images a classifier is trained on."""
         train = self._material.train
         places = real_places(train, arm.fraction, self._study.seed + seed)
         if not arm.source:
-            return places, torch.zeros(0, dtype=torch.int64)
+            return places, places[:0]
         counts = train.labels[places].bincount(minlength=len(self._material.classes)).tolist()
         fill = "all" if arm.kind is ArmKind.SYNTHETIC else self._study.fill
         wanted = synthetic_counts(counts, arm.ratio, fill)
-        chosen = first_of_class(self._material.sources[arm.source].labels, wanted)
+        # Others in each seed, whose spread is then that of the images as well.
+        rng = torch_generator(self._study.seed, Stream.STUDY, 6, seed)
+        chosen = places_of_classes(self._material.sources[arm.source].labels, wanted, rng)
         return (places[:0] if arm.kind is ArmKind.SYNTHETIC else places), chosen
 
-    def _train(self, arm: Arm, seed: int) -> None:
+    def _train(self, arm: Arm, seed: int) -> Fit:
         of_real, of_synthetic = self._places(arm, seed)
-        views = "augmented" if arm.kind is ArmKind.AUGMENTED else "train"
-        train = self._looked_at(views).subset(of_real)
+        view = "augmented" if arm.kind is ArmKind.AUGMENTED else "train"
+        train = self._looked_at("real", view).subset(of_real)
         if arm.source:
-            generated = self._looked_at(arm.source).subset(of_synthetic)
-            train = generated if arm.kind is ArmKind.SYNTHETIC else train.joined(generated)
-        fit = fit_classifier(
+            generated = self._looked_at("generated", arm.source).subset(of_synthetic)
+            train = train.joined(generated) if len(of_real) else generated
+        oversamples = arm.kind is ArmKind.OVERSAMPLED
+        balance = "oversample" if oversamples else self._study.balance
+        return self._fit(train, self._looked_at("real", "test"), seed, balance)
+
+    def _fit(self, train: Inputs, test: Inputs, seed: int, balance: str) -> Fit:
+        return fit_classifier(
             self.kind,
             train,
-            self._looked_at("validation"),
-            self._looked_at("test"),
+            self._looked_at("real", "validation"),
+            test,
             study=self._study,
             steps=self.steps,
             seed=seed,
-            balance="oversample" if arm.kind is ArmKind.OVERSAMPLED else self._study.balance,
+            balance=balance,
             num_classes=len(self._material.classes),
             device=self._device,
         )
-        tensors = {"validation": fit.validation, "test": fit.test}
-        told = {"fingerprint": self._fingerprint(arm, seed), "step": str(fit.step)}
-        file = self._file(arm, seed)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_weights(file, tensors, told)
 
-    def _read(self, arm: Arm, seed: int) -> Fit | None:
-        """Read a classifier's answers; None where there are none, or those of another one."""
-        file = self._file(arm, seed)
-        if not file.is_file():
-            return None
+    def _save(self, file: Path, fit: Fit) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"validation": fit.validation, "test": fit.test}
+        save_weights(file, tensors, {"step": str(fit.step)})
+
+    def _read(self, file: Path) -> Fit:
         tensors, told = load_weights(file)
-        if told.get("fingerprint") != self._fingerprint(arm, seed):
-            return None
         return Fit(tensors["validation"], tensors["test"], int(told["step"]))
 
     def _file(self, arm: Arm, seed: int) -> Path:
-        folder = self._folder / FITS / (arm.source or "real")
-        return folder / f"{arm.key}-seed-{seed}.safetensors"
+        """Name the file of a classifier by all that decides about it."""
+        material, (of_real, of_synthetic) = self._material, self._places(arm, seed)
+        told = [*self._basis(), seed, arm.kind.name, self._mirrors, self._study.balance]
+        told.append(_digest(material.train, of_real))
+        if arm.source:
+            told.append(_digest(material.sources[arm.source], of_synthetic))
+        return self._folder / FITS / f"{arm.key}-seed-{seed}-{_short_hash(told)}.safetensors"
 
-    def _fingerprint(self, arm: Arm, seed: int) -> str:
-        """Return what changes where anything does that decides about a classifier."""
-        values = self._study.model_dump(
-            include={"fine_tuning", "balance", "fill", "seed", "batch_size", "copy_share"}
-        )
-        told = [
-            *(self.kind.title, self.kind.lr, self.kind.lower_lr, self.steps, seed, arm.key),
-            *(values, self._mirrors, self._digests()[arm.source] if arm.source else ""),
-            *(self._digests()[name] for name in ("train", "validation", "test")),
+    def _basis(self) -> list[Any]:
+        """Return what decides about every classifier."""
+        kind, study = self.kind, self._study
+        return [
+            *(kind.title, kind.sha256, kind.lr, kind.lower_lr, study.fine_tuning),
+            *(self.steps, study.batch_size, study.seed),
+            *(_digest(getattr(self._material, name)) for name in ("validation", "test")),
         ]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
-    def _digests(self) -> Mapping[str, str]:
-        if not hasattr(self, "_digest_of"):
-            self._digest_of = {name: _digest(images) for name, images in self._sets().items()}
-        return self._digest_of
-
-    def _sets(self) -> dict[str, ImageSet]:
-        given = self._material
-        real = {"train": given.train, "validation": given.validation, "test": given.test}
-        return {**given.sources, **real}
-
-    def _looked_at(self, name: str) -> Inputs:
+    def _looked_at(self, origin: str, name: str) -> Inputs:
         """Return a set as the trained part of the classifier takes it; computed once."""
-        if name not in self._inputs:
-            changes = None
-            images = self._sets().get(name, self._material.train)
-            if name == "augmented":
+        if (origin, name) not in self._inputs:
+            changes, images = None, self._images(origin, name)
+            if name == "augmented" and origin == "real":
                 rng = torch_generator(self._study.seed, Stream.STUDY, 4)
                 changes = augmented(rng, mirrors=self._mirrors)
             number = len(images) * (1 if changes is None else NUM_VIEWS)
             with progress(number, f"looking at {number:,} images") as advance:
-                self._inputs[name] = inputs_of(
+                self._inputs[origin, name] = inputs_of(
                     self.kind, images, self._device, changes=changes, advance=advance
                 )
-        return self._inputs[name]
+        return self._inputs[origin, name]
 
-    def misclassified(self, generated: ImageSet) -> Tensor:
-        """Tell in which images a classifier trained on all real ones finds another class, [N]."""
-        fit = fit_classifier(
-            self.kind,
-            self._looked_at("train"),
-            self._looked_at("validation"),
-            inputs_of(self.kind, generated, self._device),
-            study=self._study,
-            steps=self.steps,
-            seed=0,
-            balance=self._study.balance,
-            num_classes=len(self._material.classes),
-            device=self._device,
-        )
-        return fit.test.argmax(1) != generated.labels
+    def _images(self, origin: str, name: str) -> ImageSet:
+        if origin == "generated":
+            return self._material.sources[name]
+        images: ImageSet = getattr(self._material, "train" if name == "augmented" else name)
+        return images
 
 
-def _digest(images: ImageSet) -> str:
-    found = hashlib.sha256(images.images.contiguous().numpy().data)
-    found.update(images.labels.numpy().tobytes())
+def _digest(images: ImageSet, places: Tensor | None = None) -> str:
+    """Return what images and their classes, or those at some places, are known by."""
+    chosen = images if places is None else images.subset(places)
+    found = hashlib.sha256(chosen.images.contiguous().numpy().data)
+    found.update(chosen.labels.numpy().tobytes())
     return found.hexdigest()
+
+
+def _short_hash(told: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def describe_counts(material: Material) -> dict[str, Any]:

@@ -1,12 +1,16 @@
 """What a study found: figures of each arm, its gains, and a sentence for each run that drew."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import combinations
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
+import torch
 
+from task.checks import require
 from task.config.study_config import StudyConfig
 from task.evaluation.study.arms import Arm, ArmKind
 from task.evaluation.study.figures import TITLES, figures_of
@@ -19,10 +23,10 @@ from task.evaluation.study.gains import (
     macro_auc,
     patient_weights,
     resampled_accuracy,
-    seed_weights,
     sensitivities,
 )
 from task.evaluation.study.study import ArmResult, Material
+from task.progress import tracked
 from task.randomness import Stream, numpy_generator
 
 SIGNIFICANCE_LEVEL = 1 - INTERVAL
@@ -30,57 +34,73 @@ SIGNIFICANCE_LEVEL = 1 - INTERVAL
 PRIMARY = "macro_auc"
 VERDICTS = {1: "gain", 0: "no gain shown", -1: "loss"}
 
+# By name, [S, B + 1]: of each seed, for the images as they are and for each draw of patients.
+ArmFigures = Mapping[str, Floats]
+
 
 class Resampled:
-    """Figures of all arms for the same draws of test patients and of classifiers."""
+    """Figures of all arms for the same draws of test patients."""
 
     def __init__(self, material: Material, study: StudyConfig) -> None:
         """Draw the patients."""
-        self._material = material
         self._labels = material.test.labels.numpy()
+        self._hospitals = None if material.hospitals is None else material.hospitals.numpy()
         rng = numpy_generator(study.seed, Stream.STUDY, 5)
-        self.weights = patient_weights(material.patients, study.num_bootstraps, rng)
-        # A difference of arms may be one of a few classifiers' first weights.
-        self._of_seeds = seed_weights(study.num_seeds, study.num_bootstraps, rng)
-        self.rarest = int(
-            np.argmin(
-                np.where(
-                    np.bincount(self._labels, minlength=len(material.classes)) > 0,
-                    np.bincount(material.train.labels.numpy(), minlength=len(material.classes)),
-                    np.inf,
-                )
-            )
-        )
+        self._weights = patient_weights(material.patients, study.num_bootstraps, rng)
+        self._seed = study.seed
 
-    def figures(self, result: ArmResult) -> dict[str, Floats]:
-        """Compute what gains are told of, each [B + 1], as means over the classifiers of an arm."""
+    def figures(self, result: ArmResult) -> ArmFigures:
+        """Compute what gains are told of."""
         found: dict[str, list[Floats]] = {}
         for fit in result.fits:
             said = fit.test.numpy().astype(np.float64)
-            by_class = sensitivities(said, self._labels, self.weights)
+            by_class = sensitivities(said, self._labels, self._weights)
             own = {
-                "macro_auc": macro_auc(said, self._labels, self.weights),
-                "balanced_accuracy": resampled_accuracy(said, self._labels, self.weights),
+                "macro_auc": macro_auc(said, self._labels, self._weights),
+                "balanced_accuracy": resampled_accuracy(said, self._labels, self._weights),
             }
-            own |= {f"sensitivity/{label}": by_class[label] for label in range(len(by_class))}
-            for hospital in self.hospitals:
-                weights = self.weights * (self._hospitals == hospital)
+            own |= {f"sensitivity/{label}": each for label, each in enumerate(by_class)}
+            for hospital in [] if self._hospitals is None else sorted({*self._hospitals.tolist()}):
+                weights = self._weights * (self._hospitals == hospital)
                 own[f"hospital/{hospital}"] = resampled_accuracy(said, self._labels, weights)
             for name, values in own.items():
                 found.setdefault(name, []).append(values)
+        return {name: np.stack(values) for name, values in found.items()}
+
+    def gains(self, ours: ArmFigures, theirs: ArmFigures) -> dict[str, Gain]:
+        """Compare two arms; what has no figure on the test images is left out."""
         return {
-            name: (self._of_seeds.T * np.stack(values)).sum(0) for name, values in found.items()
+            name: gain_of(values, theirs[name], numpy_generator(self._seed, Stream.STUDY, 7))
+            for name, values in ours.items()
+            if np.isfinite(values[:, 0] - theirs[name][:, 0]).all()
         }
 
-    @property
-    def hospitals(self) -> list[int]:
-        """The hospitals that have test images; empty where all are of one place."""
-        return sorted({*self._hospitals.tolist()}) if self._material.hospitals is not None else []
 
-    @property
-    def _hospitals(self) -> np.ndarray:
-        given = self._material.hospitals
-        return np.zeros(len(self._labels), dtype=np.int64) if given is None else given.numpy()
+def rarest_class(material: Material) -> int:
+    """Return the class with the fewest training images of those that are tested."""
+    number = len(material.classes)
+    train, test = (
+        images.labels.bincount(minlength=number) for images in (material.train, material.test)
+    )
+    return int(torch.where(test > 0, train, train.max() + 1).argmin())
+
+
+def check_bootstraps(study: StudyConfig, num_sources: int) -> None:
+    """Check that a p value can fall below 5% after the correction over all arms of a study.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    with_generated = num_sources * (1 + len(study.ratios))
+    tests = len(study.real_fractions) * (2 + 2 * with_generated)
+    # The least p value is 2 / (B + 2).
+    needed = math.ceil(2 * tests / SIGNIFICANCE_LEVEL)
+    require(
+        study.num_bootstraps >= needed,
+        "study.num_bootstraps",
+        f"at least {needed} for {tests} comparisons, or none could be significant",
+        study.num_bootstraps,
+    )
 
 
 def summarize(
@@ -95,41 +115,114 @@ def summarize(
         odir: whether the classes are ODIR's.
     """
     resampled = Resampled(material, study)
-    figures: dict[Arm, dict[str, Floats]] = {}
+    trained = [*results]
+    figures: dict[Arm, ArmFigures] = {}
     rows: list[dict[str, Any]] = []
-    for result in results:
+    for result in tracked(trained, len(trained), "comparing arms"):
         figures[result.arm] = resampled.figures(result)
         rows.append(_arm_row(material, result, odir=odir))
-    gains = {
-        arm: _gains(figures, arm, ArmKind.REAL) for arm in figures if arm.kind is not ArmKind.REAL
-    }
+    # By what it is held against.
+    gains: dict[tuple[Arm, ArmKind], dict[str, Gain]] = {}
+    for arm, values in figures.items():
+        if arm.kind is not ArmKind.REAL:
+            gains[arm, ArmKind.REAL] = resampled.gains(values, figures[_base(ArmKind.REAL, arm)])
+        if arm.source:
+            control = figures[_base(ArmKind.OVERSAMPLED, arm)]
+            gains[arm, ArmKind.OVERSAMPLED] = resampled.gains(values, control)
     corrected = holm([each[PRIMARY].p_value for each in gains.values()])
     p_values = dict(zip(gains, corrected, strict=True))
     for arm, row in zip(figures, rows, strict=True):
-        if arm in gains:
-            row["gains"] = {name: asdict(each) for name, each in gains[arm].items()}
-            row["p_holm"] = p_values[arm]
-            row["verdict"] = VERDICTS[_direction(gains[arm][PRIMARY], p_values[arm])]
-    headlines = [
-        _headline(source, study, figures, rows, gains, p_values) for source in material.sources
+        for over, name in ((ArmKind.REAL, "gains"), (ArmKind.OVERSAMPLED, "over_control")):
+            if (arm, over) in gains:
+                row[name] = {name: asdict(each) for name, each in gains[arm, over].items()}
+                row[f"p_holm_{name}"] = p_values[arm, over]
+        if arm.kind is not ArmKind.REAL:
+            row["verdict"] = VERDICTS[_verdict(arm, gains, p_values)]
+    chosen = {
+        source: _arm_chosen_by_validation(source, study, figures, rows)
+        for source in material.sources
+    }
+    return {
+        "rarest_class": rarest_class(material),
+        "arms": rows,
+        "headlines": [_headline(name, arm, gains, p_values) for name, arm in chosen.items()],
+        "between": _between(chosen, figures, resampled),
+    }
+
+
+def _base(kind: ArmKind, arm: Arm) -> Arm:
+    return Arm(kind, arm.fraction)
+
+
+Compared = Mapping[tuple[Arm, ArmKind], Mapping[str, Gain]]
+Corrected = Mapping[tuple[Arm, ArmKind], float]
+
+
+def _verdict(arm: Arm, gains: Compared, p_values: Corrected) -> int:
+    """Say whether an arm gains, 1, or loses, -1; with generated images, over oversampling too."""
+    found = []
+    for over in (ArmKind.REAL, ArmKind.OVERSAMPLED) if arm.source else (ArmKind.REAL,):
+        gain = gains[arm, over][PRIMARY]
+        significant = p_values[arm, over] < SIGNIFICANCE_LEVEL
+        found.append(((gain.low > 0) - (gain.high < 0)) * significant)
+    # A loss is one beside real images alone, which is what a hospital has.
+    return found[0] if found[0] < 0 else min(found)
+
+
+def _arm_chosen_by_validation(
+    source: str,
+    study: StudyConfig,
+    figures: Mapping[Arm, ArmFigures],
+    rows: Sequence[Mapping[str, Any]],
+) -> Arm:
+    """Return the arm that a run is judged by: of the largest fraction, chosen by validation."""
+    fraction = max(study.real_fractions)
+    chances = {
+        arm: row[f"validation_{PRIMARY}"]
+        for arm, row in zip(figures, rows, strict=True)
+        if arm.source == source and arm.kind is ArmKind.BOTH and arm.fraction == fraction
+    }
+    # The smallest ratio of equal ones.
+    return max(chances, key=lambda arm: (chances[arm] or 0.0, -arm.ratio))
+
+
+def _headline(source: str, arm: Arm, gains: Compared, p_values: Corrected) -> dict[str, Any]:
+    """Say in a sentence what the images of a run are good for."""
+    gain, control = (gains[arm, over][PRIMARY] for over in (ArmKind.REAL, ArmKind.OVERSAMPLED))
+    direction = _verdict(arm, gains, p_values)
+    others = [
+        _verdict(each, gains, p_values)
+        for each, over in gains
+        if over is ArmKind.REAL
+        and (each.source, each.kind, each.fraction) == (source, ArmKind.BOTH, arm.fraction)
     ]
-    return {"rarest_class": resampled.rarest, "arms": rows, "headlines": headlines}
+    found = {1: "A gain is shown", 0: "No gain is shown", -1: "A loss is shown"}[direction]
+    sentence = (
+        f"{found}: {arm.ratio:g} generated images for each real one, the ratio that validation "
+        f"images chose, change the macro AUC on the test images by {_told(gain)} beside real "
+        f"images alone (Holm's p = {p_values[arm, ArmKind.REAL]:.2g}), and by {_told(control)} "
+        f"beside real images, oversampled (p = {p_values[arm, ArmKind.OVERSAMPLED]:.2g}). Of "
+        f"{len(others)} ratios {others.count(1)} show a gain and {others.count(-1)} a loss."
+    )
+    return {
+        "source": source,
+        "fraction": arm.fraction,
+        "ratio": arm.ratio,
+        "verdict": VERDICTS[direction],
+        "sentence": sentence,
+    }
 
 
-def _gains(figures: Mapping[Arm, Mapping[str, Floats]], arm: Arm, over: ArmKind) -> dict[str, Gain]:
-    base = figures[Arm(over, arm.fraction)]
-    found = {}
-    for name, values in figures[arm].items():
-        # A class or hospital without test images has no figure.
-        if np.isfinite(values - base[name])[1:].any() and np.isfinite(values[0]):
-            found[name] = gain_of(values, base[name])
+def _between(
+    chosen: Mapping[str, Arm], figures: Mapping[Arm, ArmFigures], resampled: Resampled
+) -> list[dict[str, Any]]:
+    """Compare the runs that drew, each by its chosen arm."""
+    found = []
+    for first, second in combinations(chosen, 2):
+        ours, theirs = (figures[chosen[name]] for name in (first, second))
+        gain = resampled.gains(ours, theirs)[PRIMARY]
+        found.append({"first": first, "second": second, PRIMARY: asdict(gain)})
     return found
-
-
-def _direction(gain: Gain, p_value: float) -> int:
-    if p_value >= SIGNIFICANCE_LEVEL:
-        return 0
-    return (gain.low > 0) - (gain.high < 0)
 
 
 def _arm_row(material: Material, result: ArmResult, *, odir: bool) -> dict[str, Any]:
@@ -155,46 +248,6 @@ def _arm_row(material: Material, result: ArmResult, *, odir: bool) -> dict[str, 
             name: {"mean": fmean(each), "std": stdev(each) if len(each) > 1 else None}
             for name, each in values.items()
         },
-    }
-
-
-def _headline(
-    source: str,
-    study: StudyConfig,
-    figures: Mapping[Arm, Mapping[str, Floats]],
-    rows: Sequence[Mapping[str, Any]],
-    gains: Mapping[Arm, Mapping[str, Gain]],
-    p_values: Mapping[Arm, float],
-) -> dict[str, Any]:
-    """Say in a sentence what the images of a run are good for, at the largest fraction."""
-    fraction = max(study.real_fractions)
-    chances = {
-        arm: row[f"validation_{PRIMARY}"]
-        for arm, row in zip(figures, rows, strict=True)
-        if arm.source == source and arm.kind is ArmKind.BOTH and arm.fraction == fraction
-    }
-    # By the validation images, never by the test images; the smallest ratio of equal ones.
-    best = max(chances, key=lambda arm: (chances[arm] or 0.0, -arm.ratio))
-    gain, control = gains[best][PRIMARY], _gains(figures, best, ArmKind.OVERSAMPLED)[PRIMARY]
-    direction = _direction(gain, p_values[best])
-    directions = [_direction(gains[arm][PRIMARY], p_values[arm]) for arm in chances]
-    found = {1: "A gain is shown", 0: "No gain is shown", -1: "A loss is shown"}[direction]
-    sentence = (
-        f"{found}: {best.ratio:g} generated images for each real one, the ratio that validation "
-        f"images chose, change the macro AUC on the test images by {_told(gain)} beside real "
-        f"images alone (Holm's p = {p_values[best]:.2g}), and by {_told(control)} beside real "
-        f"images, oversampled. Of {len(directions)} ratios {directions.count(1)} show a gain and "
-        f"{directions.count(-1)} a loss."
-    )
-    return {
-        "source": source,
-        "fraction": fraction,
-        "ratio": best.ratio,
-        "verdict": VERDICTS[direction],
-        "gain": asdict(gain),
-        "over_control": asdict(control),
-        "p_holm": p_values[best],
-        "sentence": sentence,
     }
 
 

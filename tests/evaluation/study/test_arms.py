@@ -6,8 +6,8 @@ from task.config.study_config import load_study_config
 from task.data import ImageSet
 from task.evaluation.study.arms import (
     ArmKind,
-    first_of_class,
     list_arms,
+    places_of_classes,
     real_places,
     synthetic_counts,
 )
@@ -68,9 +68,16 @@ def test_fraction_keeps_patients_whole_and_every_class() -> None:
     assert real_places(real, 1, 0).tolist() == [*range(300)]
 
 
-def test_first_images_of_each_class_are_taken_and_repeated_where_they_do_not_suffice() -> None:
-    labels = torch.tensor([1, 0, 1, 0, 1])
-    assert first_of_class(labels, [1, 2]).tolist() == [0, 1, 2]
-    assert first_of_class(labels, [5, 0]).tolist() == [1, 1, 1, 3, 3]
-    with pytest.raises(ValueError, match="generated images of class 2 must be at least one"):
-        first_of_class(labels, [0, 0, 1])
+def test_more_images_of_a_class_are_the_fewer_ones_and_others() -> None:
+    labels = torch.tensor([1, 0] * 50)
+
+    def drawn(counts: list[int], seed: int = 0) -> set[int]:
+        rng = torch.Generator().manual_seed(seed)
+        return {*places_of_classes(labels, counts, rng).tolist()}
+
+    few, more = drawn([3, 10]), drawn([30, 20])
+    assert len(few) == 13 and few < more
+    assert sum(int(labels[place]) == 1 for place in few) == 10
+    assert few != drawn([3, 10], seed=1)
+    # No image twice, whatever is asked for; a class without any is not there.
+    assert drawn([200, 0, 7]) == {place for place in range(100) if labels[place] == 0}

@@ -59,6 +59,9 @@ def test_network_of_torchvision_is_read_from_a_file_and_keeps_its_statistics(
     before = {name: each.clone() for name, each in made.named_buffers()}
     made(kind.frozen(IMAGES))
     assert all(torch.equal(each, before[name]) for name, each in made.named_buffers())
+    other = tmp_path / "other.pth"
+    torch.save(models.resnet18().state_dict(), other)
+    assert build("classifier=resnet18", f"weights={other}").sha256 != kind.sha256
     assert trained(build(*words)) < trained(kind) < trained(build(*words, "fine_tuning=all"))
 
 

@@ -1,15 +1,16 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ttest_1samp
 from torchmetrics.functional.classification import multiclass_auroc, multiclass_recall
 
 from task.evaluation.study.gains import (
+    Gain,
     gain_of,
     holm,
     macro_auc,
     patient_weights,
     resampled_accuracy,
-    seed_weights,
     sensitivities,
 )
 
@@ -46,21 +47,40 @@ def test_patients_are_drawn_whole_and_the_first_row_is_all_of_them() -> None:
     np.testing.assert_allclose(weights.mean(0), 1, atol=0.06)
 
 
-def test_seeds_are_drawn_as_a_mean() -> None:
-    weights = seed_weights(3, 100, np.random.default_rng(1))
-    np.testing.assert_allclose(weights.sum(1), 1)
-    assert (weights[0] == 1 / 3).all() and (weights[1:] == 1).any()
+def told(ours: np.ndarray, theirs: np.ndarray) -> Gain:
+    return gain_of(ours, theirs, np.random.default_rng(3))
 
 
 def test_gain_has_the_interval_and_the_p_value_of_its_draws() -> None:
     draws = np.random.default_rng(2).normal(0.02, 0.01, 20001)
-    gain = gain_of(np.r_[0.52, 0.5 + draws], np.full(20002, 0.5))
+    gain = told(np.r_[0.52, 0.5 + draws][None], np.full((1, 20002), 0.5))
     assert gain.value == pytest.approx(0.02)
     assert (gain.low, gain.high) == pytest.approx((0.02 - 0.0196, 0.02 + 0.0196), abs=5e-4)
     assert gain.p_value == pytest.approx(0.0455, abs=0.01)
-    assert gain_of(np.full(9, 0.5), np.full(9, 0.5)).p_value == 1
+    assert told(np.full((2, 9), 0.5), np.full((2, 9), 0.5)).p_value == 1
     with pytest.raises(ValueError, match="the bootstrap must be a draw of patients with a figure"):
-        gain_of(np.full(9, np.nan), np.full(9, 0.5))
+        told(np.full((1, 9), np.nan), np.full((1, 9), 0.5))
+
+
+def test_spread_over_seeds_alone_is_that_of_students_t() -> None:
+    by_seed = np.array([0.01, 0.03, 0.02])
+    ours = np.repeat(0.5 + by_seed[:, None], 50001, axis=1)
+    gain = told(ours, np.full((3, 50001), 0.5))
+    # The 97.5% quantile of t with two degrees of freedom is 4.303.
+    error = 4.303 * 0.01 / 3**0.5
+    assert (gain.low, gain.high) == pytest.approx((0.02 - error, 0.02 + error), rel=0.05)
+    assert gain.p_value == pytest.approx(ttest_1samp(by_seed, 0).pvalue, abs=0.005)
+
+
+def test_nothing_is_found_in_noise_more_often_than_promised() -> None:
+    rng = np.random.default_rng(4)
+    found = 0
+    for _ in range(300):
+        of_patients, of_seeds = rng.normal(0, 1), rng.normal(0, 3, (3, 1))
+        draws = np.r_[0, rng.normal(0, 1, 500)]
+        ours = of_patients + of_seeds + draws[None]
+        found += told(ours, np.zeros((3, 501))).p_value < 0.05
+    assert found <= 0.08 * 300
 
 
 def test_holm_is_that_of_its_definition() -> None:

@@ -14,7 +14,7 @@ from task.evaluation.study.study import (
     Material,
     Study,
     count_nearly_equal,
-    split_real,
+    split_test,
     without_copies,
 )
 from task.evaluation.study.summary import summarize
@@ -38,46 +38,80 @@ def studied(material: Material, study: StudyConfig, folder: Path) -> dict[str, A
     return summarize(material, study, trained.results(lambda _: None), odir=False)
 
 
+@pytest.mark.slow
 def test_real_images_gain_copies_do_not_and_wrong_labels_lose(
     digits: Dataset, tmp_path: Path
 ) -> None:
     study = load_study_config(
         [
-            *("study.classifier=small", "study.ratios=[2]", "study.real_fractions=[1.0]"),
-            *("study.num_steps=150", "study.num_bootstraps=2000"),
+            *("study.classifier=small", "study.ratios=[5]", "study.real_fractions=[1.0]"),
+            *("study.num_steps=100", "study.num_bootstraps=2000"),
         ]
     )
-    train, validation = split_real(digits, CLASSES, study)
-    order = shuffled(len(train))
-    own, held = train.subset(order[:80]), train.subset(order[80:])
+    chosen, measured = split_test(digits, CLASSES, study)
+    train, order = digits.train, shuffled(len(digits.train))
+    own, held = train.subset(order[:40]), train.subset(order[40:])
     sources = {
         "held-out": held,
-        "copies": own.subset(torch.arange(80).repeat(2)),
+        "copies": own.subset(torch.arange(40).repeat(5)),
         "wrong": ImageSet(held.images, held.labels[shuffled(len(held), 1)]),
     }
-    material = Material(CLASSES, own, validation, digits.test, sources)
-    found = studied(material, study, tmp_path)
-    told = {each["source"]: each for each in found["headlines"]}
-    verdicts = {name: each["verdict"] for name, each in told.items()}
+    real = digits.test.subset(chosen), digits.test.subset(measured)
+    told = {
+        # The classifiers of real images alone are trained once.
+        name: studied(Material(CLASSES, own, *real, {name: images}), study, tmp_path)
+        for name, images in sources.items()
+    }
+    headlines = {name: found["headlines"][0] for name, found in told.items()}
+    verdicts = {name: each["verdict"] for name, each in headlines.items()}
     assert verdicts == {"held-out": "gain", "copies": "no gain shown", "wrong": "loss"}
-    assert told["held-out"]["sentence"].startswith("A gain is shown: 2 generated images for each")
-    assert told["held-out"]["over_control"]["low"] > 0
-    assert told["copies"]["over_control"]["low"] <= 0 <= told["copies"]["over_control"]["high"]
-    assert "0 show a gain and 1 a loss" in told["wrong"]["sentence"]
-    rows = found["arms"]
-    assert [row["kind"] for row in rows[:3]] == ["real", "augmented", "oversampled"]
-    assert len(rows) == 3 + 3 * 2 and all(len(row["steps"]) == 3 for row in rows)
+    assert headlines["held-out"]["sentence"].startswith("A gain is shown: 5 generated images for")
+    assert "0 show a gain and 1 a loss" in headlines["wrong"]["sentence"]
+    rows = told["copies"]["arms"]
+    kinds = ["real", "augmented", "oversampled", "synthetic", "both"]
+    assert [row["kind"] for row in rows] == kinds
+    assert all(len(row["steps"]) == 5 for row in rows) and rows[4]["num_synthetic"] == [200] * 5
+
+    found = studied(Material(CLASSES, own, *real, sources), study, tmp_path)
+    between = {(e["first"], e["second"]): e["macro_auc"]["low"] for e in found["between"]}
+    assert between["held-out", "copies"] > 0 and between["held-out", "wrong"] > 0
+    assert len([*tmp_path.rglob("*.safetensors")]) == 5 * (3 + 3 * 2)
+
+
+@pytest.mark.slow
+def test_copies_that_even_out_the_classes_are_no_gain_over_oversampling(
+    digits: Dataset, tmp_path: Path
+) -> None:
+    """Beside real images alone they are one, where nothing else evens the classes out."""
+    study = load_study_config(
+        [
+            *("study.classifier=small", "study.ratios=[2]", "study.real_fractions=[1.0]"),
+            *("study.num_steps=100", "study.num_seeds=2", "study.balance=none", "study.fill=rare"),
+        ]
+    )
+    chosen, measured = split_test(digits, CLASSES, study)
+    rare = [4 if label % 2 else 60 for label in range(10)]
+    places = [(digits.train.labels == label).nonzero()[:n, 0] for label, n in enumerate(rare)]
+    own = digits.train.subset(torch.cat(places))
+    real = digits.test.subset(chosen), digits.test.subset(measured)
+    copies = own.subset(torch.arange(len(own)).repeat(40))
+    found = studied(Material(CLASSES, own, *real, {"copies": copies}), study, tmp_path)
+    (row,) = [row for row in found["arms"] if row["kind"] == "both"]
+    assert row["gains"]["balanced_accuracy"]["value"] > 0.02
+    assert row["verdict"] == "no gain shown"
 
 
 def test_study_goes_on_where_it_stopped_and_trains_anew_what_has_changed(
     digits: Dataset, tmp_path: Path
 ) -> None:
     words = ["study.classifier=small", "study.ratios=[1]", "study.real_fractions=[1.0]"]
-    words += ["study.num_steps=4", "study.num_seeds=1", "study.num_bootstraps=100"]
-    train, validation = split_real(digits, CLASSES, load_study_config(words))
+    words += ["study.num_steps=4", "study.num_seeds=1", "study.num_bootstraps=200"]
+    chosen, measured = split_test(digits, CLASSES, load_study_config(words))
+    train, validation = digits.train, digits.test.subset(chosen)
+    test = digits.test.subset(measured)
     few = train.subset(shuffled(len(train))[:60])
-    hospitals = torch.arange(len(digits.test)) % 2
-    material = Material(CLASSES, few, validation, digits.test, {"gan": train}, hospitals=hospitals)
+    hospitals = torch.arange(len(test)) % 2
+    material = Material(CLASSES, few, validation, test, {"gan": train}, hospitals=hospitals)
     first = studied(material, load_study_config(words), tmp_path)
     files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
     assert len(files) == 5
@@ -88,7 +122,7 @@ def test_study_goes_on_where_it_stopped_and_trains_anew_what_has_changed(
     assert len(kept) == 4
     other = load_study_config([*words, "study.batch_size=32"])
     assert studied(material, other, tmp_path) != first
-    assert not [file for file, at in files.items() if file.stat().st_mtime_ns == at]
+    assert len([*tmp_path.rglob("*.safetensors")]) == 10  # each beside the earlier one
 
 
 def test_split_that_shares_patients_is_refused(digits: Dataset) -> None:
@@ -98,30 +132,39 @@ def test_split_that_shares_patients_is_refused(digits: Dataset) -> None:
     study = load_study_config()
     shared = int(torch.isin(test.groups, groups).sum())
     with pytest.raises(ValueError, match=f"no patient .* got '{shared} patients on both"):
-        split_real(Dataset(train, test), CLASSES, study)
+        split_test(Dataset(train, test), CLASSES, study)
     assert test.groups is not None
-    apart = ImageSet(test.images, test.labels, test.groups + len(digits.train))
-    kept, chosen = split_real(Dataset(train, apart), CLASSES, study)
-    assert kept.groups is not None and chosen.groups is not None
-    assert not torch.isin(kept.groups, chosen.groups).any()
-    assert len(chosen) == pytest.approx(0.2 * len(train), rel=0.1)
+    apart = ImageSet(test.images, test.labels, test.groups // 2 + len(digits.train))
+    chosen, measured = (
+        apart.subset(places) for places in split_test(Dataset(train, apart), CLASSES, study)
+    )
+    assert chosen.groups is not None and measured.groups is not None
+    assert not torch.isin(chosen.groups, measured.groups).any()
+    assert len(chosen) == pytest.approx(0.3 * len(test), rel=0.1)
+    assert len(chosen) + len(measured) == len(test)
 
 
 def test_copies_are_left_out_and_images_like_real_ones_stay(digits: Dataset) -> None:
-    half = len(digits.test) // 2
+    train, half = digits.train, len(digits.test) // 2
     others = digits.test.subset(torch.arange(half))
-    dataset = Dataset(digits.train, digits.test.subset(torch.arange(half, len(digits.test))))
-    copies = digits.train.subset(torch.arange(50))
+    validation = digits.test.subset(torch.arange(half, len(digits.test)))
+    copies = train.subset(torch.arange(50))
     both = ImageSet(
         torch.cat([copies.images, others.images]), torch.cat([copies.labels, others.labels])
     )
-    kept = without_copies(both, dataset, 0.02, mirrors=False)
+    kept = without_copies(both, train, validation, 0.02, mirrors=False)
     assert half * 0.9 <= len(kept) <= half
+    # Even where a part of the validation images are training images.
+    spoiled = ImageSet(
+        torch.cat([copies.images, validation.images]),
+        torch.cat([copies.labels, validation.labels]),
+    )
+    assert len(without_copies(both, train, spoiled, 0.02, mirrors=False)) == len(kept)
     mirrored = ImageSet(copies.images.flip(-1), copies.labels)
-    assert len(without_copies(mirrored, dataset, 0.02, mirrors=True)) == 0
-    assert without_copies(both, dataset, 0, mirrors=False) is both
-    assert count_nearly_equal(digits.train, copies) == 50
-    assert count_nearly_equal(digits.train, others) == 0
+    assert len(without_copies(mirrored, train, validation, 0.02, mirrors=True)) == 0
+    assert without_copies(both, train, validation, 0, mirrors=False) is both
+    assert count_nearly_equal(mirrored, train, mirrors=True) == 50
+    assert count_nearly_equal(others, train, mirrors=False) == 0
 
 
 def test_augmentation_keeps_range_and_mirrors_only_where_it_may() -> None:
