@@ -1,7 +1,6 @@
 """The classifiers of a study: networks from scratch or pre-trained, and what of them is trained."""
 
 import copy
-import hashlib
 import io
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from task.efficientnet import (
     suits,
 )
 from task.evaluation.classifier import convolutional_network
+from task.files import file_sha256
 
 # torchvision's networks were trained on images that were normalized so, by channel in [0, 1].
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -125,8 +125,7 @@ def build_classifier(
         head = nn.Linear(num_features, num_classes)
         return nn.Sequential(copy.deepcopy(tuned), head)
 
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    return ClassifierKind(title, frozen, make, lr, lower_lr, head=("1.",), sha256=sha256)
+    return ClassifierKind(title, frozen, make, lr, lower_lr, head=("1.",), sha256=file_sha256(file))
 
 
 def _unchanged(images: Tensor) -> Tensor:

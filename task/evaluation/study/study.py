@@ -264,7 +264,8 @@ class Study:
 
     def misclassified(self, generated: ImageSet) -> Tensor:
         """Tell in which images a classifier trained on all real ones finds another class, [N]."""
-        told = [*self._basis(), self._study.balance, _digest(generated)]
+        told = [*self._basis(), self._study.balance, _digest(self._material.train)]
+        told.append(_digest(generated))
         file = self._folder / FITS / f"judge-{_short_hash(told)}.safetensors"
         if not file.exists():
             judged = inputs_of(self.kind, generated, self._device)
@@ -290,7 +291,7 @@ class Study:
         of_real, of_synthetic = self._places(arm, seed)
         view = "augmented" if arm.kind is ArmKind.AUGMENTED else "train"
         train = self._looked_at("real", view).subset(of_real)
-        if arm.source:
+        if len(of_synthetic):
             generated = self._looked_at("generated", arm.source).subset(of_synthetic)
             train = train.joined(generated) if len(of_real) else generated
         oversamples = arm.kind is ArmKind.OVERSAMPLED

@@ -13,7 +13,7 @@ import torch
 from task.checks import require
 from task.config.study_config import StudyConfig
 from task.evaluation.study.arms import Arm, ArmKind
-from task.evaluation.study.figures import TITLES, figures_of
+from task.evaluation.study.figures import figures_of
 from task.evaluation.study.gains import (
     INTERVAL,
     Floats,
@@ -253,11 +253,3 @@ def _arm_row(material: Material, result: ArmResult, *, odir: bool) -> dict[str, 
 
 def _told(gain: Gain) -> str:
     return f"{gain.value:+.3f} ({INTERVAL:.0%} interval {gain.low:+.3f} to {gain.high:+.3f})"
-
-
-def title_of(name: str, classes: Sequence[str]) -> str:
-    """Name a figure of a study for a reader, such as "sensitivity/3"."""
-    kind, _, place = name.partition("/")
-    if kind == "hospital":
-        return f"balanced accuracy at hospital {place}"
-    return TITLES[kind][0] + (f" of {classes[int(place)]}" if place else "")

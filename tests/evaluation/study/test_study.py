@@ -125,6 +125,21 @@ def test_study_goes_on_where_it_stopped_and_trains_anew_what_has_changed(
     assert len([*tmp_path.rglob("*.safetensors")]) == 10  # each beside the earlier one
 
 
+def test_generator_whose_images_are_all_left_out_is_one_without_images(
+    digits: Dataset, tmp_path: Path
+) -> None:
+    words = ["study.classifier=small", "study.ratios=[1]", "study.real_fractions=[1.0]"]
+    words += ["study.num_steps=4", "study.num_seeds=1", "study.num_bootstraps=200"]
+    chosen, measured = split_test(digits, CLASSES, load_study_config(words))
+    real = digits.test.subset(chosen), digits.test.subset(measured)
+    few, none = (digits.train.subset(torch.arange(number)) for number in (60, 0))
+    material = Material(CLASSES, few, *real, {"copier": none})
+    found = studied(material, load_study_config(words), tmp_path)
+    kinds = {row["kind"]: row["num_synthetic"] for row in found["arms"]}
+    assert "synthetic" not in kinds and kinds["both"] == [0]
+    assert found["headlines"][0]["verdict"] == "no gain shown"
+
+
 def test_split_that_shares_patients_is_refused(digits: Dataset) -> None:
     groups = torch.arange(len(digits.train)) // 2
     train = ImageSet(digits.train.images, digits.train.labels, groups)
