@@ -1,7 +1,6 @@
 """The folder of an export: written whole, compared with the run's own network, or not there."""
 
 import dataclasses
-import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +9,7 @@ from task.checks import require
 from task.config import Config
 from task.export.drawing import Settings
 from task.export.formats import FORMATS, formats_of
-from task.files import atomic_folder
+from task.files import atomic_folder, file_sha256
 from task.generation.folder import NOTICE, folder_names
 from task.generators.base import Generator
 from task.reporting.model_card import write_model_card
@@ -70,7 +69,7 @@ def export_run(run: Run, to: str, *, out: Path | None = None, client: int | None
             "format": to,
             "round": server_round,
             "client": client,
-            "weights_sha256": sha256_of(weights_file(run.path, client)),
+            "weights_sha256": file_sha256(weights_file(run.path, client)),
         }
     }
     with atomic_folder(folder) as aside:
@@ -110,7 +109,7 @@ def check_replaceable(folder: Path) -> None:
     others = [
         name
         for name, file in files_in(folder)
-        if file.is_symlink() or written.get(name) != sha256_of(file)
+        if file.is_symlink() or written.get(name) != file_sha256(file)
     ]
     if others:
         raise ValueError(
@@ -131,7 +130,7 @@ def is_export(folder: Path) -> bool:
 
 def write_sums(folder: Path) -> None:
     """Write the SHA-256 of every file of a folder, as `sha256sum --check` reads them."""
-    sums = [f"{sha256_of(file)}  {name}\n" for name, file in files_in(folder)]
+    sums = [f"{file_sha256(file)}  {name}\n" for name, file in files_in(folder)]
     (folder / SUMS_FILE).write_text("".join(sums), encoding="utf-8")
 
 
@@ -159,12 +158,6 @@ def files_in(folder: Path) -> list[tuple[str, Path]]:
         for name, path in names
         if name != Path(SUMS_FILE) and "__pycache__" not in name.parts
     ]
-
-
-def sha256_of(file: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def describe(config: Config, generator: Generator) -> Settings:
