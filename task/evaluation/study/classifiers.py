@@ -103,6 +103,12 @@ def build_classifier(
     lr = study.lr or (SMALL_LR if name == "small" or study.fine_tuning == "head" else TUNING_LR)
     lower_lr = lr * (LOWER_SHARE if study.fine_tuning == "discriminative" else 1)
     if name == "small":
+        require(
+            study.fine_tuning == "head",
+            "study.fine_tuning",
+            "left out with study.classifier=small, all of which is trained",
+            study.fine_tuning,
+        )
         return ClassifierKind(
             "network of three convolutions, from scratch",
             _unchanged,

@@ -76,6 +76,7 @@ def test_network_of_torchvision_is_read_from_a_file_and_keeps_its_statistics(
         (("real_fractions=[2]",), r"study.real_fractions must be each in \(0, 1\], got 2"),
         (("val_fraction=1.0",), r"study.val_fraction must be in \(0, 1\), got 1.0"),
         (("nonsense=1",), "no such value: study.nonsense"),
+        (("classifier=small", "fine_tuning=all"), "study.fine_tuning must be left out with"),
         (("fine_tuning=some",), "study.fine_tuning must be one of head, last_blocks"),
     ],
 )
