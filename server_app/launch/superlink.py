@@ -207,16 +207,21 @@ def wait_until_healthy(process: "subprocess.Popen[bytes]", port: int, output: Pa
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:
-    """End a process and everything in its session."""
+    """End a process and everything that it has started."""
+    # Its children may still train, some in sessions of their own, and nothing in them is worth
+    # saving. They are counted first: those of a process that has ended have another parent.
+    try:
+        children = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        children = []
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_TIMEOUT_SECONDS)
-    # Its children may still train; they are of its session, and nothing in it is worth saving.
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        # Until they are gone they may still write.
-        for _ in range(20):
-            os.killpg(process.pid, 0)
-            time.sleep(0.1)
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
     process.wait()
+    # Until they are gone they may still write.
+    psutil.wait_procs(children, timeout=STOP_TIMEOUT_SECONDS)

@@ -186,7 +186,8 @@ def test_ended_feddm_train_takes_its_simulation_along(tmp_path: Path, end: signa
             wait_for((run / "config.yaml").exists, seconds=180, what="the start")
             started.send_signal(end)
             started.wait(30)
-        wait_for(lambda: not processes_below(own), seconds=60, what="the end of the simulation")
+        # Agents of Ray look for their raylet once a minute.
+        wait_for(lambda: not processes_below(own), seconds=180, what="the end of the simulation")
         assert is_unlocked(run / ".lock")
         if end != signal.SIGKILL:
             assert started.returncode == 130
