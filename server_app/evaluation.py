@@ -35,7 +35,15 @@ from task.randomness import Stream
 from task.runs.checkpoint import load_weights
 from task.runs.evaluations import Evaluation, evaluation_file, evaluation_of
 from task.runs.layout import METRICS_FILE, NODES_FILE, read_json, weights_file
-from task.runs.records import HELD_OUT, SCORING_CLIENTS, TRAIN, Record, Records, read_records
+from task.runs.records import (
+    HELD_OUT,
+    SCORING_CLIENTS,
+    SECONDS_EVALUATING,
+    TRAIN,
+    Record,
+    Records,
+    read_records,
+)
 from task.runs.writer import RunWriter
 
 
@@ -154,8 +162,10 @@ class GlobalEvaluation(ABC):
         every = self._config.eval.every
         chosen = server_round % every == 0 or self.is_metrics_due(server_round)
         last = server_round == self._config.federation.rounds
-        drawn = self._directory.samples_file(server_round).exists()
-        return server_round > 0 and (chosen or last) and not drawn
+        return server_round > 0 and (chosen or last) and not self._is_evaluated(server_round)
+
+    def _is_evaluated(self, server_round: int) -> bool:
+        return self._directory.samples_file(server_round).exists()
 
     def draw_grid(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
         """Draw and save the picture of a round: a row per class, in every round of equal noise."""
@@ -187,6 +197,46 @@ class GlobalEvaluation(ABC):
             precision = self._config.eval.precision
             self._seconds_per_image = seconds_to_draw(self._model, self._device, precision)
         return self._seconds_per_image
+
+
+class NoImagesEvaluation(GlobalEvaluation):
+    """That of a family that draws no images: there is nothing but the loss on held-out images."""
+
+    def __init__(self, directory: RunWriter, model: Generator, *, device: torch.device) -> None:
+        """Find which rounds were evaluated; see `GlobalEvaluation`."""
+        super().__init__(directory, model, device=device)
+        file = directory.path / METRICS_FILE
+        self._evaluated = {*read_records(file).by_round(SECONDS_EVALUATING)}
+
+    def is_metrics_due(self, server_round: int) -> bool:
+        """Nothing is measured."""
+        return False
+
+    def measure(self, server_round: int, weights: Mapping[str, Tensor]) -> str:
+        """Nothing is measured."""
+        raise RuntimeError("no images are drawn")
+
+    def measure_final(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
+        """Nothing is measured."""
+
+    def num_final_images(self) -> int:
+        """Return 0."""
+        return 0
+
+    def seconds_at_end(self) -> float:
+        """Return 0."""
+        return 0.0
+
+    def seconds_of_grid(self) -> float:
+        """Return 0."""
+        return 0.0
+
+    def draw_grid(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
+        """Draw nothing, and note that the round was evaluated."""
+        self._evaluated.add(server_round)
+
+    def _is_evaluated(self, server_round: int) -> bool:
+        return server_round in self._evaluated
 
 
 class PooledEvaluation(GlobalEvaluation):

@@ -48,6 +48,8 @@ def check_scoring(config: Config) -> None:
     Raises:
         ValueError: they cannot.
     """
+    if not config.model.draws:
+        return
     if not wants_scores(config):
         require(
             not config.eval.final_metrics,

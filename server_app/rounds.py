@@ -5,7 +5,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 
-from server_app.evaluation import GlobalEvaluation, PooledEvaluation, is_measured
+from server_app.evaluation import (
+    GlobalEvaluation,
+    NoImagesEvaluation,
+    PooledEvaluation,
+    is_measured,
+)
 from server_app.log import log
 from server_app.timing import PhaseTimer
 from task.code_version import code_fingerprint, installed_versions
@@ -24,7 +29,7 @@ from task.runs.layout import (
     START_FILE,
     final_round,
 )
-from task.runs.records import DIVERGENCE, Record
+from task.runs.records import DIVERGENCE, SECONDS_EVALUATING, Record
 from task.runs.run import Run
 from task.runs.starting_weights import describe_starting_weights, load_starting_weights
 from task.runs.writer import RunWriter
@@ -160,7 +165,10 @@ class RoundLoop(ABC):
                 precision = fastest_precision(self.config, self.model, self.device)
             self.config = settle_precisions(self.config, **dict.fromkeys(settled_here, precision))
         # Before anything is written: what it looks through may be missing.
-        self.evaluation = self.open_evaluation()
+        if self.config.model.draws:
+            self.evaluation = self.open_evaluation()
+        else:
+            self.evaluation = NoImagesEvaluation(self.directory, self.model, device=self.device)
         self.directory.write_config(self.config)
         self.directory.write_json(MACHINE_FILE, self.describe_machine())
         train = self.config.train
@@ -275,7 +283,7 @@ class RoundLoop(ABC):
         self.evaluation.draw_grid(server_round, self.final_weights())
         spent = time.monotonic() - start
         self.seconds["evaluating"].append(spent)
-        self.directory.record([Record(server_round, "seconds_evaluating", spent)])
+        self.directory.record([Record(server_round, SECONDS_EVALUATING, spent)])
         return ", ".join(found)
 
     def finish(self) -> None:
@@ -283,7 +291,8 @@ class RoundLoop(ABC):
         last = self.directory.last_round
         self.directory.save_model(last, self.model.shared(self.final_weights()))
         self.evaluation.measure_final(last, self.final_weights())
-        log(f"samples: {self.directory.samples_file(last)}")
+        if self.config.model.draws:
+            log(f"samples: {self.directory.samples_file(last)}")
         log(f"weights: {self.directory.model_file}")
         self.report()
 

@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import io
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -143,16 +142,17 @@ class EfficientNet(nn.Module):
         outputs = [*self._outputs(images)]
         return tuple(outputs[block] for block in MAP_BLOCKS)
 
-    def output_of(self, images: Tensor, block: int) -> Tensor:
-        """Return what a block says, 0-based, of images [N, 3, H, W] float in [-1, 1]."""
-        return next(islice(self._outputs(images), block, None))
-
     def _outputs(self, images: Tensor) -> Iterator[Tensor]:
         """Yield what each block says."""
-        x = F.relu6(self.stem((images * 127.5 + (127.5 - PIXEL_MEAN)) / PIXEL_SCALE))
+        x = F.relu6(self.stem(standardized(images)))
         for block in self.blocks:
             x = block(x)
             yield x
+
+
+def standardized(images: Tensor) -> Tensor:
+    """Bring pixels of [-1, 1] to what the network was trained on."""
+    return (images * 127.5 + (127.5 - PIXEL_MEAN)) / PIXEL_SCALE
 
 
 def enlarged(images: Tensor, side: int = IMAGE_SIDE) -> Tensor:

@@ -279,11 +279,11 @@ def written_run(
         recorded: its metrics, the complete rounds' and, perhaps, those of one that was cut off.
         rounds_done: checkpoints are written of so many; final weights where they are all.
         files: further JSON files, by name.
-        **changes: of `SMALL_RUN`, dots written as two underscores.
+        **changes: of `SMALL_RUN`, dots written as two underscores; None leaves a value out.
     """
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
-    own = {"output_dir": str(folder.parent), "run_name": folder.name}
-    config = load_run_config({**SMALL_RUN, **own, **dotted})
+    values = {**SMALL_RUN, "output_dir": str(folder.parent), "run_name": folder.name, **dotted}
+    config = load_run_config({name: each for name, each in values.items() if each is not None})
     with closing(RunWriter(config)) as directory:
         directory.write_config(config)
         for name, content in (files or {}).items():

@@ -175,8 +175,9 @@ def check_images(config: Config) -> Dataset:
         FileNotFoundError: the data set, or a file of weights or of the extractor, is not there.
         ValueError: they do not fit the configuration.
     """
-    frozen = config.model.frozen_file is not None
-    generator = initial_generator(config) if frozen else weightless_generator(config)
+    generator = weightless_generator(config)
+    if generator.reads_files:
+        generator = initial_generator(config)
     check_deterministic(generator, config)
     if config.train.start_from and last_complete_round(run_path(config)) == 0:
         load_starting_weights(generator, config.train.start_from)

@@ -53,12 +53,15 @@ def estimate_seconds(config: Config, sizes: Sequence[int], *, rounds: range) -> 
     precision = config.train.precision
     precisions = ("float32", "bfloat16") if precision == "auto" else (precision,)
     per_trained = min(seconds_to_train(config, model, device, each) for each in precisions)
-    per_drawn = min(seconds_to_draw(model, device, each) for each in precisions)
+    drawing = 0.0
+    if config.model.draws:
+        per_drawn = min(seconds_to_draw(model, device, each) for each in precisions)
+        drawing = images_to_draw(config, rounds) * per_drawn
     share = (config.federation.clients_per_round or len(sizes)) / len(sizes)
     # Hospitals train side by side, and a round is over when the largest has finished.
     passes = max(sum(sizes) * min(1.0, share) / at_once(config, device), max(sizes))
     training = len(rounds) * config.train.local_epochs * passes * per_trained
-    return Estimate(training, images_to_draw(config, rounds) * per_drawn)
+    return Estimate(training, drawing)
 
 
 def at_once(config: Config, device: torch.device) -> int:

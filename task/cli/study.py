@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,17 @@ from torch import Tensor
 from task.checks import require
 from task.cli.evaluate import check_same_images, evaluation_config
 from task.cli.generate import fill_folder
-from task.config import Config
+from task.config import Config, flat_values
 from task.config.study_config import STUDY_PREFIX, StudyConfig, load_study_config
 from task.data import Dataset, ImageSet, build_dataset
 from task.data.partition import partition_dataset
-from task.evaluation.study.arms import real_places, synthetic_counts
+from task.evaluation.study.arms import Arm, ArmKind, real_places, synthetic_counts
 from task.evaluation.study.classifiers import build_classifier
+from task.evaluation.study.run_classifiers import fit_of_run
 from task.evaluation.study.study import (
+    NOWHERE,
+    ArmResult,
+    Hospitals,
     Material,
     Study,
     count_nearly_equal,
@@ -31,18 +35,21 @@ from task.evaluation.study.summary import check_bootstraps, summarize
 from task.files import atomic_path, file_sha256, write_json
 from task.generation.folder import describe_origin, open_folder
 from task.generation.images import ImageSource
+from task.generators.classifier import Classifier
 from task.lock import hold
 from task.reporting.rendering import render
 from task.reporting.report import labels as run_labels
 from task.reporting.study_figure import draw_classes, draw_gains
 from task.reporting.study_tables import study_notes, study_tables
-from task.runs.layout import LOCK_FILE, STUDY_FILE, STUDY_FOLDER, weights_file
-from task.runs.run import Run, final_model
+from task.runs.layout import LOCK_FILE, STUDY_FILE, STUDY_FOLDER, run_config, weights_file
+from task.runs.run import Run, final_model, trained_model
 from task.training.devices import select_device
 
 DRAWN_FOLDER, TABLE_FILE = "images", "study.md"
 # Drawn beyond what is needed, to stand in for what is left out.
 SPARE = 1.1
+# Values in which classifiers of one arm may differ.
+NO_DIFFERENCE = {"seed", "run_name", "output_dir", "resume", "experiment"}
 FEW_SEEDS, FEW_TEST_IMAGES = 3, 20
 UNKNOWN_IMAGES = (
     "Which images the run was trained on was not written down, as by hospitals: the test images "
@@ -58,7 +65,8 @@ def study_runs(
     """Train classifiers with and without the images of runs, and write down what was found.
 
     Args:
-        runs: folders of finished runs, of the same images.
+        runs: folders of finished runs, of the same images; one at least draws images, and those of
+            `model=classifier` are compared as they are, runs that differ in their seed together.
         overrides: `study.NAME=VALUE` of `conf/study.yaml`, and values of the runs that say how to
             draw, as of `feddm evaluate`.
         out: the folder of the study; None: `study` in the folder of the only run.
@@ -76,8 +84,20 @@ def study_runs(
     if out is None:
         require(len(runs) == 1, "--out", "the folder of a study of several runs", None)
         out = runs[0] / STUDY_FOLDER
-    check_bootstraps(study, len(runs))
-    configs = {name: evaluation_config(run, drawing, {}) for name, run in named.items()}
+    configs = {
+        name: evaluation_config(run, drawing if run_config(run).model.draws else [], {})
+        for name, run in named.items()
+    }
+    generators = {name: run for name, run in named.items() if configs[name].model.draws}
+    require(len(generators) > 0, "RUN", "one at least that draws images", list(named))
+    classifiers = _by_all_but_seed({n: c for n, c in configs.items() if n not in generators})
+    require(
+        not classifiers or 1 in study.real_fractions,
+        "study.real_fractions",
+        "a list with 1.0 beside classifiers of runs, which are trained on all images",
+        study.real_fractions,
+    )
+    check_bootstraps(study, len(generators), len(classifiers))
     first = next(iter(configs.values()))
     device = select_device(study.device)
     # Before any image is drawn: its weights may be missing.
@@ -105,17 +125,27 @@ def study_runs(
             dataset.test.subset(chosen),
             dataset.test.subset(measured),
             {},
-            hospitals=_hospital_of_each(named.values(), dataset, measured, warnings),
+            hospitals=_hospital_of_each(
+                generators.values(),
+                (named[name] for names in classifiers.values() for name in names),
+                dataset,
+                measured,
+                warnings,
+            ),
             nearly_equal=count_nearly_equal(dataset.test, dataset.train, mirrors=mirrors),
         )
         needed, weights = _needed(material, study), {}
-        for name, run in named.items():
+        for name, run in generators.items():
             weights[name] = file_sha256(weights_file(run))
             folder = out / DRAWN_FOLDER / name.replace("/", "-")
             drawn = _drawn(run, configs[name], needed, folder, say)
             material = _with_source(material, study, name, drawn, out, mirrors, device)
         told = {"weights_sha256": weights, "warnings": [*warnings, *_warnings(material, study)]}
-        found = _studied(material, study, first, told, out, device, say)
+        trained = [
+            _classifier_arm(name, [(named[n], configs[n]) for n in names], material, device)
+            for name, names in classifiers.items()
+        ]
+        found = _studied(material, study, first, told, trained, out, device, say)
         lock.truncate(0)
     return found
 
@@ -132,30 +162,90 @@ def _check_same_data(first: Config, other: Config, name: str) -> None:
     )
 
 
-def _hospital_of_each(
-    runs: Iterable[Path], dataset: Dataset, measured: Tensor, warnings: list[str]
-) -> Tensor | None:
-    """Say at which client of a simulation each measured image is; None where that is not told.
+def _by_all_but_seed(configs: Mapping[str, Config]) -> dict[str, list[str]]:
+    """Group runs that differ in their seed alone, by the name of the first."""
+    groups: dict[str, list[str]] = {}
+    for name, config in configs.items():
+        for first, names in groups.items():
+            ours, theirs = (flat_values(each) for each in (config, configs[first]))
+            if {key for key in ours if ours[key] != theirs.get(key)} <= NO_DIFFERENCE:
+                names.append(name)
+                break
+        else:
+            groups[name] = [name]
+    return groups
 
-    It is that of the runs as they were trained, whatever is drawn otherwise, and of all of them.
+
+def _classifier_arm(
+    name: str, runs: Sequence[tuple[Path, Config]], material: Material, device: torch.device
+) -> ArmResult:
+    """Apply the classifiers that runs have trained, which differ in their seed."""
+    fits = []
+    for path, config in runs:
+        model, server_round = trained_model(path, config)
+        if not isinstance(model, Classifier):
+            raise ValueError(f"RUN {name} must draw images or be of model=classifier")
+        fits.append(
+            fit_of_run(model, material.validation, material.test, device, step=server_round)
+        )
+    number = len(material.train)
+    return ArmResult(Arm(ArmKind.RUN, 1.0, source=name), [number], [0], fits)
+
+
+def _hospital_of_each(
+    generators: Iterable[Path],
+    classifiers: Iterable[Path],
+    dataset: Dataset,
+    measured: Tensor,
+    warnings: list[str],
+) -> Hospitals | None:
+    """Say at which client of a simulation each image is; None where that is not told.
+
+    It is that of the runs as they were trained, whatever is drawn otherwise, and of all that draw;
+    runs on the pooled data have no clients.
     """
-    found = []
-    for path in runs:
-        run = Run(path)
-        if run.partition is None:
-            return None
-        partition = partition_dataset(run.config, dataset, int(run.partition["num_clients"]))
-        whose = torch.zeros(len(dataset.test), dtype=torch.int64)
-        for client, indices in enumerate(partition.test_indices):
-            whose[torch.as_tensor(indices)] = client
-        if partition.describe() != run.partition:
-            warnings.append("The hospitals of the run cannot be told: their images have changed.")
-            return None
-        found.append(whose)
-    if not all(torch.equal(each, found[0]) for each in found):
+    drawing, reading = (
+        [run for run in map(Run, paths) if run.config.train.mode == "federated"]
+        for paths in (generators, classifiers)
+    )
+    found = [_dealt(run, dataset) for run in [*drawing, *reading]]
+    decisive = found[: len(drawing) or None]
+    if not decisive:
+        return None
+    first = decisive[0]
+    if first is None or None in decisive:
+        warnings.append("Whose images are whose is not told, so no hospitals are compared.")
+        return None
+    if not all(each is not None and each.equals(first) for each in decisive):
         warnings.append("The runs dealt the images out otherwise, so no hospitals are compared.")
         return None
-    return found[0][measured]
+    if not all(each is not None and each.equals(first) for each in found):
+        warnings.append(
+            "Classifiers of runs were trained with the images dealt out otherwise: they are not of "
+            "the same hospitals, but of the same images."
+        )
+    return Hospitals(first.train, first.test[measured])
+
+
+def _dealt(run: Run, dataset: Dataset) -> Hospitals | None:
+    """Say which client of a run had each image; None where these are others, or not told."""
+    if run.partition is None:
+        return None
+    partition = partition_dataset(run.config, dataset, int(run.partition["num_clients"]))
+    if partition.describe() != run.partition:
+        return None
+    return Hospitals(
+        _client_of_each(len(dataset.train), partition.train_indices),
+        _client_of_each(len(dataset.test), partition.test_indices),
+    )
+
+
+def _client_of_each(number: int, indices: Sequence[Any]) -> Tensor:
+    """Return the client that has each image, [number] int64."""
+    found = torch.full((number,), NOWHERE)
+    for client, own in enumerate(indices):
+        found[torch.as_tensor(own)] = client
+    return found
 
 
 def _needed(material: Material, study: StudyConfig) -> list[int]:
@@ -223,6 +313,7 @@ def _studied(
     study: StudyConfig,
     config: Config,
     told: Mapping[str, Any],
+    classifiers: Sequence[ArmResult],
     out: Path,
     device: torch.device,
     say: Say,
@@ -241,11 +332,11 @@ def _studied(
         "images": describe_counts(material),
         "hospitals": {}
         if material.hospitals is None
-        else {str(n): count for n, count in enumerate(material.hospitals.bincount().tolist())},
+        else {str(n): count for n, count in enumerate(material.hospitals.test.bincount().tolist())},
         "left_out": material.left_out,
         "values": study.model_dump(),
         **told,
-        **summarize(material, study, trained.results(say), odir=odir),
+        **summarize(material, study, chain(trained.results(say), classifiers), odir=odir),
     }
     write_json(out / STUDY_FILE, found)
     with atomic_path(out / TABLE_FILE) as aside:

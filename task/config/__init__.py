@@ -29,6 +29,7 @@ from task.config.frozen_file import MODEL_FILE, FrozenFile
 from task.config.models import (
     MODELS,
     AttentionUNetConfig,
+    ClassifierConfig,
     ModelConfig,
     ResNetGANConfig,
     SmallGANConfig,
@@ -57,6 +58,7 @@ from task.config.schema import (
     settle_precisions,
     value_paths,
 )
+from task.config.section import FineTuning
 from task.config.stored import nearest_models, read_config, unknown_values, write_config
 
 __all__ = [
@@ -73,9 +75,11 @@ __all__ = [
     "SAMPLER_VALUES",
     "TRAINED_WITH",
     "AttentionUNetConfig",
+    "ClassifierConfig",
     "Config",
     "DataConfig",
     "FederationConfig",
+    "FineTuning",
     "FrozenFile",
     "ModelConfig",
     "ResNetGANConfig",

@@ -19,7 +19,7 @@ from task.config.data_config import FILE_SETS
 from task.config.hydra_grammar import escaped
 from task.config.models import model_schemas
 from task.config.overrides import hydra_override, path_of, read_override
-from task.config.schema import CONF_DIR, Config, anchored, checked
+from task.config.schema import CONF_DIR, MEASURING_OFF, Config, anchored, checked
 
 # A file of conf/model says them beside the values of its network, the last two where it needs them;
 # conf/train takes them from there.
@@ -117,6 +117,10 @@ def config_from_hydra(
         _refuse_diffusion(model["family"], words, way_out=way_out)
         # A preset says them for the families that have them.
         values["diffusion"] = None
+    if not draws(model.get("family")):
+        given = {path_of(word) for word in words}
+        off = {name: v for name, v in MEASURING_OFF.items() if f"eval.{name}" not in given}
+        values["eval"].update(off)
     data = values["data"]
     by_folders = FILE_SETS.get(data["name"]) in ("image_folder", "dicom_folder")
     if images_below is not None and by_folders and not data["classes"]:
@@ -127,6 +131,11 @@ def config_from_hydra(
 def diffuses(family: object) -> bool:
     """Whether a family takes the section `diffusion`; true of one that is unknown."""
     return any(schema.diffuses for schema in model_schemas(family).values())
+
+
+def draws(family: object) -> bool:
+    """Whether a family draws images; true of one that is unknown."""
+    return any(schema.draws for schema in model_schemas(family).values())
 
 
 def _refuse_diffusion(family: str, words: Iterable[str], *, way_out: str) -> None:

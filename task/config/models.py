@@ -8,14 +8,14 @@ the values of its schema that file says `lr` and `batch_size`, and may say `accu
 
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from task.checks import require, require_one_of
 from task.config.data_config import DataConfig
 from task.config.frozen_file import FrozenFile
-from task.config.section import PositiveFloat, PositiveInt, Section
+from task.config.section import FineTuning, PositiveFloat, PositiveInt, Section
 
 
 class ModelConfig(Section):
@@ -23,6 +23,8 @@ class ModelConfig(Section):
 
     Attributes:
         accumulates: whether a step may be on the gradients of several batches.
+        draws: whether it draws images; where not, the values of the section `eval` that ask for
+            measured images are off.
         diffuses: whether the family takes the section `diffusion`, which is null for others.
         drawing_values: paths of the values of this section that change how images are drawn from
             weights, and no weights.
@@ -32,6 +34,7 @@ class ModelConfig(Section):
     """
 
     accumulates: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
     diffuses: ClassVar[bool] = False
     drawing_values: ClassVar[tuple[str, ...]] = ()
     loss_values: ClassVar[tuple[str, ...]] = ()
@@ -197,6 +200,25 @@ class SmallGANConfig(ModelConfig):
         )
 
 
+class ClassifierConfig(ModelConfig):
+    """A classifier, which reads images and draws none."""
+
+    draws = False
+    family: Literal["classifier"]
+    network: Literal["efficientnet", "small"]
+    fine_tuning: FineTuning
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        require(
+            self.network != "small" or self.fine_tuning == "head",
+            "model.fine_tuning",
+            "left out with model.network=small, all of which is trained",
+            self.fine_tuning,
+        )
+        return self
+
+
 def _require_doubled_size(data: DataConfig) -> None:
     sizes = (8, 16, 32, 64, 128)
     expected = f"one of {', '.join(map(str, sizes))} (4 doubled by up to 5 blocks)"
@@ -210,6 +232,7 @@ MODELS: dict[str, type[ModelConfig]] = {
     "stylegan2_ada": StyleGAN2ADAConfig,
     "resnet_gan": ResNetGANConfig,
     "small_gan": SmallGANConfig,
+    "classifier": ClassifierConfig,
 }
 
 

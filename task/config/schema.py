@@ -38,6 +38,9 @@ OBJECTIVE_VALUES = (
     *("diffusion.loss_weighting", "diffusion.loss_reduction"),
 )
 
+# Values of the section `eval` where a run draws no images.
+MEASURING_OFF = {"num_images": 0, "metrics_every": None, "final_metrics": False}
+
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -311,6 +314,13 @@ class Config(Section):
         )
         if self.diffusion is not None:
             self.model.check_label_dropout(self.diffusion.label_dropout)
+        for name, off in MEASURING_OFF.items() if not self.model.draws else ():
+            require(
+                getattr(self.eval, name) == off,
+                f"eval.{name}",
+                f"left out with model.family={self.model.family}, which draws no images",
+                getattr(self.eval, name),
+            )
         return self
 
     @property

@@ -1,11 +1,13 @@
 """What every section of the configuration is, and its numbers."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+# What of a pre-trained classifier is trained.
+FineTuning = Literal["head", "last_blocks", "all", "discriminative"]
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="in [0, 2^63)")]
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 from task.checks import require
 from task.config.compose import compose_conf
 from task.config.errors import explanation
-from task.config.section import PositiveFloat, PositiveInt, Section, Seed
+from task.config.section import FineTuning, PositiveFloat, PositiveInt, Section, Seed
 
 # Of classifiers that are no network of torchvision.
 OWN_CLASSIFIERS = ("auto", "small", "efficientnet")
@@ -21,11 +21,12 @@ class StudyConfig(Section):
 
     classifier: str
     weights: str
-    fine_tuning: Literal["head", "last_blocks", "all", "discriminative"]
+    fine_tuning: FineTuning
     balance: Literal["weights", "oversample", "none"]
     ratios: list[PositiveFloat] = Field(min_length=1)
     fill: Literal["all", "rare"]
     real_fractions: list[float] = Field(min_length=1)
+    hospitals: bool
     num_seeds: PositiveInt
     seed: Seed
     val_fraction: float = Field(gt=0, lt=1, description="in (0, 1)")

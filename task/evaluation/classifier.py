@@ -5,38 +5,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from task.checks import require
+from task.classifier_networks import convolutional_network
 from task.data import ImageSet, normalize, random_horizontal_flip
 from task.progress import tracked
 from task.randomness import Stream, torch_generator
 
-WIDTHS = (32, 64, 128)
 BATCH_SIZE = 128
 MAX_LR = 3e-3
 WEIGHT_DECAY = 1e-2
 # Small sets are seen MAX_EPOCHS times, large ones as often as MAX_STEPS allows, at least once.
 MAX_EPOCHS = 20
 MAX_STEPS = 2000
-
-
-def convolutional_network(channels: int, image_size: int, num_classes: int) -> nn.Sequential:
-    """Make the untrained classifier: three convolutions with pooling, then one linear layer.
-
-    Args:
-        channels: of the images.
-        image_size: height and width, at least 8.
-        num_classes: number of logits.
-
-    Raises:
-        ValueError: the images are too small to be pooled.
-    """
-    layers: list[nn.Module] = []
-    for inner, outer in zip((channels, *WIDTHS), WIDTHS, strict=False):
-        # The normalization has a bias of its own.
-        layers += [nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer)]
-        layers += [nn.ReLU(), nn.MaxPool2d(2)]
-    side = image_size // 2 ** len(WIDTHS)
-    require(side > 0, "data.image_size", f"at least {2 ** len(WIDTHS)}", image_size)
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(WIDTHS[-1] * side**2, num_classes))
 
 
 def train_classifier(

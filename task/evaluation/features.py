@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from task.checks import require, require_one_of
+from task.classifier_networks import WIDTHS, convolutional_network
 from task.config import IMAGE_RANGES, Config
 from task.data import ImageSet, normalize
 from task.efficientnet import (
@@ -349,7 +350,7 @@ def cached_classifier(config: Config, train: ImageSet, device: str | torch.devic
         "seed": config.eval.seed,
     }
     recipe = (
-        *(classifier.WIDTHS, classifier.BATCH_SIZE, classifier.MAX_LR, classifier.WEIGHT_DECAY),
+        *(WIDTHS, classifier.BATCH_SIZE, classifier.MAX_LR, classifier.WEIGHT_DECAY),
         *(classifier.MAX_EPOCHS, classifier.MAX_STEPS),
     )
     kinds = {**settings, "device": torch.device(device).type}
@@ -363,7 +364,7 @@ def cached_classifier(config: Config, train: ImageSet, device: str | torch.devic
     _, channels, image_size, _ = train.images.shape
     # Modules draw their first weights, of no use here, from the global generator.
     with torch.random.fork_rng(devices=[]):
-        model = classifier.convolutional_network(channels, image_size, num_classes)
+        model = convolutional_network(channels, image_size, num_classes)
     model.load_state_dict(weights)
     return model.to(device).eval()
 

@@ -303,6 +303,11 @@ class Generator(nn.Module, ABC):
         for network in self.children():
             network.compile(*args, **kwargs)
 
+    @property
+    def reads_files(self) -> bool:
+        """Whether training needs files that `load_frozen` reads."""
+        return type(self).load_frozen is not Generator.load_frozen
+
     def load_frozen(self) -> None:
         """Read what nobody trains from the file that the configuration names, if there is one.
 

@@ -7,6 +7,7 @@ import torch
 from task.checks import require
 from task.config import MODELS, Config, ModelConfig
 from task.generators.base import Generator
+from task.generators.classifier import build_classifier_family
 from task.generators.diffusion.generator import build_diffusion
 from task.generators.resnet_gan import build_resnet_gan
 from task.generators.small_gan import build_small_gan
@@ -21,6 +22,7 @@ GENERATORS: dict[str, Callable[[Config], Generator]] = {
     "stylegan2_ada": build_stylegan2_ada,
     "resnet_gan": build_resnet_gan,
     "small_gan": build_small_gan,
+    "classifier": build_classifier_family,
 }
 
 

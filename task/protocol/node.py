@@ -344,8 +344,9 @@ def check_training(config: Config) -> None:
         FileNotFoundError: what it is trained on top of, or what its loss looks through, is missing.
         ValueError: that file is another one, or this machine cannot train as the run wants it.
     """
-    check_deterministic(weightless_generator(config), config)
-    if config.model.frozen_file is not None:
+    generator = weightless_generator(config)
+    check_deterministic(generator, config)
+    if generator.reads_files:
         initial_generator(config)
 
 

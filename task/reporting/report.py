@@ -42,7 +42,7 @@ from task.runs.commands import (
 )
 from task.runs.evaluations import Evaluation
 from task.runs.layout import REPORT_FILE, STUDY_FILE, STUDY_FOLDER, understood, weights_file
-from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, TRAIN, Record
+from task.runs.records import HELD_OUT, SCORING_CLIENTS, SECONDS_EVALUATING, TEST, TRAIN, Record
 from task.runs.resume import different_values
 from task.runs.run import POOLED, Run
 
@@ -55,7 +55,7 @@ ROUND_COLUMNS = (
     ("clients", "num_clients", None, ".0f"),
     ("seconds", "round_seconds", None, ".1f"),
     ("outside training", "overhead_share", None, ".0%"),
-    ("seconds evaluating", "seconds_evaluating", None, ".1f"),
+    ("seconds evaluating", SECONDS_EVALUATING, None, ".1f"),
 )
 
 NamedValues = list[tuple[str, str]]

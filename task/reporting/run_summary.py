@@ -160,6 +160,10 @@ def loss_figures(run: Run) -> Iterator[tuple[str, str]]:
         last = run.records.last("loss", reference=reference)
         if last is not None:
             yield f"{reference} loss", f"{last.value:.4g} (round {last.round})"
+    # Of a classifier.
+    last = run.records.last("accuracy", reference=TEST)
+    if last is not None:
+        yield f"{TEST} accuracy", f"{last.value:.4g} (round {last.round}, n={last.n:,})"
 
 
 def _time(run: Run) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from task.evaluation.study.summary import PRIMARY
 from task.files import atomic_path
 from task.reporting.charts import COLORS, GRAY
-from task.reporting.study_tables import arms_of
+from task.reporting.study_tables import RUN, arms_of
 
 GAIN_FILE, CLASSES_FILE = "gain.png", "classes.png"
 DPI = 120
@@ -48,6 +48,10 @@ def draw_gains(found: Mapping[str, Any], folder: Path) -> None:
             (control,) = [row for row in at if row["kind"] == kind]
             value = control["gains"][PRIMARY]["value"]
             panel.axhline(value, linestyle=style, color=GRAY, label=control["title"])
+        for row in at:
+            if row["kind"] == RUN:
+                value = row["gains"][PRIMARY]["value"]
+                panel.axhline(value, linestyle="-.", color=GRAY, label=row["title"])
         panel.axhline(0, color="black", linewidth=0.8)
         panel.set_title(f"{fraction:.0%} of the real images", fontsize=10)
         panel.set_xlabel("generated images for each real one")

@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from task.evaluation.study.arms import ArmKind
 from task.evaluation.study.figures import TITLES
 from task.evaluation.study.summary import PRIMARY
 
+RUN = ArmKind.RUN.name.lower()
 # A heading and rows, the first of which are the heads of the columns.
 StudyTable = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
@@ -17,6 +19,8 @@ def study_tables(found: Mapping[str, Any]) -> list[StudyTable]:
         found: what `feddm study` wrote.
     """
     tables = [_arm_table(found), *_class_tables(found), *_hospital_tables(found)]
+    if found["at_hospitals"]:
+        tables.append(_alone_table(found))
     if found["between"]:
         rows = [
             [f"{e['first']} beside {e['second']}", told_gain(e[PRIMARY])] for e in found["between"]
@@ -52,6 +56,17 @@ def study_notes(found: Mapping[str, Any]) -> list[str]:
         f"{found['num_bootstraps']:,} draws of test {resampled}, and by Student's t over the "
         "classifiers; p values of the macro AUC by Holm's correction over all comparisons."
     )
+    if found["at_hospitals"]:
+        told.append(
+            "Alone and together: balanced accuracy on each hospital's own test images, and the "
+            "gain over its own images alone with its interval, not corrected for their number. "
+            "Generated images are as many as the real ones of all hospitals."
+        )
+    if any(row["kind"] == RUN for row in found["arms"]):
+        told.append(
+            "Classifiers of runs were trained in those runs, by their steps and their loss, and no "
+            "validation images chose among their weights."
+        )
     if any(row["fraction"] < 1 for row in found["arms"]):
         told.append(
             "At a fraction below 1 the generator has been trained on real images that the "
@@ -144,6 +159,36 @@ def _hospital_tables(found: Mapping[str, Any]) -> list[StudyTable]:
         heads = ["hospital", "its test images", "gain in balanced accuracy"]
         tables.append((f"Hospitals{_of(found, headline)}", heads, rows))
     return tables
+
+
+def _alone_table(found: Mapping[str, Any]) -> StudyTable:
+    """Set what each hospital gets by itself beside what it gets of others."""
+    several = len(found["headlines"]) > 1
+    titles = {
+        "own": "own images",
+        "own_both": "own + generated",
+        "synthetic": "generated alone",
+        "real": "real ones of all",
+        RUN: "trained by run",
+    }
+
+    def title(of: Mapping[str, Any]) -> str:
+        named = of["source"] and (several or of["kind"] == RUN)
+        return titles[of["kind"]] + (f" {of['source']}" if named else "")
+
+    rows = []
+    for each in found["at_hospitals"]:
+        cells = [
+            _mean(of["balanced_accuracy"])
+            + (f"; {told_gain(of['gain_over_own'])}" if "gain_over_own" in of else "")
+            for of in each["classifiers"]
+        ]
+        rows.append(
+            [str(each["hospital"]), f"{each['num_train']:,}", f"{each['num_test']:,}", *cells]
+        )
+    heads = ["hospital", "its training images", "its test images"]
+    heads += map(title, found["at_hospitals"][0]["classifiers"])
+    return "Alone and together", heads, rows
 
 
 def arms_of(

@@ -83,6 +83,8 @@ def checks(run: Run) -> list[Check]:
 
 def image_checks(run: Run) -> list[Check]:
     """List those of the checks that are about the generated images; of a finished run, its last."""
+    if not run.config.model.draws:
+        return []
     if run.finished:
         run = run.of_round(run.rounds_done)
     looks = (_noise_checks, _class_checks, _copying_checks, _number_checks)

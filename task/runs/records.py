@@ -19,6 +19,7 @@ TRAIN, TEST, HELD_OUT = "train", "test", "held_out"
 # A reply that was not used; the context says of which activity it was, and the reason.
 LEFT_OUT = "left_out"
 # A round after which training could not go on; the context says the reason.
+SECONDS_EVALUATING = "seconds_evaluating"
 DIVERGENCE = "divergence"
 # A client whose training shows a failure while that of others goes on; the context says the reason.
 CLIENT_DIVERGENCE = "client_divergence"

@@ -50,7 +50,14 @@ from task.runs.layout import (
     understood,
     weights_file,
 )
-from task.runs.records import DIVERGENCE, TRAIN, Record, Records, read_records
+from task.runs.records import (
+    DIVERGENCE,
+    SECONDS_EVALUATING,
+    TRAIN,
+    Record,
+    Records,
+    read_records,
+)
 from task.runs.starting_weights import describe_starting_weights
 from task.training.devices import select_device
 
@@ -316,7 +323,7 @@ class Run:
         """
         if self.work_times:
             return sum(each.seconds for each in self.work_times)
-        spent = [self.records.series(name) for name in ("round_seconds", "seconds_evaluating")]
+        spent = [self.records.series(name) for name in ("round_seconds", SECONDS_EVALUATING)]
         return sum(sum(series.values()) for series in spent)
 
     def participation(self) -> dict[tuple[int, int], str]:
@@ -529,6 +536,21 @@ def kept_clients(run: Path) -> list[int]:
 
 
 def final_model(run: Path, config: Config, client: int | None = None) -> tuple[Generator, int]:
+    """Build the generator of a run with its final weights, to draw from; see `trained_model`.
+
+    Raises:
+        ValueError: it is no generator, there are no weights, or they are not of this network.
+    """
+    require(
+        config.model.draws,
+        f"the run {run}",
+        "one of a model that draws images",
+        f"model.family={config.model.family}",
+    )
+    return trained_model(run, config, client)
+
+
+def trained_model(run: Path, config: Config, client: int | None = None) -> tuple[Generator, int]:
     """Build the network of a run with its final weights; returns it and their round.
 
     Args:
@@ -537,7 +559,7 @@ def final_model(run: Path, config: Config, client: int | None = None) -> tuple[G
         client: the number of a client whose own weights to take; None: the global ones.
 
     Raises:
-        ValueError: there are none, or they are not weights of this network.
+        ValueError: there are no weights, or they are not of this network.
     """
     file = weights_file(run, client)
     if client is not None and not file.is_file():

@@ -5,14 +5,18 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from task.cli.study import study_runs
-from task.files import file_sha256
+from task.data import build_dataset
+from task.data.partition import partition_dataset
+from task.files import file_sha256, write_json
 from task.reporting.model_card import study_sentences
 from task.reporting.report import report_page
+from task.runs.layout import run_config
 from task.runs.run import Run
 from tests.helpers import written_run
 from tests.processes import feddm
@@ -25,7 +29,27 @@ FAST = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written_run(tmp_path_factory.mktemp("runs") / "noise", [], rounds_done=2)
+    folder = tmp_path_factory.mktemp("runs") / "noise"
+    return dealt_out(written_run(folder, [], rounds_done=2))
+
+
+def dealt_out(run: Path) -> Path:
+    """Write down that a simulation of two clients dealt its images out."""
+    config = run_config(run)
+    dealt = partition_dataset(config, build_dataset(config, download=False), 2).describe()
+    write_json(run / "partition.json", dealt)
+    return run
+
+
+def written_classifier(folder: Path, **changes: Any) -> Path:
+    unlike = ("width", "num_poolings"), ("num_timesteps", "num_inference_steps")
+    left_out = dict.fromkeys(
+        f"{section}__{name}"
+        for section, names in zip(("model", "diffusion"), unlike, strict=True)
+        for name in names
+    )
+    words = "model=classifier model.network=small"
+    return written_run(folder, [], rounds_done=2, overrides=words, **left_out, **changes)
 
 
 def test_study_is_written_shown_and_gone_on_with(run: Path) -> None:
@@ -70,6 +94,40 @@ def test_runs_are_compared_by_their_generators(run: Path, tmp_path: Path) -> Non
     (between,) = found["between"]
     assert between["macro_auc"]["value"] == between["macro_auc"]["low"] == 0  # the same images
     assert "| generator |" in (tmp_path / "both" / "study.md").read_text()
+
+
+def test_classifiers_of_runs_stand_beside_what_hospitals_get(run: Path, tmp_path: Path) -> None:
+    seeds = [dealt_out(written_classifier(tmp_path / f"seed-{seed}", seed=seed)) for seed in (0, 1)]
+    pooled = written_classifier(tmp_path / "pooled", train__mode="centralized")
+    words = [*FAST, "study.ratios=[1]"]
+    found = study_runs([run, *seeds, pooled], words, out=tmp_path / "study", say=lambda _: None)
+    (headline,) = found["headlines"]
+    assert headline["source"] == "noise"
+    arms = {row["title"]: row for row in found["arms"] if row["kind"] == "run"}
+    assert [*arms] == [
+        "classifier of a run seed-0 (2 seeds)",
+        "classifier of a run pooled (1 seeds)",
+    ]
+    assert all({"gains", "p_holm_gains"} <= row.keys() for row in arms.values())
+    # Untrained, it says the same of all images: by chance.
+    for row in arms.values():
+        assert row["figures"]["balanced_accuracy"]["mean"] < 0.3
+    assert [each for each in found["warnings"] if "images dealt out otherwise" in each]
+    assert [each["hospital"] for each in found["at_hospitals"]] == [0, 1]
+    kinds = [each["kind"] for each in found["at_hospitals"][0]["classifiers"]]
+    assert kinds == ["own", "own_both", "real", "synthetic", "run", "run"]
+    assert sum(e["num_train"] for e in found["at_hospitals"]) == sum(
+        found["images"]["train"]["by_class"]
+    )
+    page = (tmp_path / "study" / "study.md").read_text()
+    assert "## Alone and together" in page and "| trained by run pooled |" in page
+
+    for runs, message in (
+        (seeds, "RUN must be one at least that draws images"),
+        ([run, seeds[0]], "study.real_fractions must be a list with 1.0 beside classifiers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            study_runs(runs, [*FAST, "study.real_fractions=[0.5]"], out=tmp_path / "x", say=print)
 
 
 @pytest.mark.parametrize(

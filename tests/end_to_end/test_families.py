@@ -56,12 +56,14 @@ def write_pretrained(file: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("preset", FAMILIES)
+@pytest.mark.parametrize("preset", [*FAMILIES, "classifier"])
 def test_family_resumes_to_the_bit(preset: str, tmp_path: Path) -> None:
-    words = [f"model={preset}", *FAMILIES[preset][0], *FEW]
+    small = ["model.network=small"] if preset == "classifier" else FAMILIES[preset][0]
+    words = [f"model={preset}", *small, *FEW]
     if preset == "small_gan":
         words.append(f"model.pretrained={write_pretrained(tmp_path / 'base.safetensors')}")
-    common = {k: v for k, v in SMALL_RUN.items() if not k.startswith(("model", "diffusion"))}
+    left_out = ("model", "diffusion", *["eval.num_images"] * (preset == "classifier"))
+    common = {k: v for k, v in SMALL_RUN.items() if not k.startswith(left_out)}
     common |= {"overrides": " ".join(words), "output_dir": str(tmp_path)}
     del common["data.image_size"], common["data.test_fraction"]
     for name, rounds, resume in (("whole", 2, False), ("parts", 1, False), ("parts", 2, True)):
@@ -74,6 +76,10 @@ def test_family_resumes_to_the_bit(preset: str, tmp_path: Path) -> None:
     )
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    if preset == "classifier":
+        records = [read_records(tmp_path / n / "metrics.jsonl") for n in ("whole", "parts")]
+        assert 0 <= records[0].series("accuracy", reference=TEST)[2] <= 1
+        assert all(each.series("accuracy", reference=TEST) for each in records)
 
 
 @pytest.mark.slow

@@ -21,6 +21,14 @@ class ArmKind(StrEnum):
     OVERSAMPLED = "real, oversampled"
     SYNTHETIC = "synthetic"
     BOTH = "real + synthetic"
+    OWN = "own images of a hospital"
+    OWN_BOTH = "own images of a hospital + synthetic"
+    RUN = "classifier of a run"
+
+    @property
+    def is_of_a_hospital(self) -> bool:
+        """Whether the real images are those of one hospital alone."""
+        return self in (ArmKind.OWN, ArmKind.OWN_BOTH)
 
 
 @dataclass(frozen=True)
@@ -31,31 +39,44 @@ class Arm:
         kind: what is in it.
         fraction: of the real images that there are, in (0, 1].
         ratio: generated images for each real one; 0 where there are none.
-        source: the run that drew them; "" where there are none.
+        source: the run that drew them, or that trained the classifier; "" where there is none.
+        hospital: whose real images are taken; None: those of all.
     """
 
     kind: ArmKind
     fraction: float
     ratio: float = 0.0
     source: str = ""
+    hospital: int | None = None
 
     @property
     def title(self) -> str:
-        """What it is called, without its fraction and its source."""
+        """What it is called, without its fraction and the run that draws."""
+        if self.kind is ArmKind.RUN:
+            return f"{self.kind} {self.source}"
         return f"real + {self.ratio:g} x synthetic" if self.kind is ArmKind.BOTH else str(self.kind)
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether generated images are among those that it is trained on."""
+        return self.ratio > 0
 
     @property
     def key(self) -> str:
         """A name for files."""
-        return f"{self.kind.name.lower()}-{self.ratio:g}-of-{self.fraction:g}"
+        whose = "" if self.hospital is None else f"-at-{self.hospital}"
+        return f"{self.kind.name.lower()}-{self.ratio:g}-of-{self.fraction:g}{whose}"
 
 
-def list_arms(study: StudyConfig, sources: Sequence[str]) -> Iterator[Arm]:
-    """List all arms, those of real images alone first in each fraction.
+def list_arms(
+    study: StudyConfig, sources: Sequence[str], hospitals: Sequence[int] = ()
+) -> Iterator[Arm]:
+    """List all arms that are trained, those of real images alone first in each fraction.
 
     Args:
         study: its ratios and fractions.
         sources: names of the runs that draw.
+        hospitals: those whose own images train classifiers as well.
     """
     for fraction in study.real_fractions:
         yield Arm(ArmKind.REAL, fraction)
@@ -66,6 +87,11 @@ def list_arms(study: StudyConfig, sources: Sequence[str]) -> Iterator[Arm]:
             yield Arm(ArmKind.SYNTHETIC, fraction, 1.0, source)
             for ratio in study.ratios:
                 yield Arm(ArmKind.BOTH, fraction, ratio, source)
+    for hospital in hospitals:
+        yield Arm(ArmKind.OWN, 1.0, hospital=hospital)
+        for source in sources:
+            # What a hospital can have without sharing anything: as many as all real images.
+            yield Arm(ArmKind.OWN_BOTH, 1.0, 1.0, source, hospital)
 
 
 def real_places(real: ImageSet, fraction: float, seed: int) -> Tensor:

@@ -11,26 +11,26 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from task.checks import require
+from task.classifier_networks import (
+    LAST_BLOCKS,
+    LOWER_SHARE,
+    convolutional_network,
+    efficientnet_parts,
+)
 from task.config.study_config import OWN_CLASSIFIERS, StudyConfig
 from task.efficientnet import (
     NUM_FEATURES,
-    EfficientNet,
     check_pretrained,
     enlarged,
     pretrained_efficientnet,
     pretrained_file,
     suits,
 )
-from task.evaluation.classifier import convolutional_network
 from task.files import file_sha256
 
 # torchvision's networks were trained on images that were normalized so, by channel in [0, 1].
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Parts below the head that `study.fine_tuning=last_blocks` trains, counted from the last.
-LAST_BLOCKS = 2
 SMALL_LR, TUNING_LR = 3e-3, 3e-4
-# Of the layers below the head in `study.fine_tuning=discriminative`.
-LOWER_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def build_classifier(
     if name == "efficientnet":
         file = check_pretrained("study.classifier=efficientnet", "study.classifier=small")
         network = pretrained_efficientnet(file, device)
-        parts = efficientnet_parts(network, study.fine_tuning)
+        parts: Parts = (*efficientnet_parts(network, study.fine_tuning), NUM_FEATURES)
         title = f"EfficientNet-Lite0 of ImageNet, trained: {study.fine_tuning}"
     else:
         parts = torchvision_parts(name, Path(study.weights), study.fine_tuning, device)
@@ -139,44 +139,6 @@ def _unchanged(images: Tensor) -> Tensor:
 
 
 Parts = tuple[Callable[[Tensor], Tensor], nn.Module, int]
-
-
-class _Above(nn.Module):
-    """EfficientNet from a block on, but for its classes."""
-
-    def __init__(self, network: EfficientNet, first: int) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(*network.blocks[first:])
-        self.head = network.head
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map what the block before says to features [N, 1280]."""
-        return nn.functional.relu6(self.head(self.blocks(x))).mean((2, 3))
-
-
-class _Whole(nn.Module):
-    """All of EfficientNet but its classes, and the enlarging before it."""
-
-    def __init__(self, network: EfficientNet) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images [N, C, H, W] to features [N, 1280]."""
-        features: Tensor = self.network(enlarged(images))[0]
-        return features
-
-
-def efficientnet_parts(network: EfficientNet, fine_tuning: str) -> Parts:
-    """Part the network into what is frozen and what is trained below a new head."""
-    if fine_tuning == "head":
-        return lambda images: network(enlarged(images))[0], nn.Identity(), NUM_FEATURES
-    if fine_tuning == "last_blocks":
-        first = len(network.blocks) - LAST_BLOCKS
-        below = copy.deepcopy(network)
-        above = _Above(network, first).requires_grad_(True)
-        return lambda images: below.output_of(enlarged(images), first - 1), above, NUM_FEATURES
-    return _unchanged, _Whole(network).requires_grad_(True), NUM_FEATURES
 
 
 def torchvision_parts(name: str, file: Path, fine_tuning: str, device: torch.device) -> Parts:

@@ -115,7 +115,8 @@ class Fit:
     Attributes:
         validation: probabilities of the validation images, [N, C] float32.
         test: those of the test images, [M, C] float32.
-        step: the optimizer step whose weights said it.
+        step: the optimizer step whose weights said it; of a classifier that a run has trained, the
+            round.
     """
 
     validation: Tensor

@@ -1,5 +1,6 @@
 """How much better one classifier is than another, with intervals over patients and seeds."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,29 +106,34 @@ class Gain:
     p_value: float
 
 
-def gain_of(ours: Floats, theirs: Floats, rng: np.random.Generator) -> Gain:
+def gain_of(ours: Floats, theirs: Floats, rng: np.random.Generator, *, paired: bool = True) -> Gain:
     """Compare figures of the same draws of patients; see `patient_weights`.
 
     The uncertainty has two parts, which are added up: which patients are tested, by the draws, and
     which first weights the classifiers had, by Student's t over the seeds, as bootstrapping a few
-    of them would understate it. A single seed leaves the second out.
+    of them would understate it. A single seed on both sides leaves the second out.
 
     Args:
         ours: [S, B + 1] of S seeds, the first column of the images as they are.
-        theirs: likewise, of the same seeds.
+        theirs: likewise.
         rng: of the draws of the second part.
+        paired: whether both are of the same seeds. Otherwise their spreads are added up, and a
+            single one is taken to spread as those on the other side do.
 
     Raises:
         ValueError: no draw has both.
 
-    Source: percentile intervals, and p values of Davison & Hinkley 1997, section 4.4.
+    Source: percentile intervals, and p values of Davison & Hinkley 1997, section 4.4; Welch 1947
+        for what is not paired.
     """
-    by_seed = ours - theirs
-    differences, number = by_seed.mean(0), len(by_seed)
+    if paired:
+        error, freedom = _error_of_mean(ours[:, 0] - theirs[:, 0])
+    else:
+        error, freedom = _error_of_difference(ours[:, 0], theirs[:, 0])
+    differences = ours.mean(0) - theirs.mean(0)
     drawn = differences[1:]
-    if number > 1:
-        error = by_seed[:, 0].std(ddof=1) / np.sqrt(number)
-        drawn = drawn + error * rng.standard_t(number - 1, len(drawn))
+    if freedom > 0:
+        drawn = drawn + error * rng.standard_t(freedom, len(drawn))
     drawn = drawn[np.isfinite(drawn)]
     require(len(drawn) > 0, "the bootstrap", "a draw of patients with a figure", 0)
     tail = (1 - INTERVAL) / 2
@@ -136,6 +142,27 @@ def gain_of(ours: Floats, theirs: Floats, rng: np.random.Generator) -> Gain:
     above = ((drawn > 0).sum() + (drawn == 0).sum() / 2 + 1) / (len(drawn) + 2)
     p_value = min(1.0, 2 * float(min(above, 1 - above)))
     return Gain(float(differences[0]), float(low), float(high), p_value)
+
+
+def _error_of_mean(values: Floats) -> tuple[float, float]:
+    """Return the standard error of a mean and its degrees of freedom; 0 of a single value."""
+    number = len(values)
+    if number == 1:
+        return 0.0, 0
+    return float(values.std(ddof=1)) / math.sqrt(number), number - 1
+
+
+def _error_of_difference(ours: Floats, theirs: Floats) -> tuple[float, float]:
+    """Return the same of the difference of two means."""
+    sides = [_error_of_mean(ours), _error_of_mean(theirs)]
+    for place, (_, freedom) in enumerate(sides):
+        if freedom == 0:  # one value, whose spread is that of the others
+            other = sides[1 - place]
+            return math.sqrt(2 + other[1]) * other[0], other[1]
+    total = sum(error**2 for error, _ in sides)
+    if total == 0:
+        return 0.0, sum(freedom for _, freedom in sides)
+    return math.sqrt(total), total**2 / sum(error**4 / freedom for error, freedom in sides)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

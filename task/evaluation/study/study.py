@@ -46,6 +46,25 @@ from task.runs.checkpoint import load_weights, save_weights
 # Root mean square difference of pixels in [0, 1], below which two images are called nearly equal.
 NEARLY_EQUAL = 0.02
 FITS = "fits"
+# Of an image that no hospital has.
+NOWHERE = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Hospitals:
+    """Whose images are whose.
+
+    Attributes:
+        train: [number of training images] int64, the number of the hospital of each.
+        test: [number of test images] int64, likewise.
+    """
+
+    train: Tensor
+    test: Tensor
+
+    def equals(self, other: "Hospitals") -> bool:
+        """Whether all images are at the same hospitals."""
+        return torch.equal(self.train, other.train) and torch.equal(self.test, other.test)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +77,7 @@ class Material:
         validation: real, that no generator has seen, and that choose among weights and ratios.
         test: real, that neither a generator nor a classifier has seen.
         sources: generated images, by the name of the run that drew them.
-        hospitals: [number of test images] int64, whose each is; None: of one place.
+        hospitals: whose each image is; None: of one place.
         left_out: by source, how many generated images were left out, by reason.
         nearly_equal: validation and test images that are nearly equal to a training image.
     """
@@ -68,7 +87,7 @@ class Material:
     validation: ImageSet
     test: ImageSet
     sources: Mapping[str, ImageSet]
-    hospitals: Tensor | None = None
+    hospitals: Hospitals | None = None
     left_out: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     nearly_equal: int = 0
 
@@ -236,7 +255,7 @@ class Study:
         seeds = range(self._study.num_seeds)
         arms = [
             arm
-            for arm in list_arms(self._study, [*self._material.sources])
+            for arm in list_arms(self._study, [*self._material.sources], self._hospitals())
             if all(sum(map(len, self._places(arm, seed))) > 0 for seed in seeds)
         ]
         todo = {(arm, seed) for arm in arms for seed in seeds if not self._file(arm, seed).exists()}
@@ -250,8 +269,13 @@ class Study:
                     self._save(self._file(arm, seed), self._train(arm, seed))
                     done += 1
                     left = (time.monotonic() - start) / done * (len(todo) - done)
+                    of = (
+                        f"of {arm.fraction:g} of the real images"
+                        if arm.hospital is None
+                        else f"at hospital {arm.hospital}"
+                    )
                     say(
-                        f"{arm.title} of {arm.fraction:g} of the real images, seed {seed}: "
+                        f"{arm.title} {of}, seed {seed}: "
                         f"{done} of {len(todo)} trained, about {duration(left)} left"
                     )
             places = [self._places(arm, seed) for seed in seeds]
@@ -275,17 +299,27 @@ class Study:
 
     def _places(self, arm: Arm, seed: int) -> tuple[Tensor, Tensor]:
         """Say which real and which generated images a classifier is trained on."""
-        train = self._material.train
+        train, hospitals = self._material.train, self._material.hospitals
         places = real_places(train, arm.fraction, self._study.seed + seed)
-        if not arm.source:
-            return places, places[:0]
         counts = train.labels[places].bincount(minlength=len(self._material.classes)).tolist()
-        fill = "all" if arm.kind is ArmKind.SYNTHETIC else self._study.fill
+        if arm.kind is ArmKind.SYNTHETIC:
+            places = places[:0]
+        elif arm.hospital is not None and hospitals is not None:
+            places = (hospitals.train == arm.hospital).nonzero().flatten()
+        if not arm.is_synthetic:
+            return places, places[:0]
+        fill = self._study.fill if arm.kind is ArmKind.BOTH else "all"
         wanted = synthetic_counts(counts, arm.ratio, fill)
         # Others in each seed, whose spread is then that of the images as well.
         rng = torch_generator(self._study.seed, Stream.STUDY, 6, seed)
-        chosen = places_of_classes(self._material.sources[arm.source].labels, wanted, rng)
-        return (places[:0] if arm.kind is ArmKind.SYNTHETIC else places), chosen
+        return places, places_of_classes(self._material.sources[arm.source].labels, wanted, rng)
+
+    def _hospitals(self) -> list[int]:
+        """Number those that have images to train and to test a classifier of their own."""
+        hospitals = self._material.hospitals
+        if not self._study.hospitals or hospitals is None:
+            return []
+        return sorted(({*hospitals.train.tolist()} & {*hospitals.test.tolist()}) - {NOWHERE})
 
     def _train(self, arm: Arm, seed: int) -> Fit:
         of_real, of_synthetic = self._places(arm, seed)
@@ -326,7 +360,7 @@ class Study:
         material, (of_real, of_synthetic) = self._material, self._places(arm, seed)
         told = [*self._basis(), seed, arm.kind.name, self._mirrors, self._study.balance]
         told.append(_digest(material.train, of_real))
-        if arm.source:
+        if arm.is_synthetic:
             told.append(_digest(material.sources[arm.source], of_synthetic))
         return self._folder / FITS / f"{arm.key}-seed-{seed}-{_short_hash(told)}.safetensors"
 

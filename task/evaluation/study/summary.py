@@ -1,7 +1,7 @@
 """What a study found: figures of each arm, its gains, and a sentence for each run that drew."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from statistics import fmean, stdev
@@ -44,35 +44,57 @@ class Resampled:
     def __init__(self, material: Material, study: StudyConfig) -> None:
         """Draw the patients."""
         self._labels = material.test.labels.numpy()
-        self._hospitals = None if material.hospitals is None else material.hospitals.numpy()
+        self._hospitals = None if material.hospitals is None else material.hospitals.test.numpy()
         rng = numpy_generator(study.seed, Stream.STUDY, 5)
         self._weights = patient_weights(material.patients, study.num_bootstraps, rng)
         self._seed = study.seed
 
     def figures(self, result: ArmResult) -> ArmFigures:
-        """Compute what gains are told of."""
+        """Compute what gains are told of; of the classifiers of one hospital, on its own images."""
         found: dict[str, list[Floats]] = {}
         for fit in result.fits:
             said = fit.test.numpy().astype(np.float64)
-            by_class = sensitivities(said, self._labels, self._weights)
-            own = {
-                "macro_auc": macro_auc(said, self._labels, self._weights),
-                "balanced_accuracy": resampled_accuracy(said, self._labels, self._weights),
-            }
-            own |= {f"sensitivity/{label}": each for label, each in enumerate(by_class)}
-            for hospital in [] if self._hospitals is None else sorted({*self._hospitals.tolist()}):
-                weights = self._weights * (self._hospitals == hospital)
-                own[f"hospital/{hospital}"] = resampled_accuracy(said, self._labels, weights)
-            for name, values in own.items():
+            own = self._on_all(said) if result.arm.hospital is None else {}
+            for name, values in {**own, **self._by_hospital(said, result.arm.hospital)}.items():
                 found.setdefault(name, []).append(values)
         return {name: np.stack(values) for name, values in found.items()}
 
-    def gains(self, ours: ArmFigures, theirs: ArmFigures) -> dict[str, Gain]:
-        """Compare two arms; what has no figure on the test images is left out."""
+    def _on_all(self, said: Floats) -> dict[str, Floats]:
+        by_class = sensitivities(said, self._labels, self._weights)
         return {
-            name: gain_of(values, theirs[name], numpy_generator(self._seed, Stream.STUDY, 7))
+            "macro_auc": macro_auc(said, self._labels, self._weights),
+            "balanced_accuracy": resampled_accuracy(said, self._labels, self._weights),
+            **{f"sensitivity/{label}": each for label, each in enumerate(by_class)},
+        }
+
+    def _by_hospital(self, said: Floats, only: int | None) -> dict[str, Floats]:
+        """Compute the balanced accuracy on the test images of one hospital, or of each."""
+        if self._hospitals is None:
+            return {}
+        return {
+            f"hospital/{hospital}": resampled_accuracy(
+                said, self._labels, self._weights * (self._hospitals == hospital)
+            )
+            for hospital in sorted({*self._hospitals.tolist()})
+            if only in (None, hospital)
+        }
+
+    def gains(
+        self, ours: ArmFigures, theirs: ArmFigures, *, paired: bool = True
+    ) -> dict[str, Gain]:
+        """Compare two arms; what has no figure on the test images is left out.
+
+        Args:
+            ours: of one arm.
+            theirs: of the other; the figures of ours are looked up in it.
+            paired: see `gain_of`.
+        """
+        return {
+            name: gain_of(
+                values, theirs[name], numpy_generator(self._seed, Stream.STUDY, 7), paired=paired
+            )
             for name, values in ours.items()
-            if np.isfinite(values[:, 0] - theirs[name][:, 0]).all()
+            if np.isfinite(values[:, 0]).all() and np.isfinite(theirs[name][:, 0]).all()
         }
 
 
@@ -85,14 +107,19 @@ def rarest_class(material: Material) -> int:
     return int(torch.where(test > 0, train, train.max() + 1).argmin())
 
 
-def check_bootstraps(study: StudyConfig, num_sources: int) -> None:
+def check_bootstraps(study: StudyConfig, num_sources: int, num_classifiers: int = 0) -> None:
     """Check that a p value can fall below 5% after the correction over all arms of a study.
+
+    Args:
+        study: its values.
+        num_sources: runs that draw.
+        num_classifiers: arms of classifiers that runs have trained.
 
     Raises:
         ValueError: it cannot.
     """
     with_generated = num_sources * (1 + len(study.ratios))
-    tests = len(study.real_fractions) * (2 + 2 * with_generated)
+    tests = len(study.real_fractions) * (2 + 2 * with_generated) + num_classifiers
     # The least p value is 2 / (B + 2).
     needed = math.ceil(2 * tests / SIGNIFICANCE_LEVEL)
     require(
@@ -117,16 +144,22 @@ def summarize(
     resampled = Resampled(material, study)
     trained = [*results]
     figures: dict[Arm, ArmFigures] = {}
+    at_hospitals: dict[Arm, ArmFigures] = {}
     rows: list[dict[str, Any]] = []
     for result in tracked(trained, len(trained), "comparing arms"):
-        figures[result.arm] = resampled.figures(result)
-        rows.append(_arm_row(material, result, odir=odir))
+        if result.arm.kind.is_of_a_hospital:
+            at_hospitals[result.arm] = resampled.figures(result)
+        else:
+            figures[result.arm] = resampled.figures(result)
+            rows.append(_arm_row(material, result, odir=odir))
     # By what it is held against.
     gains: dict[tuple[Arm, ArmKind], dict[str, Gain]] = {}
     for arm, values in figures.items():
         if arm.kind is not ArmKind.REAL:
-            gains[arm, ArmKind.REAL] = resampled.gains(values, figures[_base(ArmKind.REAL, arm)])
-        if arm.source:
+            real = figures[_base(ArmKind.REAL, arm)]
+            paired = arm.kind is not ArmKind.RUN
+            gains[arm, ArmKind.REAL] = resampled.gains(values, real, paired=paired)
+        if arm.is_synthetic:
             control = figures[_base(ArmKind.OVERSAMPLED, arm)]
             gains[arm, ArmKind.OVERSAMPLED] = resampled.gains(values, control)
     corrected = holm([each[PRIMARY].p_value for each in gains.values()])
@@ -147,7 +180,57 @@ def summarize(
         "arms": rows,
         "headlines": [_headline(name, arm, gains, p_values) for name, arm in chosen.items()],
         "between": _between(chosen, figures, resampled),
+        "at_hospitals": [*_at_hospitals(material, figures, at_hospitals, resampled)],
     }
+
+
+def _at_hospitals(
+    material: Material,
+    figures: Mapping[Arm, ArmFigures],
+    at_hospitals: Mapping[Arm, ArmFigures],
+    resampled: Resampled,
+) -> Iterator[dict[str, Any]]:
+    """Compare for each hospital what it can do: alone, with generated images, in a federation.
+
+    All is measured on its own test images, by the balanced accuracy.
+    """
+    hospitals = material.hospitals
+    if hospitals is None:
+        return
+    everywhere = [
+        arm
+        for arm in figures
+        if arm.fraction == 1 and arm.kind in (ArmKind.SYNTHETIC, ArmKind.REAL, ArmKind.RUN)
+    ]
+    for own, alone in at_hospitals.items():
+        hospital = own.hospital
+        if own.kind is not ArmKind.OWN or hospital is None:
+            continue
+        beside = [arm for arm in at_hospitals if arm.hospital == hospital and arm != own]
+        name = f"hospital/{hospital}"
+        found = []
+        for arm in (own, *beside, *everywhere):
+            values = (at_hospitals if arm in at_hospitals else figures)[arm]
+            paired = arm.kind is not ArmKind.RUN
+            gain = resampled.gains({name: values[name]}, alone, paired=paired).get(name)
+            told: dict[str, Any] = {
+                "kind": arm.kind.name.lower(),
+                "source": arm.source or None,
+                "balanced_accuracy": _mean_of_seeds(values[name][:, 0].tolist()),
+            }
+            if arm != own and gain is not None:
+                told["gain_over_own"] = asdict(gain)
+            found.append(told)
+        yield {
+            "hospital": hospital,
+            "num_train": int(hospitals.train.eq(hospital).sum()),
+            "num_test": int(hospitals.test.eq(hospital).sum()),
+            "classifiers": found,
+        }
+
+
+def _mean_of_seeds(values: Sequence[float]) -> dict[str, float | None]:
+    return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None}
 
 
 def _base(kind: ArmKind, arm: Arm) -> Arm:
@@ -161,7 +244,7 @@ Corrected = Mapping[tuple[Arm, ArmKind], float]
 def _verdict(arm: Arm, gains: Compared, p_values: Corrected) -> int:
     """Say whether an arm gains, 1, or loses, -1; with generated images, over oversampling too."""
     found = []
-    for over in (ArmKind.REAL, ArmKind.OVERSAMPLED) if arm.source else (ArmKind.REAL,):
+    for over in (ArmKind.REAL, ArmKind.OVERSAMPLED) if arm.is_synthetic else (ArmKind.REAL,):
         gain = gains[arm, over][PRIMARY]
         significant = p_values[arm, over] < SIGNIFICANCE_LEVEL
         found.append(((gain.low > 0) - (gain.high < 0)) * significant)
@@ -236,7 +319,7 @@ def _arm_row(material: Material, result: ArmResult, *, odir: bool) -> dict[str, 
         validation += [value for name, _, value in chosen_by if name == PRIMARY]
     return {
         "kind": arm.kind.name.lower(),
-        "title": arm.title,
+        "title": arm.title + f" ({len(result.fits)} seeds)" * (arm.kind is ArmKind.RUN),
         "source": arm.source or None,
         "fraction": arm.fraction,
         "ratio": arm.ratio,
@@ -244,10 +327,7 @@ def _arm_row(material: Material, result: ArmResult, *, odir: bool) -> dict[str, 
         "num_synthetic": result.num_synthetic,
         "steps": [fit.step for fit in result.fits],
         f"validation_{PRIMARY}": fmean(validation) if validation else None,
-        "figures": {
-            name: {"mean": fmean(each), "std": stdev(each) if len(each) > 1 else None}
-            for name, each in values.items()
-        },
+        "figures": {name: _mean_of_seeds(each) for name, each in values.items()},
     }
 
 

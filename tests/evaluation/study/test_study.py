@@ -11,6 +11,7 @@ from task.config.study_config import StudyConfig, load_study_config
 from task.data import Dataset, ImageSet
 from task.evaluation.study.fitting import augmented
 from task.evaluation.study.study import (
+    Hospitals,
     Material,
     Study,
     count_nearly_equal,
@@ -110,19 +111,22 @@ def test_study_goes_on_where_it_stopped_and_trains_anew_what_has_changed(
     train, validation = digits.train, digits.test.subset(chosen)
     test = digits.test.subset(measured)
     few = train.subset(shuffled(len(train))[:60])
-    hospitals = torch.arange(len(test)) % 2
+    # Hospital 2 has no test images.
+    hospitals = Hospitals(torch.arange(len(few)) % 3, torch.arange(len(test)) % 2)
     material = Material(CLASSES, few, validation, test, {"gan": train}, hospitals=hospitals)
     first = studied(material, load_study_config(words), tmp_path)
     files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
-    assert len(files) == 5
+    assert len(files) == 5 + 2 * 2
     assert {"hospital/0", "hospital/1"} <= first["arms"][1]["gains"].keys()
+    assert [each["hospital"] for each in first["at_hospitals"]] == [0, 1]
+    assert first["at_hospitals"][0]["num_train"] == 20
     next(iter(files)).unlink()
     assert studied(material, load_study_config(words), tmp_path) == first
     kept = [file for file, at in files.items() if file.stat().st_mtime_ns == at]
-    assert len(kept) == 4
+    assert len(kept) == 8
     other = load_study_config([*words, "study.batch_size=32"])
     assert studied(material, other, tmp_path) != first
-    assert len([*tmp_path.rglob("*.safetensors")]) == 10  # each beside the earlier one
+    assert len([*tmp_path.rglob("*.safetensors")]) == 18  # each beside the earlier one
 
 
 def test_generator_whose_images_are_all_left_out_is_one_without_images(
