@@ -71,13 +71,12 @@ class Resampled:
         """Compute the balanced accuracy on the test images of one hospital, or of each."""
         if self._hospitals is None:
             return {}
-        return {
-            f"hospital/{hospital}": resampled_accuracy(
-                said, self._labels, self._weights * (self._hospitals == hospital)
-            )
-            for hospital in sorted({*self._hospitals.tolist()})
-            if only in (None, hospital)
-        }
+        found = {}
+        for hospital in sorted({*self._hospitals.tolist()}) if only is None else [only]:
+            own = self._hospitals == hospital
+            values = resampled_accuracy(said[own], self._labels[own], self._weights[own])
+            found[f"hospital/{hospital}"] = values
+        return found
 
     def gains(
         self, ours: ArmFigures, theirs: ArmFigures, *, paired: bool = True

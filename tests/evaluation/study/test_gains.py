@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import ttest_1samp
+from scipy.stats import ttest_1samp, ttest_ind
 from torchmetrics.functional.classification import multiclass_auroc, multiclass_recall
 
 from task.evaluation.study.gains import (
@@ -21,9 +21,9 @@ SAID = RNG.dirichlet(np.ones(3), 60).round(1)
 
 
 def test_figures_are_those_of_torchmetrics_on_the_images_as_often_as_they_are_drawn() -> None:
-    weights = RNG.integers(0, 4, (5, 60)).astype(float)
+    weights = RNG.integers(0, 4, (60, 5)).astype(np.float32)
     areas, accuracies = (each(SAID, LABELS, weights) for each in (macro_auc, resampled_accuracy))
-    for row, area, accuracy in zip(weights.astype(int), areas, accuracies, strict=True):
+    for row, area, accuracy in zip(weights.T.astype(int), areas, accuracies, strict=True):
         said = torch.from_numpy(SAID.repeat(row, 0))
         labels = torch.from_numpy(LABELS.repeat(row))
         assert area == pytest.approx(float(multiclass_auroc(said, labels, 3)), abs=1e-6)
@@ -31,16 +31,16 @@ def test_figures_are_those_of_torchmetrics_on_the_images_as_often_as_they_are_dr
 
 
 def test_class_of_which_nothing_is_drawn_counts_in_no_mean() -> None:
-    weights = np.stack([(LABELS != 2).astype(float), np.zeros(60)])
+    weights = np.stack([LABELS != 2, np.zeros(60)], 1).astype(np.float32)
     found = sensitivities(SAID, LABELS, weights)
     assert np.isnan(found[2]).all() and np.isfinite(found[:2, 0]).all()
     assert resampled_accuracy(SAID, LABELS, weights)[0] == pytest.approx(found[:2, 0].mean())
     assert np.isnan(macro_auc(SAID, LABELS, weights)[1])
 
 
-def test_patients_are_drawn_whole_and_the_first_row_is_all_of_them() -> None:
+def test_patients_are_drawn_whole_and_the_first_draw_is_all_of_them() -> None:
     groups = np.array([4, 4, 9, 2, 9, 9])
-    weights = patient_weights(groups, 2000, np.random.default_rng(1))
+    weights = patient_weights(groups, 2000, np.random.default_rng(1)).T
     assert (weights[0] == 1).all()
     assert (weights[:, 0] == weights[:, 1]).all() and (weights[:, 2] == weights[:, 5]).all()
     assert (weights[:, [0, 2, 3]].sum(1) == 3).all()
@@ -70,6 +70,21 @@ def test_spread_over_seeds_alone_is_that_of_students_t() -> None:
     error = 4.303 * 0.01 / 3**0.5
     assert (gain.low, gain.high) == pytest.approx((0.02 - error, 0.02 + error), rel=0.05)
     assert gain.p_value == pytest.approx(ttest_1samp(by_seed, 0).pvalue, abs=0.005)
+
+
+def test_figures_of_other_seeds_are_compared_by_welch() -> None:
+    rng = np.random.default_rng(5)
+    ours, theirs = rng.normal(0.55, 0.02, (4, 1)), rng.normal(0.5, 0.01, (3, 1))
+    expected = ttest_ind(ours[:, 0], theirs[:, 0], equal_var=False)
+    repeated = [np.repeat(each, 100001, axis=1) for each in (ours, theirs)]
+    gain = gain_of(*repeated, np.random.default_rng(3), paired=False)
+    interval = expected.confidence_interval()
+    assert (gain.low, gain.high) == pytest.approx((interval.low, interval.high), rel=0.05)
+    assert gain.p_value == pytest.approx(expected.pvalue, rel=0.1)
+    # A single one spreads as the others, of whose distribution it is then a draw more.
+    one = gain_of(repeated[0][:1], repeated[1], np.random.default_rng(3), paired=False)
+    error = 4.303 * theirs.std(ddof=1) * (1 + 1 / 3) ** 0.5
+    assert (one.high - one.low) / 2 == pytest.approx(error, rel=0.05)
 
 
 def test_nothing_is_found_in_noise_more_often_than_promised() -> None:
