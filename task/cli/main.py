@@ -489,7 +489,7 @@ def study(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder to write; else RUN/study. Several runs need it."),
+        typer.Option(help="Folder to write; else RUN/study. Several runs that draw need it."),
     ] = None,
 ) -> None:
     """Say whether a classifier is better when a run's images fill up its training set.
@@ -501,7 +501,7 @@ def study(
     Examples:
       feddm study runs/demo
       feddm study runs/demo 'study.ratios=[1,2]' study.num_seeds=5
-      feddm study runs/vae runs/stylegan --out runs/study
+      feddm study runs/vae runs/stylegan runs/classifier --out runs/study
     """
     # A run of a sweep is named by its words.
     folders = [Path(word) for word in runs if "=" not in word or Path(word).exists()]

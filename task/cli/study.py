@@ -69,7 +69,7 @@ def study_runs(
             `model=classifier` are compared as they are, runs that differ in their seed together.
         overrides: `study.NAME=VALUE` of `conf/study.yaml`, and values of the runs that say how to
             draw, as of `feddm evaluate`.
-        out: the folder of the study; None: `study` in the folder of the only run.
+        out: the folder of the study; None: `study` in the folder of the only run that draws.
         say: takes the text for the reader.
 
     Raises:
@@ -81,15 +81,15 @@ def study_runs(
     study = load_study_config(word for word in words if word.startswith(STUDY_PREFIX))
     drawing = [word for word in words if not word.startswith(STUDY_PREFIX)]
     named = dict(zip(run_labels(runs) if len(runs) > 1 else [Run(runs[0]).name], runs, strict=True))
-    if out is None:
-        require(len(runs) == 1, "--out", "the folder of a study of several runs", None)
-        out = runs[0] / STUDY_FOLDER
     configs = {
         name: evaluation_config(run, drawing if run_config(run).model.draws else [], {})
         for name, run in named.items()
     }
     generators = {name: run for name, run in named.items() if configs[name].model.draws}
     require(len(generators) > 0, "RUN", "one at least that draws images", list(named))
+    if out is None:
+        require(len(generators) == 1, "--out", "the folder of a study of several generators", None)
+        out = next(iter(generators.values())) / STUDY_FOLDER
     classifiers = _by_all_but_seed({n: c for n, c in configs.items() if n not in generators})
     require(
         not classifiers or 1 in study.real_fractions,

@@ -60,7 +60,9 @@ def study_notes(found: Mapping[str, Any]) -> list[str]:
         told.append(
             "Alone and together: balanced accuracy on each hospital's own test images, and the "
             "gain over its own images alone with its interval, not corrected for their number. "
-            "Generated images are as many as the real ones of all hospitals."
+            "Generated images are as many as the real ones of all hospitals; their generator has "
+            "been trained on this hospital's images too, which one that stays out would not give. "
+            "The validation images of all choose among weights here as well."
         )
     if any(row["kind"] == RUN for row in found["arms"]):
         told.append(
