@@ -84,9 +84,7 @@ def test_study_is_written_shown_and_gone_on_with(run: Path) -> None:
 def test_runs_are_compared_by_their_generators(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other" / "noise"
     shutil.copytree(run, other, ignore=shutil.ignore_patterns("study"))
-    with pytest.raises(
-        ValueError, match="--out must be the folder of a study of several generators"
-    ):
+    with pytest.raises(ValueError, match="--out must be the folder of a study of several gen"):
         study_runs([run, other], FAST, out=None, say=print)
     found = study_runs([run, other], FAST, out=tmp_path / "both", say=lambda _: None)
     assert [each["source"] for each in found["headlines"]] == [
