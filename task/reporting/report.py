@@ -52,6 +52,7 @@ MOST_PICTURES = 40
 ROUND_COLUMNS = (
     ("train loss", "loss", TRAIN, ".4f"),
     ("test loss", "loss", TEST, ".4f"),
+    ("test accuracy", "accuracy", TEST, ".4f"),
     ("clients", "num_clients", None, ".0f"),
     ("seconds", "round_seconds", None, ".1f"),
     ("outside training", "overhead_share", None, ".0%"),

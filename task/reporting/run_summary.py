@@ -121,9 +121,10 @@ def _who_trained_what(run: Run) -> str:
         "simulation": f"{num_clients} simulated hospitals, on one machine,",
         "real nodes": f"{num_clients} hospitals, each on its own images,",
     }[run.setting]
+    purpose = "to draw images" if run.config.model.draws else "to name the classes of images"
     return (
-        f"{who} trained a model of {run.generator.num_parameters:,} parameters to draw "
-        f"images of {data.name}: {len(data.classes)} classes, "
+        f"{who} trained a model of {run.generator.num_parameters:,} parameters {purpose} "
+        f"of {data.name}: {len(data.classes)} classes, "
         f"{data.image_size}x{data.image_size} pixels, "
         f"{data.channels} channel{'s' * (data.channels > 1)}. {_what_is_done(run)}"
     )
@@ -146,10 +147,10 @@ def _generator(run: Run) -> str:
 def _where(run: Run) -> str:
     train = run.config.train
     if run.setting == "real nodes":
-        drawn = f" on {run.device}" if run.device else ""
-        return (
-            f"Each hospital chose device and precision itself; the server drew its images{drawn}."
-        )
+        chosen = "Each hospital chose device and precision itself"
+        if not run.config.model.draws:
+            return f"{chosen}."
+        return f"{chosen}; the server drew its images{f' on {run.device}' if run.device else ''}."
     device = run.device or f"the device of train.device={train.device}"
     return f"It ran on {device} in {train.precision}."
 
