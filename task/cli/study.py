@@ -1,29 +1,31 @@
 """`feddm study`: whether a classifier is better when a run's images fill up its training set."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from task.checks import require
 from task.cli.evaluate import check_same_images, evaluation_config
 from task.cli.generate import fill_folder
-from task.config import Config, flat_values
+from task.config import Config
 from task.config.study_config import STUDY_PREFIX, StudyConfig, load_study_config
 from task.data import Dataset, ImageSet, build_dataset
-from task.data.partition import partition_dataset
-from task.evaluation.study.arms import Arm, ArmKind, real_places, synthetic_counts
+from task.evaluation.study.arms import real_places, synthetic_counts
 from task.evaluation.study.classifiers import build_classifier
-from task.evaluation.study.run_classifiers import fit_of_run
+from task.evaluation.study.hospitals import hospital_of_each
+from task.evaluation.study.run_classifiers import (
+    ReadingRun,
+    by_all_but_seed,
+    classifier_arm,
+    unlike_arms,
+)
 from task.evaluation.study.study import (
-    NOWHERE,
     ArmResult,
-    Hospitals,
     Material,
     Study,
     count_nearly_equal,
@@ -35,21 +37,18 @@ from task.evaluation.study.summary import check_bootstraps, summarize
 from task.files import atomic_path, file_sha256, write_json
 from task.generation.folder import describe_origin, open_folder
 from task.generation.images import ImageSource
-from task.generators.classifier import Classifier
 from task.lock import hold
 from task.reporting.rendering import render
 from task.reporting.report import labels as run_labels
 from task.reporting.study_figure import draw_classes, draw_gains
 from task.reporting.study_tables import study_notes, study_tables
 from task.runs.layout import LOCK_FILE, STUDY_FILE, STUDY_FOLDER, run_config, weights_file
-from task.runs.run import Run, final_model, trained_model
+from task.runs.run import Run, final_model
 from task.training.devices import select_device
 
 DRAWN_FOLDER, TABLE_FILE = "images", "study.md"
 # Drawn beyond what is needed, to stand in for what is left out.
 SPARE = 1.1
-# Values in which classifiers of one arm may differ.
-NO_DIFFERENCE = {"seed", "run_name", "output_dir", "resume", "experiment"}
 FEW_SEEDS, FEW_TEST_IMAGES = 3, 20
 UNKNOWN_IMAGES = (
     "Which images the run was trained on was not written down, as by hospitals: the test images "
@@ -81,8 +80,10 @@ def study_runs(
     study = load_study_config(word for word in words if word.startswith(STUDY_PREFIX))
     drawing = [word for word in words if not word.startswith(STUDY_PREFIX)]
     named = dict(zip(run_labels(runs) if len(runs) > 1 else [Run(runs[0]).name], runs, strict=True))
+    # A classifier has no values of drawing, and reads the same images.
+    of_data = [word for word in drawing if word.startswith("data.")]
     configs = {
-        name: evaluation_config(run, drawing if run_config(run).model.draws else [], {})
+        name: evaluation_config(run, drawing if run_config(run).model.draws else of_data, {})
         for name, run in named.items()
     }
     generators = {name: run for name, run in named.items() if configs[name].model.draws}
@@ -90,7 +91,7 @@ def study_runs(
     if out is None:
         require(len(generators) == 1, "--out", "the folder of a study of several generators", None)
         out = next(iter(generators.values())) / STUDY_FOLDER
-    classifiers = _by_all_but_seed({n: c for n, c in configs.items() if n not in generators})
+    classifiers = by_all_but_seed({n: c for n, c in configs.items() if n not in generators})
     require(
         not classifiers or 1 in study.real_fractions,
         "study.real_fractions",
@@ -98,7 +99,7 @@ def study_runs(
         study.real_fractions,
     )
     check_bootstraps(study, len(generators), len(classifiers))
-    first = next(iter(configs.values()))
+    first = configs[next(iter(generators))]
     device = select_device(study.device)
     # Before any image is drawn: its weights may be missing.
     build_classifier(
@@ -108,13 +109,16 @@ def study_runs(
         num_classes=len(first.data.classes),
         device=device,
     )
-    warnings: list[str] = []
+    reading = {
+        name: [ReadingRun.of(each, named[each], configs[each]) for each in names]
+        for name, names in classifiers.items()
+    }
     dataset = build_dataset(first, download=True)
+    warnings: list[str] = []
     for name, run in named.items():
         _check_same_data(first, configs[name], name)
-        check_same_images(run, configs[name], dataset, say=warnings.append)
-        if not Run(run).data_hashes:
-            warnings.append(UNKNOWN_IMAGES)
+        warnings += _doubts(run, configs[name], dataset)
+    warnings += unlike_arms(first, study, [each[0].config for each in reading.values()])
     chosen, measured = split_test(dataset, first.data.classes, study)
     mirrors = first.data.horizontal_flip
     out.mkdir(parents=True, exist_ok=True)
@@ -125,14 +129,17 @@ def study_runs(
             dataset.test.subset(chosen),
             dataset.test.subset(measured),
             {},
-            hospitals=_hospital_of_each(
+            hospitals=hospital_of_each(
                 generators.values(),
                 (named[name] for names in classifiers.values() for name in names),
                 dataset,
-                measured,
+                (chosen, measured),
                 warnings,
             ),
             nearly_equal=count_nearly_equal(dataset.test, dataset.train, mirrors=mirrors),
+            nearly_equal_within=count_nearly_equal(
+                dataset.test.subset(measured), dataset.test.subset(chosen), mirrors=mirrors
+            ),
         )
         needed, weights = _needed(material, study), {}
         for name, run in generators.items():
@@ -140,12 +147,12 @@ def study_runs(
             folder = out / DRAWN_FOLDER / name.replace("/", "-")
             drawn = _drawn(run, configs[name], needed, folder, say)
             material = _with_source(material, study, name, drawn, out, mirrors, device)
-        told = {"weights_sha256": weights, "warnings": [*warnings, *_warnings(material, study)]}
-        trained = [
-            _classifier_arm(name, [(named[n], configs[n]) for n in names], material, device)
-            for name, names in classifiers.items()
-        ]
-        found = _studied(material, study, first, told, trained, out, device, say)
+        told = {
+            "weights_sha256": weights,
+            "warnings": [*dict.fromkeys(warnings), *_warnings(material, study)],
+        }
+        arms = [classifier_arm(name, each, material, device) for name, each in reading.items()]
+        found = _studied(material, study, first, told, arms, out, device, say)
         lock.truncate(0)
     return found
 
@@ -155,97 +162,29 @@ def _check_same_data(first: Config, other: Config, name: str) -> None:
     ours, theirs = (each.data.model_dump(exclude=ignored) for each in (first, other))
     different = [key for key in ours if ours[key] != theirs.get(key)]
     require(
-        not different and first.data.split_seed == other.data.split_seed,
+        not different,
         f"RUN {name}",
         "a run of the same data as the first",
         ", ".join(f"data.{key}={theirs.get(key)}" for key in different),
     )
 
 
-def _by_all_but_seed(configs: Mapping[str, Config]) -> dict[str, list[str]]:
-    """Group runs that differ in their seed alone, by the name of the first."""
-    groups: dict[str, list[str]] = {}
-    for name, config in configs.items():
-        for first, names in groups.items():
-            ours, theirs = (flat_values(each) for each in (config, configs[first]))
-            if {key for key in ours if ours[key] != theirs.get(key)} <= NO_DIFFERENCE:
-                names.append(name)
-                break
-        else:
-            groups[name] = [name]
-    return groups
-
-
-def _classifier_arm(
-    name: str, runs: Sequence[tuple[Path, Config]], material: Material, device: torch.device
-) -> ArmResult:
-    """Apply the classifiers that runs have trained, which differ in their seed."""
-    fits = []
-    for path, config in runs:
-        model, server_round = trained_model(path, config)
-        if not isinstance(model, Classifier):
-            raise ValueError(f"RUN {name} must draw images or be of model=classifier")
-        fits.append(
-            fit_of_run(model, material.validation, material.test, device, step=server_round)
+def _doubts(path: Path, config: Config, dataset: Dataset) -> Iterator[str]:
+    """Say why the test images may be among those that a run has seen; no paths, see `_warnings`."""
+    run, said = Run(path), list[str]()
+    check_same_images(path, config, dataset, say=said.append)
+    if said:
+        yield (
+            "A run was trained on other images than those of this study: the test images may be "
+            "among them."
         )
-    number = len(material.train)
-    return ArmResult(Arm(ArmKind.RUN, 1.0, source=name), [number], [0], fits)
-
-
-def _hospital_of_each(
-    generators: Iterable[Path],
-    classifiers: Iterable[Path],
-    dataset: Dataset,
-    measured: Tensor,
-    warnings: list[str],
-) -> Hospitals | None:
-    """Say at which client of a simulation each image is; None where that is not told.
-
-    It is that of the runs as they were trained, whatever is drawn otherwise, and of all that draw;
-    runs on the pooled data have no clients.
-    """
-    drawing, reading = (
-        [run for run in map(Run, paths) if run.config.train.mode == "federated"]
-        for paths in (generators, classifiers)
-    )
-    found = [_dealt(run, dataset) for run in [*drawing, *reading]]
-    decisive = found[: len(drawing) or None]
-    if not decisive:
-        return None
-    first = decisive[0]
-    if first is None or None in decisive:
-        warnings.append("Whose images are whose is not told, so no hospitals are compared.")
-        return None
-    if not all(each is not None and each.equals(first) for each in decisive):
-        warnings.append("The runs dealt the images out otherwise, so no hospitals are compared.")
-        return None
-    if not all(each is not None and each.equals(first) for each in found):
-        warnings.append(
-            "Classifiers of runs were trained with the images dealt out otherwise: they are not of "
-            "the same hospitals, but of the same images."
+    if not run.data_hashes:
+        yield UNKNOWN_IMAGES
+    if run.started_from is not None or config.model.frozen_file is not None:
+        yield (
+            "A run began with weights of another training, on images that are not looked for here: "
+            "the test images may be among them."
         )
-    return Hospitals(first.train, first.test[measured])
-
-
-def _dealt(run: Run, dataset: Dataset) -> Hospitals | None:
-    """Say which client of a run had each image; None where these are others, or not told."""
-    if run.partition is None:
-        return None
-    partition = partition_dataset(run.config, dataset, int(run.partition["num_clients"]))
-    if partition.describe() != run.partition:
-        return None
-    return Hospitals(
-        _client_of_each(len(dataset.train), partition.train_indices),
-        _client_of_each(len(dataset.test), partition.test_indices),
-    )
-
-
-def _client_of_each(number: int, indices: Sequence[Any]) -> Tensor:
-    """Return the client that has each image, [number] int64."""
-    found = torch.full((number,), NOWHERE)
-    for client, own in enumerate(indices):
-        found[torch.as_tensor(own)] = client
-    return found
 
 
 def _needed(material: Material, study: StudyConfig) -> list[int]:
@@ -345,6 +284,8 @@ def _studied(
     draw_classes(found, out)
     for headline in found["headlines"]:
         say(f"{headline['source']}: {headline['sentence']}")
+    if found["at_hospitals_sentence"]:
+        say(found["at_hospitals_sentence"])
     for warning in found["warnings"]:
         say(f"warning: {warning}")
     say(f"written to {out}")
@@ -357,6 +298,7 @@ def study_page(found: dict[str, Any]) -> str:
         "study.md",
         sources=[each["source"] for each in found["headlines"]],
         headlines=found["headlines"],
+        hospitals=found["at_hospitals_sentence"],
         warnings=found["warnings"],
         tables=study_tables(found),
         notes=study_notes(found),
@@ -371,6 +313,11 @@ def _warnings(material: Material, study: StudyConfig) -> Iterable[str]:
             f"{material.nearly_equal:,} of {number:,} validation and test images are equal or "
             "nearly equal to a training image: all figures are too good, and a generator may have "
             "learned them."
+        )
+    if material.nearly_equal_within:
+        yield (
+            f"{material.nearly_equal_within:,} of {len(material.test):,} test images are equal or "
+            "nearly equal to a validation image."
         )
     if material.test.groups is None:
         yield "Whose images are of one patient is not known: they may be in both splits."

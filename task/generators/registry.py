@@ -89,7 +89,7 @@ def keep_local(generator: Generator, parts: Sequence[str]) -> None:
     expected = (
         f"of the parts of a {generator.title} that images are not drawn from, {', '.join(possible)}"
         if possible
-        else f"[] with a {generator.title}, all of which images are drawn from"
+        else f"[] with a {generator.title}, no part of which may stay at a client"
     )
     for part in parts:
         require(part in possible, "federation.local", expected, part)

@@ -418,7 +418,8 @@ def _study(run: Run) -> dict[str, Any] | None:
                 if len(found["headlines"]) > 1
                 else each["sentence"]
                 for each in found["headlines"]
-            ],
+            ]
+            + [found["at_hospitals_sentence"]] * bool(found["at_hospitals_sentence"]),
             "warnings": found["warnings"],
             "tables": [
                 (heading, TableRows(heads, rows)) for heading, heads, rows in study_tables(found)

@@ -1,6 +1,7 @@
 """The two figures of a study: the gain by ratio, and each class before and after."""
 
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,17 @@ def draw_gains(found: Mapping[str, Any], folder: Path) -> None:
             (control,) = [row for row in at if row["kind"] == kind]
             value = control["gains"][PRIMARY]["value"]
             panel.axhline(value, linestyle=style, color=GRAY, label=control["title"])
-        for row in at:
-            if row["kind"] == RUN:
-                value = row["gains"][PRIMARY]["value"]
-                panel.axhline(value, linestyle="-.", color=GRAY, label=row["title"])
+        of_runs = [row for row in at if row["kind"] == RUN]
+        for row, color in zip(of_runs, cycle(reversed(COLORS)), strict=False):
+            value = row["gains"][PRIMARY]["value"]
+            panel.axhline(value, linestyle="-.", color=color, label=row["title"])
         panel.axhline(0, color="black", linewidth=0.8)
         panel.set_title(f"{fraction:.0%} of the real images", fontsize=10)
         panel.set_xlabel("generated images for each real one")
     panels[0].set_ylabel("gain in macro AUC\nover real images alone")
-    panels[-1].legend(fontsize=8)
+    # Of the largest fraction, which alone has lines of runs.
+    handles, labels = panels[0].get_legend_handles_labels()
+    panels[-1].legend(handles, labels, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, folder / GAIN_FILE)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from task.evaluation.study.arms import ArmKind
 from task.evaluation.study.figures import TITLES
-from task.evaluation.study.summary import PRIMARY
+from task.evaluation.study.summary import LEAST_PATIENTS, PRIMARY
 
 RUN = ArmKind.RUN.name.lower()
 # A heading and rows, the first of which are the heads of the columns.
@@ -54,7 +54,10 @@ def study_notes(found: Mapping[str, Any]) -> list[str]:
     told.append(
         "Gains: over real images of the same fraction, alone or oversampled; intervals at 95% over "
         f"{found['num_bootstraps']:,} draws of test {resampled}, and by Student's t over the "
-        "classifiers; p values of the macro AUC by Holm's correction over all comparisons."
+        "classifiers; p values of the macro AUC by Holm's correction over all comparisons with "
+        "real images. Intervals of classes, hospitals and pairs of generators are not corrected, "
+        f"and left out below {LEAST_PATIENTS} tested patients. Each generator is one training of "
+        "it: how another would do is in no interval."
     )
     if found["at_hospitals"]:
         told.append(
@@ -62,13 +65,18 @@ def study_notes(found: Mapping[str, Any]) -> list[str]:
             "gain over its own images alone with its interval, not corrected for their number. "
             "Generated images are as many as the real ones of all hospitals; their generator has "
             "been trained on this hospital's images too, which one that stays out would not give. "
-            "The validation images of all choose among weights here as well."
+            "Its own validation images, where it has any, choose among the weights."
         )
-    if any(row["kind"] == RUN for row in found["arms"]):
-        told.append(
-            "Classifiers of runs were trained in those runs, by their steps and their loss, and no "
-            "validation images chose among their weights."
-        )
+    for row in found["arms"]:
+        if row["kind"] == RUN:
+            number = len(row["runs"])
+            told.append(
+                f"A {row['title']}: {row['runs'][0]['classifier']}, trained "
+                f"{row['runs'][0]['mode']} in {number} run{'s' * (number > 1)}, by a loss that "
+                "does not weigh classes, and no validation images chose among the weights. Its "
+                "gain is not paired by seeds"
+                + ("." if number > 1 else "; a single run is taken to spread as the others do.")
+            )
     if any(row["fraction"] < 1 for row in found["arms"]):
         told.append(
             "At a fraction below 1 the generator has been trained on real images that the "
@@ -96,7 +104,7 @@ def _arm_table(found: Mapping[str, Any]) -> StudyTable:
         rows.append(
             [
                 row["title"],
-                *([row["source"] or "-"] if several else []),
+                *([row["source"] if row["source"] and row["ratio"] else "-"] if several else []),
                 f"{row['fraction']:g}",
                 _count(row["num_real"]),
                 _count(row["num_synthetic"]),
@@ -130,7 +138,7 @@ def _class_tables(found: Mapping[str, Any]) -> list[StudyTable]:
                         f"{found['images']['train']['by_class'][label]:,}",
                         f"{found['images']['test']['by_class'][label]:,}",
                         *(_mean(each["figures"][key]) for each in (before, after)),
-                        "-" if gain is None else told_gain(gain),
+                        _told_or_dash(gain),
                         *(
                             _mean(each["figures"].get(f"specificity/{label}"))
                             for each in (before, after)
@@ -154,9 +162,8 @@ def _hospital_tables(found: Mapping[str, Any]) -> list[StudyTable]:
     for headline in found["headlines"]:
         _, after = arms_of(found, headline)
         rows = [
-            [hospital, f"{number:,}", told_gain(gain)]
+            [hospital, f"{number:,}", _told_or_dash(after["gains"].get(f"hospital/{hospital}"))]
             for hospital, number in found["hospitals"].items()
-            if (gain := after["gains"].get(f"hospital/{hospital}"))
         ]
         heads = ["hospital", "its test images", "gain in balanced accuracy"]
         tables.append((f"Hospitals{_of(found, headline)}", heads, rows))
@@ -186,9 +193,13 @@ def _alone_table(found: Mapping[str, Any]) -> StudyTable:
             for of in each["classifiers"]
         ]
         rows.append(
-            [str(each["hospital"]), f"{each['num_train']:,}", f"{each['num_test']:,}", *cells]
+            [
+                str(each["hospital"]),
+                *(f"{each[f'num_{of}']:,}" for of in ("train", "test", "test_patients")),
+                *cells,
+            ]
         )
-    heads = ["hospital", "its training images", "its test images"]
+    heads = ["hospital", "its training images", "its test images", "of patients"]
     heads += map(title, found["at_hospitals"][0]["classifiers"])
     return "Alone and together", heads, rows
 
@@ -215,6 +226,10 @@ def _of(found: Mapping[str, Any], headline: Mapping[str, Any]) -> str:
 def told_gain(gain: Mapping[str, float]) -> str:
     """Write a gain with its interval."""
     return f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
+
+
+def _told_or_dash(gain: Mapping[str, float] | None) -> str:
+    return "-" if gain is None else told_gain(gain)
 
 
 def _mean(figure: Mapping[str, float | None] | None) -> str:

@@ -104,9 +104,10 @@ def test_classifiers_of_runs_stand_beside_what_hospitals_get(run: Path, tmp_path
     (headline,) = found["headlines"]
     assert headline["source"] == "noise"
     arms = {row["title"]: row for row in found["arms"] if row["kind"] == "run"}
-    assert [*arms] == [
-        "classifier of a run seed-0 (2 seeds)",
-        "classifier of a run pooled (1 seeds)",
+    assert [*arms] == ["classifier of a run seed-0", "classifier of a run pooled"]
+    assert [[run["name"] for run in row["runs"]] for row in arms.values()] == [
+        ["seed-0", "seed-1"],
+        ["pooled"],
     ]
     assert all({"gains", "p_holm_gains"} <= row.keys() for row in arms.values())
     # Untrained, it says the same of all images: by chance.
@@ -121,6 +122,9 @@ def test_classifiers_of_runs_stand_beside_what_hospitals_get(run: Path, tmp_path
     )
     page = (tmp_path / "study" / "study.md").read_text()
     assert "## Alone and together" in page and "| trained by run pooled |" in page
+    assert "a single run is taken to spread" in page
+    assert found["at_hospitals_sentence"].startswith("Of 2 hospitals the mean balanced accuracy")
+    assert found["at_hospitals_sentence"] in page.replace("\\", "")
 
     for runs, message in (
         (seeds, "RUN must be one at least that draws images"),

@@ -90,7 +90,7 @@ def list_arms(
     for hospital in hospitals:
         yield Arm(ArmKind.OWN, 1.0, hospital=hospital)
         for source in sources:
-            # What a hospital can have without sharing anything: as many as all real images.
+            # As many as all real images, as there is no need for fewer.
             yield Arm(ArmKind.OWN_BOTH, 1.0, 1.0, source, hospital)
 
 

@@ -13,6 +13,8 @@ Floats = NDArray[np.float64]
 # How often images are drawn: whole numbers, which float32 multiplies faster.
 Counts = NDArray[np.float32]
 INTERVAL = 0.95
+# Positive images whose pairs with negative ones are in memory at a time.
+AT_ONCE = 512
 
 
 def patient_weights(
@@ -53,12 +55,15 @@ def macro_auc(probabilities: Floats, labels: NDArray[np.int64], weights: Counts)
 
 def _auc(scores: Floats, positive: NDArray[np.bool_], weights: Counts) -> Floats:
     """Return the chance that a positive image scores higher than a negative one, ties half."""
-    ours, theirs = scores[positive, None], scores[None, ~positive]
-    lower = (theirs < ours).astype(np.float32) + (theirs == ours) / np.float32(2)
-    positives, negatives = weights[positive], weights[~positive]
+    positives, negatives, theirs = weights[positive], weights[~positive], scores[None, ~positive]
     pairs = positives.sum(0, dtype=np.float64) * negatives.sum(0, dtype=np.float64)
-    # Sums of halves, which float32 holds exactly as far as images are counted here.
-    won = (positives * (lower @ negatives)).sum(0, dtype=np.float64)
+    won = np.zeros(weights.shape[1])
+    for start in range(0, len(positives), AT_ONCE):
+        ours = scores[positive][start : start + AT_ONCE, None]
+        lower = (theirs < ours).astype(np.float32) + (theirs == ours) / np.float32(2)
+        # Sums of halves, which float32 holds exactly as far as images are counted here.
+        some = positives[start : start + AT_ONCE] * (lower @ negatives)
+        won += some.sum(0, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         area: Floats = won / pairs
     return area

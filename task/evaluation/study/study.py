@@ -46,8 +46,6 @@ from task.runs.checkpoint import load_weights, save_weights
 # Root mean square difference of pixels in [0, 1], below which two images are called nearly equal.
 NEARLY_EQUAL = 0.02
 FITS = "fits"
-# Of an image that no hospital has.
-NOWHERE = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +54,13 @@ class Hospitals:
 
     Attributes:
         train: [number of training images] int64, the number of the hospital of each.
+        validation: [number of validation images] int64, likewise.
         test: [number of test images] int64, likewise.
     """
 
     train: Tensor
+    validation: Tensor
     test: Tensor
-
-    def equals(self, other: "Hospitals") -> bool:
-        """Whether all images are at the same hospitals."""
-        return torch.equal(self.train, other.train) and torch.equal(self.test, other.test)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +76,7 @@ class Material:
         hospitals: whose each image is; None: of one place.
         left_out: by source, how many generated images were left out, by reason.
         nearly_equal: validation and test images that are nearly equal to a training image.
+        nearly_equal_within: test images that are nearly equal to a validation image.
     """
 
     classes: Sequence[str]
@@ -90,6 +87,7 @@ class Material:
     hospitals: Hospitals | None = None
     left_out: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     nearly_equal: int = 0
+    nearly_equal_within: int = 0
 
     @property
     def patients(self) -> np.ndarray:
@@ -109,8 +107,8 @@ def split_test(
         The places of both among the test images, [M] int64.
 
     Raises:
-        ValueError: a patient is in both splits of the data set, there are no test images, or a
-            class has no image to train on or to choose by.
+        ValueError: a patient is in both splits of the data set, there are no test images, a class
+            has no image to train on or to choose by, or fewer than two are measured on.
     """
     require(len(dataset.test) > 0, "the data set", "one with test images", "none")
     train, test = dataset.train, dataset.test
@@ -136,6 +134,13 @@ def split_test(
                 "at least one (see study.val_fraction)",
                 0,
             )
+    there = {*test.labels[measured].tolist()}
+    require(
+        len(there) > 1,
+        "the images to measure on",
+        "of two classes at least (see study.val_fraction and data.test_fraction)",
+        [classes[label] for label in sorted(there)],
+    )
     return torch.from_numpy(chosen), torch.from_numpy(measured)
 
 
@@ -199,12 +204,14 @@ class ArmResult:
         num_real: real images, of each classifier.
         num_synthetic: generated images, likewise.
         fits: the classifiers.
+        runs: of those that runs have trained, what is known of each run.
     """
 
     arm: Arm
     num_real: list[int]
     num_synthetic: list[int]
     fits: list[Fit]
+    runs: Sequence[Mapping[str, Any]] = ()
 
 
 class Study:
@@ -294,7 +301,8 @@ class Study:
         if not file.exists():
             judged = inputs_of(self.kind, generated, self._device)
             train = self._looked_at("real", "train")
-            self._save(file, self._fit(train, judged, 0, self._study.balance))
+            choosing = self._looked_at("real", "validation")
+            self._save(file, self._fit(train, choosing, judged, 0, self._study.balance))
         return self._read(file).test.argmax(1) != generated.labels
 
     def _places(self, arm: Arm, seed: int) -> tuple[Tensor, Tensor]:
@@ -319,7 +327,7 @@ class Study:
         hospitals = self._material.hospitals
         if not self._study.hospitals or hospitals is None:
             return []
-        return sorted(({*hospitals.train.tolist()} & {*hospitals.test.tolist()}) - {NOWHERE})
+        return sorted({*hospitals.train.tolist()} & {*hospitals.test.tolist()})
 
     def _train(self, arm: Arm, seed: int) -> Fit:
         of_real, of_synthetic = self._places(arm, seed)
@@ -330,13 +338,21 @@ class Study:
             train = train.joined(generated) if len(of_real) else generated
         oversamples = arm.kind is ArmKind.OVERSAMPLED
         balance = "oversample" if oversamples else self._study.balance
-        return self._fit(train, self._looked_at("real", "test"), seed, balance)
+        validation = self._looked_at("real", "validation").subset(self._choosing(arm.hospital))
+        return self._fit(train, validation, self._looked_at("real", "test"), seed, balance)
 
-    def _fit(self, train: Inputs, test: Inputs, seed: int, balance: str) -> Fit:
+    def _choosing(self, hospital: int | None) -> Tensor:
+        """Return the places of the validation images that choose: a hospital alone has its own."""
+        hospitals = self._material.hospitals
+        if hospital is None or hospitals is None:
+            return torch.arange(len(self._material.validation))
+        return (hospitals.validation == hospital).nonzero().flatten()
+
+    def _fit(self, train: Inputs, validation: Inputs, test: Inputs, seed: int, balance: str) -> Fit:
         return fit_classifier(
             self.kind,
             train,
-            self._looked_at("real", "validation"),
+            validation,
             test,
             study=self._study,
             steps=self.steps,
@@ -360,6 +376,8 @@ class Study:
         material, (of_real, of_synthetic) = self._material, self._places(arm, seed)
         told = [*self._basis(), seed, arm.kind.name, self._mirrors, self._study.balance]
         told.append(_digest(material.train, of_real))
+        if arm.hospital is not None:
+            told.append(_digest(material.validation, self._choosing(arm.hospital)))
         if arm.is_synthetic:
             told.append(_digest(material.sources[arm.source], of_synthetic))
         return self._folder / FITS / f"{arm.key}-seed-{seed}-{_short_hash(told)}.safetensors"

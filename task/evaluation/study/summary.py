@@ -32,7 +32,17 @@ from task.randomness import Stream, numpy_generator
 SIGNIFICANCE_LEVEL = 1 - INTERVAL
 # What an arm is chosen by and judged by.
 PRIMARY = "macro_auc"
+# Tested patients of a class or a hospital below which draws of them tell no interval.
+LEAST_PATIENTS = 10
 VERDICTS = {1: "gain", 0: "no gain shown", -1: "loss"}
+# What a hospital may have, by the kind of its classifier.
+WAYS = {
+    "own": "its own images alone",
+    "own_both": "generated ones beside them",
+    "synthetic": "generated ones alone",
+    "run": "a classifier that was trained in a run",
+    "real": "the real images of all",
+}
 
 # By name, [S, B + 1]: of each seed, for the images as they are and for each draw of patients.
 ArmFigures = Mapping[str, Floats]
@@ -46,7 +56,8 @@ class Resampled:
         self._labels = material.test.labels.numpy()
         self._hospitals = None if material.hospitals is None else material.hospitals.test.numpy()
         rng = numpy_generator(study.seed, Stream.STUDY, 5)
-        self._weights = patient_weights(material.patients, study.num_bootstraps, rng)
+        self._patients = material.patients
+        self._weights = patient_weights(self._patients, study.num_bootstraps, rng)
         self._seed = study.seed
 
     def figures(self, result: ArmResult) -> ArmFigures:
@@ -81,7 +92,9 @@ class Resampled:
     def gains(
         self, ours: ArmFigures, theirs: ArmFigures, *, paired: bool = True
     ) -> dict[str, Gain]:
-        """Compare two arms; what has no figure on the test images is left out.
+        """Compare two arms.
+
+        What has no figure on the test images is left out, and what is of too few patients.
 
         Args:
             ours: of one arm.
@@ -93,8 +106,16 @@ class Resampled:
                 values, theirs[name], numpy_generator(self._seed, Stream.STUDY, 7), paired=paired
             )
             for name, values in ours.items()
-            if np.isfinite(values[:, 0]).all() and np.isfinite(theirs[name][:, 0]).all()
+            if np.isfinite(values[:, 0]).all()
+            and np.isfinite(theirs[name][:, 0]).all()
+            and ("/" not in name or self.num_patients(name) >= LEAST_PATIENTS)
         }
+
+    def num_patients(self, name: str) -> int:
+        """Count the patients of whom the figure of a class or of a hospital is."""
+        kind, _, number = name.partition("/")
+        of_each = self._hospitals if kind == "hospital" else self._labels
+        return len({*self._patients[of_each == int(number)].tolist()})
 
 
 def rarest_class(material: Material) -> int:
@@ -174,13 +195,30 @@ def summarize(
         source: _arm_chosen_by_validation(source, study, figures, rows)
         for source in material.sources
     }
+    compared = [*_at_hospitals(material, figures, at_hospitals, resampled)]
     return {
         "rarest_class": rarest_class(material),
         "arms": rows,
         "headlines": [_headline(name, arm, gains, p_values) for name, arm in chosen.items()],
         "between": _between(chosen, figures, resampled),
-        "at_hospitals": [*_at_hospitals(material, figures, at_hospitals, resampled)],
+        "at_hospitals": compared,
+        "at_hospitals_sentence": _hospitals_sentence(compared),
     }
+
+
+def _hospitals_sentence(compared: Sequence[Mapping[str, Any]]) -> str:
+    """Say what hospitals get of each way, as the mean over them; "" where none is compared."""
+    if not compared:
+        return ""
+    told = []
+    for place, first in enumerate(compared[0]["classifiers"]):
+        means = [each["classifiers"][place]["balanced_accuracy"]["mean"] for each in compared]
+        of = f" ({first['source']})" if first["source"] else ""
+        told.append(f"{fmean(means):.3f} with {WAYS[first['kind']]}{of}")
+    return (
+        f"Of {len(compared)} hospitals the mean balanced accuracy, each on its own test images, is "
+        f"{', '.join(told)}."
+    )
 
 
 def _at_hospitals(
@@ -224,6 +262,7 @@ def _at_hospitals(
             "hospital": hospital,
             "num_train": int(hospitals.train.eq(hospital).sum()),
             "num_test": int(hospitals.test.eq(hospital).sum()),
+            "num_test_patients": resampled.num_patients(name),
             "classifiers": found,
         }
 
@@ -247,8 +286,15 @@ def _verdict(arm: Arm, gains: Compared, p_values: Corrected) -> int:
         gain = gains[arm, over][PRIMARY]
         significant = p_values[arm, over] < SIGNIFICANCE_LEVEL
         found.append(((gain.low > 0) - (gain.high < 0)) * significant)
-    # A loss is one beside real images alone, which is what a hospital has.
-    return found[0] if found[0] < 0 else min(found)
+    return verdict_of(found)
+
+
+def verdict_of(found: Sequence[int]) -> int:
+    """Judge an arm by the signs of what is significant, over real images and, perhaps, the control.
+
+    A loss is one over real images alone, which is what a hospital has; a gain is one over both.
+    """
+    return -1 if found[0] < 0 else int(min(found) > 0)
 
 
 def _arm_chosen_by_validation(
@@ -318,13 +364,14 @@ def _arm_row(material: Material, result: ArmResult, *, odir: bool) -> dict[str, 
         validation += [value for name, _, value in chosen_by if name == PRIMARY]
     return {
         "kind": arm.kind.name.lower(),
-        "title": arm.title + f" ({len(result.fits)} seeds)" * (arm.kind is ArmKind.RUN),
+        "title": arm.title,
         "source": arm.source or None,
         "fraction": arm.fraction,
         "ratio": arm.ratio,
         "num_real": result.num_real,
         "num_synthetic": result.num_synthetic,
         "steps": [fit.step for fit in result.fits],
+        **({"runs": list(result.runs)} if result.runs else {}),
         f"validation_{PRIMARY}": fmean(validation) if validation else None,
         "figures": {name: _mean_of_seeds(each) for name, each in values.items()},
     }

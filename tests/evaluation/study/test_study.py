@@ -18,7 +18,8 @@ from task.evaluation.study.study import (
     split_test,
     without_copies,
 )
-from task.evaluation.study.summary import summarize
+from task.evaluation.study.summary import summarize, verdict_of
+from task.runs.checkpoint import load_weights
 from tests.helpers import digits_dataset
 
 CLASSES = [str(digit) for digit in range(10)]
@@ -112,7 +113,9 @@ def test_study_goes_on_where_it_stopped_and_trains_anew_what_has_changed(
     test = digits.test.subset(measured)
     few = train.subset(shuffled(len(train))[:60])
     # Hospital 2 has no test images.
-    hospitals = Hospitals(torch.arange(len(few)) % 3, torch.arange(len(test)) % 2)
+    hospitals = Hospitals(
+        torch.arange(len(few)) % 3, torch.zeros(len(validation)), torch.arange(len(test)) % 2
+    )
     material = Material(CLASSES, few, validation, test, {"gan": train}, hospitals=hospitals)
     first = studied(material, load_study_config(words), tmp_path)
     files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
@@ -120,6 +123,9 @@ def test_study_goes_on_where_it_stopped_and_trains_anew_what_has_changed(
     assert {"hospital/0", "hospital/1"} <= first["arms"][1]["gains"].keys()
     assert [each["hospital"] for each in first["at_hospitals"]] == [0, 1]
     assert first["at_hospitals"][0]["num_train"] == 20
+    # Hospital 1 has no validation images, so that the last weights are kept.
+    own = (tmp_path / "fits").glob("own-0-of-1-at-*.safetensors")
+    assert {load_weights(file)[1]["step"] for file in own if "at-1" in file.name} == {"4"}
     next(iter(files)).unlink()
     assert studied(material, load_study_config(words), tmp_path) == first
     kept = [file for file, at in files.items() if file.stat().st_mtime_ns == at]
@@ -142,6 +148,40 @@ def test_generator_whose_images_are_all_left_out_is_one_without_images(
     kinds = {row["kind"]: row["num_synthetic"] for row in found["arms"]}
     assert "synthetic" not in kinds and kinds["both"] == [0]
     assert found["headlines"][0]["verdict"] == "no gain shown"
+
+
+@pytest.mark.parametrize(
+    ("over_real", "over_control", "expected"),
+    [(1, 1, 1), (1, 0, 0), (1, -1, 0), (0, 1, 0), (0, -1, 0), (-1, 1, -1), (-1, -1, -1)],
+)
+def test_gain_must_be_over_both_and_a_loss_is_over_real_images(
+    over_real: int, over_control: int, expected: int
+) -> None:
+    assert verdict_of([over_real, over_control]) == expected
+    assert verdict_of([over_real]) == over_real
+
+
+def test_hospital_of_few_patients_has_no_interval(digits: Dataset, tmp_path: Path) -> None:
+    words = ["study.classifier=small", "study.ratios=[1]", "study.real_fractions=[1.0]"]
+    words += ["study.num_steps=4", "study.num_seeds=1", "study.num_bootstraps=200"]
+    chosen, measured = split_test(digits, CLASSES, load_study_config(words))
+    validation, test = digits.test.subset(chosen), digits.test.subset(measured)
+    few = digits.train.subset(torch.arange(60))
+    of_test = (torch.arange(len(test)) >= 9).long()
+    hospitals = Hospitals(torch.arange(60) % 2, torch.zeros(len(validation)), of_test)
+    material = Material(CLASSES, few, validation, test, {"gan": digits.train}, hospitals)
+    found = studied(material, load_study_config(words), tmp_path)
+    small, large = found["at_hospitals"]
+    assert small["num_test_patients"] == 9 and large["num_test_patients"] == len(test) - 9
+    assert not any("gain_over_own" in each for each in small["classifiers"])
+    assert all("gain_over_own" in each for each in large["classifiers"][1:])
+    assert "hospital/0" not in found["arms"][1]["gains"]
+
+
+def test_test_images_of_one_class_are_refused(digits: Dataset) -> None:
+    ones = digits.test.subset((digits.test.labels == 1).nonzero().flatten())
+    with pytest.raises(ValueError, match=r"to measure on must be of two classes at least"):
+        split_test(Dataset(digits.train, ones), CLASSES, load_study_config())
 
 
 def test_split_that_shares_patients_is_refused(digits: Dataset) -> None:
