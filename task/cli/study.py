@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -78,83 +79,137 @@ def study_runs(
     """
     words = list(overrides)
     study = load_study_config(word for word in words if word.startswith(STUDY_PREFIX))
-    drawing = [word for word in words if not word.startswith(STUDY_PREFIX)]
-    named = dict(zip(run_labels(runs) if len(runs) > 1 else [Run(runs[0]).name], runs, strict=True))
-    # A classifier has no values of drawing, and reads the same images.
-    of_data = [word for word in drawing if word.startswith("data.")]
-    configs = {
-        name: evaluation_config(run, drawing if run_config(run).model.draws else of_data, {})
-        for name, run in named.items()
-    }
-    generators = {name: run for name, run in named.items() if configs[name].model.draws}
-    require(len(generators) > 0, "RUN", "one at least that draws images", list(named))
+    given = _GivenRuns.read(runs, [word for word in words if not word.startswith(STUDY_PREFIX)])
     if out is None:
-        require(len(generators) == 1, "--out", "the folder of a study of several generators", None)
-        out = next(iter(generators.values())) / STUDY_FOLDER
-    classifiers = by_all_but_seed({n: c for n, c in configs.items() if n not in generators})
-    require(
-        not classifiers or 1 in study.real_fractions,
-        "study.real_fractions",
-        "a list with 1.0 beside classifiers of runs, which are trained on all images",
-        study.real_fractions,
-    )
-    check_bootstraps(study, len(generators), len(classifiers))
-    first = configs[next(iter(generators))]
+        several = "the folder of a study of several generators"
+        require(len(given.generators) == 1, "--out", several, None)
+        out = next(iter(given.generators.values())) / STUDY_FOLDER
+    given.check(study)
     device = select_device(study.device)
-    # Before any image is drawn: its weights may be missing.
-    build_classifier(
-        study,
-        channels=first.data.channels,
-        image_size=first.data.image_size,
-        num_classes=len(first.data.classes),
-        device=device,
-    )
+    _build_classifier(study, given.first, device)
     reading = {
-        name: [ReadingRun.of(each, named[each], configs[each]) for each in names]
-        for name, names in classifiers.items()
+        name: [ReadingRun.of(each, given.named[each], given.configs[each]) for each in names]
+        for name, names in given.classifiers.items()
     }
-    dataset = build_dataset(first, download=True)
-    warnings: list[str] = []
-    for name, run in named.items():
-        _check_same_data(first, configs[name], name)
-        warnings += _doubts(run, configs[name], dataset)
-    warnings += unlike_arms(first, study, [each[0].config for each in reading.values()])
-    chosen, measured = split_test(dataset, first.data.classes, study)
-    mirrors = first.data.horizontal_flip
+    dataset = build_dataset(given.first, download=True)
+    warnings = [
+        doubt
+        for name, run in given.named.items()
+        for doubt in _doubts(run, given.configs[name], dataset)
+    ]
+    warnings += unlike_arms(given.first, study, [each[0].config for each in reading.values()])
+    material = _real_material(given, dataset, study, warnings)
     out.mkdir(parents=True, exist_ok=True)
     with hold(out / LOCK_FILE, "--out", patience=0) as lock:
-        material = Material(
-            first.data.classes,
-            dataset.train,
-            dataset.test.subset(chosen),
-            dataset.test.subset(measured),
-            {},
-            hospitals=hospital_of_each(
-                generators.values(),
-                (named[name] for names in classifiers.values() for name in names),
-                dataset,
-                (chosen, measured),
-                warnings,
-            ),
-            nearly_equal=count_nearly_equal(dataset.test, dataset.train, mirrors=mirrors),
-            nearly_equal_within=count_nearly_equal(
-                dataset.test.subset(measured), dataset.test.subset(chosen), mirrors=mirrors
-            ),
-        )
         needed, weights = _needed(material, study), {}
-        for name, run in generators.items():
+        for name, run in given.generators.items():
             weights[name] = file_sha256(weights_file(run))
             folder = out / DRAWN_FOLDER / name.replace("/", "-")
-            drawn = _drawn(run, configs[name], needed, folder, say)
+            drawn = _drawn(run, given.configs[name], needed, folder, say)
+            mirrors = given.first.data.horizontal_flip
             material = _with_source(material, study, name, drawn, out, mirrors, device)
         told = {
             "weights_sha256": weights,
             "warnings": [*dict.fromkeys(warnings), *_warnings(material, study)],
         }
         arms = [classifier_arm(name, each, material, device) for name, each in reading.items()]
-        found = _studied(material, study, first, told, arms, out, device, say)
+        found = _studied(material, study, given.first, told, arms, out, device, say)
         lock.truncate(0)
     return found
+
+
+@dataclass(frozen=True)
+class _GivenRuns:
+    """The runs of a study.
+
+    Attributes:
+        named: their folders, by name.
+        configs: of each.
+    """
+
+    named: Mapping[str, Path]
+    configs: Mapping[str, Config]
+
+    @classmethod
+    def read(cls, runs: Sequence[Path], words: Sequence[str]) -> "_GivenRuns":
+        """Read the configurations of runs, with values that say how to draw.
+
+        Raises:
+            ValueError: a name or a value is wrong, or none of them draws.
+        """
+        names = run_labels(runs) if len(runs) > 1 else [Run(runs[0]).name]
+        # A classifier has no values of drawing, and reads the same images.
+        of_data = [word for word in words if word.startswith("data.")]
+        configs = {
+            name: evaluation_config(run, words if run_config(run).model.draws else of_data, {})
+            for name, run in zip(names, runs, strict=True)
+        }
+        found = cls(dict(zip(names, runs, strict=True)), configs)
+        require(len(found.generators) > 0, "RUN", "one at least that draws images", names)
+        return found
+
+    @cached_property
+    def generators(self) -> dict[str, Path]:
+        """Those that draw."""
+        return {name: run for name, run in self.named.items() if self.configs[name].model.draws}
+
+    @cached_property
+    def classifiers(self) -> dict[str, list[str]]:
+        """Names of the others by that of the first of an arm, which differ in their seeds."""
+        others = {n: config for n, config in self.configs.items() if n not in self.generators}
+        return by_all_but_seed(others)
+
+    @property
+    def first(self) -> Config:
+        """Whose data it is."""
+        return self.configs[next(iter(self.generators))]
+
+    def check(self, study: StudyConfig) -> None:
+        """Check that the runs can be studied so.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        require(
+            not self.classifiers or 1 in study.real_fractions,
+            "study.real_fractions",
+            "a list with 1.0 beside classifiers of runs, which are trained on all images",
+            study.real_fractions,
+        )
+        check_bootstraps(study, len(self.generators), len(self.classifiers))
+        for name, config in self.configs.items():
+            _check_same_data(self.first, config, name)
+
+
+def _build_classifier(study: StudyConfig, config: Config, device: torch.device) -> None:
+    """Find the network before any image is drawn: its weights may be missing."""
+    build_classifier(
+        study,
+        channels=config.data.channels,
+        image_size=config.data.image_size,
+        num_classes=len(config.data.classes),
+        device=device,
+    )
+
+
+def _real_material(
+    given: _GivenRuns, dataset: Dataset, study: StudyConfig, warnings: list[str]
+) -> Material:
+    """Part the real images; none are generated yet."""
+    classes, mirrors = given.first.data.classes, given.first.data.horizontal_flip
+    chosen, measured = split_test(dataset, classes, study)
+    validation, test = (dataset.test.subset(places) for places in (chosen, measured))
+    reading = [given.named[name] for names in given.classifiers.values() for name in names]
+    return Material(
+        classes,
+        dataset.train,
+        validation,
+        test,
+        {},
+        hospital_of_each(given.generators.values(), reading, dataset, (chosen, measured), warnings),
+        nearly_equal=count_nearly_equal(dataset.test, dataset.train, mirrors=mirrors),
+        nearly_equal_within=count_nearly_equal(test, validation, mirrors=mirrors),
+    )
 
 
 def _check_same_data(first: Config, other: Config, name: str) -> None:
