@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from task.cli.study import study_runs
+from task.cli.tables import write_tables
 from task.data import build_dataset
 from task.data.partition import partition_dataset
 from task.files import file_sha256, write_json
@@ -97,7 +98,10 @@ def test_runs_are_compared_by_their_generators(run: Path, tmp_path: Path) -> Non
 
 
 def test_classifiers_of_runs_stand_beside_what_hospitals_get(run: Path, tmp_path: Path) -> None:
-    seeds = [dealt_out(written_classifier(tmp_path / f"seed-{seed}", seed=seed)) for seed in (0, 1)]
+    seeds = [
+        dealt_out(written_classifier(tmp_path / "sweep" / f"seed-{seed}", seed=seed))
+        for seed in (0, 1)
+    ]
     pooled = written_classifier(tmp_path / "pooled", train__mode="centralized")
     words = [*FAST, "study.ratios=[1]"]
     found = study_runs([run, *seeds, pooled], words, out=tmp_path / "study", say=lambda _: None)
@@ -125,6 +129,9 @@ def test_classifiers_of_runs_stand_beside_what_hospitals_get(run: Path, tmp_path
     assert "a single run is taken to spread" in page
     assert found["at_hospitals_sentence"].startswith("Of 2 hospitals the mean balanced accuracy")
     assert found["at_hospitals_sentence"] in page.replace("\\", "")
+
+    with pytest.raises(ValueError, match="no finished run in .*of models that draw no images: "):
+        write_tables(tmp_path / "sweep", device=None, say=print)
 
     for runs, message in (
         (seeds, "RUN must be one at least that draws images"),
