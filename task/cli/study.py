@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
