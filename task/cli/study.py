@@ -377,7 +377,7 @@ def _warnings(material: Material, study: StudyConfig) -> Iterable[str]:
     if material.test.groups is None:
         yield "Whose images are of one patient is not known: they may be in both splits."
     if study.num_seeds < FEW_SEEDS:
-        yield f"Of {study.num_seeds} classifiers an interval says little; raise study.num_seeds."
+        yield f"study.num_seeds={study.num_seeds} leaves intervals that say little; raise it."
     counts = material.test.labels.bincount(minlength=len(material.classes)).tolist()
     few = {c: n for c, n in zip(material.classes, counts, strict=True) if n < FEW_TEST_IMAGES}
     if few:

@@ -47,8 +47,8 @@ def study_notes(found: Mapping[str, Any]) -> list[str]:
         told.append(f"{counts['images']:,} real images{whose} {role} ({each}).")
     told.append(
         f"Classifier: {found['classifier']}; {found['steps']} optimizer steps in every arm, "
-        f"{found['num_seeds']} classifiers each; the loss or the batches even out the classes by "
-        f"study.balance={found['balance']}, but in the control, which oversamples them."
+        f"{_counted(found['num_seeds'], 'classifier')} each; the loss or the batches even out the "
+        f"classes by study.balance={found['balance']}, but in the control, which oversamples them."
     )
     resampled = "images" if images["test"]["patients"] is None else "patients"
     told.append(
@@ -67,22 +67,24 @@ def study_notes(found: Mapping[str, Any]) -> list[str]:
             "been trained on this hospital's images too, which one that stays out would not give. "
             "Its own validation images, where it has any, choose among the weights."
         )
-    for row in found["arms"]:
-        if row["kind"] == RUN:
-            number = len(row["runs"])
-            told.append(
-                f"A {row['title']}: {row['runs'][0]['classifier']}, trained "
-                f"{row['runs'][0]['mode']} in {number} run{'s' * (number > 1)}, by a loss that "
-                "does not weigh classes, and no validation images chose among the weights. Its "
-                "gain is not paired by seeds"
-                + ("." if number > 1 else "; a single run is taken to spread as the others do.")
-            )
+    told += [_told_of_run(row) for row in found["arms"] if row["kind"] == RUN]
     if any(row["fraction"] < 1 for row in found["arms"]):
         told.append(
             "At a fraction below 1 the generator has been trained on real images that the "
             "classifier is not given: a gain there may be theirs."
         )
     return told
+
+
+def _told_of_run(row: Mapping[str, Any]) -> str:
+    """Say what a classifier is that runs have trained."""
+    number, first = len(row["runs"]), row["runs"][0]
+    alone = "" if number > 1 else "; a single run is taken to spread as the others do"
+    return (
+        f"A {row['title']}: {first['classifier']}, trained with train.mode={first['mode']} in "
+        f"{_counted(number, 'run')}, by a loss that does not weigh classes, and no validation "
+        f"images chose among the weights. Its gain is not paired by seeds{alone}."
+    )
 
 
 def _arm_table(found: Mapping[str, Any]) -> StudyTable:
@@ -226,6 +228,10 @@ def _of(found: Mapping[str, Any], headline: Mapping[str, Any]) -> str:
 def told_gain(gain: Mapping[str, float]) -> str:
     """Write a gain with its interval."""
     return f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number > 1)}"
 
 
 def _told_or_dash(gain: Mapping[str, float] | None) -> str:
