@@ -13,7 +13,7 @@ from task.evaluation.study.classifiers import ClassifierKind
 from task.randomness import Stream, seeded_global_generator, torch_generator
 
 # Changed copies of each image that an augmented arm is trained on.
-NUM_VIEWS = 8
+NUM_VIEWS = 4
 # Of classic augmentation: turns in degrees, shifts in shares of the side, contrast and brightness.
 TURN_DEGREES, SHIFT, CONTRAST = 10.0, 0.1, 0.15
 # Times that a fit looks at the validation images.

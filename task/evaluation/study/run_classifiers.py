@@ -17,9 +17,11 @@ from task.evaluation.study.fitting import IMAGES_AT_ONCE, Fit
 from task.evaluation.study.study import ArmResult, Material
 from task.files import file_sha256
 from task.generators.classifier import Classifier
+from task.progress import progress
 from task.runs.layout import weights_file
 from task.runs.resume import WITHOUT_INFLUENCE
 from task.runs.run import trained_model
+from task.training.devices import move
 
 # Values in which classifiers of one arm may differ.
 OF_ONE_ARM = WITHOUT_INFLUENCE | {"seed"}
@@ -69,39 +71,43 @@ class ReadingRun:
         }
 
 
+@torch.no_grad()
 def classifier_arm(
     name: str, runs: Sequence[ReadingRun], material: Material, device: torch.device
 ) -> ArmResult:
-    """Apply the classifiers that runs have trained, which differ in their seed."""
-    fits = [
-        fit_of_run(each.model, material.validation, material.test, device, step=each.server_round)
-        for each in runs
-    ]
+    """Apply the classifiers that runs have trained, which differ in their seed.
+
+    Args:
+        name: of the arm.
+        runs: of one configuration but for the seed, so that what is frozen in them is the same.
+        material: whose validation and test images are looked at.
+        device: that computes.
+    """
+    models = [each.model for each in runs]
+    for model in models:
+        move(model, device, channels_last=True)
+        model.eval()
+    validation, test = (
+        _probabilities(models, images, device) for images in (material.validation, material.test)
+    )
+    rounds = [each.server_round for each in runs]
+    fits = [Fit(*told) for told in zip(validation, test, rounds, strict=True)]
     arm = Arm(ArmKind.RUN, 1.0, source=name)
     return ArmResult(arm, [len(material.train)], [0], fits, [each.describe() for each in runs])
 
 
-@torch.no_grad()
-def fit_of_run(
-    model: Classifier, validation: ImageSet, test: ImageSet, device: torch.device, *, step: int
-) -> Fit:
-    """Apply the classifier of a run to the images that choose and to those that are measured on.
-
-    Args:
-        model: with its final weights.
-        validation: real images.
-        test: likewise.
-        device: that computes.
-        step: the round of the weights.
-    """
-    model.to(device).eval()
-
-    def said(images: ImageSet) -> Tensor:
-        chunks = torch.split(images.images, IMAGES_AT_ONCE)
-        logits = [model.logits(normalize(chunk).to(device)).cpu() for chunk in chunks]
-        return torch.cat(logits).softmax(1)
-
-    return Fit(said(validation), said(test), step)
+def _probabilities(
+    models: Sequence[Classifier], images: ImageSet, device: torch.device
+) -> list[Tensor]:
+    """Return what each model says of images, [N, classes]; what is frozen looks at them once."""
+    found: list[list[Tensor]] = [[] for _ in models]
+    with progress(len(images), f"looking at {len(images):,} images") as advance:
+        for chunk in torch.split(images.images, IMAGES_AT_ONCE):
+            looked_at = models[0].below(normalize(chunk).to(device))
+            for told, model in zip(found, models, strict=True):
+                told.append(model.head(model.trained(looked_at)).float().softmax(1).cpu())
+            advance(len(chunk))
+    return [torch.cat(told) for told in found]
 
 
 def unlike_arms(first: Config, study: StudyConfig, reading: Sequence[Config]) -> Iterator[str]:
