@@ -24,6 +24,9 @@ WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77
 
 # Side of the images that it was trained on.
 IMAGE_SIDE = 224
+# Images that it looks at side by side: enlarged, each takes megabytes between layers, and of more a
+# CPU's cache holds less.
+ENLARGED_AT_ONCE = 16
 # The side of gray images from which on it is chosen for them.
 LEAST_GRAY_SIDE = 32
 # The normalization of its training: of pixels of 0 to 255.

@@ -22,6 +22,7 @@ from task.classifier_networks import WIDTHS, convolutional_network
 from task.config import IMAGE_RANGES, Config
 from task.data import ImageSet, normalize
 from task.efficientnet import (
+    ENLARGED_AT_ONCE,
     WEIGHTS_SHA256,
     check_pretrained,
     enlarged,
@@ -41,9 +42,6 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 # Images, where nothing says how many.
 LOOKED_AT_ONCE = 256
-
-# Images that EfficientNet looks at side by side: enlarged, each takes megabytes between layers.
-ENLARGED_AT_ONCE = 32
 
 # Of a hash, where a person reads it.
 HASH_DIGITS = 12

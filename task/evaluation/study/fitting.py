@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from task.config.study_config import StudyConfig
 from task.data import ImageSet, normalize
+from task.efficientnet import ENLARGED_AT_ONCE
 from task.evaluation.study.classifiers import ClassifierKind
 from task.randomness import Stream, seeded_global_generator, torch_generator
 
@@ -67,7 +68,7 @@ def inputs_of(
     views = []
     for view in range(1 if changes is None else NUM_VIEWS):
         found = []
-        for chunk in torch.split(images.images, IMAGES_AT_ONCE):
+        for chunk in torch.split(images.images, ENLARGED_AT_ONCE):
             pixels = normalize(chunk)
             if changes is not None and view > 0:  # the first is the image itself
                 pixels = changes(pixels)

@@ -11,9 +11,10 @@ from torch import Tensor
 from task.config import Config, flat_values
 from task.config.study_config import StudyConfig
 from task.data import ImageSet, normalize
+from task.efficientnet import ENLARGED_AT_ONCE
 from task.evaluation.study.arms import Arm, ArmKind
 from task.evaluation.study.classifiers import settled_classifier
-from task.evaluation.study.fitting import IMAGES_AT_ONCE, Fit
+from task.evaluation.study.fitting import Fit
 from task.evaluation.study.study import ArmResult, Material
 from task.files import file_sha256
 from task.generators.classifier import Classifier
@@ -102,7 +103,7 @@ def _probabilities(
     """Return what each model says of images, [N, classes]; what is frozen looks at them once."""
     found: list[list[Tensor]] = [[] for _ in models]
     with progress(len(images), f"looking at {len(images):,} images") as advance:
-        for chunk in torch.split(images.images, IMAGES_AT_ONCE):
+        for chunk in torch.split(images.images, ENLARGED_AT_ONCE):
             looked_at = models[0].below(normalize(chunk).to(device))
             for told, model in zip(found, models, strict=True):
                 told.append(model.head(model.trained(looked_at)).float().softmax(1).cpu())
