@@ -256,6 +256,7 @@ class Study:
         )
         self.steps = num_steps(study, len(material.train))
         self._inputs: dict[tuple[str, str], Inputs] = {}
+        self._seconds_looking = 0.0
 
     def results(self, say: Callable[[str], object]) -> Iterator[ArmResult]:
         """Train what is not on disk, and yield the arms that have images, in their order."""
@@ -275,7 +276,9 @@ class Study:
                 if (arm, seed) in todo:
                     self._save(self._file(arm, seed), self._train(arm, seed))
                     done += 1
-                    left = (time.monotonic() - start) / done * (len(todo) - done)
+                    # Images are looked at once, whatever the number of classifiers.
+                    spent = time.monotonic() - start - self._seconds_looking
+                    left = spent / done * (len(todo) - done)
                     of = (
                         f"of {arm.fraction:g} of the real images"
                         if arm.hospital is None
@@ -394,6 +397,7 @@ class Study:
     def _looked_at(self, origin: str, name: str) -> Inputs:
         """Return a set as the trained part of the classifier takes it; computed once."""
         if (origin, name) not in self._inputs:
+            start = time.monotonic()
             changes, images = None, self._images(origin, name)
             if name == "augmented" and origin == "real":
                 rng = torch_generator(self._study.seed, Stream.STUDY, 4)
@@ -403,6 +407,7 @@ class Study:
                 self._inputs[origin, name] = inputs_of(
                     self.kind, images, self._device, changes=changes, advance=advance
                 )
+            self._seconds_looking += time.monotonic() - start
         return self._inputs[origin, name]
 
     def _images(self, origin: str, name: str) -> ImageSet:
