@@ -309,7 +309,7 @@ class Generator(nn.Module, ABC):
         return type(self).load_frozen is not Generator.load_frozen
 
     def load_frozen(self) -> None:
-        """Read what nobody trains from the file that the configuration names, if there is one.
+        """Read from files what nobody trains, and pre-trained weights to begin with.
 
         Called where training starts; what draws has it among the weights of a run.
 

@@ -25,11 +25,6 @@ class ArmKind(StrEnum):
     OWN_BOTH = "own images of a hospital + synthetic"
     RUN = "classifier of a run"
 
-    @property
-    def is_of_a_hospital(self) -> bool:
-        """Whether the real images are those of one hospital alone."""
-        return self in (ArmKind.OWN, ArmKind.OWN_BOTH)
-
 
 @dataclass(frozen=True)
 class Arm:

@@ -167,7 +167,7 @@ def summarize(
     at_hospitals: dict[Arm, ArmFigures] = {}
     rows: list[dict[str, Any]] = []
     for result in tracked(trained, len(trained), "comparing arms"):
-        if result.arm.kind.is_of_a_hospital:
+        if result.arm.hospital is not None:
             at_hospitals[result.arm] = resampled.figures(result)
         else:
             figures[result.arm] = resampled.figures(result)
