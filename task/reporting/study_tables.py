@@ -47,7 +47,7 @@ def study_notes(found: Mapping[str, Any]) -> list[str]:
         told.append(f"{counts['images']:,} real images{whose} {role} ({each}).")
     told.append(
         f"Classifier: {found['classifier']}; {found['steps']} optimizer steps in every arm, "
-        f"{_counted(found['num_seeds'], 'classifier')} each; the loss or the batches even out the "
+        f"{_quantity(found['num_seeds'], 'classifier')} each; the loss or the batches even out the "
         f"classes by study.balance={found['balance']}, but in the control, which oversamples them."
     )
     resampled = "images" if images["test"]["patients"] is None else "patients"
@@ -82,7 +82,7 @@ def _told_of_run(row: Mapping[str, Any]) -> str:
     alone = "" if number > 1 else "; a single run is taken to spread as the others do"
     return (
         f"A {row['title']}: {first['classifier']}, trained with train.mode={first['mode']} in "
-        f"{_counted(number, 'run')}, by a loss that does not weigh classes, and no validation "
+        f"{_quantity(number, 'run')}, by a loss that does not weigh classes, and no validation "
         f"images chose among the weights. Its gain is not paired by seeds{alone}."
     )
 
@@ -230,7 +230,7 @@ def told_gain(gain: Mapping[str, float]) -> str:
     return f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
 
 
-def _counted(number: int, what: str) -> str:
+def _quantity(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number > 1)}"
 
 

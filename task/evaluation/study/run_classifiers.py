@@ -89,7 +89,8 @@ def classifier_arm(
         move(model, device, channels_last=True)
         model.eval()
     validation, test = (
-        _probabilities(models, images, device) for images in (material.validation, material.test)
+        _probabilities_of_runs(models, images, device)
+        for images in (material.validation, material.test)
     )
     rounds = [each.server_round for each in runs]
     fits = [Fit(*told) for told in zip(validation, test, rounds, strict=True)]
@@ -97,7 +98,7 @@ def classifier_arm(
     return ArmResult(arm, [len(material.train)], [0], fits, [each.describe() for each in runs])
 
 
-def _probabilities(
+def _probabilities_of_runs(
     models: Sequence[Classifier], images: ImageSet, device: torch.device
 ) -> list[Tensor]:
     """Return what each model says of images, [N, classes]; what is frozen looks at them once."""
