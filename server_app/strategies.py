@@ -14,7 +14,6 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import trim_mean
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -312,6 +311,8 @@ def build_strategy(
     Raises:
         ValueError: it names none.
     """
+    from scipy.stats import trim_mean  # takes a second to import
+
     krum = partial(
         select_by_krum, num_malicious=config.num_malicious, num_selected=config.num_selected
     )

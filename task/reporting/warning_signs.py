@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from statistics import median
 
-from scipy.stats import binomtest
-
 from task.evaluation.near_copies import least_share_shown
 from task.evaluation.noise_position import MOST_COMPARED
 from task.reporting.metric_table import Quantity
@@ -216,6 +214,8 @@ def _class_check(subject: str, found: "_Figure", chance: float) -> Check:
     if found.real is not None and found.real <= chance:
         blind = f"The classifier does not know real images either, so nothing can be said. {says}"
         return Check(subject, State.UNMEASURED, blind)
+    from scipy.stats import binomtest  # takes a second to import
+
     right = round(found.value * found.number)
     if binomtest(right, found.number, chance, "greater").pvalue >= SIGNIFICANT:
         return Check(subject, State.WARNING, f"The classes do not show beyond chance. {says}")

@@ -4,17 +4,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    binary_auroc,
-    binary_cohen_kappa,
-    binary_f1_score,
-    multiclass_auroc,
-    multiclass_calibration_error,
-    multiclass_cohen_kappa,
-    multiclass_f1_score,
-    multiclass_recall,
-    multiclass_specificity,
-)
 
 # Of the expected calibration error.
 NUM_BINS = 15
@@ -45,21 +34,23 @@ def figures_of(
         labels: [N] int64.
         odir: whether the classes are ODIR's, which have a score of their own.
     """
+    from torchmetrics.functional import classification as metrics  # takes seconds to import
+
     number = probabilities.shape[1]
     there = sorted({*labels.tolist()})
     # A mean over classes that are there; torchmetrics counts the others as 0.
-    areas = multiclass_auroc(probabilities, labels, number, average="none")
+    areas = metrics.multiclass_auroc(probabilities, labels, number, average="none")
     several = len(there) > 1
-    recalls = multiclass_recall(probabilities, labels, number, average="none")
-    specific = multiclass_specificity(probabilities, labels, number, average="none")
-    scores = multiclass_f1_score(probabilities, labels, number, average="none")
+    recalls = metrics.multiclass_recall(probabilities, labels, number, average="none")
+    specific = metrics.multiclass_specificity(probabilities, labels, number, average="none")
+    scores = metrics.multiclass_f1_score(probabilities, labels, number, average="none")
     if several:
         yield "macro_auc", None, float(areas[there].mean())
     yield "balanced_accuracy", None, float(recalls[there].mean())
     if several:
-        yield "kappa", None, float(multiclass_cohen_kappa(probabilities, labels, number))
+        yield "kappa", None, float(metrics.multiclass_cohen_kappa(probabilities, labels, number))
     yield "macro_f1", None, float(scores[there].mean())
-    error = multiclass_calibration_error(probabilities, labels, number, n_bins=NUM_BINS)
+    error = metrics.multiclass_calibration_error(probabilities, labels, number, n_bins=NUM_BINS)
     yield "calibration_error", None, float(error)
     if odir:
         yield "odir_score", None, odir_score(probabilities, labels)
@@ -81,7 +72,9 @@ def odir_score(probabilities: Tensor, labels: Tensor) -> float:
 
     Source: ODIR-2019, the task's page.
     """
+    from torchmetrics.functional import classification as metrics  # takes seconds to import
+
     truth = torch.nn.functional.one_hot(labels, probabilities.shape[1]).flatten()
     said = probabilities.flatten()
-    parts = (binary_cohen_kappa, binary_f1_score, binary_auroc)
+    parts = (metrics.binary_cohen_kappa, metrics.binary_f1_score, metrics.binary_auroc)
     return float(torch.stack([part(said, truth) for part in parts]).mean())
