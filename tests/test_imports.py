@@ -33,6 +33,7 @@ FORBIDDEN = {
 LAYERS = (
     "config",
     "data",
+    "privacy",
     "generators",
     "training",
     "protocol",
