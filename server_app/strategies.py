@@ -8,7 +8,7 @@ bear a minority of such replies; what each asks for and costs stands in
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from server_app.weighting import Weighting
 from task.config import FederationConfig
+from task.protocol.secure_aggregation.fixed_point import chunks
 from task.protocol.wire import WeightLayout, Weights
 from task.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
 
@@ -26,13 +27,6 @@ from task.training.optimizer_state import load_optimizer_tensors, optimizer_tens
 FRACTION_BITS = 32
 # What all weights times images of a round may add up to, half of what would overflow.
 SUM_LIMIT = 2.0 ** (62 - FRACTION_BITS)
-# Values at a time, so that what is made of them on the way stays in a core's cache.
-CHUNK = 1 << 16
-
-
-def chunks(values: NDArray[np.generic]) -> Iterator[slice]:
-    """Cut a flat array into pieces of `CHUNK` values."""
-    return (slice(start, start + CHUNK) for start in range(0, len(values), CHUNK))
 
 
 def largest_magnitude(weights: NDArray[np.floating]) -> float:

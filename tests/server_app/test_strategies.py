@@ -143,7 +143,7 @@ def test_float16_weights_are_added_exactly() -> None:
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = mean_of(clients())
-    monkeypatch.setattr("server_app.strategies.CHUNK", 7)
+    monkeypatch.setattr("task.protocol.secure_aggregation.fixed_point.CHUNK", 7)
     assert np.array_equal(mean_of(clients()), expected)
 
 
@@ -269,7 +269,7 @@ def test_robust_aggregation_does_not_depend_on_the_order_of_arrival_or_on_pieces
     weights = trained(7)
     expected = aggregated(aggregation, weights)
     assert np.array_equal(aggregated(aggregation, weights, order=-1), expected)
-    monkeypatch.setattr("server_app.strategies.CHUNK", 7)
+    monkeypatch.setattr("task.protocol.secure_aggregation.fixed_point.CHUNK", 7)
     assert np.allclose(aggregated(aggregation, weights), expected, rtol=0, atol=1e-7)
 
 
