@@ -8,6 +8,7 @@ from flwr.app import Context, Error, Message
 from client_app.log import logger, show_log
 from task.data import UnknownClassError
 from task.efficientnet import MissingWeightsError
+from task.privacy.ledger import BudgetExhaustedError
 from task.protocol.node import TooFewImagesError
 from task.protocol.wire import FailureCode, Key
 from task.training.devices import is_out_of_memory
@@ -52,6 +53,8 @@ def failure_code(error: Exception) -> FailureCode:
         return FailureCode.TOO_FEW_IMAGES
     if isinstance(error, MissingWeightsError):
         return FailureCode.MISSING_WEIGHTS
+    if isinstance(error, BudgetExhaustedError):
+        return FailureCode.BUDGET_EXHAUSTED
     if isinstance(error, OSError):
         return FailureCode.DATA_UNREADABLE
     if isinstance(error, ValueError | TypeError):

@@ -28,6 +28,12 @@ ADVICE = {
     "(min-images); its own log counts them",
     FailureCode.MISSING_WEIGHTS: "it lacks the pre-trained weights of eval.extractor=efficientnet "
     "or model.perceptual_weight > 0; its own log says what to install or to do without",
+    FailureCode.BUDGET_EXHAUSTED: "its patients' privacy budget (max-epsilon) is too small for it; "
+    "`feddm privacy` there says what is left",
+    FailureCode.NOT_APPROVED: "its hospital has not approved this version of the app "
+    "(`feddm approve` there)",
+    FailureCode.AGAINST_POLICY: "its hospital's policy does not allow this run's configuration; "
+    "its own log says which value",
 }
 
 # Beyond this no loss or count means anything, and sums over clients could overflow.

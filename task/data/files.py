@@ -140,4 +140,5 @@ def _read_split(listing: Listing, data: DataConfig) -> tuple[ImageSet, Listing]:
     )
     found = listing.readable(kept, data.classes)
     groups = None if found.groups is None else torch.from_numpy(found.groups)
-    return ImageSet(images, torch.from_numpy(found.labels), groups, hashes), found
+    names = np.array([str(path.relative_to(data.root)) for path in found.paths], dtype=str)
+    return ImageSet(images, torch.from_numpy(found.labels), groups, hashes, names), found

@@ -23,6 +23,7 @@ class ImageSet:
         labels: [N] int64 in [0, number of classes).
         groups: [N] int64, equal for the images of one patient; None where each image stands alone.
         hashes: [N] uint64, of `image_hashes`, where they are known.
+        names: [N] str, the path of each one's file below `data.root`, where there are files.
 
     Raises:
         TypeError: a dtype is another.
@@ -33,6 +34,7 @@ class ImageSet:
     labels: Tensor
     groups: Tensor | None = None
     hashes: np.ndarray | None = None
+    names: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.labels.dtype != torch.int64:
@@ -63,7 +65,8 @@ class ImageSet:
         chosen = torch.as_tensor(indices)
         groups = None if self.groups is None else self.groups[chosen]
         hashes = None if self.hashes is None else self.hashes[chosen.numpy()]
-        return ImageSet(self.images[chosen], self.labels[chosen], groups, hashes)
+        names = None if self.names is None else self.names[chosen.numpy()]
+        return ImageSet(self.images[chosen], self.labels[chosen], groups, hashes, names)
 
 
 @dataclass(frozen=True, eq=False)

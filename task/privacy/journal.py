@@ -15,7 +15,7 @@ from typing import Any
 from task.files import naming_full_disk, with_escapes
 from task.lock import hold
 
-VERSION = 1
+JOURNAL_VERSION = 1
 # Another process adds its record in milliseconds, or composes an epsilon first.
 JOURNAL_PATIENCE_SECONDS = 60.0
 
@@ -75,7 +75,7 @@ class Journal:
             OSError: it cannot be written.
         """
         if self._read()[1] == 0:
-            self._write([{"journal": self._kind, "version": VERSION}], 0, "")
+            self._write([{"journal": self._kind, "version": JOURNAL_VERSION}], 0, "")
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a record, which is on the disk when this returns. To be called under `held`.
@@ -122,8 +122,8 @@ class Journal:
             if digits != checksum:
                 raise self.damaged(number, "its checksum is another")
             records.append(json.loads(text))
-        if records and records[0] != {"journal": self._kind, "version": VERSION}:
-            raise self.damaged(1, f"it is no {self._kind} of version {VERSION}")
+        if records and records[0] != {"journal": self._kind, "version": JOURNAL_VERSION}:
+            raise self.damaged(1, f"it is no {self._kind} of version {JOURNAL_VERSION}")
         return records[1:], end, checksum
 
     def damaged(self, line: int, problem: str) -> DamagedJournalError:

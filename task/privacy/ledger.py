@@ -3,10 +3,10 @@
 A client charges a round's steps of DP-SGD before the first of them, so that what is written is
 never less than what was spent, wherever the process is killed:
 
-    ledger = Ledger(privacy_folder(node.output_path), node.max_epsilon, node.privacy_delta)
+    ledger = ledger_of(node)  # of task.protocol.node
     ledger.charge(
         Charge(run_id, run_name, server_round, Spending(noise_multiplier, sampling_rate, steps)),
-        patients_of(images),
+        names_of_patients(images),  # of task.privacy.patients
     )
 
 A round that is trained once more is charged once more: it draws other noise. Nothing is ever taken
@@ -97,7 +97,7 @@ class Ledger:
         """Name the folder; nothing is read or written yet.
 
         Args:
-            folder: of the ledger alone; the one above it exists.
+            folder: of the ledger alone; made where it is not there.
             max_epsilon: that no patient's epsilon may pass, over all runs; None: no limit.
             delta: at which epsilon is computed, in (0, 1).
         """
@@ -247,8 +247,9 @@ class Ledger:
     def _held(self) -> Iterator[bytes]:
         """Keep other processes from charging; yields the key of the hashes."""
         if not self.folder.exists():
-            self.folder.mkdir(mode=0o700, exist_ok=True)
-            sync_folder(self.folder.parent)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for above in (self.folder.parent, self.folder.parent.parent):
+                sync_folder(above)
         with self._journal.held():
             entries = self._entries()
             # Before the key, so that a key without a ledger is a ledger that was lost.

@@ -4,6 +4,7 @@ The ClientApp and `feddm check-node` both ask here, so that they cannot disagree
 """
 
 import dataclasses
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from task.data import Dataset, Inventory, inventory_of_listings, list_dataset, s
 from task.efficientnet import check_pretrained, suits
 from task.generators.base import Generator
 from task.generators.registry import initial_generator, weightless_generator
+from task.privacy.ledger import Ledger
 from task.protocol.wire import Key
 from task.randomness import Stream, numpy_generator
 from task.training.devices import check_deterministic
@@ -35,8 +37,12 @@ class NodeKey(StrEnum):
     INCEPTION_WEIGHTS = "inception-weights"
     PATIENTS = "patients"
     PRETRAINED_GENERATOR = "pretrained-generator"
+    MAX_EPSILON = "max-epsilon"
+    PRIVACY_DELTA = "privacy-delta"
 
 
+# Below `output-path`. A run may be called ".privacy", and has no folder "ledger".
+LEDGER_FOLDER = Path(".privacy", "ledger")
 OWN_TEST_SPLIT = "in the test split of the data set, which a node does not use"
 
 
@@ -61,9 +67,12 @@ class NodeConfig:
             None: the run's `data.patient_pattern` says it, or nothing does.
         pretrained_generator: this node's copy of the `FrozenFile` of the run's family, for runs
             that train on top of one.
+        max_epsilon: that no patient's epsilon may pass, over all runs, by the node's ledger in
+            `output_path`; None: no limit.
+        privacy_delta: at which that epsilon is computed.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a value is out of range, or there is no place for the ledger.
     """
 
     data_path: str | None = None
@@ -74,6 +83,8 @@ class NodeConfig:
     inception_weights: str | None = None
     patients: str | None = None
     pretrained_generator: str | None = None
+    max_epsilon: float | None = None
+    privacy_delta: float = 1e-5
 
     def __post_init__(self) -> None:
         paths = (NodeKey.DATA_PATH, NodeKey.OUTPUT_PATH, NodeKey.INCEPTION_WEIGHTS)
@@ -81,6 +92,11 @@ class NodeConfig:
             value = getattr(self, _field(key))
             require(value != "", key, "a path", value)
         require(self.min_images >= 1, NodeKey.MIN_IMAGES, ">= 1", self.min_images)
+        limit, delta = self.max_epsilon, self.privacy_delta
+        require(limit is None or 0 < limit < math.inf, NodeKey.MAX_EPSILON, "a number > 0", limit)
+        require(0 < delta < 1, NodeKey.PRIVACY_DELTA, "between 0 and 1, exclusive", delta)
+        if limit is not None:
+            ledger_of(self)
 
 
 @dataclass(frozen=True)
@@ -116,6 +132,7 @@ def read_node_config(given: Mapping[str, object]) -> NodeConfig | Share:
     types: dict[str, type] = {
         key: str if value is None else type(value) for key, value in defaults.items()
     }
+    types[NodeKey.MAX_EPSILON] = float
     _check(given, types, "a node")
     return NodeConfig(**{_field(key): value for key, value in given.items()})  # type: ignore[arg-type]
 
@@ -133,12 +150,27 @@ def _check(given: Mapping[str, object], types: Mapping[str, type], whose: str) -
         ", ".join(unknown),
     )
     for key, value in given.items():
-        # Not isinstance: True is an int to Python.
-        if type(value) is not types[key]:
+        # Not isinstance: True is an int to Python. 8 is a number as 8.0 is.
+        if type(value) is not types[key] and (type(value), types[key]) != (int, float):
             raise TypeError(
                 f"node config: {key} must be of type {types[key].__name__}, got {value!r} "
                 "(strings stand in quotes, true and false and numbers do not)"
             )
+
+
+def ledger_of(node: NodeConfig) -> Ledger:
+    """Return the ledger of what runs spend on the node's patients.
+
+    Raises:
+        ValueError: the node has no place for it.
+    """
+    if node.output_path is None:
+        raise ValueError(
+            f"{NodeKey.OUTPUT_PATH.value}: what private runs spend on each patient is written down "
+            f"there; start the node with --node-config '{NodeKey.OUTPUT_PATH.value}=\"/folder\"'"
+        )
+    folder = output_folder(node.output_path) / LEDGER_FOLDER
+    return Ledger(folder, node.max_epsilon, node.privacy_delta)
 
 
 def own_config(config: Config, node: NodeConfig) -> Config:

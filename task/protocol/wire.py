@@ -63,6 +63,9 @@ class FailureCode(IntEnum):
     UNKNOWN_CLASS = 104
     TOO_FEW_IMAGES = 105
     MISSING_WEIGHTS = 106
+    BUDGET_EXHAUSTED = 107
+    NOT_APPROVED = 108
+    AGAINST_POLICY = 109
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,9 @@ def test_node_config_is_read_as_it_is_given() -> None:
         "output-path": "/out",
         "min-images": 50,
         "report-class-counts": True,
+        "max-epsilon": 8,
     }
-    assert read_node_config(given) == NodeConfig("/data", "/out", 50, True)
+    assert read_node_config(given) == NodeConfig("/data", "/out", 50, True, max_epsilon=8.0)
     assert read_node_config({}) == NodeConfig(None, None, 1, False)
     assert read_node_config({"partition-id": 2, "num-partitions": 3}) == Share(2, 3)
 
@@ -52,6 +53,10 @@ def test_node_config_is_read_as_it_is_given() -> None:
         ({"min-images": True}, TypeError, "min-images must be of type int, got True"),
         ({"min-images": "50"}, TypeError, "min-images must be of type int, got '50'"),
         ({"min-images": 0}, ValueError, "min-images must be >= 1, got 0"),
+        ({"max-epsilon": 0.0, "output-path": "/x"}, ValueError, "max-epsilon must be a number > 0"),
+        ({"max-epsilon": "8"}, TypeError, "max-epsilon must be of type float, got '8'"),
+        ({"max-epsilon": 8.0}, ValueError, "output-path: what private runs spend on each patient"),
+        ({"privacy-delta": 1}, ValueError, "privacy-delta must be between 0 and 1, exclusive, got"),
         ({"report-class-counts": 1}, TypeError, "report-class-counts must be of type bool, got 1"),
         ({"partition-id": 0}, ValueError, "num-partitions as well"),
         (
