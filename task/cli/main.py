@@ -587,6 +587,38 @@ def check_node_command(
     )
 
 
+@app.command("privacy")
+def privacy_command(
+    output_path: Annotated[
+        Path, typer.Option(help="The node's output-path, which holds its ledger.")
+    ],
+    max_epsilon: Annotated[
+        float | None, typer.Option(help="The node's max-epsilon; else no limit.")
+    ] = None,
+    privacy_delta: Annotated[float, typer.Option(help="The node's privacy-delta.")] = 1e-5,
+) -> None:
+    """Print on a hospital's machine what runs have spent of its patients' privacy.
+
+    A line per run: the rounds and steps that were charged before they were trained, on how many
+    patients, and the epsilon of the patient on whom that run has spent most. Then over all runs:
+    the most that was spent on one patient, and what is left of max-epsilon.
+
+    \b
+    Examples:
+      feddm privacy --output-path kept
+      feddm privacy --output-path kept --max-epsilon 8 --privacy-delta 1e-5
+    """
+    from task.cli.privacy import show_ledger
+    from task.protocol.node import NodeConfig, ledger_of
+
+    node = NodeConfig(
+        output_path=str(output_path.expanduser().absolute()),
+        max_epsilon=max_epsilon,
+        privacy_delta=privacy_delta,
+    )
+    show_ledger(ledger_of(node), say=typer.echo)
+
+
 @app.command()
 def doctor(
     data_root: Annotated[
