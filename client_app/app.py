@@ -21,9 +21,10 @@ from task.data import Dataset
 from task.evaluation.hospital_scores import score_images
 from task.protocol.node import NodeConfig, check_node, own_config, read_node_config
 from task.protocol.wire import SCORES, Key, from_npy, to_npy
-from task.randomness import Stream, torch_generator
+from task.randomness import Stream, secret_generator, torch_generator
 from task.training.devices import device_name, move
 from task.training.loop import fit, fit_options, held_out_losses
+from task.training.private import check_patients
 
 app = ClientApp()
 
@@ -40,7 +41,7 @@ def introduce(message: Message, context: Context) -> Message:
     A real node looks through its data first, as far as that goes without decoding it. Where its
     hospital allows it, it says how many training images of each class of `data.classes` it has,
     without the held-out ones. It says in any case how many images it has in all, and the server
-    does not believe it if it claims more later.
+    does not believe it if it claims more later. With differential privacy it says neither.
     """
     said = ConfigRecord({Key.FINGERPRINT: code_fingerprint()})
     place = read_node_config(context.node_config)
@@ -49,8 +50,10 @@ def introduce(message: Message, context: Context) -> Message:
         config = named_extractor(config, message)
         said[Key.FINGERPRINT] = code_fingerprint(package_of(config.model.family))
         counts = check_node(config, place)
-        said[Key.NUM_IMAGES] = sum(counts.train) + sum(counts.held_out)
-        if place.report_class_counts:
+        told = place.report_class_counts and not config.privacy.is_on
+        if not config.privacy.is_on:
+            said[Key.NUM_IMAGES] = sum(counts.train) + sum(counts.held_out)
+        if told:
             said[Key.CLASS_COUNTS] = list(counts.train)
         logger.info(
             "ready for %s: %d training images and %d held out, of %s; class counts are %s",
@@ -58,7 +61,7 @@ def introduce(message: Message, context: Context) -> Message:
             sum(counts.train),
             sum(counts.held_out),
             ", ".join(f"{c}: {n}" for c, n in zip(config.data.classes, counts.train, strict=True)),
-            "told to the server" if place.report_class_counts else "kept here",
+            "told to the server" if told else "kept here",
         )
         for line in counts.files.describe():
             logger.info("data: %s", line)
@@ -78,6 +81,8 @@ def train(message: Message, context: Context) -> Message:
     config = workspace.config
     images, _ = workspace.images(context)
     generator = workspace.generator
+    if config.privacy.is_on:
+        check_patients(images.num_patients, config)
     with LocalState(workspace, asked, images).held() as state:
         generator.prepare(len(images))
         receive_weights(workspace, message)
@@ -93,29 +98,27 @@ def train(message: Message, context: Context) -> Message:
             images.labels,
             options=fit_options(config, precision=precision, num_processes=workspace.num_processes),
             optimizers=optimizers,
-            rng=torch_generator(
-                config.seed,
-                Stream.TRAIN,
-                server_round,
-                int(asked[Key.CLIENT]),  # type: ignore[arg-type]
-                device=workspace.device,
-            ),
+            rng=training_generator(workspace, asked),
+            patients=images.groups,
         )
         state.save(optimizers)
     keep_local_model(workspace, server_round, precision)
     packed = workspace.layout.pack(workspace.generator.state_dict(), config.federation.wire_dtype)
     # As Flower's Array(packed), with fewer copies.
     array = Array(str(packed.dtype), packed.shape, SType.NUMPY, to_npy(packed))
-    metrics = MetricRecord(
-        {
-            Key.NUM_EXAMPLES: len(images),
-            Key.LOSS: result.loss,
-            Key.SECONDS: result.seconds,
-            Key.SECONDS_BESIDE: time.perf_counter() - start - result.seconds,
-            Key.IMAGES_PER_SECOND: result.images_per_second,
-            **result.measures,
-        }
-    )
+    records = RecordDict({Key.ARRAYS: ArrayRecord({Key.PACKED: array})})
+    # Whatever is said beside the weights tells of images, and has no noise.
+    if not config.privacy.is_on:
+        records[Key.METRICS] = MetricRecord(
+            {
+                Key.NUM_EXAMPLES: len(images),
+                Key.LOSS: result.loss,
+                Key.SECONDS: result.seconds,
+                Key.SECONDS_BESIDE: time.perf_counter() - start - result.seconds,
+                Key.IMAGES_PER_SECOND: result.images_per_second,
+                **result.measures,
+            }
+        )
     logger.info(
         "round %d: trained on %d images (epochs: %d) in %.1f s, with all around it %.1f s: "
         "loss %.5g, %.0f images/s on %s in %s (processes: %d)",
@@ -130,8 +133,24 @@ def train(message: Message, context: Context) -> Message:
         precision,
         workspace.num_processes,
     )
-    arrays = ArrayRecord({Key.PACKED: array})
-    return Message(RecordDict({Key.ARRAYS: arrays, Key.METRICS: metrics}), reply_to=message)
+    return Message(records, reply_to=message)
+
+
+def training_generator(workspace: Workspace, asked: ConfigRecord) -> torch.Generator:
+    """Make the source of all draws of a round's training.
+
+    On a real node with differential privacy nobody else may know it: who knows the seed, as the
+    server does, could take the noise out again.
+    """
+    if workspace.config.privacy.is_on and workspace.node is not None:
+        return secret_generator(workspace.device)
+    return torch_generator(
+        workspace.config.seed,
+        Stream.TRAIN,
+        int(asked[Key.SERVER_ROUND]),  # type: ignore[arg-type]
+        int(asked[Key.CLIENT]),  # type: ignore[arg-type]
+        device=workspace.device,
+    )
 
 
 @app.evaluate()
@@ -142,6 +161,8 @@ def evaluate(message: Message, context: Context) -> Message:
     asked = cast(ConfigRecord, message.content[Key.CONFIG])
     workspace = open_workspace(context)
     config = workspace.config
+    if config.privacy.is_on:
+        return nothing_told(message)
     images, held_out = workspace.images(context)
     losses = None
     # A small share of a skewed partition can be without held-out images.
@@ -186,10 +207,10 @@ def score(message: Message, context: Context) -> Message:
         raise ValueError("images are scored by real nodes; a simulation's server has all images")
     if not place.score_images:
         logger.info("the server asked to score images, and score-images=false declines")
-        return Message(
-            RecordDict({Key.METRICS: MetricRecord({Key.NUM_EXAMPLES: 0})}), reply_to=message
-        )
+        return nothing_told(message)
     workspace = open_workspace(context)
+    if workspace.config.privacy.is_on:
+        return nothing_told(message)
     config = named_extractor(workspace.config, message)
     config = with_own_extractor(config, place.inception_weights)
     own = Dataset(*workspace.images(context))
@@ -203,6 +224,12 @@ def score(message: Message, context: Context) -> Message:
         ", ".join(f"{name} {value:.4g}" for name, value in scores.items()),
     )
     metrics = MetricRecord({str(name): value for name, value in scores.items()})
+    return Message(RecordDict({Key.METRICS: metrics}), reply_to=message)
+
+
+def nothing_told(message: Message) -> Message:
+    """Make the reply of a client that has measured nothing, or tells nothing of it."""
+    metrics = MetricRecord({Key.NUM_EXAMPLES: 0})
     return Message(RecordDict({Key.METRICS: metrics}), reply_to=message)
 
 

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 
-from server_app.dataset import load_images, record_data
+from server_app.dataset import check_privacy, load_images, record_data
 from server_app.rounds import RoundLoop
 from task.data import Dataset
 from task.progress import progress
@@ -58,6 +58,7 @@ class CentralizedTraining(RoundLoop):
         Raises:
             ValueError: a resumed run was trained on others.
         """
+        check_privacy(self.config, self.dataset, None)
         num_classes = len(self.config.data.classes)
         described = {
             f"{split}_counts": images.labels.bincount(minlength=num_classes).tolist()
@@ -94,6 +95,7 @@ class CentralizedTraining(RoundLoop):
                 options=fit_options(config, num_processes=self._num_processes),
                 optimizers=self._optimizers,
                 rng=torch_generator(config.seed, Stream.TRAIN, server_round, device=self.device),
+                patients=self.dataset.train.groups,
             )
         self.phases.trained(result.seconds, since=start, until=time.monotonic())
         n = len(self.dataset.train)

@@ -13,6 +13,7 @@ from task.reporting.heat_maps import save_partition_heatmaps
 from task.runs.layout import DATA_FILE, PARTITION_FILE
 from task.runs.same_images import describe_differences
 from task.runs.writer import RunWriter
+from task.training.private import check_patients
 
 
 def load_images(config: Config) -> Dataset:
@@ -86,6 +87,25 @@ def record_partition(config: Config, partition: Partition, directory: RunWriter)
     )
     sizes = partition.counts.sum(1)
     log(f"{sizes.sum():,} training images, {described_range(sizes)} at a hospital")
+
+
+def check_privacy(config: Config, dataset: Dataset, partition: Partition | None) -> None:
+    """Check that a private run suits every share of the images.
+
+    Args:
+        config: of the run.
+        dataset: all images.
+        partition: of the clients; None: nothing is dealt out.
+
+    Raises:
+        ValueError: it does not suit one; see `check_patients`.
+    """
+    if not config.privacy.is_on:
+        return
+    train = dataset.train
+    shares = [train] if partition is None else map(train.subset, partition.train_indices)
+    for share in shares:
+        check_patients(share.num_patients, config)
 
 
 def described_range(numbers: np.ndarray) -> str:

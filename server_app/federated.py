@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,7 @@ from flwr.app import ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from server_app.dataset import load_images, record_data, record_partition
+from server_app.dataset import check_privacy, load_images, record_data, record_partition
 from server_app.evaluation import GlobalEvaluation, HospitalEvaluation
 from server_app.exchange import Answer, ClientExchange, Question, is_simulation
 from server_app.hospital_scores import SCORES_TYPE, check_scoring, read_scores, score_records
@@ -57,11 +58,12 @@ class FederatedTraining(RoundLoop):
             num_classes=len(self.config.data.classes),
             extractor=self.config.eval.extractor,
             package=package_of(self.config.model.family),
+            counted=not self.config.privacy.is_on,
             known=client_numbers(directory.path),
         )
         self._exchange = ClientExchange(grid, self._nodes, federation)
         self._layout = WeightLayout.of(self.model, self.model.local | self.model.frozen)
-        self._weighting = Weighting.of(federation, simulated=self.simulated)
+        self._weighting = Weighting.of(self.config, simulated=self.simulated)
         self.strategy = build_strategy(federation, self._layout, self._weighting)
         # Clients that were left out of earlier attempts at the round.
         self._failed: set[int] = set()
@@ -81,6 +83,7 @@ class FederatedTraining(RoundLoop):
             self.config = self.config.changed({"federation.num_supernodes": num_nodes})
             self.dataset = load_images(self.config)
             partition = partition_dataset(self.config, self.dataset, num_nodes)
+            check_privacy(self.config, self.dataset, partition)
             record_partition(self.config, partition, self.directory)
             record_data(self.config, self.dataset, self.directory, partition)
         federation = self.config.federation
@@ -158,50 +161,46 @@ class FederatedTraining(RoundLoop):
         """
         self.phases.enter("sending")
         clients = self.draw_clients(server_round)
-        losses, measured, told = self.train_clients(server_round, clients)
+        replies = self.train_clients(server_round, clients)
         left_out = self._exchange.left_out
-        each_why = ((client, self.model.why_diverged(each)) for client, each in measured.items())
+        each_why = (
+            (client, self.model.why_diverged(each)) for client, each in replies.measured.items()
+        )
         wrong = {client: why for client, why in each_why if why}
-        if len(losses) < self.config.federation.min_replies:
+        if len(replies.counts) < self.config.federation.min_replies:
             self._failed |= left_out.keys()
             raise TooFewRepliesError(
-                f"round {server_round}: {len(losses)} of {len(clients)} clients sent usable "
-                f"weights, federation.min_replies={self.config.federation.min_replies} "
+                f"round {server_round}: {len(replies.counts)} of {len(clients)} clients sent "
+                f"usable weights, federation.min_replies={self.config.federation.min_replies} "
                 f"({described(left_out)})"
             )
         self._failed.clear()
-        measures = self.combined_measures(losses, measured)
-        counted = [*losses.values()]
-        told += [
-            *self.held_to_their_share(server_round, losses),
+        losses = replies.weighted(replies.losses)
+        told = [
+            *replies.records,
+            *self.held_to_their_share(server_round, replies.counts),
             *left_out_records(server_round, MessageType.TRAIN, left_out),
-            loss_record(server_round, self._weighting.combined(counted), TRAIN),
-            *records_of(server_round, measures, reference=TRAIN),
-            Record(server_round, "num_clients", len(losses)),
+            *records_of(server_round, self.combined_measures(replies), reference=TRAIN),
+            Record(server_round, "num_clients", len(replies.counts)),
             *(
                 Record(server_round, CLIENT_DIVERGENCE, 1, client=client, context={"reason": why})
                 for client, why in wrong.items()
             ),
         ]
-        if len(wrong) == len(losses) and self.may_end_run(losses):
+        if losses:
+            told.append(loss_record(server_round, self._weighting.combined(losses), TRAIN))
+        if len(wrong) == len(replies.counts) and self.may_end_run(replies.counts):
             raise self.diverged(server_round, described(wrong), told)
         if wrong:
             log(f"round {server_round}: {described(wrong)}; the weights are used")
         self.phases.enter("aggregating")
         self.weights = self.strategy.finish()
         self.directory.record(told)
-        found = self._weighting.describe(counted)
-        return f"train loss {found}, {len(losses)} of {len(clients)} clients"
+        found = f"train loss {self._weighting.describe(losses)}" if losses else "no loss told"
+        return f"{found}, {len(replies.counts)} of {len(clients)} clients"
 
-    def train_clients(
-        self, server_round: int, clients: list[int]
-    ) -> tuple[dict[int, tuple[int, float]], dict[int, dict[str, float]], list[Record]]:
-        """Let clients train, and add their weights up as they come.
-
-        Returns:
-            Images and loss of each client whose weights can be used, by its number, what its
-            family measured of the training, likewise, and what is to be recorded of them.
-        """
+    def train_clients(self, server_round: int, clients: list[int]) -> "TrainingReplies":
+        """Let clients train, and add their weights up as they come."""
         kept = self.clients_to_keep(server_round, clients)
         sent = self.strategy.broadcast(self.weights)
         read = partial(
@@ -210,40 +209,45 @@ class FederatedTraining(RoundLoop):
             num_clients=len(clients),
             max_norm=self.config.federation.max_update_norm,
             measures=self.model.measures,
+            private=self.config.privacy.is_on,
         )
-        measured: dict[int, dict[str, float]] = {}
-        losses: dict[int, tuple[int, float]] = {}
-        told: list[Record] = []
+        replies = TrainingReplies()
         # To the clients of the round, and back in the replies that can be used.
         traffic = sent.nbytes * len(clients)
         question = self.about_weights(MessageType.TRAIN, sent, read)
         for client, trained, asked in self.ask(question, server_round, clients, self.phases):
             now = time.monotonic()
             spent = possible_times(trained.spent, now - asked)
-            self.phases.trained(spent.get(Key.SECONDS, 0.0), since=asked, until=now)
-            losses[client] = trained.num_images, trained.loss
-            measured[client] = trained.measures
-            told.append(loss_record(server_round, losses[client], TRAIN, client))
+            # A client that protects its patients does not say how long it trained.
+            unsaid = now - asked if self.config.privacy.is_on else 0.0
+            self.phases.trained(spent.get(Key.SECONDS, unsaid), since=asked, until=now)
+            replies.counts[client] = trained.num_images
+            if trained.loss is not None:
+                counted = trained.num_images, trained.loss
+                replies.losses[client] = trained.loss
+                replies.records.append(loss_record(server_round, counted, TRAIN, client))
+            if trained.measures:
+                replies.measured[client] = trained.measures
             numbers = {**spent, "update_norm": trained.update_norm}
-            told.extend(records_of(server_round, numbers, client=client))
-            told.extend(records_of(server_round, trained.measures, client=client, reference=TRAIN))
+            replies.records += records_of(server_round, numbers, client=client)
+            replies.records += records_of(
+                server_round, trained.measures, client=client, reference=TRAIN
+            )
             if client in kept:
                 own = self._layout.unpack(trained.weights)
                 self.directory.save_local_model(server_round, client, self.model.shared(own))
             self.strategy.add(client, trained.weights, trained.num_images)
             traffic += trained.weights.nbytes
-        told.append(Record(server_round, "weight_bytes", traffic))
-        return losses, measured, told
+        replies.records.append(Record(server_round, "weight_bytes", traffic))
+        return replies
 
-    def combined_measures(
-        self, losses: Mapping[int, tuple[int, float]], measured: Mapping[int, Mapping[str, float]]
-    ) -> dict[str, float]:
+    def combined_measures(self, replies: "TrainingReplies") -> dict[str, float]:
         """Make one number of each measure of the clients; see `Weighting.combine`."""
         return {
             name: self._weighting.combine(
-                [(losses[client][0], each[name]) for client, each in measured.items()]
+                replies.weighted({client: each[name] for client, each in replies.measured.items()})
             )
-            for name in self.model.measures
+            for name in self.model.measures * bool(replies.measured)
         }
 
     def draw_clients(self, server_round: int) -> list[int]:
@@ -268,18 +272,15 @@ class FederatedTraining(RoundLoop):
             log(f"round {server_round}: clients {' '.join(map(str, clients))}")
         return clients
 
-    def held_to_their_share(
-        self, server_round: int, losses: Mapping[int, tuple[int, float]]
-    ) -> list[Record]:
+    def held_to_their_share(self, server_round: int, counts: Mapping[int, int]) -> list[Record]:
         """Log which clients count for fewer images than they claim; return what to record of it.
 
         Args:
             server_round: 1-based.
-            losses: images and loss of each client that was used, by its number.
+            counts: images of each client that was used, by its number.
         """
         if not self._weighting.by_images:
             return []
-        counts = {client: count for client, (count, _) in losses.items()}
         weights = dict(zip(counts, self._weighting.weights([*counts.values()]), strict=True))
         held = [client for client in sorted(counts) if weights[client] < counts[client]]
         for client in held:
@@ -306,10 +307,10 @@ class FederatedTraining(RoundLoop):
     def evaluate(self, server_round: int) -> str | None:
         """Measure the loss of the global weights on what all clients hold out, and say it.
 
-        None where the family has none, or no client could say; that is no reason to give the
-        round's training up.
+        None where the family has none, or no client could say, or may; that is no reason to give
+        the round's training up.
         """
-        if not self.model.has_test_loss:
+        if not self.model.has_test_loss or self.config.privacy.is_on:
             return None
         losses: list[tuple[int, dict[str, float]]] = []
         clients = list(self._nodes.node_ids)
@@ -340,7 +341,12 @@ class FederatedTraining(RoundLoop):
         )
 
     def ask_for_scores(self, server_round: int, generated: ImageSet) -> list[HospitalScores]:
-        """Let every hospital that is there score images; returns what they could say."""
+        """Let every hospital that is there score images; returns what they could say.
+
+        With differential privacy they say nothing, and are not asked.
+        """
+        if self.config.privacy.is_on:
+            return []
         config = ConfigRecord({Key.EXTRACTOR: self.config.eval.extractor})
         content = RecordDict({Key.ARRAYS: images_record(generated), Key.CONFIG: config})
         clients = list(self._nodes.node_ids)
@@ -401,6 +407,27 @@ class FederatedTraining(RoundLoop):
         """Whether the run ends where all of these clients diverge; not by one hospital of many."""
         alone = len({*self._failed, *clients}) == 1 < len(self._nodes.node_ids)
         return self.simulated or not alone
+
+
+@dataclass
+class TrainingReplies:
+    """What clients that can be used have told of a round's training, by their numbers.
+
+    Attributes:
+        counts: images that each counts for.
+        losses: of those that say one.
+        measured: what its family measured, of those that say it.
+        records: what is to be recorded.
+    """
+
+    counts: dict[int, int] = field(default_factory=dict)
+    losses: dict[int, float] = field(default_factory=dict)
+    measured: dict[int, dict[str, float]] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+
+    def weighted(self, values: Mapping[int, float]) -> list[tuple[int, float]]:
+        """Return the images of clients with a value of each."""
+        return [(self.counts[client], value) for client, value in values.items()]
 
 
 def loss_record(

@@ -149,7 +149,7 @@ def combined_records(
         config: of the run.
         n: how many images were scored.
     """
-    weighting = Weighting.of(config.federation, simulated=False)
+    weighting = Weighting.of(config, simulated=False)
     total = sum(hospital[Key.NUM_EXAMPLES] for hospital in scores)
     records = [Record(server_round, "num_held_out", total)]
     for key, (name, real) in _names().items():

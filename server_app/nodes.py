@@ -121,6 +121,7 @@ class Nodes:
         num_classes: int,
         extractor: str,
         package: str = "",
+        counted: bool = True,
         known: Mapping[int, int] | None = None,
     ) -> None:
         """Start without nodes.
@@ -133,6 +134,7 @@ class Nodes:
             extractor: that real nodes are to score images through, settled.
             package: that brings the family of the model, see `code_fingerprint`; the clients of a
                 simulation have the server's.
+            counted: whether real nodes must say how many images they have.
             known: client numbers by node id, from an earlier start of the same run.
         """
         self.num_partitions: int | None = None
@@ -140,6 +142,7 @@ class Nodes:
         self._grid = grid
         self._simulated = simulated
         self._num_classes = num_classes
+        self._counted = counted and not simulated
         self._fingerprint = code_fingerprint("" if simulated else package)
         self._numbers = dict(known or {})
         self._present: dict[int, int] = {}
@@ -270,9 +273,7 @@ class Nodes:
             )
         if not same_code:
             raise UnusableReply("it runs other code than the server")
-        introduction = read_introduction(
-            said, num_classes=self._num_classes, simulated=self._simulated
-        )
+        introduction = read_introduction(said, num_classes=self._num_classes, counted=self._counted)
         self._refused.pop(node, None)
         if self._simulated:
             # Node ids of a simulation are new at every start, partition-ids are not.

@@ -237,8 +237,8 @@ class LocalTraining:
 
     Attributes:
         weights: [P], float32 or float16, the bytes of the reply themselves.
-        num_images: that it trained on.
-        loss: mean of its training.
+        num_images: that it trained on; 1 of a client that does not say.
+        loss: mean of its training; None of a client that does not say.
         measures: what its family measured of the training, by name.
         spent: `DURATIONS_AND_RATES`, those that it says.
         update_norm: how far its weights lie from those that it was sent, measured here.
@@ -246,7 +246,7 @@ class LocalTraining:
 
     weights: NDArray[np.floating]
     num_images: int
-    loss: float
+    loss: float | None
     measures: dict[str, float]
     spent: dict[str, float]
     update_norm: float
@@ -259,6 +259,7 @@ def read_training(
     num_clients: int,
     max_norm: float | None,
     measures: Collection[str] = (),
+    private: bool = False,
 ) -> LocalTraining:
     """Return what a client that has trained replied, and measure how far it went.
 
@@ -268,13 +269,14 @@ def read_training(
         num_clients: how many clients may add their weights to the same sum.
         max_norm: `federation.max_update_norm`; None for any.
         measures: names of what the family measures of a training.
+        private: whether clients protect their patients, and say nothing beside their weights.
 
     Raises:
         UnusableReply: see `read_metrics` and `read_weights`; or the weights lie further than
             `max_norm` from those that were sent.
     """
-    numbers = read_metrics(content, measures)
-    num_images = int(numbers[Key.NUM_EXAMPLES])
+    numbers = {} if private else read_metrics(content, measures)
+    num_images = int(numbers.get(Key.NUM_EXAMPLES, 1))
     weights = read_weights(content, size=len(sent), num_images=num_images, num_clients=num_clients)
     norm = distance(weights, sent)
     if max_norm is not None and norm > max_norm:
@@ -283,8 +285,8 @@ def read_training(
             f"federation.max_update_norm={max_norm:g}"
         )
     spent = {str(name): numbers[name] for name in DURATIONS_AND_RATES if name in numbers}
-    measured = {name: float(numbers[name]) for name in measures}
-    return LocalTraining(weights, num_images, numbers[Key.LOSS], measured, spent, norm)
+    measured = {name: float(numbers[name]) for name in measures if name in numbers}
+    return LocalTraining(weights, num_images, numbers.get(Key.LOSS), measured, spent, norm)
 
 
 def read_losses(
@@ -311,7 +313,8 @@ class Introduction:
     """What a node says of its images before the first round.
 
     Attributes:
-        num_images: all that it can train on or hold out; None in a simulation, which knows.
+        num_images: all that it can train on or hold out; None in a simulation, which knows,
+            and with differential privacy.
         class_counts: those to train on, of each class; None where it does not say.
     """
 
@@ -319,14 +322,19 @@ class Introduction:
     class_counts: list[int] | None
 
 
-def read_introduction(said: ConfigRecord, *, num_classes: int, simulated: bool) -> Introduction:
+def read_introduction(said: ConfigRecord, *, num_classes: int, counted: bool) -> Introduction:
     """Return what a node says of its images.
+
+    Args:
+        said: by the node.
+        num_classes: of the run.
+        counted: whether it must say how many images it has.
 
     Raises:
         UnusableReply: it does not say how many it has, or says what cannot be.
     """
     counts = read_class_counts(said, num_classes=num_classes)
-    if simulated:
+    if not counted:
         return Introduction(None, counts)
     number, trained = said.get(Key.NUM_IMAGES), sum(counts or [])
     if type(number) is not int or not trained <= number <= MAX_COUNT:

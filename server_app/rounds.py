@@ -1,5 +1,6 @@
 """What every run does, with clients or without: rounds, checkpoints, pictures, measurements."""
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -29,12 +30,13 @@ from task.runs.layout import (
     START_FILE,
     final_round,
 )
-from task.runs.records import DIVERGENCE, SECONDS_EVALUATING, Record
+from task.runs.records import DIVERGENCE, SECONDS_EVALUATING, SPENT_EPSILON, Record
 from task.runs.run import Run
 from task.runs.starting_weights import describe_starting_weights, load_starting_weights
 from task.runs.writer import RunWriter
 from task.training.devices import device_name, is_compiled, missing_for_compiling, select_device
 from task.training.precision import fastest_precision
+from task.training.private import check_private, epsilon_after
 
 
 class TooFewRepliesError(RuntimeError):
@@ -73,6 +75,8 @@ class RoundLoop(ABC):
             told = load_starting_weights(self.model, self.config.train.start_from)
             directory.write_json(START_FILE, told)
             log(f"{self.config.run_name} starts from {describe_starting_weights(told)}")
+        if self.config.privacy.is_on:
+            check_private(self.model, self.model.optimizers(self.config.train.lr))
         self.weights: Weights = {n: t.clone() for n, t in self.model.state_dict().items()}
 
     @abstractmethod
@@ -226,6 +230,8 @@ class RoundLoop(ABC):
         # Before the evaluation, so that no training is lost with it.
         self.directory.save_checkpoint(server_round, self.weights, self.state(), numbers=numbers)
         self.seconds["training"].append(spent["round_seconds"])
+        if self.config.privacy.is_on:
+            summary += f", {self.record_privacy(server_round)}"
         summary += f", {duration(spent['round_seconds'])}"
         summary += f", {spent['overhead_share']:.0%} outside training"
         if self.evaluation.is_due(server_round):
@@ -234,6 +240,15 @@ class RoundLoop(ABC):
         self.directory.forget_checkpoints()
         self.directory.record_time()
         return summary
+
+    def record_privacy(self, server_round: int) -> str:
+        """Record what the rounds so far may have cost a patient, and say it."""
+        epsilon = epsilon_after(self.config, server_round)
+        if math.isinf(epsilon):
+            return "no privacy: there is no noise"
+        context = {"delta": self.config.privacy.delta}
+        self.directory.record([Record(server_round, SPENT_EPSILON, epsilon, context=context)])
+        return f"epsilon {epsilon:.3g}"
 
     def train_and_retry(self, server_round: int) -> str:
         """Train a round, and again, with the nodes that are there then, where too few replied.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
 
-from task.config import FederationConfig
+from task.config import Config
 
 # With fewer clients one of them has half of the weight or more, whatever is done about it.
 MIN_CAPPED = 3
@@ -68,11 +68,13 @@ class Weighting:
     max_share: float | None = None
 
     @classmethod
-    def of(cls, config: FederationConfig, *, simulated: bool) -> "Weighting":
+    def of(cls, config: Config, *, simulated: bool) -> "Weighting":
         """Weight as a run does; the images of simulated clients were dealt out by the server."""
+        federation = config.federation
         return cls(
-            by_images=config.aggregation == "fedavg",
-            max_share=None if simulated else config.max_weight_share,
+            # With differential privacy no client says how many images it has.
+            by_images=federation.aggregation == "fedavg" and not config.privacy.is_on,
+            max_share=None if simulated else federation.max_weight_share,
         )
 
     @property

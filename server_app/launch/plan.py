@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from server_app.dataset import described_range
+from server_app.dataset import check_privacy, described_range
 from server_app.launch.time_estimate import estimate_seconds
 from task.config import OWN_IMAGES, Config
 from task.data import Dataset
@@ -14,6 +14,7 @@ from task.reporting.warning_signs import UNTRAINED
 from task.runs.commands import resuming_command
 from task.runs.layout import last_complete_round, run_path
 from task.runs.run import Run
+from task.training.private import described_privacy, epsilon_after, spending_of
 
 
 def describe_plan(config: Config, dataset: Dataset) -> Iterator[str]:
@@ -25,7 +26,7 @@ def describe_plan(config: Config, dataset: Dataset) -> Iterator[str]:
     """
     train, rounds = config.train, config.federation.rounds
     yield described_images(config, dataset)
-    sizes = np.array([len(dataset.train)])
+    sizes, partition = np.array([len(dataset.train)]), None
     if train.mode == "federated":
         partition = partition_dataset(config, dataset, config.federation.num_supernodes)
         sizes = partition.counts.sum(1)
@@ -33,13 +34,22 @@ def describe_plan(config: Config, dataset: Dataset) -> Iterator[str]:
             f"hospitals: {len(sizes)} simulated, with {described_range(sizes)} training images "
             f"{'each' if len(sizes) > 1 else ''}".rstrip()
         )
-    images_per_step = train.batch_size * train.accumulation
-    steps = rounds * train.local_epochs * np.ceil(sizes / images_per_step).astype(int)
-    yield (
-        f"training: {rounds} rounds of {train.local_epochs} epochs in batches of "
-        f"{images_per_step}, {described_range(steps)} steps"
-        f"{' at a hospital' if train.mode == 'federated' else ''}"
-    )
+    check_privacy(config, dataset, partition)
+    where = " at a hospital" * (train.mode == "federated")
+    if config.privacy.is_on:
+        spent = spending_of(config, rounds=rounds)
+        yield (
+            f"training: {rounds} rounds of {train.local_epochs} epochs, {spent.steps} steps{where} "
+            f"on about {spent.sampling_rate:g} of its patients each"
+        )
+        yield f"privacy: {described_privacy(config, epsilon_after(config, rounds))}"
+    else:
+        images_per_step = train.batch_size * train.accumulation
+        steps = rounds * train.local_epochs * np.ceil(sizes / images_per_step).astype(int)
+        yield (
+            f"training: {rounds} rounds of {train.local_epochs} epochs in batches of "
+            f"{images_per_step}, {described_range(steps)} steps{where}"
+        )
     done = last_complete_round(run_path(config))
     if done < rounds:
         estimate = estimate_seconds(config, sizes.tolist(), rounds=range(done + 1, rounds + 1))

@@ -11,7 +11,7 @@ from task.config import Config
 from task.generators.base import Generator
 from task.generators.registry import initial_generator
 from task.training.devices import autocast, move, select_device, torch_configured
-from task.training.loop import fit, fit_options
+from task.training.loop import fit, timed_options
 
 # Seconds that a timing takes beyond its first images, and images of a timed step at most.
 TIMED_SECONDS, TIMED_IMAGES = 1.0, 32
@@ -101,7 +101,7 @@ def seconds_to_train(
             model,
             torch.zeros(num_images, *model.image_shape, dtype=torch.uint8),
             torch.zeros(num_images, dtype=torch.int64),
-            options=fit_options(config, epochs=1, batch_size=num_images, precision=precision),
+            options=timed_options(config, epochs=1, batch_size=num_images, precision=precision),
             optimizers=optimizers,
             rng=rng,
         )

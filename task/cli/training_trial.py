@@ -24,7 +24,7 @@ from task.training.distributed import (
     call_in_processes,
     count_processes,
 )
-from task.training.loop import fit, fit_options
+from task.training.loop import fit, timed_options
 from task.training.precision import fastest_precision
 
 Argument = TypeVar("Argument")
@@ -144,7 +144,7 @@ def _try_step(config: Config) -> Trial:
             generator,
             images,
             labels,
-            options=fit_options(
+            options=timed_options(
                 config, epochs=steps, precision=precision, num_processes=num_processes
             ),
             optimizers=generator.optimizers(train.lr),

@@ -31,6 +31,7 @@ class ModelConfig(Section):
         loss_values: paths of those that say what the loss is of: losses cannot be compared where
             they differ.
         frozen_file: the file that training reads and leaves as it is; None in a family without.
+        not_private: why it cannot be trained with differential privacy; "" where it can.
     """
 
     accumulates: ClassVar[bool] = True
@@ -39,6 +40,7 @@ class ModelConfig(Section):
     drawing_values: ClassVar[tuple[str, ...]] = ()
     loss_values: ClassVar[tuple[str, ...]] = ()
     frozen_file: ClassVar[FrozenFile | None] = None
+    not_private: ClassVar[str] = ""
     family: str
 
     def check_images(self, data: DataConfig) -> None:
@@ -121,6 +123,7 @@ class StyleGAN2ADAConfig(ModelConfig):
     """The networks of StyleGAN2 and how they are trained, see conf/model/stylegan2_ada.yaml."""
 
     accumulates = False
+    not_private = "its augmentation follows what the discriminator says of real images"
     family: Literal["stylegan2_ada"]
     latent_dim: PositiveInt
     mapping_layers: PositiveInt
@@ -154,6 +157,7 @@ class ResNetGANConfig(ModelConfig):
     """A GAN of residual blocks."""
 
     accumulates = False
+    not_private = "its batch normalization mixes images of several patients"
     family: Literal["resnet_gan"]
     width: PositiveInt
     latent_dim: PositiveInt
@@ -170,6 +174,7 @@ class SmallGANConfig(ModelConfig):
     """A pretrained generator of which scales and shifts of channels are trained."""
 
     drawing_values = ("model.truncation",)
+    not_private = "it trains a latent of each image beside what hospitals share"
     frozen_file: ClassVar[FrozenFile] = FrozenFile(
         "model.pretrained",
         "model.pretrained_sha256",

@@ -239,6 +239,47 @@ class FederationConfig(Section):
         return 1, ""
 
 
+class PrivacyConfig(Section):
+    """What protects each patient of a hospital from what its weights tell."""
+
+    mechanism: Literal["none", "dp_sgd"]
+    epsilon: PositiveFloat | None
+    noise_multiplier: float | None = Field(ge=0, description=">= 0 (0: clipping alone)")
+    delta: float | None = Field(gt=0, lt=1, description="between 0 and 1, exclusive")
+    clipping_norm: PositiveFloat | None
+    sampling_rate: float | None = Field(gt=0, le=1, description="in (0, 1]")
+    noise_draws: PositiveInt | None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("delta", "clipping_norm", "sampling_rate", "noise_draws"):
+            value = getattr(self, name)
+            expected = "a number" if self.is_on else "null"
+            require(
+                (value is not None) == self.is_on,
+                f"privacy.{name}",
+                f"{expected} with privacy.mechanism={self.mechanism} (privacy=dp_sgd sets all)",
+                value,
+            )
+        budgets = [each for each in (self.epsilon, self.noise_multiplier) if each is not None]
+        require(
+            len(budgets) == self.is_on,
+            "privacy.epsilon",
+            "null where privacy.noise_multiplier is given (privacy.epsilon=null), and a number "
+            "where it is not"
+            if self.is_on
+            else "null with privacy.mechanism=none, as privacy.noise_multiplier (privacy=dp_sgd "
+            "switches it on)",
+            self.epsilon,
+        )
+        return self
+
+    @property
+    def is_on(self) -> bool:
+        """Whether patients are protected."""
+        return self.mechanism != "none"
+
+
 class EvalConfig(Section):
     """What is drawn and measured on the way and at the end."""
 
@@ -287,6 +328,7 @@ class Config(Section):
     diffusion: DiffusionConfig | None
     train: TrainConfig
     federation: FederationConfig
+    privacy: PrivacyConfig
     eval: EvalConfig
 
     @model_validator(mode="after")
@@ -314,6 +356,8 @@ class Config(Section):
         )
         if self.diffusion is not None:
             self.model.check_label_dropout(self.diffusion.label_dropout)
+        if self.privacy.is_on:
+            self._check_private()
         for name, off in MEASURING_OFF.items() if not self.model.draws else ():
             require(
                 getattr(self.eval, name) == off,
@@ -322,6 +366,21 @@ class Config(Section):
                 getattr(self.eval, name),
             )
         return self
+
+    def _check_private(self) -> None:
+        asked = f"with privacy.mechanism={self.privacy.mechanism}"
+        require(
+            not self.model.not_private,
+            "model.family",
+            f"another {asked}: {self.model.not_private}; diffusion, attention_unet and vae can",
+            self.model.family,
+        )
+        require(
+            self.train.num_processes in (None, 1),
+            "train.num_processes",
+            f"1 {asked}, which trains in one process",
+            self.train.num_processes,
+        )
 
     @property
     def drawing_values(self) -> tuple[str, ...]:

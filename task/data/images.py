@@ -60,6 +60,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def num_patients(self) -> int:
+        """The number of patients; each image is of another where there are no groups."""
+        return len(self) if self.groups is None else len(torch.unique(self.groups))
+
     def subset(self, indices: np.ndarray | Tensor) -> "ImageSet":
         """Copy the images at `indices` ([M] int64), in that order."""
         chosen = torch.as_tensor(indices)

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from task.config import FederationConfig
 from task.reporting.metric_table import HEADS, caption, measured, metric_rows, with_std
 from task.reporting.rendering import render
+from task.reporting.run_summary import describe_privacy
 from task.reporting.warning_signs import State, image_checks
 from task.runs.evaluations import Evaluation
 from task.runs.layout import STUDY_FILE, STUDY_FOLDER, client_numbers, understood
@@ -71,6 +72,7 @@ def write_model_card(
         rounds=run.config.federation.rounds,
         exported=exported,
         usage=Markup(usage),
+        privacy=describe_privacy(run) if run.config.privacy.is_on else "",
         num_clients=num_clients,
         num_silent=num_silent,
         counts=None if counts is None else _class_rows(data.classes, counts),

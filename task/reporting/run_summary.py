@@ -1,13 +1,15 @@
 """A run in a few lines: for the end of its log, and for the top of its report."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from task.evaluation.metrics import METRICS, Use
 from task.progress import duration
 from task.reporting.metric_table import Quantity, quantities
-from task.runs.records import HELD_OUT, TEST, TRAIN, Record, Records
+from task.runs.records import HELD_OUT, SPENT_EPSILON, TEST, TRAIN, Record, Records
 from task.runs.run import Run
+from task.training.private import described_privacy
 
 
 class Found(NamedTuple):
@@ -43,12 +45,20 @@ def key_figures(run: Run, *, losses: bool = True) -> list[tuple[str, str]]:
         ("rounds", f"{run.rounds_done} of {run.config.federation.rounds}"),
         *(loss_figures(run) if losses else []),
         *_time(run),
+        *([("privacy", _privacy(run))] if run.config.privacy.is_on else []),
         ("training images", "not told" if not run.num_images else f"{run.num_images:,}"),
     ]
     if run.setting != "centralized" and run.clients:
         found.append(("clients", str(len(run.clients))))
         found.append(("left out", _left_out(run)))
     return found
+
+
+def _privacy(run: Run) -> str:
+    spent = run.records.last(SPENT_EPSILON)
+    if spent is None:
+        return "none: there is no noise" if run.rounds_done else "nothing spent yet"
+    return f"epsilon {spent.value:.3g}, delta {spent.context['delta']:g}, for each patient"
 
 
 def found_metrics(run: Run, *wanted: Quantity) -> list[Found]:
@@ -109,7 +119,28 @@ def _looked_at(each: Record) -> str:
 
 def describe_run(run: Run) -> list[str]:
     """Say in sentences what was trained, by whom and on what."""
-    return [_who_trained_what(run), _generator(run), _where(run)]
+    found = [_who_trained_what(run), _generator(run), _where(run)]
+    return [*found, describe_privacy(run)] if run.config.privacy.is_on else found
+
+
+def describe_privacy(run: Run) -> str:
+    """Say in sentences what protects the patients of a private run, and who sees to it."""
+    config = run.config
+    spent = run.records.value(SPENT_EPSILON)
+    enough = spent is not None or not run.rounds_done
+    told = described_privacy(config, (spent or 0.0) if enough else math.inf)
+    if not enough:
+        return f"Differential privacy: {told}."
+    who = {
+        "centralized": "The machine that trained drew the noise from the run's seed",
+        "simulation": "The simulated hospitals drew the noise from the run's seed",
+        "real nodes": "Each hospital's own node drew the noise, from a seed that it told nobody",
+    }[run.setting]
+    return (
+        f"Differential privacy: {told}, after {run.rounds_done} rounds, for the weights and all "
+        f"that is made of them, against a patient's images being left out of every step. {who}. "
+        "Images that were held out to measure are not protected."
+    )
 
 
 def _who_trained_what(run: Run) -> str:

@@ -21,6 +21,8 @@ LEFT_OUT = "left_out"
 # A round after which training could not go on; the context says the reason.
 SECONDS_EVALUATING = "seconds_evaluating"
 DIVERGENCE = "divergence"
+# What the rounds so far have cost a patient at most; the context says delta.
+SPENT_EPSILON = "epsilon"
 # A client whose training shows a failure while that of others goes on; the context says the reason.
 CLIENT_DIVERGENCE = "client_divergence"
 # How many clients scored generated images; the context says by what, `n` how many images.

@@ -92,13 +92,19 @@ def check_same_run(config: Config, path: Path) -> None:
     differences = [
         f"{key}={asked} (there: {stored})"
         for key, (stored, asked) in different.items()
-        if key not in FREE_TO_CHANGE and not _is_moved(key, stored, asked, path, config)
+        if not _is_free(key, config) and not _is_moved(key, stored, asked, path, config)
     ]
     if differences:
         raise ValueError(
             f"resume: {path} is a run of another configuration; asked for "
             f"{', '.join(differences)}; pass the words that it was started with"
         )
+
+
+def _is_free(key: str, config: Config) -> bool:
+    # The noise was chosen so that as many rounds as were planned keep to privacy.epsilon.
+    planned = key == "federation.rounds" and config.privacy.epsilon is not None
+    return key in FREE_TO_CHANGE and not planned
 
 
 def _is_moved(key: str, stored: object, asked: object, path: Path, config: Config) -> bool:

@@ -337,8 +337,11 @@ class Run:
             for number in range(1, self.rounds_done + 1)
             for client in self.clients
         }
-        for client, series in self.records.of_clients("loss", reference=TRAIN).items():
-            states |= {(number, client): "trained" for number in series}
+        losses = self.records.of_clients("loss", reference=TRAIN)
+        # Of clients that say no loss, and none of runs before it was recorded.
+        for of_clients in (losses, self.records.of_clients("update_norm")):
+            for client, series in of_clients.items():
+                states |= {(number, client): "trained" for number in series}
         for each in self.records.left_out:
             if each.client is not None and each.context["activity"] == "train":
                 states[each.round, each.client] = "left out"

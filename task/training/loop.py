@@ -15,6 +15,7 @@ from task.generators.base import Batch, Generator
 from task.randomness import seeded_global_generator
 from task.training.devices import autocast, compile_where_wanted, move
 from task.training.distributed import average_gradients, average_results, run_in_processes
+from task.training.private import PatientSampler, PrivateSteps, check_private, private_gradient
 
 Optimizers = Mapping[str, torch.optim.Optimizer]
 
@@ -33,6 +34,7 @@ class FitOptions:
         clip_norm: the largest L2 norm of the gradients of an optimizer's step; None: any.
         num_processes: that train together, see `task.training.distributed.count_processes`.
         compile: `train.compile`, for the other processes; this one has done it.
+        private: how each patient is protected, in place of epochs over all images; None: not.
     """
 
     epochs: int
@@ -44,6 +46,7 @@ class FitOptions:
     clip_norm: float | None = None
     num_processes: int = 1
     compile: bool | None = None
+    private: PrivateSteps | None = None
 
 
 def fit_options(config: Config, **changes: Any) -> FitOptions:
@@ -58,8 +61,21 @@ def fit_options(config: Config, **changes: Any) -> FitOptions:
         accumulation=train.accumulation,
         clip_norm=train.clip_norm,
         compile=train.compile,
+        private=PrivateSteps.of(config),
     )
     return replace(options, **changes)
+
+
+def timed_options(config: Config, *, epochs: int, **changes: Any) -> FitOptions:
+    """Make options that look at each image so many times, to measure what a run's training takes.
+
+    With differential privacy every image, as of a patient of its own, is drawn in each step.
+    """
+    options = fit_options(config, epochs=epochs, **changes)
+    if options.private is not None:
+        spending = replace(options.private.spending, sampling_rate=1.0, steps=epochs)
+        options = replace(options, private=replace(options.private, spending=spending))
+    return options
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,7 @@ def fit(
     rng: torch.Generator,
     callbacks: Sequence[Callback] = (),
     received: Mapping[str, Tensor] | None = None,
+    patients: Tensor | None = None,
 ) -> FitResult:
     """Train a generator on images, such as the local epochs of one client.
 
@@ -126,6 +143,8 @@ def fit(
         rng: of every draw; its device is the one that is trained on.
         callbacks: of the federated algorithm.
         received: see `Callback.start`.
+        patients: [N] int64, equal for the images of one patient, whom `options.private` protects;
+            None: each image is of another.
 
     Raises:
         ValueError: there are no images, no such precision, or batches are to be accumulated for
@@ -136,13 +155,15 @@ def fit(
     """
     if len(images) == 0:
         raise ValueError("a client needs at least 1 image to train, got 0")
-    if options.accumulation > 1 and len(optimizers) > 1:
+    if options.private is None and options.accumulation > 1 and len(optimizers) > 1:
         raise ValueError(
             f"train.accumulation must be 1 with a {generator.title}, whose {len(optimizers)} "
             f"optimizers follow each other, got {options.accumulation}; train.batch_size alone "
             "says what a step is taken on"
         )
-    job = _Job(generator, images, labels, options, callbacks, received or {})
+    if patients is None:
+        patients = torch.arange(len(images))
+    job = _Job(generator, images, labels, patients, options, callbacks, received or {})
     if options.num_processes == 1:
         return _fit(job, optimizers, rng)
     done = run_in_processes(
@@ -174,6 +195,7 @@ class _Job:
     generator: Generator
     images: Tensor
     labels: Tensor
+    patients: Tensor
     options: FitOptions
     callbacks: Sequence[Callback]
     received: Mapping[str, Tensor]
@@ -187,20 +209,68 @@ def _fit(job: _Job, optimizers: Optimizers, rng: torch.Generator, rank: int = 0)
     for callback in job.callbacks:
         callback.start(job.generator, job.received)
     job.generator.start()
-    loss_sum = torch.zeros((), device=device, dtype=torch.float64)
     start = time.perf_counter()
     with seeded_global_generator(rng, rank):
-        for _ in range(options.epochs):
-            order = torch.randperm(len(job.images), generator=rng, device=device)
-            for indices in torch.split(order, options.batch_size * options.accumulation):
-                # Read once at the end: reading a loss in the step would wait for the GPU.
-                loss_sum += _step(job, indices, optimizers, rng, rank)
-    seen = options.epochs * len(job.images)
+        if options.private is None:
+            loss_sum, seen = _train_epochs(job, optimizers, rng, rank)
+        else:
+            loss_sum, seen = _private_steps(job, options.private, optimizers, rng)
     mean_loss = float(loss_sum / seen)
     seconds = time.perf_counter() - start
     tensors = {n: t for callback in job.callbacks for n, t in callback.finish().items()}
     measures = {name: float(value) for name, value in job.generator.measured().items()}
     return FitResult(mean_loss, seconds, seen / seconds, measures, tensors)
+
+
+def _train_epochs(
+    job: _Job, optimizers: Optimizers, rng: torch.Generator, rank: int
+) -> tuple[Tensor, int]:
+    """Take the steps of all epochs; returns the sum of the losses, and of how many images."""
+    options, device = job.options, rng.device
+    loss_sum = torch.zeros((), device=device, dtype=torch.float64)
+    for _ in range(options.epochs):
+        order = torch.randperm(len(job.images), generator=rng, device=device)
+        for indices in torch.split(order, options.batch_size * options.accumulation):
+            # Read once at the end: reading a loss in the step would wait for the GPU.
+            loss_sum += _step(job, indices, optimizers, rng, rank)
+    return loss_sum, options.epochs * len(job.images)
+
+
+def _private_steps(
+    job: _Job, private: PrivateSteps, optimizers: Optimizers, rng: torch.Generator
+) -> tuple[Tensor, int]:
+    """Take the steps of a round, on patients in place of images; returns as `_train_epochs`."""
+    check_private(job.generator, optimizers)
+    ((name, optimizer),) = optimizers.items()
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    sampler = PatientSampler(job.patients)
+    rate = private.spending.sampling_rate
+
+    def backward(indices: Tensor, weight: float) -> Tensor:
+        losses = job.generator.losses(_batch(job, indices, rng, rank=0), rng)
+        # One of them, as `check_private` knows.
+        ((_, each),) = _under_autocast(losses, rng.device, job.options.precision)
+        loss = each.mean()
+        (weight * loss).backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    loss_sum, seen = torch.zeros((), device=rng.device, dtype=torch.float64), 0
+    for _ in range(private.spending.steps):
+        drawn = sampler.draw(rate, rng)
+        loss = private_gradient(
+            parameters,
+            drawn,
+            backward,
+            steps=private,
+            expected_patients=rate * len(sampler),
+            chunk=job.options.batch_size,
+            rng=rng,
+        )
+        _take_step(job, name, optimizer)
+        job.generator.after_step()
+        loss_sum += loss.double() * len(drawn)
+        seen += len(drawn)
+    return loss_sum, max(1, seen)
 
 
 def _step(

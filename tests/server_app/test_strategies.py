@@ -207,9 +207,9 @@ def aggregated(
 ) -> NDArray[np.float32]:
     """Aggregate weights of clients 0, 1, ..., which arrive in this order or the other way round."""
     overrides = [f"federation.aggregation={aggregation}", *ROBUST.get(aggregation, "").split()]
-    config = load_config([*overrides, *settings.split()]).federation
+    config = load_config([*overrides, *settings.split()])
     layout = WeightLayout({"w": torch.Size([SIZE])})
-    strategy = build_strategy(config, layout, Weighting.of(config, simulated=True))
+    strategy = build_strategy(config.federation, layout, Weighting.of(config, simulated=True))
     strategy.broadcast({"w": torch.zeros(SIZE)})
     strategy.add(0, np.ones(SIZE, np.float32), 1)  # nothing is left of an attempt that failed
     assert np.array_equal(strategy.broadcast({"w": torch.from_numpy(SENT)}), SENT)

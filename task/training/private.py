@@ -1,0 +1,219 @@
+"""Steps of DP-SGD: what a hospital trains by when each of its patients is to be protected.
+
+Source: Abadi et al. 2016 (arXiv 1607.00133); several draws of noise for an image, whose gradients
+count as one: Dockhorn et al. 2023 (arXiv 2210.09929).
+"""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from task.checks import require
+from task.config import Config
+from task.generators.base import Generator
+from task.privacy.accounting import Spending, epsilon_of, noise_multiplier_for
+
+# backward(indices, weight): adds weight times the gradient of the mean loss of the images at
+# `indices` to the gradients of the parameters, and returns the mean loss.
+Backward = Callable[[Tensor, float], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateSteps:
+    """How each patient is protected.
+
+    Attributes:
+        spending: the steps of a round, and their noise.
+        clipping_norm: the largest L2 norm of a patient's gradient in a step.
+        noise_draws: draws of noise of an image, whose mean gradient is clipped.
+    """
+
+    spending: Spending
+    clipping_norm: float
+    noise_draws: int
+
+    @classmethod
+    def of(cls, config: Config) -> "PrivateSteps | None":
+        """Choose the noise of a run, or take what it says; None of a run without privacy."""
+        privacy = config.privacy
+        if privacy.mechanism == "none":
+            return None
+        return cls(
+            spending=spending_of(config, rounds=1),
+            clipping_norm=float(privacy.clipping_norm or 0),
+            noise_draws=int(privacy.noise_draws or 0),
+        )
+
+
+def spending_of(config: Config, *, rounds: int) -> Spending:
+    """Return what rounds of a private run spend on a patient of a hospital that trains in each.
+
+    Args:
+        config: of the run, with privacy.
+        rounds: how many.
+    """
+    privacy = config.privacy
+    rate, delta = float(privacy.sampling_rate or 0), float(privacy.delta or 0)
+    steps = max(1, round(config.train.local_epochs / rate))
+    noise_multiplier = privacy.noise_multiplier
+    if noise_multiplier is None:
+        in_all = steps * config.federation.rounds
+        noise_multiplier = noise_multiplier_for(float(privacy.epsilon or 0), delta, rate, in_all)
+    return Spending(noise_multiplier, rate, steps * rounds)
+
+
+def epsilon_after(config: Config, rounds: int) -> float:
+    """Return the epsilon, at `privacy.delta`, of a patient after rounds of a private run."""
+    return epsilon_of([spending_of(config, rounds=rounds)], float(config.privacy.delta or 0))
+
+
+def described_privacy(config: Config, epsilon: float) -> str:
+    """Say what a private run guarantees, or has, in part of a sentence."""
+    privacy, spent = config.privacy, spending_of(config, rounds=1)
+    how = (
+        f"DP-SGD, patients drawn by Poisson sampling at a rate of {spent.sampling_rate:g}, noise "
+        f"multiplier {spent.noise_multiplier:.4g}, clipping norm {privacy.clipping_norm:g}"
+    )
+    if math.isinf(epsilon):
+        return f"none, there is no noise ({how})"
+    return f"epsilon {epsilon:.3g} at delta {privacy.delta:g} for each patient ({how})"
+
+
+def check_private(generator: Generator, optimizers: Collection[str]) -> None:
+    """Check that each patient's part in the gradients of a generator can be told apart.
+
+    Args:
+        generator: in training mode.
+        optimizers: names of those that train it.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    require(
+        {*optimizers} == generator.private and len(optimizers) == 1,
+        "privacy.mechanism",
+        f"none with a {generator.title}, which is trained by {', '.join(sorted(optimizers))}: it "
+        "takes one optimizer, whose every loss looks at real images",
+        "dp_sgd",
+    )
+    mixing = [
+        name
+        for name, module in generator.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+    ]
+    require(
+        not mixing,
+        "privacy.mechanism",
+        "none with batch normalization, which mixes images of several patients "
+        f"({', '.join(mixing[:3])})",
+        "dp_sgd",
+    )
+
+
+class TooManyPatientsError(ValueError):
+    """A hospital has more patients than `privacy.delta` protects."""
+
+
+class PatientSampler:
+    """Draws patients for steps, each by itself, and knows their images."""
+
+    def __init__(self, patients: Tensor) -> None:
+        """Take up whose the images are.
+
+        Args:
+            patients: [N] int64, equal for the images of one patient.
+        """
+        order = torch.argsort(patients, stable=True).cpu()
+        _, counts = torch.unique_consecutive(patients.cpu()[order], return_counts=True)
+        self._images = torch.split(order, counts.tolist())
+
+    def __len__(self) -> int:
+        """The number of patients."""
+        return len(self._images)
+
+    def draw(self, rate: float, rng: torch.Generator) -> list[Tensor]:
+        """Draw each patient with a probability; returns the images' places of those drawn."""
+        drawn = torch.rand(len(self), generator=rng, device=rng.device) < rate
+        return [self._images[patient] for patient in drawn.nonzero().flatten().tolist()]
+
+
+def private_gradient(
+    parameters: Sequence[nn.Parameter],
+    drawn: Sequence[Tensor],
+    backward: Backward,
+    *,
+    steps: PrivateSteps,
+    expected_patients: float,
+    chunk: int,
+    rng: torch.Generator,
+) -> Tensor:
+    """Leave the noised mean of the clipped gradients of drawn patients in parameters' gradients.
+
+    Args:
+        parameters: of the optimizer that takes the step.
+        drawn: places of the images of each patient; it may be empty, and leaves noise alone.
+        backward: see `Backward`.
+        steps: how they are protected.
+        expected_patients: how many are drawn in the mean, by which the sum is divided: who was
+            really drawn must not show in the divisor.
+        chunk: draws of images that go through the networks at a time.
+        rng: of the noise; its device is that of the parameters.
+
+    Returns:
+        The mean loss of the patients, scalar; it is not protected.
+    """
+    sums = [torch.zeros_like(each) for each in parameters]
+    loss_sum = torch.zeros((), device=rng.device)
+    for images in drawn:
+        for each in parameters:
+            each.grad = None
+        looked_at = images.repeat_interleave(steps.noise_draws).to(rng.device)
+        for part in torch.split(looked_at, chunk):
+            weight = len(part) / len(looked_at)
+            loss_sum += weight * backward(part, weight).detach()
+        gradients = [
+            torch.zeros_like(each) if each.grad is None else each.grad for each in parameters
+        ]
+        for total, gradient in zip(sums, clipped(gradients, steps.clipping_norm), strict=True):
+            total.add_(gradient)
+    std = steps.spending.noise_multiplier * steps.clipping_norm
+    for each, total in zip(parameters, sums, strict=True):
+        noise = torch.randn(total.shape, generator=rng, device=rng.device, dtype=total.dtype)
+        each.grad = total.add_(noise, alpha=std).div_(expected_patients)
+    return loss_sum / max(1, len(drawn))
+
+
+def clipped(gradients: Sequence[Tensor], norm: float) -> list[Tensor]:
+    """Scale gradients, together, to at most an L2 norm; those that are not finite become zero.
+
+    One patient whose loss overflows would otherwise show in every weight.
+    """
+    length = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+    # A little below 1, or rounding could leave it longer than the norm.
+    factor = torch.where(length.isfinite(), (norm / length).clamp(max=1.0) * (1 - 1e-6), 0.0)
+    return [torch.where(length.isfinite(), each, 0.0) * factor for each in gradients]
+
+
+def check_patients(num_patients: int, config: Config) -> None:
+    """Check that a run's delta and rate suit a hospital with so many patients.
+
+    Raises:
+        TooManyPatientsError: delta leaves room for giving a whole patient away.
+        ValueError: a step would draw no patient in the mean.
+    """
+    delta, rate = float(config.privacy.delta or 0), float(config.privacy.sampling_rate or 0)
+    if delta * num_patients >= 1:
+        raise TooManyPatientsError(
+            f"privacy.delta must be below 1 / {num_patients}, the patients of this hospital, got "
+            f"{delta:g}: a mechanism that gives one of them away in every run would pass"
+        )
+    require(
+        rate * num_patients >= 1,
+        "privacy.sampling_rate",
+        f"at least 1 / {num_patients}, or a step of a hospital with {num_patients} patients draws "
+        "none in the mean",
+        rate,
+    )

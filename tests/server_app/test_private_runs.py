@@ -1,0 +1,136 @@
+"""Runs with differential privacy: what clients say, what is recorded, what is refused."""
+
+import math
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+
+from task.config import load_run_config
+from task.protocol.wire import Key
+from task.runs.records import SPENT_EPSILON, TRAIN, read_records
+from task.runs.run import Run
+from task.training.private import epsilon_after
+from tests.helpers import ClientNodes, Network, write_digits_as_mnist
+from tests.server_app.test_federated import (
+    RunConfig,
+    configured,
+    final_weights,
+    new_process,
+    play,
+    quick_looks,
+)
+
+__all__ = ["new_process", "quick_looks"]  # fixtures
+PRIVATE: RunConfig = {
+    "overrides": "privacy=dp_sgd privacy.noise_draws=1 privacy.epsilon=8",
+    "data.test_fraction": 0.9,
+}
+
+
+def said_beside_weights(reply: Message) -> set[str]:
+    """Name everything that a reply says beside its weights."""
+    found = set()
+    for name, record in reply.content.items():
+        if isinstance(record, MetricRecord | ConfigRecord):
+            found |= {f"{name}.{key}" for key in record}
+        elif name != Key.ARRAYS or [*record] != [Key.PACKED]:
+            found.add(name)
+    return found
+
+
+def test_simulated_clients_say_nothing_beside_weights_and_resume_to_the_bit(
+    tmp_path: Path,
+) -> None:
+    said: dict[str, set[str]] = {}
+
+    def listen(asked: Message, reply: Message) -> Message:
+        said.setdefault(asked.metadata.message_type, set()).update(said_beside_weights(reply))
+        return reply
+
+    run = configured(tmp_path, PRIVATE)
+    whole = play({**run, "run_name": "whole"}, alter=listen)
+    assert said == {
+        "query": {f"config.{key}" for key in (Key.FINGERPRINT, "partition-id", "num-partitions")},
+        "train": set(),
+    }
+    records = read_records(whole / "metrics.jsonl")
+    config = load_run_config(run)
+    spent = records.series(SPENT_EPSILON)
+    assert spent == {rounds: epsilon_after(config, rounds) for rounds in (1, 2)}
+    assert 0 < spent[1] < spent[2] <= 8
+    assert records.value("num_clients") == 3
+    assert not records.series("loss", reference=TRAIN)
+    assert not {each.metric for each in records.all if each.client is not None} - {"update_norm"}
+    told = (whole / "report.html").read_text(encoding="utf-8")
+    assert f"epsilon {spent[2]:.3g} at delta 0.0001 for each patient (DP-SGD, patients" in told
+    assert "was not there" not in told
+
+    # Without an epsilon the noise does not depend on the rounds, and a run may go on.
+    given = str(run["overrides"]).replace("privacy.epsilon=8", "privacy.epsilon=null")
+    run["overrides"] = f"{given} privacy.noise_multiplier=2"
+    runs = [
+        play({**run, "run_name": name, "federation.rounds": rounds, "resume": resume})
+        for name, rounds, resume in (("all", 2, False), ("two", 1, False), ("two", 2, True))
+    ]
+    first, second = final_weights(runs[0]), final_weights(runs[2])
+    assert all(bool((first[name] == second[name]).all()) for name in first)
+
+
+def test_hospital_with_too_many_patients_is_named_before_training(tmp_path: Path) -> None:
+    many = f"{PRIVATE['overrides']} privacy.delta=0.1"
+    with pytest.raises(ValueError, match=r"privacy\.delta must be below 1 / "):
+        play(configured(tmp_path, {**PRIVATE, "overrides": many}))
+
+
+def test_real_nodes_tell_no_numbers_and_draw_noise_that_nobody_knows(tmp_path: Path) -> None:
+    hospital = tmp_path / "hospital"
+    write_digits_as_mnist(hospital, train=60, test=10)
+    overrides = f"data=mnist {PRIVATE['overrides']}"
+    run = configured(tmp_path, {"overrides": overrides, "data.test_fraction": "null"})
+    run |= {"federation.rounds": 1, "eval.num_images": 10}
+    node = {"data-path": str(hospital), "report-class-counts": True, "score-images": True}
+    said: set[str] = set()
+
+    def listen(asked: Message, reply: Message) -> Message:
+        said.update(said_beside_weights(reply))
+        return reply
+
+    weights = []
+    for name in ("one", "other"):
+        named = {**run, "run_name": name}
+        nodes = ClientNodes(Network(), named, node, node)
+        weights.append(final_weights(play(named, nodes=nodes, alter=listen)))
+    assert said == {f"config.{Key.FINGERPRINT}"}
+    assert any(bool((weights[0][name] != weights[1][name]).any()) for name in weights[0])
+    found = Run(tmp_path / "one").records
+    assert found.value(SPENT_EPSILON) is not None
+    assert not [each for each in found.all if each.n is not None]
+
+
+def test_no_noise_is_said_to_be_no_privacy(tmp_path: Path) -> None:
+    given = str(PRIVATE["overrides"]).replace("privacy.epsilon=8", "privacy.epsilon=null")
+    overrides = f"{given} privacy.noise_multiplier=0"
+    run = configured(tmp_path, {**PRIVATE, "overrides": overrides, "federation.rounds": 1})
+    folder = play(run)
+    assert math.isinf(epsilon_after(load_run_config(run), 1))
+    assert not read_records(folder / "metrics.jsonl").series(SPENT_EPSILON)
+    assert "there is no noise" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_clients_say_is_not_read_and_more_rounds_than_planned_are_refused(
+    tmp_path: Path,
+) -> None:
+    def add(asked: Message, reply: Message) -> Message:
+        if asked.metadata.message_type == "train":
+            content = RecordDict(dict(reply.content.items()))
+            content[Key.METRICS] = MetricRecord({Key.LOSS: math.nan, Key.NUM_EXAMPLES: 10**9})
+            return Message(content, reply_to=asked)
+        return reply
+
+    run = configured(tmp_path, {**PRIVATE, "federation.rounds": 1})
+    folder = play(run, alter=add)
+    assert read_records(folder / "metrics.jsonl").value("num_clients") == 3
+    assert all(bool(tensor.isfinite().all()) for tensor in final_weights(folder).values())
+    with pytest.raises(ValueError, match=r"federation.rounds=2 \(there: 1\)"):
+        play({**run, "federation.rounds": 2, "resume": True})
