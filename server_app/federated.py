@@ -202,7 +202,7 @@ class FederatedTraining(RoundLoop):
     def train_clients(self, server_round: int, clients: list[int]) -> "TrainingReplies":
         """Let clients train, and add their weights up as they come."""
         kept = self.clients_to_keep(server_round, clients)
-        sent = self.strategy.broadcast(self.weights)
+        sent = self.strategy.broadcast(self.weights, len(clients))
         read = partial(
             read_training,
             sent=sent,

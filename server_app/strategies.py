@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 
 from server_app.weighting import Weighting
 from task.config import FederationConfig
-from task.protocol.secure_aggregation.fixed_point import chunks
+from task.protocol.secure_aggregation.fixed_point import UpdateFormat, chunks
 from task.protocol.wire import WeightLayout, Weights
 from task.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
 
@@ -142,6 +143,34 @@ class WeightedMean(Reducer):
         return self._sum.mean()
 
 
+class BoundedMean(Reducer):
+    """The mean of updates of bounded values, by bounded numbers of images, as integers.
+
+    Clients that mask their updates add up to the same, see `task.protocol.secure_aggregation`.
+    """
+
+    def __init__(self, sent: NDArray[np.floating], form: UpdateFormat) -> None:
+        """Start without updates to the weights that were sent, [P]."""
+        self._sent, self._form = sent, form
+        self._total = np.zeros(sent.shape, np.uint32)
+        self._num_images = 0
+
+    def add(self, client: int, weights: NDArray[np.floating], num_images: int) -> None:
+        """Add the update of a client."""
+        update = weights.astype(np.float32) - self._sent.astype(np.float32)
+        encoded, _ = self._form.encode(update, num_images)
+        self.add_sum(encoded, self._form.counted(num_images))
+
+    def add_sum(self, encoded: NDArray[np.uint32], num_images: int) -> None:
+        """Add the sum of the encoded updates of clients, [P], that count for so many images."""
+        self._total += encoded
+        self._num_images += num_images
+
+    def reduce(self) -> NDArray[np.float32]:
+        """Return the weights that were sent, moved by the mean."""
+        return self._form.add_mean(self._sent, self._total, self._num_images)
+
+
 Updates = NDArray[np.float32]
 
 
@@ -227,7 +256,7 @@ class Strategy:
     def __init__(
         self,
         layout: WeightLayout,
-        new_reducer: Callable[[NDArray[np.floating]], Reducer],
+        new_reducer: Callable[[NDArray[np.floating], int], Reducer],
         *,
         wire_dtype: str = "float32",
         ema_decay: float | None = None,
@@ -237,7 +266,8 @@ class Strategy:
 
         Args:
             layout: of the weights on the wire.
-            new_reducer: makes the reducer of a round from the weights that are sent, [P].
+            new_reducer: makes the reducer of a round from the weights that are sent, [P], and the
+                number of clients that they are sent to.
             wire_dtype: "float32" or "float16".
             ema_decay: of the moving average; None: the run keeps none.
             server_optimizer: makes the optimizer of the packed weights; None: none.
@@ -250,16 +280,26 @@ class Strategy:
             self._parameter = torch.nn.Parameter(torch.zeros(layout.size))
             self._optimizer = server_optimizer([self._parameter])
 
-    def broadcast(self, weights: Weights) -> NDArray[np.floating]:
+    def broadcast(self, weights: Weights, num_clients: int) -> NDArray[np.floating]:
         """Begin a round, or another attempt at it; return what clients are sent of the weights."""
         self._weights = weights
         self._sent = self._layout.pack(weights, self._wire_dtype)
-        self._reducer = self._new_reducer(self._sent)
+        self._reducer = self._new_reducer(self._sent, num_clients)
         return self._sent
 
     def add(self, client: int, weights: NDArray[np.floating], num_images: int) -> None:
         """Take the weights that a client has sent; see `Reducer.add`."""
         self._reducer.add(client, weights, num_images)
+
+    def add_sum(self, encoded: NDArray[np.uint32], num_images: int) -> None:
+        """Take the sum of what clients have sent; see `BoundedMean.add_sum`.
+
+        Raises:
+            TypeError: the reducer of this strategy takes single clients alone.
+        """
+        if not isinstance(self._reducer, BoundedMean):
+            raise TypeError(f"a {type(self._reducer).__name__} takes no sum of updates")
+        self._reducer.add_sum(encoded, num_images)
 
     def finish(self) -> Weights:
         """End a round, in which one client or more was added, and return the new global weights.
@@ -312,12 +352,24 @@ def build_strategy(
     )
     # Median and trimmed mean: Yin et al. 2018 (arXiv 1803.01498).
     trimmed_mean = partial(trim_mean, proportiontocut=config.trim_fraction)
-    new_reducer: dict[str, Callable[[NDArray[np.floating]], Reducer]] = {
-        "fedavg": lambda _: WeightedMean(weighting),
-        "median": partial(OverUpdates, statistic=partial(np.median, axis=0)),
-        "trimmed_mean": partial(OverUpdates, statistic=trimmed_mean),
-        "krum": partial(OverUpdates, statistic=plain_mean, select=krum),
+
+    def bounded_mean(sent: NDArray[np.floating], num_clients: int) -> BoundedMean:
+        most = config.max_images_per_client if weighting.by_images else 1
+        form = UpdateFormat(config.update_range, most, num_clients)
+        return BoundedMean(sent, form)
+
+    def over_updates(**options: Any) -> Callable[[NDArray[np.floating], int], Reducer]:
+        return lambda sent, _: OverUpdates(sent, **options)
+
+    new_reducer: dict[str, Callable[[NDArray[np.floating], int], Reducer]] = {
+        "fedavg": lambda _, __: WeightedMean(weighting),
+        "bounded_mean": bounded_mean,
+        "median": over_updates(statistic=partial(np.median, axis=0)),
+        "trimmed_mean": over_updates(statistic=trimmed_mean),
+        "krum": over_updates(statistic=plain_mean, select=krum),
     }
+    if config.secure_aggregation:
+        new_reducer["fedavg"] = bounded_mean
     if config.aggregation not in new_reducer:
         raise ValueError(f"federation.aggregation: no such aggregation: {config.aggregation}")
     return Strategy(

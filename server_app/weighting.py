@@ -73,8 +73,12 @@ class Weighting:
         federation = config.federation
         return cls(
             # With differential privacy no client says how many images it has.
-            by_images=federation.aggregation == "fedavg" and not config.privacy.is_on,
-            max_share=None if simulated else federation.max_weight_share,
+            by_images=federation.aggregation in ("fedavg", "bounded_mean")
+            and not config.privacy.is_on,
+            # A bounded mean has a bound of its own.
+            max_share=None
+            if simulated or federation.aggregation != "fedavg"
+            else federation.max_weight_share,
         )
 
     @property

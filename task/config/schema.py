@@ -27,6 +27,8 @@ OWN_IMAGES = ("image_folder", "dicom_folder")
 FITTED_VALUES = ("federation.num_supernodes", "train.local_epochs")
 # The inception score parts the images into 10 splits.
 MIN_MEASURED_IMAGES = 10
+# Of a sum that is to hide its parts: of two, each would know the other's from the sum and its own.
+MIN_PEERS = 3
 # They change how images are drawn from the weights of a diffusion model, and no weights.
 SAMPLER_VALUES = (
     *("diffusion.sampler", "diffusion.num_inference_steps", "diffusion.eta"),
@@ -159,7 +161,7 @@ class FederationConfig(Section):
     min_nodes: PositiveInt
     min_replies: PositiveInt
     round_attempts: PositiveInt
-    aggregation: Literal["fedavg", "median", "trimmed_mean", "krum"]
+    aggregation: Literal["fedavg", "bounded_mean", "median", "trimmed_mean", "krum"]
     trim_fraction: float = Field(
         gt=0,
         lt=0.5,
@@ -167,6 +169,9 @@ class FederationConfig(Section):
     )
     num_malicious: int = Field(ge=0)
     num_selected: PositiveInt
+    secure_aggregation: bool
+    update_range: PositiveFloat
+    max_images_per_client: PositiveInt
     max_update_norm: PositiveFloat | None
     max_weight_share: float | None = Field(
         gt=0, le=1, description="in (0, 1], or null to believe every number of images"
@@ -217,7 +222,40 @@ class FederationConfig(Section):
             f"at most {honest}, federation.min_replies without federation.num_malicious",
             self.num_selected,
         )
+        if self.secure_aggregation:
+            self._check_secure_aggregation(sampled)
         return self
+
+    def _check_secure_aggregation(self, sampled: int) -> None:
+        """Check that nothing looks at what single clients send, and that there are enough."""
+        why = "with federation.secure_aggregation=true, where the server sees sums alone"
+        require(
+            self.aggregation in ("fedavg", "bounded_mean"),
+            "federation.aggregation",
+            f"fedavg or bounded_mean {why}",
+            self.aggregation,
+        )
+        require(
+            self.max_update_norm is None,
+            "federation.max_update_norm",
+            f"null {why} (federation.update_range bounds each value at the client)",
+            self.max_update_norm,
+        )
+        require(
+            not self.keep_local_models,
+            "federation.keep_local_models",
+            f"[] {why}",
+            self.keep_local_models,
+        )
+        require(
+            sampled >= MIN_PEERS,
+            "federation.num_supernodes"
+            if self.clients_per_round is None
+            else "federation.clients_per_round",
+            f"at least {MIN_PEERS} with federation.secure_aggregation=true (of two, each "
+            "works out the other's update from the sum)",
+            sampled,
+        )
 
     def _replies_needed(self) -> tuple[int, str]:
         """Return how many replies the aggregation needs at least, and why."""

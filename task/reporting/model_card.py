@@ -29,6 +29,7 @@ DATA_WITHOUT_NAME = {
 # The arguments of each way to aggregate, in the configuration's federation.
 AGGREGATION_ARGUMENTS = {
     "trimmed_mean": ("trim_fraction",),
+    "bounded_mean": ("update_range", "max_images_per_client"),
     "krum": ("num_malicious", "num_selected"),
 }
 
@@ -147,6 +148,7 @@ def training_rows(run: Run, server_round: int) -> CardRows:
     federated = train.mode == "federated"
     return [
         ("algorithm", federation.aggregation if federated else "centralized training"),
+        *[("secure aggregation", "yes")] * (federated and federation.secure_aggregation),
         ("rounds" if federated else "rounds of local epochs", server_round),
         *(_federation_rows(federation) if federated else []),
         ("local epochs", train.local_epochs),

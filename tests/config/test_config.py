@@ -283,6 +283,23 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
             ["federation.aggregation", "'mean'", "median, trimmed_mean"],
         ),
         (
+            "federation.secure_aggregation=true federation.aggregation=median "
+            "federation.min_replies=3",
+            ["federation.aggregation", "fedavg or bounded_mean", "sums alone", "'median'"],
+        ),
+        (
+            "federation.secure_aggregation=true federation.max_update_norm=2",
+            ["federation.max_update_norm", "null", "federation.update_range", "2.0"],
+        ),
+        (
+            "federation.secure_aggregation=true federation.keep_local_models=[0]",
+            ["federation.keep_local_models", "sums alone", "[0]"],
+        ),
+        (
+            "federation.secure_aggregation=true federation.clients_per_round=2",
+            ["federation.clients_per_round", "at least 3", "got 2"],
+        ),
+        (
             "federation.aggregation=median",
             ["federation.min_replies", "at least 3", "aggregation=median", "got 1"],
         ),

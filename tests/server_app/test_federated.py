@@ -363,7 +363,7 @@ def test_server_optimizer_goes_on_after_a_resume_to_the_same_bits(
 ) -> None:
     def with_momentum(_: Any, layout: WeightLayout, weighting: Weighting) -> Strategy:
         momentum = partial(torch.optim.SGD, lr=1.0, momentum=0.5)
-        return Strategy(layout, lambda _: WeightedMean(weighting), server_optimizer=momentum)
+        return Strategy(layout, lambda _, __: WeightedMean(weighting), server_optimizer=momentum)
 
     monkeypatch.setattr("server_app.federated.build_strategy", with_momentum)
     changes = {"run_name": "whole", "eval.every": 9}

@@ -210,9 +210,9 @@ def aggregated(
     config = load_config([*overrides, *settings.split()])
     layout = WeightLayout({"w": torch.Size([SIZE])})
     strategy = build_strategy(config.federation, layout, Weighting.of(config, simulated=True))
-    strategy.broadcast({"w": torch.zeros(SIZE)})
+    strategy.broadcast({"w": torch.zeros(SIZE)}, 9)
     strategy.add(0, np.ones(SIZE, np.float32), 1)  # nothing is left of an attempt that failed
-    assert np.array_equal(strategy.broadcast({"w": torch.from_numpy(SENT)}), SENT)
+    assert np.array_equal(strategy.broadcast({"w": torch.from_numpy(SENT)}, 9), SENT)
     for client, client_weights in [*enumerate(weights)][::order]:
         strategy.add(client, client_weights, 10 + client)
     found = strategy.finish()["w"]
@@ -295,6 +295,20 @@ def test_krum_tells_clients_apart_that_differ_by_little_beside_their_weights() -
     np.testing.assert_allclose(found, by_hand("krum", weights), rtol=0, atol=1e-7)
 
 
+def test_bounded_mean_is_fedavg_for_small_updates_and_stops_an_attacker_at_its_range() -> None:
+    honest = trained(6)
+    settings = "federation.update_range=4 federation.max_images_per_client=20"
+    found = aggregated("bounded_mean", honest, settings=settings)
+    np.testing.assert_allclose(found, aggregated("fedavg", honest), rtol=0, atol=1e-6)
+    assert np.array_equal(found, aggregated("bounded_mean", honest, settings=settings, order=-1))
+    attacked = [*honest, np.full(SIZE, 1e5, np.float32)]
+    moved = aggregated("bounded_mean", attacked, settings=settings)
+    assert np.abs(moved - SENT).max() < 4
+    # More images than the cap make no difference to those that have as many.
+    capped = aggregated("bounded_mean", honest, settings="federation.max_images_per_client=5")
+    np.testing.assert_allclose(capped, np.mean(honest, axis=0), rtol=0, atol=1e-6)
+
+
 def test_multi_krum_is_the_plain_mean_of_those_that_krum_likes_best() -> None:
     weights = trained(6)
     rows = np.stack(weights).astype(np.float64)
@@ -341,8 +355,8 @@ class Counting(nn.Module):
 def test_counters_and_local_tensors_are_not_averaged_and_stay() -> None:
     model = Counting()
     layout = WeightLayout.of(model, {"latents"})
-    strategy = Strategy(layout, lambda _: WeightedMean(Weighting()), ema_decay=0.5)
-    sent = strategy.broadcast(model.state_dict())
+    strategy = Strategy(layout, lambda _, __: WeightedMean(Weighting()), ema_decay=0.5)
+    sent = strategy.broadcast(model.state_dict(), 2)
     assert sent.shape == (8,)
     strategy.add(0, sent + 1, 5)
     weights = strategy.finish()
@@ -370,12 +384,12 @@ def test_server_optimizer_steps_along_the_mean_update_and_goes_on_after_a_resume
 
     def opened() -> Strategy:
         return Strategy(
-            layout, lambda _: WeightedMean(Weighting()), server_optimizer=OPTIMIZERS[name]
+            layout, lambda _, __: WeightedMean(Weighting()), server_optimizer=OPTIMIZERS[name]
         )
 
     def played(strategy: Strategy, weights: Weights, rounds: list[list[Client]]) -> Weights:
         for weighted in rounds:
-            sent = strategy.broadcast(weights)
+            sent = strategy.broadcast(weights, 2)
             for client, (update, num_images) in enumerate(weighted):
                 strategy.add(client, sent + 0.01 * update, num_images)
             weights = strategy.finish()

@@ -10,11 +10,12 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from numpy.typing import NDArray
 
+from task.config import MIN_PEERS
 from task.protocol.secure_aggregation.journal import Journal, JournalStore, PeersRefusedError
 from task.protocol.secure_aggregation.keys import Identity, PublicKeys
 from task.protocol.secure_aggregation.masks import add_mask
 from task.protocol.secure_aggregation.shamir import SHARE_BYTES, split_secret
-from task.protocol.secure_aggregation.terms import MIN_PEERS, Terms
+from task.protocol.secure_aggregation.terms import Terms
 
 NONCE_BYTES, TAG_BYTES = 12, 16
 

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from task.config import MIN_PEERS
 from task.protocol.secure_aggregation.fixed_point import UpdateFormat
 from task.protocol.secure_aggregation.keys import PublicKeys
-
-# Of two, each would know the other's part from the sum and its own.
-MIN_PEERS = 3
 
 
 @dataclass(frozen=True)
