@@ -9,6 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SType
 
+from client_app.budget import charge_round, require_budget
 from client_app.failures import failures_stay_local
 from client_app.hospital_scores import images_of, named_extractor, with_own_extractor
 from client_app.local_model import keep_local_model
@@ -24,7 +25,6 @@ from task.protocol.wire import SCORES, Key, from_npy, to_npy
 from task.randomness import Stream, secret_generator, torch_generator
 from task.training.devices import device_name, move
 from task.training.loop import fit, fit_options, held_out_losses
-from task.training.private import check_patients
 
 app = ClientApp()
 
@@ -49,6 +49,7 @@ def introduce(message: Message, context: Context) -> Message:
         config = own_config(compose_run_config(named_run(context)), place)
         config = named_extractor(config, message)
         said[Key.FINGERPRINT] = code_fingerprint(package_of(config.model.family))
+        require_budget(config, place)
         counts = check_node(config, place)
         told = place.report_class_counts and not config.privacy.is_on
         if not config.privacy.is_on:
@@ -81,8 +82,7 @@ def train(message: Message, context: Context) -> Message:
     config = workspace.config
     images, _ = workspace.images(context)
     generator = workspace.generator
-    if config.privacy.is_on:
-        check_patients(images.num_patients, config)
+    charge_round(workspace, asked, images)
     with LocalState(workspace, asked, images).held() as state:
         generator.prepare(len(images))
         receive_weights(workspace, message)

@@ -7,10 +7,12 @@ import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from task.config import load_run_config
+from task.privacy.accounting import epsilon_of
+from task.protocol.node import NodeConfig, ledger_of
 from task.protocol.wire import Key
 from task.runs.records import SPENT_EPSILON, TRAIN, read_records
 from task.runs.run import Run
-from task.training.private import epsilon_after
+from task.training.private import epsilon_after, spending_of
 from tests.helpers import ClientNodes, Network, write_digits_as_mnist
 from tests.server_app.test_federated import (
     RunConfig,
@@ -90,6 +92,9 @@ def test_real_nodes_tell_no_numbers_and_draw_noise_that_nobody_knows(tmp_path: P
     run = configured(tmp_path, {"overrides": overrides, "data.test_fraction": "null"})
     run |= {"federation.rounds": 1, "eval.num_images": 10}
     node = {"data-path": str(hospital), "report-class-counts": True, "score-images": True}
+    own = [{**node, "output-path": str(tmp_path / name)} for name in ("a", "b")]
+    for each in own:
+        Path(str(each["output-path"])).mkdir()
     said: set[str] = set()
 
     def listen(asked: Message, reply: Message) -> Message:
@@ -99,10 +104,25 @@ def test_real_nodes_tell_no_numbers_and_draw_noise_that_nobody_knows(tmp_path: P
     weights = []
     for name in ("one", "other"):
         named = {**run, "run_name": name}
-        nodes = ClientNodes(Network(), named, node, node)
+        nodes = ClientNodes(Network(), named, *own)
         weights.append(final_weights(play(named, nodes=nodes, alter=listen)))
     assert said == {f"config.{Key.FINGERPRINT}"}
     assert any(bool((weights[0][name] != weights[1][name]).any()) for name in weights[0])
+    # Both runs, each of which the nodes' ledgers hold.
+    config = load_run_config(run)
+    ledger = ledger_of(NodeConfig(data_path=str(hospital), output_path=str(tmp_path / "a")))
+    assert [each.run_name for each in ledger.runs()] == ["one", "other"]
+    steps = [spending_of(config, rounds=1)] * 2
+    assert ledger.spent() == (epsilon_of(steps, 1e-5), 50)
+
+    # A hospital that allows no more takes no part, and of one that limits nothing is known.
+    for limit, overrides in ((1.0, run["overrides"]), (100.0, "data=mnist")):
+        limited = [{**each, "max-epsilon": limit} for each in own]
+        third = {**run, "run_name": f"third-{limit:g}", "overrides": overrides}
+        nodes = ClientNodes(Network(), third, *limited)
+        with pytest.raises((RuntimeError, TimeoutError), match=r"BudgetExhaustedError \(code 107"):
+            play({**third, "federation.node_wait": 1.0}, nodes=nodes)
+    assert ledger.spent() == (epsilon_of(steps, 1e-5), 50)
     found = Run(tmp_path / "one").records
     assert found.value(SPENT_EPSILON) is not None
     assert not [each for each in found.all if each.n is not None]

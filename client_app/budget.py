@@ -1,0 +1,66 @@
+"""What a hospital's node spends of its patients' privacy, and that it spends no more."""
+
+from flwr.app import ConfigRecord
+
+from client_app.log import logger
+from client_app.workspace import Workspace
+from task.config import Config
+from task.data import ImageSet
+from task.privacy.ledger import BudgetExhaustedError, Charge
+from task.privacy.patients import names_of_patients
+from task.protocol.node import NodeConfig, NodeKey, ledger_of
+from task.protocol.wire import Key
+from task.training.private import check_patients, spending_of
+
+
+def require_budget(config: Config, node: NodeConfig) -> None:
+    """Check that a node which limits what is spent can keep account of a run.
+
+    Raises:
+        BudgetExhaustedError: the run spends without limit.
+        ValueError: the node has no place for a ledger.
+    """
+    if config.privacy.is_on:
+        ledger_of(node)
+    elif node.max_epsilon is not None:
+        raise BudgetExhaustedError(
+            f"{NodeKey.MAX_EPSILON.value}={node.max_epsilon:g}: a run with privacy=none spends "
+            "without limit; take part in runs with privacy=dp_sgd alone, or leave "
+            f"{NodeKey.MAX_EPSILON.value} out"
+        )
+
+
+def charge_round(workspace: Workspace, asked: ConfigRecord, images: ImageSet) -> None:
+    """Write down what a round is about to spend on the patients of these images.
+
+    Args:
+        workspace: of the run. A simulation has no ledger: its images are nobody's.
+        asked: what the server's message says of the run and the round.
+        images: that are trained on.
+
+    Raises:
+        BudgetExhaustedError: it would be more than the node allows.
+        ValueError: the run does not suit so many patients, or see `Ledger.charge`.
+    """
+    config, node = workspace.config, workspace.node
+    if node is not None:
+        require_budget(config, node)
+    if not config.privacy.is_on:
+        return
+    check_patients(images.num_patients, config)
+    if node is None:
+        return
+    charge = Charge(
+        run_id=str(asked[Key.RUN_ID]),
+        run_name=config.run_name,
+        server_round=int(asked[Key.SERVER_ROUND]),  # type: ignore[arg-type]
+        spending=spending_of(config, rounds=1),
+    )
+    spent = ledger_of(node).charge(charge, names_of_patients(images))
+    logger.info(
+        "round %d: charged to the ledger; at most epsilon %.4g is spent on a patient, at "
+        "privacy-delta=%g",
+        charge.server_round,
+        spent,
+        node.privacy_delta,
+    )
