@@ -17,7 +17,7 @@ from feddm import load_run
 from task.runs import run as runs
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("task", "server_app", "client_app")
+PACKAGES = ("task", "server_app", "client_app", "node_guard")
 FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
 HYDRA = {ROOT / "task/config/compose.py", ROOT / "server_app/launch/feddm_train.py"}
 # Copied into the folder of an export, where they import nothing of feddm.
@@ -28,6 +28,7 @@ FORBIDDEN = {
     "task": {"server_app", "client_app", "flwr"},
     "server_app": {"client_app"},
     "client_app": {"server_app"},
+    "node_guard": {"server_app", "client_app", "task"},
 }
 # The packages of task, each of which imports earlier ones alone.
 LAYERS = (
@@ -37,6 +38,7 @@ LAYERS = (
     "generators",
     "training",
     "protocol",
+    "guard",
     "generation",
     "runs",
     "evaluation",

@@ -620,6 +620,35 @@ def privacy_command(
 
 
 @app.command()
+def approve(
+    bundle: Annotated[
+        Path,
+        typer.Argument(help="A .fab file, or the folder of an app.", show_default=False),
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="Approve without asking.")] = False,
+) -> None:
+    """Let a hospital's node run a bundle of code, after a look at what is new in it.
+
+    Shows the files that are added, removed and changed since the bundle that was approved last, and
+    after a yes adds the bundle to the list in the folder that the variable FEDDM_GUARD names.
+
+    \b
+    Examples:
+      feddm approve .
+      feddm approve feddm.feddm.0-1-0.4f1c9a2b.fab --yes
+    """
+    from task.cli.approve import approve_bundle
+    from task.guard.approvals import guard_folder
+
+    approve_bundle(
+        bundle,
+        guard_folder(),
+        agree=lambda: yes or typer.confirm("approve it?"),
+        say=typer.echo,
+    )
+
+
+@app.command()
 def doctor(
     data_root: Annotated[
         Path | None,

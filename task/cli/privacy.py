@@ -14,7 +14,7 @@ def show_ledger(ledger: Ledger, *, say: Callable[[str], object]) -> None:
         say: takes the text for the reader.
 
     Raises:
-        DamagedJournalError: the ledger is not as it was written.
+        DamagedFileError: the ledger is not as it was written.
         FileNotFoundError: there is none.
     """
     if not ledger.folder.is_dir():

@@ -13,10 +13,10 @@ A round that is trained once more is charged once more: it draws other noise. No
 back, and a run that goes on finds what it has spent. `Ledger.check` says before a run whether all
 of it fits.
 
-The folder holds `ledger.jsonl`, a `Journal`; `key`, which only its owner may read; and `patients/`
-with a file for each set of patients, named by its hash. A patient is known by all names given, such
-as the files and the pixels of the patient's images, each hashed under the key. Patients who ever
-shared a name are one and the same from then on.
+The folder holds `ledger.jsonl`, an `AppendOnlyFile`; `key`, which only its owner may read; and
+`patients/` with a file for each set of patients, named by its hash. A patient is known by all names
+given, such as the files and the pixels of the patient's images, each hashed under the key. Patients
+who ever shared a name are one and the same from then on.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from pathlib import Path
 
 from task.files import atomic_path, remove_left_overs
 from task.privacy.accounting import Spending, epsilon_of
-from task.privacy.journal import DamagedJournalError, Entry, Journal, sync_folder
+from task.privacy.append_only import AppendOnlyFile, DamagedFileError, Entry, sync_folder
 
 LEDGER_FILE = "ledger.jsonl"
 KEY_FILE = "key"
@@ -102,7 +102,7 @@ class Ledger:
             delta: at which epsilon is computed, in (0, 1).
         """
         self.folder, self.max_epsilon, self.delta = folder, max_epsilon, delta
-        self._journal = Journal(folder / LEDGER_FILE, "privacy ledger", WAY_OUT)
+        self._file = AppendOnlyFile(folder / LEDGER_FILE, "privacy ledger", WAY_OUT)
         self._sets: dict[str, tuple[Hashes, ...]] = {}
 
     def charge(self, charge: Charge, patients: Sequence[Names]) -> float:
@@ -117,7 +117,7 @@ class Ledger:
 
         Raises:
             BudgetExhaustedError: it would pass `max_epsilon`; nothing is written.
-            DamagedJournalError: the ledger is not as it was written.
+            DamagedFileError: the ledger is not as it was written.
             OSError: it cannot be written.
             ValueError: a patient has no name, or another process holds the ledger.
         """
@@ -134,7 +134,7 @@ class Ledger:
                 "steps": charge.spending.steps,
                 "patients": self._keep_set(hashed),
             }
-            self._journal.append(record)
+            self._file.append(record)
         return epsilon
 
     def check(self, spendings: Iterable[Spending], patients: Sequence[Names]) -> float:
@@ -142,7 +142,7 @@ class Ledger:
 
         Raises:
             BudgetExhaustedError: a round of them would be refused.
-            DamagedJournalError: see `charge`.
+            DamagedFileError: see `charge`.
             OSError: see `charge`.
             ValueError: see `charge`.
         """
@@ -153,7 +153,7 @@ class Ledger:
         """Return what each run has spent, in the order of their first charges.
 
         Raises:
-            DamagedJournalError: see `charge`.
+            DamagedFileError: see `charge`.
         """
         charges: dict[str, list[Entry]] = defaultdict(list)
         for entry in self._entries():
@@ -178,7 +178,7 @@ class Ledger:
         """Return the epsilon of the patient on whom most was spent, and the number of patients.
 
         Raises:
-            DamagedJournalError: see `charge`.
+            DamagedFileError: see `charge`.
         """
         steps = _steps_of(self._entries())
         held_in = self._held_in(steps)
@@ -239,9 +239,9 @@ class Ledger:
 
     def _entries(self) -> list[Entry]:
         """Read the charges."""
-        if not self._journal.path.exists() and (self.folder / KEY_FILE).exists():
-            raise self._journal.damaged(1, "the file is missing")
-        return self._journal.read()
+        if not self._file.path.exists() and (self.folder / KEY_FILE).exists():
+            raise self._file.damaged(1, "the file is missing")
+        return self._file.read()
 
     @contextmanager
     def _held(self) -> Iterator[bytes]:
@@ -250,10 +250,10 @@ class Ledger:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             for above in (self.folder.parent, self.folder.parent.parent):
                 sync_folder(above)
-        with self._journal.held():
+        with self._file.held():
             entries = self._entries()
             # Before the key, so that a key without a ledger is a ledger that was lost.
-            self._journal.begin()
+            self._file.begin()
             yield self._key(is_new=not entries)
 
     def _key(self, *, is_new: bool) -> bytes:
@@ -266,7 +266,7 @@ class Ledger:
             sync_folder(self.folder)
         key = file.read_bytes() if file.exists() else b""
         if len(key) != KEY_BYTES:
-            raise self._journal.damaged(1, f"the file {KEY_FILE} beside it is missing or damaged")
+            raise self._file.damaged(1, f"the file {KEY_FILE} beside it is missing or damaged")
         return key
 
     def _keep_set(self, patients: Iterable[Hashes]) -> str:
@@ -293,7 +293,7 @@ class Ledger:
             content = file.read_bytes() if file.exists() else b""
             if hashlib.sha256(content).hexdigest() != name:
                 problem = "damaged" if file.exists() else "missing"
-                raise DamagedJournalError(
+                raise DamagedFileError(
                     f"{file}: this set of patients of {LEDGER_FILE} is {problem}; {WAY_OUT}"
                 )
             lines = content.decode("ascii").splitlines()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from task.privacy.accounting import Spending, epsilon_of
-from task.privacy.journal import DamagedJournalError
+from task.privacy.append_only import DamagedFileError
 from task.privacy.ledger import BudgetExhaustedError, Charge, Ledger
 
 DELTA = 1e-5
@@ -103,22 +103,22 @@ def test_damage_is_named_and_never_resets(tmp_path: Path) -> None:
     ):
         file.write_bytes(content)
         for use in (ledger(tmp_path).runs, lambda: ledger(tmp_path).charge(charge(), PATIENTS)):
-            with pytest.raises(DamagedJournalError, match=f"ledger.jsonl, line {line}: .* backup"):
+            with pytest.raises(DamagedFileError, match=f"ledger.jsonl, line {line}: .* backup"):
                 use()
         assert file.read_bytes() == content
     file.unlink()
-    with pytest.raises(DamagedJournalError, match="the file is missing"):
+    with pytest.raises(DamagedFileError, match="the file is missing"):
         ledger(tmp_path).charge(charge(), PATIENTS)
     file.write_bytes(whole)
     (kept,) = (tmp_path / "privacy" / "patients").iterdir()
     content = kept.read_bytes()
     for damage in (content[:-1], None):
         kept.unlink() if damage is None else kept.write_bytes(damage)
-        with pytest.raises(DamagedJournalError, match=r"set of patients .* (damaged|missing)"):
+        with pytest.raises(DamagedFileError, match=r"set of patients .* (damaged|missing)"):
             ledger(tmp_path).spent()
     kept.write_bytes(content)
     (tmp_path / "privacy" / "key").unlink()
-    with pytest.raises(DamagedJournalError, match="key beside it is missing"):
+    with pytest.raises(DamagedFileError, match="key beside it is missing"):
         ledger(tmp_path).charge(charge(), PATIENTS)
 
 

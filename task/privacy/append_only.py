@@ -15,18 +15,18 @@ from typing import Any
 from task.files import naming_full_disk, with_escapes
 from task.lock import hold
 
-JOURNAL_VERSION = 1
+APPEND_ONLY_VERSION = 1
 # Another process adds its record in milliseconds, or composes an epsilon first.
-JOURNAL_PATIENCE_SECONDS = 60.0
+APPEND_PATIENCE_SECONDS = 60.0
 
 Entry = dict[str, Any]
 
 
-class DamagedJournalError(ValueError):
+class DamagedFileError(ValueError):
     """A file that nobody but feddm writes is not as feddm wrote it."""
 
 
-class Journal:
+class AppendOnlyFile:
     """One such file, and the lock by which one process at a time adds to it.
 
     A process that is killed while it adds a record leaves a part of a line, without a line break,
@@ -53,7 +53,7 @@ class Journal:
             ValueError: another process does so for too long.
         """
         lock = self.path.with_name(f".{self.path.name}.lock")
-        held = hold(lock, self._kind, patience=JOURNAL_PATIENCE_SECONDS)
+        held = hold(lock, self._kind, patience=APPEND_PATIENCE_SECONDS)
         try:
             yield
         finally:
@@ -63,7 +63,7 @@ class Journal:
         """Return all records, oldest first; none where there is no file.
 
         Raises:
-            DamagedJournalError: a line is not as it was written; names file, line and way out.
+            DamagedFileError: a line is not as it was written; names file, line and way out.
         """
         return self._read()[0]
 
@@ -71,11 +71,11 @@ class Journal:
         """Make the file, without records, unless it is there. To be called under `held`.
 
         Raises:
-            DamagedJournalError: see `read`.
+            DamagedFileError: see `read`.
             OSError: it cannot be written.
         """
         if self._read()[1] == 0:
-            self._write([{"journal": self._kind, "version": JOURNAL_VERSION}], 0, "")
+            self._write([{"file": self._kind, "version": APPEND_ONLY_VERSION}], 0, "")
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a record, which is on the disk when this returns. To be called under `held`.
@@ -84,7 +84,7 @@ class Journal:
             record: of finite numbers, texts and lists of them.
 
         Raises:
-            DamagedJournalError: see `read`.
+            DamagedFileError: see `read`.
             OSError: it cannot be written.
             ValueError: it is not JSON.
         """
@@ -122,14 +122,14 @@ class Journal:
             if digits != checksum:
                 raise self.damaged(number, "its checksum is another")
             records.append(json.loads(text))
-        if records and records[0] != {"journal": self._kind, "version": JOURNAL_VERSION}:
-            raise self.damaged(1, f"it is no {self._kind} of version {JOURNAL_VERSION}")
+        if records and records[0] != {"file": self._kind, "version": APPEND_ONLY_VERSION}:
+            raise self.damaged(1, f"it is no {self._kind} of version {APPEND_ONLY_VERSION}")
         return records[1:], end, checksum
 
-    def damaged(self, line: int, problem: str) -> DamagedJournalError:
+    def damaged(self, line: int, problem: str) -> DamagedFileError:
         """Make the error of a line that is not as it was written."""
         path = with_escapes(str(self.path))
-        return DamagedJournalError(f"{path}, line {line}: {problem}; {self._way_out}")
+        return DamagedFileError(f"{path}, line {line}: {problem}; {self._way_out}")
 
 
 def sync_folder(folder: Path) -> None:
