@@ -5,9 +5,8 @@ import time
 from typing import cast
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import SType
 
 from client_app.budget import charge_round, require_budget
 from client_app.failures import failures_stay_local
@@ -15,13 +14,14 @@ from client_app.hospital_scores import images_of, named_extractor, with_own_extr
 from client_app.local_model import keep_local_model
 from client_app.local_state import LocalState
 from client_app.log import logger
+from client_app.secure_sums import SumPart, help_unmask, npy_array, own_keys
 from client_app.workspace import Workspace, choose_precision, named_run, open_workspace
 from task.code_version import code_fingerprint
 from task.config import compose_run_config, package_of
 from task.data import Dataset
 from task.evaluation.hospital_scores import score_images
 from task.protocol.node import NodeConfig, check_node, own_config, read_node_config
-from task.protocol.wire import SCORES, Key, from_npy, to_npy
+from task.protocol.wire import SCORES, UNMASK, Key, from_npy
 from task.randomness import Stream, secret_generator, torch_generator
 from task.training.devices import device_name, move
 from task.training.loop import fit, fit_options, held_out_losses
@@ -41,10 +41,15 @@ def introduce(message: Message, context: Context) -> Message:
     A real node looks through its data first, as far as that goes without decoding it. Where its
     hospital allows it, it says how many training images of each class of `data.classes` it has,
     without the held-out ones. It says in any case how many images it has in all, and the server
-    does not believe it if it claims more later. With differential privacy it says neither.
+    does not believe it if it claims more later. With differential privacy it says neither, and with
+    secure aggregation not how many images it has.
     """
     said = ConfigRecord({Key.FINGERPRINT: code_fingerprint()})
     place = read_node_config(context.node_config)
+    asked = cast(ConfigRecord, message.content[Key.CONFIG])
+    if asked.get(Key.SECURE_AGGREGATION):
+        node = place if isinstance(place, NodeConfig) else None
+        said[Key.PEER_KEYS] = own_keys(context, node).to_bytes()
     if isinstance(place, NodeConfig):
         config = own_config(compose_run_config(named_run(context)), place)
         config = named_extractor(config, message)
@@ -52,7 +57,7 @@ def introduce(message: Message, context: Context) -> Message:
         require_budget(config, place)
         counts = check_node(config, place)
         told = place.report_class_counts and not config.privacy.is_on
-        if not config.privacy.is_on:
+        if not (config.privacy.is_on or config.federation.secure_aggregation):
             said[Key.NUM_IMAGES] = sum(counts.train) + sum(counts.held_out)
         if told:
             said[Key.CLASS_COUNTS] = list(counts.train)
@@ -82,6 +87,8 @@ def train(message: Message, context: Context) -> Message:
     config = workspace.config
     images, _ = workspace.images(context)
     generator = workspace.generator
+    # First, for a round that is refused costs no patient anything.
+    part = SumPart.of(workspace, context, message)
     charge_round(workspace, asked, images)
     with LocalState(workspace, asked, images).held() as state:
         generator.prepare(len(images))
@@ -104,11 +111,11 @@ def train(message: Message, context: Context) -> Message:
         state.save(optimizers)
     keep_local_model(workspace, server_round, precision)
     packed = workspace.layout.pack(workspace.generator.state_dict(), config.federation.wire_dtype)
-    # As Flower's Array(packed), with fewer copies.
-    array = Array(str(packed.dtype), packed.shape, SType.NUMPY, to_npy(packed))
-    records = RecordDict({Key.ARRAYS: ArrayRecord({Key.PACKED: array})})
+    records = RecordDict()
+    if part is None:
+        records[Key.ARRAYS] = ArrayRecord({Key.PACKED: npy_array(packed)})
     # Whatever is said beside the weights tells of images, and has no noise.
-    if not config.privacy.is_on:
+    if part is None and not config.privacy.is_on:
         records[Key.METRICS] = MetricRecord(
             {
                 Key.NUM_EXAMPLES: len(images),
@@ -133,7 +140,20 @@ def train(message: Message, context: Context) -> Message:
         precision,
         workspace.num_processes,
     )
+    if part is not None:
+        measured: list[float] = []
+        if not config.privacy.is_on:
+            measured = [result.loss, *(result.measures[name] for name in generator.measures)]
+        return part.reply(packed, len(images), measured)
     return Message(records, reply_to=message)
+
+
+@app.train(UNMASK)
+@failures_stay_local
+def unmask(message: Message, context: Context) -> Message:
+    """Help to take the masks off the sum that this client was asked for last."""
+    place = read_node_config(context.node_config)
+    return help_unmask(message, context, place if isinstance(place, NodeConfig) else None)
 
 
 def training_generator(workspace: Workspace, asked: ConfigRecord) -> torch.Generator:
@@ -164,6 +184,7 @@ def evaluate(message: Message, context: Context) -> Message:
     if config.privacy.is_on:
         return nothing_told(message)
     images, held_out = workspace.images(context)
+    part = SumPart.of(workspace, context, message)
     losses = None
     # A small share of a skewed partition can be without held-out images.
     if len(held_out) > 0:
@@ -194,6 +215,10 @@ def evaluate(message: Message, context: Context) -> Message:
         "unknown" if losses is None else f"{losses[Key.LOSS]:.5g}",
         device_name(workspace.device),
     )
+    if part is not None:
+        names = (Key.LOSS, *workspace.generator.loss_parts)
+        measured = [0.0 if losses is None else losses[name] for name in names]
+        return part.reply(None, 0 if losses is None else len(held_out), measured)
     return Message(RecordDict({Key.METRICS: metrics}), reply_to=message)
 
 
@@ -209,7 +234,7 @@ def score(message: Message, context: Context) -> Message:
         logger.info("the server asked to score images, and score-images=false declines")
         return nothing_told(message)
     workspace = open_workspace(context)
-    if workspace.config.privacy.is_on:
+    if workspace.config.privacy.is_on or workspace.config.federation.secure_aggregation:
         return nothing_told(message)
     config = named_extractor(workspace.config, message)
     config = with_own_extractor(config, place.inception_weights)

@@ -10,6 +10,8 @@ from task.data import UnknownClassError
 from task.efficientnet import MissingWeightsError
 from task.privacy.ledger import BudgetExhaustedError
 from task.protocol.node import TooFewImagesError
+from task.protocol.secure_aggregation.fixed_point import NotFiniteError
+from task.protocol.secure_aggregation.memory import PeersRefusedError
 from task.protocol.wire import FailureCode, Key
 from task.training.devices import is_out_of_memory
 
@@ -55,6 +57,10 @@ def failure_code(error: Exception) -> FailureCode:
         return FailureCode.MISSING_WEIGHTS
     if isinstance(error, BudgetExhaustedError):
         return FailureCode.BUDGET_EXHAUSTED
+    if isinstance(error, PeersRefusedError):
+        return FailureCode.PEERS_REFUSED
+    if isinstance(error, NotFiniteError):
+        return FailureCode.NOT_FINITE
     if isinstance(error, OSError):
         return FailureCode.DATA_UNREADABLE
     if isinstance(error, ValueError | TypeError):

@@ -7,6 +7,7 @@ from server_app.exchange import is_simulation
 from server_app.federated import FederatedTraining
 from server_app.launch.superlink import end_with_submitter
 from server_app.log import log
+from server_app.secure_training import SecureTraining
 from server_app.supervisor.submission import write_submission
 from task.checks import require
 from task.config import load_run_config, settle_frozen_file
@@ -30,7 +31,8 @@ def main(grid: Grid, context: Context) -> None:
     log(f"results: {directory.path}")
     try:
         write_submission(directory, context.run_id, context.run_config)
-        FederatedTraining(grid, directory).run()
+        secure = config.federation.secure_aggregation
+        (SecureTraining if secure else FederatedTraining)(grid, directory).run()
     finally:
         directory.close()
         log(f"results: {directory.path}")

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
 from server_app.log import log
-from server_app.messages import TTL_SHARE, addressed, pull_reply, record_of
+from server_app.messages import TTL_SHARE, Entries, addressed, pull_reply, record_of
 from server_app.nodes import Nodes
 from server_app.replies import (
     FalseClaim,
@@ -96,6 +96,7 @@ def exchange(
     poll_seconds: float,
     at_once: int,
     phases: PhaseTimer,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> Iterator[Reply]:
     """Send a message to each client and yield replies as they arrive, then what never came.
 
@@ -110,6 +111,7 @@ def exchange(
         at_once: how many may be unanswered. A client that is silent for `PATIENCE_SHARE` of the
             time no longer counts, so that it holds up nobody.
         phases: are told when this sends, and when it waits.
+        is_over: whether what has come is enough; nothing is said of the others then.
     """
     start = time.monotonic()
     turns = Turns(grid, messages, timeout=timeout, at_once=at_once)
@@ -133,6 +135,8 @@ def exchange(
                 send()
         if time.monotonic() - start > timeout:
             break
+        if is_over():
+            return
         if idle:
             time.sleep(poll_seconds)
             send()
@@ -199,7 +203,14 @@ class ClientExchange:
         self._grid, self._nodes, self._federation = grid, nodes, federation
 
     def ask(
-        self, question: Question[Answer], server_round: int, clients: list[int], phases: PhaseTimer
+        self,
+        question: Question[Answer],
+        server_round: int,
+        clients: list[int],
+        phases: PhaseTimer,
+        *,
+        entries: Mapping[int, Entries] | None = None,
+        is_over: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[int, Answer, float]]:
         """Ask clients and yield what their usable replies say, as they arrive.
 
@@ -212,6 +223,8 @@ class ClientExchange:
             server_round: 1-based.
             clients: their numbers.
             phases: of the exchange.
+            entries: of the config record, for each client alone; None: none but its number.
+            is_over: see `exchange`.
 
         Yields:
             Client, what `question.read` returned, and `time.monotonic()` when it was asked.
@@ -225,7 +238,11 @@ class ClientExchange:
                 node_id=node_ids[client],
                 message_type=question.message_type,
                 timeout=timeout,
-                entries={Key.CLIENT: client, Key.SERVER_ROUND: server_round},
+                entries={
+                    Key.CLIENT: client,
+                    Key.SERVER_ROUND: server_round,
+                    **(entries or {}).get(client, {}),
+                },
             )
             for client in clients
         }
@@ -236,6 +253,7 @@ class ClientExchange:
             poll_seconds=POLL_SIMULATION if self.simulated else POLL_NETWORK,
             at_once=self._at_once(record_of(question.content, Key.ARRAYS, ArrayRecord)),
             phases=phases,
+            is_over=is_over,
         )
         stage = f"round {server_round}: {question.activity}, replies of {len(clients)} clients"
         for reply in tracked(replies, len(clients), stage):
@@ -266,7 +284,8 @@ class ClientExchange:
         """
         if self._federation.max_in_flight is not None:
             return self._federation.max_in_flight
-        message_bytes = sum(len(array.data) for array in arrays.values())
+        # A question about masks has no arrays.
+        message_bytes = max(1, sum(len(array.data) for array in arrays.values()))
         if self.simulated:
             return simulated_at_once(message_bytes)
         return max(1, int(total_memory() * MEMORY_SHARE) // message_bytes)

@@ -15,7 +15,7 @@ from server_app.evaluation import GlobalEvaluation, HospitalEvaluation
 from server_app.exchange import Answer, ClientExchange, Question, is_simulation
 from server_app.hospital_scores import SCORES_TYPE, check_scoring, read_scores, score_records
 from server_app.log import log
-from server_app.messages import images_record, packed_record
+from server_app.messages import Entries, images_record, packed_record
 from server_app.nodes import GRACE_SECONDS, QUERY_TIMEOUT_SECONDS, Nodes, sample_clients
 from server_app.replies import Diverged, UnusableReply, read_losses, read_training
 from server_app.rounds import RoundLoop, TooFewRepliesError
@@ -58,13 +58,14 @@ class FederatedTraining(RoundLoop):
             num_classes=len(self.config.data.classes),
             extractor=self.config.eval.extractor,
             package=package_of(self.config.model.family),
-            counted=not self.config.privacy.is_on,
+            counted=not (self.config.privacy.is_on or federation.secure_aggregation),
+            secure=federation.secure_aggregation,
             known=client_numbers(directory.path),
         )
         self._exchange = ClientExchange(grid, self._nodes, federation)
         self._layout = WeightLayout.of(self.model, self.model.local | self.model.frozen)
         self._weighting = Weighting.of(self.config, simulated=self.simulated)
-        self.strategy = build_strategy(federation, self._layout, self._weighting)
+        self.strategy = build_strategy(self.config, self._layout, self._weighting)
         # Clients that were left out of earlier attempts at the round.
         self._failed: set[int] = set()
 
@@ -126,9 +127,7 @@ class FederatedTraining(RoundLoop):
                 than could send `federation.min_replies`.
         """
         federation = self.config.federation
-        minimum = federation.min_nodes
-        if not self.simulated:
-            minimum = max(minimum, federation.min_replies)
+        minimum = self.minimum_nodes()
         try:
             self._nodes.wait_for(minimum, seconds=federation.node_wait, patience=patience)
         except TimeoutError as error:
@@ -137,6 +136,11 @@ class FederatedTraining(RoundLoop):
             self.directory.write_json(NODES_FILE, self._nodes.numbers)
             self.record_class_counts()
         return list(self._nodes.node_ids)
+
+    def minimum_nodes(self) -> int:
+        """Return how many nodes there must be."""
+        federation = self.config.federation
+        return max(federation.min_nodes, 0 if self.simulated else federation.min_replies)
 
     def record_class_counts(self) -> None:
         """Write down the images of each class of every client that this run has seen."""
@@ -382,7 +386,13 @@ class FederatedTraining(RoundLoop):
         return Question(message_type, content, read)
 
     def ask(
-        self, question: Question[Answer], server_round: int, clients: list[int], phases: PhaseTimer
+        self,
+        question: Question[Answer],
+        server_round: int,
+        clients: list[int],
+        phases: PhaseTimer,
+        *,
+        entries: Mapping[int, Entries] | None = None,
     ) -> Iterator[tuple[int, Answer, float]]:
         """Ask clients; see `ClientExchange.ask`.
 
@@ -390,7 +400,7 @@ class FederatedTraining(RoundLoop):
             DivergedError: every client was left out because training has diverged there. One
                 hospital of several does not end the run with what it sends: others are drawn.
         """
-        yield from self._exchange.ask(question, server_round, clients, phases)
+        yield from self._exchange.ask(question, server_round, clients, phases, entries=entries)
         left_out = self._exchange.left_out
         unused = left_out_records(server_round, question.activity, left_out)
         # Those of a training are recorded once it has succeeded, or has diverged.

@@ -20,6 +20,9 @@ TTL_SHARE = 0.95
 # Flower's, of a reply that was made to break it; a network that fails raises others.
 INFLATE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RecursionError, DecodeError)
 
+# Of a config record.
+Entries = Mapping[str, str | int | list[int] | list[bytes]]
+
 FlowerRecord = TypeVar("FlowerRecord", ArrayRecord, MetricRecord, ConfigRecord)
 
 
@@ -29,7 +32,7 @@ def addressed(
     node_id: int,
     message_type: str,
     timeout: float,
-    entries: Mapping[str, str | int] | None = None,
+    entries: Entries | None = None,
 ) -> Message:
     """Make the message to one node: shared content, with further entries in its config record.
 

@@ -1,5 +1,6 @@
 """Which node is which client, and which of them train in a round."""
 
+import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -15,6 +16,7 @@ from server_app.replies import (
     UnusableReply,
     checked_content,
     read_introduction,
+    read_keys,
 )
 from task.code_version import code_fingerprint
 from task.protocol.wire import Key
@@ -37,9 +39,10 @@ TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 class Introductions:
     """Queries to nodes that are out, each until it is answered or has expired."""
 
-    def __init__(self, grid: Grid, extractor: str) -> None:
+    def __init__(self, grid: Grid, extractor: str, *, secure: bool) -> None:
         self._grid = grid
-        self._content = RecordDict({Key.CONFIG: ConfigRecord({Key.EXTRACTOR: extractor})})
+        asked = ConfigRecord({Key.EXTRACTOR: extractor, Key.SECURE_AGGREGATION: secure})
+        self._content = RecordDict({Key.CONFIG: asked})
         self._out: dict[int, tuple[Message, float]] = {}
         self._tardy: set[int] = set()
 
@@ -122,6 +125,7 @@ class Nodes:
         extractor: str,
         package: str = "",
         counted: bool = True,
+        secure: bool = False,
         known: Mapping[int, int] | None = None,
     ) -> None:
         """Start without nodes.
@@ -135,6 +139,7 @@ class Nodes:
             package: that brings the family of the model, see `code_fingerprint`; the clients of a
                 simulation have the server's.
             counted: whether real nodes must say how many images they have.
+            secure: whether nodes must say the keys of their hospitals, for secure aggregation.
             known: client numbers by node id, from an earlier start of the same run.
         """
         self.num_partitions: int | None = None
@@ -146,7 +151,8 @@ class Nodes:
         self._fingerprint = code_fingerprint("" if simulated else package)
         self._numbers = dict(known or {})
         self._present: dict[int, int] = {}
-        self._introductions = Introductions(grid, extractor)
+        self._secure = secure
+        self._introductions = Introductions(grid, extractor, secure=secure)
         # They have introduced themselves and get their numbers together.
         self._newcomers: dict[int, Introduction] = {}
         self._refused: dict[int, tuple[str, float]] = {}
@@ -274,6 +280,8 @@ class Nodes:
         if not same_code:
             raise UnusableReply("it runs other code than the server")
         introduction = read_introduction(said, num_classes=self._num_classes, counted=self._counted)
+        if self._secure:
+            introduction = dataclasses.replace(introduction, keys=read_keys(said))
         self._refused.pop(node, None)
         if self._simulated:
             # Node ids of a simulation are new at every start, partition-ids are not.

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from server_app.messages import record_of
 from server_app.strategies import SUM_LIMIT, distance, largest_magnitude
+from task.protocol.secure_aggregation.keys import PublicKeys
 from task.protocol.wire import FailureCode, Key, from_npy
 
 # What the coordinator asks the hospital: its own log has the cause, which stays there.
@@ -34,6 +35,9 @@ ADVICE = {
     "(`feddm approve` there)",
     FailureCode.AGAINST_POLICY: "its hospital's policy does not allow this run's configuration; "
     "its own log says which value",
+    FailureCode.PEERS_REFUSED: "it does not take part in this sum, with these hospitals, or shows "
+    "its update to nobody (trusted-peers, minimum-peers); its own log says why",
+    FailureCode.NOT_FINITE: "its training has diverged",
 }
 
 # Beyond this no loss or count means anything, and sums over clients could overflow.
@@ -108,7 +112,8 @@ def checked_content(reply: Reply, *, timeout: float) -> RecordDict:
     if reply.message is None:
         raise UnusableReply(f"no reply within {timeout:g} s")
     if reply.message.has_error():
-        raise UnusableReply(describe_error(reply.message.error))
+        diverged = reply.message.error.code == FailureCode.NOT_FINITE
+        raise (Diverged if diverged else UnusableReply)(describe_error(reply.message.error))
     if not isinstance(reply.message.content, RecordDict):
         raise UnusableReply("no records in the reply")
     return reply.message.content
@@ -316,10 +321,12 @@ class Introduction:
         num_images: all that it can train on or hold out; None in a simulation, which knows,
             and with differential privacy.
         class_counts: those to train on, of each class; None where it does not say.
+        keys: of its hospital, for secure aggregation; None without.
     """
 
     num_images: int | None
     class_counts: list[int] | None
+    keys: PublicKeys | None = None
 
 
 def read_introduction(said: ConfigRecord, *, num_classes: int, counted: bool) -> Introduction:
@@ -343,6 +350,18 @@ def read_introduction(said: ConfigRecord, *, num_classes: int, counted: bool) ->
             f"{Key.CLASS_COUNTS.value}, to {MAX_COUNT:g}, got {number!r:.80}"
         )
     return Introduction(number, counts)
+
+
+def read_keys(said: ConfigRecord) -> PublicKeys:
+    """Return the keys of a node's hospital for secure aggregation.
+
+    Raises:
+        UnusableReply: there are none, or they are wrong.
+    """
+    try:
+        return PublicKeys.read(said.get(Key.PEER_KEYS))
+    except ValueError as error:
+        raise UnusableReply(f"{Key.PEER_KEYS.value}: {error}") from error
 
 
 def read_class_counts(said: ConfigRecord, *, num_classes: int) -> list[int] | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from server_app.weighting import Weighting
-from task.config import FederationConfig
+from task.config import Config
 from task.protocol.secure_aggregation.fixed_point import UpdateFormat, chunks
 from task.protocol.wire import WeightLayout, Weights
 from task.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
@@ -337,26 +337,23 @@ class Strategy:
             load_optimizer_tensors(self._optimizer, state.get("server_optimizer", {}))
 
 
-def build_strategy(
-    config: FederationConfig, layout: WeightLayout, weighting: Weighting
-) -> Strategy:
+def build_strategy(config: Config, layout: WeightLayout, weighting: Weighting) -> Strategy:
     """Build the strategy that `federation.aggregation` names.
 
     Raises:
         ValueError: it names none.
     """
+    federation = config.federation
     from scipy.stats import trim_mean  # takes a second to import
 
     krum = partial(
-        select_by_krum, num_malicious=config.num_malicious, num_selected=config.num_selected
+        select_by_krum, num_malicious=federation.num_malicious, num_selected=federation.num_selected
     )
     # Median and trimmed mean: Yin et al. 2018 (arXiv 1803.01498).
-    trimmed_mean = partial(trim_mean, proportiontocut=config.trim_fraction)
+    trimmed_mean = partial(trim_mean, proportiontocut=federation.trim_fraction)
 
     def bounded_mean(sent: NDArray[np.floating], num_clients: int) -> BoundedMean:
-        most = config.max_images_per_client if weighting.by_images else 1
-        form = UpdateFormat(config.update_range, most, num_clients)
-        return BoundedMean(sent, form)
+        return BoundedMean(sent, UpdateFormat.of(config, num_clients))
 
     def over_updates(**options: Any) -> Callable[[NDArray[np.floating], int], Reducer]:
         return lambda sent, _: OverUpdates(sent, **options)
@@ -368,15 +365,15 @@ def build_strategy(
         "trimmed_mean": over_updates(statistic=trimmed_mean),
         "krum": over_updates(statistic=plain_mean, select=krum),
     }
-    if config.secure_aggregation:
+    if federation.secure_aggregation:
         new_reducer["fedavg"] = bounded_mean
-    if config.aggregation not in new_reducer:
-        raise ValueError(f"federation.aggregation: no such aggregation: {config.aggregation}")
+    if federation.aggregation not in new_reducer:
+        raise ValueError(f"federation.aggregation: no such aggregation: {federation.aggregation}")
     return Strategy(
         layout,
-        new_reducer[config.aggregation],
-        wire_dtype=config.wire_dtype,
-        ema_decay=config.ema_decay,
+        new_reducer[federation.aggregation],
+        wire_dtype=federation.wire_dtype,
+        ema_decay=federation.ema_decay,
     )
 
 

@@ -15,12 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from task.checks import require
-from task.config import MIN_MEASURED_IMAGES, Config, FrozenFile, anchored, flat_values
+from task.config import MIN_MEASURED_IMAGES, MIN_PEERS, Config, FrozenFile, anchored, flat_values
 from task.data import Dataset, Inventory, inventory_of_listings, list_dataset, split_validation
 from task.efficientnet import check_pretrained, suits
 from task.generators.base import Generator
 from task.generators.registry import initial_generator, weightless_generator
 from task.privacy.ledger import Ledger
+from task.protocol.secure_aggregation.keys import Identity, load_identity, read_fingerprints
+from task.protocol.secure_aggregation.memory import FolderStore, PeersRefusedError
+from task.protocol.secure_aggregation.participant import Participant
 from task.protocol.wire import Key
 from task.randomness import Stream, numpy_generator
 from task.training.devices import check_deterministic
@@ -39,10 +42,13 @@ class NodeKey(StrEnum):
     PRETRAINED_GENERATOR = "pretrained-generator"
     MAX_EPSILON = "max-epsilon"
     PRIVACY_DELTA = "privacy-delta"
+    TRUSTED_PEERS = "trusted-peers"
+    MINIMUM_PEERS = "minimum-peers"
 
 
 # Below `output-path`. A run may be called ".privacy", and has no folder "ledger".
 LEDGER_FOLDER = Path(".privacy", "ledger")
+PEERS_FOLDER = Path(".privacy", "peers")
 OWN_TEST_SPLIT = "in the test split of the data set, which a node does not use"
 
 
@@ -70,6 +76,10 @@ class NodeConfig:
         max_epsilon: that no patient's epsilon may pass, over all runs, by the node's ledger in
             `output_path`; None: no limit.
         privacy_delta: at which that epsilon is computed.
+        trusted_peers: fingerprints of the other hospitals whose updates may be in a sum with this
+            one's, with commas; None: any. With it, and with minimum_peers, the node takes part in
+            no run without secure aggregation.
+        minimum_peers: how many hospitals a sum must be of at least; 0: as many as the run's, 3.
 
     Raises:
         ValueError: a value is out of range, or there is no place for the ledger.
@@ -85,6 +95,8 @@ class NodeConfig:
     pretrained_generator: str | None = None
     max_epsilon: float | None = None
     privacy_delta: float = 1e-5
+    trusted_peers: str | None = None
+    minimum_peers: int = 0
 
     def __post_init__(self) -> None:
         paths = (NodeKey.DATA_PATH, NodeKey.OUTPUT_PATH, NodeKey.INCEPTION_WEIGHTS)
@@ -97,6 +109,11 @@ class NodeConfig:
         require(0 < delta < 1, NodeKey.PRIVACY_DELTA, "between 0 and 1, exclusive", delta)
         if limit is not None:
             ledger_of(self)
+        minimum = self.minimum_peers
+        expected = f"0, or at least {MIN_PEERS}, this hospital and others"
+        require(minimum == 0 or minimum >= MIN_PEERS, NodeKey.MINIMUM_PEERS, expected, minimum)
+        if self.trusted_peers is not None:
+            read_fingerprints(self.trusted_peers)
 
 
 @dataclass(frozen=True)
@@ -156,6 +173,60 @@ def _check(given: Mapping[str, object], types: Mapping[str, type], whose: str) -
                 f"node config: {key} must be of type {types[key].__name__}, got {value!r} "
                 "(strings stand in quotes, true and false and numbers do not)"
             )
+
+
+def identity_of(node: NodeConfig) -> Identity:
+    """Return who the hospital is in runs with secure aggregation; the first time it is made.
+
+    Raises:
+        ValueError: the node has no place for it, or the file is damaged.
+        OSError: it cannot be read or written.
+    """
+    return load_identity(_peers_folder(node))
+
+
+def participant_of(node: NodeConfig) -> Participant:
+    """Return what takes part in masked sums for the hospital, as far as it lets it.
+
+    Raises:
+        OSError, ValueError: see `identity_of`.
+    """
+    folder = _peers_folder(node)
+    return Participant(
+        load_identity(folder),
+        FolderStore(folder),
+        minimum_peers=node.minimum_peers,
+        trusted=read_fingerprints(node.trusted_peers or ""),
+    )
+
+
+def _peers_folder(node: NodeConfig) -> Path:
+    if node.output_path is None:
+        raise ValueError(
+            f"{NodeKey.OUTPUT_PATH.value}: the hospital's keys for secure aggregation are kept "
+            f"there; start the node with --node-config '{NodeKey.OUTPUT_PATH.value}=\"/folder\"'"
+        )
+    folder = output_folder(node.output_path) / PEERS_FOLDER
+    # The folder itself is not made: it may be a disk that is not mounted.
+    for made in (folder.parent, folder):
+        made.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def check_peers(config: Config, node: NodeConfig) -> None:
+    """Check that the server is to see of this hospital what the hospital lets it see.
+
+    Raises:
+        PeersRefusedError: it would see the hospital's own update, and is to see sums alone.
+        ValueError: there is no place for the hospital's keys.
+    """
+    if config.federation.secure_aggregation:
+        identity_of(node)
+    elif node.trusted_peers is not None or node.minimum_peers > 0:
+        raise PeersRefusedError(
+            f"{NodeKey.TRUSTED_PEERS.value} and {NodeKey.MINIMUM_PEERS.value} admit runs with "
+            "federation.secure_aggregation=true alone"
+        )
 
 
 def ledger_of(node: NodeConfig) -> Ledger:
@@ -415,6 +486,7 @@ def check_node(config: Config, node: NodeConfig) -> ImageCounts:
     """
     check_output_path(node)
     check_state_path(config, node)
+    check_peers(config, node)
     check_extractor(config, node)
     check_training(config)
     counts = count_images(config)

@@ -47,10 +47,20 @@ class Key(StrEnum):
     CLASS_COUNTS = "class-counts"
     IMAGES = "images"
     LABELS = "labels"
+    SECURE_AGGREGATION = "secure-aggregation"
+    PEER_KEYS = "peer-keys"
+    PEERS = "peers"
+    SUM = "sum"
+    MEASURES = "measures"
+    SHARES = "shares"
+    COMMITMENTS = "commitments"
+    SURVIVORS = "survivors"
 
 
 # Of the evaluate messages that ask how images compare with a hospital's own.
 SCORES = "scores"
+# Of the train messages that ask for help to take the masks off a sum.
+UNMASK = "unmask"
 
 
 class FailureCode(IntEnum):
@@ -66,6 +76,8 @@ class FailureCode(IntEnum):
     BUDGET_EXHAUSTED = 107
     NOT_APPROVED = 108
     AGAINST_POLICY = 109
+    PEERS_REFUSED = 110
+    NOT_FINITE = 111
 
 
 @dataclass(frozen=True)

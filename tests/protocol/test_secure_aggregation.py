@@ -14,7 +14,6 @@ from task.protocol.secure_aggregation.fixed_point import (
     UpdateFormat,
     decode_measures,
 )
-from task.protocol.secure_aggregation.journal import FolderStore, PeersRefusedError
 from task.protocol.secure_aggregation.keys import (
     IDENTITY_FILE,
     Identity,
@@ -24,6 +23,7 @@ from task.protocol.secure_aggregation.keys import (
     read_fingerprints,
 )
 from task.protocol.secure_aggregation.masks import MASK_CHUNK_BYTES, add_mask
+from task.protocol.secure_aggregation.memory import FolderStore, PeersRefusedError
 from task.protocol.secure_aggregation.participant import Participant, Upload
 from task.protocol.secure_aggregation.shamir import PRIME, join_shares, split_secret
 from task.protocol.secure_aggregation.terms import Terms, read_peers

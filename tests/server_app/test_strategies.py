@@ -209,7 +209,7 @@ def aggregated(
     overrides = [f"federation.aggregation={aggregation}", *ROBUST.get(aggregation, "").split()]
     config = load_config([*overrides, *settings.split()])
     layout = WeightLayout({"w": torch.Size([SIZE])})
-    strategy = build_strategy(config.federation, layout, Weighting.of(config, simulated=True))
+    strategy = build_strategy(config, layout, Weighting.of(config, simulated=True))
     strategy.broadcast({"w": torch.zeros(SIZE)}, 9)
     strategy.add(0, np.ones(SIZE, np.float32), 1)  # nothing is left of an attempt that failed
     assert np.array_equal(strategy.broadcast({"w": torch.from_numpy(SENT)}, 9), SENT)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from task.checks import require
+from task.config import Config
 
 # Values at a time, so that what is made of them on the way stays in a core's cache.
 CHUNK = 1 << 16
@@ -54,6 +55,14 @@ class UpdateFormat:
             f"from 1 to {most} for {self.num_clients} clients",
             self.max_images,
         )
+
+    @classmethod
+    def of(cls, config: Config, num_clients: int) -> "UpdateFormat":
+        """Return the format of a run for so many clients."""
+        federation = config.federation
+        # With differential privacy no client says how many images it has, and all count alike.
+        most = 1 if config.privacy.is_on else federation.max_images_per_client
+        return cls(federation.update_range, most, num_clients)
 
     @property
     def steps(self) -> int:
@@ -114,7 +123,7 @@ class UpdateFormat:
         """Write what a client measured, weighted, so that it can be summed as well.
 
         Args:
-            num_images: > 0, that the client has.
+            num_images: that the client has.
             values: means over them, clipped to `MEASURE_RANGE`.
 
         Returns:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from task.files import atomic_path
 from task.lock import hold
 
-KEY_BYTES, SIGNATURE_BYTES = 32, 64
+PUBLIC_KEY_BYTES, SIGNATURE_BYTES = 32, 64
 # Hexadecimal digits of a SHA-256: 128 bits, which nobody finds a second key for.
 FINGERPRINT_DIGITS = 32
 IDENTITY_FILE = "identity.key"
@@ -40,15 +39,19 @@ class PublicKeys:
     signature: bytes
 
     @classmethod
-    def read(cls, data: bytes) -> "PublicKeys":
+    def read(cls, data: object) -> "PublicKeys":
         """Read the bytes of `to_bytes`.
 
         Raises:
             ValueError: they are of another length, or the signature is wrong.
         """
-        if type(data) is not bytes or len(data) != 2 * KEY_BYTES + SIGNATURE_BYTES:
+        if type(data) is not bytes or len(data) != 2 * PUBLIC_KEY_BYTES + SIGNATURE_BYTES:
             raise ValueError("the keys of a peer must be 128 bytes")
-        keys = cls(data[:KEY_BYTES], data[KEY_BYTES : 2 * KEY_BYTES], data[2 * KEY_BYTES :])
+        keys = cls(
+            data[:PUBLIC_KEY_BYTES],
+            data[PUBLIC_KEY_BYTES : 2 * PUBLIC_KEY_BYTES],
+            data[2 * PUBLIC_KEY_BYTES :],
+        )
         try:
             public = Ed25519PublicKey.from_public_bytes(keys.identity)
             public.verify(keys.signature, SIGNED + keys.exchange)
@@ -75,10 +78,10 @@ class Identity:
         Raises:
             ValueError: they are of another length.
         """
-        if len(secret) != 2 * KEY_BYTES:
-            raise ValueError(f"an identity must be {2 * KEY_BYTES} bytes, got {len(secret)}")
-        self._signing = Ed25519PrivateKey.from_private_bytes(secret[:KEY_BYTES])
-        self._exchange = X25519PrivateKey.from_private_bytes(secret[KEY_BYTES:])
+        if len(secret) != 2 * PUBLIC_KEY_BYTES:
+            raise ValueError(f"an identity must be {2 * PUBLIC_KEY_BYTES} bytes, got {len(secret)}")
+        self._signing = Ed25519PrivateKey.from_private_bytes(secret[:PUBLIC_KEY_BYTES])
+        self._exchange = X25519PrivateKey.from_private_bytes(secret[PUBLIC_KEY_BYTES:])
 
     @cached_property
     def public(self) -> PublicKeys:
@@ -98,12 +101,14 @@ class Identity:
             ValueError: the peer's key is none that a secret can be agreed on with.
         """
         secret = self._exchange.exchange(X25519PublicKey.from_public_bytes(peer.exchange))
-        return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=info).derive(secret)
+        return HKDF(algorithm=SHA256(), length=PUBLIC_KEY_BYTES, salt=None, info=info).derive(
+            secret
+        )
 
 
 def new_identity_secret() -> bytes:
     """Draw the secret bytes of a new identity."""
-    return os.urandom(2 * KEY_BYTES)
+    return os.urandom(2 * PUBLIC_KEY_BYTES)
 
 
 def load_identity(folder: Path) -> Identity:
@@ -144,8 +149,3 @@ def read_fingerprints(written: str) -> frozenset[str]:
                 f"as `feddm check-node` prints them, with commas between them, got {each!r}"
             )
     return frozenset(found)
-
-
-def described_peers(peers: Iterable[PublicKeys]) -> str:
-    """Name peers by their fingerprints."""
-    return ", ".join(peer.fingerprint for peer in peers)

@@ -11,9 +11,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from numpy.typing import NDArray
 
 from task.config import MIN_PEERS
-from task.protocol.secure_aggregation.journal import Journal, JournalStore, PeersRefusedError
 from task.protocol.secure_aggregation.keys import Identity, PublicKeys
 from task.protocol.secure_aggregation.masks import add_mask
+from task.protocol.secure_aggregation.memory import Memory, MemoryStore, PeersRefusedError
 from task.protocol.secure_aggregation.shamir import SHARE_BYTES, split_secret
 from task.protocol.secure_aggregation.terms import Terms
 
@@ -43,7 +43,7 @@ class Participant:
     def __init__(
         self,
         identity: Identity,
-        store: JournalStore,
+        store: MemoryStore,
         *,
         minimum_peers: int = MIN_PEERS,
         trusted: Collection[str] = (),
@@ -56,7 +56,7 @@ class Participant:
             minimum_peers: how many clients a sum must be of at least; never fewer than 3.
             trusted: fingerprints of the other hospitals that may be among the peers; none: all may.
         """
-        self._identity, self._journal = identity, Journal(store)
+        self._identity, self._memory = identity, Memory(store)
         self._minimum_peers, self._trusted = minimum_peers, frozenset(trusted)
 
     def begin(self, terms: Terms) -> None:
@@ -78,7 +78,7 @@ class Participant:
             )
         if terms.format.num_clients != len(terms.peers):
             raise PeersRefusedError("a sum in the format of another number of clients")
-        self._journal.begin(terms)
+        self._memory.begin(terms)
 
     def upload(
         self, terms: Terms, values: NDArray[np.uint32], measures: NDArray[np.uint64]
@@ -128,7 +128,7 @@ class Participant:
             PeersRefusedError: it was asked before, there are too few survivors, or what they sent
                 for this client cannot be read.
         """
-        terms = self._journal.answer(run, attempt)
+        terms = self._memory.answer(run, attempt)
         own, number = self._place(terms.peers), len(terms.peers)
         minimum = terms.minimum(self._minimum_peers)
         known = sorted({*survivors} & {*range(number)})

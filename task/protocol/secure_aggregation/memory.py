@@ -14,14 +14,14 @@ from task.protocol.secure_aggregation.fixed_point import UpdateFormat
 from task.protocol.secure_aggregation.keys import KEY_PATIENCE_SECONDS
 from task.protocol.secure_aggregation.terms import Terms, read_peers
 
-JOURNAL_LOCK_FILE = ".sums.lock"
+MEMORY_LOCK_FILE = ".sums.lock"
 
 
 class PeersRefusedError(ValueError):
     """The server asks for a sum that this client does not take part in."""
 
 
-class JournalStore(Protocol):
+class MemoryStore(Protocol):
     """Where the last sum of each run is kept."""
 
     def read(self, run: str) -> str | None:
@@ -43,21 +43,21 @@ class FolderStore:
         self._folder = folder
 
     def read(self, run: str) -> str | None:
-        """See `JournalStore`."""
+        """See `MemoryStore`."""
         try:
             return self._file(run).read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
 
     def write(self, run: str, text: str) -> None:
-        """See `JournalStore`."""
+        """See `MemoryStore`."""
         with atomic_path(self._file(run), private=True) as aside:
             aside.write_text(text, encoding="utf-8")
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """See `JournalStore`."""
-        path = self._folder / JOURNAL_LOCK_FILE
+        """See `MemoryStore`."""
+        path = self._folder / MEMORY_LOCK_FILE
         with hold(path, "output-path", patience=KEY_PATIENCE_SECONDS):
             yield
 
@@ -66,10 +66,10 @@ class FolderStore:
         return self._folder / f"sum-{hashlib.sha256(run.encode()).hexdigest()[:32]}.json"
 
 
-class Journal:
+class Memory:
     """The last sum of each run, and whether its question about masks was answered."""
 
-    def __init__(self, store: JournalStore) -> None:
+    def __init__(self, store: MemoryStore) -> None:
         """Keep it there."""
         self._store = store
 
