@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from flwr.cli.build import build_fab_from_disk
 
+from task.guard.approvals import Approvals
+from task.guard.bundle import Bundle
 from task.runs.checkpoint import load_weights
 from task.runs.records import TRAIN, Records, read_records
 from tests.deployment import Deployment, deployed, write_digit_folders
-from tests.processes import CHECKOUT, wait_for
+from tests.processes import CHECKOUT, COMMANDS, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -68,9 +71,26 @@ def faulty_app(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return app
 
 
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a guard that has approved this checkout and lets no images be scored."""
+    folder = tmp_path_factory.mktemp("guard")
+    (folder / "policy.toml").write_text("[node-config]\nscore-images = false\n")
+    fab = build_fab_from_disk(CHECKOUT)
+    Approvals(folder).add(Bundle.of_fab(fab), fab)
+    return folder
+
+
+def guarded(guard: Path) -> dict[str, str]:
+    """Return what makes flower-supernode start the guard, as the runbook says it."""
+    path = f"{CHECKOUT / 'docker' / 'guard'}{os.pathsep}{COMMANDS}{os.pathsep}{os.environ['PATH']}"
+    return {"FEDDM_GUARD": str(guard), "PATH": path}
+
+
 def test_faulty_hospitals_are_left_out_and_named(
-    deployment: Deployment, images: dict[str, Path], faulty_app: Path
+    deployment: Deployment, images: dict[str, Path], faulty_app: Path, guard: Path
 ) -> None:
+    deployment.add_node("careful", data=images["south"], variables=guarded(guard))
     deployment.add_node(
         "broken", data=images["south"], variables={"FEDDM_FAULTS": "raise memory shape killed"}
     )
@@ -91,7 +111,7 @@ def test_faulty_hospitals_are_left_out_and_named(
         },
     )
     status = deployment.wait_for_end()
-    for name in ("broken", "sick", "unmounted"):
+    for name in ("careful", "broken", "sick", "unmounted"):
         deployment.kill(name)
     assert status == "finished:completed"
     run = deployment.results / "faults"
@@ -119,12 +139,16 @@ def test_faulty_hospitals_are_left_out_and_named(
     printed = deployment.run_log() + deployment.log("superlink")
     assert f"client {broken} is left out" in printed
     assert "was refused: FileNotFoundError (code 102)" in printed
+    # The guard looks before any of the app is loaded, which it would not be without an approval.
+    assert "was refused: NotApprovedError (code 108)" in printed
+    assert "is not on the list in" in deployment.log("careful")
+    assert [*deployment.folder.glob("home-careful/guarded/*")] == []
     told = printed + "".join(file.read_text() for file in run.glob("*.json*"))
     assert "patient-4711" not in told and "patient-4711" in deployment.log("broken")
 
 
 def test_run_survives_a_hospital_that_is_killed_and_one_that_comes_late(
-    deployment: Deployment, images: dict[str, Path]
+    deployment: Deployment, images: dict[str, Path], guard: Path
 ) -> None:
     deployment.add_node("south", data=images["south"])
     deployment.submit(
@@ -138,7 +162,7 @@ def test_run_survives_a_hospital_that_is_killed_and_one_that_comes_late(
     )
     deployment.wait_for_round("night", 1)
     deployment.kill("south")
-    deployment.add_node("west", data=images["west"])
+    deployment.add_node("west", data=images["west"], variables=guarded(guard))
     deployment.wait_for_round("night", 2)
     # Flower takes the node for present until a minute after its last sign of life.
     deadline = time.monotonic() + 120
@@ -158,6 +182,9 @@ def test_run_survives_a_hospital_that_is_killed_and_one_that_comes_late(
     }
     assert 2 not in rounds_of[south] and max(rounds_of[south]) > 2
     assert 1 not in rounds_of[west] and 7 in rounds_of[west]
+    # Its guard has approved this app, and its policy stands above what the node was started with.
+    assert "score-images=false declines" in deployment.log("west")
+    assert '"runs": true' in (guard / "log" / "runs.jsonl").read_text()
     assert (2, south) in [(each.round, each.client) for each in records.left_out]
     assert records.series("loss", reference=TRAIN)[7] > 0
     _, metadata = load_weights(run / "model.safetensors")
