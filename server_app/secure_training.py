@@ -25,7 +25,7 @@ from task.protocol.secure_aggregation.coordinator import MaskedSum
 from task.protocol.secure_aggregation.fixed_point import decode_measures
 from task.protocol.secure_aggregation.participant import Upload
 from task.protocol.wire import UNMASK, Key, from_npy
-from task.runs.layout import SUMS_FILE
+from task.runs.layout import MASKED_SUMS_FILE
 from task.runs.records import TEST, TRAIN, Record, records_of
 
 UNMASK_TYPE = f"{MessageType.TRAIN}.{UNMASK}"
@@ -239,8 +239,8 @@ class SecureTraining(FederatedTraining):
 
     def next_sum(self) -> int:
         """Return the number of a new sum, which no start of the run has used or will use."""
-        number = int((self.directory.read_json(SUMS_FILE) or {"last": 0})["last"]) + 1
-        self.directory.write_json(SUMS_FILE, {"last": number})
+        number = int((self.directory.read_json(MASKED_SUMS_FILE) or {"last": 0})["last"]) + 1
+        self.directory.write_json(MASKED_SUMS_FILE, {"last": number})
         return number
 
 

@@ -16,7 +16,7 @@ from task.cli.findings import (
     versions,
 )
 from task.cli.training_trial import Trial, try_step
-from task.config import Config, load_config
+from task.config import MIN_PEERS, Config, load_config
 from task.data import (
     Inventory,
     Listing,
@@ -32,12 +32,15 @@ from task.protocol.node import (
     check_extractor,
     check_number,
     check_output_path,
+    check_peers,
     check_state_path,
     count_images,
+    identity_of,
     output_folder,
     own_config,
     own_images,
 )
+from task.protocol.secure_aggregation.keys import read_fingerprints
 from task.reporting.metric_table import Row, lay_out
 from task.training.devices import device_name, select_device
 
@@ -88,6 +91,19 @@ class NodeCheck(Findings):
         check_output_path(self._node)
         yield "free, output-path", free_disk(output_folder(self._node.output_path))
 
+    def peers(self) -> Iterator[Finding]:
+        """Say who the hospital is to others, and whose updates may be in a sum with its own."""
+        node = self._node
+        check_peers(self._config, node)
+        if node.output_path is None:
+            yield "fingerprint", "none: without output-path there is no place for its keys"
+            return
+        yield "fingerprint", f"{identity_of(node).public.fingerprint}, to tell the other hospitals"
+        trusted = read_fingerprints(node.trusted_peers or "")
+        yield "trusted-peers", ", ".join(sorted(trusted)) or "none named: any"
+        minimum = max(MIN_PEERS, node.minimum_peers)
+        yield "smallest sum", f"of {minimum} hospitals, and more than half of those of a round"
+
     def scoring(self) -> Iterator[Finding]:
         """Look for what images are to be scored through."""
         if not self._node.score_images:
@@ -137,6 +153,7 @@ def examine_node(
     check.section("versions", versions())
     check.section("images", check.data())
     check.section("disks", check.places())
+    check.section("secure aggregation", check.peers())
     check.section("scores", check.scoring())
     check.section("training", check.training())
     if superlink is not None:

@@ -543,6 +543,13 @@ def check_node_command(
         Path | None,
         typer.Option(help="The node's pretrained-generator, for a run of model=small_gan."),
     ] = None,
+    trusted_peers: Annotated[
+        str | None,
+        typer.Option(help="The node's trusted-peers: fingerprints of the other hospitals."),
+    ] = None,
+    minimum_peers: Annotated[
+        int, typer.Option(help="The node's minimum-peers: hospitals of a sum at least.")
+    ] = 0,
     superlink: Annotated[
         str | None, typer.Option(help="HOST:PORT to connect to, as the node is going to.")
     ] = None,
@@ -579,6 +586,8 @@ def check_node_command(
             pretrained_generator=None
             if pretrained_generator is None
             else str(pretrained_generator.expanduser().absolute()),
+            trusted_peers=trusted_peers,
+            minimum_peers=minimum_peers,
         ),
         superlink=superlink,
         root_certificates=root_certificates,

@@ -47,7 +47,7 @@ PARTITION_FILE = "partition.json"
 POOLED_FILE = "pooled.json"
 DATA_FILE = "data.json"
 # The number of the last masked sum.
-SUMS_FILE = "sums.json"
+MASKED_SUMS_FILE = "sums.json"
 NODES_FILE = "nodes.json"
 CLASS_COUNTS_FILE = "class_counts.json"
 METRICS_FILE = "metrics.jsonl"

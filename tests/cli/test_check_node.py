@@ -24,6 +24,7 @@ from task.cli.main import app
 from task.cli.training_trial import Trial, in_own_process
 from task.config import load_config
 from task.protocol.node import NodeConfig, own_config
+from task.protocol.secure_aggregation.keys import load_identity
 from tests.data.test_data_files import write_tree
 
 SMALL = ("model=tiny", "model.width=4", "train.batch_size=4", "train.precision=float32")
@@ -239,6 +240,7 @@ def test_node_that_can_take_part_is_told_all_about_itself(tmp_path: Path) -> Non
         "original sizes min 8x8, median 8x8, max 8x8 (width x height); the model sees 32x32",
         "unreadable files 0",
         "free, output-path",
+        f"fingerprint {load_identity(tmp_path / 'out/.privacy/peers').public.fingerprint}, to tell",
         "for 4 images in float32, processes: 1; it fits",
         "2 epochs of 27 images",
         "this node can take part",

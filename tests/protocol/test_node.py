@@ -57,6 +57,8 @@ def test_node_config_is_read_as_it_is_given() -> None:
         ({"max-epsilon": "8"}, TypeError, "max-epsilon must be of type float, got '8'"),
         ({"max-epsilon": 8.0}, ValueError, "output-path: what private runs spend on each patient"),
         ({"privacy-delta": 1}, ValueError, "privacy-delta must be between 0 and 1, exclusive, got"),
+        ({"minimum-peers": 2}, ValueError, "minimum-peers must be 0, or at least 3"),
+        ({"trusted-peers": "abc"}, ValueError, "trusted-peers must be fingerprints of 32"),
         ({"report-class-counts": 1}, TypeError, "report-class-counts must be of type bool, got 1"),
         ({"partition-id": 0}, ValueError, "num-partitions as well"),
         (

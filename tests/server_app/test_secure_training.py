@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from client_app import workspace
 from client_app.app import app
+from client_app.secure_sums import own_keys
+from server_app.messages import addressed
 from server_app.secure_training import UNMASK_TYPE, SecureTraining
 from task.config import load_run_config
 from task.protocol.node import NodeConfig, identity_of
@@ -139,9 +141,6 @@ def hospitals(folder: Path, config: dict[str, Any], number: int, **own: Any) -> 
     return ClientNodes(Network(), config, *places)
 
 
-MNIST = {"overrides": "data=mnist data.test_fraction=null", "data.test_fraction": "null"}
-
-
 def test_real_nodes_try_a_round_again_and_give_nothing_away_twice(tmp_path: Path) -> None:
     config = {
         **configured(tmp_path, "run"),
@@ -185,10 +184,6 @@ def test_node_that_wants_secure_aggregation_shows_its_update_to_nobody(tmp_path:
     asked = {Key.EXTRACTOR: "classifier", Key.SECURE_AGGREGATION: False}
     for kind in ("query", "train", "evaluate"):
         Network()
-        from flwr.app import RecordDict
-
-        from server_app.messages import addressed
-
         entries: dict[str, Any] = {**asked, Key.SERVER_ROUND: 1, Key.CLIENT: 0, Key.RUN_ID: "1"}
         content = RecordDict({Key.CONFIG: ConfigRecord(entries)})
         message = addressed(content, node_id=7, message_type=kind, timeout=60)
@@ -199,7 +194,5 @@ def test_node_that_wants_secure_aggregation_shows_its_update_to_nobody(tmp_path:
 
 
 def test_identity_of_simulated_clients_is_kept() -> None:
-    from client_app.secure_sums import own_keys
-
     context = node_context(SMALL_RUN, simulated(3)[0])
     assert own_keys(context, None) == own_keys(context, None)
