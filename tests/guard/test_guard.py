@@ -205,6 +205,8 @@ def test_policy_is_held_against_the_run(guard: Path) -> None:
     Policy(require_privacy=True, node_config={"max-epsilon": 8.0}).check(bundle, private)
     with pytest.raises(ValueError, match=r"privacy.epsilon must be at most 4.0 by max-epsilon=4.0"):
         Policy(node_config={"max-epsilon": 4.0}).check(bundle, private)
+    hidden = {"overrides": "data=digits federation.secure_aggregation=true"}
+    Policy(require_secure_aggregation=True).check(bundle, hidden)
     quiet = "data=digits privacy=dp_sgd privacy.epsilon=null privacy.noise_multiplier=0"
     with pytest.raises(ValueError, match=r"privacy.noise_multiplier must be above 0"):
         Policy(require_privacy=True).check(bundle, {"overrides": quiet})
