@@ -67,6 +67,14 @@ class AppendOnlyFile:
         """
         return self._read()[0]
 
+    def has_begun(self) -> bool:
+        """Whether the file is there, with or without records.
+
+        Raises:
+            DamagedFileError: see `read`.
+        """
+        return self._read()[1] > 0
+
     def begin(self) -> None:
         """Make the file, without records, unless it is there. To be called under `held`.
 
@@ -74,7 +82,7 @@ class AppendOnlyFile:
             DamagedFileError: see `read`.
             OSError: it cannot be written.
         """
-        if self._read()[1] == 0:
+        if not self.has_begun():
             self._write([{"file": self._kind, "version": APPEND_ONLY_VERSION}], 0, "")
 
     def append(self, record: Mapping[str, Any]) -> None:

@@ -10,8 +10,7 @@ never less than what was spent, wherever the process is killed:
     )
 
 A round that is trained once more is charged once more: it draws other noise. Nothing is ever taken
-back, and a run that goes on finds what it has spent. `Ledger.check` says before a run whether all
-of it fits.
+back, and a run that goes on finds what it has spent.
 
 The folder holds `ledger.jsonl`, an `AppendOnlyFile`; `key`, which only its owner may read; and
 `patients/` with a file for each set of patients, named by its hash. A patient is known by all names
@@ -123,7 +122,7 @@ class Ledger:
         """
         with self._held() as key:
             hashed = _hashed(patients, key)
-            epsilon = self._require_budget([charge.spending], hashed)
+            epsilon = self._require_budget(charge.spending, hashed)
             record = {
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
                 "run": charge.run_id,
@@ -136,18 +135,6 @@ class Ledger:
             }
             self._file.append(record)
         return epsilon
-
-    def check(self, spendings: Iterable[Spending], patients: Sequence[Names]) -> float:
-        """Say what `charge` would return after all of a run's rounds, without charging them.
-
-        Raises:
-            BudgetExhaustedError: a round of them would be refused.
-            DamagedFileError: see `charge`.
-            OSError: see `charge`.
-            ValueError: see `charge`.
-        """
-        with self._held() as key:
-            return self._require_budget(spendings, _hashed(patients, key))
 
     def runs(self) -> list[RunSpending]:
         """Return what each run has spent, in the order of their first charges.
@@ -184,11 +171,11 @@ class Ledger:
         held_in = self._held_in(steps)
         return self._most(held_in, steps), len(held_in)
 
-    def _require_budget(self, spendings: Iterable[Spending], patients: Sequence[Hashes]) -> float:
+    def _require_budget(self, further: Spending, patients: Sequence[Hashes]) -> float:
         """Return the epsilon of the patient on whom most is spent with further steps."""
         steps = _steps_of(self._entries())
         held_in = self._held_in(steps, patients)
-        most = self._most(held_in, steps, [*spendings])
+        most = self._most(held_in, steps, [further])
         if self.max_epsilon is not None and most > self.max_epsilon:
             raise BudgetExhaustedError(
                 f"max-epsilon={self.max_epsilon:g}: a patient's epsilon would be {most:.4g} at "
@@ -239,8 +226,8 @@ class Ledger:
 
     def _entries(self) -> list[Entry]:
         """Read the charges."""
-        if not self._file.path.exists() and (self.folder / KEY_FILE).exists():
-            raise self._file.damaged(1, "the file is missing")
+        if not self._file.has_begun() and (self.folder / KEY_FILE).exists():
+            raise self._file.damaged(1, "it is missing")
         return self._file.read()
 
     @contextmanager
