@@ -26,7 +26,7 @@ from task.protocol.secure_aggregation.fixed_point import decode_measures
 from task.protocol.secure_aggregation.participant import Upload
 from task.protocol.wire import UNMASK, Key, from_npy
 from task.runs.layout import MASKED_SUMS_FILE
-from task.runs.records import TEST, TRAIN, Record, records_of
+from task.runs.records import IN_SUM, TEST, TRAIN, Record, records_of
 
 UNMASK_TYPE = f"{MessageType.TRAIN}.{UNMASK}"
 # What is waited for further help with masks once there is enough of it: a node may just look.
@@ -96,6 +96,7 @@ class SecureTraining(FederatedTraining):
         told = [
             *totals.left_out,
             *records_of(server_round, measures, reference=TRAIN),
+            *(Record(server_round, IN_SUM, 1, client=client) for client in totals.clients),
             Record(server_round, "num_clients", len(totals.clients)),
             Record(
                 server_round,

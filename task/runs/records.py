@@ -25,6 +25,8 @@ DIVERGENCE = "divergence"
 SPENT_EPSILON = "epsilon"
 # A client whose training shows a failure while that of others goes on; the context says the reason.
 CLIENT_DIVERGENCE = "client_divergence"
+# 1 of each client whose update is in a masked sum, which tells nothing else of it.
+IN_SUM = "in_sum"
 # How many clients scored generated images; the context says by what, `n` how many images.
 SCORING_CLIENTS = "num_scoring_clients"
 

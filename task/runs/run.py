@@ -52,6 +52,7 @@ from task.runs.layout import (
 )
 from task.runs.records import (
     DIVERGENCE,
+    IN_SUM,
     SECONDS_EVALUATING,
     TRAIN,
     Record,
@@ -339,7 +340,8 @@ class Run:
         }
         losses = self.records.of_clients("loss", reference=TRAIN)
         # Of clients that say no loss, and none of runs before it was recorded.
-        for of_clients in (losses, self.records.of_clients("update_norm")):
+        norms, summed = (self.records.of_clients(name) for name in ("update_norm", IN_SUM))
+        for of_clients in (losses, norms, summed):
             for client, series in of_clients.items():
                 states |= {(number, client): "trained" for number in series}
         for each in self.records.left_out:

@@ -19,7 +19,8 @@ from task.config import load_run_config
 from task.protocol.node import NodeConfig, identity_of
 from task.protocol.wire import FailureCode, Key, from_npy
 from task.runs.checkpoint import load_weights
-from task.runs.records import TEST, TRAIN, read_records
+from task.runs.records import IN_SUM, TEST, TRAIN, read_records
+from task.runs.run import Run
 from task.runs.writer import RunWriter
 from tests.helpers import (
     SMALL_RUN,
@@ -95,7 +96,8 @@ def test_masked_run_ends_with_the_weights_of_a_plain_one_and_tells_of_no_client(
     ones = [np.unpackbits(each.view(np.uint8)).mean() for each in uploads]
     assert len(uploads) == 8 and ones == pytest.approx([0.5] * 8, abs=0.01)
     told, expected = (read_records(run / "metrics.jsonl") for run in (secure, plain))
-    assert not [each for each in told.all if each.client is not None]
+    assert {each.metric for each in told.all if each.client is not None} == {IN_SUM}
+    assert {*Run(secure).participation().values()} == {"trained"}
     for reference in (TRAIN, TEST):
         found, wanted = (each.series("loss", reference=reference) for each in (told, expected))
         assert found == pytest.approx(wanted, rel=1e-5) and found
