@@ -242,7 +242,7 @@ class LocalTraining:
 
     Attributes:
         weights: [P], float32 or float16, the bytes of the reply themselves.
-        num_images: that it trained on; 1 of a client that does not say.
+        num_images: that it trained on; `counted_as` of a client that does not say.
         loss: mean of its training; None of a client that does not say.
         measures: what its family measured of the training, by name.
         spent: `DURATIONS_AND_RATES`, those that it says.
@@ -264,7 +264,7 @@ def read_training(
     num_clients: int,
     max_norm: float | None,
     measures: Collection[str] = (),
-    private: bool = False,
+    counted_as: int | None = None,
 ) -> LocalTraining:
     """Return what a client that has trained replied, and measure how far it went.
 
@@ -274,14 +274,15 @@ def read_training(
         num_clients: how many clients may add their weights to the same sum.
         max_norm: `federation.max_update_norm`; None for any.
         measures: names of what the family measures of a training.
-        private: whether clients protect their patients, and say nothing beside their weights.
+        counted_as: how many images a client counts for that protects its patients, and says
+            nothing beside its weights; None: each says it.
 
     Raises:
         UnusableReply: see `read_metrics` and `read_weights`; or the weights lie further than
             `max_norm` from those that were sent.
     """
-    numbers = {} if private else read_metrics(content, measures)
-    num_images = int(numbers.get(Key.NUM_EXAMPLES, 1))
+    numbers = {} if counted_as is not None else read_metrics(content, measures)
+    num_images = int(numbers.get(Key.NUM_EXAMPLES, counted_as or 0))
     weights = read_weights(content, size=len(sent), num_images=num_images, num_clients=num_clients)
     norm = distance(weights, sent)
     if max_norm is not None and norm > max_norm:

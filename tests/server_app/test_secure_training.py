@@ -19,7 +19,7 @@ from task.config import load_run_config
 from task.protocol.node import NodeConfig, identity_of
 from task.protocol.wire import FailureCode, Key, from_npy
 from task.runs.checkpoint import load_weights
-from task.runs.records import IN_SUM, TEST, TRAIN, read_records
+from task.runs.records import IN_SUM, SPENT_EPSILON, TEST, TRAIN, read_records
 from task.runs.run import Run
 from task.runs.writer import RunWriter
 from tests.helpers import (
@@ -198,3 +198,23 @@ def test_node_that_wants_secure_aggregation_shows_its_update_to_nobody(tmp_path:
 def test_identity_of_simulated_clients_is_kept() -> None:
     context = node_context(SMALL_RUN, simulated(3)[0])
     assert own_keys(context, None) == own_keys(context, None)
+
+
+def test_private_hospitals_count_alike_in_full_and_say_nothing_to_the_sum(tmp_path: Path) -> None:
+    private = {"overrides": "privacy=dp_sgd privacy.noise_draws=1", "federation__rounds": 1}
+    private |= {"data__test_fraction": 0.9, "federation__num_supernodes": 3}
+    weights = []
+    for name, run in (("plain", {"federation__aggregation": "bounded_mean"}), ("secure", {})):
+        workspace._build_workspace.cache_clear()
+        config = configured(tmp_path, name, **private, **run)
+        nodes = ClientNodes(Network(), config, *simulated(3))
+        if name == "plain":
+            weights.append(final(played(config, nodes, nodes)))
+        else:
+            config |= {**SECURE, "federation.num_supernodes": 3}
+            nodes = ClientNodes(Network(), config, *simulated(3))
+            weights.append(final(folder := secure_run(config, nodes, nodes)))
+    assert same_bits(*weights)
+    told = read_records(folder / "metrics.jsonl")
+    assert told.value(SPENT_EPSILON) is not None
+    assert not [each for each in told.all if each.client is not None or each.n is not None]
