@@ -15,7 +15,7 @@ from flwr.cli.build import build_fab_from_disk
 from task.guard.approvals import Approvals
 from task.guard.bundle import Bundle
 from task.runs.checkpoint import load_weights
-from task.runs.records import TRAIN, Records, read_records
+from task.runs.records import IN_SUM, LEFT_OUT, TRAIN, Records, read_records
 from tests.deployment import Deployment, deployed, write_digit_folders
 from tests.processes import CHECKOUT, COMMANDS, wait_for
 
@@ -189,6 +189,39 @@ def test_run_survives_a_hospital_that_is_killed_and_one_that_comes_late(
     assert records.series("loss", reference=TRAIN)[7] > 0
     _, metadata = load_weights(run / "model.safetensors")
     assert metadata["round"] == "7"
+
+
+def test_masked_run_survives_a_hospital_that_is_killed_in_a_round(
+    deployment: Deployment, images: dict[str, Path]
+) -> None:
+    peers = {"first-peer": "north", "second-peer": "south", "third-peer": "west"}
+    for name, whose in peers.items():
+        deployment.add_node(name, data=images[whose])
+    deployment.submit(
+        "masked",
+        **{
+            "federation.secure_aggregation": True,
+            "federation.rounds": 2,
+            "federation.min_nodes": 4,
+            "federation.round_attempts": 1,
+            "federation.round_timeout": 120.0,
+        },
+    )
+    deployment.wait_for_round("masked", 1)
+    deployment.kill("third-peer")
+    assert deployment.wait_for_end() == "finished:completed", deployment.run_log()
+    for name in ("first-peer", "second-peer"):
+        deployment.kill(name)
+    run = deployment.results / "masked"
+    records = records_of(run)
+    third = number_of(deployment, run, "third-peer")
+    assert records.series("num_clients") == {1: 4, 2: 3}
+    missed = {(each.round, each.client, each.context["activity"]) for each in records.left_out}
+    assert {each for each in missed if each[2] == "train"} == {(2, third, "train")}
+    # Nothing is told of a single hospital but whether it took part.
+    alone = {each.metric for each in records.all if each.client is not None}
+    assert alone == {IN_SUM, LEFT_OUT}
+    assert records.series("loss", reference=TRAIN)[2] > 0
 
 
 def test_run_goes_on_when_its_server_and_the_superlink_are_killed(deployment: Deployment) -> None:
