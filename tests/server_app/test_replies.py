@@ -20,7 +20,7 @@ from server_app.replies import (
     read_weights,
 )
 from server_app.strategies import SUM_LIMIT, FixedPointSum
-from task.protocol.wire import Key
+from task.protocol.wire import FailureCode, Key
 from tests.helpers import Network
 
 SIZE = 4
@@ -33,11 +33,11 @@ def test_no_reply_is_unusable() -> None:
         checked_content(Reply(3, None, sent=1.0), timeout=7200)
 
 
-def said_of(error: Error) -> str:
+def said_of(error: Error, kind: type[UnusableReply] = UnusableReply) -> str:
     """Say what a person reads of an error reply."""
     Network()
     asked = addressed(RecordDict(), node_id=7, message_type="train", timeout=60)
-    with pytest.raises(UnusableReply) as caught:
+    with pytest.raises(kind) as caught:
         checked_content(Reply(3, Message(error, reply_to=asked), sent=1.0), timeout=60)
     return str(caught.value)
 
@@ -72,6 +72,11 @@ def said_of(error: Error) -> str:
 )
 def test_errors_are_described_in_one_line(error: Error, expected: str) -> None:
     assert said_of(error) == expected
+
+
+def test_client_that_could_not_mask_its_update_has_diverged() -> None:
+    said = said_of(Error(FailureCode.NOT_FINITE, "NotFiniteError"), Diverged)
+    assert said == "NotFiniteError (code 111): its training has diverged"
 
 
 def test_long_errors_are_cut() -> None:
