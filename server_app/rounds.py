@@ -26,6 +26,7 @@ from task.reporting.warning_signs import closing_lines
 from task.runs.commands import describe_divergence, describe_report_of
 from task.runs.layout import (
     MACHINE_FILE,
+    PRIVATE_TRAININGS_FILE,
     REPORT_FILE,
     START_FILE,
     final_round,
@@ -242,13 +243,28 @@ class RoundLoop(ABC):
         return summary
 
     def record_privacy(self, server_round: int) -> str:
-        """Record what the rounds so far may have cost a patient, and say it."""
-        epsilon = epsilon_after(self.config, server_round)
+        """Record what the rounds so far may have cost a patient, and say it.
+
+        Real nodes draw new noise for a round that is repeated, which costs once more.
+        """
+        times = server_round if self.dataset is not None else self.private_trainings()
+        epsilon = epsilon_after(self.config, times)
         if math.isinf(epsilon):
             return "no privacy: there is no noise"
         context = {"delta": self.config.privacy.delta}
         self.directory.record([Record(server_round, SPENT_EPSILON, epsilon, context=context)])
         return f"epsilon {epsilon:.3g}"
+
+    def private_trainings(self) -> int:
+        """Return how often real nodes were asked to train, over all starts of the run."""
+        return int((self.directory.read_json(PRIVATE_TRAININGS_FILE) or {"asked": 0})["asked"])
+
+    def attempt(self, server_round: int) -> str:
+        """Train a round; where it costs the privacy of real patients, count it first."""
+        if self.config.privacy.is_on and self.dataset is None:
+            asked = {"asked": self.private_trainings() + 1}
+            self.directory.write_json(PRIVATE_TRAININGS_FILE, asked)
+        return self.train(server_round)
 
     def train_and_retry(self, server_round: int) -> str:
         """Train a round, and again, with the nodes that are there then, where too few replied.
@@ -258,11 +274,11 @@ class RoundLoop(ABC):
         """
         for attempt in range(1, self.attempts):
             try:
-                return self.train(server_round)
+                return self.attempt(server_round)
             except TooFewRepliesError as error:
                 log(f"{error}; attempt {attempt} of {self.attempts}, nothing of it is kept")
         try:
-            return self.train(server_round)
+            return self.attempt(server_round)
         except TooFewRepliesError as error:
             raise RuntimeError(f"{error}{self.what_is_saved()}") from error
 

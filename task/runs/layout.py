@@ -48,6 +48,8 @@ POOLED_FILE = "pooled.json"
 DATA_FILE = "data.json"
 # The number of the last masked sum.
 MASKED_SUMS_FILE = "sums.json"
+# How often real nodes were asked to train privately, which costs each time.
+PRIVATE_TRAININGS_FILE = "private-trainings.json"
 NODES_FILE = "nodes.json"
 CLASS_COUNTS_FILE = "class_counts.json"
 METRICS_FILE = "metrics.jsonl"

@@ -1,10 +1,11 @@
 """Runs with differential privacy: what clients say, what is recorded, what is refused."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from task.config import load_run_config
 from task.privacy.accounting import epsilon_of
@@ -90,7 +91,7 @@ def test_real_nodes_tell_no_numbers_and_draw_noise_that_nobody_knows(tmp_path: P
     write_digits_as_mnist(hospital, train=60, test=10)
     overrides = f"data=mnist {PRIVATE['overrides']}"
     run = configured(tmp_path, {"overrides": overrides, "data.test_fraction": "null"})
-    run |= {"federation.rounds": 1, "eval.num_images": 10}
+    run |= {"federation.rounds": 1, "federation.min_replies": 2, "eval.num_images": 10}
     node = {"data-path": str(hospital), "report-class-counts": True, "score-images": True}
     own = [{**node, "output-path": str(tmp_path / name)} for name in ("a", "b")]
     for each in own:
@@ -105,14 +106,21 @@ def test_real_nodes_tell_no_numbers_and_draw_noise_that_nobody_knows(tmp_path: P
     for name in ("one", "other"):
         named = {**run, "run_name": name}
         nodes = ClientNodes(Network(), named, *own)
-        weights.append(final_weights(play(named, nodes=nodes, alter=listen)))
+        spoiled = iter([name == "other"])  # the first reply, whose round is tried again
+
+        def spoil(asked: Message, reply: Message, which: Iterator[bool] = spoiled) -> Message:
+            if asked.metadata.message_type == "train" and next(which, False):
+                return Message(Error(code=100), reply_to=asked)
+            return listen(asked, reply)
+
+        weights.append(final_weights(play(named, nodes=nodes, alter=spoil)))
     assert said == {f"config.{Key.FINGERPRINT}"}
     assert any(bool((weights[0][name] != weights[1][name]).any()) for name in weights[0])
     # Both runs, each of which the nodes' ledgers hold.
     config = load_run_config(run)
     ledger = ledger_of(NodeConfig(data_path=str(hospital), output_path=str(tmp_path / "a")))
     assert [each.run_name for each in ledger.runs()] == ["one", "other"]
-    steps = [spending_of(config, rounds=1)] * 2
+    steps = [spending_of(config, rounds=1)] * 3
     assert ledger.spent() == (epsilon_of(steps, 1e-5), 50)
 
     # A hospital that allows no more takes no part, and of one that limits nothing is known.
@@ -124,7 +132,9 @@ def test_real_nodes_tell_no_numbers_and_draw_noise_that_nobody_knows(tmp_path: P
             play({**third, "federation.node_wait": 1.0}, nodes=nodes)
     assert ledger.spent() == (epsilon_of(steps, 1e-5), 50)
     found = Run(tmp_path / "one").records
-    assert found.value(SPENT_EPSILON) is not None
+    assert found.value(SPENT_EPSILON) == epsilon_after(config, 1)
+    repeated = read_records(tmp_path / "other" / "metrics.jsonl")
+    assert repeated.value(SPENT_EPSILON) == epsilon_after(config, 2)
     assert not [each for each in found.all if each.n is not None]
 
 
