@@ -22,9 +22,10 @@ from task.data import Dataset
 from task.evaluation.hospital_scores import score_images
 from task.protocol.node import NodeConfig, check_node, own_config, read_node_config
 from task.protocol.wire import SCORES, UNMASK, Key, from_npy
-from task.randomness import Stream, secret_generator, torch_generator
+from task.randomness import Stream, torch_generator
 from task.training.devices import device_name, move
 from task.training.loop import fit, fit_options, held_out_losses
+from task.training.private import SecretDraws
 
 app = ClientApp()
 
@@ -105,8 +106,16 @@ def train(message: Message, context: Context) -> Message:
             images.labels,
             options=fit_options(config, precision=precision, num_processes=workspace.num_processes),
             optimizers=optimizers,
-            rng=training_generator(workspace, asked),
+            rng=torch_generator(
+                config.seed,
+                Stream.TRAIN,
+                server_round,
+                int(asked[Key.CLIENT]),  # type: ignore[arg-type]
+                device=workspace.device,
+            ),
             patients=images.groups,
+            # The server knows the run's seed, and could take noise that comes from it out again.
+            private_draws=None if workspace.node is None else SecretDraws(),
         )
         state.save(optimizers)
     keep_local_model(workspace, server_round, precision)
@@ -155,23 +164,6 @@ def unmask(message: Message, context: Context) -> Message:
     """Help to take the masks off the sum that this client was asked for last."""
     place = read_node_config(context.node_config)
     return help_unmask(message, context, place if isinstance(place, NodeConfig) else None)
-
-
-def training_generator(workspace: Workspace, asked: ConfigRecord) -> torch.Generator:
-    """Make the source of all draws of a round's training.
-
-    On a real node with differential privacy nobody else may know it: who knows the seed, as the
-    server does, could take the noise out again.
-    """
-    if workspace.config.privacy.is_on and workspace.node is not None:
-        return secret_generator(workspace.device)
-    return torch_generator(
-        workspace.config.seed,
-        Stream.TRAIN,
-        int(asked[Key.SERVER_ROUND]),  # type: ignore[arg-type]
-        int(asked[Key.CLIENT]),  # type: ignore[arg-type]
-        device=workspace.device,
-    )
 
 
 @app.evaluate()

@@ -4,7 +4,6 @@ No part of feddm reads a global generator, so that the draws of one client do no
 which others trained before it, nor on the process that it trains in.
 """
 
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -53,11 +52,6 @@ def torch_generator(
     state = _sequence(seed, stream, *key).generate_state(1, np.uint64)
     # torch takes seeds up to 2^64 - 1, but only int64 on some devices.
     return torch.Generator(device).manual_seed(int(state[0]) >> 1)
-
-
-def secret_generator(device: str | torch.device = "cpu") -> torch.Generator:
-    """Make a torch generator whose seed comes from the operating system and is told to nobody."""
-    return torch.Generator(device).manual_seed(secrets.randbits(63))
 
 
 def _sequence(seed: int, stream: Stream, *key: int) -> np.random.SeedSequence:

@@ -15,7 +15,14 @@ from task.generators.base import Batch, Generator
 from task.randomness import seeded_global_generator
 from task.training.devices import autocast, compile_where_wanted, move
 from task.training.distributed import average_gradients, average_results, run_in_processes
-from task.training.private import PatientSampler, PrivateSteps, check_private, private_gradient
+from task.training.private import (
+    PatientSampler,
+    PrivateDraws,
+    PrivateSteps,
+    SeededDraws,
+    check_private,
+    private_gradient,
+)
 
 Optimizers = Mapping[str, torch.optim.Optimizer]
 
@@ -130,6 +137,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     received: Mapping[str, Tensor] | None = None,
     patients: Tensor | None = None,
+    private_draws: PrivateDraws | None = None,
 ) -> FitResult:
     """Train a generator on images, such as the local epochs of one client.
 
@@ -145,6 +153,7 @@ def fit(
         received: see `Callback.start`.
         patients: [N] int64, equal for the images of one patient, whom `options.private` protects;
             None: each image is of another.
+        private_draws: of patients and noise, where they are protected; None: from `rng`.
 
     Raises:
         ValueError: there are no images, no such precision, or batches are to be accumulated for
@@ -163,7 +172,9 @@ def fit(
         )
     if patients is None:
         patients = torch.arange(len(images))
-    job = _Job(generator, images, labels, patients, options, callbacks, received or {})
+    job = _Job(
+        generator, images, labels, patients, private_draws, options, callbacks, received or {}
+    )
     if options.num_processes == 1:
         return _fit(job, optimizers, rng)
     done = run_in_processes(
@@ -196,6 +207,7 @@ class _Job:
     images: Tensor
     labels: Tensor
     patients: Tensor
+    private_draws: PrivateDraws | None
     options: FitOptions
     callbacks: Sequence[Callback]
     received: Mapping[str, Tensor]
@@ -245,6 +257,7 @@ def _private_steps(
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     sampler = PatientSampler(job.patients)
     rate = private.spending.sampling_rate
+    draws = job.private_draws or SeededDraws(rng)
 
     def backward(indices: Tensor, weight: float) -> Tensor:
         losses = job.generator.losses(_batch(job, indices, rng, rank=0), rng)
@@ -256,7 +269,7 @@ def _private_steps(
 
     loss_sum, seen = torch.zeros((), device=rng.device, dtype=torch.float64), 0
     for _ in range(private.spending.steps):
-        drawn = sampler.draw(rate, rng)
+        drawn = sampler.draw(rate, draws)
         loss = private_gradient(
             parameters,
             drawn,
@@ -264,7 +277,7 @@ def _private_steps(
             steps=private,
             expected_patients=rate * len(sampler),
             chunk=job.options.batch_size,
-            rng=rng,
+            draws=draws,
         )
         _take_step(job, name, optimizer)
         job.generator.after_step()

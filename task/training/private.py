@@ -5,10 +5,14 @@ count as one: Dockhorn et al. 2023 (arXiv 2210.09929).
 """
 
 import math
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor, nn
 
 from task.checks import require
@@ -117,6 +121,62 @@ class TooManyPatientsError(ValueError):
     """A hospital has more patients than `privacy.delta` protects."""
 
 
+class PrivateDraws(Protocol):
+    """Where the draws come from on which a patient's privacy rests: who is drawn, and the noise."""
+
+    def uniform(self, number: int) -> Tensor:
+        """Draw numbers of [0, 1), [number] float64 on the CPU."""
+        ...
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Draw standard normal numbers of the shape and dtype of a tensor, on its device."""
+        ...
+
+
+class SeededDraws:
+    """Draws of torch, which repeat: for simulations, and no secret to anybody who has the seed."""
+
+    def __init__(self, rng: torch.Generator) -> None:
+        """Draw from a generator, on its device."""
+        self._rng = rng
+
+    def uniform(self, number: int) -> Tensor:
+        """See `PrivateDraws`."""
+        device = self._rng.device
+        return torch.rand(number, generator=self._rng, device=device, dtype=torch.float64).cpu()
+
+    def normal(self, like: Tensor) -> Tensor:
+        """See `PrivateDraws`."""
+        device = self._rng.device
+        return torch.randn(like.shape, generator=self._rng, device=device, dtype=like.dtype)
+
+
+class SecretDraws:
+    """Draws from AES-256 in counter mode under a key of the operating system, told to nobody.
+
+    Not torch's: on a CPU its generator takes 32 bits of a seed alone, which can all be tried.
+    """
+
+    def __init__(self) -> None:
+        """Draw a key."""
+        key, counter = os.urandom(32), os.urandom(16)
+        self._stream = Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()
+
+    def uniform(self, number: int) -> Tensor:
+        """See `PrivateDraws`."""
+        drawn = np.frombuffer(self._stream.update(bytes(8 * number)), dtype="<u8")
+        return torch.from_numpy((drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """See `PrivateDraws`; by Box and Muller's method."""
+        half = (like.numel() + 1) // 2
+        # 1 - u is never 0, whose logarithm is none.
+        radius = (-2 * torch.log1p(-self.uniform(half))).sqrt_()
+        angle = 2 * math.pi * self.uniform(half)
+        drawn = torch.cat([radius * angle.cos(), radius * angle.sin()])[: like.numel()]
+        return drawn.reshape(like.shape).to(like)
+
+
 class PatientSampler:
     """Draws patients for steps, each by itself, and knows their images."""
 
@@ -134,9 +194,9 @@ class PatientSampler:
         """The number of patients."""
         return len(self._images)
 
-    def draw(self, rate: float, rng: torch.Generator) -> list[Tensor]:
+    def draw(self, rate: float, draws: PrivateDraws) -> list[Tensor]:
         """Draw each patient with a probability; returns the images' places of those drawn."""
-        drawn = torch.rand(len(self), generator=rng, device=rng.device) < rate
+        drawn = draws.uniform(len(self)) < rate
         return [self._images[patient] for patient in drawn.nonzero().flatten().tolist()]
 
 
@@ -148,7 +208,7 @@ def private_gradient(
     steps: PrivateSteps,
     expected_patients: float,
     chunk: int,
-    rng: torch.Generator,
+    draws: PrivateDraws,
 ) -> Tensor:
     """Leave the noised mean of the clipped gradients of drawn patients in parameters' gradients.
 
@@ -160,17 +220,18 @@ def private_gradient(
         expected_patients: how many are drawn in the mean, by which the sum is divided: who was
             really drawn must not show in the divisor.
         chunk: draws of images that go through the networks at a time.
-        rng: of the noise; its device is that of the parameters.
+        draws: of the noise.
 
     Returns:
         The mean loss of the patients, scalar; it is not protected.
     """
     sums = [torch.zeros_like(each) for each in parameters]
-    loss_sum = torch.zeros((), device=rng.device)
+    device = parameters[0].device
+    loss_sum = torch.zeros((), device=device)
     for images in drawn:
         for each in parameters:
             each.grad = None
-        looked_at = images.repeat_interleave(steps.noise_draws).to(rng.device)
+        looked_at = images.repeat_interleave(steps.noise_draws).to(device)
         for part in torch.split(looked_at, chunk):
             weight = len(part) / len(looked_at)
             loss_sum += weight * backward(part, weight).detach()
@@ -181,8 +242,7 @@ def private_gradient(
             total.add_(gradient)
     std = steps.spending.noise_multiplier * steps.clipping_norm
     for each, total in zip(parameters, sums, strict=True):
-        noise = torch.randn(total.shape, generator=rng, device=rng.device, dtype=total.dtype)
-        each.grad = total.add_(noise, alpha=std).div_(expected_patients)
+        each.grad = total.add_(draws.normal(total), alpha=std).div_(expected_patients)
     return loss_sum / max(1, len(drawn))
 
 

@@ -8,7 +8,7 @@ from task.config import load_config
 from task.generators.base import Batch, Generator
 from task.generators.registry import initial_generator
 from task.privacy.accounting import Spending
-from task.training.private import PrivateSteps, private_gradient
+from task.training.private import PrivateSteps, SeededDraws, private_gradient
 
 PATIENTS, DRAWS, REPEATS = 32, 8, 3
 MODELS = {
@@ -49,7 +49,7 @@ def seconds_of(model: Generator) -> tuple[float, float]:
             steps=steps,
             expected_patients=PATIENTS,
             chunk=DRAWS,
-            rng=rng,
+            draws=SeededDraws(rng),
         )
 
     found = []

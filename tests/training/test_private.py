@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom
+from scipy.stats import binom, kstest
 from torch import Tensor, nn
 
 from task.config import Config, load_config
@@ -16,6 +16,8 @@ from task.training.loop import FitOptions, fit, fit_options
 from task.training.private import (
     PatientSampler,
     PrivateSteps,
+    SecretDraws,
+    SeededDraws,
     TooManyPatientsError,
     check_patients,
     check_private,
@@ -72,7 +74,7 @@ def gradient_of(
         steps=private,
         expected_patients=4.0,
         chunk=chunk,
-        rng=rng,
+        draws=SeededDraws(rng),
     )
     assert weight.grad is not None
     return weight.grad, looked_at
@@ -108,14 +110,27 @@ def test_no_patient_is_longer_than_the_norm() -> None:
 def test_patients_are_drawn_whole_and_each_by_itself() -> None:
     sampler = PatientSampler(torch.tensor([5, 2, 5, 9, 2, 5]))
     assert len(sampler) == 3
-    rng = torch.Generator().manual_seed(0)
-    drawn = [sampler.draw(0.3, rng) for _ in range(4000)]
+    draws = SecretDraws()
+    drawn = [sampler.draw(0.3, draws) for _ in range(4000)]
     told = {tuple(images.tolist()) for each in drawn for images in each}
     assert told == {(1, 4), (0, 2, 5), (3,)}
     sizes = np.bincount([len(each) for each in drawn], minlength=4) / len(drawn)
     # As many together as of three coins: batches may be empty.
     assert np.allclose(sizes, binom.pmf(range(4), 3, 0.3), atol=0.03)
-    assert len(sampler.draw(1.0, rng)) == 3
+    assert len(sampler.draw(1.0, draws)) == 3
+
+
+def test_secret_draws_are_those_of_their_distributions_and_never_repeat() -> None:
+    draws, other = SecretDraws(), SecretDraws()
+    uniform = draws.uniform(100_001)
+    assert kstest(uniform.numpy(), "uniform").pvalue > 1e-6
+    assert float(uniform.min()) >= 0 and float(uniform.max()) < 1
+    normal = draws.normal(torch.zeros(333, 301))
+    assert normal.shape == (333, 301) and normal.dtype == torch.float32
+    assert kstest(normal.flatten().double().numpy(), "norm").pvalue > 1e-6
+    again = other.normal(normal)
+    assert abs(float(torch.corrcoef(torch.stack([normal.flatten(), again.flatten()]))[0, 1])) < 0.02
+    assert not torch.equal(draws.normal(normal), normal)
 
 
 def test_without_noise_and_clipping_a_step_is_that_of_all_images() -> None:
