@@ -8,7 +8,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client_app.budget import charge_round, require_budget
+from client_app.budget import charge_round
 from client_app.failures import failures_stay_local
 from client_app.hospital_scores import images_of, named_extractor, with_own_extractor
 from client_app.local_model import keep_local_model
@@ -55,7 +55,6 @@ def introduce(message: Message, context: Context) -> Message:
         config = own_config(compose_run_config(named_run(context)), place)
         config = named_extractor(config, message)
         said[Key.FINGERPRINT] = code_fingerprint(package_of(config.model.family))
-        require_budget(config, place)
         counts = check_node(config, place)
         told = place.report_class_counts and not config.privacy.is_on
         if not (config.privacy.is_on or config.federation.secure_aggregation):
@@ -151,8 +150,7 @@ def train(message: Message, context: Context) -> Message:
     )
     if part is not None:
         if config.privacy.is_on:
-            # Every hospital counts alike, in full.
-            return part.reply(packed, config.federation.max_images_per_client, [])
+            return part.reply(packed, 1, [])
         measured = [result.loss, *(result.measures[name] for name in generator.measures)]
         return part.reply(packed, len(images), measured)
     return Message(records, reply_to=message)

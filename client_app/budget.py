@@ -4,30 +4,12 @@ from flwr.app import ConfigRecord
 
 from client_app.log import logger
 from client_app.workspace import Workspace
-from task.config import Config
 from task.data import ImageSet
-from task.privacy.ledger import BudgetExhaustedError, Charge
+from task.privacy.ledger import Charge
 from task.privacy.patients import names_of_patients
-from task.protocol.node import NodeConfig, NodeKey, ledger_of
+from task.protocol.node import ledger_of
 from task.protocol.wire import Key
 from task.training.private import check_patients, spending_of
-
-
-def require_budget(config: Config, node: NodeConfig) -> None:
-    """Check that a node which limits what is spent can keep account of a run.
-
-    Raises:
-        BudgetExhaustedError: the run spends without limit.
-        ValueError: the node has no place for a ledger.
-    """
-    if config.privacy.is_on:
-        ledger_of(node)
-    elif node.max_epsilon is not None:
-        raise BudgetExhaustedError(
-            f"{NodeKey.MAX_EPSILON.value}={node.max_epsilon:g}: a run with privacy=none spends "
-            "without limit; take part in runs with privacy=dp_sgd alone, or leave "
-            f"{NodeKey.MAX_EPSILON.value} out"
-        )
 
 
 def charge_round(workspace: Workspace, asked: ConfigRecord, images: ImageSet) -> None:
@@ -43,8 +25,6 @@ def charge_round(workspace: Workspace, asked: ConfigRecord, images: ImageSet) ->
         ValueError: the run does not suit so many patients, or see `Ledger.charge`.
     """
     config, node = workspace.config, workspace.node
-    if node is not None:
-        require_budget(config, node)
     if not config.privacy.is_on:
         return
     check_patients(images.num_patients, config)

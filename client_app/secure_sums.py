@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from client_app.log import logger
 from client_app.workspace import Workspace
-from task.protocol.node import NodeConfig, check_peers, identity_of, participant_of
+from task.config import flat_values
+from task.protocol.node import NodeConfig, identity_of, participant_of
 from task.protocol.secure_aggregation.fixed_point import UpdateFormat
 from task.protocol.secure_aggregation.keys import Identity, PublicKeys, new_identity_secret
 from task.protocol.secure_aggregation.memory import PeersRefusedError
 from task.protocol.secure_aggregation.participant import Participant
 from task.protocol.secure_aggregation.terms import Terms, read_peers
-from task.protocol.wire import Key, WeightLayout, from_npy, to_npy
+from task.protocol.wire import Key, from_npy, to_npy
 
 # Of records in the state of a simulated client.
 IDENTITY_RECORD, SUM_RECORD = "identity", "sum-of-"
@@ -93,7 +94,7 @@ class SumPart:
             purpose=message.metadata.message_type,
             peers=peers,
             format=UpdateFormat.of(workspace.config, len(peers)),
-            model=model_digest(workspace.layout, sent),
+            model=model_digest(workspace, sent),
         )
         self._participant.begin(self._terms)
 
@@ -102,10 +103,8 @@ class SumPart:
         """Agree to the sum that a message asks for; None in a run without secure aggregation.
 
         Raises:
-            PeersRefusedError, ValueError: see the class; or the hospital takes part in sums alone.
+            PeersRefusedError, ValueError: see the class.
         """
-        if workspace.node is not None:
-            check_peers(workspace.config, workspace.node)
         if not workspace.config.federation.secure_aggregation:
             return None
         return cls(workspace, context, message)
@@ -173,7 +172,18 @@ def npy_array(array: NDArray[Any]) -> Array:
     return Array(str(array.dtype), array.shape, SType.NUMPY, to_npy(array))
 
 
-def model_digest(layout: WeightLayout, sent: bytes) -> str:
-    """Return the SHA-256 of the weights that a client was sent, and of the model's layout."""
-    shapes = json.dumps({name: [*shape] for name, shape in layout.shapes.items()})
-    return hashlib.sha256(shapes.encode() + b"\0" + sent).hexdigest()
+def model_digest(workspace: Workspace, sent: bytes) -> str:
+    """Return the SHA-256 of what all clients of a sum must have been asked alike.
+
+    Without the configuration a server could let all but one train at a rate of nearly 0, whose sum
+    is the update of that one.
+
+    Args:
+        workspace: for the configuration, as the server says it, and the model's layout.
+        sent: the weights.
+    """
+    shapes = {name: [*shape] for name, shape in workspace.layout.shapes.items()}
+    # A simulation's processes may each make a name of the time of day.
+    said = {k: v for k, v in flat_values(workspace.run_config).items() if k != "run_name"}
+    agreed = json.dumps([said, shapes], sort_keys=True)
+    return hashlib.sha256(agreed.encode() + b"\0" + sent).hexdigest()

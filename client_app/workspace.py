@@ -14,7 +14,14 @@ from task.data import Dataset, ImageSet, build_dataset, take_inventory
 from task.data.partition import Partition, partition_dataset
 from task.generators.base import Generator
 from task.generators.registry import initial_generator
-from task.protocol.node import NodeConfig, own_config, own_images, read_node_config
+from task.protocol.node import (
+    NodeConfig,
+    check_budget,
+    check_peers,
+    own_config,
+    own_images,
+    read_node_config,
+)
 from task.protocol.wire import Key, WeightLayout
 from task.training.devices import (
     compile_where_wanted,
@@ -110,6 +117,9 @@ def _build_workspace(
     else:
         said = compose_run_config(given)
         config = own_config(said, node)
+        # Before any message is answered, whatever it asks.
+        check_peers(config, node)
+        check_budget(config, node)
     keep_freed_memory()
     configure_torch(num_threads=config.train.num_threads, deterministic=config.train.deterministic)
     dataset = build_dataset(config, download=node is None)
@@ -122,7 +132,9 @@ def _build_workspace(
         run_config=said,
         device=device,
         num_processes=count_processes(
-            config.train.num_processes, device, one_per_gpu=node is not None
+            1 if config.privacy.is_on else config.train.num_processes,
+            device,
+            one_per_gpu=node is not None,
         ),
         generator=generator,
         layout=WeightLayout.of(generator, generator.local | generator.frozen),

@@ -7,6 +7,7 @@ calls are wrapped: the one that fetches, the one that unpacks and the one that l
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -95,6 +96,9 @@ flowers_fetch, flowers_loader = runtime.pull_task_input, runtime.get_load_client
 
 def main() -> None:
     """Run Flower's `flwr-clientapp` under guard."""
+    # Compiled files in the folder of a bundle would be code that nobody has approved; its processes
+    # are not to leave any either.
+    sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
     guard = Guard()
     runtime.pull_task_input = guard.fetch
     runtime.install_from_fab = guard.unpack

@@ -213,7 +213,7 @@ class FederatedTraining(RoundLoop):
             num_clients=len(clients),
             max_norm=self.config.federation.max_update_norm,
             measures=self.model.measures,
-            counted_as=self.counted_as(),
+            counted_as=1 if self.config.privacy.is_on else None,
         )
         replies = TrainingReplies()
         # To the clients of the round, and back in the replies that can be used.
@@ -244,15 +244,6 @@ class FederatedTraining(RoundLoop):
             traffic += trained.weights.nbytes
         replies.records.append(Record(server_round, "weight_bytes", traffic))
         return replies
-
-    def counted_as(self) -> int | None:
-        """Return how many images each client counts for, where none says how many it has."""
-        federation = self.config.federation
-        if not self.config.privacy.is_on:
-            return None
-        # In full, or its update would be rounded as coarsely as that of a small hospital.
-        bounded = federation.aggregation == "bounded_mean"
-        return federation.max_images_per_client if bounded else 1
 
     def combined_measures(self, replies: "TrainingReplies") -> dict[str, float]:
         """Make one number of each measure of the clients; see `Weighting.combine`."""

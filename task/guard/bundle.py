@@ -8,6 +8,7 @@ import sys
 import tempfile
 import tomllib
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ PROJECT_FILE = "pyproject.toml"
 CONTENT_FILE = ".info/CONTENT"
 # Flower's limit is 10 MiB, compressed.
 MAX_BYTES = 100 * 2**20
+UNZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,13 @@ class Bundle:
                 for entry in entries:
                     _check_entry(entry, files)
                     files[entry.filename] = archive.read(entry)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            NotImplementedError,
+            RuntimeError,
+        ) as error:
             raise ValueError(f"bundle: it cannot be unpacked ({error})") from error
         files.pop(CONTENT_FILE, None)
         require(PROJECT_FILE in files, "bundle", f"one with {PROJECT_FILE}", sorted(files)[:3])

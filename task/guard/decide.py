@@ -127,12 +127,15 @@ def _install(bundle: Bundle, home: Path) -> Path:
             for path, content in bundle.files.items():
                 (aside / path).parent.mkdir(parents=True, exist_ok=True)
                 (aside / path).write_bytes(content)
+    # Links and folders as well: Python imports a folder without code, and what a link leads to.
+    below = [*folder.rglob("*")]
     found = {
-        file.relative_to(folder).as_posix(): file.read_bytes()
-        for file in folder.rglob("*")
-        if file.is_file() and file.parent.name != "__pycache__"
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in below
+        if path.is_file() and not path.is_symlink()
     }
-    if found != bundle.files:
+    folders = {parent for path in bundle.files for parent in (folder / path).parents}
+    if found != bundle.files or not {p for p in below if p.is_symlink() or p.is_dir()} <= folders:
         raise NotApprovedError(f"{folder} holds other files than the bundle; remove that folder")
     return folder
 

@@ -18,8 +18,10 @@ from task.checks import require
 
 # Of Renyi divergences: whole numbers, for which Poisson sampling has a closed form.
 ORDERS = range(2, 257)
-# Beyond it the guarantee says nothing, and calibration looks no further.
-LARGEST_EPSILON = 1e4
+# One step with less costs more than LARGEST_EPSILON of any patient who is drawn for it.
+LEAST_NOISE = 0.02
+# Beyond it a guarantee says nothing, and counts as none: composing it exactly takes any memory.
+LARGEST_EPSILON = 500.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Spending:
 
 
 def epsilon_of(spendings: Iterable[Spending], delta: float) -> float:
-    """Return the epsilon of steps one after another, at a delta; infinity without noise.
+    """Return the epsilon of steps one after another, at a delta; infinity beyond `LARGEST_EPSILON`.
 
     By privacy loss distributions, rounded up: the bound is a few percent tighter than that of RDP.
 
@@ -98,11 +100,11 @@ def _merged(spendings: Iterable[Spending]) -> list[Spending]:
 def _epsilon_of(spendings: tuple[Spending, ...], delta: float) -> float:
     # Imported here because it takes seconds, which only runs with privacy need.
     import dp_accounting  # type: ignore[import-untyped]
-    from dp_accounting import pld
+    from dp_accounting import pld, rdp
 
     if not spendings:
         return 0.0
-    if any(each.noise_multiplier == 0 for each in spendings):
+    if any(each.noise_multiplier < LEAST_NOISE for each in spendings):
         return math.inf
     events = []
     for each in spendings:
@@ -114,8 +116,12 @@ def _epsilon_of(spendings: tuple[Spending, ...], delta: float) -> float:
             gaussian = dp_accounting.GaussianDpEvent(each.noise_multiplier)
             sampled = dp_accounting.PoissonSampledDpEvent(each.sampling_rate, gaussian)
             events.append(dp_accounting.SelfComposedDpEvent(sampled, each.steps))
+    composed = dp_accounting.ComposedDpEvent(events)
+    bound = rdp.RdpAccountant(ORDERS).compose(composed).get_epsilon(delta)
+    if not bound <= LARGEST_EPSILON:
+        return math.inf
     accountant = pld.PLDAccountant()
-    accountant.compose(dp_accounting.ComposedDpEvent(events))
+    accountant.compose(composed)
     return float(accountant.get_epsilon(delta))
 
 

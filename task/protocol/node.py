@@ -20,13 +20,15 @@ from task.data import Dataset, Inventory, inventory_of_listings, list_dataset, s
 from task.efficientnet import check_pretrained, suits
 from task.generators.base import Generator
 from task.generators.registry import initial_generator, weightless_generator
-from task.privacy.ledger import Ledger
+from task.privacy.accounting import epsilon_of
+from task.privacy.ledger import BudgetExhaustedError, Ledger
 from task.protocol.secure_aggregation.keys import Identity, load_identity, read_fingerprints
 from task.protocol.secure_aggregation.memory import FolderStore, PeersRefusedError
 from task.protocol.secure_aggregation.participant import Participant
 from task.protocol.wire import Key
 from task.randomness import Stream, numpy_generator
 from task.training.devices import check_deterministic
+from task.training.private import spending_of
 
 
 class NodeKey(StrEnum):
@@ -113,7 +115,10 @@ class NodeConfig:
         expected = f"0, or at least {MIN_PEERS}, this hospital and others"
         require(minimum == 0 or minimum >= MIN_PEERS, NodeKey.MINIMUM_PEERS, expected, minimum)
         if self.trusted_peers is not None:
-            read_fingerprints(self.trusted_peers)
+            trusted = read_fingerprints(self.trusted_peers)
+            expected = f"the fingerprints of at least {MIN_PEERS - 1} other hospitals"
+            enough = len(trusted) >= MIN_PEERS - 1
+            require(enough, NodeKey.TRUSTED_PEERS, expected, self.trusted_peers)
 
 
 @dataclass(frozen=True)
@@ -226,6 +231,35 @@ def check_peers(config: Config, node: NodeConfig) -> None:
         raise PeersRefusedError(
             f"{NodeKey.TRUSTED_PEERS.value} and {NodeKey.MINIMUM_PEERS.value} admit runs with "
             "federation.secure_aggregation=true alone"
+        )
+
+
+def check_budget(config: Config, node: NodeConfig) -> None:
+    """Check that a node which limits what is spent on a patient has room for a run and its ledger.
+
+    What earlier runs have spent is checked with each round, as it depends on the patients.
+
+    Raises:
+        BudgetExhaustedError: the run spends without limit, or all of its rounds more than allowed.
+        ValueError: there is no place for the ledger.
+    """
+    limit = node.max_epsilon
+    if config.privacy.is_on:
+        ledger_of(node)
+    if limit is None:
+        return
+    where = f"{NodeKey.MAX_EPSILON.value}={limit:g}"
+    if not config.privacy.is_on:
+        raise BudgetExhaustedError(
+            f"{where}: a run with privacy=none spends without limit; take part in runs with "
+            f"privacy=dp_sgd alone, or leave {NodeKey.MAX_EPSILON.value} out"
+        )
+    whole = epsilon_of([spending_of(config, rounds=config.federation.rounds)], node.privacy_delta)
+    if whole > limit:
+        raise BudgetExhaustedError(
+            f"{where}: all rounds of this run spend {whole:.4g} at "
+            f"{NodeKey.PRIVACY_DELTA.value}={node.privacy_delta:g}; ask the coordinator for a "
+            "smaller privacy.epsilon, or allow more"
         )
 
 
@@ -487,6 +521,7 @@ def check_node(config: Config, node: NodeConfig) -> ImageCounts:
     check_output_path(node)
     check_state_path(config, node)
     check_peers(config, node)
+    check_budget(config, node)
     check_extractor(config, node)
     check_training(config)
     counts = count_images(config)

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 from flwr.cli.build import build_fab_from_files
@@ -129,6 +130,15 @@ def test_only_approved_bundles_run_and_every_run_is_logged(guard: Path) -> None:
     ]
     assert decided(guard, other, asked(other, 2)).code == FailureCode.NOT_APPROVED
     entries = log_of(guard)
+    # Nor does any that finds a cache of other code, or a link to it, in the folder of the bundle.
+    link, cache = Path(second.folder) / "numpy", Path(second.folder) / "__pycache__"
+    for plant, remove in (
+        (lambda: link.symlink_to(guard), link.unlink),
+        (lambda: (cache.mkdir(), (cache / "code.pyc").touch()), lambda: rmtree(cache)),
+    ):
+        plant()  # type: ignore[no-untyped-call]
+        assert decided(guard, content).code == FailureCode.NOT_APPROVED
+        remove()
     said = [(entry["run"], entry["runs"], entry["bundle"]) for entry in entries]
     own, others = Bundle.of_fab(content).sha256, Bundle.of_fab(other).sha256
     assert said == [("1", False, own), ("1", True, own), ("2", False, others)]

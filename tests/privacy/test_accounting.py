@@ -55,6 +55,9 @@ def test_calibrated_noise_costs_no_more_than_was_asked() -> None:
 def test_no_steps_are_free_and_no_noise_is_no_privacy() -> None:
     assert epsilon_of([], 1e-5) == epsilon_of([Spending(1.0, 0.5, 0)], 1e-5) == 0
     assert epsilon_of([Spending(0.0, 0.5, 1)], 1e-5) == math.inf
+    # Found without composing them exactly, which would take any memory.
+    for little in (Spending(1e-300, 0.5, 1), Spending(0.05, 0.5, 100), Spending(1.0, 0.5, 10**7)):
+        assert epsilon_of([little], 1e-5) == math.inf
 
 
 @pytest.mark.parametrize(

@@ -217,4 +217,5 @@ def test_private_hospitals_count_alike_in_full_and_say_nothing_to_the_sum(tmp_pa
     assert same_bits(*weights)
     told = read_records(folder / "metrics.jsonl")
     assert told.value(SPENT_EPSILON) is not None
-    assert not [each for each in told.all if each.client is not None or each.n is not None]
+    assert {each.metric for each in told.all if each.client is not None} == {IN_SUM}
+    assert not [each for each in told.all if each.n is not None]
