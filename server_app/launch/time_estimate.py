@@ -95,11 +95,16 @@ def seconds_to_train(
     model.prepare(train.batch_size)
     optimizers = model.optimizers(train.lr)
     rng = torch.Generator(device).manual_seed(0)
+    # No two alike, which would be images of one patient.
+    shape = (max(train.batch_size, TIMED_IMAGES), *model.image_shape)
+    images = torch.randint(
+        256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
 
     def step(num_images: int) -> None:
         fit(
             model,
-            torch.zeros(num_images, *model.image_shape, dtype=torch.uint8),
+            images[:num_images],
             torch.zeros(num_images, dtype=torch.int64),
             options=timed_options(config, epochs=1, batch_size=num_images, precision=precision),
             optimizers=optimizers,

@@ -21,6 +21,7 @@ from task.training.private import (
     PrivateSteps,
     SeededDraws,
     check_private,
+    joined_patients,
     private_gradient,
 )
 
@@ -255,7 +256,7 @@ def _private_steps(
     check_private(job.generator, optimizers)
     ((name, optimizer),) = optimizers.items()
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    sampler = PatientSampler(job.patients)
+    sampler = PatientSampler(joined_patients(job.images, job.patients))
     rate = private.spending.sampling_rate
     draws = job.private_draws or SeededDraws(rng)
 

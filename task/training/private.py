@@ -4,6 +4,7 @@ Source: Abadi et al. 2016 (arXiv 1607.00133); several draws of noise for an imag
 count as one: Dockhorn et al. 2023 (arXiv 2210.09929).
 """
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Collection, Sequence
@@ -13,6 +14,8 @@ from typing import Protocol
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from task.checks import require
@@ -175,6 +178,26 @@ class SecretDraws:
         angle = 2 * math.pi * self.uniform(half)
         drawn = torch.cat([radius * angle.cos(), radius * angle.sin()])[: like.numel()]
         return drawn.reshape(like.shape).to(like)
+
+
+def joined_patients(images: Tensor, patients: Tensor) -> Tensor:
+    """Make one patient of those who share an image, which would show twice as much of itself.
+
+    Args:
+        images: [N, C, H, W] uint8, on any device.
+        patients: [N] int64, equal for the images of one patient.
+
+    Returns:
+        [N] int64, likewise, on the CPU.
+    """
+    numbers: dict[bytes, int] = {}
+    digests = (hashlib.sha256(image.tobytes()).digest() for image in images.cpu().numpy())
+    pixels = np.array([numbers.setdefault(digest, len(numbers)) for digest in digests])
+    _, whose = np.unique(patients.cpu().numpy(), return_inverse=True)
+    size = int(whose.max()) + 1 + len(numbers)
+    edges = (np.ones(len(whose)), (whose, pixels + int(whose.max()) + 1))
+    _, joined = connected_components(coo_array(edges, shape=(size, size)), directed=False)
+    return torch.from_numpy(joined[whose].astype(np.int64))
 
 
 class PatientSampler:

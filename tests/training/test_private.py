@@ -22,6 +22,7 @@ from task.training.private import (
     check_patients,
     check_private,
     epsilon_after,
+    joined_patients,
     private_gradient,
     spending_of,
 )
@@ -118,6 +119,14 @@ def test_patients_are_drawn_whole_and_each_by_itself() -> None:
     # As many together as of three coins: batches may be empty.
     assert np.allclose(sizes, binom.pmf(range(4), 3, 0.3), atol=0.03)
     assert len(sampler.draw(1.0, draws)) == 3
+
+
+def test_patients_who_share_an_image_are_one() -> None:
+    images = torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1)
+    images[4] = images[0]  # of the patients 7 and 9
+    joined = joined_patients(images, torch.tensor([7, 7, 8, 5, 9, 9])).tolist()
+    assert joined[0] == joined[1] == joined[4] == joined[5]
+    assert len({*joined}) == 3
 
 
 def test_secret_draws_are_those_of_their_distributions_and_never_repeat() -> None:
