@@ -229,9 +229,8 @@ class FederatedTraining(RoundLoop):
             if trained.loss is not None:
                 counted = trained.num_images, trained.loss
                 replies.losses[client] = trained.loss
-                replies.records.append(loss_record(server_round, counted, TRAIN, client))
-            if trained.measures:
                 replies.measured[client] = trained.measures
+                replies.records.append(loss_record(server_round, counted, TRAIN, client))
             numbers = {**spent, "update_norm": trained.update_norm}
             replies.records += records_of(server_round, numbers, client=client)
             replies.records += records_of(
