@@ -344,12 +344,7 @@ class FederatedTraining(RoundLoop):
         )
 
     def ask_for_scores(self, server_round: int, generated: ImageSet) -> list[HospitalScores]:
-        """Let every hospital that is there score images; returns what they could say.
-
-        With differential privacy they say nothing, and are not asked.
-        """
-        if self.config.privacy.is_on:
-            return []
+        """Let every hospital that is there score images; returns what they could say."""
         config = ConfigRecord({Key.EXTRACTOR: self.config.eval.extractor})
         content = RecordDict({Key.ARRAYS: images_record(generated), Key.CONFIG: config})
         clients = list(self._nodes.node_ids)

@@ -60,6 +60,18 @@ def check_scoring(config: Config) -> None:
         )
         log(f"no images are scored: eval.num_images is below {MIN_MEASURED_IMAGES}")
         return
+    silent_with = {
+        "privacy.mechanism=dp_sgd": config.privacy.is_on,
+        "federation.secure_aggregation=true": config.federation.secure_aggregation,
+    }
+    for setting, is_on in silent_with.items():
+        require(
+            not is_on,
+            "eval.num_images",
+            f"0, and eval.final_metrics false, with real nodes and {setting}: scores would be "
+            "those of single hospitals, which say none",
+            config.eval.num_images,
+        )
     require(
         config.eval.extractor != "exported",
         "eval.extractor",

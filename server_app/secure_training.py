@@ -12,15 +12,12 @@ from numpy.typing import NDArray
 
 from server_app.exchange import Question
 from server_app.federated import FederatedTraining, described, left_out_records, loss_record
-from server_app.hospital_scores import wants_scores
 from server_app.log import log
 from server_app.messages import Entries, record_of
 from server_app.replies import UnusableReply
 from server_app.rounds import TooFewRepliesError
 from server_app.timing import PhaseTimer
 from task.config import MIN_PEERS
-from task.data import ImageSet
-from task.evaluation.hospital_scores import HospitalScores
 from task.protocol.secure_aggregation.coordinator import MaskedSum
 from task.protocol.secure_aggregation.fixed_point import decode_measures
 from task.protocol.secure_aggregation.participant import Upload
@@ -54,21 +51,6 @@ class Totals:
 
 class SecureTraining(FederatedTraining):
     """As `FederatedTraining`, with clients that mask what they send."""
-
-    def gather(self) -> None:
-        """Wait for the nodes; see `FederatedTraining.gather`.
-
-        Raises:
-            ValueError: hospitals are to score images, which they would each say for themselves.
-        """
-        evaluated = self.config.eval
-        if not self.simulated and self.config.model.draws and wants_scores(self.config):
-            raise ValueError(
-                "eval.num_images must be 0, and eval.final_metrics false, with real nodes and "
-                "federation.secure_aggregation=true, whose scores are those of single hospitals, "
-                f"got {evaluated.num_images} and {evaluated.final_metrics}"
-            )
-        super().gather()
 
     def minimum_nodes(self) -> int:
         """Return how many nodes there must be: a sum of fewer would hide nothing."""
@@ -134,10 +116,6 @@ class SecureTraining(FederatedTraining):
         n = totals.num_images
         self.directory.record(records_of(server_round, totals.measures, reference=TEST, n=n))
         return f"test loss {totals.measures[Key.LOSS]:.4f}"
-
-    def ask_for_scores(self, server_round: int, generated: ImageSet) -> list[HospitalScores]:
-        """Ask no hospital, whose scores would be its own."""
-        return []
 
     def sum_up(
         self,

@@ -91,11 +91,13 @@ def test_real_nodes_tell_no_numbers_and_draw_noise_that_nobody_knows(tmp_path: P
     write_digits_as_mnist(hospital, train=60, test=10)
     overrides = f"data=mnist {PRIVATE['overrides']}"
     run = configured(tmp_path, {"overrides": overrides, "data.test_fraction": "null"})
-    run |= {"federation.rounds": 1, "federation.min_replies": 2, "eval.num_images": 10}
+    run |= {"federation.rounds": 1, "federation.min_replies": 2}
     node = {"data-path": str(hospital), "report-class-counts": True, "score-images": True}
     own = [{**node, "output-path": str(tmp_path / name)} for name in ("a", "b")]
     for each in own:
         Path(str(each["output-path"])).mkdir()
+    with pytest.raises(ValueError, match=r"eval.num_images must be 0, .*mechanism=dp_sgd: scores"):
+        play({**run, "eval.num_images": 10}, nodes=ClientNodes(Network(), run, node))
     said: set[str] = set()
 
     def listen(asked: Message, reply: Message) -> Message:
