@@ -15,8 +15,6 @@ FOLDER_VARIABLE = "FEDDM_GUARD"
 APPROVED_FILE = "approved.jsonl"
 BUNDLES = "bundles"
 APPROVED_WAY_OUT = "move the file away, and approve again what may run here"
-# Of a file's diff; the whole of a change is in the two bundles.
-SHOWN_LINES = 40
 
 
 def guard_folder() -> Path:
@@ -95,7 +93,8 @@ class Approvals:
 def describe_changes(before: Bundle | None, after: Bundle) -> Iterator[str]:
     """Say what is new in a bundle, line by line: files added, removed and changed, with diffs.
 
-    Control characters are escaped, which could show another text than there is.
+    New files are shown whole, but for those of a first bundle, all of which is new. Control
+    characters are escaped, which could show another text than there is.
 
     Args:
         before: the one that was approved last; None: there is none.
@@ -107,13 +106,13 @@ def describe_changes(before: Bundle | None, after: Bundle) -> Iterator[str]:
         for path in sorted(paths):
             size = len((new if sign == "+" else old)[path])
             yield f"{sign} {with_escapes(path)} ({size} bytes)"
+            if before is not None and sign == "+":
+                yield from (f"    +{with_escapes(line)}" for line in _text_lines(new[path]))
     for path in changed:
         yield f"~ {with_escapes(path)}"
         lines = _text_lines(old[path]), _text_lines(new[path])
         diff = [*difflib.unified_diff(*lines, "", "", "", "", 0, "")][2:]
-        yield from (f"    {with_escapes(line)}" for line in diff[:SHOWN_LINES])
-        if len(diff) > SHOWN_LINES:
-            yield f"    ... and {len(diff) - SHOWN_LINES} more lines"
+        yield from (f"    {with_escapes(line)}" for line in diff)
     yield (
         f"{len(new.keys() - old.keys())} files added, {len(old.keys() - new.keys())} removed, "
         f"{len(changed)} changed, {len(old.keys() & new.keys()) - len(changed)} as before"

@@ -237,10 +237,16 @@ def test_changes_are_shown_before_a_bundle_is_approved(
     assert Approvals(guard).hashes() == []
     assert "all of it is new" in refused.stdout and "+ old.py (0 bytes)" in refused.stdout
     assert CliRunner().invoke(feddm, ["approve", str(first)], input="y\n").exit_code == 0
-    second.write_bytes(fab(code_py="app = 3 # \x1b[1A\nkept = 2\n", new_py=""))
+    second.write_bytes(fab(code_py="app = 3 # \x1b[1A\nkept = 2\n", new_py="a = 1\n" * 60))
     shown = CliRunner().invoke(feddm, ["approve", str(second), "--yes"])
     lines = shown.stdout.splitlines()
-    changes = ["- old.py (0 bytes)", "+ new.py (0 bytes)", "~ code.py", "    @@ -1 +1 @@"]
+    changes = [
+        "- old.py (0 bytes)",
+        "+ new.py (360 bytes)",
+        *60 * ["    +a = 1"],
+        "~ code.py",
+        "    @@ -1 +1 @@",
+    ]
     changes += ["    -app = 1", "    +app = 3 # \\x1b[1A"]
     changes += ["1 files added, 1 removed, 1 changed, 2 as before"]
     assert [line for line in lines if line in changes] == changes, shown.output
