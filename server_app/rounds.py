@@ -37,7 +37,7 @@ from task.runs.starting_weights import describe_starting_weights, load_starting_
 from task.runs.writer import RunWriter
 from task.training.devices import device_name, is_compiled, missing_for_compiling, select_device
 from task.training.precision import fastest_precision
-from task.training.private import check_private, epsilon_after
+from task.training.private import check_private, epsilon_after, too_little_noise
 
 
 class TooFewRepliesError(RuntimeError):
@@ -250,7 +250,7 @@ class RoundLoop(ABC):
         times = server_round if self.dataset is not None else self.private_trainings()
         epsilon = epsilon_after(self.config, times)
         if math.isinf(epsilon):
-            return "no privacy: there is no noise"
+            return f"no privacy: there is {too_little_noise(self.config)}"
         context = {"delta": self.config.privacy.delta}
         self.directory.record([Record(server_round, SPENT_EPSILON, epsilon, context=context)])
         return f"epsilon {epsilon:.3g}"

@@ -29,6 +29,7 @@ from task.progress import tracked
 from task.protocol.node import (
     ImageCounts,
     NodeConfig,
+    check_budget,
     check_extractor,
     check_number,
     check_output_path,
@@ -95,6 +96,7 @@ class NodeCheck(Findings):
         """Say who the hospital is to others, and whose updates may be in a sum with its own."""
         node = self._node
         check_peers(self._config, node)
+        check_budget(self._config, node)
         if node.output_path is None:
             yield "fingerprint", "none: without output-path there is no place for its keys"
             return

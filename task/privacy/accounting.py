@@ -82,10 +82,13 @@ def noise_multiplier_for(epsilon: float, delta: float, sampling_rate: float, ste
     Raises:
         ValueError: one is out of range, or no noise is enough.
     """
-    require(0 < epsilon <= LARGEST_EPSILON, "epsilon", f"in (0, {LARGEST_EPSILON:g}]", epsilon)
+    name, expected = "privacy.epsilon", f"in (0, {LARGEST_EPSILON:g}]"
+    require(0 < epsilon <= LARGEST_EPSILON, name, expected, epsilon)
     require(0 < delta < 1, "delta", "between 0 and 1, exclusive", delta)
     require(steps > 0, "steps", "> 0", steps)
-    return _noise_multiplier_for(epsilon, delta, sampling_rate, steps)
+    found = _noise_multiplier_for(epsilon, delta, sampling_rate, steps)
+    require(found is not None, name, f"larger for {steps:,} steps, or no noise is enough", epsilon)
+    return float(found or 0)
 
 
 def _merged(spendings: Iterable[Spending]) -> list[Spending]:
@@ -126,16 +129,21 @@ def _epsilon_of(spendings: tuple[Spending, ...], delta: float) -> float:
 
 
 @lru_cache(maxsize=64)
-def _noise_multiplier_for(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
+def _noise_multiplier_for(
+    epsilon: float, delta: float, sampling_rate: float, steps: int
+) -> float | None:
     import dp_accounting
-    from dp_accounting import rdp
+    from dp_accounting import mechanism_calibration, rdp
 
     def event(noise_multiplier: float) -> dp_accounting.DpEvent:
         gaussian = dp_accounting.GaussianDpEvent(noise_multiplier)
         sampled = dp_accounting.PoissonSampledDpEvent(sampling_rate, gaussian)
         return dp_accounting.SelfComposedDpEvent(sampled, steps)
 
-    found = dp_accounting.calibrate_dp_mechanism(
-        lambda: rdp.RdpAccountant(ORDERS), event, epsilon, delta
-    )
+    try:
+        found = dp_accounting.calibrate_dp_mechanism(
+            lambda: rdp.RdpAccountant(ORDERS), event, epsilon, delta
+        )
+    except mechanism_calibration.NoBracketIntervalFoundError:
+        return None
     return float(found)

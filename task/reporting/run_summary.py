@@ -9,7 +9,7 @@ from task.progress import duration
 from task.reporting.metric_table import Quantity, quantities
 from task.runs.records import HELD_OUT, SPENT_EPSILON, TEST, TRAIN, Record, Records
 from task.runs.run import Run
-from task.training.private import described_privacy
+from task.training.private import described_privacy, too_little_noise
 
 
 class Found(NamedTuple):
@@ -57,7 +57,9 @@ def key_figures(run: Run, *, losses: bool = True) -> list[tuple[str, str]]:
 def _privacy(run: Run) -> str:
     spent = run.records.last(SPENT_EPSILON)
     if spent is None:
-        return "none: there is no noise" if run.rounds_done else "nothing spent yet"
+        if not run.rounds_done:
+            return "nothing spent yet"
+        return f"none: there is {too_little_noise(run.config)}"
     return f"epsilon {spent.value:.3g}, delta {spent.context['delta']:g}, for each patient"
 
 

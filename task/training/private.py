@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from task.checks import require
 from task.config import Config
 from task.generators.base import Generator
-from task.privacy.accounting import Spending, epsilon_of, noise_multiplier_for
+from task.privacy.accounting import LARGEST_EPSILON, Spending, epsilon_of, noise_multiplier_for
 
 # backward(indices, weight): adds weight times the gradient of the mean loss of the images at
 # `indices` to the gradients of the parameters, and returns the mean loss.
@@ -46,7 +46,7 @@ class PrivateSteps:
     def of(cls, config: Config) -> "PrivateSteps | None":
         """Choose the noise of a run, or take what it says; None of a run without privacy."""
         privacy = config.privacy
-        if privacy.mechanism == "none":
+        if not privacy.is_on:
             return None
         return cls(
             spending=spending_of(config, rounds=1),
@@ -85,8 +85,15 @@ def described_privacy(config: Config, epsilon: float) -> str:
         f"multiplier {spent.noise_multiplier:.4g}, clipping norm {privacy.clipping_norm:g}"
     )
     if math.isinf(epsilon):
-        return f"none, there is no noise ({how})"
+        return f"none, there is {too_little_noise(config)} ({how})"
     return f"epsilon {epsilon:.3g} at delta {privacy.delta:g} for each patient ({how})"
+
+
+def too_little_noise(config: Config) -> str:
+    """Say why a private run guarantees nothing, where its epsilon is infinite."""
+    if config.privacy.noise_multiplier == 0:
+        return "no noise"
+    return f"too little noise: epsilon is beyond {LARGEST_EPSILON:g}"
 
 
 def check_private(generator: Generator, optimizers: Collection[str]) -> None:

@@ -74,3 +74,5 @@ def test_impossible_budgets_are_named() -> None:
         epsilon_of([], 1.0)
     with pytest.raises(ValueError, match="epsilon must be"):
         noise_multiplier_for(0.0, 1e-5, 0.1, 10)
+    with pytest.raises(ValueError, match="epsilon must be larger for 100,000 steps"):
+        noise_multiplier_for(1e-3, 1e-9, 1.0, 100_000)

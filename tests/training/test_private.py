@@ -39,6 +39,17 @@ def steps(noise: float, *, norm: float = 1.0, draws: int = 1, rate: float = 1.0)
     return PrivateSteps(spending=spending, clipping_norm=norm, noise_draws=draws)
 
 
+def options_of(private: PrivateSteps | None, *, batch_size: int) -> FitOptions:
+    return FitOptions(
+        epochs=1,
+        batch_size=batch_size,
+        horizontal_flip=False,
+        precision="float32",
+        channels_last=False,
+        private=private,
+    )
+
+
 class Linear(Known):
     """Its loss is -weight . image, whose gradient is minus the image."""
 
@@ -148,14 +159,7 @@ def test_without_noise_and_clipping_a_step_is_that_of_all_images() -> None:
     found = []
     for private in (None, steps(0.0, norm=1e9)):
         model = Linear()
-        options = FitOptions(
-            epochs=1,
-            batch_size=6,
-            horizontal_flip=False,
-            precision="float32",
-            channels_last=False,
-            private=private,
-        )
+        options = options_of(private, batch_size=6)
         rng = torch.Generator().manual_seed(0)
         fit(model, images, labels, options=options, optimizers=model.optimizers(1.0), rng=rng)
         found.append(model.weight.detach())
@@ -174,14 +178,7 @@ def audited_epsilon(private: PrivateSteps, delta: float, seed: int) -> float:
     canaries = 255 * torch.randint(2, (number, 1, 128, 128), generator=rng).byte()
     included = torch.rand(number, generator=rng) < 0.5
     model = Linear()
-    options = FitOptions(
-        epochs=1,
-        batch_size=1,
-        horizontal_flip=False,
-        precision="float32",
-        channels_last=False,
-        private=private,
-    )
+    options = options_of(private, batch_size=1)
     fit(
         model,
         canaries[included],

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from task.files import atomic_path
 from task.lock import hold
+from task.privacy.append_only import sync_folder
 from task.protocol.secure_aggregation.fixed_point import UpdateFormat
 from task.protocol.secure_aggregation.keys import KEY_PATIENCE_SECONDS
 from task.protocol.secure_aggregation.terms import Terms, read_peers
@@ -53,6 +54,8 @@ class FolderStore:
         """See `MemoryStore`."""
         with atomic_path(self._file(run), private=True) as aside:
             aside.write_text(text, encoding="utf-8")
+        # Its new name as well, or a power failure could bring the old one back.
+        sync_folder(self._folder)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -77,7 +80,7 @@ class Memory:
         """Note that a sum begins, before anything of it is sent.
 
         Raises:
-            PeersRefusedError: there was one of this number or a later one, or of another model.
+            PeersRefusedError: there was one of this number or a later one.
         """
         with self._store.held():
             last = self._last(terms.run)
