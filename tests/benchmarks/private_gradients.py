@@ -15,7 +15,7 @@ MODELS = {
     "tiny, width 8": ["model=tiny", "model.width=8"],
     "tiny, width 16": ["model=tiny", "model.width=16"],
     "tiny, width 32": ["model=tiny", "model.width=32"],
-    "private": ["experiment=private"],
+    "vae": ["model=vae", "model.hidden_dim=256", "model.latent_dim=16"],
 }
 
 
