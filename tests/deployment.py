@@ -95,7 +95,7 @@ class Deployment:
             except (urllib.error.URLError, OSError):
                 return False
 
-        wait_for(is_healthy, seconds=60, what="the SuperLink's start")
+        wait_for(is_healthy, seconds=300, what="the SuperLink's start")
 
     def add_node(
         self, name: str, *, data: Path, variables: Mapping[str, str] | None = None
@@ -106,6 +106,14 @@ class Deployment:
         public_key = keys / f"{name}.pub"
         script("register-node.sh", public_key, CONNECTION, name, env=self.environment)
         self.start_node(name, data=data, variables=variables)
+
+    def ensure_node(
+        self, name: str, *, data: Path, variables: Mapping[str, str] | None = None
+    ) -> None:
+        """Add a hospital, unless an earlier test has left it running."""
+        if name not in self._processes:
+            self.add_node(name, data=data, variables=variables)
+        assert self.is_running(name), self.log(name)
 
     def start_node(
         self, name: str, *, data: Path, variables: Mapping[str, str] | None = None
@@ -162,7 +170,7 @@ class Deployment:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             check=False,
         )
         assert result.returncode == 0, result.stdout + result.stderr

@@ -71,7 +71,7 @@ def strange_ray() -> Iterator[dict[str, str]]:
             env=found,
         ):
             address = Path(folder) / "ray" / "ray_current_cluster"
-            wait_for(address.exists, seconds=120, what="a Ray of somebody else's")
+            wait_for(address.exists, seconds=600, what="a Ray of somebody else's")
             yield found
 
 
@@ -142,7 +142,7 @@ def test_run_whose_server_is_killed_fails_and_resumes_to_the_same_weights(
         command, log=tmp_path / "log", cwd=tmp_path, env={"RAY_TMPDIR": str(dead)}
     ) as started:
         checkpoint = run / "checkpoints" / "round_0001.safetensors"
-        wait_for(checkpoint.exists, seconds=180, what="round 1")
+        wait_for(checkpoint.exists, seconds=600, what="round 1")
         os.kill(int((run / ".lock").read_text()), signal.SIGKILL)
         assert started.wait(60) == 1
     shutil.rmtree(dead)
@@ -183,11 +183,11 @@ def test_ended_feddm_train_takes_its_simulation_along(tmp_path: Path, end: signa
     command = [COMMANDS / "feddm-train", *SMALL, *long]
     with tempfile.TemporaryDirectory(dir="/tmp") as own:
         with process(command, log=tmp_path / "log", cwd=tmp_path, env={"TMPDIR": own}) as started:
-            wait_for((run / "config.yaml").exists, seconds=180, what="the start")
+            wait_for((run / "config.yaml").exists, seconds=600, what="the start")
             started.send_signal(end)
-            started.wait(30)
+            started.wait(120)
         # Agents of Ray look for their raylet once a minute.
-        wait_for(lambda: not processes_below(own), seconds=180, what="the end of the simulation")
+        wait_for(lambda: not processes_below(own), seconds=600, what="the end of the simulation")
         assert is_unlocked(run / ".lock")
         if end != signal.SIGKILL:
             assert started.returncode == 130
@@ -209,7 +209,7 @@ def test_closed_output_ends_a_run_with_a_line_and_leaves_nothing(tmp_path: Path)
         started.stdout.readline()
         started.stdout.close()
         said = started.stderr.read()
-        assert started.wait(120) == 1
+        assert started.wait(300) == 1
     assert said == "feddm-train: ended, because its output was closed; nothing of the run is left\n"
     assert not (tmp_path / "runs" / "head").exists()
 
@@ -296,7 +296,7 @@ def test_plain_flwr_run_takes_the_size_of_its_federation(tmp_path: Path) -> None
             ],
             env=superlink.environment,
             cwd=tmp_path,
-            timeout=300,
+            timeout=600,
             check=True,
         )
     run = tmp_path / "plain"

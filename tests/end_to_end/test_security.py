@@ -45,7 +45,7 @@ class Federation:
             env={**os.environ, **self.environment},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             check=check,
         )
 
@@ -114,7 +114,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     ):
         wait_for(
             lambda: healthy(f"https://{address}", folder / "ca.crt"),
-            seconds=120,
+            seconds=300,
             what="the SuperLink's health",
         )
         yield federation
@@ -262,7 +262,7 @@ def gateway(federation: Federation) -> Iterator[int]:
     ):
         wait_for(
             lambda: healthy(f"http://127.0.0.1:{health}", federation.folder / "ca.crt"),
-            seconds=60,
+            seconds=300,
             what="the gateway's health",
         )
         yield port
@@ -294,7 +294,7 @@ def test_gateway_lets_nodes_in_and_nothing_else(federation: Federation, register
 
         arguments = ["--root-certificates", "ca.crt", "--auth-supernode-private-key", "hospital-a"]
         _, log = stack.enter_context(federation.node("hospital-a", *arguments, port=port))
-        wait_for(lambda: "SuperNode ID" in log.read_text(), seconds=120, what="the node's start")
+        wait_for(lambda: "SuperNode ID" in log.read_text(), seconds=300, what="the node's start")
         assert federation.status_of("hospital-a") == "online"
 
 

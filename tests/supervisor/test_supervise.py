@@ -447,9 +447,9 @@ def test_supervisor_waits_for_its_superlink_is_alone_and_ends_when_asked(tmp_pat
     command: list[str | Path] = [COMMANDS / "feddm-supervise", "night", "--runs", runs]
     log = tmp_path / "log"
     with process(command, log=log, cwd=tmp_path, env=env) as started:
-        wait_for(lambda: "no answer from the SuperLink" in log.read_text(), seconds=120, what="it")
+        wait_for(lambda: "no answer from the SuperLink" in log.read_text(), seconds=600, what="it")
         second = subprocess.run(
-            command, env=env, capture_output=True, text=True, timeout=120, check=False
+            command, env=env, capture_output=True, text=True, timeout=600, check=False
         )
         assert second.returncode == 1
         assert f"{runs} is in use by process {started.pid}; end it first" in second.stderr
