@@ -204,6 +204,7 @@ class Deployment:
             lambda: self.statuses()[-1].startswith("finished"),
             seconds=seconds,
             what="the end of the run",
+            every=5,  # each look starts flwr, which takes seconds of a core
         )
         return self.statuses()[-1]
 

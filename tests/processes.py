@@ -87,13 +87,15 @@ def process(
         started.wait()
 
 
-def wait_for(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
-    """Wait until something is so; fail with a name where it does not become so."""
+def wait_for(
+    condition: Callable[[], bool], *, seconds: float, what: str, every: float = 0.1
+) -> None:
+    """Wait until something is so, looking every so many seconds; fail with a name otherwise."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not happen within {seconds:g} s")
-        time.sleep(0.1)
+        time.sleep(every)
 
 
 def processes_below(folder: str) -> list[int]:
