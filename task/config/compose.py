@@ -52,13 +52,13 @@ def compose_conf(overrides: Iterable[str], file: str = "config") -> DictConfig:
         ValueError: a name is unknown.
     """
     read = tuple(read_override(word) for word in overrides)
-    return copy.deepcopy(_composed(CONF_DIR, file, read))
+    return copy.deepcopy(_composition(CONF_DIR, file, read))
 
 
 # A process composes the same words again and again, at a third of a second each: for each message,
 # for each job of a sweep.
 @lru_cache(maxsize=128)
-def _composed(folder: Path, file: str, overrides: tuple[str, ...]) -> DictConfig:
+def _composition(folder: Path, file: str, overrides: tuple[str, ...]) -> DictConfig:
     # Hydra keeps one composition context per process; the one of feddm-train stays untouched.
     hydra, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
     try:
