@@ -63,11 +63,14 @@ def _composition(folder: Path, file: str, overrides: tuple[str, ...]) -> DictCon
     hydra, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
-            return compose(file, overrides=list(overrides))
+            composed = compose(file, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(composition_error(error)) from error
     finally:
         GlobalHydra.instance().hydra = hydra
+    # Hydra has resolved its own folders: ${now:...} of the same form would keep their time.
+    OmegaConf.clear_cache(composed)
+    return composed
 
 
 def words_of_family(words: Iterable[str]) -> list[str]:

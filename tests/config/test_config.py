@@ -12,6 +12,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from task.code_version import code_fingerprint
 from task.config import (
@@ -605,6 +606,7 @@ def test_load_config_leaves_the_hydra_of_the_process_as_it_was() -> None:
     assert not GlobalHydra.instance().is_initialized()
     load_config()
     assert not GlobalHydra.instance().is_initialized()
+    composing._composition.cache_clear()  # or nothing would be composed
     with initialize_config_dir(str(CONF_DIR / "data"), version_base="1.3"):
         outer = GlobalHydra.instance().hydra
         load_config(["data=svhn"])
@@ -613,6 +615,22 @@ def test_load_config_leaves_the_hydra_of_the_process_as_it_was() -> None:
         assert GlobalHydra.instance().hydra is outer
         assert compose("mnist").name == "mnist"  # its own folder still, not conf/
     assert not GlobalHydra.instance().is_initialized()
+
+
+def test_compositions_of_the_same_words_share_neither_values_nor_times() -> None:
+    words = ['run_name="${feddm_count:%H-%M-%S}"']
+    times = iter(range(10))
+    OmegaConf.register_new_resolver("feddm_count", lambda form: next(times), use_cache=True)
+    try:
+        first = composing.compose_conf(words)
+        first.train.lr = 7.0
+        assert (first.run_name, first.run_name) == (0, 0)
+        second = composing.compose_conf(words)
+        assert second.run_name == 1 and second.train.lr != 7.0
+        # Hydra has resolved ${now:...} of its own folders.
+        assert not OmegaConf.get_cache(composing.compose_conf([]))
+    finally:
+        OmegaConf.clear_resolver("feddm_count")
 
 
 def test_empty_strings_mean_what_conf_says() -> None:

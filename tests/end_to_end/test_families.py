@@ -46,7 +46,8 @@ FAMILIES = {
     ),
 }
 FEW = ["data.image_size=16", "data.test_fraction=0.9"]
-COMMON = [word for word in SMALL if not word.startswith(("model", "diffusion", "federation.r"))]
+OTHERWISE = ("model", "diffusion", "federation.r", "eval.num_images")
+COMMON = [word for word in SMALL if not word.startswith(OTHERWISE)]
 
 
 def write_pretrained(file: Path) -> Path:
@@ -125,6 +126,7 @@ def test_family_trains_in_a_real_simulation(preset: str, tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout + done.stderr
     run = Run(tmp_path / "runs" / "whole")
     assert run.rounds_done == 2
+    assert not any(run.generator.stays(name) for name in load_file(run.path / "model.safetensors"))
     assert run.generator.title in (run.path / "report.html").read_text(encoding="utf-8")
     for name in FAMILIES[preset][1]:
         assert run.records.last(name, reference=TRAIN) is not None, name
