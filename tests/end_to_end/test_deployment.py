@@ -14,7 +14,9 @@ from flwr.cli.build import build_fab_from_disk
 
 from task.guard.approvals import Approvals
 from task.guard.bundle import Bundle
+from task.protocol.wire import FailureCode
 from task.runs.checkpoint import load_weights
+from task.runs.layout import MASKED_SUMS_FILE
 from task.runs.records import IN_SUM, LEFT_OUT, SPENT_EPSILON, TRAIN, Records, read_records
 from tests.deployment import RUN_CONFIG, Deployment, deployed, write_digit_folders
 from tests.processes import CHECKOUT, COMMANDS, feddm, wait_for
@@ -87,6 +89,16 @@ def guarded(guard: Path) -> dict[str, str]:
     return {"FEDDM_GUARD": str(guard), "PATH": path}
 
 
+def guard_log(guard: Path) -> list[str]:
+    """Return what a guard has written of the runs that it has seen, a line each."""
+    return (guard / "log" / "runs.jsonl").read_text().splitlines()
+
+
+PRIVATE_SUMS_ALONE = (
+    "require-privacy = true\nrequire-secure-aggregation = true\n[node-config]\nmax-epsilon = 20.0\n"
+)
+
+
 def test_faulty_hospitals_are_left_out_and_named(
     deployment: Deployment, images: dict[str, Path], faulty_app: Path, guard: Path
 ) -> None:
@@ -132,7 +144,7 @@ def test_faulty_hospitals_are_left_out_and_named(
     for who, words in expected.items():
         assert re.search(words, missed[*who, "train"].context["reason"]), who
     assert [*records.series("num_clients").values()] == [1, 1, 2, 1]
-    assert records.series("round_seconds")[4] < timeout + 15
+    assert records.series("round_seconds")[4] < 1.5 * timeout
     # Who has let a round's time pass is not waited for a second time in it.
     assert (4, sick, "evaluate") not in missed
     printed = deployment.run_log() + deployment.log("superlink")
@@ -155,7 +167,7 @@ def test_run_survives_a_hospital_that_is_killed_and_one_that_comes_late(
         **{
             "federation.rounds": 7,
             "federation.min_nodes": 2,
-            "federation.round_timeout": 120.0,
+            "federation.round_timeout": 300.0,
             "eval.num_images": 40,
         },
     )
@@ -183,7 +195,7 @@ def test_run_survives_a_hospital_that_is_killed_and_one_that_comes_late(
     assert 1 not in rounds_of[west] and 7 in rounds_of[west]
     # Its guard has approved this app, and its policy stands above what the node was started with.
     assert "score-images=false declines" in deployment.log("west")
-    assert '"runs": true' in (guard / "log" / "runs.jsonl").read_text()
+    assert '"runs": true' in guard_log(guard)[-1]
     assert (2, south) in [(each.round, each.client) for each in records.left_out]
     assert records.series("loss", reference=TRAIN)[7] > 0
     _, metadata = load_weights(run / "model.safetensors")
@@ -196,10 +208,8 @@ def test_private_masked_run_survives_a_hospital_that_is_killed_in_a_round(
     deployment.ensure_node("south", data=images["south"])
     deployment.ensure_node("west", data=images["west"], variables=guarded(guard))
     deployment.add_node("east", data=images["west"])
-    (guard / "policy.toml").write_text(
-        "require-privacy = true\nrequire-secure-aggregation = true\n"
-        "[node-config]\nmax-epsilon = 20.0\n"
-    )
+    (guard / "policy.toml").write_text(PRIVATE_SUMS_ALONE)
+    seen = len(guard_log(guard)) if (guard / "log").exists() else 0
     private = "privacy=dp_sgd privacy.noise_draws=1 privacy.epsilon=8"
     deployment.submit(
         "masked",
@@ -208,14 +218,20 @@ def test_private_masked_run_survives_a_hospital_that_is_killed_in_a_round(
             "federation.rounds": 2,
             "federation.min_nodes": 4,
             "federation.round_attempts": 1,
-            "federation.round_timeout": 120.0,
+            "federation.round_timeout": 300.0,
             "overrides": f"{RUN_CONFIG['overrides']} {private}",
         },
     )
+    run = deployment.results / "masked"
     deployment.wait_for_round("masked", 1)
+    # It is written when a round's hospitals are chosen, before any of them trains.
+    wait_for(
+        lambda: json.loads((run / MASKED_SUMS_FILE).read_text()) == {"last": 2},
+        seconds=300,
+        what="the second sum",
+    )
     deployment.kill("east")
     assert deployment.wait_for_end() == "finished:completed", deployment.run_log()
-    run = deployment.results / "masked"
     records = records_of(run)
     assert records.series("num_clients") == {1: 4, 2: 3}
     missed = {(each.round, each.client, each.context["activity"]) for each in records.left_out}
@@ -228,13 +244,21 @@ def test_private_masked_run_survives_a_hospital_that_is_killed_in_a_round(
     assert f"epsilon {records.value(SPENT_EPSILON):.3g} at delta 0.0001" in (
         run / "report.html"
     ).read_text(encoding="utf-8")
+    # A mask that was left in the sum would move the weights by up to federation.update_range.
+    one, two = (load_weights(run / "checkpoints" / f"round_000{n}.safetensors")[0] for n in (1, 2))
+    assert 0 < max(float((two[name] - one[name]).abs().max()) for name in one) < 0.05
+    assert '"runs": true' in guard_log(guard)[-1] and seen < len(guard_log(guard))
     # What the guarded hospital has spent: two rounds of five steps.
     spent = feddm("privacy", "--output-path", deployment.output("west"), "--max-epsilon", 20)
     assert spent.returncode == 0, spent.stderr
     assert re.search(r" masked +2 +10 ", spent.stdout), spent.stdout
 
 
-def test_run_goes_on_when_its_server_and_the_superlink_are_killed(deployment: Deployment) -> None:
+def test_run_goes_on_when_its_server_and_the_superlink_are_killed(
+    deployment: Deployment, images: dict[str, Path], guard: Path
+) -> None:
+    deployment.ensure_node("west", data=images["west"], variables=guarded(guard))
+    (guard / "policy.toml").write_text(PRIVATE_SUMS_ALONE)
     # A name that would be another one when the same words are given again.
     deployment.submit("reboot-${now:%H%M%S}", **{"federation.rounds": 4})
     deployment.supervise()
@@ -251,3 +275,5 @@ def test_run_goes_on_when_its_server_and_the_superlink_are_killed(deployment: De
     assert [*deployment.results.glob("reboot-*")] == [run]
     assert sorted(records_of(run).series("loss", reference=TRAIN)) == [1, 2, 3, 4]
     assert records_of(run).series("round_seconds")[1] == first
+    # The guarded hospital takes part in no run like this one.
+    assert f'"code": {int(FailureCode.AGAINST_POLICY)}' in guard_log(guard)[-1]
