@@ -91,7 +91,8 @@ def guarded(guard: Path) -> dict[str, str]:
 
 def guard_log(guard: Path) -> list[str]:
     """Return what a guard has written of the runs that it has seen, a line each."""
-    return (guard / "log" / "runs.jsonl").read_text().splitlines()
+    file = guard / "log" / "runs.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
 
 
 PRIVATE_SUMS_ALONE = (
@@ -209,7 +210,7 @@ def test_private_masked_run_survives_a_hospital_that_is_killed_in_a_round(
     deployment.ensure_node("west", data=images["west"], variables=guarded(guard))
     deployment.add_node("east", data=images["west"])
     (guard / "policy.toml").write_text(PRIVATE_SUMS_ALONE)
-    seen = len(guard_log(guard)) if (guard / "log").exists() else 0
+    seen = len(guard_log(guard))
     private = "privacy=dp_sgd privacy.noise_draws=1 privacy.epsilon=8"
     deployment.submit(
         "masked",
@@ -260,7 +261,9 @@ def test_run_goes_on_when_its_server_and_the_superlink_are_killed(
     deployment.ensure_node("west", data=images["west"], variables=guarded(guard))
     (guard / "policy.toml").write_text(PRIVATE_SUMS_ALONE)
     # A name that would be another one when the same words are given again.
-    deployment.submit("reboot-${now:%H%M%S}", **{"federation.rounds": 4})
+    name = """'run_name="reboot-${now:%H%M%S}"'"""
+    overrides = f"{RUN_CONFIG['overrides']} {name}"
+    deployment.submit("", **{"federation.rounds": 4, "overrides": overrides})
     deployment.supervise()
     wait_for(lambda: [*deployment.results.glob("reboot-*")] != [], seconds=300, what="its folder")
     (run,) = deployment.results.glob("reboot-*")
