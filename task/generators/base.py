@@ -114,6 +114,13 @@ class StepMeans:
         return {name: total / self._counts[name] for name, total in self._sums.items()}
 
 
+class NothingMeasured(StepMeans):
+    """Means of nothing: of training whose measures nobody may see."""
+
+    def add(self, batch: Batch, **values: Tensor) -> None:
+        """Forget them."""
+
+
 class Generator(nn.Module, ABC):
     """A family's networks, their losses and how they draw.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from task.config import Config
 from task.data import normalize, random_horizontal_flip
-from task.generators.base import Batch, Generator
+from task.generators.base import Batch, Generator, NothingMeasured
 from task.randomness import seeded_global_generator
 from task.training.devices import autocast, compile_where_wanted, move
 from task.training.distributed import average_gradients, average_results, run_in_processes
@@ -260,21 +260,24 @@ def _private_steps(
     rate = private.spending.sampling_rate
     draws = job.private_draws or SeededDraws(rng)
 
-    def backward(indices: Tensor, weight: float) -> Tensor:
+    # Several patients are looked at together only as they come.
+    job = replace(job, options=replace(job.options, channels_last=False))
+    job.generator.means = NothingMeasured()
+
+    def mean_loss(indices: Tensor) -> Tensor:
         losses = job.generator.losses(_batch(job, indices, rng, rank=0), rng)
         # One of them, as `check_private` knows.
         ((_, each),) = _under_autocast(losses, rng.device, job.options.precision)
-        loss = each.mean()
-        (weight * loss).backward()  # type: ignore[no-untyped-call]
-        return loss
+        return each.mean()
 
     loss_sum, seen = torch.zeros((), device=rng.device, dtype=torch.float64), 0
     for _ in range(private.spending.steps):
         drawn = sampler.draw(rate, draws)
         loss = private_gradient(
+            job.generator,
             parameters,
             drawn,
-            backward,
+            mean_loss,
             steps=private,
             expected_patients=rate * len(sampler),
             chunk=job.options.batch_size,

@@ -7,7 +7,7 @@ count as one: Dockhorn et al. 2023 (arXiv 2210.09929).
 import hashlib
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,10 +22,7 @@ from task.checks import require
 from task.config import Config
 from task.generators.base import Generator
 from task.privacy.accounting import LARGEST_EPSILON, Spending, epsilon_of, noise_multiplier_for
-
-# backward(indices, weight): adds weight times the gradient of the mean loss of the images at
-# `indices` to the gradients of the parameters, and returns the mean loss.
-Backward = Callable[[Tensor, float], Tensor]
+from task.training.patient_gradients import MeanLoss, clipped_sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,9 +228,10 @@ class PatientSampler:
 
 
 def private_gradient(
+    model: nn.Module,
     parameters: Sequence[nn.Parameter],
     drawn: Sequence[Tensor],
-    backward: Backward,
+    mean_loss: MeanLoss,
     *,
     steps: PrivateSteps,
     expected_patients: float,
@@ -243,9 +241,10 @@ def private_gradient(
     """Leave the noised mean of the clipped gradients of drawn patients in parameters' gradients.
 
     Args:
+        model: that is trained.
         parameters: of the optimizer that takes the step.
-        drawn: places of the images of each patient; it may be empty, and leaves noise alone.
-        backward: see `Backward`.
+        drawn: indices of the images of each patient; it may be empty, and leaves noise alone.
+        mean_loss: see `MeanLoss`.
         steps: how they are protected.
         expected_patients: how many are drawn in the mean, by which the sum is divided: who was
             really drawn must not show in the divisor.
@@ -255,36 +254,19 @@ def private_gradient(
     Returns:
         The mean loss of the patients, scalar; it is not protected.
     """
-    sums = [torch.zeros_like(each) for each in parameters]
-    device = parameters[0].device
-    loss_sum = torch.zeros((), device=device)
-    for images in drawn:
-        for each in parameters:
-            each.grad = None
-        looked_at = images.repeat_interleave(steps.noise_draws).to(device)
-        for part in torch.split(looked_at, chunk):
-            weight = len(part) / len(looked_at)
-            loss_sum += weight * backward(part, weight).detach()
-        gradients = [
-            torch.zeros_like(each) if each.grad is None else each.grad for each in parameters
-        ]
-        for total, gradient in zip(sums, clipped(gradients, steps.clipping_norm), strict=True):
-            total.add_(gradient)
+    sums, loss_sum = clipped_sum(
+        model,
+        parameters,
+        drawn,
+        mean_loss,
+        norm=steps.clipping_norm,
+        noise_draws=steps.noise_draws,
+        chunk=chunk,
+    )
     std = steps.spending.noise_multiplier * steps.clipping_norm
     for each, total in zip(parameters, sums, strict=True):
         each.grad = total.add_(draws.normal(total), alpha=std).div_(expected_patients)
     return loss_sum / max(1, len(drawn))
-
-
-def clipped(gradients: Sequence[Tensor], norm: float) -> list[Tensor]:
-    """Scale gradients, together, to at most an L2 norm; those that are not finite become zero.
-
-    One patient whose loss overflows would otherwise show in every weight.
-    """
-    length = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
-    # A little below 1, or rounding could leave it longer than the norm.
-    factor = torch.where(length.isfinite(), (norm / length).clamp(max=1.0) * (1 - 1e-6), 0.0)
-    return [torch.where(length.isfinite(), each, 0.0) * factor for each in gradients]
 
 
 def check_patients(num_patients: int, config: Config) -> None:

@@ -13,6 +13,7 @@ from task.generators.base import Batch
 from task.generators.registry import initial_generator
 from task.privacy.accounting import Spending, epsilon_of, noise_multiplier_for
 from task.training.loop import FitOptions, fit, fit_options
+from task.training.patient_gradients import clipped_sum
 from task.training.private import (
     PatientSampler,
     PrivateSteps,
@@ -69,27 +70,27 @@ def gradient_of(
 ) -> tuple[Tensor, list[list[int]]]:
     """Compute the gradient of a weight whose loss is its product with points of a plane."""
     points = torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.3, 0.4], [math.inf, 0.0]])
-    weight = nn.Parameter(torch.zeros(2))
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
     looked_at = []
 
-    def backward(indices: Tensor, share: float) -> Tensor:
+    def mean_loss(indices: Tensor) -> Tensor:
         looked_at.append(indices.tolist())
-        loss = (points[indices] @ weight).mean()
-        (share * loss).backward()
-        return loss
+        return model(points[indices]).mean()
 
     rng = torch.Generator().manual_seed(seed)
     private_gradient(
-        [weight],
+        model,
+        [model.weight],
         drawn,
-        backward,
+        mean_loss,
         steps=private,
         expected_patients=4.0,
         chunk=chunk,
         draws=SeededDraws(rng),
     )
-    assert weight.grad is not None
-    return weight.grad, looked_at
+    assert model.weight.grad is not None
+    return model.weight.grad[0], looked_at
 
 
 def test_gradients_of_two_patients_are_clipped_each_and_noised_once() -> None:
@@ -105,6 +106,82 @@ def test_gradients_of_two_patients_are_clipped_each_and_noised_once() -> None:
     found, looked_at = gradient_of(drawn, steps(2.0, norm=2.5, draws=3), chunk=4)
     assert torch.allclose(found, expected, atol=1e-5)
     assert looked_at[:2] == [[0, 0, 0, 1], [1, 1]]
+
+
+class Bent(nn.Module):
+    """A small network whose loss of an image depends on all of its layers, and draws nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 3, 3), nn.GroupNorm(1, 3), nn.SiLU(), nn.Flatten(), nn.Linear(48, 2)
+        )
+        self.images = torch.rand(40, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+
+    def mean_loss(self, indices: Tensor) -> Tensor:
+        return self.layers(self.images[indices]).square().sum(1).mean()
+
+
+@pytest.mark.parametrize("norm", [0.5, 1e6])
+def test_patients_who_are_looked_at_together_count_as_one_after_another(norm: float) -> None:
+    torch.manual_seed(0)
+    model = Bent()
+    # The images of a patient are 1, 3, or the only one of its number.
+    patients = [*torch.arange(20).split(1), *torch.arange(20, 38).split(3), torch.tensor([38, 39])]
+    found = [
+        clipped_sum(
+            model,
+            [*model.parameters()],
+            patients,
+            model.mean_loss,
+            norm=norm,
+            noise_draws=2,
+            chunk=64,
+            memory=memory,
+        )
+        for memory in (0, 1 << 20)
+    ]
+    for alone, together in zip(*(sums for sums, _ in found), strict=True):
+        assert torch.allclose(alone, together, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(found[0][1], found[1][1])
+    # The oracle: a backward pass for each patient.
+    expected = [torch.zeros_like(each) for each in model.parameters()]
+    for images in patients:
+        each = torch.autograd.grad(model.mean_loss(images), [*model.parameters()])
+        length = torch.cat([gradient.flatten() for gradient in each]).norm()
+        for total, gradient in zip(expected, each, strict=True):
+            total += gradient * min(1.0, float(norm / length))
+    for wanted, (sums, _) in zip([expected] * 2, found, strict=True):
+        assert all(
+            torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(wanted, sums, strict=True)
+        )
+
+
+def test_patients_who_are_looked_at_together_have_draws_of_their_own_that_repeat() -> None:
+    model = nn.Linear(4, 1, bias=False)
+    drawn = []
+    for seed in (0, 0, 1):
+        rng = torch.Generator().manual_seed(seed)
+
+        def mean_loss(indices: Tensor, rng: torch.Generator = rng) -> Tensor:
+            return model(torch.randn(len(indices), 4, generator=rng)).mean()
+
+        alone = [
+            clipped_sum(
+                model,
+                [model.weight],
+                [torch.tensor([0])] * number,
+                mean_loss,
+                norm=1e9,
+                noise_draws=1,
+                chunk=64,
+            )[0][0]
+            for number in (4, 1)
+        ]
+        drawn.append(torch.cat(alone))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    # Four equal draws would sum up to four times one.
+    assert not torch.allclose(drawn[0][0] / 4, drawn[0][1], atol=0.1)
 
 
 def test_nobody_drawn_leaves_noise_and_an_overflowing_patient_leaves_nothing() -> None:
