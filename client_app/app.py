@@ -25,7 +25,7 @@ from task.protocol.wire import SCORES, UNMASK, Key, from_npy
 from task.randomness import Stream, torch_generator
 from task.training.devices import device_name, move
 from task.training.loop import fit, fit_options, held_out_losses
-from task.training.private import SecretDraws
+from task.training.private import SecretDraws, gradients_as_updates, sums_gradients
 
 app = ClientApp()
 
@@ -97,6 +97,8 @@ def train(message: Message, context: Context) -> Message:
         place = workspace.device if workspace.num_processes == 1 else torch.device("cpu")
         move(generator, place, channels_last=config.train.channels_last)
         optimizers = generator.optimizers(config.train.lr)
+        if sums_gradients(config):
+            optimizers = gradients_as_updates(optimizers)
         state.load(optimizers)
         precision = choose_precision(workspace, context, str(asked[Key.PRECISION]))
         result = fit(
@@ -118,7 +120,9 @@ def train(message: Message, context: Context) -> Message:
         )
         state.save(optimizers)
     keep_local_model(workspace, server_round, precision)
-    packed = workspace.layout.pack(workspace.generator.state_dict(), config.federation.wire_dtype)
+    # Gradients in units of the clipping norm are too large for float16, and travel as integers.
+    dtype = "float32" if sums_gradients(config) else config.federation.wire_dtype
+    packed = workspace.layout.pack(workspace.generator.state_dict(), dtype)
     records = RecordDict()
     if part is None:
         records[Key.ARRAYS] = ArrayRecord({Key.PACKED: npy_array(packed)})

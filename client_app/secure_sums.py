@@ -7,7 +7,15 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    RecordDict,
+)
 from flwr.common.constant import SType
 from numpy.typing import NDArray
 
@@ -87,6 +95,9 @@ class SumPart:
         self._sent = from_npy(sent)
         self._message = message
         self._participant = own_participant(context, workspace.node)
+        # The noise of a private round is in that of so many; test losses are of those that answer.
+        trains = message.metadata.message_type == MessageType.TRAIN
+        min_replies = workspace.config.federation.min_replies if trains else 1
         self._terms = Terms(
             run=str(asked[Key.RUN_ID]),
             server_round=int(asked[Key.SERVER_ROUND]),  # type: ignore[arg-type]
@@ -95,6 +106,7 @@ class SumPart:
             peers=peers,
             format=UpdateFormat.of(workspace.config, len(peers)),
             model=model_digest(workspace, sent),
+            min_replies=min_replies,
         )
         self._participant.begin(self._terms)
 

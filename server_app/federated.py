@@ -30,6 +30,7 @@ from task.protocol.wire import Key, WeightLayout, Weights
 from task.runs.layout import CLASS_COUNTS_FILE, NODES_FILE, client_numbers
 from task.runs.records import CLIENT_DIVERGENCE, LEFT_OUT, TEST, TRAIN, Record, records_of
 from task.runs.writer import RunWriter
+from task.training.private import packed_optimizer, sums_gradients
 
 
 class FederatedTraining(RoundLoop):
@@ -65,7 +66,14 @@ class FederatedTraining(RoundLoop):
         self._exchange = ClientExchange(grid, self._nodes, federation)
         self._layout = WeightLayout.of(self.model, self.model.local | self.model.frozen)
         self._weighting = Weighting.of(self.config, simulated=self.simulated)
-        self.strategy = build_strategy(self.config, self._layout, self._weighting)
+        self.strategy = build_strategy(
+            self.config,
+            self._layout,
+            self._weighting,
+            server_optimizer=packed_optimizer(self.model.optimizers(self.config.train.lr))
+            if sums_gradients(self.config)
+            else None,
+        )
         # Clients that were left out of earlier attempts at the round.
         self._failed: set[int] = set()
 

@@ -337,8 +337,14 @@ class Strategy:
             load_optimizer_tensors(self._optimizer, state.get("server_optimizer", {}))
 
 
-def build_strategy(config: Config, layout: WeightLayout, weighting: Weighting) -> Strategy:
-    """Build the strategy that `federation.aggregation` names.
+def build_strategy(
+    config: Config,
+    layout: WeightLayout,
+    weighting: Weighting,
+    *,
+    server_optimizer: Callable[[list[Tensor]], Optimizer] | None = None,
+) -> Strategy:
+    """Build the strategy that `federation.aggregation` names; arguments as of `Strategy`.
 
     Raises:
         ValueError: it names none.
@@ -374,6 +380,7 @@ def build_strategy(config: Config, layout: WeightLayout, weighting: Weighting) -
         new_reducer[federation.aggregation],
         wire_dtype=federation.wire_dtype,
         ema_decay=federation.ema_decay,
+        server_optimizer=server_optimizer,
     )
 
 

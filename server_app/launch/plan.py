@@ -39,8 +39,8 @@ def describe_plan(config: Config, dataset: Dataset) -> Iterator[str]:
     if config.privacy.is_on:
         spent = spending_of(config, rounds=rounds)
         yield (
-            f"training: {rounds} rounds of {train.local_epochs} epochs, {spent.steps} steps{where} "
-            f"on about {spent.sampling_rate:g} of its patients each"
+            f"training: {rounds} rounds, {spent.steps} steps{where}, each on about "
+            f"{spent.sampling_rate:.0%} of its patients"
         )
         yield f"privacy: {described_privacy(config, epsilon_after(config, rounds))}"
     else:

@@ -287,10 +287,12 @@ class PrivacyConfig(Section):
     clipping_norm: PositiveFloat | None
     sampling_rate: float | None = Field(gt=0, le=1, description="in (0, 1]")
     noise_draws: PositiveInt | None
+    noise: Literal["local", "distributed"] | None
+    colluders: int | None = Field(ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in ("delta", "clipping_norm", "sampling_rate", "noise_draws"):
+        for name in ("delta", "clipping_norm", "sampling_rate", "noise_draws", "noise"):
             value = getattr(self, name)
             expected = "a number" if self.is_on else "null"
             require(
@@ -299,6 +301,13 @@ class PrivacyConfig(Section):
                 f"{expected} with privacy.mechanism={self.mechanism} (privacy=dp_sgd sets all)",
                 value,
             )
+        require(
+            (self.colluders is not None) == self.is_distributed,
+            "privacy.colluders",
+            "how many hospitals may tell the server their share of the noise, 0 or more, with "
+            "privacy.noise=distributed, and null without",
+            self.colluders,
+        )
         budgets = [each for each in (self.epsilon, self.noise_multiplier) if each is not None]
         require(
             len(budgets) == self.is_on,
@@ -316,6 +325,11 @@ class PrivacyConfig(Section):
     def is_on(self) -> bool:
         """Whether patients are protected."""
         return self.mechanism != "none"
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether each hospital adds a share of the noise alone."""
+        return self.noise == "distributed"
 
 
 class EvalConfig(Section):
@@ -418,6 +432,36 @@ class Config(Section):
             "train.num_processes",
             f"1 {asked}, which trains in one process",
             self.train.num_processes,
+        )
+        if self.privacy.is_distributed:
+            self._check_distributed_noise(int(self.privacy.colluders or 0))
+
+    def _check_distributed_noise(self, colluders: int) -> None:
+        why = "with privacy.noise=distributed"
+        federation = self.federation
+        require(
+            federation.secure_aggregation,
+            "federation.secure_aggregation",
+            f"true {why}: a single hospital's share of the noise hides little",
+            federation.secure_aggregation,
+        )
+        require(
+            self.train.local_epochs == 1,
+            "train.local_epochs",
+            f"1 {why}, a round of which is one step",
+            self.train.local_epochs,
+        )
+        require(
+            federation.min_replies > colluders,
+            "federation.min_replies",
+            f"more than privacy.colluders={colluders} {why}: those hospitals have all of the noise",
+            federation.min_replies,
+        )
+        require(
+            not federation.local,
+            "federation.local",
+            f"[] {why}, where the server takes the step for all parts of the model",
+            federation.local,
         )
 
     @property

@@ -227,6 +227,12 @@ def check_peers(config: Config, node: NodeConfig) -> None:
     """
     if config.federation.secure_aggregation:
         identity_of(node)
+        if config.privacy.is_distributed and node.trusted_peers is None:
+            raise PeersRefusedError(
+                "privacy.noise=distributed: this hospital's share of the noise protects its "
+                "patients together with those of the others alone, whom a server could invent; "
+                f"name them by {NodeKey.TRUSTED_PEERS.value}"
+            )
     elif node.trusted_peers is not None or node.minimum_peers > 0:
         raise PeersRefusedError(
             f"{NodeKey.TRUSTED_PEERS.value} and {NodeKey.MINIMUM_PEERS.value} admit runs with "

@@ -5,10 +5,12 @@ count as one: Dockhorn et al. 2023 (arXiv 2210.09929).
 """
 
 import hashlib
+import inspect
 import math
 import os
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +19,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from task.checks import require
 from task.config import Config
@@ -33,11 +36,15 @@ class PrivateSteps:
         spending: the steps of a round, and their noise.
         clipping_norm: the largest L2 norm of a patient's gradient in a step.
         noise_draws: draws of noise of an image, whose mean gradient is clipped.
+        noise_share: standard deviation of the noise that is drawn here over that of the whole.
+        divisor: of the sum over patients; None: how many are drawn in the mean.
     """
 
     spending: Spending
     clipping_norm: float
     noise_draws: int
+    noise_share: float = 1.0
+    divisor: float | None = None
 
     @classmethod
     def of(cls, config: Config) -> "PrivateSteps | None":
@@ -45,11 +52,22 @@ class PrivateSteps:
         privacy = config.privacy
         if not privacy.is_on:
             return None
-        return cls(
+        clipping_norm = float(privacy.clipping_norm or 0)
+        steps = cls(
             spending=spending_of(config, rounds=1),
-            clipping_norm=float(privacy.clipping_norm or 0),
+            clipping_norm=clipping_norm,
             noise_draws=int(privacy.noise_draws or 0),
         )
+        if not sums_gradients(config):
+            return steps
+        # Nobody says how many patients a hospital has: gradients are in units of the norm.
+        share = 1 / math.sqrt(config.federation.min_replies - int(privacy.colluders or 0))
+        return replace(steps, noise_share=share, divisor=clipping_norm)
+
+
+def sums_gradients(config: Config) -> bool:
+    """Whether clients send gradients with a share of the noise, by whose sum the server steps."""
+    return config.privacy.is_distributed and config.train.mode == "federated"
 
 
 def spending_of(config: Config, *, rounds: int) -> Spending:
@@ -61,7 +79,7 @@ def spending_of(config: Config, *, rounds: int) -> Spending:
     """
     privacy = config.privacy
     rate, delta = float(privacy.sampling_rate or 0), float(privacy.delta or 0)
-    steps = max(1, round(config.train.local_epochs / rate))
+    steps = 1 if privacy.is_distributed else max(1, round(config.train.local_epochs / rate))
     noise_multiplier = privacy.noise_multiplier
     if noise_multiplier is None:
         in_all = steps * config.federation.rounds
@@ -77,9 +95,15 @@ def epsilon_after(config: Config, rounds: int) -> float:
 def described_privacy(config: Config, epsilon: float) -> str:
     """Say what a private run guarantees, or has, in part of a sentence."""
     privacy, spent = config.privacy, spending_of(config, rounds=1)
+    multiplier = f"noise multiplier {spent.noise_multiplier:.4g}"
+    if sums_gradients(config):
+        multiplier += (
+            " of the sum over hospitals, each of which adds a share; with fewer than "
+            f"{int(privacy.colluders or 0) + 1} that tell theirs"
+        )
     how = (
-        f"DP-SGD, patients drawn by Poisson sampling at a rate of {spent.sampling_rate:g}, noise "
-        f"multiplier {spent.noise_multiplier:.4g}, clipping norm {privacy.clipping_norm:g}"
+        f"DP-SGD, patients drawn by Poisson sampling at a rate of {spent.sampling_rate:g}, "
+        f"{multiplier}, clipping norm {privacy.clipping_norm:g}"
     )
     if math.isinf(epsilon):
         return f"none, there is {too_little_noise(config)} ({how})"
@@ -246,8 +270,8 @@ def private_gradient(
         drawn: indices of the images of each patient; it may be empty, and leaves noise alone.
         mean_loss: see `MeanLoss`.
         steps: how they are protected.
-        expected_patients: how many are drawn in the mean, by which the sum is divided: who was
-            really drawn must not show in the divisor.
+        expected_patients: how many are drawn in the mean, by which the sum is divided unless the
+            steps have a divisor: who was really drawn must not show in it.
         chunk: draws of images that go through the networks at a time.
         draws: of the noise.
 
@@ -263,10 +287,33 @@ def private_gradient(
         noise_draws=steps.noise_draws,
         chunk=chunk,
     )
-    std = steps.spending.noise_multiplier * steps.clipping_norm
+    std = steps.spending.noise_multiplier * steps.clipping_norm * steps.noise_share
+    divisor = steps.divisor or expected_patients
     for each, total in zip(parameters, sums, strict=True):
-        each.grad = total.add_(draws.normal(total), alpha=std).div_(expected_patients)
+        each.grad = total.add_(draws.normal(total), alpha=std).div_(divisor)
     return loss_sum / max(1, len(drawn))
+
+
+def gradients_as_updates(optimizers: Mapping[str, Optimizer]) -> dict[str, Optimizer]:
+    """Make optimizers of the same weights that move them by the whole gradient, to be summed."""
+    return {
+        name: torch.optim.SGD([p for group in each.param_groups for p in group["params"]], lr=1.0)
+        for name, each in optimizers.items()
+    }
+
+
+def packed_optimizer(optimizers: Mapping[str, Optimizer]) -> Callable[[list[Tensor]], Optimizer]:
+    """Return what makes the one optimizer of a model for all of its weights in one tensor.
+
+    Raises:
+        ValueError: it has not the same options for all weights.
+    """
+    ((name, optimizer),) = optimizers.items()
+    groups = len(optimizer.param_groups)
+    require(groups == 1, "privacy.noise", f"local with {groups} groups of {name}", "distributed")
+    known = inspect.signature(type(optimizer)).parameters
+    options = {key: value for key, value in optimizer.defaults.items() if key in known}
+    return partial(type(optimizer), **options)
 
 
 def check_patients(num_patients: int, config: Config) -> None:

@@ -301,6 +301,31 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
             ["federation.clients_per_round", "at least 3", "got 2"],
         ),
         (
+            "privacy=dp_sgd model=vae privacy.noise=distributed privacy.colluders=1 "
+            "train.local_epochs=1",
+            ["federation.secure_aggregation", "true", "share of the noise", "False"],
+        ),
+        (
+            "experiment=private train.local_epochs=2",
+            ["train.local_epochs", "1 with privacy.noise=distributed", "one step", "got 2"],
+        ),
+        (
+            "experiment=private privacy.colluders=8",
+            ["federation.min_replies", "more than privacy.colluders=8", "got 8"],
+        ),
+        (
+            "experiment=private federation.local=[encoder]",
+            ["federation.local", "[]", "the server takes the step", "encoder"],
+        ),
+        (
+            "privacy=dp_sgd model=vae privacy.colluders=1",
+            ["privacy.colluders", "null without", "got 1"],
+        ),
+        (
+            "experiment=private privacy.colluders=null",
+            ["privacy.colluders", "0 or more", "got None"],
+        ),
+        (
             "federation.aggregation=median",
             ["federation.min_replies", "at least 3", "aggregation=median", "got 1"],
         ),

@@ -207,10 +207,19 @@ def test_server_that_lies_gets_nothing(tmp_path: Path) -> None:
         hospitals.participants[1].answer("run", 1, [0, 1, 2, 3], masked.question(1)[:4])
 
 
-@pytest.mark.parametrize("lie", ["model", "server_round", "purpose", "order"])
+def test_noise_of_a_sum_is_that_of_as_many_as_the_run_wants(tmp_path: Path) -> None:
+    hospitals = Hospitals(tmp_path)
+    hospitals.terms = dataclasses.replace(hospitals.terms, min_replies=4)
+    masked = summed({place: hospitals.upload(place) for place in (0, 1, 3)})
+    with pytest.raises(PeersRefusedError, match="3 of 5 hospitals .* at least 4"):
+        hospitals.participants[0].answer("run", 1, [0, 1, 3], masked.question(0))
+
+
+@pytest.mark.parametrize("lie", ["min_replies", "model", "server_round", "purpose", "order"])
 def test_clients_that_are_told_different_terms_give_no_shares(tmp_path: Path, lie: str) -> None:
     hospitals = Hospitals(tmp_path)
     changes: dict[str, object] = {
+        "min_replies": {"min_replies": 2},
         "model": {"model": "other"},
         "server_round": {"server_round": 2},
         "purpose": {"purpose": "evaluate"},

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,23 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from client_app import workspace
 from client_app.app import app
 from client_app.secure_sums import own_keys
+from server_app.dataset import load_images
 from server_app.messages import addressed
 from server_app.secure_training import UNMASK_TYPE, SecureTraining
 from task.config import load_run_config
+from task.data.partition import partition_dataset
+from task.generators.registry import initial_generator
 from task.protocol.node import NodeConfig, identity_of
+from task.protocol.secure_aggregation.fixed_point import UpdateFormat
 from task.protocol.wire import FailureCode, Key, from_npy
+from task.randomness import Stream, torch_generator
+from task.reporting.run_summary import describe_privacy
 from task.runs.checkpoint import load_weights
 from task.runs.records import IN_SUM, SPENT_EPSILON, TEST, TRAIN, read_records
 from task.runs.run import Run
 from task.runs.writer import RunWriter
+from task.training.loop import fit, fit_options
+from task.training.private import PrivateSteps
 from tests.helpers import (
     SMALL_RUN,
     ClientNodes,
@@ -198,6 +207,115 @@ def test_node_that_wants_secure_aggregation_shows_its_update_to_nobody(tmp_path:
 def test_identity_of_simulated_clients_is_kept() -> None:
     context = node_context(SMALL_RUN, simulated(3)[0])
     assert own_keys(context, None) == own_keys(context, None)
+
+
+def distributed(noise_multiplier: float, **changes: Any) -> dict[str, Any]:
+    """Three hospitals, of whom one may collude, that each add half of the noise's variance."""
+    words = (
+        "privacy=dp_sgd privacy.noise_draws=1 privacy.noise=distributed privacy.colluders=1 "
+        f"privacy.epsilon=null privacy.noise_multiplier={noise_multiplier} "
+        "privacy.sampling_rate=0.5"
+    )
+    return {
+        "overrides": words,
+        "data__test_fraction": 0.9,
+        "federation__num_supernodes": 3,
+        "federation__min_replies": 3,
+        "federation__secure_aggregation": True,
+        **changes,
+    }
+
+
+def test_server_steps_by_the_gradients_of_all_patients_and_resumes_to_the_bit(
+    tmp_path: Path,
+) -> None:
+    ends = []
+    for name, rounds, resume in (("whole", 2, False), ("two", 1, False), ("two", 2, True)):
+        workspace._build_workspace.cache_clear()
+        config = configured(
+            tmp_path, name, **distributed(0.0, federation__rounds=rounds), resume=resume
+        )
+        nodes = ClientNodes(Network(), config, *simulated(3))
+        folder = secure_run(config, nodes, nodes)
+        ends.append(final(folder))
+    assert same_bits(ends[0], ends[2])
+    told = read_records(folder / "metrics.jsonl")
+    assert {each.metric for each in told.all if each.client is not None} == {IN_SUM}
+
+    # The oracle of the first round: what Adam makes of the sum of all hospitals' gradients.
+    config = load_run_config(configured(tmp_path, "oracle", **distributed(0.0)))
+    dataset = load_images(config)
+    partition = partition_dataset(config, dataset, 3)
+    total: Weights = {}
+    for client, indices in enumerate(partition.train_indices):
+        model = initial_generator(config)
+        before = {name: each.detach().clone() for name, each in model.named_parameters()}
+        own = dataset.train.subset(indices)
+        options = replace(fit_options(config), private=replace(PrivateSteps.of(config), divisor=1))
+        fit(
+            model,
+            own.images,
+            own.labels,
+            options=options,
+            optimizers={"adam": torch.optim.SGD(model.parameters(), lr=1.0)},
+            rng=torch_generator(config.seed, Stream.TRAIN, 1, client),
+            patients=own.groups,
+        )
+        for name, each in model.named_parameters():
+            total[name] = total.get(name, 0) + before[name] - each.detach()
+    model = initial_generator(config)
+    for name, each in model.named_parameters():
+        each.grad = total[name]
+    start = {name: each.clone() for name, each in model.state_dict().items()}
+    model.optimizers(config.train.lr)["adam"].step()
+    moved, expected = (
+        torch.cat([(weights[name] - start[name]).flatten() for name in start])
+        for weights in (ends[1], model.state_dict())
+    )
+    # Adam's first step is as long for a gradient that is nearly 0, whose sign rounding may change.
+    assert (moved - expected).abs().mean() < 0.01 * expected.abs().mean()
+    assert expected.abs().max() > 0
+
+
+def test_shares_of_the_noise_add_up_to_all_of_it_without_the_colluders(tmp_path: Path) -> None:
+    config = load_run_config(configured(tmp_path, "run", **distributed(3.0)))
+    steps, form = PrivateSteps.of(config), UpdateFormat.of(config, 3)
+    assert steps is not None and steps.noise_share == pytest.approx(1 / np.sqrt(2))
+    rng = np.random.default_rng(0)
+    # Values of clipped updates, such as those of all hospitals at one weight, do not matter.
+    gradients = rng.normal(0, 300.0, (3, 40_000)).astype(np.float32)
+    std = steps.spending.noise_multiplier * steps.noise_share
+    noises = rng.normal(0, std, gradients.shape).astype(np.float32)
+    total = sum(form.encode(each, 1)[0] for each in gradients + noises)
+    found = 3 * form.add_mean(np.zeros(40_000, np.float32), np.asarray(total, np.uint32), 3)
+    noise = found - gradients.sum(0)
+    # Of three there is one share more than is needed, and without one colluder what is promised.
+    assert noise.std() == pytest.approx(3.0 * np.sqrt(3 / 2), rel=0.02)
+    assert (noise - noises[0]).std() == pytest.approx(3.0, rel=0.02)
+    # A value beyond the range wraps around with the sum, and is not clipped.
+    beyond = np.array([form.update_range * 4.5], np.float32)
+    twice, back = form.encode(beyond, 1)[0], form.encode(-beyond, 1)[0]
+    assert form.add_mean(np.zeros(1, np.float32), twice + back, 3) == pytest.approx([0.0])
+
+
+def test_real_hospital_adds_a_share_of_the_noise_among_those_alone_that_it_names(
+    tmp_path: Path,
+) -> None:
+    words = distributed(2.0, federation__rounds=1)
+    words["overrides"] += " data=mnist"
+    words["data__test_fraction"] = None
+    config = {k: v for k, v in configured(tmp_path, "run", **words).items() if v is not None}
+    config["overrides"] += " data.test_fraction=null"
+    nodes = hospitals(tmp_path, config, 3)
+    run = secure_run(config, nodes, nodes)
+    told = describe_privacy(Run(run))
+    assert "of the sum over hospitals, each of which adds a share; with fewer than 2 that" in told
+    for context in nodes.contexts.values():
+        context.node_config.pop("trusted-peers")
+    workspace._build_workspace.cache_clear()
+    config |= {"run_name": "strangers", "federation.node_wait": 2.0}
+    with pytest.raises(TimeoutError, match="PeersRefusedError"):
+        secure_run(config, nodes, nodes)
 
 
 def test_private_hospitals_count_alike_in_full_and_say_nothing_to_the_sum(tmp_path: Path) -> None:

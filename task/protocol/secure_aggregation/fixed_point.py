@@ -13,6 +13,11 @@ from task.config import Config
 # Values at a time, so that what is made of them on the way stays in a core's cache.
 CHUNK = 1 << 16
 LARGEST_SUM = 2**31 - 1
+# Larger steps of the integers do not fit into int64 with certainty.
+LARGEST_VALUE = 2.0**62
+# Of the sum of a hospital's clipped gradients, in units of the clipping norm: it takes so many
+# patients of each hospital whose gradients are all at one and the same weight to wrap around.
+GRADIENT_RANGE = 1024.0
 # What is measured of a training is clipped to so much, and rounded to so many binary places.
 MEASURE_RANGE, MEASURE_BITS = 2.0**16, 20
 # All images of a sum, times MEASURE_RANGE and 2^MEASURE_BITS, stay below 2^63.
@@ -36,6 +41,9 @@ class UpdateFormat:
         update_range: every value of an update is clipped to from minus this to this.
         max_images: a client with more images counts as if it had so many.
         num_clients: whose sum must not overflow.
+        wraps: whether larger values stay as they are, modulo the integers. Noise that is clipped at
+            each client would not add up to Gaussian noise; the sum may wrap around, which no
+            privacy hangs on.
 
     Raises:
         ValueError: a value is out of range.
@@ -44,6 +52,7 @@ class UpdateFormat:
     update_range: float
     max_images: int
     num_clients: int
+    wraps: bool = False
 
     def __post_init__(self) -> None:
         require(self.update_range > 0, "update_range", "> 0", self.update_range)
@@ -62,6 +71,8 @@ class UpdateFormat:
         federation = config.federation
         # With differential privacy no client says how many images it has, and all count alike.
         most = 1 if config.privacy.is_on else federation.max_images_per_client
+        if config.privacy.is_distributed:
+            return cls(GRADIENT_RANGE, most, num_clients, wraps=True)
         return cls(federation.update_range, most, num_clients)
 
     @property
@@ -90,12 +101,13 @@ class UpdateFormat:
         """
         encoded, clipped = np.empty(update.shape, np.uint32), 0
         scale = self.steps * self.counted(num_images) / (self.max_images * self.update_range)
+        limit = LARGEST_VALUE / scale if self.wraps else self.update_range
         for chunk in chunks(update):
             values = update[chunk].astype(np.float64)
             if not np.isfinite(values).all():
                 raise NotFiniteError("an update that is not finite: training has diverged")
-            clipped += int(np.count_nonzero(np.abs(values) > self.update_range))
-            np.clip(values, -self.update_range, self.update_range, out=values)
+            clipped += int(np.count_nonzero(np.abs(values) > limit))
+            np.clip(values, -limit, limit, out=values)
             values *= scale
             encoded[chunk] = np.rint(values).astype(np.int64).astype(np.uint32)
         return encoded, clipped

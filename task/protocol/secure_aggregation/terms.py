@@ -1,5 +1,6 @@
 """What all clients of a sum must agree on, or their masks do not cancel."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ class Terms:
         peers: all clients that may send, in the order that the server gave.
         format: of the update.
         model: SHA-256 of the weights that the clients were sent, and of their layout.
+        min_replies: clients that the run wants in a sum at least.
     """
 
     run: str
@@ -35,6 +37,7 @@ class Terms:
     peers: tuple[PublicKeys, ...]
     format: UpdateFormat
     model: str
+    min_replies: int = 1
 
     @cached_property
     def digest(self) -> bytes:
@@ -42,7 +45,8 @@ class Terms:
         written = json.dumps(
             [
                 *(self.run, self.server_round, self.attempt, self.purpose, self.model),
-                *(self.format.update_range, self.format.max_images, self.format.num_clients),
+                self.min_replies,
+                *dataclasses.astuple(self.format),
                 [peer.to_bytes().hex() for peer in self.peers],
             ]
         )
@@ -55,7 +59,7 @@ class Terms:
 
     def minimum(self, minimum_peers: int = MIN_PEERS) -> int:
         """Return of how many clients a sum must be."""
-        return max(MIN_PEERS, minimum_peers, self.threshold)
+        return max(MIN_PEERS, minimum_peers, self.threshold, self.min_replies)
 
 
 def read_peers(given: Sequence[bytes]) -> tuple[PublicKeys, ...]:
