@@ -23,6 +23,7 @@ from task.evaluation.hospital_scores import score_images
 from task.protocol.node import NodeConfig, check_node, own_config, read_node_config
 from task.protocol.wire import SCORES, UNMASK, Key, from_npy
 from task.randomness import Stream, torch_generator
+from task.training.client_privacy import ClientPrivacy
 from task.training.devices import device_name, move
 from task.training.loop import fit, fit_options, held_out_losses
 from task.training.private import SecretDraws, gradients_as_updates, sums_gradients
@@ -153,6 +154,9 @@ def train(message: Message, context: Context) -> Message:
         workspace.num_processes,
     )
     if part is not None:
+        if (privacy := ClientPrivacy.of(config)) is not None:
+            # The server, which clips what it can see, does not see it.
+            packed = privacy.clipped(packed, part.sent)
         if config.privacy.is_on:
             return part.reply(packed, 1, [])
         measured = [result.loss, *(result.measures[name] for name in generator.measures)]

@@ -77,7 +77,11 @@ def own_participant(context: Context, node: NodeConfig | None) -> Participant:
 
 
 class SumPart:
-    """A client's part in one sum, from the server's message to its masked reply."""
+    """A client's part in one sum, from the server's message to its masked reply.
+
+    Attributes:
+        sent: [P], the weights that the server sent.
+    """
 
     def __init__(self, workspace: Workspace, context: Context, message: Message) -> None:
         """Agree to the sum that a message asks for, before anything is done for it.
@@ -92,7 +96,7 @@ class SumPart:
         peers = read_peers(cast(list[bytes], asked[Key.PEERS]))
         arrays = cast(ArrayRecord, message.content[Key.ARRAYS])
         sent = arrays[Key.PACKED].data
-        self._sent = from_npy(sent)
+        self.sent = from_npy(sent)
         self._message = message
         self._participant = own_participant(context, workspace.node)
         # The noise of a private round is in that of so many; test losses are of those that answer.
@@ -140,7 +144,7 @@ class SumPart:
         form = self._terms.format
         values, clipped = np.zeros(0, np.uint32), 0
         if packed is not None:
-            update = packed.astype(np.float32) - self._sent.astype(np.float32)
+            update = packed.astype(np.float32) - self.sent.astype(np.float32)
             values, clipped = form.encode(update, num_images)
         if clipped:
             logger.info(

@@ -13,6 +13,7 @@ from task.reporting.heat_maps import save_partition_heatmaps
 from task.runs.layout import DATA_FILE, PARTITION_FILE
 from task.runs.same_images import describe_differences
 from task.runs.writer import RunWriter
+from task.training.client_privacy import check_clients
 from task.training.private import check_patients
 
 
@@ -100,6 +101,8 @@ def check_privacy(config: Config, dataset: Dataset, partition: Partition | None)
     Raises:
         ValueError: it does not suit one; see `check_patients`.
     """
+    if partition is not None:
+        check_clients(len(partition.train_indices), config)
     if not config.privacy.is_on:
         return
     train = dataset.train

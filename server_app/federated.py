@@ -27,10 +27,18 @@ from task.data import ImageSet
 from task.data.partition import partition_dataset
 from task.evaluation.hospital_scores import HospitalScores
 from task.protocol.wire import Key, WeightLayout, Weights
+from task.randomness import Stream, torch_generator
 from task.runs.layout import CLASS_COUNTS_FILE, NODES_FILE, client_numbers
 from task.runs.records import CLIENT_DIVERGENCE, LEFT_OUT, TEST, TRAIN, Record, records_of
 from task.runs.writer import RunWriter
-from task.training.private import packed_optimizer, sums_gradients
+from task.training.client_privacy import check_clients
+from task.training.private import (
+    PrivateDraws,
+    SecretDraws,
+    SeededDraws,
+    packed_optimizer,
+    sums_gradients,
+)
 
 
 class FederatedTraining(RoundLoop):
@@ -95,6 +103,8 @@ class FederatedTraining(RoundLoop):
             check_privacy(self.config, self.dataset, partition)
             record_partition(self.config, partition, self.directory)
             record_data(self.config, self.dataset, self.directory, partition)
+        else:
+            check_clients(num_nodes, self.config)
         federation = self.config.federation
         if federation.keep_local_models and not self.simulated:
             raise ValueError(
@@ -206,10 +216,16 @@ class FederatedTraining(RoundLoop):
         if wrong:
             log(f"round {server_round}: {described(wrong)}; the weights are used")
         self.phases.enter("aggregating")
-        self.weights = self.strategy.finish()
+        self.weights = self.strategy.finish(self.private_draws(server_round))
         self.directory.record(told)
         found = f"train loss {self._weighting.describe(losses)}" if losses else "no loss told"
         return f"{found}, {len(replies.counts)} of {len(clients)} clients"
+
+    def private_draws(self, server_round: int) -> PrivateDraws:
+        """Return where the noise of a round comes from; with real nodes from no known seed."""
+        if not self.simulated:
+            return SecretDraws()
+        return SeededDraws(torch_generator(self.config.seed, Stream.CLIENT_NOISE, server_round))
 
     def train_clients(self, server_round: int, clients: list[int]) -> "TrainingReplies":
         """Let clients train, and add their weights up as they come."""

@@ -231,7 +231,7 @@ class RoundLoop(ABC):
         # Before the evaluation, so that no training is lost with it.
         self.directory.save_checkpoint(server_round, self.weights, self.state(), numbers=numbers)
         self.seconds["training"].append(spent["round_seconds"])
-        if self.config.privacy.is_on:
+        if self.config.privacy.unit:
             summary += f", {self.record_privacy(server_round)}"
         summary += f", {duration(spent['round_seconds'])}"
         summary += f", {spent['overhead_share']:.0%} outside training"
@@ -243,11 +243,13 @@ class RoundLoop(ABC):
         return summary
 
     def record_privacy(self, server_round: int) -> str:
-        """Record what the rounds so far may have cost a patient, and say it.
+        """Record what the rounds so far may have cost who is protected, and say it.
 
-        Real nodes draw new noise for a round that is repeated, which costs once more.
+        Real nodes that protect their patients draw new noise for a round that is repeated, which
+        costs once more.
         """
-        times = server_round if self.dataset is not None else self.private_trainings()
+        repeats = self.config.privacy.is_on and self.dataset is None
+        times = self.private_trainings() if repeats else server_round
         epsilon = epsilon_after(self.config, times)
         if math.isinf(epsilon):
             return f"no privacy: there is {too_little_noise(self.config)}"

@@ -95,7 +95,7 @@ class SecureTraining(FederatedTraining):
             raise self.diverged(server_round, why, told)
         self.phases.enter("aggregating")
         self.strategy.add_sum(totals.values, totals.num_images)
-        self.weights = self.strategy.finish()
+        self.weights = self.strategy.finish(self.private_draws(server_round))
         self.directory.record(told)
         return f"{found}, {len(totals.clients)} of {len(clients)} clients, in a masked sum"
 

@@ -22,7 +22,9 @@ from server_app.weighting import Weighting
 from task.config import Config
 from task.protocol.secure_aggregation.fixed_point import UpdateFormat, chunks
 from task.protocol.wire import WeightLayout, Weights
+from task.training.client_privacy import ClientPrivacy
 from task.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from task.training.private import PrivateDraws
 
 # Steps of 2^-32 are finer than float32 needs for a mean of weights; int64 holds the sum.
 FRACTION_BITS = 32
@@ -129,6 +131,7 @@ class WeightedMean(Reducer):
 
     def add(self, client: int, weights: NDArray[np.floating], num_images: int) -> None:
         """Add the weights of a client, or of one that claims fewer images."""
+        num_images = num_images if self._weighting.by_images else 1
         self._counts.append(num_images)
         self._largest.append((num_images, weights))
         self._largest.sort(key=lambda claimed: claimed[0])
@@ -261,6 +264,7 @@ class Strategy:
         wire_dtype: str = "float32",
         ema_decay: float | None = None,
         server_optimizer: Callable[[list[Tensor]], Optimizer] | None = None,
+        privacy: ClientPrivacy | None = None,
     ) -> None:
         """Start before the first round.
 
@@ -271,10 +275,12 @@ class Strategy:
             wire_dtype: "float32" or "float16".
             ema_decay: of the moving average; None: the run keeps none.
             server_optimizer: makes the optimizer of the packed weights; None: none.
+            privacy: of clients; None: none.
         """
         self.average: Weights | None = None
         self._layout, self._new_reducer = layout, new_reducer
         self._wire_dtype, self._ema_decay = wire_dtype, ema_decay
+        self._privacy, self._num_clients = privacy, 0
         self._optimizer: Optimizer | None = None
         if server_optimizer is not None:
             self._parameter = torch.nn.Parameter(torch.zeros(layout.size))
@@ -285,11 +291,15 @@ class Strategy:
         self._weights = weights
         self._sent = self._layout.pack(weights, self._wire_dtype)
         self._reducer = self._new_reducer(self._sent, num_clients)
+        self._num_clients = 0
         return self._sent
 
     def add(self, client: int, weights: NDArray[np.floating], num_images: int) -> None:
         """Take the weights that a client has sent; see `Reducer.add`."""
+        if self._privacy is not None:
+            weights = self._privacy.clipped(weights, self._sent)
         self._reducer.add(client, weights, num_images)
+        self._num_clients += 1
 
     def add_sum(self, encoded: NDArray[np.uint32], num_images: int) -> None:
         """Take the sum of what clients have sent; see `BoundedMean.add_sum`.
@@ -300,13 +310,22 @@ class Strategy:
         if not isinstance(self._reducer, BoundedMean):
             raise TypeError(f"a {type(self._reducer).__name__} takes no sum of updates")
         self._reducer.add_sum(encoded, num_images)
+        # With differential privacy each client counts for one image.
+        self._num_clients += num_images
 
-    def finish(self) -> Weights:
+    def finish(self, draws: PrivateDraws | None = None) -> Weights:
         """End a round, in which one client or more was added, and return the new global weights.
 
         What does not travel, such as a counter, stays as it was at the beginning of the run.
+
+        Args:
+            draws: of the noise, where clients are protected.
         """
         reduced = self._reducer.reduce()
+        if self._privacy is not None:
+            if draws is None:
+                raise ValueError("draws: of the noise must be given, as clients are protected")
+            reduced = self._privacy.noised(reduced, self._num_clients, draws)
         if self._optimizer is not None:
             reduced = self._stepped(self._optimizer, reduced)
         weights = self._layout.unpack(reduced)
@@ -381,6 +400,7 @@ def build_strategy(
         wire_dtype=federation.wire_dtype,
         ema_decay=federation.ema_decay,
         server_optimizer=server_optimizer,
+        privacy=ClientPrivacy.of(config),
     )
 
 

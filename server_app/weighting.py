@@ -72,9 +72,9 @@ class Weighting:
         """Weight as a run does; the images of simulated clients were dealt out by the server."""
         federation = config.federation
         return cls(
-            # With differential privacy no client says how many images it has.
+            # With differential privacy all clients count alike.
             by_images=federation.aggregation in ("fedavg", "bounded_mean")
-            and not config.privacy.is_on,
+            and not config.privacy.unit,
             # A bounded mean has a bound of its own.
             max_share=None
             if simulated or federation.aggregation != "fedavg"

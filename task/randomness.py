@@ -32,6 +32,7 @@ class Stream(IntEnum):
     GENERATED_IMAGES = noise.GENERATED_IMAGES
     RESTORED_IMAGES = 13
     STUDY = 14
+    CLIENT_NOISE = 15
 
 
 def numpy_generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

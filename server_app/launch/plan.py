@@ -42,7 +42,6 @@ def describe_plan(config: Config, dataset: Dataset) -> Iterator[str]:
             f"training: {rounds} rounds, {spent.steps} steps{where}, each on about "
             f"{spent.sampling_rate:.0%} of its patients"
         )
-        yield f"privacy: {described_privacy(config, epsilon_after(config, rounds))}"
     else:
         images_per_step = train.batch_size * train.accumulation
         steps = rounds * train.local_epochs * np.ceil(sizes / images_per_step).astype(int)
@@ -50,6 +49,8 @@ def describe_plan(config: Config, dataset: Dataset) -> Iterator[str]:
             f"training: {rounds} rounds of {train.local_epochs} epochs in batches of "
             f"{images_per_step}, {described_range(steps)} steps{where}"
         )
+    if config.privacy.unit:
+        yield f"privacy: {described_privacy(config, epsilon_after(config, rounds))}"
     done = last_complete_round(run_path(config))
     if done < rounds:
         estimate = estimate_seconds(config, sizes.tolist(), rounds=range(done + 1, rounds + 1))

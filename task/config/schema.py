@@ -278,9 +278,9 @@ class FederationConfig(Section):
 
 
 class PrivacyConfig(Section):
-    """What protects each patient of a hospital from what its weights tell."""
+    """What protects each patient of a hospital, or each hospital, from what weights tell."""
 
-    mechanism: Literal["none", "dp_sgd"]
+    mechanism: Literal["none", "dp_sgd", "dp_clients"]
     epsilon: PositiveFloat | None
     noise_multiplier: float | None = Field(ge=0, description=">= 0 (0: clipping alone)")
     delta: float | None = Field(gt=0, lt=1, description="between 0 and 1, exclusive")
@@ -294,11 +294,13 @@ class PrivacyConfig(Section):
     def _check(self) -> Self:
         for name in ("delta", "clipping_norm", "sampling_rate", "noise_draws", "noise"):
             value = getattr(self, name)
-            expected = "a number" if self.is_on else "null"
+            wanted = self.unit != "" and (self.is_on or name in ("delta", "clipping_norm"))
+            expected = "a value" if wanted else "null"
             require(
-                (value is not None) == self.is_on,
+                (value is not None) == wanted,
                 f"privacy.{name}",
-                f"{expected} with privacy.mechanism={self.mechanism} (privacy=dp_sgd sets all)",
+                f"{expected} with privacy.mechanism={self.mechanism} (privacy=dp_sgd and "
+                "privacy=dp_clients set all)",
                 value,
             )
         require(
@@ -310,11 +312,11 @@ class PrivacyConfig(Section):
         )
         budgets = [each for each in (self.epsilon, self.noise_multiplier) if each is not None]
         require(
-            len(budgets) == self.is_on,
+            len(budgets) == (self.unit != ""),
             "privacy.epsilon",
             "null where privacy.noise_multiplier is given (privacy.epsilon=null), and a number "
             "where it is not"
-            if self.is_on
+            if self.unit
             else "null with privacy.mechanism=none, as privacy.noise_multiplier (privacy=dp_sgd "
             "switches it on)",
             self.epsilon,
@@ -324,7 +326,17 @@ class PrivacyConfig(Section):
     @property
     def is_on(self) -> bool:
         """Whether patients are protected."""
-        return self.mechanism != "none"
+        return self.mechanism == "dp_sgd"
+
+    @property
+    def protects_clients(self) -> bool:
+        """Whether hospitals as a whole are protected."""
+        return self.mechanism == "dp_clients"
+
+    @property
+    def unit(self) -> str:
+        """Who is protected, "patient" or "hospital"; "" where nobody is."""
+        return {"none": "", "dp_sgd": "patient", "dp_clients": "hospital"}[self.mechanism]
 
     @property
     def is_distributed(self) -> bool:
@@ -410,6 +422,8 @@ class Config(Section):
             self.model.check_label_dropout(self.diffusion.label_dropout)
         if self.privacy.is_on:
             self._check_private()
+        if self.privacy.protects_clients:
+            self._check_private_clients()
         for name, off in MEASURING_OFF.items() if not self.model.draws else ():
             require(
                 getattr(self.eval, name) == off,
@@ -435,6 +449,21 @@ class Config(Section):
         )
         if self.privacy.is_distributed:
             self._check_distributed_noise(int(self.privacy.colluders or 0))
+
+    def _check_private_clients(self) -> None:
+        why = "with privacy.mechanism=dp_clients"
+        require(
+            self.train.mode == "federated",
+            "train.mode",
+            f"federated {why}, which protects clients",
+            self.train.mode,
+        )
+        require(
+            self.federation.aggregation in ("fedavg", "bounded_mean"),
+            "federation.aggregation",
+            f"fedavg or bounded_mean {why}: of a mean it is known how far a client can move it",
+            self.federation.aggregation,
+        )
 
     def _check_distributed_noise(self, colluders: int) -> None:
         why = "with privacy.noise=distributed"

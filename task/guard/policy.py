@@ -87,7 +87,7 @@ class Policy:
             # A feddm that knows no such value trains without.
             mechanism = values.get("privacy.mechanism", "none")
             whose = REQUIRE_PRIVACY if self.require_privacy else f"{MAX_EPSILON}={limit}"
-            _demand(mechanism != "none", "privacy.mechanism", "dp_sgd", mechanism, whose)
+            _demand(mechanism == "dp_sgd", "privacy.mechanism", "dp_sgd", mechanism, whose)
             noise = values.get("privacy.noise_multiplier")
             _demand(noise != 0, "privacy.noise_multiplier", "above 0, or null,", noise, whose)
         epsilon = values.get("privacy.epsilon")

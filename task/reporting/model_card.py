@@ -73,7 +73,7 @@ def write_model_card(
         rounds=run.config.federation.rounds,
         exported=exported,
         usage=Markup(usage),
-        privacy=describe_privacy(run) if run.config.privacy.is_on else "",
+        privacy=describe_privacy(run) if run.config.privacy.unit else "",
         num_clients=num_clients,
         num_silent=num_silent,
         counts=None if counts is None else _class_rows(data.classes, counts),

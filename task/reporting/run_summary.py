@@ -45,7 +45,7 @@ def key_figures(run: Run, *, losses: bool = True) -> list[tuple[str, str]]:
         ("rounds", f"{run.rounds_done} of {run.config.federation.rounds}"),
         *(loss_figures(run) if losses else []),
         *_time(run),
-        *([("privacy", _privacy(run))] if run.config.privacy.is_on else []),
+        *([("privacy", _privacy(run))] if run.config.privacy.unit else []),
         ("training images", "not told" if not run.num_images else f"{run.num_images:,}"),
     ]
     if run.setting != "centralized" and run.clients:
@@ -60,7 +60,8 @@ def _privacy(run: Run) -> str:
         if not run.rounds_done:
             return "nothing spent yet"
         return f"none: there is {too_little_noise(run.config)}"
-    return f"epsilon {spent.value:.3g}, delta {spent.context['delta']:g}, for each patient"
+    unit = run.config.privacy.unit
+    return f"epsilon {spent.value:.3g}, delta {spent.context['delta']:g}, for each {unit}"
 
 
 def found_metrics(run: Run, *wanted: Quantity) -> list[Found]:
@@ -122,17 +123,24 @@ def _looked_at(each: Record) -> str:
 def describe_run(run: Run) -> list[str]:
     """Say in sentences what was trained, by whom and on what."""
     found = [_who_trained_what(run), _generator(run), _where(run)]
-    return [*found, describe_privacy(run)] if run.config.privacy.is_on else found
+    return [*found, describe_privacy(run)] if run.config.privacy.unit else found
 
 
 def describe_privacy(run: Run) -> str:
-    """Say in sentences what protects the patients of a private run, and who sees to it."""
+    """Say in sentences what protects whom in a private run, and who sees to it."""
     config = run.config
     spent = run.records.value(SPENT_EPSILON)
     enough = spent is not None or not run.rounds_done
     told = described_privacy(config, (spent or 0.0) if enough else math.inf)
     if not enough:
         return f"Differential privacy: {told}."
+    if config.privacy.protects_clients:
+        return (
+            f"Differential privacy: {told}, after {run.rounds_done} rounds, for the weights and "
+            "all that is made of them, against a hospital's update being left out of every round. "
+            "The server drew the noise; what it received itself, and the figures of hospitals "
+            "that it recorded, are not protected."
+        )
     who = {
         "centralized": "The machine that trained drew the noise from the run's seed",
         "simulation": "The simulated hospitals drew the noise from the run's seed",

@@ -73,13 +73,18 @@ def sums_gradients(config: Config) -> bool:
 def spending_of(config: Config, *, rounds: int) -> Spending:
     """Return what rounds of a private run spend on a patient of a hospital that trains in each.
 
+    Or, of a run that protects clients, on one of them.
+
     Args:
         config: of the run, with privacy.
         rounds: how many.
     """
     privacy = config.privacy
-    rate, delta = float(privacy.sampling_rate or 0), float(privacy.delta or 0)
-    steps = 1 if privacy.is_distributed else max(1, round(config.train.local_epochs / rate))
+    # Clients count as if each trained in every round.
+    rate, delta = float(privacy.sampling_rate or 1), float(privacy.delta or 0)
+    steps = max(1, round(config.train.local_epochs / rate))
+    if privacy.is_distributed or privacy.protects_clients:
+        steps = 1
     noise_multiplier = privacy.noise_multiplier
     if noise_multiplier is None:
         in_all = steps * config.federation.rounds
@@ -88,7 +93,7 @@ def spending_of(config: Config, *, rounds: int) -> Spending:
 
 
 def epsilon_after(config: Config, rounds: int) -> float:
-    """Return the epsilon, at `privacy.delta`, of a patient after rounds of a private run."""
+    """Return the epsilon, at `privacy.delta`, of who is protected after rounds of a private run."""
     return epsilon_of([spending_of(config, rounds=rounds)], float(config.privacy.delta or 0))
 
 
@@ -101,13 +106,15 @@ def described_privacy(config: Config, epsilon: float) -> str:
             " of the sum over hospitals, each of which adds a share; with fewer than "
             f"{int(privacy.colluders or 0) + 1} that tell theirs"
         )
-    how = (
-        f"DP-SGD, patients drawn by Poisson sampling at a rate of {spent.sampling_rate:g}, "
-        f"{multiplier}, clipping norm {privacy.clipping_norm:g}"
-    )
+    how = f"{multiplier}, clipping norm {privacy.clipping_norm:g}"
+    if privacy.is_on:
+        rate = f"a rate of {spent.sampling_rate:g}"
+        how = f"DP-SGD, patients drawn by Poisson sampling at {rate}, {how}"
+    else:
+        how = f"each update clipped, and noise of their mean, {how}"
     if math.isinf(epsilon):
         return f"none, there is {too_little_noise(config)} ({how})"
-    return f"epsilon {epsilon:.3g} at delta {privacy.delta:g} for each patient ({how})"
+    return f"epsilon {epsilon:.3g} at delta {privacy.delta:g} for each {privacy.unit} ({how})"
 
 
 def too_little_noise(config: Config) -> str:

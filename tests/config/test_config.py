@@ -318,6 +318,18 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
             ["federation.local", "[]", "the server takes the step", "encoder"],
         ),
         (
+            "privacy=dp_clients train.mode=centralized",
+            ["train.mode", "federated", "dp_clients", "'centralized'"],
+        ),
+        (
+            "privacy=dp_clients federation.aggregation=median federation.min_replies=3",
+            ["federation.aggregation", "fedavg or bounded_mean", "dp_clients", "'median'"],
+        ),
+        (
+            "privacy=dp_clients privacy.sampling_rate=0.1",
+            ["privacy.sampling_rate", "null", "dp_clients", "0.1"],
+        ),
+        (
             "privacy=dp_sgd model=vae privacy.colluders=1",
             ["privacy.colluders", "null without", "got 1"],
         ),

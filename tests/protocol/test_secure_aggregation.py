@@ -211,7 +211,7 @@ def test_noise_of_a_sum_is_that_of_as_many_as_the_run_wants(tmp_path: Path) -> N
     hospitals = Hospitals(tmp_path)
     hospitals.terms = dataclasses.replace(hospitals.terms, min_replies=4)
     masked = summed({place: hospitals.upload(place) for place in (0, 1, 3)})
-    with pytest.raises(PeersRefusedError, match="3 of 5 hospitals .* at least 4"):
+    with pytest.raises(PeersRefusedError, match=r"3 of 5 hospitals .* at least 4"):
         hospitals.participants[0].answer("run", 1, [0, 1, 3], masked.question(0))
 
 

@@ -204,6 +204,25 @@ def test_node_that_wants_secure_aggregation_shows_its_update_to_nobody(tmp_path:
         assert str(tmp_path).encode() not in sent(reply)
 
 
+def test_protected_clients_clip_what_the_server_does_not_see(tmp_path: Path) -> None:
+    clients = {"overrides": "privacy=dp_clients privacy.clipping_norm=0.05 privacy.delta=0.01"}
+    ends = []
+    for name, run in (("plain", {"federation__aggregation": "bounded_mean"}), ("secure", {})):
+        workspace._build_workspace.cache_clear()
+        config = configured(tmp_path, name, **clients, **run)
+        if name == "secure":
+            config |= SECURE
+        nodes = ClientNodes(Network(), config, *simulated(4))
+        folder = (secure_run if name == "secure" else played)(config, nodes, nodes)
+        ends.append(final(folder))
+    # Both clip in float32, once at the server and once at the clients.
+    for one, other in zip(*(each.values() for each in ends), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    told = describe_privacy(Run(folder))
+    assert "at delta 0.01 for each hospital (each update clipped" in told
+    assert 0 < (read_records(folder / "metrics.jsonl").value(SPENT_EPSILON) or 0) <= 10
+
+
 def test_identity_of_simulated_clients_is_kept() -> None:
     context = node_context(SMALL_RUN, simulated(3)[0])
     assert own_keys(context, None) == own_keys(context, None)

@@ -69,8 +69,8 @@ class UpdateFormat:
     def of(cls, config: Config, num_clients: int) -> "UpdateFormat":
         """Return the format of a run for so many clients."""
         federation = config.federation
-        # With differential privacy no client says how many images it has, and all count alike.
-        most = 1 if config.privacy.is_on else federation.max_images_per_client
+        # With differential privacy all clients count alike.
+        most = 1 if config.privacy.unit else federation.max_images_per_client
         if config.privacy.is_distributed:
             return cls(GRADIENT_RANGE, most, num_clients, wraps=True)
         return cls(federation.update_range, most, num_clients)
