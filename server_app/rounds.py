@@ -37,7 +37,7 @@ from task.runs.starting_weights import describe_starting_weights, load_starting_
 from task.runs.writer import RunWriter
 from task.training.devices import device_name, is_compiled, missing_for_compiling, select_device
 from task.training.precision import fastest_precision
-from task.training.private import check_private, epsilon_after, too_little_noise
+from task.training.private import check_private, epsilon_after, sums_gradients, too_little_noise
 
 
 class TooFewRepliesError(RuntimeError):
@@ -77,7 +77,8 @@ class RoundLoop(ABC):
             directory.write_json(START_FILE, told)
             log(f"{self.config.run_name} starts from {describe_starting_weights(told)}")
         if self.config.privacy.is_on:
-            check_private(self.model, self.model.optimizers(self.config.train.lr))
+            optimizers = self.model.optimizers(self.config.train.lr)
+            check_private(self.model, optimizers, distributed=sums_gradients(self.config))
         self.weights: Weights = {n: t.clone() for n, t in self.model.state_dict().items()}
 
     @abstractmethod

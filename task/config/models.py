@@ -123,7 +123,10 @@ class StyleGAN2ADAConfig(ModelConfig):
     """The networks of StyleGAN2 and how they are trained, see conf/model/stylegan2_ada.yaml."""
 
     accumulates = False
-    not_private = "its augmentation follows what the discriminator says of real images"
+    not_private = (
+        "its augmentation follows what the discriminator says of real images, which it compares "
+        "with each other"
+    )
     family: Literal["stylegan2_ada"]
     latent_dim: PositiveInt
     mapping_layers: PositiveInt
@@ -157,7 +160,6 @@ class ResNetGANConfig(ModelConfig):
     """A GAN of residual blocks."""
 
     accumulates = False
-    not_private = "its batch normalization mixes images of several patients"
     family: Literal["resnet_gan"]
     width: PositiveInt
     latent_dim: PositiveInt
@@ -174,7 +176,6 @@ class SmallGANConfig(ModelConfig):
     """A pretrained generator of which scales and shifts of channels are trained."""
 
     drawing_values = ("model.truncation",)
-    not_private = "it trains a latent of each image beside what hospitals share"
     frozen_file: ClassVar[FrozenFile] = FrozenFile(
         "model.pretrained",
         "model.pretrained_sha256",

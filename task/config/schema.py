@@ -438,7 +438,7 @@ class Config(Section):
         require(
             not self.model.not_private,
             "model.family",
-            f"another {asked}: {self.model.not_private}; diffusion, attention_unet and vae can",
+            f"another {asked}: {self.model.not_private}",
             self.model.family,
         )
         require(

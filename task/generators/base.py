@@ -139,6 +139,7 @@ class Generator(nn.Module, ABC):
             may keep at clients.
         bound_to_images: whether something of what stays belongs to single training images.
         private: names of the optimizers whose losses look at real images.
+        private_steps: of those optimizers before each step of the others, with privacy=dp_sgd.
         loss_parts: names of what `example_losses` gives beside the loss.
         measures: names of what `measured` gives.
         noise_dim: how many numbers an image is drawn from; None: noise of the shape of the image.
@@ -155,6 +156,7 @@ class Generator(nn.Module, ABC):
     undrawn: frozenset[str] = frozenset()
     bound_to_images: bool = False
     private: frozenset[str] = frozenset()
+    private_steps: int = 1
     loss_parts: tuple[str, ...] = ()
     measures: tuple[str, ...] = ()
     noise_dim: int | None = None
@@ -206,6 +208,34 @@ class Generator(nn.Module, ABC):
         Yields:
             The name of the optimizer that takes the step, and the losses of `batch.part`, float32.
         """
+
+    def private_losses(self, batch: Batch, rng: torch.Generator) -> Tensor:
+        """Return the losses of a patient's images with which its optimizer of `private` is trained.
+
+        No image of another patient, and nothing that one has changed but through the weights, makes
+        a difference to them, and they leave nothing behind. Here: the one of `losses`.
+
+        Args:
+            batch: images of one patient, each as often as it is looked at.
+            rng: see `losses`.
+
+        Raises:
+            ValueError: the family has several.
+        """
+        ((_, losses),) = self.losses(batch, rng)
+        return losses
+
+    def public_losses(self, num_images: int, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        """Yield the losses of the other optimizers, which look at no real image; here none.
+
+        Args:
+            num_images: that the losses are of.
+            rng: see `losses`.
+
+        Yields:
+            See `losses`.
+        """
+        yield from ()
 
     def after_step(self) -> None:
         """Update what follows the steps without a gradient, such as a moving average."""

@@ -293,6 +293,7 @@ class ResNetGAN(Generator):
         """
         super().__init__()
         self.image_shape, self.noise_dim = image_shape, latent_dim
+        self.private_steps, self.num_classes = discriminator_steps, num_classes
         self.discriminator_steps, self.ema_decay = discriminator_steps, ema_decay
         self.generator = ResNetGenerator(
             image_shape, width=width, latent_dim=latent_dim, num_classes=num_classes
@@ -335,15 +336,45 @@ class ResNetGAN(Generator):
             loss = functional.relu(1 - real) + functional.relu(1 + fake)
             self.means.add(batch, discriminator_loss=loss, real_sign=real.sign())
             yield "discriminator", loss
-        latents = self._latents(batch, rng)
-        # Its gradients would be computed for nothing.
+        loss = self._generator_losses(self._latents(batch, rng), labels)
+        self.means.add(batch, generator_loss=loss)
+        yield "generator", loss
+
+    def private_losses(self, batch: Batch, rng: torch.Generator) -> Tensor:
+        """Return the discriminator's hinge losses.
+
+        The drawn images are of any classes, and neither they nor the discriminator move statistics:
+        those of the generator's normalization travel, and would tell of the patient's classes.
+        """
+        labels = self._any_labels(len(batch), rng)
+        for network in (self.generator, self.discriminator):
+            network.eval()
+        with torch.no_grad():
+            drawn = self.generator(self._latents(batch, rng), labels)
+        images = torch.cat([batch.images, drawn])
+        real, fake = self.discriminator(images, torch.cat([batch.labels, labels])).chunk(2)
+        for network in (self.generator, self.discriminator):
+            network.train()
+        return functional.relu(1 - real) + functional.relu(1 + fake)
+
+    def public_losses(self, num_images: int, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        """Yield the generator's hinge losses, of images of any classes."""
+        labels = self._any_labels(num_images, rng)
+        latents = torch.randn(num_images, *self.noise_shape, generator=rng, device=rng.device)
+        yield "generator", self._generator_losses(latents, labels)
+
+    def _generator_losses(self, latents: Tensor, labels: Tensor) -> Tensor:
+        # The discriminator's gradients would be computed for nothing.
         self.discriminator.requires_grad_(False)
         try:
-            loss = -self.discriminator(self.generator(latents, labels), labels)
-            self.means.add(batch, generator_loss=loss)
-            yield "generator", loss
+            losses: Tensor = -self.discriminator(self.generator(latents, labels), labels)
         finally:
             self.discriminator.requires_grad_(True)
+        return losses
+
+    def _any_labels(self, number: int, rng: torch.Generator) -> Tensor:
+        shape = (number,)
+        return torch.randint(self.num_classes, shape, generator=rng, device=rng.device)
 
     def _latents(self, batch: Batch, rng: torch.Generator) -> Tensor:
         drawn = torch.randn(len(batch), *self.noise_shape, generator=rng, device=rng.device)
@@ -361,7 +392,9 @@ class ResNetGAN(Generator):
 
     def why_diverged(self, measures: Mapping[str, float]) -> str:
         """Say where a measure is not finite or the discriminator has won; "" where neither."""
-        if (wrong := super().why_diverged(measures)) or measures["discriminator_loss"] >= WON:
+        wrong = super().why_diverged(measures)
+        # Nobody says it of a training with differential privacy.
+        if wrong or measures.get("discriminator_loss", WON) >= WON:
             return wrong
         return (
             "the discriminator's loss was 0 for a whole round: it tells all images apart, and the "

@@ -253,28 +253,35 @@ def _private_steps(
     job: _Job, private: PrivateSteps, optimizers: Optimizers, rng: torch.Generator
 ) -> tuple[Tensor, int]:
     """Take the steps of a round, on patients in place of images; returns as `_train_epochs`."""
-    check_private(job.generator, optimizers)
-    ((name, optimizer),) = optimizers.items()
-    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    generator = job.generator
+    check_private(generator, optimizers)
+    (name,) = {*optimizers} & generator.private
+    optimizer = optimizers[name]
+    trained = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    parameters: list[torch.nn.Parameter] = []
+    # Of single images, such as latents: what stays with the client shows in no other patient's.
+    own: list[torch.nn.Parameter] = []
+    for path, each in generator.named_parameters():
+        if id(each) in trained:
+            is_own = generator.bound_to_images and generator.stays(path)
+            (own if is_own else parameters).append(each)
     sampler = PatientSampler(joined_patients(job.images, job.patients))
     rate = private.spending.sampling_rate
     draws = job.private_draws or SeededDraws(rng)
 
     # Several patients are looked at together only as they come.
     job = replace(job, options=replace(job.options, channels_last=False))
-    job.generator.means = NothingMeasured()
+    generator.means = NothingMeasured()
 
     def mean_loss(indices: Tensor) -> Tensor:
-        losses = job.generator.losses(_batch(job, indices, rng, rank=0), rng)
-        # One of them, as `check_private` knows.
-        ((_, each),) = _under_autocast(losses, rng.device, job.options.precision)
-        return each.mean()
+        with autocast(rng.device, job.options.precision):
+            return generator.private_losses(_batch(job, indices, rng, rank=0), rng).mean()
 
     loss_sum, seen = torch.zeros((), device=rng.device, dtype=torch.float64), 0
-    for _ in range(private.spending.steps):
+    for step in range(1, private.spending.steps + 1):
         drawn = sampler.draw(rate, draws)
         loss = private_gradient(
-            job.generator,
+            generator,
             parameters,
             drawn,
             mean_loss,
@@ -282,9 +289,16 @@ def _private_steps(
             expected_patients=rate * len(sampler),
             chunk=job.options.batch_size,
             draws=draws,
+            own=own,
         )
         _take_step(job, name, optimizer)
-        job.generator.after_step()
+        if step % generator.private_steps == 0:
+            losses = generator.public_losses(job.options.batch_size, rng)
+            for other, public in _under_autocast(losses, rng.device, job.options.precision):
+                optimizers[other].zero_grad(set_to_none=True)
+                public.mean().backward()  # type: ignore[no-untyped-call]
+                _take_step(job, other, optimizers[other])
+            generator.after_step()
         loss_sum += loss.double() * len(drawn)
         seen += len(drawn)
     return loss_sum, max(1, seen)

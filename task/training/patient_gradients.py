@@ -27,6 +27,7 @@ def clipped_sum(
     norm: float,
     noise_draws: int,
     chunk: int,
+    own: Sequence[nn.Parameter] = (),
     memory: int = GRADIENT_MEMORY,
 ) -> tuple[list[Tensor], Tensor]:
     """Return the sum of the clipped gradients of patients, one tensor a parameter, and of losses.
@@ -39,15 +40,20 @@ def clipped_sum(
         norm: the largest L2 norm of a patient's gradient.
         noise_draws: how often each image is looked at for it.
         chunk: images that go through the networks at a time, each draw counted.
+        own: parameters of which each patient has a part to itself; their gradients are left in them
+            as they are.
         memory: bytes that gradients of patients may take together.
     """
     sums = [torch.zeros_like(each) for each in parameters]
+    for parameter in own:
+        parameter.grad = None
     device = parameters[0].device
     loss_sum = torch.zeros((), device=device)
     size = sum(each.numel() * each.element_size() for each in parameters)
     together = _Together(model, parameters, mean_loss)
     for looked_at in _of_equal_length(patients, noise_draws):
-        at_a_time = min(len(looked_at), chunk // len(looked_at[0]), memory // size)
+        # Together, each patient would have a gradient of the parts of all.
+        at_a_time = 0 if own else min(len(looked_at), chunk // len(looked_at[0]), memory // size)
         if at_a_time < LEAST_TOGETHER:
             found = (_gradient(parameters, each.to(device), mean_loss, chunk) for each in looked_at)
         else:

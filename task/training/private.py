@@ -124,22 +124,34 @@ def too_little_noise(config: Config) -> str:
     return f"too little noise: epsilon is beyond {LARGEST_EPSILON:g}"
 
 
-def check_private(generator: Generator, optimizers: Collection[str]) -> None:
+def check_private(
+    generator: Generator, optimizers: Collection[str], *, distributed: bool = False
+) -> None:
     """Check that each patient's part in the gradients of a generator can be told apart.
 
     Args:
         generator: in training mode.
         optimizers: names of those that train it.
+        distributed: whether the server takes the steps.
 
     Raises:
         ValueError: it cannot.
     """
+    alone = {*optimizers} == generator.private
+    apart = type(generator).private_losses is not Generator.private_losses
     require(
-        {*optimizers} == generator.private and len(optimizers) == 1,
+        len({*optimizers} & generator.private) == 1 and (alone or apart),
         "privacy.mechanism",
         f"none with a {generator.title}, which is trained by {', '.join(sorted(optimizers))}: it "
-        "takes one optimizer, whose every loss looks at real images",
+        "takes one optimizer whose losses look at real images, and losses of it apart from others",
         "dp_sgd",
+    )
+    require(
+        not distributed or (len(optimizers) == 1 and not generator.keeps_state),
+        "privacy.noise",
+        f"local with a {generator.title}: the server takes the steps of one optimizer alone, for "
+        "weights that all clients have",
+        "distributed",
     )
     mixing = [
         name
@@ -268,6 +280,7 @@ def private_gradient(
     expected_patients: float,
     chunk: int,
     draws: PrivateDraws,
+    own: Sequence[nn.Parameter] = (),
 ) -> Tensor:
     """Leave the noised mean of the clipped gradients of drawn patients in parameters' gradients.
 
@@ -281,6 +294,7 @@ def private_gradient(
             steps have a divisor: who was really drawn must not show in it.
         chunk: draws of images that go through the networks at a time.
         draws: of the noise.
+        own: see `clipped_sum`.
 
     Returns:
         The mean loss of the patients, scalar; it is not protected.
@@ -293,6 +307,7 @@ def private_gradient(
         norm=steps.clipping_norm,
         noise_draws=steps.noise_draws,
         chunk=chunk,
+        own=own,
     )
     std = steps.spending.noise_multiplier * steps.clipping_norm * steps.noise_share
     divisor = steps.divisor or expected_patients

@@ -1,6 +1,7 @@
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from scipy.stats import binom, kstest
 from torch import Tensor, nn
 
 from task.config import Config, load_config
-from task.generators.base import Batch
+from task.generators.base import Batch, Generator
 from task.generators.registry import initial_generator
+from task.generators.small_gan import SmallGAN, build_small_gan
 from task.privacy.accounting import Spending, epsilon_of, noise_multiplier_for
 from task.training.loop import FitOptions, fit, fit_options
 from task.training.patient_gradients import clipped_sum
@@ -322,14 +324,90 @@ def test_noise_of_a_run_is_chosen_for_all_of_its_rounds() -> None:
     assert spending_of(config, rounds=1).noise_multiplier == 1.5
 
 
+def trained_privately(model: Generator, *, noise: float, rate: float = 0.5) -> Generator:
+    images = torch.randint(256, (12, 1, 16, 16), generator=torch.Generator().manual_seed(5))
+    model.prepare(12)
+    fit(
+        model,
+        images.byte(),
+        torch.arange(12) % 10,
+        options=options_of(
+            replace(steps(noise, rate=rate, draws=2), spending=Spending(noise, rate, 4)),
+            batch_size=8,
+        ),
+        optimizers=model.optimizers(0.01),
+        rng=torch.Generator().manual_seed(0),
+        patients=torch.arange(12) // 2,
+    )
+    return model
+
+
+def resnet_gan() -> Generator:
+    torch.manual_seed(0)
+    return initial_generator(
+        load_config(["model=resnet_gan", "model.width=4", "++model.discriminator_steps=2"])
+    )
+
+
+def test_gan_is_private_in_its_discriminator_and_learns_of_images_by_it_alone() -> None:
+    start, model = resnet_gan(), trained_privately(resnet_gan(), noise=1.0)
+    moved = {
+        name
+        for (name, one), other in zip(
+            start.state_dict().items(), model.state_dict().values(), strict=True
+        )
+        if not torch.equal(one, other)
+    }
+    for network in ("generator.", "discriminator.", "generator_ema."):
+        assert [name for name in moved if name.startswith(network)]
+    # Nobody is drawn, and without noise: all that moves looks at no image, labels included.
+    found = []
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        other = resnet_gan()
+        labels = torch.randint(10, (12,), generator=torch.Generator().manual_seed(seed))
+        images = torch.randint(256, (12, 1, 16, 16), generator=torch.Generator().manual_seed(seed))
+        rng = torch.Generator().manual_seed(0)
+        batch = Batch(images / 127.5 - 1, labels, torch.arange(12))
+        before = {name: each.clone() for name, each in other.state_dict().items()}
+        losses = other.private_losses(batch, rng)
+        assert losses.shape == (12,)
+        after = other.state_dict()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        rng = torch.Generator().manual_seed(0)
+        ((name, public),) = other.public_losses(8, rng)
+        assert name == "generator" and public.shape == (8,)
+        found.append(public.detach())
+    assert torch.equal(*found)
+
+
+def test_latents_of_single_images_are_trained_beside_what_is_protected() -> None:
+    config = load_config(["model=small_gan", "model.width=4", "model.perceptual_weight=0"])
+    models = []
+    for noise in (0.0, 50.0):
+        torch.manual_seed(0)
+        model = build_small_gan(config)
+        model._is_loaded = True  # a generator with random weights does here
+        models.append(trained_privately(model, noise=noise, rate=1.0))
+    for model in models:
+        assert isinstance(model, SmallGAN) and model.latents is not None
+        # Each image has moved its own latent, which has no noise: at most lr a step.
+        assert model.latents.detach().abs().min() > 0
+        assert model.latents.detach().abs().max() <= 4 * 0.01 * 1.5
+    shifts = [model.get_parameter("shift").detach() for model in models]
+    assert not torch.allclose(*shifts, atol=1e-3)
+    with pytest.raises(ValueError, match=r"privacy\.noise must be local with a GAN with adapted"):
+        check_private(models[0], models[0].optimizers(0.1), distributed=True)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["model=resnet_gan"], "model.family must be another with privacy.mechanism=dp_sgd: its b"),
+        (["model=stylegan2_ada_tiny"], r"model.family must be another with .*: its augmentation"),
         (["model=vae", "train.num_processes=2"], "train.num_processes must be 1"),
         (["model=vae", "privacy.noise_multiplier=1"], "privacy.epsilon must be null where"),
         (["model=vae", "privacy.epsilon=null"], "privacy.epsilon must be null where"),
-        (["model=vae", "privacy.delta=null"], "privacy.delta must be a number"),
+        (["model=vae", "privacy.delta=null"], "privacy.delta must be a value"),
         (["model=vae", "privacy.sampling_rate=0"], r"privacy.sampling_rate must be in \(0, 1\]"),
     ],
 )
