@@ -349,7 +349,8 @@ class ResNetGAN(Generator):
         labels = self._any_labels(len(batch), rng)
         for network in (self.generator, self.discriminator):
             network.eval()
-        with torch.no_grad():
+        # Of several patients at once, batch normalization takes features of its statistics' type.
+        with torch.no_grad(), torch.autocast(rng.device.type, enabled=False):
             drawn = self.generator(self._latents(batch, rng), labels)
         images = torch.cat([batch.images, drawn])
         real, fake = self.discriminator(images, torch.cat([batch.labels, labels])).chunk(2)
