@@ -1,7 +1,7 @@
-"""What differential privacy costs: `python -m tests.benchmarks.privacy_cost --fashion D --xrays D`.
+"""What privacy costs: `python -m tests.benchmarks.privacy_cost --fashion DIR --xrays DIR`.
 
-A table in Markdown: how good the images of one small network are, by the privacy of each patient, for
-hospitals together and for one alone, and by the number of patients. Every image is a patient.
+A table in Markdown: how good the images of one small network are, by the epsilon of each patient,
+for hospitals together and for one alone, and by the number of patients. Every image is a patient.
 """
 
 import argparse
