@@ -26,7 +26,12 @@ from task.randomness import Stream, torch_generator
 from task.training.client_privacy import ClientPrivacy
 from task.training.devices import device_name, move
 from task.training.loop import fit, fit_options, held_out_losses
-from task.training.private import SecretDraws, gradients_as_updates, sums_gradients
+from task.training.private import (
+    SecretDraws,
+    gradients_as_updates,
+    secret_generator,
+    sums_gradients,
+)
 
 app = ClientApp()
 
@@ -102,22 +107,27 @@ def train(message: Message, context: Context) -> Message:
             optimizers = gradients_as_updates(optimizers)
         state.load(optimizers)
         precision = choose_precision(workspace, context, str(asked[Key.PRECISION]))
+        rng = torch_generator(
+            config.seed,
+            Stream.TRAIN,
+            server_round,
+            int(asked[Key.CLIENT]),  # type: ignore[arg-type]
+            device=workspace.device,
+        )
+        secret = config.privacy.is_on and workspace.node is not None
+        if secret:
+            # The server knows the run's seed. It could take noise that comes from it out again, and
+            # see in all draws that follow who was there before.
+            rng = secret_generator(workspace.device)
         result = fit(
             generator,
             images.images,
             images.labels,
             options=fit_options(config, precision=precision, num_processes=workspace.num_processes),
             optimizers=optimizers,
-            rng=torch_generator(
-                config.seed,
-                Stream.TRAIN,
-                server_round,
-                int(asked[Key.CLIENT]),  # type: ignore[arg-type]
-                device=workspace.device,
-            ),
+            rng=rng,
             patients=images.groups,
-            # The server knows the run's seed, and could take noise that comes from it out again.
-            private_draws=None if workspace.node is None else SecretDraws(),
+            private_draws=SecretDraws() if secret else None,
         )
         state.save(optimizers)
     keep_local_model(workspace, server_round, precision)

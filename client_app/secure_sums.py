@@ -99,7 +99,7 @@ class SumPart:
         self.sent = from_npy(sent)
         self._message = message
         self._participant = own_participant(context, workspace.node)
-        # The noise of a private round is in that of so many; test losses are of those that answer.
+        # The noise of a private round is that of so many; test losses are of those that answer.
         trains = message.metadata.message_type == MessageType.TRAIN
         min_replies = workspace.config.federation.min_replies if trains else 1
         self._terms = Terms(
@@ -111,6 +111,7 @@ class SumPart:
             format=UpdateFormat.of(workspace.config, len(peers)),
             model=model_digest(workspace, sent),
             min_replies=min_replies,
+            colluders=int(workspace.config.privacy.colluders or 0),
         )
         self._participant.begin(self._terms)
 
@@ -148,10 +149,11 @@ class SumPart:
             values, clipped = form.encode(update, num_images)
         if clipped:
             logger.info(
-                "%d of %d values of the update were clipped to federation.update_range=%g",
+                "%d of %d values of the update lie beyond %g, and %s",
                 clipped,
                 len(values),
                 form.update_range,
+                "may wrap around" if form.wraps else "were clipped to it (federation.update_range)",
             )
         if num_images > form.max_images:
             logger.info("%d images count as %d", num_images, form.max_images)

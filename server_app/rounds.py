@@ -37,7 +37,7 @@ from task.runs.starting_weights import describe_starting_weights, load_starting_
 from task.runs.writer import RunWriter
 from task.training.devices import device_name, is_compiled, missing_for_compiling, select_device
 from task.training.precision import fastest_precision
-from task.training.private import check_private, epsilon_after, sums_gradients, too_little_noise
+from task.training.private import check_private_run, epsilon_after, too_little_noise
 
 
 class TooFewRepliesError(RuntimeError):
@@ -76,9 +76,7 @@ class RoundLoop(ABC):
             told = load_starting_weights(self.model, self.config.train.start_from)
             directory.write_json(START_FILE, told)
             log(f"{self.config.run_name} starts from {describe_starting_weights(told)}")
-        if self.config.privacy.is_on:
-            optimizers = self.model.optimizers(self.config.train.lr)
-            check_private(self.model, optimizers, distributed=sums_gradients(self.config))
+        check_private_run(self.model, self.config)
         self.weights: Weights = {n: t.clone() for n, t in self.model.state_dict().items()}
 
     @abstractmethod
@@ -246,11 +244,9 @@ class RoundLoop(ABC):
     def record_privacy(self, server_round: int) -> str:
         """Record what the rounds so far may have cost who is protected, and say it.
 
-        Real nodes that protect their patients draw new noise for a round that is repeated, which
-        costs once more.
+        With real nodes new noise is drawn for a round that is repeated, which costs once more.
         """
-        repeats = self.config.privacy.is_on and self.dataset is None
-        times = self.private_trainings() if repeats else server_round
+        times = server_round if self.dataset is not None else self.private_trainings()
         epsilon = epsilon_after(self.config, times)
         if math.isinf(epsilon):
             return f"no privacy: there is {too_little_noise(self.config)}"
@@ -263,8 +259,8 @@ class RoundLoop(ABC):
         return int((self.directory.read_json(PRIVATE_TRAININGS_FILE) or {"asked": 0})["asked"])
 
     def attempt(self, server_round: int) -> str:
-        """Train a round; where it costs the privacy of real patients, count it first."""
-        if self.config.privacy.is_on and self.dataset is None:
+        """Train a round; where it costs the privacy of real ones, count it first."""
+        if self.config.privacy.unit and self.dataset is None:
             asked = {"asked": self.private_trainings() + 1}
             self.directory.write_json(PRIVATE_TRAININGS_FILE, asked)
         return self.train(server_round)

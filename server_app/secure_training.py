@@ -21,6 +21,7 @@ from task.config import MIN_PEERS
 from task.protocol.secure_aggregation.coordinator import MaskedSum
 from task.protocol.secure_aggregation.fixed_point import decode_measures
 from task.protocol.secure_aggregation.participant import Upload
+from task.protocol.secure_aggregation.terms import least_to_unmask
 from task.protocol.wire import UNMASK, Key, from_npy
 from task.runs.layout import MASKED_SUMS_FILE
 from task.runs.records import IN_SUM, TEST, TRAIN, Record, records_of
@@ -156,9 +157,9 @@ class SecureTraining(FederatedTraining):
                 # Nobody says how long it trained.
                 phases.trained(now - asked, since=asked, until=now)
             masked.add(clients.index(client), upload)
-        least = max(MIN_PEERS, len(clients) // 2 + 1)
-        if message_type == MessageType.TRAIN:
-            least = max(least, self.config.federation.min_replies)
+        wanted = self.config.federation.min_replies if message_type == MessageType.TRAIN else 1
+        enough = least_to_unmask(len(clients), wanted)
+        least = max(MIN_PEERS, enough)
         survivors = [clients[place] for place in masked.survivors]
         if len(survivors) < least:
             raise TooFewRepliesError(
@@ -170,7 +171,7 @@ class SecureTraining(FederatedTraining):
         # Others than those of a training are recorded already.
         left_out *= message_type == MessageType.TRAIN
         try:
-            values, measures = self.unmask(masked, number, server_round, clients, phases)
+            values, measures = self.unmask(masked, number, server_round, clients, enough, phases)
             num_images, means = decode_measures(measures)
         except ValueError as error:
             raise TooFewRepliesError(
@@ -187,6 +188,7 @@ class SecureTraining(FederatedTraining):
         number: int,
         server_round: int,
         clients: list[int],
+        enough: int,
         phases: PhaseTimer,
     ) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
         """Ask the clients of a sum for help with its masks, once, and take them off.
@@ -204,7 +206,7 @@ class SecureTraining(FederatedTraining):
             clients[place]: {Key.SHARES: masked.question(place)} for place in survivors
         }
         answers: dict[int, list[bytes]] = {}
-        enough, since = len(clients) // 2 + 1, 0.0
+        since = 0.0
 
         def is_over() -> bool:
             return len(answers) >= enough and time.monotonic() > since + UNMASK_PATIENCE_SECONDS

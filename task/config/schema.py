@@ -288,7 +288,7 @@ class PrivacyConfig(Section):
     sampling_rate: float | None = Field(gt=0, le=1, description="in (0, 1]")
     noise_draws: PositiveInt | None
     noise: Literal["local", "distributed"] | None
-    colluders: int | None = Field(ge=0)
+    colluders: PositiveInt | None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -306,7 +306,7 @@ class PrivacyConfig(Section):
         require(
             (self.colluders is not None) == self.is_distributed,
             "privacy.colluders",
-            "how many hospitals may tell the server their share of the noise, 0 or more, with "
+            "how many hospitals may tell the server their share of the noise, 1 or more, with "
             "privacy.noise=distributed, and null without",
             self.colluders,
         )
@@ -480,10 +480,13 @@ class Config(Section):
             f"1 {why}, a round of which is one step",
             self.train.local_epochs,
         )
+        clients = federation.clients_per_round or federation.num_supernodes
+        least = max(colluders, (clients + colluders) // 2) + 1
         require(
-            federation.min_replies > colluders,
+            federation.min_replies >= least,
             "federation.min_replies",
-            f"more than privacy.colluders={colluders} {why}: those hospitals have all of the noise",
+            f"at least {least} {why}: with privacy.colluders={colluders} of {clients} hospitals "
+            "fewer do not have all of the noise, or could take the masks off of two sums",
             federation.min_replies,
         )
         require(

@@ -46,6 +46,7 @@ class NodeKey(StrEnum):
     PRIVACY_DELTA = "privacy-delta"
     TRUSTED_PEERS = "trusted-peers"
     MINIMUM_PEERS = "minimum-peers"
+    MINIMUM_COLLUDERS = "minimum-colluders"
 
 
 # Below `output-path`. A run may be called ".privacy", and has no folder "ledger".
@@ -82,6 +83,7 @@ class NodeConfig:
             one's, with commas; None: any. With it, and with minimum_peers, the node takes part in
             no run without secure aggregation.
         minimum_peers: how many hospitals a sum must be of at least; 0: as many as the run's, 3.
+        minimum_colluders: with distributed noise the run must count on so many that tell theirs.
 
     Raises:
         ValueError: a value is out of range, or there is no place for the ledger.
@@ -99,6 +101,7 @@ class NodeConfig:
     privacy_delta: float = 1e-5
     trusted_peers: str | None = None
     minimum_peers: int = 0
+    minimum_colluders: int = 1
 
     def __post_init__(self) -> None:
         paths = (NodeKey.DATA_PATH, NodeKey.OUTPUT_PATH, NodeKey.INCEPTION_WEIGHTS)
@@ -233,6 +236,12 @@ def check_peers(config: Config, node: NodeConfig) -> None:
                 "patients together with those of the others alone, whom a server could invent; "
                 f"name them by {NodeKey.TRUSTED_PEERS.value}"
             )
+        colluders = int(config.privacy.colluders or 0)
+        if config.privacy.is_distributed and colluders < node.minimum_colluders:
+            raise PeersRefusedError(
+                f"privacy.colluders={colluders}: {NodeKey.MINIMUM_COLLUDERS.value}="
+                f"{node.minimum_colluders} wants the noise of the others to be enough without more"
+            )
     elif node.trusted_peers is not None or node.minimum_peers > 0:
         raise PeersRefusedError(
             f"{NodeKey.TRUSTED_PEERS.value} and {NodeKey.MINIMUM_PEERS.value} admit runs with "
@@ -257,7 +266,8 @@ def check_budget(config: Config, node: NodeConfig) -> None:
     where = f"{NodeKey.MAX_EPSILON.value}={limit:g}"
     if not config.privacy.is_on:
         raise BudgetExhaustedError(
-            f"{where}: a run with privacy=none spends without limit; take part in runs with "
+            f"{where}: a run with privacy.mechanism={config.privacy.mechanism} spends without "
+            "limit on patients; take part in runs with "
             f"privacy=dp_sgd alone, or leave {NodeKey.MAX_EPSILON.value} out"
         )
     whole = epsilon_of([spending_of(config, rounds=config.federation.rounds)], node.privacy_delta)

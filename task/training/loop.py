@@ -23,6 +23,7 @@ from task.training.private import (
     check_private,
     joined_patients,
     private_gradient,
+    secret_generator,
 )
 
 Optimizers = Mapping[str, torch.optim.Optimizer]
@@ -224,6 +225,8 @@ def _fit(job: _Job, optimizers: Optimizers, rng: torch.Generator, rank: int = 0)
     job.generator.start()
     start = time.perf_counter()
     with seeded_global_generator(rng, rank):
+        if job.private_draws is not None:
+            torch.set_rng_state(secret_generator(torch.device("cpu")).get_state())  # of dropout
         if options.private is None:
             loss_sum, seen = _train_epochs(job, optimizers, rng, rank)
         else:
@@ -269,8 +272,9 @@ def _private_steps(
     rate = private.spending.sampling_rate
     draws = job.private_draws or SeededDraws(rng)
 
-    # Several patients are looked at together only as they come.
-    job = replace(job, options=replace(job.options, channels_last=False))
+    # Several patients are looked at together only as they come, and what has its noise is not to be
+    # scaled by anything that knows of images.
+    job = replace(job, options=replace(job.options, channels_last=False, clip_norm=None))
     generator.means = NothingMeasured()
 
     def mean_loss(indices: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ def clipped_sum(
     """
     sums = [torch.zeros_like(each) for each in parameters]
     for parameter in own:
-        parameter.grad = None
+        # Not None, at which an optimizer would wait: who else is drawn must make no difference.
+        parameter.grad = torch.zeros_like(parameter)
     device = parameters[0].device
     loss_sum = torch.zeros((), device=device)
     size = sum(each.numel() * each.element_size() for each in parameters)
@@ -77,14 +78,15 @@ def clipped(gradients: Sequence[Tensor], norm: float) -> list[Tensor]:
         norm: > 0.
     """
     flat = [each.flatten(1) for each in gradients]
-    lengths = torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(each, dim=1) for each in flat]), dim=0
-    )
+    # In float64: of a million values a float32 length is too short by a hundred thousandth.
+    each_length = [torch.linalg.vector_norm(each, dim=1, dtype=torch.float64) for each in flat]
+    lengths = torch.linalg.vector_norm(torch.stack(each_length), dim=0)
     finite = lengths.isfinite()[:, None]
     # A little below 1, or rounding could leave it longer than the norm.
     factors = (norm / lengths).clamp(max=1.0)[:, None] * (1 - 1e-6)
+    factors = torch.where(finite, factors, 0.0).to(flat[0].dtype)
     return [
-        (torch.where(finite, each, 0.0) * torch.where(finite, factors, 0.0)).view_as(gradient)
+        (torch.where(finite, each, 0.0) * factors).view_as(gradient)
         for each, gradient in zip(flat, gradients, strict=True)
     ]
 

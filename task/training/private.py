@@ -124,15 +124,60 @@ def too_little_noise(config: Config) -> str:
     return f"too little noise: epsilon is beyond {LARGEST_EPSILON:g}"
 
 
-def check_private(
-    generator: Generator, optimizers: Collection[str], *, distributed: bool = False
-) -> None:
+def check_private_run(generator: Generator, config: Config) -> None:
+    """Check that the generator of a run can be trained with the privacy that the run asks for.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if config.privacy.protects_clients:
+        state = generator.shared(generator.state_dict(keep_vars=True))
+        others = [
+            name
+            for name, tensor in state.items()
+            if not (isinstance(tensor, nn.Parameter) or name.startswith(tuple(generator.frozen)))
+        ]
+        require(
+            not others,
+            "privacy.mechanism",
+            f"another with a {generator.title}: beside weights it averages numbers that noise "
+            f"would make impossible ({', '.join(others[:3])})",
+            config.privacy.mechanism,
+        )
+    if not config.privacy.is_on:
+        return
+    optimizers = generator.optimizers(config.train.lr)
+    check_private(generator, optimizers)
+    steps = spending_of(config, rounds=1).steps
+    require(
+        steps >= generator.private_steps,
+        "privacy.sampling_rate",
+        f"so small, or train.local_epochs so large, that a round has {generator.private_steps} "
+        f"steps of a {generator.title}, after which its generator takes one; there are {steps} at",
+        config.privacy.sampling_rate,
+    )
+    if not sums_gradients(config):
+        return
+    groups = [group for each in optimizers.values() for group in each.param_groups]
+    trained = {id(each) for group in groups for each in group["params"]}
+    beside = [name for name, each in generator.named_parameters() if id(each) not in trained]
+    require(
+        len(optimizers) == 1 and not generator.keeps_state and not beside,
+        "privacy.noise",
+        f"local with a {generator.title}: the server takes the steps of one optimizer, which must "
+        "train all weights, and clients keep nothing"
+        + f" (not trained: {', '.join(beside[:3])}; diffusion.ema_decay=null, and "
+        "federation.ema_decay in its place)" * bool(beside),
+        "distributed",
+    )
+
+
+def check_private(generator: Generator, optimizers: Collection[str]) -> None:
     """Check that each patient's part in the gradients of a generator can be told apart.
 
     Args:
         generator: in training mode.
         optimizers: names of those that train it.
-        distributed: whether the server takes the steps.
 
     Raises:
         ValueError: it cannot.
@@ -146,13 +191,6 @@ def check_private(
         "takes one optimizer whose losses look at real images, and losses of it apart from others",
         "dp_sgd",
     )
-    require(
-        not distributed or (len(optimizers) == 1 and not generator.keeps_state),
-        "privacy.noise",
-        f"local with a {generator.title}: the server takes the steps of one optimizer alone, for "
-        "weights that all clients have",
-        "distributed",
-    )
     mixing = [
         name
         for name, module in generator.named_modules()
@@ -165,6 +203,10 @@ def check_private(
         f"({', '.join(mixing[:3])})",
         "dp_sgd",
     )
+
+
+# Where torch keeps the words of its Mersenne twister in the state of a generator, 8 bytes each.
+TWISTER_WORDS, TWISTER_OFFSET = 624, 24
 
 
 class TooManyPatientsError(ValueError):
@@ -225,6 +267,22 @@ class SecretDraws:
         angle = 2 * math.pi * self.uniform(half)
         drawn = torch.cat([radius * angle.cos(), radius * angle.sin()])[: like.numel()]
         return drawn.reshape(like.shape).to(like)
+
+
+def secret_generator(device: torch.device) -> torch.Generator:
+    """Make a torch generator from the operating system's randomness.
+
+    Of a seed torch takes 32 bits on a CPU, which can all be tried: here all of its state is drawn.
+    """
+    generator = torch.Generator(device)
+    if device.type != "cpu":
+        generator.seed()  # takes 64 bits of it
+        return generator
+    state = generator.get_state()
+    words = np.frombuffer(os.urandom(4 * TWISTER_WORDS), "<u4").astype(np.uint64)
+    packed = torch.from_numpy(words.view(np.uint8))
+    state[TWISTER_OFFSET : TWISTER_OFFSET + len(packed)] = packed
+    return generator.set_state(state)
 
 
 def joined_patients(images: Tensor, patients: Tensor) -> Tensor:

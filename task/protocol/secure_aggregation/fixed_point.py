@@ -94,7 +94,7 @@ class UpdateFormat:
             num_images: > 0, that the client has.
 
         Returns:
-            [P], two's complement, and how many values were clipped.
+            [P], two's complement, and how many values lie beyond the range.
 
         Raises:
             NotFiniteError: a value is not finite.
@@ -106,7 +106,7 @@ class UpdateFormat:
             values = update[chunk].astype(np.float64)
             if not np.isfinite(values).all():
                 raise NotFiniteError("an update that is not finite: training has diverged")
-            clipped += int(np.count_nonzero(np.abs(values) > limit))
+            clipped += int(np.count_nonzero(np.abs(values) > self.update_range))
             np.clip(values, -limit, limit, out=values)
             values *= scale
             encoded[chunk] = np.rint(values).astype(np.int64).astype(np.uint32)

@@ -76,6 +76,12 @@ class Participant:
                 f"a sum of {len(terms.peers)} hospitals, at least "
                 f"{terms.minimum(self._minimum_peers)} are wanted here"
             )
+        if not terms.resists_colluders:
+            raise PeersRefusedError(
+                f"{terms.threshold} of {len(terms.peers)} hospitals take masks off: with "
+                f"{terms.colluders} that collude a server could have those of two sums taken off; "
+                "ask the coordinator for a larger federation.min_replies"
+            )
         if terms.format.num_clients != len(terms.peers):
             raise PeersRefusedError("a sum in the format of another number of clients")
         self._memory.begin(terms)

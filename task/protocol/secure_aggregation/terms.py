@@ -27,7 +27,8 @@ class Terms:
         peers: all clients that may send, in the order that the server gave.
         format: of the update.
         model: SHA-256 of the weights that the clients were sent, and of their layout.
-        min_replies: clients that the run wants in a sum at least.
+        min_replies: clients that the run wants in a sum at least, and to take masks off it.
+        colluders: peers that may work together with a server that lies.
     """
 
     run: str
@@ -38,6 +39,7 @@ class Terms:
     format: UpdateFormat
     model: str
     min_replies: int = 1
+    colluders: int = 0
 
     @cached_property
     def digest(self) -> bytes:
@@ -45,7 +47,7 @@ class Terms:
         written = json.dumps(
             [
                 *(self.run, self.server_round, self.attempt, self.purpose, self.model),
-                self.min_replies,
+                *(self.min_replies, self.colluders),
                 *dataclasses.astuple(self.format),
                 [peer.to_bytes().hex() for peer in self.peers],
             ]
@@ -54,12 +56,22 @@ class Terms:
 
     @property
     def threshold(self) -> int:
-        """How many shares it takes to take a mask off: more than half of the peers."""
-        return len(self.peers) // 2 + 1
+        """How many shares it takes to take a mask off."""
+        return least_to_unmask(len(self.peers), self.min_replies)
 
     def minimum(self, minimum_peers: int = MIN_PEERS) -> int:
         """Return of how many clients a sum must be."""
-        return max(MIN_PEERS, minimum_peers, self.threshold, self.min_replies)
+        return max(MIN_PEERS, minimum_peers, self.threshold)
+
+    @property
+    def resists_colluders(self) -> bool:
+        """Whether no two answers of different survivors can both be had, with colluders' help."""
+        return 2 * self.threshold > len(self.peers) + self.colluders
+
+
+def least_to_unmask(num_peers: int, min_replies: int) -> int:
+    """Return how many clients take masks off together: more than half, and those of a run."""
+    return max(num_peers // 2 + 1, min_replies)
 
 
 def read_peers(given: Sequence[bytes]) -> tuple[PublicKeys, ...]:
