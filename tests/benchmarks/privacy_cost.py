@@ -31,7 +31,7 @@ COMMON = (
 )
 # The same network, trained as one does without privacy: many steps on few images each.
 NOT_PRIVATE = (
-    *("experiment=demo", "model=vae", "model.hidden_dim=32", "model.latent_dim=4"),
+    *("experiment=demo", "model=vae_small"),
     *("train.lr=5e-3", "train.local_epochs=1", "federation.rounds=100"),
 )
 

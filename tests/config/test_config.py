@@ -311,7 +311,11 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
         ),
         (
             "experiment=private privacy.colluders=8",
-            ["federation.min_replies", "more than privacy.colluders=8", "got 8"],
+            ["federation.min_replies", "at least 10", "privacy.colluders=8 of 10", "got 8"],
+        ),
+        (
+            "experiment=private federation.min_replies=5",
+            ["federation.min_replies", "at least 6", "masks off of two sums", "got 5"],
         ),
         (
             "experiment=private federation.local=[encoder]",
@@ -335,7 +339,7 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
         ),
         (
             "experiment=private privacy.colluders=null",
-            ["privacy.colluders", "0 or more", "got None"],
+            ["privacy.colluders", "1 or more", "got None"],
         ),
         (
             "federation.aggregation=median",

@@ -215,6 +215,19 @@ def test_noise_of_a_sum_is_that_of_as_many_as_the_run_wants(tmp_path: Path) -> N
         hospitals.participants[0].answer("run", 1, [0, 1, 3], masked.question(0))
 
 
+def test_masks_of_two_sums_are_not_taken_off_with_the_help_of_colluders(tmp_path: Path) -> None:
+    hospitals = Hospitals(tmp_path)
+    client = hospitals.participants[0]
+    # Of five, two halves of three share one who answers both.
+    for colluders, min_replies in ((1, 1), (2, 3), (3, 4)):
+        terms = dataclasses.replace(
+            hospitals.terms, colluders=colluders, min_replies=min_replies, attempt=9
+        )
+        with pytest.raises(PeersRefusedError, match="masks off"):
+            client.begin(terms)
+    client.begin(dataclasses.replace(hospitals.terms, colluders=2, min_replies=4, attempt=9))
+
+
 @pytest.mark.parametrize("lie", ["min_replies", "model", "server_round", "purpose", "order"])
 def test_clients_that_are_told_different_terms_give_no_shares(tmp_path: Path, lie: str) -> None:
     hospitals = Hospitals(tmp_path)

@@ -204,6 +204,31 @@ def test_node_that_wants_secure_aggregation_shows_its_update_to_nobody(tmp_path:
         assert str(tmp_path).encode() not in sent(reply)
 
 
+def test_clients_unmask_no_sum_that_has_not_all_of_the_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A server that is content with three of five, where the noise is that of four.
+    monkeypatch.setattr("server_app.secure_training.least_to_unmask", lambda *_: 3)
+    five = {"federation__num_supernodes": 5, "federation__min_replies": 4, "federation__rounds": 1}
+    config = configured(tmp_path, "run", **distributed(2.0, **five))
+    config["federation.round_timeout"] = 8.0
+    nodes = ClientNodes(Network(), config, *simulated(5))
+    asked: list[int] = []
+
+    def answer(message: Message) -> Message | None:
+        told = message.content.config_records[Key.CONFIG]
+        if message.metadata.message_type == "train" and told[Key.CLIENT] in (1, 4):
+            return None
+        reply = nodes(message)
+        if message.metadata.message_type == UNMASK_TYPE:
+            asked.append(reply.error.code)
+        return reply
+
+    with pytest.raises(RuntimeError, match=r"clients 0 2 3: .*PeersRefusedError"):
+        secure_run(config, nodes, answer)
+    assert asked == [FailureCode.PEERS_REFUSED] * 3
+
+
 def test_protected_clients_clip_what_the_server_does_not_see(tmp_path: Path) -> None:
     clients = {"overrides": "privacy=dp_clients privacy.clipping_norm=0.05 privacy.delta=0.01"}
     ends = []
@@ -329,10 +354,25 @@ def test_real_hospital_adds_a_share_of_the_noise_among_those_alone_that_it_names
     run = secure_run(config, nodes, nodes)
     told = describe_privacy(Run(run))
     assert "of the sum over hospitals, each of which adds a share; with fewer than 2 that" in told
+    # Without noise the draws of images differ all the same: the run's seed is known to the server.
+    ends = []
+    for name in ("one", "other"):
+        workspace._build_workspace.cache_clear()
+        silent = {**config, "run_name": name}
+        silent["overrides"] = config["overrides"].replace("multiplier=2.0", "multiplier=0")
+        quiet = ClientNodes(Network(), silent, *(c.node_config for c in nodes.contexts.values()))
+        ends.append(final(secure_run(silent, quiet, quiet)))
+    assert not same_bits(*ends)
+    workspace._build_workspace.cache_clear()
+    wary = [{**c.node_config, "minimum-colluders": 2} for c in nodes.contexts.values()]
+    config |= {"run_name": "wary", "federation.node_wait": 2.0}
+    careful = ClientNodes(Network(), config, *wary)
+    with pytest.raises(TimeoutError, match="PeersRefusedError"):
+        secure_run(config, careful, careful)
     for context in nodes.contexts.values():
         context.node_config.pop("trusted-peers")
     workspace._build_workspace.cache_clear()
-    config |= {"run_name": "strangers", "federation.node_wait": 2.0}
+    config["run_name"] = "strangers"
     with pytest.raises(TimeoutError, match="PeersRefusedError"):
         secure_run(config, nodes, nodes)
 

@@ -15,7 +15,7 @@ from task.generators.registry import initial_generator
 from task.generators.small_gan import SmallGAN, build_small_gan
 from task.privacy.accounting import Spending, epsilon_of, noise_multiplier_for
 from task.training.loop import FitOptions, fit, fit_options
-from task.training.patient_gradients import clipped_sum
+from task.training.patient_gradients import clipped, clipped_sum
 from task.training.private import (
     PatientSampler,
     PrivateSteps,
@@ -24,9 +24,12 @@ from task.training.private import (
     TooManyPatientsError,
     check_patients,
     check_private,
+    check_private_run,
     epsilon_after,
+    gradients_as_updates,
     joined_patients,
     private_gradient,
+    secret_generator,
     spending_of,
 )
 from tests.training.generators import Known
@@ -196,6 +199,30 @@ def test_nobody_drawn_leaves_noise_and_an_overflowing_patient_leaves_nothing() -
 def test_no_patient_is_longer_than_the_norm() -> None:
     found = gradient_of([torch.tensor([0])], steps(0.0))[0]
     assert 0.9999 < float(4 * found.double().norm()) <= 1
+    long = torch.randn(1, 3_000_000, generator=torch.Generator().manual_seed(0))
+    (scaled,) = clipped([long], 1.0)
+    assert 0.9999 < float(scaled.double().norm()) <= 1
+
+
+def test_hospital_draws_its_share_of_the_noise_in_units_of_the_norm() -> None:
+    images = torch.randint(256, (6, 1, 128, 128), dtype=torch.uint8)
+    found = []
+    for noise in (0.0, 8.0):
+        private = replace(steps(noise, norm=0.5), noise_share=0.25, divisor=0.5)
+        model = Linear()
+        fit(
+            model,
+            images,
+            torch.zeros(6, dtype=torch.int64),
+            options=replace(options_of(private, batch_size=6), clip_norm=1e-9),
+            optimizers=gradients_as_updates(model.optimizers(123.0)),
+            rng=torch.Generator().manual_seed(0),
+        )
+        found.append(model.weight.detach())
+    # No optimizer, no learning rate and no clipping of what has its noise.
+    assert (found[1] - found[0]).std() == pytest.approx(8.0 * 0.25, rel=0.02)
+    assert found[0].norm() <= 6.0  # six patients, each as long as the norm at most
+    assert found[0].norm() > 1.0
 
 
 def test_patients_are_drawn_whole_and_each_by_itself() -> None:
@@ -217,6 +244,18 @@ def test_patients_who_share_an_image_are_one() -> None:
     joined = joined_patients(images, torch.tensor([7, 7, 8, 5, 9, 9])).tolist()
     assert joined[0] == joined[1] == joined[4] == joined[5]
     assert len({*joined}) == 3
+
+
+def test_secret_generator_has_a_state_of_its_own_that_no_seed_leads_to() -> None:
+    one, other = (secret_generator(torch.device("cpu")) for _ in range(2))
+    words = one.get_state()[24 : 24 + 8 * 624].numpy().view(np.uint64)
+    twister = np.random.MT19937()
+    key = {"key": words.astype(np.uint32), "pos": 624}
+    twister.state = {"bit_generator": "MT19937", "state": key}
+    # All of the words are those of the twister, whose outputs torch takes two at a time.
+    expected = twister.random_raw(2000)[1::2] & 0x7FFFFFFF
+    assert torch.randint(2**31, (1000,), generator=one).tolist() == expected.tolist()
+    assert not torch.equal(torch.rand(9, generator=one), torch.rand(9, generator=other))
 
 
 def test_secret_draws_are_those_of_their_distributions_and_never_repeat() -> None:
@@ -381,6 +420,29 @@ def test_gan_is_private_in_its_discriminator_and_learns_of_images_by_it_alone() 
     assert torch.equal(*found)
 
 
+def test_latent_of_a_patient_does_not_depend_on_who_else_is_drawn() -> None:
+    # In the second step patient 1 is drawn, or nobody.
+    found = []
+    for also in (torch.tensor([1]), None):
+        latents = nn.Parameter(torch.zeros(2))
+        model = nn.ParameterDict({"scale": nn.Parameter(torch.ones(1)), "latents": latents})
+        optimizer = torch.optim.Adam([latents], lr=0.1)
+        for drawn in ([torch.tensor([0])], [] if also is None else [also]):
+            clipped_sum(
+                model,
+                [model["scale"]],
+                drawn,
+                lambda images, model=model: (model["scale"] * model["latents"][images]).sum(),
+                norm=1.0,
+                noise_draws=1,
+                chunk=8,
+                own=[latents],
+            )
+            optimizer.step()
+        found.append(float(latents.detach()[0]))
+    assert found[0] == found[1] != 0
+
+
 def test_latents_of_single_images_are_trained_beside_what_is_protected() -> None:
     config = load_config(["model=small_gan", "model.width=4", "model.perceptual_weight=0"])
     models = []
@@ -397,7 +459,37 @@ def test_latents_of_single_images_are_trained_beside_what_is_protected() -> None
     shifts = [model.get_parameter("shift").detach() for model in models]
     assert not torch.allclose(*shifts, atol=1e-3)
     with pytest.raises(ValueError, match=r"privacy\.noise must be local with a GAN with adapted"):
-        check_private(models[0], models[0].optimizers(0.1), distributed=True)
+        check_private_run(models[0], load_config(["experiment=private"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["privacy=dp_clients", "model=resnet_gan"],
+            "privacy.mechanism must be another .* noise wo",
+        ),
+        (
+            ["privacy=dp_sgd", "model=resnet_gan", "model.discriminator_steps=9"],
+            r"privacy.sampling_rate must be so small, .* a round has 9 steps .* there are 5 at",
+        ),
+        (
+            ["experiment=private", "model=tiny", "diffusion=fast", "diffusion.ema_decay=0.9"],
+            r"privacy.noise must be local .*not trained: average.*federation.ema_decay",
+        ),
+        (
+            ["experiment=private", "model=resnet_gan", "model.width=4"],
+            "privacy.noise must be local with a GAN",
+        ),
+    ],
+)
+def test_run_whose_privacy_its_generator_cannot_have_is_refused(
+    words: list[str], said: str
+) -> None:
+    config = load_config(["train.local_epochs=1", *words])
+    with pytest.raises(ValueError, match=said):
+        check_private_run(initial_generator(config), config)
+    check_private_run(initial_generator(PRIVATE), PRIVATE)
 
 
 @pytest.mark.parametrize(
