@@ -33,6 +33,7 @@ class Stream(IntEnum):
     RESTORED_IMAGES = 13
     STUDY = 14
     CLIENT_NOISE = 15
+    AUDIT = 16
 
 
 def numpy_generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

@@ -42,6 +42,7 @@ LAYERS = (
     "generation",
     "runs",
     "evaluation",
+    "audit",
     "reporting",
     "export",
     "cli",

@@ -215,6 +215,44 @@ def evaluate_command(
         evaluate_client(run, config, client, say=typer.echo)
 
 
+@app.command("audit")
+def audit_command(
+    run: FinishedRunFolder,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Further values as for feddm evaluate.", show_default=False),
+    ] = None,
+    num_images: Annotated[
+        int, typer.Option(min=20, help="Training images that are attacked at most; held-out too.")
+    ] = 1000,
+    num_per_class: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Images to draw of each class; else the run's eval.num_per_class."
+        ),
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Tell what a run's final weights remember of the images they were trained on.
+
+    Attacks them to tell training images from held-out ones, as a whole, client by client and on the
+    clients' own models that were kept, and searches what they draw for copies. Prints tables and
+    findings, and writes RUN/audit.json, and RUN/audit-pairs.png: the generated images that are
+    nearest to training images, with these, for you alone. Status 0 whatever is found.
+
+    \b
+    Examples:
+      feddm audit runs/demo
+      feddm audit runs/demo --num-images 5000 --num-per-class 100
+    """
+    from task.cli.audit import audit_run
+    from task.cli.evaluate import evaluation_config
+
+    options = {"eval.num_per_class": num_per_class, "train.device": device}
+    config = evaluation_config(run, overrides or [], options)
+    audit_run(run, config, num_images=num_images, say=typer.echo)
+
+
 @app.command()
 def generate(
     run: FinishedRunFolder,

@@ -2,13 +2,14 @@
 
 import math
 from bisect import bisect_left
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import xlogy
-from torch import Tensor
+from torch import Tensor, nn
 
 from task.evaluation.distances import neighbor_distances
 from task.evaluation.features import Features
@@ -132,6 +133,17 @@ def feature_copying(generated: Features, train: Features, held_out: Features) ->
     )
 
 
+def shifted(images: Tensor, most: int) -> Iterator[Tensor]:
+    """Yield images, [N, C, H, W], at every shift of up to so many pixels; edges are repeated."""
+    yield images
+    height, width = images.shape[-2:]
+    padded = nn.functional.pad(images.float(), (most,) * 4, mode="replicate").to(images.dtype)
+    for down in range(2 * most + 1):
+        for right in range(2 * most + 1):
+            if (down, right) != (most, most):
+                yield padded[..., down : down + height, right : right + width]
+
+
 @progress(1, "searching for copies in pixels")
 def pixel_copying(
     generated: Tensor,
@@ -140,6 +152,7 @@ def pixel_copying(
     *,
     horizontal_flip: bool,
     device: torch.device,
+    most_shifted: int = 0,
 ) -> Copying:
     """Compare how near images come to the training images, in pixels.
 
@@ -151,6 +164,7 @@ def pixel_copying(
         held_out: [K, C, H, W] uint8, that were not trained on.
         horizontal_flip: whether the training images count mirrored as well.
         device: that computes.
+        most_shifted: pixels by which images may be shifted, in each direction, to come nearer.
     """
     train = train.to(device)
     if horizontal_flip:
@@ -158,7 +172,12 @@ def pixel_copying(
     scale = 255 * math.sqrt(train[0].numel())
 
     def distances(images: Tensor) -> tuple[Tensor, Tensor]:
-        nearest, relative = neighbor_distances(images.flatten(1).to(device), train.flatten(1))
-        return nearest / scale, relative
+        found = [
+            neighbor_distances(each.flatten(1), train.flatten(1))
+            for each in shifted(images.to(device), most_shifted)
+        ]
+        nearest, relative = (torch.stack(each) for each in zip(*found, strict=True))
+        best = nearest.argmin(0, keepdim=True)
+        return nearest.gather(0, best)[0] / scale, relative.gather(0, best)[0]
 
     return Copying.of(distances(generated), distances(held_out))

@@ -16,6 +16,10 @@ NoiseSource = Callable[[], Tensor]
 Advance = Callable[[int], object]
 
 
+# Of the loss of an image that is attacked.
+MEMBER_DRAWS = 8
+
+
 class Projection(Protocol):
     """An orthogonal projection onto what is known of images."""
 
@@ -243,6 +247,28 @@ class Generator(nn.Module, ABC):
     def example_losses(self, batch: Batch, rng: torch.Generator) -> Mapping[str, Tensor] | None:
         """Return the "loss" of each image and its `loss_parts`, [N] float32; None without one."""
         return None
+
+    def member_scores(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        """Say in every known way how much images look like ones that were trained on.
+
+        The weights are those that images are drawn with. Draws depend on the state of `rng` and
+        not on the images, so that members and others who are given the same state get the same.
+        Here: by the loss, where there are `example_losses`.
+
+        Args:
+            batch: any images, whole.
+            rng: of all draws.
+
+        Returns:
+            By attack [N] float32, larger for images that were trained on.
+        """
+        total = torch.zeros(len(batch), device=batch.images.device)
+        for _ in range(MEMBER_DRAWS):
+            losses = self.example_losses(batch, rng)
+            if losses is None:
+                return {}
+            total += losses["loss"]
+        return {"loss": -total / MEMBER_DRAWS}
 
     def measured(self) -> dict[str, Tensor]:
         """Return the `measures` of the training since `start`, as means over its steps."""

@@ -381,6 +381,11 @@ class ResNetGAN(Generator):
         drawn = torch.randn(len(batch), *self.noise_shape, generator=rng, device=rng.device)
         return drawn[batch.part]
 
+    @torch.inference_mode()
+    def member_scores(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        """Attack by the discriminator, which holds images for real that it was trained on."""
+        return {"discriminator": self.discriminator(batch.images, batch.labels)}
+
     @torch.no_grad()
     def after_step(self) -> None:
         """Follow the generator, normalization statistics included, with its moving average."""

@@ -104,6 +104,11 @@ def run(case: Case, folder: Path, classes: list[str], results: Path) -> dict[str
     return found
 
 
+def real_figure(found: dict[str, float], name: str) -> str:
+    """Write the figure of real images in place of generated ones, where there are enough."""
+    return f"{found[name + '*']:.3g}" if name + "*" in found else "too few"
+
+
 def main() -> None:
     """Train all cases and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -123,7 +128,7 @@ def main() -> None:
                 patients = len(stratified(dataset.train, case.share))
                 found = run(case, folder, classes, Path(temporary) / "runs")
                 figures = " | ".join(
-                    f"{found[name]:.3g} ({found.get(name + '*', float('nan')):.3g})"
+                    f"{found[name]:.3g} ({real_figure(found, name)})"
                     for name in ("fid", "cas", "class_agreement")
                 )
                 who = HOSPITALS if case.together else 1

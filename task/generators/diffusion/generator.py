@@ -14,6 +14,7 @@ from task.checks import require
 from task.config import AttentionUNetConfig, Config, require_diffusion
 from task.generators.base import Advance, Batch, Generator, NoiseSource, Projection, Restore
 from task.generators.diffusion.attention_unet import AttentionUNet
+from task.generators.diffusion.membership import member_scores, noise_predictor
 from task.generators.diffusion.network import UNet
 from task.generators.diffusion.noise_schedule import build_schedule
 from task.generators.diffusion.objective import DiffusionObjective
@@ -158,6 +159,12 @@ class Diffusion(Generator):
     def example_losses(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         """Return the loss of each image at a random time, with its own label."""
         return {"loss": self._losses(replace(self.objective, label_dropout=0.0), batch, rng)}
+
+    @torch.inference_mode()
+    def member_scores(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        """Attack by losses at several noise levels and by what the literature has."""
+        predict = noise_predictor(self.drawing, self.objective.prediction_type)
+        return member_scores(predict, batch.images, batch.labels, rng, null_label=self.null_label)
 
     def _losses(self, objective: DiffusionObjective, batch: Batch, rng: torch.Generator) -> Tensor:
         drawn = (batch.images, *objective.draw(batch.images, batch.labels, rng))

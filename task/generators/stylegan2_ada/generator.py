@@ -280,6 +280,11 @@ class StyleGAN2ADA(Generator):
         for average, current in pairs:
             average.lerp_(current, change)
 
+    @torch.inference_mode()
+    def member_scores(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        """Attack by the discriminator, which holds images for real that it was trained on."""
+        return {"discriminator": self.discriminator(batch.images, batch.labels)}
+
     def measured(self) -> dict[str, Tensor]:
         """Return the means since `start`, and with what probability images are augmented now."""
         return super().measured() | {"augmentation_probability": self.adaptation.probability}
