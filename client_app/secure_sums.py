@@ -111,7 +111,7 @@ class SumPart:
             format=UpdateFormat.of(workspace.config, len(peers)),
             model=model_digest(workspace, sent),
             min_replies=min_replies,
-            colluders=int(workspace.config.privacy.colluders or 0),
+            colluders=int(workspace.config.privacy.colluders or 0) if trains else 0,
         )
         self._participant.begin(self._terms)
 

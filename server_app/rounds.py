@@ -246,7 +246,9 @@ class RoundLoop(ABC):
 
         With real nodes new noise is drawn for a round that is repeated, which costs once more.
         """
-        times = server_round if self.dataset is not None else self.private_trainings()
+        times = server_round
+        if self.dataset is None:
+            times = max(times, self.private_trainings())
         epsilon = epsilon_after(self.config, times)
         if math.isinf(epsilon):
             return f"no privacy: there is {too_little_noise(self.config)}"

@@ -110,6 +110,14 @@ def drawn_patients(images: ImageSet, most: int, seed: int) -> NDArray[np.int64]:
     return np.sort(whole if len(whole) else order[:most])
 
 
+def one_of_each_patient(images: ImageSet, seed: int) -> ImageSet:
+    """Draw one image of each patient at random."""
+    rng = torch_generator(seed, Stream.AUDIT, 3)
+    order = torch.randperm(len(images), generator=rng).numpy()
+    _, first = np.unique(whose_images(images)[order], return_index=True)
+    return images.subset(np.sort(order[first]))
+
+
 def scores_of_members(
     generator: Generator, sets: Sequence[ImageSet], *, device: torch.device, seed: int
 ) -> dict[str, list[NDArray[np.float64]]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, rankdata
+from scipy.stats import mannwhitneyu, norm, rankdata
 
 from task.checks import require
 
@@ -58,7 +58,7 @@ class Separation:
         auc: the chance that a member scores above another one: 0.5 by guessing, 1 without fail.
         low: lower end of its 95 % interval, over patients.
         high: the upper end.
-        error: standard error of the AUC, at least that of scores that say nothing.
+        error: standard error of the AUC of scores that say nothing, with as many patients.
         p_value: that by chance the AUC comes out so far above 0.5.
         true_positives: by false positive rate, the share of members found; of rates alone that so
             many others can show.
@@ -83,8 +83,9 @@ def separation(
 ) -> Separation | None:
     """Measure how well scores tell members from others; None where there are too few patients.
 
-    The interval and the p value rest on the standard error over draws of patients, at least that
-    of scores that say nothing: where all are equal no draw would differ from another.
+    The p value is that of the Mann-Whitney test on one number of each patient, the mean rank of its
+    images. The interval is Wilson's for a share, of as many independent trials as the standard
+    error over draws of patients stands for, at most as many as scores that say nothing have.
 
     Args:
         members: of images that were trained on.
@@ -104,13 +105,12 @@ def separation(
         for _ in range(num_draws)
     ]
     n, m = patients
-    without_ties = np.sqrt((n + m + 1) / (12 * n * m))
-    tied = 1 - _untied_share(members.scores, others.scores)
-    error = max(float(np.std(drawn, ddof=1)), tied * without_ties)
-    reach = float(norm.isf(SHOWN_LEVEL / 2)) * error
-    # Where nothing is remembered the error is that of ranks, whatever was drawn.
-    largest = max(error, float(without_ties))
-    p_value = float(norm.sf((auc - 0.5) / largest))
+    # The variance of the AUC of scores that say nothing is 1 / (4 trials).
+    trials = 3 * n * m / (n + m + 1)
+    variance = float(np.var(drawn, ddof=1))
+    if variance > 0:
+        trials = min(trials, max(1.0, auc * (1 - auc) / variance))
+    low, high = _wilson(auc, trials)
     rates = {
         rate: true_positive_rate(members.scores, others.scores, rate)
         for rate in FALSE_POSITIVE_RATES
@@ -118,10 +118,10 @@ def separation(
     }
     return Separation(
         auc=auc,
-        low=max(0.0, auc - reach),
-        high=min(1.0, auc + reach),
-        error=largest,
-        p_value=p_value,
+        low=low,
+        high=high,
+        error=0.5 / float(np.sqrt(trials)),
+        p_value=_p_value(members, others),
         true_positives=rates,
         members=len(members.scores),
         others=len(others.scores),
@@ -161,8 +161,25 @@ def _weighted_auc(
     return float((w_members * (left + right)).sum() / (2 * w_members.sum() * w_others.sum()))
 
 
-def _untied_share(members: ScoreArray, others: ScoreArray) -> float:
-    """Return the share of pairs of a member and another one whose scores differ."""
-    ordered = np.sort(others)
-    equal = np.searchsorted(ordered, members, side="right") - np.searchsorted(ordered, members)
-    return 1 - float(equal.mean()) / len(others)
+def _wilson(share: float, trials: float) -> tuple[float, float]:
+    """Return the interval of a share of so many trials, which stays in [0, 1] and is never empty.
+
+    Source: Wilson 1927.
+    """
+    reach = float(norm.isf(SHOWN_LEVEL / 2))
+    middle = (share + reach**2 / (2 * trials)) / (1 + reach**2 / trials)
+    half = reach * np.sqrt(share * (1 - share) / trials + (reach / (2 * trials)) ** 2)
+    half = float(half) / (1 + reach**2 / trials)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _p_value(members: Sample, others: Sample) -> float:
+    """Test whether patients of the members rank above the others, each by its images' mean rank."""
+    ranks = rankdata(np.concatenate([members.scores, others.scores]))
+    means = []
+    for sample, own in zip((members, others), np.split(ranks, [len(members.scores)]), strict=True):
+        _, whose = np.unique(sample.patients, return_inverse=True)
+        means.append(np.bincount(whose, weights=own) / np.bincount(whose))
+    if np.ptp(np.concatenate(means)) == 0:
+        return 1.0
+    return float(mannwhitneyu(*means, alternative="greater").pvalue)

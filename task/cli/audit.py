@@ -5,10 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from task.audit.findings import AuditFinding, Search, findings
-from task.audit.membership import Attack, Shares, attack_members
+from task.audit.membership import Attack, Shares, attack_members, one_of_each_patient
 from task.audit.pairs import save_pairs
+from task.audit.roc import FEWEST_PATIENTS
 from task.checks import require
-from task.cli.evaluate import check_same_images
 from task.config import Config
 from task.data import Dataset, build_dataset
 from task.data.partition import partition_dataset
@@ -19,8 +19,9 @@ from task.files import write_json
 from task.generation.draw_images import draw_images, full_labels
 from task.randomness import Stream
 from task.reporting.metric_table import lay_out
-from task.runs.layout import PARTITION_FILE
+from task.runs.layout import DATA_FILE, PARTITION_FILE, read_json
 from task.runs.run import Run, final_model, kept_clients
+from task.runs.same_images import describe_differences
 from task.training.devices import select_device
 
 AUDIT_FILE, PAIRS_FILE = "audit.json", "audit-pairs.png"
@@ -50,14 +51,7 @@ def audit_run(
     """
     device = select_device(config.train.device)
     model, last = final_model(run, config)
-    dataset = build_dataset(config, download=True)
-    check_same_images(run, config, dataset, say=say)
-    require(
-        len(dataset.test) > 0,
-        "data.test_fraction",
-        "one of the run's: an audit compares with images that were held out",
-        config.data.test_fraction,
-    )
+    dataset = audited_images(run, config)
     extractor = build_extractor(config, dataset.train, device)
     shares = shares_of(run, config, dataset)
     say(f"attacking up to {num_images:,} training images on {device}")
@@ -76,21 +70,25 @@ def audit_run(
             seed=config.eval.seed,
             local_of=client,
         )
+    audited = {each.client for each in attacks}
+    skipped = [client for client in shares if client not in audited]
     labels = full_labels(config, dataset)
     say(f"drawing {len(labels):,} images and searching them for copies")
     drawn = draw_images(config, model, labels, device=device, stream=Stream.EVALUATED_IMAGES)
-    real = extract_real(config, dataset, extractor)
+    # Images of one patient are alike: more of them would count one look several times.
+    searched = Dataset(dataset.train, one_of_each_patient(dataset.test, config.eval.seed))
+    real = extract_real(config, searched, extractor)
     seen = looked_at(config, extractor, drawn.images, 9)
     features = extract(extractor, seen, batch_size=config.eval.batch_size)
     pixels = pixel_copying(
         drawn.images,
         dataset.train.images,
-        dataset.test.images,
+        searched.test.images,
         horizontal_flip=config.data.horizontal_flip,
         device=device,
         most_shifted=MOST_SHIFTED,
     )
-    numbers = len(drawn), len(dataset.test)
+    numbers = len(drawn), len(searched.test)
     searches = [
         Search("pixels", pixels, *numbers),
         Search(
@@ -101,12 +99,47 @@ def audit_run(
     ]
     found = findings(attacks, searches)
     say(f"\n{run.resolve().name}, round {last} of {config.federation.rounds}\n")
-    for line in audit_lines(attacks, found, model.title):
+    for line in audit_lines(attacks, found, skipped, model.title):
         say(line)
-    save_pairs(drawn.images, dataset.train.images, run / PAIRS_FILE)
-    write_json(run / AUDIT_FILE, content(last, attacks, searches, found))
+    save_pairs(
+        drawn.images,
+        dataset.train.images,
+        run / PAIRS_FILE,
+        horizontal_flip=config.data.horizontal_flip,
+        most_shifted=MOST_SHIFTED,
+    )
+    told = content(last, attacks, searches, found)
+    write_json(run / AUDIT_FILE, {**told, "clients_not_looked_at": skipped})
     say(f"\nwritten to {run / AUDIT_FILE}; pairs to look at, for you alone: {run / PAIRS_FILE}")
     return found
+
+
+def audited_images(run: Path, config: Config) -> Dataset:
+    """Load the images that a run was trained on, and those that it held out.
+
+    Raises:
+        FileNotFoundError: they are not there.
+        ValueError: the run is one of real nodes, the images are others, or none were held out.
+    """
+    require(
+        Run(run).setting != "real nodes",
+        f"the run {run}",
+        "a simulation or centralized: images of real nodes are not here to be compared with",
+        "one of real nodes",
+    )
+    dataset = build_dataset(config, download=True)
+    known = (read_json(run / DATA_FILE) or {}).get("sha256") is not None
+    require(known, str(run / DATA_FILE), "the run's, with hashes of its images", "none")
+    different = describe_differences(run, dataset)
+    if different:
+        raise ValueError(f"data.root={config.data.root} holds {different}")
+    require(
+        len(dataset.test) > 0,
+        "data.test_fraction",
+        "one of the run's: an audit compares with images that were held out",
+        config.data.test_fraction,
+    )
+    return dataset
 
 
 def shares_of(run: Path, config: Config, dataset: Dataset) -> Shares:
@@ -119,7 +152,7 @@ def shares_of(run: Path, config: Config, dataset: Dataset) -> Shares:
         return {}
     partition = partition_dataset(config, dataset, config.federation.num_supernodes)
     require(
-        Run(run).partition in (None, partition.describe()),
+        Run(run).partition == partition.describe(),
         "data.root",
         f"where the images are that {run / PARTITION_FILE} counts",
         config.data.root,
@@ -127,7 +160,9 @@ def shares_of(run: Path, config: Config, dataset: Dataset) -> Shares:
     return dict(enumerate(zip(partition.train_indices, partition.test_indices, strict=True)))
 
 
-def audit_lines(attacks: Sequence[Attack], found: Sequence[AuditFinding], title: str) -> list[str]:
+def audit_lines(
+    attacks: Sequence[Attack], found: Sequence[AuditFinding], skipped: Sequence[int], title: str
+) -> list[str]:
     """Lay an audit out for a reader: a table of the attacks, then the findings."""
     lines = []
     if attacks:
@@ -136,9 +171,16 @@ def audit_lines(attacks: Sequence[Attack], found: Sequence[AuditFinding], title:
         lines.append(
             f"No attack was made: none is known for a {title}, or too few patients are held out.\n"
         )
-    return lines + [
+    lines += [
         f"- {'DETECTED' if each.is_detected else 'not detected'}: {each.says}" for each in found
     ]
+    if skipped:
+        clients = " ".join(map(str, skipped))
+        lines.append(
+            f"- not looked at: images of clients {clients}, of whom fewer than {FEWEST_PATIENTS} "
+            "patients were attacked or held out."
+        )
+    return lines
 
 
 def _attack_row(attack: Attack) -> tuple[str, ...]:

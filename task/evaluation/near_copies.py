@@ -144,6 +144,16 @@ def shifted(images: Tensor, most: int) -> Iterator[Tensor]:
                 yield padded[..., down : down + height, right : right + width]
 
 
+def shifted_distances(images: Tensor, train: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Return the `neighbor_distances` of images, each at the shift at which it comes nearest."""
+    found = [
+        neighbor_distances(each.flatten(1), train.flatten(1)) for each in shifted(images, most)
+    ]
+    nearest, relative = (torch.stack(each) for each in zip(*found, strict=True))
+    best = nearest.argmin(0, keepdim=True)
+    return nearest.gather(0, best)[0], relative.gather(0, best)[0]
+
+
 @progress(1, "searching for copies in pixels")
 def pixel_copying(
     generated: Tensor,
@@ -172,12 +182,7 @@ def pixel_copying(
     scale = 255 * math.sqrt(train[0].numel())
 
     def distances(images: Tensor) -> tuple[Tensor, Tensor]:
-        found = [
-            neighbor_distances(each.flatten(1), train.flatten(1))
-            for each in shifted(images.to(device), most_shifted)
-        ]
-        nearest, relative = (torch.stack(each) for each in zip(*found, strict=True))
-        best = nearest.argmin(0, keepdim=True)
-        return nearest.gather(0, best)[0] / scale, relative.gather(0, best)[0]
+        nearest, relative = shifted_distances(images.to(device), train, most_shifted)
+        return nearest / scale, relative
 
     return Copying.of(distances(generated), distances(held_out))

@@ -114,6 +114,8 @@ class NodeConfig:
         require(0 < delta < 1, NodeKey.PRIVACY_DELTA, "between 0 and 1, exclusive", delta)
         if limit is not None:
             ledger_of(self)
+        colluders = self.minimum_colluders
+        require(colluders >= 1, NodeKey.MINIMUM_COLLUDERS, ">= 1", colluders)
         minimum = self.minimum_peers
         expected = f"0, or at least {MIN_PEERS}, this hospital and others"
         require(minimum == 0 or minimum >= MIN_PEERS, NodeKey.MINIMUM_PEERS, expected, minimum)

@@ -148,26 +148,35 @@ def check_private_run(generator: Generator, config: Config) -> None:
         return
     optimizers = generator.optimizers(config.train.lr)
     check_private(generator, optimizers)
+    if sums_gradients(config):
+        _check_sums_of_gradients(generator, optimizers)
     steps = spending_of(config, rounds=1).steps
     require(
         steps >= generator.private_steps,
         "privacy.sampling_rate",
-        f"so small, or train.local_epochs so large, that a round has {generator.private_steps} "
-        f"steps of a {generator.title}, after which its generator takes one; there are {steps} at",
+        f"smaller, or train.local_epochs larger: a {generator.title} takes a step of its generator "
+        f"after {generator.private_steps} of its discriminator, and a round has {steps}",
         config.privacy.sampling_rate,
     )
-    if not sums_gradients(config):
-        return
+
+
+def _check_sums_of_gradients(generator: Generator, optimizers: Mapping[str, Optimizer]) -> None:
     groups = [group for each in optimizers.values() for group in each.param_groups]
     trained = {id(each) for group in groups for each in group["params"]}
+    require(
+        len(optimizers) == 1 and not generator.keeps_state,
+        "privacy.noise",
+        f"local with a {generator.title}: the server takes the steps of one optimizer, and clients "
+        "keep nothing",
+        "distributed",
+    )
     beside = [name for name, each in generator.named_parameters() if id(each) not in trained]
     require(
-        len(optimizers) == 1 and not generator.keeps_state and not beside,
+        not beside,
         "privacy.noise",
-        f"local with a {generator.title}: the server takes the steps of one optimizer, which must "
-        "train all weights, and clients keep nothing"
-        + f" (not trained: {', '.join(beside[:3])}; diffusion.ema_decay=null, and "
-        "federation.ema_decay in its place)" * bool(beside),
+        f"local with a {generator.title} that averages its weights over steps, which the server "
+        f"does not ({', '.join(beside[:3])}); or diffusion.ema_decay null, and "
+        "federation.ema_decay in its place",
         "distributed",
     )
 
@@ -272,12 +281,12 @@ class SecretDraws:
 def secret_generator(device: torch.device) -> torch.Generator:
     """Make a torch generator from the operating system's randomness.
 
-    Of a seed torch takes 32 bits on a CPU, which can all be tried: here all of its state is drawn.
+    A GPU takes a seed of 64 bits. On a CPU torch takes 32 of them, which can all be tried: there
+    all of the state is drawn.
     """
     generator = torch.Generator(device)
     if device.type != "cpu":
-        generator.seed()  # takes 64 bits of it
-        return generator
+        return generator.manual_seed(int.from_bytes(os.urandom(8), "little"))
     state = generator.get_state()
     words = np.frombuffer(os.urandom(4 * TWISTER_WORDS), "<u4").astype(np.uint64)
     packed = torch.from_numpy(words.view(np.uint8))

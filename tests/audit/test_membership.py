@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from task.audit.findings import Search, findings
-from task.audit.membership import Attack, attack_members, drawn_patients
+from task.audit.membership import Attack, attack_members, drawn_patients, one_of_each_patient
 from task.audit.pairs import closest_pairs
 from task.audit.roc import Sample, separation
 from task.config import load_config
@@ -100,6 +100,8 @@ def test_patients_are_drawn_whole() -> None:
     counts = np.bincount(groups.numpy()[chosen], minlength=10)
     assert {*counts.tolist()} == {0, 4} and len(chosen) == 12
     assert np.array_equal(drawn_patients(images_of(10, 0), 15, seed=0), np.arange(10))
+    single = one_of_each_patient(images_of(40, 0, groups=groups), seed=0)
+    assert single.groups is not None and single.groups.tolist() == [*range(10)]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -176,8 +178,9 @@ def test_copies_that_are_shifted_or_mirrored_are_found_and_paired(tmp_path: obje
     assert found.p_value < 1e-3 and 0.1 <= found.copied <= 0.25
     assert len([*shifted(train[:1], 1)]) == 9
     fresh[20] = train[11]
-    chosen, nearest = closest_pairs(fresh, train, 3)
-    assert (int(chosen[0]), int(nearest[0])) == (20, 11)
+    chosen, nearest = closest_pairs(fresh, train, 10, horizontal_flip=True, most_shifted=1)
+    pairs = dict(zip(chosen.tolist(), nearest.tolist(), strict=True))
+    assert chosen[0] == 20 and pairs == {20: 11, **{number: number for number in range(9)}}
 
 
 def test_all_looks_together_seldom_find_what_is_not_there() -> None:

@@ -40,11 +40,14 @@ def test_auc_is_that_of_scikit_learn_and_swapped_its_complement() -> None:
 def test_scores_that_tell_all_or_nothing() -> None:
     everything = found(sample(np.arange(50.0) + 100), sample(np.arange(40.0)))
     assert everything.auc == everything.high == 1 and everything.p_value < 1e-9
+    few = found(sample(np.arange(12.0) + 100), sample(np.arange(12.0)))
+    assert 0.7 < few.low < everything.low < 1
     assert everything.true_positives == {}  # of 40 others none at 1 %
     nothing = found(sample(np.zeros(200)), sample(np.zeros(150)))
     assert nothing.auc == 0.5
     # As wide as that of scores at random: that all are equal is no certainty.
     assert nothing.high - nothing.low == pytest.approx(2 * 1.96 * 0.0312, rel=0.02)
+    assert nothing.p_value == 1
     assert nothing.true_positives == {0.01: 0.0}
 
 
@@ -90,6 +93,24 @@ def test_honest_scores_are_rarely_called_detected(others: int) -> None:
     ]
     for level in (0.05, 0.01):
         assert np.mean(np.array(p_values) < level) <= level + 3 * np.sqrt(level / 300)
+
+
+def test_patients_with_many_images_do_not_raise_false_alarms() -> None:
+    p_values = []
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        sets = []
+        for number in (40, 20):
+            sizes = np.ceil(rng.lognormal(1, 1.2, number)).astype(int)
+            patients = np.repeat(np.arange(number), sizes)
+            # Images of a patient are nearly alike.
+            scores = rng.normal(size=number)[patients] + 0.1 * rng.normal(size=len(patients))
+            sets.append(sample(scores, patients))
+        separated = separation(*sets, seed=0, num_draws=2)
+        assert separated is not None
+        p_values.append(separated.p_value)
+    for level in (0.05, 0.01):
+        assert np.mean(np.array(p_values) < level) <= level + 3 * np.sqrt(level / 400)
 
 
 def test_few_patients_say_nothing_and_wrong_scores_are_named() -> None:

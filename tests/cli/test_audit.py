@@ -8,6 +8,10 @@ import pytest
 import torch
 from torchvision.io import write_png
 
+from task.config import read_config
+from task.data import build_dataset
+from task.data.partition import partition_dataset
+from task.data.source import hash_images
 from tests.cli.test_cli import assert_fails_in_one_line, feddm, finished_run
 
 
@@ -24,8 +28,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = finished_run(
         tmp_path_factory.mktemp("runs"),
         *("data=digits", "data.test_fraction=0.1", "federation.num_supernodes=3"),
-        "federation.min_replies=1",
+        *("federation.min_replies=1", "partition.counts=null", "partition.beta=0.5"),
     )
+    config = read_config(path / "config.yaml")
+    dataset = build_dataset(config, download=False)
+    dealt = partition_dataset(config, dataset, 3).describe()
+    (path / "data.json").write_text(json.dumps({"sha256": hash_images(dataset)}))
+    (path / "partition.json").write_text(json.dumps(dealt))
     (path / "local").mkdir()
     shutil.copy(path / "model.safetensors", path / "local" / "client-0.safetensors")
     return path
@@ -66,14 +75,18 @@ def test_audit_needs_held_out_images_and_those_of_the_run(run: Path, tmp_path: P
         *("data.channels=1", "data.test_fraction=null", "federation.num_supernodes=1"),
         *("federation.min_replies=1", f"data.cache_dir={tmp_path / 'cache'}"),
     )
+    assert_fails_in_one_line(feddm("audit", unmeasured), "data.json must be the run's, with hashes")
+    dataset = build_dataset(read_config(unmeasured / "config.yaml"), download=False)
+    told = {"sha256": hash_images(dataset)}
+    (unmeasured / "data.json").write_text(json.dumps(told))
     assert_fails_in_one_line(feddm("audit", unmeasured), "data.test_fraction must be one of the")
+    write_png(torch.zeros(1, 8, 8).byte(), str(tmp_path / "images" / "a" / "more.png"))
+    assert_fails_in_one_line(feddm("audit", unmeasured), "holds other images, or labels, than")
+    (unmeasured / "nodes.json").write_text(json.dumps({"7": 0}))
+    assert_fails_in_one_line(feddm("audit", unmeasured), "images of real nodes are not here")
     assert_fails_in_one_line(feddm("audit", tmp_path / "none"), "holds no run")
     copy = shutil.copytree(run, tmp_path / "other")
-    dealt = (
-        json.loads((copy / "partition.json").read_text())
-        if (copy / "partition.json").exists()
-        else {"num_clients": 3, "train_counts": [[1]], "test_counts": [[1]]}
-    )
+    dealt = json.loads((copy / "partition.json").read_text())
     dealt["train_counts"][0][0] += 1
     (copy / "partition.json").write_text(json.dumps(dealt))
     assert_fails_in_one_line(feddm("audit", copy), "data.root must be where the images are")

@@ -323,7 +323,7 @@ def earlier_run(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     run = tmp_path / "sweep" / "earlier"
     shutil.copytree(Path(__file__).parents[1] / "runs" / request.param, run)
     with (run / "config.yaml").open("a", encoding="utf-8") as file:
-        file.write("privacy:\n  noise: 1.5\n")
+        file.write("privacy:\n  amount: 1.5\n")
     return run
 
 
@@ -363,7 +363,7 @@ def test_run_of_an_earlier_version_is_resumed_where_all_its_values_are_known(
     place = {"output_dir": str(earlier_run.parent), "run_name": "earlier"}
     stored = read_config(earlier_run / "config.yaml")
     config = stored.changed({"resume": True, **place})
-    with pytest.raises(ValueError, match=r"was trained with privacy\.noise=1\.5, which"):
+    with pytest.raises(ValueError, match=r"was trained with privacy\.amount=1\.5, which"):
         check_startable(config)
     file = earlier_run / "config.yaml"
     file.write_text(file.read_text(encoding="utf-8").partition("privacy:")[0], encoding="utf-8")

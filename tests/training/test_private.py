@@ -471,11 +471,11 @@ def test_latents_of_single_images_are_trained_beside_what_is_protected() -> None
         ),
         (
             ["privacy=dp_sgd", "model=resnet_gan", "model.discriminator_steps=9"],
-            r"privacy.sampling_rate must be so small, .* a round has 9 steps .* there are 5 at",
+            r"privacy.sampling_rate must be smaller, .* after 9 of its .*, and a round has 5",
         ),
         (
             ["experiment=private", "model=tiny", "diffusion=fast", "diffusion.ema_decay=0.9"],
-            r"privacy.noise must be local .*not trained: average.*federation.ema_decay",
+            r"privacy.noise must be local .*\(average.*federation.ema_decay",
         ),
         (
             ["experiment=private", "model=resnet_gan", "model.width=4"],
