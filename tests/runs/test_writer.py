@@ -280,8 +280,10 @@ def test_run_of_another_version_goes_on_where_its_values_are_known(started: Path
         assert directory.config.federation.trim_fraction == 0.2
     with pytest.raises(ValueError, match=r"trim_fraction=0.1 \(there: 0.2\)"):
         RunWriter(configured(started.parent, "resume=true", "federation.trim_fraction=0.1"))
-    file.write_text(written + "privacy: {noise: 1.5}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"resume: .* was trained with privacy\.noise=1\.5, which"):
+    file.write_text(written + "privacy: {other: 1.5}\n", encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"resume: .* was trained with privacy\.amount=1\.5, which"
+    ):
         RunWriter(configured(started.parent, "resume=true"))
 
 

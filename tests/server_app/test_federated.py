@@ -361,7 +361,7 @@ def test_too_few_replies_end_the_run_and_resume_goes_on_to_the_same_bits(
 def test_server_optimizer_goes_on_after_a_resume_to_the_same_bits(
     reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def with_momentum(_: Any, layout: WeightLayout, weighting: Weighting) -> Strategy:
+    def with_momentum(_: Any, layout: WeightLayout, weighting: Weighting, **__: Any) -> Strategy:
         momentum = partial(torch.optim.SGD, lr=1.0, momentum=0.5)
         return Strategy(layout, lambda _, __: WeightedMean(weighting), server_optimizer=momentum)
 
