@@ -281,9 +281,7 @@ def test_run_of_another_version_goes_on_where_its_values_are_known(started: Path
     with pytest.raises(ValueError, match=r"trim_fraction=0.1 \(there: 0.2\)"):
         RunWriter(configured(started.parent, "resume=true", "federation.trim_fraction=0.1"))
     file.write_text(written + "privacy: {other: 1.5}\n", encoding="utf-8")
-    with pytest.raises(
-        ValueError, match=r"resume: .* was trained with privacy\.amount=1\.5, which"
-    ):
+    with pytest.raises(ValueError, match=r"resume: .* was trained with privacy\.other=1\.5, which"):
         RunWriter(configured(started.parent, "resume=true"))
 
 
