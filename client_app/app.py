@@ -107,18 +107,20 @@ def train(message: Message, context: Context) -> Message:
             optimizers = gradients_as_updates(optimizers)
         state.load(optimizers)
         precision = choose_precision(workspace, context, str(asked[Key.PRECISION]))
-        rng = torch_generator(
-            config.seed,
-            Stream.TRAIN,
-            server_round,
-            int(asked[Key.CLIENT]),  # type: ignore[arg-type]
-            device=workspace.device,
-        )
+        # The server knows the run's seed. It could take noise that comes from it out again, and see
+        # in all draws that follow who was there before.
         secret = config.privacy.is_on and workspace.node is not None
-        if secret:
-            # The server knows the run's seed. It could take noise that comes from it out again, and
-            # see in all draws that follow who was there before.
-            rng = secret_generator(workspace.device)
+        rng = (
+            secret_generator(workspace.device)
+            if secret
+            else torch_generator(
+                config.seed,
+                Stream.TRAIN,
+                server_round,
+                int(asked[Key.CLIENT]),  # type: ignore[arg-type]
+                device=workspace.device,
+            )
+        )
         result = fit(
             generator,
             images.images,

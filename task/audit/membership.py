@@ -57,7 +57,7 @@ def attack_members(
 ) -> list[Attack]:
     """Attack a model in every way that its family knows, as a whole and client by client.
 
-    Members and others are looked at together in random order, and with the same draws.
+    Members and others are looked at together, in random order.
 
     Args:
         generator: moved to the device, and left in eval mode.

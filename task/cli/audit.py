@@ -1,6 +1,6 @@
 """`feddm audit`: what a model remembers of the images that it was trained on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,12 +19,11 @@ from task.files import write_json
 from task.generation.draw_images import draw_images, full_labels
 from task.randomness import Stream
 from task.reporting.metric_table import lay_out
-from task.runs.layout import DATA_FILE, PARTITION_FILE, read_json
+from task.runs.layout import AUDIT_FILE, DATA_FILE, PAIRS_FILE, PARTITION_FILE, read_json
 from task.runs.run import Run, final_model, kept_clients
 from task.runs.same_images import describe_differences
 from task.training.devices import select_device
 
-AUDIT_FILE, PAIRS_FILE = "audit.json", "audit-pairs.png"
 # Of images, to either side, at which a copy is still one.
 MOST_SHIFTED = 1
 ATTACK_HEADS = (
@@ -70,7 +69,7 @@ def audit_run(
             seed=config.eval.seed,
             local_of=client,
         )
-    audited = {each.client for each in attacks}
+    audited = {each.client for each in attacks if not each.is_local}
     skipped = [client for client in shares if client not in audited]
     labels = full_labels(config, dataset)
     say(f"drawing {len(labels):,} images and searching them for copies")
@@ -108,8 +107,14 @@ def audit_run(
         horizontal_flip=config.data.horizontal_flip,
         most_shifted=MOST_SHIFTED,
     )
-    told = content(last, attacks, searches, found)
-    write_json(run / AUDIT_FILE, {**told, "clients_not_looked_at": skipped})
+    told = {
+        "round": last,
+        "attacks": [asdict(each) for each in attacks],
+        "searches": [{**asdict(each), "found": each.found._asdict()} for each in searches],
+        "findings": [asdict(each) for each in found],
+        "clients_not_looked_at": skipped,
+    }
+    write_json(run / AUDIT_FILE, told)
     say(f"\nwritten to {run / AUDIT_FILE}; pairs to look at, for you alone: {run / PAIRS_FILE}")
     return found
 
@@ -164,14 +169,12 @@ def audit_lines(
     attacks: Sequence[Attack], found: Sequence[AuditFinding], skipped: Sequence[int], title: str
 ) -> list[str]:
     """Lay an audit out for a reader: a table of the attacks, then the findings."""
-    lines = []
-    if attacks:
-        lines.append(f"{lay_out([ATTACK_HEADS, *map(_attack_row, attacks)])}\n")
-    if not attacks:
-        lines.append(
-            f"No attack was made: none is known for a {title}, or too few patients are held out.\n"
-        )
-    lines += [
+    made = (
+        lay_out([ATTACK_HEADS, *map(_attack_row, attacks)])
+        if attacks
+        else f"No attack was made: none is known for a {title}, or too few patients are held out."
+    )
+    lines = [f"{made}\n"] + [
         f"- {'DETECTED' if each.is_detected else 'not detected'}: {each.says}" for each in found
     ]
     if skipped:
@@ -196,18 +199,3 @@ def _attack_row(attack: Attack) -> tuple[str, ...]:
         f"{found.members:,}",
         f"{found.others:,}",
     )
-
-
-def content(
-    server_round: int,
-    attacks: Sequence[Attack],
-    searches: Sequence[Search],
-    found: Sequence[AuditFinding],
-) -> Mapping[str, object]:
-    """Return what is written of an audit."""
-    return {
-        "round": server_round,
-        "attacks": [asdict(each) for each in attacks],
-        "searches": [{**asdict(each), "found": each.found._asdict()} for each in searches],
-        "findings": [asdict(each) for each in found],
-    }

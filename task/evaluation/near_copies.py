@@ -136,6 +136,8 @@ def feature_copying(generated: Features, train: Features, held_out: Features) ->
 def shifted(images: Tensor, most: int) -> Iterator[Tensor]:
     """Yield images, [N, C, H, W], at every shift of up to so many pixels; edges are repeated."""
     yield images
+    if most == 0:
+        return
     height, width = images.shape[-2:]
     padded = nn.functional.pad(images.float(), (most,) * 4, mode="replicate").to(images.dtype)
     for down in range(2 * most + 1):

@@ -46,6 +46,8 @@ SCHEMA_VERSION = 2
 PARTITION_FILE = "partition.json"
 POOLED_FILE = "pooled.json"
 DATA_FILE = "data.json"
+# Of `feddm audit`; the picture holds training images.
+AUDIT_FILE, PAIRS_FILE = "audit.json", "audit-pairs.png"
 # The number of the last masked sum.
 MASKED_SUMS_FILE = "sums.json"
 # How often real nodes were asked to train privately, which costs each time.
