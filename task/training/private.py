@@ -103,8 +103,8 @@ def described_privacy(config: Config, epsilon: float) -> str:
     multiplier = f"noise multiplier {spent.noise_multiplier:.4g}"
     if sums_gradients(config):
         multiplier += (
-            " of the sum over hospitals, each of which adds a share; with fewer than "
-            f"{int(privacy.colluders or 0) + 1} that tell theirs"
+            " of the sum over hospitals, each of which adds a share, and of which at most "
+            f"{privacy.colluders} tell the server theirs"
         )
     how = f"{multiplier}, clipping norm {privacy.clipping_norm:g}"
     if privacy.is_on:

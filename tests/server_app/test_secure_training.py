@@ -353,7 +353,9 @@ def test_real_hospital_adds_a_share_of_the_noise_among_those_alone_that_it_names
     nodes = hospitals(tmp_path, config, 3)
     run = secure_run(config, nodes, nodes)
     told = describe_privacy(Run(run))
-    assert "of the sum over hospitals, each of which adds a share; with fewer than 2 that" in told
+    assert (
+        "of the sum over hospitals, each of which adds a share, and of which at most 1 tell" in told
+    )
     # Without noise the draws of images differ all the same: the run's seed is known to the server.
     ends = []
     for name in ("one", "other"):
