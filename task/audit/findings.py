@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from scipy.stats import norm
 
 from task.audit.membership import Attack
+from task.evaluation.copy_measures import CopyMeasures
 from task.evaluation.near_copies import Copying, least_share_shown
 
 # One in a hundred audits of models that remember nothing says otherwise.
@@ -25,12 +26,14 @@ class Search:
         found: what came of it.
         generated: images that were drawn.
         held_out: real images beside them.
+        measures: further figures, which describe and find nothing.
     """
 
     space: str
     found: Copying
     generated: int
     held_out: int
+    measures: CopyMeasures
 
 
 @dataclass(frozen=True)

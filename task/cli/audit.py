@@ -3,18 +3,19 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from task.audit.findings import AuditFinding, Search, findings
 from task.audit.membership import Attack, Shares, attack_members, one_of_each_patient
 from task.audit.pairs import save_pairs
 from task.audit.roc import FEWEST_PATIENTS
+from task.audit.searches import search_copies
 from task.checks import require
 from task.config import Config
 from task.data import Dataset, build_dataset
 from task.data.partition import partition_dataset
-from task.evaluation.comparison import extract_real, looked_at
-from task.evaluation.features import build_extractor, extract
-from task.evaluation.near_copies import feature_copying, pixel_copying
+from task.evaluation.copy_measures import QUANTILES
+from task.evaluation.features import build_extractor
 from task.files import write_json
 from task.generation.draw_images import draw_images, full_labels
 from task.randomness import Stream
@@ -24,12 +25,16 @@ from task.runs.run import Run, final_model, kept_clients
 from task.runs.same_images import describe_differences
 from task.training.devices import select_device
 
-# Of images, to either side, at which a copy is still one.
-MOST_SHIFTED = 1
 ATTACK_HEADS = (
     *("images of", "attack", "AUC", "95 % interval", "TPR at 1 % FPR", "at 0.1 %"),
     *("members", "held out"),
 )
+# Under the table of the searches.
+SEARCH_CAPTION = """\
+ratio: distance to the nearest training image over the mean to the {} nearest, quantiles; 0: copies
+authentic: farther from the nearest training image than this one is from the next; 0 %: all copies
+C_T: far below 0 where many are copies, far above 0 where images are unlike the training images
+These figures describe; findings are made by a test of the ratios."""
 
 
 def audit_run(
@@ -76,46 +81,17 @@ def audit_run(
     drawn = draw_images(config, model, labels, device=device, stream=Stream.EVALUATED_IMAGES)
     # Images of one patient are alike: more of them would count one look several times.
     searched = Dataset(dataset.train, one_of_each_patient(dataset.test, config.eval.seed))
-    real = extract_real(config, searched, extractor)
-    seen = looked_at(config, extractor, drawn.images, 9)
-    features = extract(extractor, seen, batch_size=config.eval.batch_size)
-    pixels = pixel_copying(
-        drawn.images,
-        dataset.train.images,
-        searched.test.images,
-        horizontal_flip=config.data.horizontal_flip,
-        device=device,
-        most_shifted=MOST_SHIFTED,
+    searches, nearest = search_copies(
+        config, drawn.images, searched, extractor=extractor, device=device
     )
-    numbers = len(drawn), len(searched.test)
-    searches = [
-        Search("pixels", pixels, *numbers),
-        Search(
-            f"features ({extractor.name})",
-            feature_copying(features, real.train, real.held_out),
-            *numbers,
-        ),
-    ]
     found = findings(attacks, searches)
     say(f"\n{run.resolve().name}, round {last} of {config.federation.rounds}\n")
-    for line in audit_lines(attacks, found, skipped, model.title):
+    for line in audit_lines(attacks, searches, found, skipped, model.title):
         say(line)
-    save_pairs(
-        drawn.images,
-        dataset.train.images,
-        run / PAIRS_FILE,
-        horizontal_flip=config.data.horizontal_flip,
-        most_shifted=MOST_SHIFTED,
-    )
-    told = {
-        "round": last,
-        "attacks": [asdict(each) for each in attacks],
-        "searches": [{**asdict(each), "found": each.found._asdict()} for each in searches],
-        "findings": [asdict(each) for each in found],
-        "clients_not_looked_at": skipped,
-    }
-    write_json(run / AUDIT_FILE, told)
-    say(f"\nwritten to {run / AUDIT_FILE}; pairs to look at, for you alone: {run / PAIRS_FILE}")
+    save_pairs(drawn.images, dataset.train.images, nearest, run / PAIRS_FILE)
+    told = {"round": last, **audit_content(attacks, searches, found)}
+    write_json(run / AUDIT_FILE, told | {"clients_not_looked_at": skipped})
+    say(written(run))
     return found
 
 
@@ -165,18 +141,37 @@ def shares_of(run: Path, config: Config, dataset: Dataset) -> Shares:
     return dict(enumerate(zip(partition.train_indices, partition.test_indices, strict=True)))
 
 
+def audit_content(
+    attacks: Sequence[Attack], searches: Sequence[Search], found: Sequence[AuditFinding]
+) -> dict[str, Any]:
+    """Return what `audit.json` tells of attacks, searches and findings."""
+    return {
+        "attacks": [asdict(each) for each in attacks],
+        "searches": [{**asdict(each), "found": each.found._asdict()} for each in searches],
+        "findings": [asdict(each) for each in found],
+    }
+
+
+def written(folder: Path) -> str:
+    """Say where the files of an audit are."""
+    files = folder / AUDIT_FILE, folder / PAIRS_FILE
+    return f"\nwritten to {files[0]}; pairs to look at, for you alone: {files[1]}"
+
+
 def audit_lines(
-    attacks: Sequence[Attack], found: Sequence[AuditFinding], skipped: Sequence[int], title: str
+    attacks: Sequence[Attack],
+    searches: Sequence[Search],
+    found: Sequence[AuditFinding],
+    skipped: Sequence[int],
+    title: str,
 ) -> list[str]:
-    """Lay an audit out for a reader: a table of the attacks, then the findings."""
+    """Lay an audit out for a reader: tables of the attacks and searches, then the findings."""
     made = (
         lay_out([ATTACK_HEADS, *map(_attack_row, attacks)])
         if attacks
         else f"No attack was made: none is known for a {title}, or too few patients are held out."
     )
-    lines = [f"{made}\n"] + [
-        f"- {'DETECTED' if each.is_detected else 'not detected'}: {each.says}" for each in found
-    ]
+    lines = [f"{made}\n", *search_lines(searches, found)]
     if skipped:
         clients = " ".join(map(str, skipped))
         lines.append(
@@ -184,6 +179,32 @@ def audit_lines(
             "patients were attacked or held out."
         )
     return lines
+
+
+def search_lines(searches: Sequence[Search], found: Sequence[AuditFinding]) -> list[str]:
+    """Lay searches for copies out for a reader: a table of their figures, then the findings."""
+    heads = ("images", "n", *(f"ratio, {share:.0%}" for share in QUANTILES), "authentic", "C_T")
+    table = lay_out([heads, *(row for each in searches for row in _search_rows(each))])
+    neighbors = " or ".join(map(str, dict.fromkeys(each.measures.neighbors for each in searches)))
+    return [f"{table}\n\n{SEARCH_CAPTION.format(neighbors)}\n"] + [
+        f"- {'DETECTED' if each.is_detected else 'not detected'}: {each.says}" for each in found
+    ]
+
+
+def _search_rows(search: Search) -> list[tuple[str, ...]]:
+    """Return the figures of generated images, then those of held-out ones."""
+    measures = search.measures
+    c_t = "too few" if measures.c_t is None else f"{measures.c_t:.1f}"
+    rows = []
+    for kind, number, last in (
+        ("generated", search.generated, c_t),
+        ("held_out", search.held_out, ""),
+    ):
+        ratios = (f"{getattr(both, kind):.3f}" for both in measures.ratios.values())
+        share = f"{getattr(measures.authenticity, kind):.1%}"
+        name = f"{search.space}, {kind.replace('_', ' ')}"
+        rows.append((name, f"{number:,}", *ratios, share, last))
+    return rows
 
 
 def _attack_row(attack: Attack) -> tuple[str, ...]:

@@ -17,8 +17,8 @@ from task.checks import require
 BLOCK_ROWS = 1024
 BLOCK_COLUMNS = 8192
 
-# Of an image, among the training images.
-NEIGHBOURS = 10
+# Of an image, among the training images; as many as Carlini et al. take.
+NEIGHBOURS = 50
 
 
 class MeanStd(NamedTuple):
@@ -33,6 +33,21 @@ class Manifold(NamedTuple):
 
     density: float
     coverage: float
+
+
+class Nearest(NamedTuple):
+    """The nearest of the reference images, for each of N queries; on the CPU.
+
+    Attributes:
+        distance: [N] float64, to it.
+        ratio: [N] float64, that distance over the mean distance to the `NEIGHBOURS` nearest: 0 for
+            an exact copy, about 1 for an image that is as near to many, such as a blurred one.
+        place: [N] int64, which one it is.
+    """
+
+    distance: Tensor
+    ratio: Tensor
+    place: Tensor
 
 
 def inception_score(
@@ -278,40 +293,42 @@ def _distance_sum(first: Tensor, second: Tensor) -> float:
     )
 
 
-def neighbor_distances(queries: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how near the nearest reference of each query is, alone and beside the next ones.
-
-    The second is the distance to the nearest over the mean distance to the `NEIGHBOURS` nearest:
-    0 for an exact copy, about 1 for an image that is as near to many, such as a blurred one.
+def neighbor_distances(queries: Tensor, reference: Tensor, *, own: Tensor | None = None) -> Nearest:
+    """Find the nearest reference of each query, and how near it is beside the next ones.
 
     Args:
         queries: [N, D], any dtype.
-        reference: [M, D], M >= 1.
-
-    Returns:
-        Two of [N] float64, on the CPU.
+        reference: [M, D], M > K; with fewer than `NEIGHBOURS` the mean is over all.
+        own: [N, K] int64, references that do not count for each query, because they are the query
+            itself; None: all count.
 
     Raises:
-        ValueError: a set is empty, or D differs.
+        ValueError: a set is empty, D differs, or no reference is left that counts.
 
-    Source: Carlini et al. 2023, section 5.1 (their mean is over 50 neighbors).
+    Source: Carlini et al. 2023 (arXiv 2301.13188), section 5.1.
     """
     _check_features(queries, reference, at_least=1)
-    number = min(NEIGHBOURS, len(reference))
-    found, relative = [], []
-    for rows in _rows(queries):
+    left = len(reference) - (0 if own is None else own.shape[1])
+    require(left >= 1, "reference", "of one image at least beside the query itself", len(reference))
+    number = min(NEIGHBOURS, left)
+    found = []
+    for start, rows in zip(range(0, len(queries), BLOCK_ROWS), _rows(queries), strict=True):
         best = torch.full((len(rows), number), math.inf, dtype=torch.float64, device=rows.device)
         where = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        left_out = None if own is None else own[start : start + len(rows)].to(rows.device)
         for columns, distances in _squared_distances(rows, reference):
+            if left_out is not None:
+                row, place = ((left_out >= columns.start) & (left_out < columns.stop)).nonzero().T
+                distances[row, left_out[row, place] - columns.start] = math.inf
             value, index = distances.min(1)
             where = torch.where(value < best[:, 0], index + columns.start, where)
             best = torch.cat([best, distances], 1).topk(number, largest=False, sorted=True).values
         # A difference of squares is off by rounding; the difference itself is not.
         nearest = (rows.double() - reference[where].double()).norm(dim=1)
         mean = (nearest + best[:, 1:].sqrt().sum(1)) / number
-        found.append(nearest.cpu())
-        relative.append((nearest / mean.clamp(min=torch.finfo(mean.dtype).tiny)).cpu())
-    return torch.cat(found), torch.cat(relative)
+        ratio = nearest / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+        found.append((nearest.cpu(), ratio.cpu(), where.cpu()))
+    return Nearest(*map(torch.cat, zip(*found, strict=True)))
 
 
 def _squared_radii(features: Tensor, k: int) -> Tensor:

@@ -3,6 +3,8 @@
 import math
 from bisect import bisect_left
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.special import xlogy
 from torch import Tensor, nn
 
-from task.evaluation.distances import neighbor_distances
+from task.evaluation.distances import Nearest, neighbor_distances
 from task.evaluation.features import Features
 from task.progress import progress
 
@@ -39,10 +41,11 @@ class Copying(NamedTuple):
     p_value: float
 
     @classmethod
-    def of(cls, generated: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]) -> "Copying":
-        """Compare distances to the training images; see `neighbor_distances`."""
-        p_value, copied = copying_test(generated[1], held_out[1])
-        return cls(generated[0].median().item(), held_out[0].median().item(), copied, p_value)
+    def of(cls, generated: Nearest, held_out: Nearest) -> "Copying":
+        """Compare what is known of the nearest training images."""
+        p_value, copied = copying_test(generated.ratio, held_out.ratio)
+        near, real = (each.distance.median().item() for each in (generated, held_out))
+        return cls(near, real, copied, p_value)
 
 
 def copying_test(generated: Tensor, held_out: Tensor) -> tuple[float, float]:
@@ -60,7 +63,8 @@ def copying_test(generated: Tensor, held_out: Tensor) -> tuple[float, float]:
 
     Returns:
         The p value, and by how much the share of the generated images among the nearest exceeds
-        that of the held-out ones, where the evidence is greatest.
+        that of the held-out ones, where the evidence is greatest; for the share all numbers of
+        nearest images count, for the p value up to `DEEPEST` and half of all.
 
     Source: Berk & Jones 1979 (the statistic), for two samples.
     """
@@ -68,19 +72,20 @@ def copying_test(generated: Tensor, held_out: Tensor) -> tuple[float, float]:
     nearness = torch.cat([held_out, generated]).numpy()
     is_generated = (np.arange(n + m) >= m).astype(np.int64)
     # Of equal distances those of held-out images come first, which is on the safe side.
-    order = np.argsort(nearness, kind="stable")[: min(DEEPEST, (n + m) // 2)]
-    among = np.cumsum(is_generated[order])
-    depths = np.arange(1, len(order) + 1)
+    among = np.cumsum(is_generated[np.argsort(nearness, kind="stable")])
+    depths = np.arange(1, n + m + 1)
     evidence = _evidence(among, depths, n / (n + m))
-    most = evidence.max()
+    deepest = min(DEEPEST, (n + m) // 2)
+    most = evidence[:deepest].max()
     if most <= 0:
         return 1.0, 0.0
     # chances[k]: of k generated images among the nearest, with less evidence at each depth so far.
-    chances = np.zeros(len(order) + 1)
+    chances = np.zeros(deepest + 1)
     chances[0] = 1.0
-    counts = np.arange(len(order) + 1)
-    reached = _evidence(counts, depths[:, None], n / (n + m)) >= most - ROUNDING
-    taken = np.clip((n - counts) / (n + m - depths[:, None] + 1), 0, 1)
+    counts = np.arange(deepest + 1)
+    tested = depths[:deepest, None]
+    reached = _evidence(counts, tested, n / (n + m)) >= most - ROUNDING
+    taken = np.clip((n - counts) / (n + m - tested + 1), 0, 1)
     for take, out in zip(taken, reached, strict=True):
         moved = chances * take
         chances = chances - moved
@@ -124,13 +129,60 @@ def _evidence(
     return np.where(found > share, depth * ratio, 0.0)
 
 
-@progress(1, "searching for copies in features")
-def feature_copying(generated: Features, train: Features, held_out: Features) -> Copying:
-    """Compare how near images come to the training images, in the features of an extractor."""
-    return Copying.of(
-        neighbor_distances(generated.features, train.features),
-        neighbor_distances(held_out.features, train.features),
-    )
+@dataclass(frozen=True, eq=False)
+class TrainingImages:
+    """Training images, among which the nearest one is searched for.
+
+    Attributes:
+        images: [M, C, H, W] uint8, or their features, [M, D] float32; on the device that computes.
+        horizontal_flip: whether images count mirrored as well.
+        most_shifted: pixels by which other images may be shifted, in each direction, to come
+            nearer; edges are repeated.
+    """
+
+    images: Tensor
+    horizontal_flip: bool = False
+    most_shifted: int = 0
+
+    @cached_property
+    def _points(self) -> Tensor:
+        images = self.images
+        return (torch.cat([images, images.flip(-1)]) if self.horizontal_flip else images).flatten(1)
+
+    @property
+    def _unit(self) -> float:
+        """The distance that counts as 1; images differ by the root mean square in [0, 1]."""
+        in_pixels = self.images.ndim == 4
+        return 255 * math.sqrt(self.images[0].numel()) if in_pixels else 1.0
+
+    def nearest(self, images: Tensor, *, own: Tensor | None = None) -> Nearest:
+        """Find the nearest training image of each image, at the shift at which it comes nearest.
+
+        Args:
+            images: [N, C, H, W] uint8, or [N, D] features.
+            own: see `neighbor_distances`; of mirrored images M is added.
+
+        Returns:
+            Distances of features, or root mean square differences of pixels in [0, 1].
+        """
+        images = images.to(self.images.device)
+        found = [
+            neighbor_distances(each.flatten(1), self._points, own=own)
+            for each in shifted(images, self.most_shifted)
+        ]
+        distance, ratio, place = (torch.stack(each) for each in zip(*found, strict=True))
+        best = distance.argmin(0, keepdim=True)
+        distance, ratio, place = (each.gather(0, best)[0] for each in (distance, ratio, place))
+        return Nearest(distance / self._unit, ratio, place % len(self.images))
+
+    def nearest_others(self, indices: Tensor) -> Nearest:
+        """Find, for training images at `indices`, [N] int64, the nearest other training image.
+
+        Raises:
+            ValueError: there is no other.
+        """
+        own = torch.stack([indices, indices + len(self.images)][: 1 + self.horizontal_flip], 1)
+        return self.nearest(self.images[indices.to(self.images.device)], own=own)
 
 
 def shifted(images: Tensor, most: int) -> Iterator[Tensor]:
@@ -146,14 +198,11 @@ def shifted(images: Tensor, most: int) -> Iterator[Tensor]:
                 yield padded[..., down : down + height, right : right + width]
 
 
-def shifted_distances(images: Tensor, train: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Return the `neighbor_distances` of images, each at the shift at which it comes nearest."""
-    found = [
-        neighbor_distances(each.flatten(1), train.flatten(1)) for each in shifted(images, most)
-    ]
-    nearest, relative = (torch.stack(each) for each in zip(*found, strict=True))
-    best = nearest.argmin(0, keepdim=True)
-    return nearest.gather(0, best)[0], relative.gather(0, best)[0]
+@progress(1, "searching for copies in features")
+def feature_copying(generated: Features, train: Features, held_out: Features) -> Copying:
+    """Compare how near images come to the training images, in the features of an extractor."""
+    images = TrainingImages(train.features)
+    return Copying.of(images.nearest(generated.features), images.nearest(held_out.features))
 
 
 @progress(1, "searching for copies in pixels")
@@ -164,11 +213,8 @@ def pixel_copying(
     *,
     horizontal_flip: bool,
     device: torch.device,
-    most_shifted: int = 0,
 ) -> Copying:
     """Compare how near images come to the training images, in pixels.
-
-    Distances are root mean square differences of pixels in [0, 1].
 
     Args:
         generated: [N, C, H, W] uint8.
@@ -176,15 +222,6 @@ def pixel_copying(
         held_out: [K, C, H, W] uint8, that were not trained on.
         horizontal_flip: whether the training images count mirrored as well.
         device: that computes.
-        most_shifted: pixels by which images may be shifted, in each direction, to come nearer.
     """
-    train = train.to(device)
-    if horizontal_flip:
-        train = torch.cat([train, train.flip(-1)])
-    scale = 255 * math.sqrt(train[0].numel())
-
-    def distances(images: Tensor) -> tuple[Tensor, Tensor]:
-        nearest, relative = shifted_distances(images.to(device), train, most_shifted)
-        return nearest / scale, relative
-
-    return Copying.of(distances(generated), distances(held_out))
+    images = TrainingImages(train.to(device), horizontal_flip)
+    return Copying.of(images.nearest(generated), images.nearest(held_out))

@@ -12,7 +12,8 @@ from task.audit.pairs import closest_pairs
 from task.audit.roc import Sample, separation
 from task.config import load_config
 from task.data import Dataset, ImageSet, normalize
-from task.evaluation.near_copies import Copying, pixel_copying, shifted
+from task.evaluation.copy_measures import Beside, CopyMeasures
+from task.evaluation.near_copies import Copying, TrainingImages, shifted
 from task.generators.base import Batch, Generator
 from task.generators.diffusion.membership import (
     EARLY,
@@ -168,17 +169,22 @@ def test_families_are_attacked_alike_however_images_are_grouped(
         assert torch.equal(scores, scored[1][name])
 
 
-def test_copies_that_are_shifted_or_mirrored_are_found_and_paired(tmp_path: object) -> None:
+def test_copies_that_are_shifted_or_mirrored_are_found_and_paired() -> None:
     train, held_out = images_of(80, 0).images, images_of(60, 1).images
     fresh = images_of(60, 2).images
     fresh[:9] = train[:9].roll(1, dims=-1).flip(-1)
-    options = {"horizontal_flip": True, "device": CPU}
-    assert pixel_copying(fresh, train, held_out, **options).p_value > 0.01  # type: ignore[arg-type]
-    found = pixel_copying(fresh, train, held_out, **options, most_shifted=1)  # type: ignore[arg-type]
+    unmoved = TrainingImages(train, horizontal_flip=True)
+    found = Copying.of(unmoved.nearest(fresh), unmoved.nearest(held_out))
+    assert found.p_value > 0.01
+    moved = TrainingImages(train, horizontal_flip=True, most_shifted=1)
+    found = Copying.of(moved.nearest(fresh), moved.nearest(held_out))
     assert found.p_value < 1e-3 and 0.1 <= found.copied <= 0.25
     assert len([*shifted(train[:1], 1)]) == 9
+    # No image is the nearest other one of itself, nor of its mirror image.
+    others = moved.nearest_others(torch.arange(80))
+    assert float(others.distance.min()) > 0.1 and not (others.place == torch.arange(80)).any()
     fresh[20] = train[11]
-    chosen, nearest = closest_pairs(fresh, train, 10, horizontal_flip=True, most_shifted=1)
+    chosen, nearest = closest_pairs(moved.nearest(fresh), 10)
     pairs = dict(zip(chosen.tolist(), nearest.tolist(), strict=True))
     assert chosen[0] == 20 and pairs == {20: 11, **{number: number for number in range(9)}}
 
@@ -186,6 +192,7 @@ def test_copies_that_are_shifted_or_mirrored_are_found_and_paired(tmp_path: obje
 def test_all_looks_together_seldom_find_what_is_not_there() -> None:
     """Two hundred audits of honest models: 4 attacks, on all images and on those of 5 clients."""
     alarms = 0
+    measures = CopyMeasures(50, {}, Beside(0.5, 0.5), None, 0)
     for seed in range(200):
         rng = np.random.default_rng(seed)
         attacks = []
@@ -197,7 +204,7 @@ def test_all_looks_together_seldom_find_what_is_not_there() -> None:
                 assert separated is not None
                 attacks.append(Attack(f"attack {number}", client, False, separated))
         copies = [
-            Search(space, Copying(0.1, 0.1, 0.0, float(rng.uniform())), 179, 179)
+            Search(space, Copying(0.1, 0.1, 0.0, float(rng.uniform())), 179, 179, measures)
             for space in ("pixels", "features")
         ]
         alarms += any(each.is_detected for each in findings(attacks, copies))

@@ -69,8 +69,8 @@ def _trial(
     honest, held, train = (
         images[part] for part in torch.tensor_split(order, (GENERATED, GENERATED + held_out))
     )
-    nearest, relative = neighbor_distances(honest, train)
-    held_nearest, held_relative = neighbor_distances(held, train)
+    nearest, relative, _ = neighbor_distances(honest, train)
+    held_nearest, held_relative, _ = neighbor_distances(held, train)
     near = (nearest <= held_nearest.quantile(0.01)).double().mean()
     alarms: dict[str | float, bool] = {
         "threshold": bool(near > 0.01 + 3 * math.sqrt(0.01 * 0.99 / GENERATED)),
@@ -80,7 +80,7 @@ def _trial(
         number = round(share * GENERATED)
         noise = COPY_NOISE * torch.randn(number, images.shape[1], generator=generator)
         copied = (train[:number] + noise).clamp(0, 255)
-        _, theirs = neighbor_distances(copied, train.float())
+        theirs = neighbor_distances(copied, train.float()).ratio
         mixed = torch.cat([relative[number:], theirs])
         alarms[share] = copying_test(mixed, held_relative)[0] < SIGNIFICANT
     return alarms

@@ -134,7 +134,7 @@ def _metrics(
         others[taken] = False
         held_out = features(dataset.test.images[others][: len(found)])
         _, share = copying_test(
-            neighbor_distances(found, real)[1], neighbor_distances(held_out, real)[1]
+            neighbor_distances(found, real).ratio, neighbor_distances(held_out, real).ratio
         )
         return {"copied": share}
     size = min(len(found), len(real))

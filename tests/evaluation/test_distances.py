@@ -195,13 +195,25 @@ def test_nearest_distances_are_those_of_loops_and_zero_for_copies() -> None:
 
 def test_nearest_beside_the_next_ones_is_0_for_copies_and_1_among_equals() -> None:
     corners = torch.eye(12)
-    _, relative = neighbor_distances(torch.cat([corners[:1], torch.zeros(1, 12)]), corners)
-    assert relative.tolist() == pytest.approx([0, 1])
-    distances = torch.cdist(points(7, seed=1).double(), points(30).double()).sort(1).values[:, :10]
-    expected = distances[:, 0] / distances.mean(1)
-    assert neighbor_distances(points(7, seed=1), points(30))[1].tolist() == pytest.approx(
-        expected.tolist()
-    )
+    found = neighbor_distances(torch.cat([corners[:1], torch.zeros(1, 12)]), corners)
+    assert found.ratio.tolist() == pytest.approx([0, 1])
+    for number in (30, 80):
+        found = neighbor_distances(points(7, seed=1), points(number))
+        distances, places = torch.cdist(points(7, seed=1), points(number)).sort(1)
+        expected = distances[:, 0] / distances[:, :50].mean(1)
+        assert found.ratio.tolist() == pytest.approx(expected.tolist())
+        assert found.place.tolist() == places[:, 0].tolist()
+
+
+@pytest.mark.usefixtures("blocks")
+def test_nearest_other_image_is_the_second_nearest() -> None:
+    images = points(20)
+    found = neighbor_distances(images, images, own=torch.arange(20)[:, None])
+    distances, places = torch.cdist(images, images).sort(1)
+    assert found.distance.tolist() == pytest.approx(distances[:, 1].tolist())
+    assert found.place.tolist() == places[:, 1].tolist()
+    with pytest.raises(ValueError, match="one image at least beside the query itself, got 1"):
+        neighbor_distances(images[:1], images[:1], own=torch.zeros(1, 1, dtype=torch.int64))
 
 
 def test_energy_distance_agrees_with_its_definition() -> None:
@@ -224,19 +236,23 @@ def test_p_value_of_copying_is_the_share_of_orders_with_as_much_evidence() -> No
     assert copying_test(held_out + 10, generated)[0] == 1
 
 
-@pytest.mark.parametrize("held_out", [10, 179])
+@pytest.mark.parametrize("held_out", [10, 50, 179, 1000])
 def test_honest_images_are_seldom_taken_for_copies_and_copies_are_found(held_out: int) -> None:
     draws = generator()
     honest = [
-        copying_test(torch.rand(100, generator=draws), torch.rand(held_out, generator=draws))[0]
-        for _ in range(200)
+        copying_test(torch.rand(500, generator=draws), torch.rand(held_out, generator=draws))[0]
+        for _ in range(400)
     ]
-    # At a true rate of 1 %, 7 or more of 200 come in 5 of 1,000 tries.
-    assert sum(p < 0.01 for p in honest) < 7
-    assert sum(p < 0.1 for p in honest) < 38
-    copied = torch.rand(100, generator=draws)
-    copied[:60] = 0
-    assert copying_test(copied, torch.rand(held_out, generator=draws))[0] < 0.01
+    # At a true rate of 1 %, 12 or more of 400 come in 1 of 1,000 tries.
+    assert sum(p < 0.01 for p in honest) < 12
+    assert sum(p < 0.1 for p in honest) < 60
+    copied = torch.rand(500, generator=draws)
+    copied[:300] = 0
+    p_value, share = copying_test(copied, torch.rand(held_out, generator=draws))
+    assert p_value < 0.01 and share == pytest.approx(0.6, abs=0.15)
+    # Copies alone, however few images are held out.
+    p_value, share = copying_test(0 * copied, torch.rand(held_out, generator=draws) + 0.01)
+    assert p_value < 0.01 and share == 1
 
 
 def test_smallest_share_of_copies_that_shows_falls_with_held_out_images() -> None:

@@ -159,8 +159,8 @@ def nearness(images: ImageSet, train: ImageSet, *, mirrors: bool) -> tuple[Tenso
     pixels = train.images
     if mirrors:
         pixels = torch.cat([pixels, pixels.flip(-1)])
-    nearest, relative = neighbor_distances(images.images.flatten(1), pixels.flatten(1))
-    return nearest / (255 * pixels[0].numel() ** 0.5), relative
+    found = neighbor_distances(images.images.flatten(1), pixels.flatten(1))
+    return found.distance / (255 * pixels[0].numel() ** 0.5), found.ratio
 
 
 def count_nearly_equal(images: ImageSet, train: ImageSet, *, mirrors: bool) -> int:
