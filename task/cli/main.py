@@ -217,11 +217,35 @@ def evaluate_command(
 
 @app.command("audit")
 def audit_command(
-    run: FinishedRunFolder,
-    overrides: Annotated[
+    context: typer.Context,
+    words: Annotated[
         list[str] | None,
-        typer.Argument(help="Further values as for feddm evaluate.", show_default=False),
+        typer.Argument(
+            metavar="[RUN] [NAME=VALUE...]",
+            help="Folder of a finished run, then values as for feddm evaluate; with --images "
+            "values alone, such as data.image_size=64 data.horizontal_flip=true.",
+            show_default=False,
+        ),
     ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of images of any generator, in place of RUN.", metavar="DIR"),
+    ] = None,
+    train: Annotated[
+        Path | None,
+        typer.Option(help="With --images: the images it was trained on.", metavar="DIR"),
+    ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --images: images of the same kind that it was not trained on.",
+            metavar="DIR",
+        ),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(help="With --images: folder for what is written, outside of it."),
+    ] = Path("."),
     num_images: Annotated[
         int, typer.Option(min=20, help="Training images that are attacked at most; held-out too.")
     ] = 1000,
@@ -233,24 +257,73 @@ def audit_command(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Tell what a run's final weights remember of the images they were trained on.
+    """Tell what a run's final weights, or any generator's images, show of training images.
 
-    Attacks them to tell training images from held-out ones, as a whole, client by client and on the
-    clients' own models that were kept, and searches what they draw for copies. Prints tables and
-    findings, and writes RUN/audit.json, and RUN/audit-pairs.png: the generated images that are
-    nearest to training images, with these, for you alone. Status 0 whatever is found.
+    Attacks the weights of RUN to tell training images from held-out ones, as a whole, client by
+    client and on the clients' own models that were kept, and searches what they draw for copies.
+    With --images, --train and --held-out it searches the images of a folder for copies: of any
+    tool, in folders of classes or without.
+
+    Prints tables and findings, and writes audit.json, and audit-pairs.png: the generated images
+    that are nearest to training images, with these, for you alone; into RUN, or into OUT. Status 0
+    whatever is found.
 
     \b
     Examples:
       feddm audit runs/demo
       feddm audit runs/demo --num-images 5000 --num-per-class 100
+      feddm audit --images generated --train data/train --held-out data/test
     """
+    runs, overrides = runs_and_values(words or [])
+    of_folders = {"--images": images, "--train": train, "--held-out": held_out}
+    check_audited(context, runs, [option for option, path in of_folders.items() if path])
+    if images and train and held_out:
+        from task.cli.audit_folders import AuditedFolders, audit_folders
+
+        folders = (path.expanduser().absolute() for path in (images, train, held_out))
+        audit_folders(AuditedFolders(*folders), overrides, out=out, device=device, say=typer.echo)
+        return
+    run = finished(runs[0])
     from task.cli.audit import audit_run
     from task.cli.evaluate import evaluation_config
 
     options = {"eval.num_per_class": num_per_class, "train.device": device}
-    config = evaluation_config(run, overrides or [], options)
+    config = evaluation_config(run, overrides, options)
     audit_run(run, config, num_images=num_images, say=typer.echo)
+
+
+def check_audited(context: click.Context, runs: list[Path], given: list[str]) -> None:
+    """Check that either a run is audited or three folders are, with options of these alone.
+
+    Args:
+        context: of the command.
+        runs: that were named.
+        given: the options of folders that were.
+    """
+    other = ("num_images", "num_per_class") if given else ("out",)
+    typed = click.core.ParameterSource.COMMANDLINE
+    wrong = [name for name in other if context.get_parameter_source(name) is typed]
+    names = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+    if given and (runs or len(given) < 3):
+        got = " and ".join([*given, *map(str, runs)])
+        raise ValueError(
+            "--images, --train and --held-out must be given together, and without RUN, which is "
+            f"audited alone (feddm audit RUN), got {got}"
+        )
+    if not given and len(runs) != 1:
+        raise ValueError(
+            "RUN must be the folder of one finished run, or in its place --images, --train and "
+            f"--held-out, got {' '.join(map(str, runs)) or 'none'}"
+        )
+    if wrong:
+        fits = "RUN, which has a model to attack" if given else "--images, --train and --held-out"
+        raise ValueError(f"{names} must be left out, or given with {fits}")
+
+
+def runs_and_values(words: list[str]) -> tuple[list[Path], list[str]]:
+    """Tell folders of runs from values, NAME=VALUE; a run of a sweep is named by its words."""
+    folders = [word for word in words if "=" not in word or Path(word).exists()]
+    return [Path(word) for word in folders], [word for word in words if word not in folders]
 
 
 @app.command()
@@ -541,9 +614,7 @@ def study(
       feddm study runs/demo 'study.ratios=[1,2]' study.num_seeds=5
       feddm study runs/vae runs/stylegan runs/classifier --out runs/study
     """
-    # A run of a sweep is named by its words.
-    folders = [Path(word) for word in runs if "=" not in word or Path(word).exists()]
-    words = [word for word in runs if "=" in word and not Path(word).exists()]
+    folders, words = runs_and_values(runs)
     if not folders:
         raise ValueError("RUN must be the folder of a finished run, got none")
     for each in folders:

@@ -44,7 +44,7 @@ def load_files(data: DataConfig) -> Dataset:
         data.window,
     )
     train, test = list_files(data)
-    (images, train), (test_images, test) = _read_split(train, data), _read_split(test, data)
+    (images, train), (test_images, test) = read_split(train, data), read_split(test, data)
     if len(train) == 0:
         raise ValueError(
             f"data.root={data.root}: none of its images can be read; "
@@ -118,8 +118,15 @@ def _split(train: Listing, test: Listing | None, data: DataConfig) -> tuple[List
     )
 
 
-def _read_split(listing: Listing, data: DataConfig) -> tuple[ImageSet, Listing]:
-    """Decode the files of a split; returns the images, and the listing of those that are read."""
+def read_split(listing: Listing, data: DataConfig) -> tuple[ImageSet, Listing]:
+    """Decode the files of a split, below `data.root`, as square images with `data.channels`.
+
+    Returns:
+        The images, a view of the cache, and the listing of those that are read.
+
+    Raises:
+        ValueError: files cannot be read.
+    """
     window = None if data.window is None else (data.window[0], data.window[1])
     kind = FILE_SETS[data.name]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from task.config import class_folders
 from task.data.file_kinds import PICTURES, FileKind, other_kind
 from task.data.odir_table import ODIR_COLUMNS, ODIR_PRECEDENCE, ODIR_TABLE, OdirRow, read_odir_table
 from task.data.patients import number_patients
@@ -93,6 +94,30 @@ def list_class_folders(
         if path not in (train, test):
             _leave_out(listing, path, kind)
     return listing, held_out
+
+
+def list_one_split(folder: Path, form: FileKind) -> tuple[Listing, list[str]]:
+    """List the images of a folder that holds one split: `folder/<class>/**`, or `folder/*`.
+
+    Where there are images in folders, those beside the folders are left out.
+
+    Args:
+        folder: of the images.
+        form: of the images.
+
+    Returns:
+        The images, and the names of their classes; none where there are no folders of classes.
+
+    Raises:
+        PermissionError: a folder may not be read.
+    """
+    classes = class_folders(folder)
+    listing = _list_classes(folder, classes, form)
+    if len(listing) > 0:
+        return listing, classes
+    found, left_out = _images_below(folder, form)
+    of_no_class = Counter({("", kind): number for kind, number in left_out.items()})
+    return Listing(found, np.zeros(len(found), dtype=np.int64), left_out=of_no_class), []
 
 
 def _list_classes(folder: Path, classes: Sequence[str], form: FileKind) -> Listing:

@@ -24,6 +24,7 @@ from task.data.listing import (
     class_label,
     list_class_folders,
     list_odir,
+    list_one_split,
 )
 from task.data.partition import partition_dataset
 from task.protocol.node import NodeConfig, check_node, count_images, own_config, own_images
@@ -48,6 +49,21 @@ def listed(root: Path) -> Listing:
 
 def kinds(listing: Listing, of: str) -> dict[str, int]:
     return {kind: n for (name, kind), n in listing.left_out.items() if name == of}
+
+
+def test_folder_of_one_split_has_classes_or_none(tmp_path: Path) -> None:
+    write_tree(
+        tmp_path, {"in-folders/x": 2, "in-folders/y/deeper": 3, "flat": 4, "flat/.hidden": 1}
+    )
+    Image.fromarray(picture(0)).save(tmp_path / "in-folders" / "grid.png")
+    (tmp_path / "flat" / "notes.txt").touch()
+    found, classes = list_one_split(tmp_path / "in-folders", PICTURES)
+    assert classes == ["x", "y"] and found.labels.tolist() == [0, 0, 1, 1, 1]
+    assert kinds(found, "") == {"outside of the class folders": 1}
+    (tmp_path / "flat" / "nothing").mkdir()
+    found, classes = list_one_split(tmp_path / "flat", PICTURES)
+    assert classes == [] and found.labels.tolist() == [0] * 4
+    assert sum(kinds(found, "").values()) == 2
 
 
 def test_every_file_is_used_or_left_out_by_kind(tmp_path: Path) -> None:
