@@ -8,6 +8,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from client_app.audit import attack_own, tells_audit
 from client_app.budget import charge_round
 from client_app.failures import failures_stay_local
 from client_app.hospital_scores import images_of, named_extractor, with_own_extractor
@@ -21,7 +22,7 @@ from task.config import compose_run_config, package_of
 from task.data import Dataset
 from task.evaluation.hospital_scores import score_images
 from task.protocol.node import NodeConfig, check_node, own_config, read_node_config
-from task.protocol.wire import SCORES, UNMASK, Key, from_npy
+from task.protocol.wire import AUDIT, SCORES, UNMASK, Key, from_npy
 from task.randomness import Stream, torch_generator
 from task.training.client_privacy import ClientPrivacy
 from task.training.devices import device_name, move
@@ -91,7 +92,7 @@ def train(message: Message, context: Context) -> Message:
     server_round = int(asked[Key.SERVER_ROUND])  # type: ignore[arg-type]
     workspace = open_workspace(context)
     config = workspace.config
-    images, _ = workspace.images(context)
+    images, held_out = workspace.images(context)
     generator = workspace.generator
     # First, for a round that is refused costs no patient anything.
     part = SumPart.of(workspace, context, message)
@@ -139,6 +140,10 @@ def train(message: Message, context: Context) -> Message:
     records = RecordDict()
     if part is None:
         records[Key.ARRAYS] = ArrayRecord({Key.PACKED: npy_array(packed)})
+    if asked.get(Key.AUDIT) and tells_audit(workspace):
+        client = int(asked[Key.CLIENT])  # type: ignore[arg-type]
+        own = Dataset(images, held_out)
+        records[Key.AUDIT] = attack_own(workspace, own, client=client, is_local=True)
     # Whatever is said beside the weights tells of images, and has no noise.
     if part is None and not config.privacy.is_on:
         records[Key.METRICS] = MetricRecord(
@@ -231,6 +236,23 @@ def evaluate(message: Message, context: Context) -> Message:
         measured = [0.0 if losses is None else losses[name] for name in names]
         return part.reply(None, 0 if losses is None else len(held_out), measured)
     return Message(RecordDict({Key.METRICS: metrics}), reply_to=message)
+
+
+@app.evaluate(AUDIT)
+@failures_stay_local
+def audit(message: Message, context: Context) -> Message:
+    """Reply how well this client's images are told by the global weights, and nothing else."""
+    asked = cast(ConfigRecord, message.content[Key.CONFIG])
+    workspace = open_workspace(context)
+    records = RecordDict()
+    if tells_audit(workspace):
+        own = Dataset(*workspace.images(context))
+        workspace.generator.prepare(len(own.train))
+        receive_weights(workspace, message)
+        LocalState(workspace, asked, own.train).load()
+        client = int(asked[Key.CLIENT])  # type: ignore[arg-type]
+        records[Key.AUDIT] = attack_own(workspace, own, client=client, is_local=False)
+    return Message(records, reply_to=message)
 
 
 @app.evaluate(SCORES)

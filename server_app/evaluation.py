@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from server_app.audits import asks_clients
 from server_app.hospital_scores import (
     combined_records,
     describe_scores,
@@ -18,11 +19,14 @@ from server_app.hospital_scores import (
 )
 from server_app.launch.time_estimate import seconds_to_draw
 from server_app.log import log
+from task.audit.findings import findings
+from task.audit.membership import Attack, Shares, attack_members
+from task.audit.records import NUM_ATTACKS, attack_records
 from task.checks import require
 from task.config import MIN_MEASURED_IMAGES, Config
 from task.data import Dataset, ImageSet
 from task.evaluation.comparison import RealFeatures, extract_real, training_halves
-from task.evaluation.evaluate import evaluate_images, measures_at_end
+from task.evaluation.evaluate import evaluate_images, quick_measures
 from task.evaluation.features import FeatureExtractor, build_extractor
 from task.evaluation.hospital_scores import HospitalScores
 from task.evaluation.metrics import Use
@@ -45,6 +49,7 @@ from task.runs.records import (
     read_records,
 )
 from task.runs.writer import RunWriter
+from task.training.devices import move
 
 
 def wants_metrics(config: Config) -> bool:
@@ -160,7 +165,8 @@ class GlobalEvaluation(ABC):
     def is_due(self, server_round: int) -> bool:
         """Whether a round is to be evaluated and has not been yet: its picture comes last."""
         every = self._config.eval.every
-        chosen = server_round % every == 0 or self.is_metrics_due(server_round)
+        due = self.is_metrics_due(server_round) or self.is_audit_due(server_round)
+        chosen = server_round % every == 0 or due
         last = server_round == self._config.federation.rounds
         return server_round > 0 and (chosen or last) and not self._is_evaluated(server_round)
 
@@ -181,6 +187,26 @@ class GlobalEvaluation(ABC):
         )
         pixels = torch.from_numpy(mosaic(images, columns)).permute(2, 0, 1)
         self._directory.record_picture(server_round, "samples", pixels)
+
+    def is_audit_due(self, server_round: int) -> bool:
+        """Whether it is to be looked for what the weights of a round remember."""
+        audit, last = self._config.audit, self._config.federation.rounds
+        every = audit.every is not None and server_round % audit.every == 0
+        return every or (audit.at_end and server_round == last)
+
+    def audit(self, server_round: int, weights: Mapping[str, Tensor]) -> str:
+        """Look for what the weights of a round remember, record it, and say it in few words."""
+        attacks = self._attack(server_round, weights)
+        number = Record(server_round, NUM_ATTACKS, len(attacks))
+        self._directory.record([*attack_records(server_round, attacks), number])
+        if not attacks:
+            return "members not looked for"
+        detected = any(each.is_detected for each in findings(attacks, []))
+        return f"members {'DETECTED' if detected else 'not detected'}"
+
+    @abstractmethod
+    def _attack(self, server_round: int, weights: Mapping[str, Tensor]) -> list[Attack]:
+        """Attack the weights of a round."""
 
     def _draw(self, weights: Mapping[str, Tensor], labels: Tensor, stream: Stream) -> ImageSet:
         self._model.load_state_dict(weights)
@@ -219,6 +245,10 @@ class NoImagesEvaluation(GlobalEvaluation):
     def measure_final(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
         """Nothing is measured."""
 
+    def _attack(self, server_round: int, weights: Mapping[str, Tensor]) -> list[Attack]:
+        """Attack nothing."""
+        raise RuntimeError("no images are drawn")
+
     def num_final_images(self) -> int:
         """Return 0."""
         return 0
@@ -248,6 +278,7 @@ class PooledEvaluation(GlobalEvaluation):
         model: Generator,
         *,
         dataset: Dataset,
+        shares: Shares,
         device: torch.device,
     ) -> None:
         """Make ready what the run will look through; see `GlobalEvaluation`.
@@ -256,6 +287,7 @@ class PooledEvaluation(GlobalEvaluation):
             directory: of the run, open.
             model: of the run.
             dataset: the real images.
+            shares: of simulated clients, each of which is attacked by itself as well.
             device: that draws and measures.
 
         Raises:
@@ -264,6 +296,7 @@ class PooledEvaluation(GlobalEvaluation):
         """
         super().__init__(directory, model, device=device)
         self._dataset = dataset
+        self._shares = shares
         self._extractor: FeatureExtractor | None = None
         self._real: RealFeatures | None = None
         if wants_metrics(self._config):
@@ -307,12 +340,41 @@ class PooledEvaluation(GlobalEvaluation):
         elif self._config.eval.num_images > 0:
             self._measure_quickly(server_round, weights)
 
+    def _attack(self, server_round: int, weights: Mapping[str, Tensor]) -> list[Attack]:
+        """Attack all images and those of each client, and before the end search for copies."""
+        config = self._config
+        if server_round != config.federation.rounds and config.eval.num_images > 0:
+            self._search(server_round, weights)
+        self._model.load_state_dict(weights)
+        move(self._model, self._device, channels_last=config.train.channels_last)
+        return attack_members(
+            self._model,
+            self._dataset,
+            num_images=config.audit.num_images,
+            device=self._device,
+            seed=config.eval.seed,
+            shares=self._shares,
+        )
+
+    def _search(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
+        """Search `eval.num_images` images for copies, as at the end."""
+        labels = balanced_labels(self._config.eval.num_images, len(self._config.data.classes))
+        found = quick_measures(
+            self._config,
+            self._draw(weights, labels, Stream.FINAL_IMAGES),
+            self._dataset,
+            server_round=server_round,
+            device=self._device,
+            use=Use.AUDIT,
+        )
+        self._directory.record(found.all)
+
     def _measure_quickly(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
         """Measure `eval.num_images` images by what costs little."""
         config, dataset = self._config, self._dataset
         labels = balanced_labels(config.eval.num_images, len(config.data.classes))
         images = self._draw(weights, labels, Stream.FINAL_IMAGES)
-        found = measures_at_end(
+        found = quick_measures(
             config, images, dataset, server_round=server_round, device=self._device
         )
         self._directory.record(found.all)
@@ -358,6 +420,7 @@ class HospitalEvaluation(GlobalEvaluation):
         *,
         device: torch.device,
         ask: Callable[[int, ImageSet], list[HospitalScores]],
+        ask_for_audit: Callable[[int, Mapping[str, Tensor]], list[Attack]],
     ) -> None:
         """Make ready to draw; see `GlobalEvaluation`.
 
@@ -366,9 +429,19 @@ class HospitalEvaluation(GlobalEvaluation):
             model: of the run.
             device: that draws.
             ask: lets the hospitals score the images of a round.
+            ask_for_audit: lets the hospitals attack the weights of a round.
         """
         super().__init__(directory, model, device=device)
         self._ask = ask
+        self._ask_for_audit = ask_for_audit
+
+    def is_audit_due(self, server_round: int) -> bool:
+        """Whether the hospitals are to attack the weights of a round; see `asks_clients`."""
+        return super().is_audit_due(server_round) and asks_clients(self._config)
+
+    def _attack(self, server_round: int, weights: Mapping[str, Tensor]) -> list[Attack]:
+        """Let the hospitals attack, each with its own images."""
+        return self._ask_for_audit(server_round, weights)
 
     def is_metrics_due(self, server_round: int) -> bool:
         """Whether a round is to be scored; the final images are scored in any case."""

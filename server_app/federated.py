@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from server_app.audits import AUDIT_TYPE, asks_clients, attacks_of, read_attacks
 from server_app.dataset import check_privacy, load_images, record_data, record_partition
 from server_app.evaluation import GlobalEvaluation, HospitalEvaluation
 from server_app.exchange import Answer, ClientExchange, Question, is_simulation
@@ -22,6 +23,8 @@ from server_app.rounds import RoundLoop, TooFewRepliesError
 from server_app.strategies import build_strategy
 from server_app.timing import PhaseTimer
 from server_app.weighting import Weighting
+from task.audit.membership import Attack
+from task.audit.records import attack_records
 from task.config import package_of
 from task.data import ImageSet
 from task.data.partition import partition_dataset
@@ -100,6 +103,7 @@ class FederatedTraining(RoundLoop):
             self.config = self.config.changed({"federation.num_supernodes": num_nodes})
             self.dataset = load_images(self.config)
             partition = partition_dataset(self.config, self.dataset, num_nodes)
+            self.shares = partition.shares
             check_privacy(self.config, self.dataset, partition)
             record_partition(self.config, partition, self.directory)
             record_data(self.config, self.dataset, self.directory, partition)
@@ -242,8 +246,16 @@ class FederatedTraining(RoundLoop):
         replies = TrainingReplies()
         # To the clients of the round, and back in the replies that can be used.
         traffic = sent.nbytes * len(clients)
-        question = self.about_weights(MessageType.TRAIN, sent, read)
-        for client, trained, asked in self.ask(question, server_round, clients, self.phases):
+        audited = self.evaluation.is_audit_due(server_round) and asks_clients(self.config)
+        question = self.about_weights(
+            MessageType.TRAIN,
+            sent,
+            lambda content: (read(content), read_attacks(content) if audited else {}),
+            entries={Key.AUDIT: audited},
+        )
+        for client, (trained, attacked), asked in self.ask(
+            question, server_round, clients, self.phases
+        ):
             now = time.monotonic()
             spent = possible_times(trained.spent, now - asked)
             # A client that protects its patients does not say how long it trained.
@@ -259,6 +271,9 @@ class FederatedTraining(RoundLoop):
             replies.records += records_of(server_round, numbers, client=client)
             replies.records += records_of(
                 server_round, trained.measures, client=client, reference=TRAIN
+            )
+            replies.records += attack_records(
+                server_round, attacks_of(attacked, client, is_local=True)
             )
             if client in kept:
                 own = self._layout.unpack(trained.weights)
@@ -364,8 +379,22 @@ class FederatedTraining(RoundLoop):
         if self.simulated:
             return super().open_evaluation()
         return HospitalEvaluation(
-            self.directory, self.model, device=self.device, ask=self.ask_for_scores
+            self.directory,
+            self.model,
+            device=self.device,
+            ask=self.ask_for_scores,
+            ask_for_audit=self.ask_for_audit,
         )
+
+    def ask_for_audit(self, server_round: int, weights: Weights) -> list[Attack]:
+        """Let every hospital that is there attack weights with its own images."""
+        packed = self._layout.pack(weights, self.config.federation.wire_dtype)
+        question = self.about_weights(AUDIT_TYPE, packed, read_attacks)
+        attacks: list[Attack] = []
+        clients = list(self._nodes.node_ids)
+        for client, found, _ in self.ask(question, server_round, clients, PhaseTimer()):
+            attacks += attacks_of(found, client, is_local=False)
+        return attacks
 
     def ask_for_scores(self, server_round: int, generated: ImageSet) -> list[HospitalScores]:
         """Let every hospital that is there score images; returns what they could say."""
@@ -383,14 +412,20 @@ class FederatedTraining(RoundLoop):
         return answers
 
     def about_weights(
-        self, message_type: str, packed: NDArray[np.floating], read: Callable[[RecordDict], Answer]
+        self,
+        message_type: str,
+        packed: NDArray[np.floating],
+        read: Callable[[RecordDict], Answer],
+        *,
+        entries: Entries | None = None,
     ) -> Question[Answer]:
         """Make the question about packed weights, which all messages share.
 
         Args:
-            message_type: "train" or "evaluate".
+            message_type: "train", "evaluate" or "evaluate.audit".
             packed: [P], the weights to start from.
             read: of the replies; see `Question`.
+            entries: further ones of the config record.
         """
         # The name that a client composes itself may be another, with the time of day.
         config = ConfigRecord(
@@ -398,6 +433,7 @@ class FederatedTraining(RoundLoop):
                 Key.PRECISION: self.config.train.precision,
                 Key.RUN_NAME: self.directory.path.name,
                 Key.RUN_ID: self.directory.run_id,
+                **(entries or {}),
             }
         )
         content = RecordDict({Key.ARRAYS: packed_record(packed), Key.CONFIG: config})

@@ -14,6 +14,7 @@ from server_app.evaluation import (
 )
 from server_app.log import log
 from server_app.timing import PhaseTimer
+from task.audit.membership import Shares
 from task.code_version import code_fingerprint, installed_versions
 from task.config import package_of, settle_extractor, settle_precisions
 from task.data import Dataset
@@ -55,6 +56,7 @@ class RoundLoop(ABC):
         config: of the run, resolved by `prepare`.
         weights: the global weights after the last complete round.
         dataset: all images; None with real nodes, whose images stay there.
+        shares: of the simulated clients, as indices of the images.
         phases: of the round that is going on.
         seconds: of each round, "training", and of each evaluation, "evaluating".
         attempts: how often a round is tried.
@@ -67,6 +69,7 @@ class RoundLoop(ABC):
         config = directory.config
         self.config = directory.config = settle_extractor(config, automatic_extractor(config))
         self.dataset: Dataset | None = None
+        self.shares: Shares = {}
         self.phases = PhaseTimer()
         self.seconds: dict[str, list[float]] = {"training": [], "evaluating": []}
         self.directory = directory
@@ -209,7 +212,11 @@ class RoundLoop(ABC):
         if self.dataset is None:
             raise RuntimeError("a run without images of its own must say who measures")
         return PooledEvaluation(
-            self.directory, self.model, dataset=self.dataset, device=self.device
+            self.directory,
+            self.model,
+            dataset=self.dataset,
+            shares=self.shares,
+            device=self.device,
         )
 
     def play_round(self, server_round: int) -> str:
@@ -311,6 +318,8 @@ class RoundLoop(ABC):
         found = [self.evaluate(server_round) or "no test loss"]
         if self.evaluation.is_metrics_due(server_round):
             found.append(self.evaluation.measure(server_round, self.final_weights()))
+        if self.evaluation.is_audit_due(server_round):
+            found.append(self.evaluation.audit(server_round, self.final_weights()))
         # Last, because it marks the round as evaluated.
         self.evaluation.draw_grid(server_round, self.final_weights())
         spent = time.monotonic() - start

@@ -7,7 +7,7 @@ called private.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from task.audit.membership import Attack
 from task.evaluation.copy_measures import CopyMeasures
@@ -43,34 +43,57 @@ class AuditFinding:
     Attributes:
         is_detected: whether it was found, beyond what chance does in `FALSE_ALARMS` of all audits.
         says: a sentence or more, with figures and their numbers of images.
+        client: whose images alone it is about; None: those of all, or of several.
     """
 
     is_detected: bool
     says: str
+    client: int | None = None
 
 
-def findings(attacks: Sequence[Attack], searches: Sequence[Search]) -> list[AuditFinding]:
-    """Say what an audit came to; each attack and each search is one look.
+def findings(
+    attacks: Sequence[Attack], searches: Sequence[Search], *, times: int = 1
+) -> list[AuditFinding]:
+    """Say what an audit came to.
+
+    Attacks on all images, attacks on those of each client by the global model and by its own, and
+    searches are a kind each, and share `FALSE_ALARMS` evenly; within a kind each attack or search
+    is one look, and as many as there are would find something where nothing is.
 
     Args:
         attacks: on the model of a run and on those of clients.
         searches: for copies.
+        times: how often so many attacks and searches were made, of which this is one.
     """
-    # As many looks as there are would find something where nothing is.
-    level = FALSE_ALARMS / max(1, len(attacks) + len(searches))
+    kinds: dict[tuple[bool, bool], list[Attack]] = {}
+    for each in sorted(attacks, key=_kind):
+        kinds.setdefault(_kind(each), []).append(each)
+    share = FALSE_ALARMS / times / max(1, len(kinds) + bool(searches))
     found = []
-    quiet: list[Attack] = []
-    for model in dict.fromkeys((each.client, each.is_local) for each in attacks):
-        own = [each for each in attacks if (each.client, each.is_local) == model]
+    for own in kinds.values():
+        found += _of_attacks(own, share / len(own))
+    return found + [_of_search(each, share / len(searches)) for each in searches]
+
+
+def _kind(attack: Attack) -> tuple[bool, bool]:
+    return attack.client is not None, attack.is_local
+
+
+def _of_attacks(attacks: Sequence[Attack], level: float) -> list[AuditFinding]:
+    """Say what attacks of one kind came to: for each client where it shows, else together."""
+    found, quiet = [], []
+    for client in dict.fromkeys(each.client for each in attacks):
+        own = [each for each in attacks if each.client == client]
         strongest = min(own, key=lambda each: (each.found.p_value, each.name))
         is_detected = strongest.found.p_value < level
-        if is_detected or strongest.client is None or strongest.is_local:
-            found.append(AuditFinding(is_detected, _said(strongest, len(own), level)))
+        if is_detected or client is None:
+            says = _said(strongest, len(own), level)
+            found.append(AuditFinding(is_detected, says, client))
         else:
             quiet.append(strongest)
     if quiet:
         found.append(AuditFinding(False, _said_together(quiet)))
-    return found + [_of_search(each, level) for each in searches]
+    return found
 
 
 def _said(strongest: Attack, number: int, level: float) -> str:
@@ -89,7 +112,7 @@ def _said(strongest: Attack, number: int, level: float) -> str:
     if found.p_value < level:
         told = "training images can be told from others of their kind"
         return f"{strongest.whose}: {told}. {figures}."
-    least = 0.5 + float(norm.isf(level)) * found.error
+    least = 0.5 + float(-ndtri(level)) * found.error
     return (
         f"{strongest.whose}: membership. {figures}. An AUC below {least:.2f} would not show, and "
         "other attacks may find more."
@@ -101,8 +124,9 @@ def _said_together(attacks: Sequence[Attack]) -> str:
     clients = " ".join(str(each.client) for each in attacks)
     aucs = [each.found.auc for each in attacks]
     least = min(each.found.others for each in attacks)
+    model = "their own models" if attacks[0].is_local else "the global model"
     return (
-        f"Images of single clients, on the global model: membership, of {clients}. AUC of the "
+        f"Images of single clients, on {model}: membership, of {clients}. AUC of the "
         f"strongest attack on each {min(aucs):.2f} to {max(aucs):.2f}; with as few as {least:,} "
         "held-out images of a client only strong memory shows."
     )

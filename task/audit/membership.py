@@ -11,7 +11,6 @@ from task.audit.roc import Sample, Separation, separation
 from task.data import Dataset, ImageSet, normalize
 from task.generators.base import Batch, Generator
 from task.randomness import Stream, torch_generator
-from task.training.devices import move
 
 # Images that are looked at side by side.
 SCORED_AT_A_TIME = 128
@@ -60,7 +59,7 @@ def attack_members(
     Members and others are looked at together, in random order.
 
     Args:
-        generator: moved to the device, and left in eval mode.
+        generator: on the device, and left in eval mode.
         dataset: the training images are the members, the test images the others.
         num_images: that are attacked of each at most, whole patients drawn at random.
         device: that computes.
@@ -122,7 +121,6 @@ def scores_of_members(
     generator: Generator, sets: Sequence[ImageSet], *, device: torch.device, seed: int
 ) -> dict[str, list[NDArray[np.float64]]]:
     """Return, by attack, the scores of the images of each set."""
-    move(generator, device, channels_last=False)
     generator.eval()
     images = torch.cat([each.images for each in sets])
     labels = torch.cat([each.labels for each in sets])

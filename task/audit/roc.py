@@ -3,11 +3,13 @@
 Patients, not images, are drawn at random: images of one patient are alike, and count as one draw.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import mannwhitneyu, norm, rankdata
+from scipy.special import ndtri
 
 from task.checks import require
 
@@ -21,6 +23,9 @@ SHOWN_LEVEL = 0.05
 FALSE_POSITIVE_RATES = (0.01, 0.001)
 # Patients of each kind below which nothing is said.
 FEWEST_PATIENTS = 10
+# What is counted, and beyond what no count is one.
+COUNTS = ("members", "others", "patients of members", "patients of others")
+MOST_COUNTED = 10**12
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,45 @@ class Separation:
     members: int
     others: int
     patients: tuple[int, int]
+
+    def numbers(self) -> list[float]:
+        """Write it as numbers alone; a rate that so few cannot show is -1."""
+        rates = [self.true_positives.get(rate, -1.0) for rate in FALSE_POSITIVE_RATES]
+        counts = map(float, (self.members, self.others, *self.patients))
+        return [self.auc, self.low, self.high, self.error, self.p_value, *rates, *counts]
+
+    @classmethod
+    def of_numbers(cls, numbers: Sequence[float]) -> Self:
+        """Read what `numbers` wrote.
+
+        Raises:
+            ValueError: it cannot have written them.
+        """
+        shares, counts = numbers[: -len(COUNTS)], numbers[-len(COUNTS) :]
+        length = 5 + len(FALSE_POSITIVE_RATES) + len(COUNTS)
+        require(len(numbers) == length, "numbers of an attack", f"{length} numbers", len(numbers))
+        for share in shares[:5]:
+            require(0 <= share <= 1, "numbers of an attack", "shares in [0, 1]", share)
+        for share in shares[5:]:
+            possible = share == -1 or 0 <= share <= 1
+            require(possible, "numbers of an attack", "rates in [0, 1], or -1", share)
+        for count in counts:
+            whole = FEWEST_PATIENTS <= count <= MOST_COUNTED and count == int(count)
+            require(whole, "numbers of an attack", f"counts from {FEWEST_PATIENTS} on", count)
+        rates = zip(FALSE_POSITIVE_RATES, shares[5:], strict=True)
+        members, others, *patients = map(int, counts)
+        auc, low, high, error, p_value = shares[:5]
+        return cls(
+            auc=auc,
+            low=low,
+            high=high,
+            error=error,
+            p_value=p_value,
+            true_positives={rate: share for rate, share in rates if share >= 0},
+            members=members,
+            others=others,
+            patients=(patients[0], patients[1]),
+        )
 
 
 def separation(
@@ -137,6 +181,8 @@ def true_positive_rate(members: ScoreArray, others: ScoreArray, rate: float) -> 
 
 
 def _share_of_pairs(members: ScoreArray, others: ScoreArray) -> float:
+    from scipy.stats import rankdata  # takes a second to import
+
     ranks = rankdata(np.concatenate([members, others]))[: len(members)]
     n, m = len(members), len(others)
     return float((ranks.sum() - n * (n + 1) / 2) / (n * m))
@@ -166,7 +212,7 @@ def _wilson(share: float, trials: float) -> tuple[float, float]:
 
     Source: Wilson 1927.
     """
-    reach = float(norm.isf(SHOWN_LEVEL / 2))
+    reach = float(ndtri(1 - SHOWN_LEVEL / 2))
     middle = (share + reach**2 / (2 * trials)) / (1 + reach**2 / trials)
     half = reach * np.sqrt(share * (1 - share) / trials + (reach / (2 * trials)) ** 2)
     half = float(half) / (1 + reach**2 / trials)
@@ -175,6 +221,8 @@ def _wilson(share: float, trials: float) -> tuple[float, float]:
 
 def _p_value(members: Sample, others: Sample) -> float:
     """Test whether patients of the members rank above the others, each by its images' mean rank."""
+    from scipy.stats import mannwhitneyu, rankdata  # takes a second to import
+
     ranks = rankdata(np.concatenate([members.scores, others.scores]))
     means = []
     for sample, own in zip((members, others), np.split(ranks, [len(members.scores)]), strict=True):

@@ -23,7 +23,7 @@ from task.reporting.metric_table import lay_out
 from task.runs.layout import AUDIT_FILE, DATA_FILE, PAIRS_FILE, PARTITION_FILE, read_json
 from task.runs.run import Run, final_model, kept_clients
 from task.runs.same_images import describe_differences
-from task.training.devices import select_device
+from task.training.devices import move, select_device
 
 ATTACK_HEADS = (
     *("images of", "attack", "AUC", "95 % interval", "TPR at 1 % FPR", "at 0.1 %"),
@@ -59,11 +59,13 @@ def audit_run(
     extractor = build_extractor(config, dataset.train, device)
     shares = shares_of(run, config, dataset)
     say(f"attacking up to {num_images:,} training images on {device}")
+    move(model, device, channels_last=config.train.channels_last)
     attacks = attack_members(
         model, dataset, num_images=num_images, device=device, seed=config.eval.seed, shares=shares
     )
     for client in kept_clients(run):
         local, _ = final_model(run, config, client)
+        move(local, device, channels_last=config.train.channels_last)
         train, test = shares[client]
         own = Dataset(dataset.train.subset(train), dataset.test.subset(test))
         attacks += attack_members(
@@ -138,7 +140,7 @@ def shares_of(run: Path, config: Config, dataset: Dataset) -> Shares:
         f"where the images are that {run / PARTITION_FILE} counts",
         config.data.root,
     )
-    return dict(enumerate(zip(partition.train_indices, partition.test_indices, strict=True)))
+    return partition.shares
 
 
 def audit_content(

@@ -130,8 +130,9 @@ def config_from_hydra(
         values["diffusion"] = None
     if not draws(model.get("family")):
         given = {path_of(word) for word in words}
-        off = {name: v for name, v in MEASURING_OFF.items() if f"eval.{name}" not in given}
-        values["eval"].update(off)
+        for name in MEASURING_OFF.keys() - given:
+            section, _, field = name.partition(".")
+            values[section][field] = MEASURING_OFF[name]
     data = values["data"]
     by_folders = FILE_SETS.get(data["name"]) in ("image_folder", "dicom_folder")
     if images_below is not None and by_folders and not data["classes"]:

@@ -40,8 +40,14 @@ OBJECTIVE_VALUES = (
     *("diffusion.loss_weighting", "diffusion.loss_reduction"),
 )
 
-# Values of the section `eval` where a run draws no images.
-MEASURING_OFF = {"num_images": 0, "metrics_every": None, "final_metrics": False}
+# Values where a run draws no images.
+MEASURING_OFF: dict[str, Any] = {
+    "eval.num_images": 0,
+    "eval.metrics_every": None,
+    "eval.final_metrics": False,
+    "audit.at_end": False,
+    "audit.every": None,
+}
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -378,6 +384,14 @@ class EvalConfig(Section):
         return self
 
 
+class AuditConfig(Section):
+    """Attacks on the weights, in the run: which images were they trained on?"""
+
+    at_end: bool
+    every: PositiveInt | None
+    num_images: int = Field(ge=20, description=">= 20")
+
+
 class Config(Section):
     """A whole run."""
 
@@ -394,6 +408,7 @@ class Config(Section):
     federation: FederationConfig
     privacy: PrivacyConfig
     eval: EvalConfig
+    audit: AuditConfig
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -425,11 +440,13 @@ class Config(Section):
         if self.privacy.protects_clients:
             self._check_private_clients()
         for name, off in MEASURING_OFF.items() if not self.model.draws else ():
+            section, _, field = name.partition(".")
+            given_value = getattr(getattr(self, section), field)
             require(
-                getattr(self.eval, name) == off,
-                f"eval.{name}",
+                given_value == off,
+                name,
                 f"left out with model.family={self.model.family}, which draws no images",
-                getattr(self.eval, name),
+                given_value,
             )
         return self
 

@@ -25,6 +25,7 @@ from task.files import atomic_path
 
 # What runs did whose configuration lacks the value, where conf/ may have another by now.
 BEFORE_WRITTEN = {
+    "audit.at_end": False,
     "data.fit": "stretch",
     "data.patient_pattern": "",
     "data.patients": "",

@@ -37,6 +37,11 @@ class Partition:
     train_indices: list[np.ndarray]
     test_indices: list[np.ndarray]
 
+    @property
+    def shares(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """By client the indices of its training images and of its test images."""
+        return dict(enumerate(zip(self.train_indices, self.test_indices, strict=True)))
+
     def describe(self) -> dict[str, Any]:
         """Return the counts as plain numbers and lists, a row per client, for a JSON file."""
         return {

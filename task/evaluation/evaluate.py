@@ -111,13 +111,14 @@ def _label(comparison: Comparison, extractor: FeatureExtractor, smallest: int) -
     )
 
 
-def measures_at_end(
+def quick_measures(
     config: Config,
     generated: ImageSet,
     dataset: Dataset,
     *,
     server_round: int,
     device: torch.device,
+    use: Use = Use.END,
 ) -> Records:
     """Measure what every run ends with: classes, the place between real and noise, and copies.
 
@@ -127,11 +128,12 @@ def measures_at_end(
         dataset: the real ones.
         server_round: whose weights drew the images.
         device: that computes.
+        use: which of these are measured.
     """
     comparison = Comparison(config, generated, dataset, device, most_searched=MOST_SEARCHED)
     found = [
         _record(server_round, metric, score)
-        for metric, score in scores_of(comparison, metrics_of(Use.END))
+        for metric, score in scores_of(comparison, metrics_of(use))
     ]
     held_out = len(comparison.held_out_searched)
     if held_out > 0:

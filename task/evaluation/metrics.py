@@ -43,6 +43,8 @@ class Use(StrEnum):
     EVALUATION = "evaluation"
     # By `eval.metrics_every`.
     ROUNDS = "rounds"
+    # By `audit.every`.
+    AUDIT = "audit"
     # At the end of every run that draws images there.
     END = "end"
     # By real nodes, each on its own images.
@@ -466,7 +468,7 @@ METRICS = {
         *_copying_metrics(
             "pixel",
             lambda comparison: comparison.pixel_copying,
-            frozenset({Use.EVALUATION, Use.END}),
+            frozenset({Use.EVALUATION, Use.AUDIT, Use.END}),
         ),
         *_copying_metrics(
             "feature", lambda comparison: comparison.feature_copying, frozenset({Use.EVALUATION})

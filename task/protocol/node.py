@@ -39,6 +39,7 @@ class NodeKey(StrEnum):
     MIN_IMAGES = "min-images"
     REPORT_CLASS_COUNTS = "report-class-counts"
     SCORE_IMAGES = "score-images"
+    AUDIT = "audit"
     INCEPTION_WEIGHTS = "inception-weights"
     PATIENTS = "patients"
     PRETRAINED_GENERATOR = "pretrained-generator"
@@ -70,6 +71,8 @@ class NodeConfig:
         min_images: training images below which the node takes no part; at least 1.
         report_class_counts: whether the server learns how many images of each class there are.
         score_images: whether the node compares images that the server sends with its own.
+        audit: whether the server learns how well the node can tell its own training images from
+            those that it holds out, by the global weights and by its own ones.
         inception_weights: the file of Inception's weights, for runs that score images with them;
             None: the one in torch.hub's folder.
         patients: the hospital's own table of which file is of which patient, as `data.patients`;
@@ -94,6 +97,7 @@ class NodeConfig:
     min_images: int = 1
     report_class_counts: bool = False
     score_images: bool = True
+    audit: bool = True
     inception_weights: str | None = None
     patients: str | None = None
     pretrained_generator: str | None = None

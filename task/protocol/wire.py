@@ -55,10 +55,13 @@ class Key(StrEnum):
     SHARES = "shares"
     COMMITMENTS = "commitments"
     SURVIVORS = "survivors"
+    AUDIT = "audit"
 
 
 # Of the evaluate messages that ask how images compare with a hospital's own.
 SCORES = "scores"
+# Of the evaluate messages that have a hospital attack the weights with its own images.
+AUDIT = "audit"
 # Of the train messages that ask for help to take the masks off a sum.
 UNMASK = "unmask"
 

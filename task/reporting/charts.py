@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import altair as alt
 
+from task.audit.records import auc_by_round, audited_rounds
 from task.reporting.metric_table import Quantity, quantities
 from task.runs.records import TEST, TRAIN, Series
 from task.runs.run import POOLED, Run
@@ -175,6 +176,21 @@ def _overhead(run: Run) -> list[Drawing]:
         {"outside training": series}, "share of the round", domain=[0, 1], percent=True
     )
     return [Drawing("Time outside training", says, _spec(line))]
+
+
+def audit_charts(run: Run) -> list[Drawing]:
+    """Draw how well training images were told from others, where several rounds were audited.
+
+    Of the attacks those that tell best after the last of them, as many as there are colors.
+    """
+    aucs = auc_by_round(run.records)
+    if len(audited_rounds(run.records)) < 2 or not aucs:
+        return []
+    best = sorted(aucs, key=lambda name: (-aucs[name][max(aucs[name])], name))[: len(COLORS)]
+    lines = {name: aucs[name] for name in best}
+    says = f"A line per attack, 0.5 is guessing: {_spans(lines)}."
+    spec = _spec(_named_lines(lines, "AUC", domain=[0, 1]))
+    return [Drawing("How well attacks tell training images, by round", says, spec)]
 
 
 def loss_charts(runs: Mapping[str, Run], of: str) -> list[Drawing]:

@@ -14,8 +14,10 @@ from task.evaluation.metrics import Use
 from task.files import atomic_path, file_sha256
 from task.generation.grids import read_grid
 from task.progress import duration
+from task.reporting.audit_section import audit_section
 from task.reporting.charts import (
     CONFIG,
+    audit_charts,
     class_charts,
     course_charts,
     loss_charts,
@@ -138,6 +140,8 @@ def report_page(run: Run) -> str:
         **_participation(run),
         **_training_images(run),
         **_metrics(run),
+        audit=audit_section(run),
+        audit_charts=audit_charts(run),
         study=_study(run),
         **_repeating(run),
         configuration=(run.path / "config.yaml").read_text(encoding="utf-8"),

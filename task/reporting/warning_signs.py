@@ -5,6 +5,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from statistics import median
 
+from task.audit.findings import findings
+from task.audit.records import audited_rounds, recorded_attacks
+from task.audit.roc import FEWEST_PATIENTS
 from task.evaluation.near_copies import least_share_shown
 from task.evaluation.noise_position import MOST_COMPARED
 from task.reporting.metric_table import Quantity
@@ -85,7 +88,7 @@ def image_checks(run: Run) -> list[Check]:
         return []
     if run.finished:
         run = run.of_round(run.rounds_done)
-    looks = (_noise_checks, _class_checks, _copying_checks, _number_checks)
+    looks = (_noise_checks, _class_checks, _copying_checks, _membership_checks, _number_checks)
     return [check for look in looks for check in look(run)]
 
 
@@ -250,6 +253,18 @@ def _copying_check(subject: str, found: "_Search", num_searches: int) -> Check:
         f"({where}); fewer copies than {least:.1%} would not show."
     )
     return Check(subject, State.CLEAR, says, found.client)
+
+
+def _membership_checks(run: Run) -> list[Check]:
+    subject = "training images that can be told from others"
+    rounds = audited_rounds(run.records)
+    if not rounds:
+        return [Check(subject, State.UNMEASURED, _why_not_audited(run))]
+    found = findings(recorded_attacks(run.records, rounds[-1]), [])
+    states = {True: State.WARNING, False: State.CLEAR}
+    return [Check(subject, states[each.is_detected], each.says, each.client) for each in found] or [
+        Check(subject, State.UNMEASURED, _why_not_attacked(run))
+    ]
 
 
 def far_rounds(series: Mapping[int, Series]) -> dict[int, tuple[int, int]]:
@@ -450,6 +465,36 @@ def _why_not_searched(run: Run) -> str:
             "or data.test_fraction."
         )
     return _why_unmeasured(run)
+
+
+def _why_not_audited(run: Run) -> str:
+    """Say why nobody has looked whose images the weights were trained on."""
+    config = run.config
+    if run.setting == "real nodes" and (
+        config.privacy.is_on or config.federation.secure_aggregation
+    ):
+        return (
+            "Hospitals say nothing of their own images with privacy.mechanism=dp_sgd or "
+            "federation.secure_aggregation=true."
+        )
+    if not config.audit.at_end:
+        audits = "" if run.setting == "real nodes" else ": look with feddm audit"
+        return f"audit.at_end=false{audits}."
+    if not run.finished:
+        return "The run looks for them at its end."
+    return "The run did not look for them."
+
+
+def _why_not_attacked(run: Run) -> str:
+    """Say why an audit made no attack."""
+    if run.setting == "real nodes":
+        return "No hospital attacked: they decline (audit=false), or hold too few images out."
+    if run.config.data.test_fraction is None and not run.records.value("num_held_out"):
+        return "It needs real images that were not trained on: a test split, or data.test_fraction."
+    return (
+        f"No attack is known for a {run.generator.title}, or too few images are held out: "
+        f"of {FEWEST_PATIENTS} patients at least."
+    )
 
 
 def _number_checks(run: Run) -> list[Check]:

@@ -32,6 +32,7 @@ FREE_TO_CHANGE = NAMES_AND_PLACES | frozenset(
         *("eval.seed", "eval.batch_size", "eval.precision"),
         *("eval.extractor", "eval.image_range"),
         *("eval.inception_weights", "eval.exported_program"),
+        *("audit.at_end", "audit.every", "audit.num_images"),
     }
 )
 
