@@ -353,7 +353,8 @@ class PooledEvaluation(GlobalEvaluation):
             num_images=config.audit.num_images,
             device=self._device,
             seed=config.eval.seed,
-            shares=self._shares,
+            # A simulation tells of single clients what a deployment would.
+            shares=self._shares if asks_clients(config) else None,
         )
 
     def _search(self, server_round: int, weights: Mapping[str, Tensor]) -> None:

@@ -66,8 +66,8 @@ def findings(
         times: how often so many attacks and searches were made, of which this is one.
     """
     kinds: dict[tuple[bool, bool], list[Attack]] = {}
-    for each in sorted(attacks, key=_kind):
-        kinds.setdefault(_kind(each), []).append(each)
+    for each in sorted(attacks, key=_sort_of):
+        kinds.setdefault(_sort_of(each), []).append(each)
     share = FALSE_ALARMS / times / max(1, len(kinds) + bool(searches))
     found = []
     for own in kinds.values():
@@ -75,7 +75,7 @@ def findings(
     return found + [_of_search(each, share / len(searches)) for each in searches]
 
 
-def _kind(attack: Attack) -> tuple[bool, bool]:
+def _sort_of(attack: Attack) -> tuple[bool, bool]:
     return attack.client is not None, attack.is_local
 
 

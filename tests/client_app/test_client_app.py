@@ -20,6 +20,7 @@ from client_app.app import app
 from client_app.failures import failure_code, failures_stay_local
 from client_app.log import logger
 from client_app.workspace import choose_precision, open_workspace
+from server_app.audits import AUDIT_TYPE, read_attacks
 from server_app.hospital_scores import SCORES_TYPE, expected_scores
 from server_app.messages import addressed, images_record
 from task.code_version import code_fingerprint
@@ -87,6 +88,7 @@ def message(
     precision: str = "float32",
     extractor: str = "classifier",
     weights: NDArray[np.floating] = WEIGHTS,
+    audit: bool = False,
 ) -> Message:
     """Make a message as the server does, and let the network number it."""
     Network()
@@ -97,6 +99,7 @@ def message(
             Key.RUN_NAME: "run",
             Key.RUN_ID: "1",
             Key.EXTRACTOR: extractor,
+            Key.AUDIT: audit,
         }
     )
     arrays = ArrayRecord({Key.PACKED: Array(weights)})
@@ -348,6 +351,34 @@ def test_node_whose_hospital_declines_scores_no_images(scoring: Context) -> None
     assert dict(metrics(declined)) == {Key.NUM_EXAMPLES: 0}
 
 
+ATTACKS = {*(f"loss at log-SNR {level}" for level in (4, 2, 0, -2)), "SimA", "PIA", "SecMI"}
+
+
+def test_node_attacks_weights_with_its_own_images_and_tells_numbers(hospital: Context) -> None:
+    reply = app(message(AUDIT_TYPE), hospital)
+    assert not reply.has_error(), reply.error
+    assert {*reply.content} == {Key.AUDIT}
+    found = read_attacks(reply.content)
+    train, held_out = open_workspace(hospital).images(hospital)
+    assert {*found} == ATTACKS and len(held_out) == 20
+    for each in found.values():
+        assert (each.members, each.others) == (len(train), len(held_out))
+    assert read_attacks(app(message(AUDIT_TYPE), hospital).content) == found
+    # Its own weights are attacked before they leave, and leave as they would have.
+    plain = app(message("train"), hospital)
+    audited = app(message("train", audit=True), hospital)
+    assert {*audited.content} - {*plain.content} == {Key.AUDIT}
+    assert np.array_equal(*(packed(each) for each in (plain, audited)))
+    own = read_attacks(audited.content)
+    assert {*own} == ATTACKS and own != found
+
+
+def test_node_whose_hospital_declines_tells_of_no_attack(hospital: Context) -> None:
+    hospital.node_config["audit"] = False
+    assert {*app(message(AUDIT_TYPE), hospital).content} == set()
+    assert Key.AUDIT not in app(message("train", audit=True), hospital).content
+
+
 def test_node_looks_through_the_network_that_the_server_has_settled(
     scoring: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -541,6 +572,7 @@ def test_every_reply_of_a_hospital_is_free_of_paths_and_names(tmp_path: Path) ->
         "train": {Key.ARRAYS: {Key.PACKED}, Key.METRICS: TRAINED_KEYS},
         "evaluate": {Key.METRICS: {Key.NUM_EXAMPLES, Key.LOSS}},
         SCORES_TYPE: {Key.METRICS: {Key.NUM_EXAMPLES, *expected_scores(["class-agreement"])}},
+        AUDIT_TYPE: {Key.AUDIT: ATTACKS},
     }
     shape = (60, config.data.channels, config.data.image_size, config.data.image_size)
     generated = ImageSet(torch.zeros(shape, dtype=torch.uint8), torch.arange(60) % 2)

@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from task.reporting.audit_section import audit_section
 from task.reporting.metric_table import Quantity
+from task.reporting.report import report_page
 from task.reporting.run_summary import (
     evaluated_metrics,
     found_metrics,
@@ -18,6 +20,7 @@ from task.reporting.warning_signs import (
 )
 from task.runs.records import HELD_OUT, Record, records_of
 from task.runs.run import Run
+from tests.audit.test_records import attack, recorded
 from tests.helpers import evaluated, losses, written_run
 
 NOISE_POSITION = Quantity("noise_position")
@@ -44,6 +47,43 @@ def test_what_hospitals_scored_is_read_from_the_run(tmp_path: Path) -> None:
 
 def found(history: Run, subject: str) -> list[Check]:
     return [check for check in checks(history) if subject in check.subject]
+
+
+def test_what_was_not_audited_is_not_called_clear(tmp_path: Path) -> None:
+    subject = "can be told from others"
+    for name, attacks, state, said in (
+        ("none", None, State.UNMEASURED, "The run did not look for them."),
+        ("few", [], State.UNMEASURED, "No attack is known for a diffusion model, or too few"),
+        ("quiet", [attack(0.52)], State.CLEAR, "All images: membership. The strongest"),
+        ("loud", [attack(0.9, 1e-9)], State.WARNING, "All images: training images can be told"),
+        ("client", [attack(0.9, 1e-9, client=2)], State.WARNING, "Images of client 2, on the glo"),
+    ):
+        audited = [] if attacks is None else recorded({2: attacks})
+        run = Run(written_run(tmp_path / name, [*losses(1, {0: 0.5}), *audited], rounds_done=2))
+        (check,) = found(run, subject)
+        assert check.state == state and check.says.startswith(said)
+        assert check.client == (2 if name == "client" else None)
+    off = written_run(tmp_path / "off", losses(1, {0: 0.5}), rounds_done=2, audit__at_end=False)
+    (check,) = found(Run(off), subject)
+    assert check.says == "audit.at_end=false: look with feddm audit."
+
+
+def test_page_says_after_which_round_members_can_be_told(tmp_path: Path) -> None:
+    tested = [Record(number, "loss", value, reference="test") for number, value in TEST_LOSSES]
+    told = recorded({1: [attack(0.5)], 2: [attack(0.7, 1e-6)], 3: [attack(0.9, 1e-9)]})
+    run = Run(written_run(tmp_path / "run", [*tested, *told], rounds_done=3))
+    section = audit_section(run)
+    assert section is not None and section["course"] == [
+        "Rounds 1 2 3 were audited. Training images can first be told from others after round 2.",
+        "The test loss was least after round 2 (0.3); what is trained further fits the training "
+        "images alone.",
+    ]
+    assert section["rows"][0][:4] == ("all", "SimA", "0.900", "0.800 to 1.000")
+    page = report_page(run)
+    assert "What it remembers" in page and "How well attacks tell training images" in page
+
+
+TEST_LOSSES = [(1, 0.5), (2, 0.3), (3, 0.4)]
 
 
 def test_copies_and_few_images_are_warned_of(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from client_app import workspace
 from server_app.app import app as server_app
+from server_app.audits import AUDIT_TYPE
 from server_app.evaluation import is_measured
 from server_app.exchange import simulated_at_once
 from server_app.federated import FederatedTraining
@@ -121,7 +122,8 @@ def records(folder: Path) -> list[Record]:
 
 def named(record: Record) -> str:
     """Name a record, such as "train loss" or "held_out fid real"."""
-    return " ".join(filter(None, [record.reference, record.metric, "real" * record.real]))
+    kind = ["real" * record.real, "local" * record.local_model]
+    return " ".join(filter(None, [record.reference, record.metric, *kind]))
 
 
 def recorded(folder: Path, name: str) -> dict[tuple[int, int | None], float]:
@@ -207,11 +209,17 @@ def test_metrics_hold_every_client_of_every_round(reference: Path) -> None:
         for server_round in (1, 2, 3)
         for client, count in enumerate(counts)
     }
-    assert {named(r) for r in records(reference) if r.client is None} == {
+    of_all = {named(r) for r in records(reference) if r.client is None}
+    assert {name for name in of_all if not name.startswith("member_auc")} == {
         *("train loss", "num_clients", "test loss", "round_seconds", "overhead_share"),
         *("seconds_sending", "seconds_waiting", "seconds_aggregating", "seconds_training"),
-        *("seconds_checkpoint", "seconds_evaluating", "weight_bytes"),
+        *("seconds_checkpoint", "seconds_evaluating", "weight_bytes", "num_attacks"),
     }
+    # All images are attacked after the last round, and each client's own model before it leaves.
+    assert {r.round for r in records(reference) if r.metric == "member_auc SimA"} == {3}
+    assert "member_auc SimA" in of_all
+    local = recorded(reference, "member_auc SimA local")
+    assert local.keys() <= {(3, client) for client in range(3)} and local
     assert recorded(reference, "num_clients") == {(r, None): 3 for r in (1, 2, 3)}
     # float32 to three clients and back.
     weights, _ = load_weights(reference / "model.safetensors")
@@ -1048,7 +1056,8 @@ def lying(images: int, *, from_the_start: bool, loss: float = 1e14) -> Alter:
                 said[Key.NUM_IMAGES] = images
         elif config.get(Key.CLIENT) == 2:
             claims = {Key.NUM_EXAMPLES: images, Key.LOSS: loss, Key.SECONDS: 1e14}
-            reply.content[Key.METRICS].update(claims)
+            # An audit has none.
+            reply.content.get(Key.METRICS, {}).update(claims)
         return reply
 
     return alter
@@ -1114,6 +1123,30 @@ def asks_for_scores(asked: Message, client: int | None = None) -> bool:
 
 def spoiled_scores(client: int, change: Alter) -> Alter:
     return lambda asked, reply: change(asked, reply) if asks_for_scores(asked, client) else reply
+
+
+def test_hospitals_attack_the_weights_and_false_attacks_are_left_out(tmp_path: Path) -> None:
+    changes = {"train.precision": "float32", "federation.rounds": 1, "federation.min_replies": 2}
+    run_config, nodes = real_nodes(tmp_path, changes, 3)
+
+    def alter(asked: Message, reply: Message) -> Message:
+        told = asked.content.config_records[Key.CONFIG].get(Key.CLIENT)
+        if asked.metadata.message_type == AUDIT_TYPE and told == 1:
+            reply.content[Key.AUDIT]["SimA"][0] = 1.5
+        return reply
+
+    last = max(nodes.contexts)
+    nodes.contexts[last].node_config["audit"] = False
+    folder = play(run_config, nodes=nodes, alter=alter)
+    audited = [r for r in records(folder) if r.metric == "member_auc SimA"]
+    assert {(r.client, r.local_model) for r in audited} == {(0, False), (0, True), (1, True)}
+    assert {(r.n, r.context["numbers"][-3]) for r in audited} == {(180, 20)}
+    assert recorded(folder, "num_attacks") == {(1, None): 7}
+    reason = left_out(folder, "audit")[1, 1]
+    assert reason == "SimA: numbers of an attack must be shares in [0, 1], got 1.5"
+    told = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Not detected: Images of single clients, on the global model: membership, of 0." in told
+    assert "on their own models: membership, of 0 1." in told
 
 
 def test_hospitals_score_the_same_images_and_their_means_are_weighted(
