@@ -15,6 +15,9 @@ from task.evaluation.near_copies import Copying, least_share_shown
 
 # One in a hundred audits of models that remember nothing says otherwise.
 FALSE_ALARMS = 0.01
+# What is looked for.
+MEMBERS = "training images that can be told from others"
+COPIES = "copies of training images"
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,13 @@ class AuditFinding:
     """What was looked for, and what came of it.
 
     Attributes:
+        subject: what was looked for, MEMBERS or COPIES.
         is_detected: whether it was found, beyond what chance does in `FALSE_ALARMS` of all audits.
         says: a sentence or more, with figures and their numbers of images.
         client: whose images alone it is about; None: those of all, or of several.
     """
 
+    subject: str
     is_detected: bool
     says: str
     client: int | None = None
@@ -88,11 +93,11 @@ def _of_attacks(attacks: Sequence[Attack], level: float) -> list[AuditFinding]:
         is_detected = strongest.found.p_value < level
         if is_detected or client is None:
             says = _said(strongest, len(own), level)
-            found.append(AuditFinding(is_detected, says, client))
+            found.append(AuditFinding(MEMBERS, is_detected, says, client))
         else:
             quiet.append(strongest)
     if quiet:
-        found.append(AuditFinding(False, _said_together(quiet)))
+        found.append(AuditFinding(MEMBERS, False, _said_together(quiet)))
     return found
 
 
@@ -141,6 +146,7 @@ def _of_search(search: Search, level: float) -> AuditFinding:
     )
     if found.p_value < level:
         return AuditFinding(
+            COPIES,
             True,
             f"Copies in {space}: {found.copied:.1%} more of the generated images than of held-out "
             f"ones lie near a training image ({figures}).",
@@ -151,4 +157,4 @@ def _of_search(search: Search, level: float) -> AuditFinding:
         if least is None
         else (f"fewer than {least:.1%} would not show")
     )
-    return AuditFinding(False, f"Copies in {space} ({figures}); {shows}.")
+    return AuditFinding(COPIES, False, f"Copies in {space} ({figures}); {shows}.")

@@ -1,11 +1,16 @@
-"""What was audited in a run, as its records, and read back from them."""
+"""What an audit came to, in the records of a run and in `audit.json`, and read back."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from statistics import fmean
+from typing import Any, NamedTuple
 
+from task.audit.findings import AuditFinding, Search, findings
 from task.audit.membership import Attack
 from task.audit.roc import Separation
+from task.runs.layout import AUDIT_FILE, read_json, understood
 from task.runs.records import Record, Records, Series
+from task.runs.run import Run
 
 # Before the name of an attack: its AUC.
 AUC = "member_auc "
@@ -70,3 +75,63 @@ def auc_by_round(records: Records) -> dict[str, Series]:
             values = [each.found.auc for each in whole if each.name == name]
             found.setdefault(name, {})[number] = fmean(values)
     return found
+
+
+class Audit(NamedTuple):
+    """An audit of weights.
+
+    Attributes:
+        round: after which they were the weights.
+        by: "in the run" or "by feddm audit".
+        attacks: that were made; none where none could be.
+        findings: what attacks, and with `feddm audit` searches, came to.
+    """
+
+    round: int
+    by: str
+    attacks: Sequence[Attack]
+    findings: Sequence[AuditFinding]
+
+
+def audit_content(
+    attacks: Sequence[Attack], searches: Sequence[Search], found: Sequence[AuditFinding]
+) -> dict[str, Any]:
+    """Return what `audit.json` tells of attacks, searches and findings."""
+    return {
+        "attacks": [asdict(each) for each in attacks],
+        "searches": [{**asdict(each), "found": each.found._asdict()} for each in searches],
+        "findings": [asdict(each) for each in found],
+    }
+
+
+def newest_audit(run: Run) -> Audit | None:
+    """Return the newest audit of a run's weights; None without any.
+
+    That of `feddm audit`, which attacks more images, goes before one of the same weights that the
+    run made itself.
+
+    Raises:
+        ValueError: `audit.json` is none of an audit.
+    """
+    rounds = audited_rounds(run.records)
+    told = read_json(run.path / AUDIT_FILE)
+    if told is not None:
+        with understood(run.path / AUDIT_FILE):
+            if told["round"] == run.rounds_done:
+                return _as_audit(told)
+    if not rounds:
+        return None
+    attacks = recorded_attacks(run.records, rounds[-1])
+    return Audit(rounds[-1], "in the run", attacks, findings(attacks, []))
+
+
+def _as_audit(told: dict[str, Any]) -> Audit:
+    attacks = []
+    for each in told["attacks"]:
+        found = dict(each["found"])
+        rates = {float(rate): share for rate, share in found.pop("true_positives").items()}
+        patients = tuple(found.pop("patients"))
+        separated = Separation(**found, true_positives=rates, patients=patients)
+        attacks.append(Attack(each["name"], each["client"], each["is_local"], separated))
+    found_all = [AuditFinding(**each) for each in told["findings"]]
+    return Audit(told["round"], "by feddm audit", attacks, found_all)

@@ -1,13 +1,12 @@
 """`feddm audit`: what a model remembers of the images that it was trained on."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from task.audit.findings import AuditFinding, Search, findings
 from task.audit.membership import Attack, Shares, attack_members, one_of_each_patient
 from task.audit.pairs import save_pairs
+from task.audit.records import audit_content
 from task.audit.roc import FEWEST_PATIENTS
 from task.audit.searches import search_copies
 from task.checks import require
@@ -19,16 +18,13 @@ from task.evaluation.features import build_extractor
 from task.files import write_json
 from task.generation.draw_images import draw_images, full_labels
 from task.randomness import Stream
+from task.reporting.audit_section import ATTACK_HEADS, attack_rows, finding_lines
 from task.reporting.metric_table import lay_out
 from task.runs.layout import AUDIT_FILE, DATA_FILE, PAIRS_FILE, PARTITION_FILE, read_json
 from task.runs.run import Run, final_model, kept_clients
 from task.runs.same_images import describe_differences
 from task.training.devices import move, select_device
 
-ATTACK_HEADS = (
-    *("images of", "attack", "AUC", "95 % interval", "TPR at 1 % FPR", "at 0.1 %"),
-    *("members", "held out"),
-)
 # Under the table of the searches.
 SEARCH_CAPTION = """\
 ratio: distance to the nearest training image over the mean to the {} nearest, quantiles; 0: copies
@@ -143,17 +139,6 @@ def shares_of(run: Path, config: Config, dataset: Dataset) -> Shares:
     return partition.shares
 
 
-def audit_content(
-    attacks: Sequence[Attack], searches: Sequence[Search], found: Sequence[AuditFinding]
-) -> dict[str, Any]:
-    """Return what `audit.json` tells of attacks, searches and findings."""
-    return {
-        "attacks": [asdict(each) for each in attacks],
-        "searches": [{**asdict(each), "found": each.found._asdict()} for each in searches],
-        "findings": [asdict(each) for each in found],
-    }
-
-
 def written(folder: Path) -> str:
     """Say where the files of an audit are."""
     files = folder / AUDIT_FILE, folder / PAIRS_FILE
@@ -169,7 +154,7 @@ def audit_lines(
 ) -> list[str]:
     """Lay an audit out for a reader: tables of the attacks and searches, then the findings."""
     made = (
-        lay_out([ATTACK_HEADS, *map(_attack_row, attacks)])
+        lay_out([ATTACK_HEADS, *attack_rows(attacks)])
         if attacks
         else f"No attack was made: none is known for a {title}, or too few patients are held out."
     )
@@ -189,7 +174,7 @@ def search_lines(searches: Sequence[Search], found: Sequence[AuditFinding]) -> l
     table = lay_out([heads, *(row for each in searches for row in _search_rows(each))])
     neighbors = " or ".join(map(str, dict.fromkeys(each.measures.neighbors for each in searches)))
     return [f"{table}\n\n{SEARCH_CAPTION.format(neighbors)}\n"] + [
-        f"- {'DETECTED' if each.is_detected else 'not detected'}: {each.says}" for each in found
+        f"- {line}" for line in finding_lines(found)
     ]
 
 
@@ -207,18 +192,3 @@ def _search_rows(search: Search) -> list[tuple[str, ...]]:
         name = f"{search.space}, {kind.replace('_', ' ')}"
         rows.append((name, f"{number:,}", *ratios, share, last))
     return rows
-
-
-def _attack_row(attack: Attack) -> tuple[str, ...]:
-    found = attack.found
-    shares = (found.true_positives.get(rate) for rate in (0.01, 0.001))
-    whose = "all" if attack.client is None else f"client {attack.client}"
-    return (
-        f"{whose}, own model" if attack.is_local else whose,
-        attack.name,
-        f"{found.auc:.3f}",
-        f"{found.low:.3f} to {found.high:.3f}",
-        *("too few" if share is None else f"{share:.1%}" for share in shares),
-        f"{found.members:,}",
-        f"{found.others:,}",
-    )

@@ -11,9 +11,10 @@ from torch import Tensor
 from task.audit.findings import AuditFinding, findings
 from task.audit.membership import one_of_each_patient
 from task.audit.pairs import save_pairs
+from task.audit.records import audit_content
 from task.audit.searches import search_copies
 from task.checks import require
-from task.cli.audit import audit_content, search_lines, written
+from task.cli.audit import search_lines, written
 from task.config import Config, changed_config, hydra_override, load_config, settle_extractor
 from task.data import Dataset, ImageSet, original_size
 from task.data.duplicates import find_duplicates

@@ -1,11 +1,11 @@
 """What the weights of a run remember, for its page: findings, figures, and their course."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from task.audit.findings import AuditFinding, findings
 from task.audit.membership import Attack
-from task.audit.records import audited_rounds, recorded_attacks
+from task.audit.records import audited_rounds, newest_audit, recorded_attacks
 from task.runs.records import TEST
 from task.runs.run import Run
 
@@ -13,29 +13,6 @@ ATTACK_HEADS = (
     *("images of", "attack", "AUC", "95 % interval", "TPR at 1 % FPR", "at 0.1 %"),
     *("members", "held out"),
 )
-
-
-class RunAudit(NamedTuple):
-    """The newest audit that a run made by itself.
-
-    Attributes:
-        round: whose weights were audited.
-        attacks: that were made; none where none could be.
-        findings: what they came to.
-    """
-
-    round: int
-    attacks: Sequence[Attack]
-    findings: Sequence[AuditFinding]
-
-
-def newest_audit(run: Run) -> RunAudit | None:
-    """Return the newest audit that a run made; None without any."""
-    rounds = audited_rounds(run.records)
-    if not rounds:
-        return None
-    attacks = recorded_attacks(run.records, rounds[-1])
-    return RunAudit(rounds[-1], attacks, findings(attacks, []))
 
 
 def attack_rows(attacks: Sequence[Attack]) -> list[tuple[str, ...]]:
@@ -56,6 +33,11 @@ def _attack_row(attack: Attack) -> tuple[str, ...]:
         f"{found.members:,}",
         f"{found.others:,}",
     )
+
+
+def finding_lines(found: Sequence[AuditFinding]) -> list[str]:
+    """Write findings as lines that say first what came of each."""
+    return [f"{'DETECTED' if each.is_detected else 'not detected'}: {each.says}" for each in found]
 
 
 def stopping_sentences(run: Run) -> list[str]:
@@ -97,11 +79,8 @@ def audit_section(run: Run) -> dict[str, Any] | None:
     if audit is None:
         return None
     return {
-        "title": f"Attacks on the weights of round {audit.round}",
-        "findings": [
-            f"{'Detected' if each.is_detected else 'Not detected'}: {each.says}"
-            for each in audit.findings
-        ],
+        "title": f"Attacks on the weights of round {audit.round}, {audit.by}",
+        "findings": finding_lines(audit.findings),
         "course": stopping_sentences(run),
         "heads": ATTACK_HEADS,
         "rows": attack_rows(audit.attacks),

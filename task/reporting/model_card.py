@@ -10,7 +10,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from task.audit.findings import MEMBERS
+from task.audit.records import newest_audit
 from task.config import FederationConfig
+from task.reporting.audit_section import finding_lines
 from task.reporting.metric_table import HEADS, caption, measured, metric_rows, with_std
 from task.reporting.rendering import render
 from task.reporting.run_summary import describe_privacy
@@ -193,6 +196,7 @@ def results_of(run: Run) -> dict[str, Any] | None:
         "own_scores": None if evaluations else _own_scores(records),
         "held_out_loss": records.last("loss", reference=TEST) if centralized else None,
         "clients_scores": None if centralized else _clients_scores(records),
+        "audit": _audit(run),
     }
     return {**found, "gaps": _warnings_and_gaps(run)} if any(found.values()) else None
 
@@ -242,6 +246,16 @@ def _clients_scores(records: Records) -> dict[str, Any] | None:
     return {"rows": rows, "withheld": len(rows) < len(counted)} if counted else None
 
 
+def _audit(run: Run) -> list[str]:
+    """Say what attacks came to, without what is of single clients, or of one client in all."""
+    audit = newest_audit(run)
+    if audit is None or len({each.client for each in audit.attacks} - {None}) == 1:
+        return []
+    return finding_lines(
+        [each for each in audit.findings if each.subject == MEMBERS and each.client is None]
+    )
+
+
 def _warnings_and_gaps(run: Run) -> list[str]:
     """Say what is wrong with the images of a round, and what nobody has measured of them.
 
@@ -254,5 +268,8 @@ def _warnings_and_gaps(run: Run) -> list[str]:
     return [
         f"{heads[check.state]}: {check.subject}. {check.says}"
         for check in image_checks(run)
-        if check.state in heads and check.client is None
+        if check.state in heads
+        and check.client is None
+        # What attacks came to stands by itself.
+        and (check.subject != MEMBERS or check.state is State.UNMEASURED)
     ]

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from statistics import median
 
-from task.audit.findings import findings
-from task.audit.records import audited_rounds, recorded_attacks
+from task.audit.findings import COPIES, MEMBERS
+from task.audit.records import newest_audit
 from task.audit.roc import FEWEST_PATIENTS
 from task.evaluation.near_copies import least_share_shown
 from task.evaluation.noise_position import MOST_COMPARED
@@ -228,13 +228,12 @@ def _class_check(subject: str, found: "_Figure", chance: float) -> Check:
 
 
 def _copying_checks(run: Run) -> list[Check]:
-    subject = "copies of training images"
     searches = [*_searches(run)]
-    found = [_copying_check(subject, each, len(searches)) for each in searches]
-    return found or [Check(subject, State.UNMEASURED, _why_not_searched(run))]
+    found = [_copying_check(each, len(searches)) for each in searches]
+    return found or [Check(COPIES, State.UNMEASURED, _why_not_searched(run))]
 
 
-def _copying_check(subject: str, found: "_Search", num_searches: int) -> Check:
+def _copying_check(found: "_Search", num_searches: int) -> Check:
     where = f"{found.where}, n={found.number:,}, {found.held_out:,} held out, p={found.p_value:.2g}"
     # As many searches as there are would find something where nothing is.
     if found.p_value < SIGNIFICANT / num_searches:
@@ -243,28 +242,30 @@ def _copying_check(subject: str, found: "_Search", num_searches: int) -> Check:
             f"{found.share:.1%} more of them are near in {found.space} ({where}). Look at them for "
             "copies."
         )
-        return Check(subject, State.WARNING, says, found.client)
+        return Check(COPIES, State.WARNING, says, found.client)
     least = least_share_shown(found.number, found.held_out, SIGNIFICANT / num_searches)
     if least is None:
         few = f"Too few images were held out to show any copies in {found.space} ({where})."
-        return Check(subject, State.UNMEASURED, few, found.client)
+        return Check(COPIES, State.UNMEASURED, few, found.client)
     says = (
         f"Generated images lie no closer to training images in {found.space} than held-out ones do "
         f"({where}); fewer copies than {least:.1%} would not show."
     )
-    return Check(subject, State.CLEAR, says, found.client)
+    return Check(COPIES, State.CLEAR, says, found.client)
 
 
 def _membership_checks(run: Run) -> list[Check]:
-    subject = "training images that can be told from others"
-    rounds = audited_rounds(run.records)
-    if not rounds:
-        return [Check(subject, State.UNMEASURED, _why_not_audited(run))]
-    found = findings(recorded_attacks(run.records, rounds[-1]), [])
+    audit = newest_audit(run)
+    if audit is None:
+        return [Check(MEMBERS, State.UNMEASURED, _why_not_audited(run))]
     states = {True: State.WARNING, False: State.CLEAR}
-    return [Check(subject, states[each.is_detected], each.says, each.client) for each in found] or [
-        Check(subject, State.UNMEASURED, _why_not_attacked(run))
+    found = [
+        Check(each.subject, states[each.is_detected], each.says, each.client)
+        for each in audit.findings
     ]
+    if any(check.subject == MEMBERS for check in found):
+        return found
+    return [Check(MEMBERS, State.UNMEASURED, _why_not_attacked(run)), *found]
 
 
 def far_rounds(series: Mapping[int, Series]) -> dict[int, tuple[int, int]]:
