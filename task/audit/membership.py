@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from task.audit.roc import Sample, Separation, separation
 from task.data import Dataset, ImageSet, normalize
+from task.evaluation.comparison import whose_images
 from task.generators.base import Batch, Generator
 from task.randomness import Stream, torch_generator
 
@@ -109,14 +110,6 @@ def drawn_patients(images: ImageSet, most: int, seed: int) -> NDArray[np.int64]:
     return np.sort(whole if len(whole) else order[:most])
 
 
-def one_of_each_patient(images: ImageSet, seed: int) -> ImageSet:
-    """Draw one image of each patient at random."""
-    rng = torch_generator(seed, Stream.AUDIT, 3)
-    order = torch.randperm(len(images), generator=rng).numpy()
-    _, first = np.unique(whose_images(images)[order], return_index=True)
-    return images.subset(np.sort(order[first]))
-
-
 def scores_of_members(
     generator: Generator, sets: Sequence[ImageSet], *, device: torch.device, seed: int
 ) -> dict[str, list[NDArray[np.float64]]]:
@@ -135,10 +128,3 @@ def scores_of_members(
     back = order.argsort()
     ends = np.cumsum([len(each) for each in sets])[:-1]
     return {name: np.split(torch.cat(scores)[back].numpy(), ends) for name, scores in found.items()}
-
-
-def whose_images(images: ImageSet) -> NDArray[np.int64]:
-    """Return whose the images are, [N]; each its own where that is not known."""
-    if images.groups is None:
-        return np.arange(len(images))
-    return np.asarray(images.groups.cpu().numpy())

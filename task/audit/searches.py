@@ -5,13 +5,14 @@ from torch import Tensor
 
 from task.audit.findings import Search
 from task.config import Config
-from task.data import Dataset
-from task.evaluation.comparison import extract_real, looked_at
+from task.data import Dataset, ImageSet
+from task.evaluation.comparison import extract_real, looked_at, one_of_each_patient
 from task.evaluation.copy_measures import measure_copies
 from task.evaluation.distances import Nearest
 from task.evaluation.features import FeatureExtractor, extract
 from task.evaluation.near_copies import Copying, TrainingImages
 from task.progress import progress
+from task.randomness import Stream, torch_generator
 
 # Of images, to either side, at which a copy is still one.
 MOST_SHIFTED = 1
@@ -53,6 +54,12 @@ def search_copies(
         config.eval.seed,
     )
     return [search, in_features], nearest
+
+
+def single_images(held_out: ImageSet, seed: int) -> ImageSet:
+    """Draw one image of each patient at random, to be searched beside generated ones."""
+    order = torch.randperm(len(held_out), generator=torch_generator(seed, Stream.AUDIT, 3))
+    return held_out.subset(one_of_each_patient(held_out, order))
 
 
 def _searched(

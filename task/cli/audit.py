@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from task.audit.findings import AuditFinding, Search, findings
-from task.audit.membership import Attack, Shares, attack_members, one_of_each_patient
+from task.audit.membership import Attack, Shares, attack_members
 from task.audit.pairs import save_pairs
 from task.audit.records import audit_content
 from task.audit.roc import FEWEST_PATIENTS
-from task.audit.searches import search_copies
+from task.audit.searches import search_copies, single_images
 from task.checks import require
 from task.config import Config
 from task.data import Dataset, build_dataset
@@ -77,8 +77,7 @@ def audit_run(
     labels = full_labels(config, dataset)
     say(f"drawing {len(labels):,} images and searching them for copies")
     drawn = draw_images(config, model, labels, device=device, stream=Stream.EVALUATED_IMAGES)
-    # Images of one patient are alike: more of them would count one look several times.
-    searched = Dataset(dataset.train, one_of_each_patient(dataset.test, config.eval.seed))
+    searched = Dataset(dataset.train, single_images(dataset.test, config.eval.seed))
     searches, nearest = search_copies(
         config, drawn.images, searched, extractor=extractor, device=device
     )

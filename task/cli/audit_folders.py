@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from task.audit.findings import AuditFinding, findings
-from task.audit.membership import one_of_each_patient
 from task.audit.pairs import save_pairs
 from task.audit.records import audit_content
-from task.audit.searches import search_copies
+from task.audit.searches import search_copies, single_images
 from task.checks import require
 from task.cli.audit import search_lines, written
 from task.config import Config, changed_config, hydra_override, load_config, settle_extractor
@@ -116,8 +115,7 @@ def audit_folders(
         for option, folder in folders.options.items()
     )
     _check_held_out(Dataset(train, held_out), say)
-    # Images of one patient are alike: more of them would count one look several times.
-    held_out = one_of_each_patient(held_out, config.eval.seed)
+    held_out = single_images(held_out, config.eval.seed)
     if all(_is_gray(each.images) for each in (generated, train, held_out)):
         config = config.changed({"data.channels": 1})
         generated, train, held_out = map(_one_channel, (generated, train, held_out))

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from task.checks import require
@@ -117,7 +119,8 @@ class Comparison:
         features: of the generated images; None: metrics of features say nothing.
         real_features: of the real images.
         pairs: of these features.
-        most_searched: held-out images that are searched for copies, drawn at random; None: all.
+        most_searched: held-out images that are searched for copies, one of each patient, drawn at
+            random; None: all patients.
 
     Raises:
         ValueError: the generated images have another shape than the real ones.
@@ -152,12 +155,10 @@ class Comparison:
         return cached_classifier(self.config, self.real.train, self.device)
 
     @cached_property
-    def held_out_searched(self) -> ImageSet:
-        """The held-out images that are searched for copies beside the generated ones."""
-        held_out = self.real.test
-        if self.most_searched is None:
-            return held_out
-        return held_out.subset(random_order(len(held_out), self.seed, 8)[: self.most_searched])
+    def searched(self) -> Tensor:
+        """Which held-out images are searched for copies beside the generated ones: [M] int64."""
+        order = random_order(len(self.real.test), self.seed, 8)
+        return one_of_each_patient(self.real.test, order)[: self.most_searched]
 
     @cached_property
     def pixel_copying(self) -> Copying | None:
@@ -167,7 +168,7 @@ class Comparison:
         return pixel_copying(
             self.generated.images,
             self.real.train.images,
-            self.held_out_searched.images,
+            self.real.test.images[self.searched],
             horizontal_flip=self.config.data.horizontal_flip,
             device=self.device,
         )
@@ -178,7 +179,7 @@ class Comparison:
         real = self.real_features
         if self.features is None or real is None or real.test is None:
             return None
-        return feature_copying(self.features, real.train, real.test)
+        return feature_copying(self.features, real.train, real.test.subset(self.searched))
 
 
 def extract_real(
@@ -280,6 +281,26 @@ def training_halves(number: int, groups: Tensor | None, seed: int) -> tuple[Tens
 
 def _some(features: Features, number: int, seed: int, purpose: int) -> Features:
     return features.subset(random_order(len(features), seed, purpose)[:number])
+
+
+def whose_images(images: ImageSet) -> NDArray[np.int64]:
+    """Return whose the images are, [N]; each its own where that is not known."""
+    if images.groups is None:
+        return np.arange(len(images))
+    return np.asarray(images.groups.cpu().numpy())
+
+
+def one_of_each_patient(images: ImageSet, order: Tensor) -> Tensor:
+    """Take the first image of each patient, [M] int64.
+
+    Images of one patient are alike: more of them would count one look several times.
+
+    Args:
+        images: of one patient or of several.
+        order: [N] int64, of the images.
+    """
+    _, first = np.unique(whose_images(images)[order.numpy()], return_index=True)
+    return order[torch.from_numpy(np.sort(first))]
 
 
 def random_order(number: int, seed: int, purpose: int) -> Tensor:

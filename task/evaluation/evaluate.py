@@ -135,7 +135,7 @@ def quick_measures(
         _record(server_round, metric, score)
         for metric, score in scores_of(comparison, metrics_of(use))
     ]
-    held_out = len(comparison.held_out_searched)
+    held_out = len(comparison.searched)
     if held_out > 0:
         found.append(Record(server_round, "num_held_out", held_out))
     return Records(tuple(found))

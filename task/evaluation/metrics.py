@@ -287,7 +287,7 @@ def of_copying(
     def compute(comparison: Comparison) -> Iterator[Score]:
         found = search(comparison)
         if found is not None:
-            number, held_out = len(comparison.generated), len(comparison.held_out_searched)
+            number, held_out = len(comparison.generated), len(comparison.searched)
             yield Score(getattr(found, name), n=number)
             if real:
                 yield Score(getattr(found, real), n=held_out, real=True)

@@ -443,8 +443,13 @@ def _searches_in(
             records.value(f"{space}_{of}", client=client, reference=reference)
             for of in ("copied", "p_value")
         )
+        # Fewer than were held out: one of each patient.
+        beside = records.last(f"{space}_distance", real=True)
+        number, held_out = numbers
+        if client is None and beside is not None:
+            held_out = beside.n or held_out
         if share is not None and p_value is not None:
-            yield _Search(share, p_value, f"{space}s", *numbers, where, client)
+            yield _Search(share, p_value, f"{space}s", number, held_out, where, client)
 
 
 def _why_unmeasured(run: Run) -> str:

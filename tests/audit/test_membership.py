@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from task.audit.findings import Search, findings
-from task.audit.membership import Attack, attack_members, drawn_patients, one_of_each_patient
+from task.audit.membership import Attack, attack_members, drawn_patients
 from task.audit.pairs import closest_pairs
 from task.audit.roc import Sample, separation
+from task.audit.searches import single_images
 from task.config import load_config
 from task.data import Dataset, ImageSet, normalize
 from task.evaluation.copy_measures import Beside, CopyMeasures
@@ -101,8 +102,8 @@ def test_patients_are_drawn_whole() -> None:
     counts = np.bincount(groups.numpy()[chosen], minlength=10)
     assert {*counts.tolist()} == {0, 4} and len(chosen) == 12
     assert np.array_equal(drawn_patients(images_of(10, 0), 15, seed=0), np.arange(10))
-    single = one_of_each_patient(images_of(40, 0, groups=groups), seed=0)
-    assert single.groups is not None and single.groups.tolist() == [*range(10)]
+    single = single_images(images_of(40, 0, groups=groups), seed=0)
+    assert single.groups is not None and sorted(single.groups.tolist()) == [*range(10)]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])

@@ -213,6 +213,22 @@ def test_pixel_distance_is_the_root_mean_square_of_the_difference(config: Config
     assert found[1].value == pytest.approx((76 - 19) / 255)
 
 
+def test_copies_are_searched_beside_one_image_of_each_patient(
+    config: Config, digits: Dataset
+) -> None:
+    number = len(digits.test)
+    patients = torch.arange(number) // 3
+    grouped = ImageSet(digits.test.images, digits.test.labels, patients)
+    comparison = Comparison(
+        config, digits.test, Dataset(digits.train, grouped), torch.device("cpu"), most_searched=40
+    )
+    assert len(set(patients[comparison.searched].tolist())) == len(comparison.searched) == 40
+    whole = dataclasses.replace(comparison, most_searched=None)
+    assert sorted(patients[whole.searched].tolist()) == sorted(set(patients.tolist()))
+    (_, real) = METRICS["pixel_distance"].compute(whole)
+    assert real.n == len(whole.searched) == -(-number // 3)
+
+
 def test_scores_are_those_of_the_features(
     config: Config, digits: Dataset, honest: ImageSet, extractor: FeatureExtractor
 ) -> None:
