@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from task.audit.records import newest_audit
 from task.config import TRAINED_WITH, model_presets, nearest_models
 from task.evaluation.metrics import Use
 from task.reporting.metric_table import Quantity, quantities
@@ -68,6 +69,10 @@ ABOUT_SENT = (
 ABOUT_MODEL = (
     "MB of model: the tensors of model.safetensors, some of which draw no images; parameters: "
     "trained values."
+)
+ABOUT_REMEMBERED = (
+    "AUC of the strongest attack: how well training images are told from held-out ones by the "
+    "final weights, 0.5 is guessing; of several attacks, so that about 0.55 is no finding."
 )
 # A cost that was not recorded is not 0.
 NOT_RECORDED = "-: there is none, or it was not measured or recorded in every round."
@@ -150,6 +155,14 @@ def _megabytes_of_model(run: Run, rounds: int) -> float:
     return sum(tensor.nbytes for tensor in stored.values()) / MEGA
 
 
+def _strongest_auc(run: Run, rounds: int) -> float | None:
+    audit = newest_audit(run)
+    if audit is None or audit.round != rounds:
+        return None
+    whole = [each.found for each in audit.attacks if each.client is None]
+    return min(whole, key=lambda each: each.p_value).auc if whole else None
+
+
 ROUNDS = Cost("rounds", lambda run, rounds: float(rounds))
 SECONDS = Cost("seconds of training", _recorded_sum("seconds_training"))
 SENT = Cost("MB sent", _megabytes_sent)
@@ -159,6 +172,8 @@ COSTS = (
     Cost("MB of model", _megabytes_of_model),
     Cost("million parameters", lambda run, rounds: run.generator.num_parameters / MEGA),
 )
+# What giving the model away may cost whose images it was trained on.
+REMEMBERED = Cost("AUC of the strongest attack", _strongest_auc)
 # What there may be little of.
 BUDGETS = (ROUNDS, SECONDS, SENT)
 
@@ -304,18 +319,22 @@ def _cost_table(group: GeneratorGroup, title: str) -> Table:
         distance = mean_scores(members, Use.GENERATORS).get(DISTANCE)
         rows[label] = {} if distance is None else {DISTANCE: distance}
         rows[label] |= {
-            cost: cell for cost in COSTS if (cell := _mean_cost(cost, members)) is not None
+            cost: cell
+            for cost in (*COSTS, REMEMBERED)
+            if (cell := _mean_cost(cost, members)) is not None
         }
+    audited = [REMEMBERED] * any(REMEMBERED in row for row in rows.values())
     devices = sorted({each.run.device or "an unknown machine" for each in group.members})
     return Table(
         title=title,
         rows=[*rows],
-        metrics=[DISTANCE, *COSTS],
+        metrics=[DISTANCE, *COSTS, *audited],
         columns=[Column(group.label, rows)],
         caption=[
             f"{ABOUT_SECONDS} On {', '.join(devices)}: compare equal machines alone.",
             ABOUT_SENT,
             ABOUT_MODEL,
+            *[ABOUT_REMEMBERED] * len(audited),
             NOT_RECORDED,
             f"{SPREAD_OVER_SEEDS}.",
         ],

@@ -14,6 +14,7 @@ from task.reporting.rendering import render
 from task.reporting.tables import Measurement, Table, measurements
 from task.runs.records import TRAIN
 from task.runs.run import find_runs
+from tests.audit.test_records import attack
 from tests.reporting.test_tables import Sweep, feddm_tables
 
 SMALL = ("experiment=survey", "data=digits", "federation.rounds=3", "eval.extractor=classifier")
@@ -51,6 +52,9 @@ def test_a_row_is_a_generator_in_a_mode_with_its_figures_and_costs(survey: Sweep
         run = survey.add(f"v{seed}", "model=vae", f"seed={seed}", fid_train=fid, cas=0.5)
         record(run, "weight_bytes", sent, sent, sent)
         record(run, "seconds_training", 10.0, 20.0, 30.0 + seed)
+        numbers = attack(0.6 + seed / 10).found.numbers()
+        record(run, "member_auc SimA", *[0.5] * 3, n=200, context={"numbers": numbers})
+        record(run, "num_attacks", 1, 1, 1)
     survey.add("c", "model=conv_vae", fid_train=30.0, floor_cas=0.9)
     survey.add("p", "model=vae", "train.mode=centralized", fid_train=5.0)
     survey.add("skewed", "model=conv_vae", "partition.beta=5")
@@ -74,8 +78,10 @@ def test_a_row_is_a_generator_in_a_mode_with_its_figures_and_costs(survey: Sweep
         FD: "12.00 ± 2.00 (3 seeds)",
         "seconds of training ↓": "61.00 ± 1.00 (3 seeds)",
         "MB sent ↓": "6.00 ± 3.00 (3 seeds)",
+        "AUC of the strongest attack ↓": "0.70 ± 0.10 (3 seeds)",
         **own,
     }
+    assert "AUC of the strongest attack ↓" not in row(costs, "conv_vae, FedAvg")
     assert costs.columns[0].score("vae, Centralized", costs.metrics[2]) is None
     assert quality.verdicts == [
         "Least FD (train), FedAvg: vae, not shown (difference 18; a single seed, so that no "
