@@ -78,7 +78,7 @@ def test_a_row_is_a_generator_in_a_mode_with_its_figures_and_costs(survey: Sweep
         FD: "12.00 ± 2.00 (3 seeds)",
         "seconds of training ↓": "61.00 ± 1.00 (3 seeds)",
         "MB sent ↓": "6.00 ± 3.00 (3 seeds)",
-        "AUC of the strongest attack ↓": "0.70 ± 0.10 (3 seeds)",
+        "AUC of the strongest attack ↓": "0.7000 ± 0.1000 (3 seeds)",
         **own,
     }
     assert "AUC of the strongest attack ↓" not in row(costs, "conv_vae, FedAvg")
