@@ -24,8 +24,10 @@ from task.evaluation.hospital_scores import score_images
 from task.protocol.node import NodeConfig, check_node, own_config, read_node_config
 from task.protocol.wire import AUDIT, SCORES, UNMASK, Key, from_npy
 from task.randomness import Stream, torch_generator
+from task.training.algorithms.registry import client_algorithm
 from task.training.client_privacy import ClientPrivacy
 from task.training.devices import device_name, move
+from task.training.learning_rate import round_lr
 from task.training.loop import fit, fit_options, held_out_losses
 from task.training.private import (
     SecretDraws,
@@ -103,10 +105,11 @@ def train(message: Message, context: Context) -> Message:
         # Before the optimizers, whose state lies in memory as the weights do.
         place = workspace.device if workspace.num_processes == 1 else torch.device("cpu")
         move(generator, place, channels_last=config.train.channels_last)
-        optimizers = generator.optimizers(config.train.lr)
+        optimizers = generator.optimizers(round_lr(config, server_round))
         if sums_gradients(config):
             optimizers = gradients_as_updates(optimizers)
         state.load(optimizers)
+        algorithm = client_algorithm(config)
         precision = choose_precision(workspace, context, str(asked[Key.PRECISION]))
         # The server knows the run's seed. It could take noise that comes from it out again, and see
         # in all draws that follow who was there before.
@@ -129,17 +132,21 @@ def train(message: Message, context: Context) -> Message:
             options=fit_options(config, precision=precision, num_processes=workspace.num_processes),
             optimizers=optimizers,
             rng=rng,
+            callbacks=algorithm.callbacks,
+            received={**received_beside(message), **state.kept},
             patients=images.groups,
             private_draws=SecretDraws() if secret else None,
         )
-        state.save(optimizers)
+        state.save(optimizers, {name: result.tensors[name] for name in algorithm.kept})
     keep_local_model(workspace, server_round, precision)
     # Gradients in units of the clipping norm are too large for float16, and travel as integers.
     dtype = "float32" if sums_gradients(config) else config.federation.wire_dtype
     packed = workspace.layout.pack(workspace.generator.state_dict(), dtype)
     records = RecordDict()
     if part is None:
-        records[Key.ARRAYS] = ArrayRecord({Key.PACKED: npy_array(packed)})
+        beside = {name: result.tensors[name].numpy() for name in algorithm.sent}
+        arrays = {str(Key.PACKED): packed, **beside}
+        records[Key.ARRAYS] = ArrayRecord({name: npy_array(a) for name, a in arrays.items()})
     if asked.get(Key.AUDIT) and tells_audit(workspace):
         client = int(asked[Key.CLIENT])  # type: ignore[arg-type]
         own = Dataset(images, held_out)
@@ -301,3 +308,13 @@ def receive_weights(workspace: Workspace, message: Message) -> None:
     arrays = cast(ArrayRecord, message.content[Key.ARRAYS])
     packed = from_npy(arrays[Key.PACKED].data)
     workspace.generator.load_shared(workspace.layout.unpack(packed, workspace.device))
+
+
+def received_beside(message: Message) -> dict[str, torch.Tensor]:
+    """Return what the strategy of the run sends beside the weights, flat, by name."""
+    arrays = cast(ArrayRecord, message.content[Key.ARRAYS])
+    return {
+        name: torch.from_numpy(from_npy(array.data).copy())
+        for name, array in arrays.items()
+        if name != Key.PACKED
+    }

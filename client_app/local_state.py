@@ -1,11 +1,12 @@
 """What a client keeps of its training from one round to the next, and never sends."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
+import torch
 from flwr.app import ConfigRecord
 
 from client_app.log import logger
@@ -13,16 +14,19 @@ from client_app.workspace import Workspace
 from task.data import ImageSet
 from task.files import remove_left_overs
 from task.lock import hold
-from task.protocol.node import missing_output_path, output_folder
+from task.protocol.node import missing_output_path, output_folder, without_place
 from task.protocol.wire import Key
 from task.runs.checkpoint import join_groups, load_weights, save_weights, split_groups
 from task.runs.layout import LOCK_FILE, round_of, run_path
+from task.training.algorithms.registry import client_algorithm
 from task.training.loop import Optimizers
 from task.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
 
 # An earlier training of a client may still be about to end.
 STATE_PATIENCE_SECONDS = 60.0
 ROUND_FILES = "round_*.safetensors"
+# The group of what the strategy of the run keeps, in a file of a client's state.
+STRATEGY = "strategy"
 
 
 class LocalState:
@@ -30,6 +34,9 @@ class LocalState:
 
     A round can be repeated, after a failure or by a server that goes on from an earlier checkpoint;
     it then begins with the state that it began with before.
+
+    Attributes:
+        kept: what the client's half of the strategy has left in its last round, by name.
     """
 
     def __init__(self, workspace: Workspace, asked: ConfigRecord, images: ImageSet) -> None:
@@ -51,7 +58,8 @@ class LocalState:
         self._keep = workspace.config.federation.keep_checkpoints
         self._images = images_digest(images) if self._generator.bound_to_images else ""
         self._folder = None
-        if self._generator.keeps_state:
+        self.kept: Mapping[str, torch.Tensor] = {}
+        if self._generator.keeps_state or client_algorithm(workspace.config).kept:
             self._folder = _make_folder(workspace, str(asked[Key.RUN_NAME]), self._client)
 
     @contextmanager
@@ -94,6 +102,7 @@ class LocalState:
                 "folder away, and this client starts anew"
             )
         local, gathered = split_groups(tensors)
+        self.kept = gathered.pop(STRATEGY, {})
         way_out = "move its folder away, and this client starts anew"
         if metadata["images"] != self._images:
             raise ValueError(
@@ -110,11 +119,12 @@ class LocalState:
             ) from error
         logger.info("round %d: goes on from the state of %s", self._round, earlier[-1].name)
 
-    def save(self, optimizers: Optimizers) -> None:
+    def save(self, optimizers: Optimizers, kept: Mapping[str, torch.Tensor]) -> None:
         """Keep the state after the round, and forget that of rounds which no server goes back to.
 
         Args:
             optimizers: of the generator.
+            kept: see the attribute; of this round.
 
         Raises:
             OSError: it cannot be written.
@@ -123,15 +133,15 @@ class LocalState:
             return
         state = self._generator.state_dict()
         local = {name: tensor for name, tensor in state.items() if self._generator.stays(name)}
-        kept = sorted(self._generator.local_optimizers & optimizers.keys())
-        gathered = {name: optimizer_tensors(optimizers[name]) for name in kept}
+        names = sorted(self._generator.local_optimizers & optimizers.keys())
+        gathered = {name: optimizer_tensors(optimizers[name]) for name in names}
         remove_left_overs(self._folder / ROUND_FILES)
         for file in self._files():
             if round_of(file) > self._round:
                 file.unlink()
         save_weights(
             self._folder / f"round_{self._round:04d}.safetensors",
-            join_groups(local, gathered),
+            join_groups(local, {**gathered, STRATEGY: kept}),
             {
                 "round": str(self._round),
                 "run": self._run_id,
@@ -152,7 +162,8 @@ def images_digest(images: ImageSet) -> str:
     return hashlib.sha256(images.images.contiguous().numpy().data).hexdigest()
 
 
-def _make_folder(workspace: Workspace, run_name: str, client: int) -> Path:
+def _make_folder(workspace: Workspace, run_name: str, client: int) -> Path | None:
+    """Make the folder of a client; None on a node without one that can do without."""
     node = workspace.node
     # Checks the name, which comes from outside.
     config = workspace.config.changed({"run_name": run_name})
@@ -161,8 +172,10 @@ def _make_folder(workspace: Workspace, run_name: str, client: int) -> Path:
     elif node.output_path is not None:
         run, parts = output_folder(node.output_path) / run_name, ("state",)
         run.mkdir(mode=0o700, exist_ok=True)
+    elif what := without_place(config, workspace.generator):
+        raise missing_output_path(what)
     else:
-        raise missing_output_path(workspace.generator)
+        return None
     folder = run
     for part in (*parts, f"client-{client}"):
         folder /= part

@@ -15,6 +15,7 @@ from task.runs.records import TEST, TRAIN, Record, records_of
 from task.runs.writer import RunWriter
 from task.training.devices import compile_where_wanted, keep_freed_memory, move, torch_configured
 from task.training.distributed import count_processes
+from task.training.learning_rate import adopt_learning_rates, round_lr
 from task.training.loop import fit, fit_options, held_out_losses
 from task.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
 
@@ -88,6 +89,8 @@ class CentralizedTraining(RoundLoop):
             ),
             progress(1, f"round {server_round}: training"),
         ):
+            new = self.model.optimizers(round_lr(config, server_round))
+            adopt_learning_rates(self._optimizers, new)
             result = fit(
                 self.model,
                 self.dataset.train.images,

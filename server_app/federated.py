@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from server_app.audits import AUDIT_TYPE, asks_clients, attacks_of, read_attacks
+from server_app.build_strategy import build_strategy
 from server_app.dataset import check_privacy, load_images, record_data, record_partition
 from server_app.evaluation import GlobalEvaluation, HospitalEvaluation
 from server_app.exchange import Answer, ClientExchange, Question, is_simulation
@@ -20,7 +21,6 @@ from server_app.messages import Entries, images_record, packed_record
 from server_app.nodes import GRACE_SECONDS, QUERY_TIMEOUT_SECONDS, Nodes, sample_clients
 from server_app.replies import Diverged, UnusableReply, read_losses, read_training
 from server_app.rounds import RoundLoop, TooFewRepliesError
-from server_app.strategies import build_strategy
 from server_app.timing import PhaseTimer
 from server_app.weighting import Weighting
 from task.audit.membership import Attack
@@ -34,6 +34,7 @@ from task.randomness import Stream, torch_generator
 from task.runs.layout import CLASS_COUNTS_FILE, NODES_FILE, client_numbers
 from task.runs.records import CLIENT_DIVERGENCE, LEFT_OUT, TEST, TRAIN, Record, records_of
 from task.runs.writer import RunWriter
+from task.training.algorithms.parameters import trained_parameters
 from task.training.client_privacy import check_clients
 from task.training.private import (
     PrivateDraws,
@@ -77,13 +78,13 @@ class FederatedTraining(RoundLoop):
         self._exchange = ClientExchange(grid, self._nodes, federation)
         self._layout = WeightLayout.of(self.model, self.model.local | self.model.frozen)
         self._weighting = Weighting.of(self.config, simulated=self.simulated)
+        optimizers = self.model.optimizers(self.config.train.lr)
         self.strategy = build_strategy(
             self.config,
             self._layout,
             self._weighting,
-            server_optimizer=packed_optimizer(self.model.optimizers(self.config.train.lr))
-            if sums_gradients(self.config)
-            else None,
+            trained=trained_parameters(self.model, optimizers),
+            server_optimizer=packed_optimizer(optimizers) if sums_gradients(self.config) else None,
         )
         # Clients that were left out of earlier attempts at the round.
         self._failed: set[int] = set()
@@ -234,7 +235,8 @@ class FederatedTraining(RoundLoop):
     def train_clients(self, server_round: int, clients: list[int]) -> "TrainingReplies":
         """Let clients train, and add their weights up as they come."""
         kept = self.clients_to_keep(server_round, clients)
-        sent = self.strategy.broadcast(self.weights, len(clients))
+        sent = self.strategy.broadcast(self.weights, len(clients), len(self._nodes.node_ids))
+        beside = self.strategy.beside()
         read = partial(
             read_training,
             sent=sent,
@@ -242,16 +244,18 @@ class FederatedTraining(RoundLoop):
             max_norm=self.config.federation.max_update_norm,
             measures=self.model.measures,
             counted_as=1 if self.config.privacy.is_on else None,
+            beside=self.strategy.expected,
         )
         replies = TrainingReplies()
         # To the clients of the round, and back in the replies that can be used.
-        traffic = sent.nbytes * len(clients)
+        traffic = sum(each.nbytes for each in (sent, *beside.values())) * len(clients)
         audited = self.evaluation.is_audit_due(server_round) and asks_clients(self.config)
         question = self.about_weights(
             MessageType.TRAIN,
             sent,
             lambda content: (read(content), read_attacks(content) if audited else {}),
             entries={Key.AUDIT: audited},
+            beside=beside,
         )
         for client, (trained, attacked), asked in self.ask(
             question, server_round, clients, self.phases
@@ -278,8 +282,8 @@ class FederatedTraining(RoundLoop):
             if client in kept:
                 own = self._layout.unpack(trained.weights)
                 self.directory.save_local_model(server_round, client, self.model.shared(own))
-            self.strategy.add(client, trained.weights, trained.num_images)
-            traffic += trained.weights.nbytes
+            self.strategy.add(client, trained.weights, trained.num_images, trained.beside)
+            traffic += sum(a.nbytes for a in (trained.weights, *trained.beside.values()))
         replies.records.append(Record(server_round, "weight_bytes", traffic))
         return replies
 
@@ -418,6 +422,7 @@ class FederatedTraining(RoundLoop):
         read: Callable[[RecordDict], Answer],
         *,
         entries: Entries | None = None,
+        beside: Mapping[str, NDArray[np.floating]] | None = None,
     ) -> Question[Answer]:
         """Make the question about packed weights, which all messages share.
 
@@ -426,6 +431,7 @@ class FederatedTraining(RoundLoop):
             packed: [P], the weights to start from.
             read: of the replies; see `Question`.
             entries: further ones of the config record.
+            beside: what the strategy sends beside the weights, by name.
         """
         # The name that a client composes itself may be another, with the time of day.
         config = ConfigRecord(
@@ -436,7 +442,7 @@ class FederatedTraining(RoundLoop):
                 **(entries or {}),
             }
         )
-        content = RecordDict({Key.ARRAYS: packed_record(packed), Key.CONFIG: config})
+        content = RecordDict({Key.ARRAYS: packed_record(packed, beside), Key.CONFIG: config})
         return Question(message_type, content, read)
 
     def ask(

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode, SType
 from numpy.typing import NDArray
 
@@ -197,42 +197,52 @@ def read_numbers(
     return numbers
 
 
-def read_weights(
-    content: RecordDict, *, size: int, num_images: int, num_clients: int
-) -> NDArray[np.floating]:
-    """Return the packed weights of a reply, without a copy.
+def read_arrays(
+    content: RecordDict, sizes: Mapping[str, int], *, num_images: int, num_clients: int
+) -> dict[str, NDArray[np.floating]]:
+    """Return the packed weights of a reply, and what comes beside them, without a copy.
 
     Args:
         content: the reply.
-        size: how many values there must be.
-        num_images: that the weights count for.
-        num_clients: how many clients may add their weights to the same sum.
+        sizes: how many values each array must have, by name.
+        num_images: that they count for.
+        num_clients: how many clients may add theirs to the same sum.
 
     Raises:
-        UnusableReply: they are missing, of another shape or type, not finite, or so large that
-            the sum could overflow.
+        UnusableReply: one is missing, of another shape or type, not finite, or so large that the
+            sum could overflow; or there are others.
     """
     arrays = record_of(content, Key.ARRAYS, ArrayRecord)
-    if list(arrays) != [Key.PACKED]:
+    if {*arrays} != {*sizes}:
         names = [str(name) for name in arrays]
-        raise UnusableReply(f"arrays must be [{Key.PACKED.value!r}], got {names}")
+        raise UnusableReply(f"arrays must be {[*map(str, sizes)]}, got {names}")
+    return {
+        name: _read_array(arrays[name], name, size, num_images, num_clients)
+        for name, size in sizes.items()
+    }
+
+
+def _read_array(
+    array: Array, name: str, size: int, num_images: int, num_clients: int
+) -> NDArray[np.floating]:
+    what = "weights" if name == Key.PACKED else name
     try:
-        if arrays[Key.PACKED].stype != SType.NUMPY:
+        if array.stype != SType.NUMPY:
             raise TypeError("another serialization")
-        packed = from_npy(arrays[Key.PACKED].data)
+        packed = from_npy(array.data)
     except Exception as error:
         # NumPy's reader raises nearly anything on bytes that were made to break it.
-        raise UnusableReply(f"weights that cannot be read: {type(error).__name__}") from error
+        raise UnusableReply(f"{what} that cannot be read: {type(error).__name__}") from error
     if packed.shape != (size,) or packed.dtype not in (np.float32, np.float16):
         raise UnusableReply(
-            f"weights must be float32 or float16 of shape ({size},), "
+            f"{what} must be float32 or float16 of shape ({size},), "
             f"got {packed.dtype} of shape {packed.shape}"
         )
     largest = largest_magnitude(packed)
     if not np.isfinite(largest):
-        raise Diverged("weights that are not finite")
+        raise Diverged(f"{what} that are not finite")
     if largest * num_images > SUM_LIMIT / num_clients:
-        raise Diverged(f"weights of up to {largest:.3g} from {num_images} images: diverged")
+        raise Diverged(f"{what} of up to {largest:.3g} from {num_images} images: diverged")
     return packed
 
 
@@ -247,6 +257,7 @@ class LocalTraining:
         measures: what its family measured of the training, by name.
         spent: `DURATIONS_AND_RATES`, those that it says.
         update_norm: how far its weights lie from those that it was sent, measured here.
+        beside: what the strategy is sent beside the weights, by name.
     """
 
     weights: NDArray[np.floating]
@@ -255,6 +266,7 @@ class LocalTraining:
     measures: dict[str, float]
     spent: dict[str, float]
     update_norm: float
+    beside: dict[str, NDArray[np.floating]]
 
 
 def read_training(
@@ -265,6 +277,7 @@ def read_training(
     max_norm: float | None,
     measures: Collection[str] = (),
     counted_as: int | None = None,
+    beside: Mapping[str, int] | None = None,
 ) -> LocalTraining:
     """Return what a client that has trained replied, and measure how far it went.
 
@@ -276,14 +289,17 @@ def read_training(
         measures: names of what the family measures of a training.
         counted_as: how many images a client counts for that protects its patients, and says
             nothing beside its weights; None: each says it.
+        beside: how many values each array must have that the strategy is sent beside the weights.
 
     Raises:
-        UnusableReply: see `read_metrics` and `read_weights`; or the weights lie further than
+        UnusableReply: see `read_metrics` and `read_arrays`; or the weights lie further than
             `max_norm` from those that were sent.
     """
     numbers = {} if counted_as is not None else read_metrics(content, measures)
     num_images = int(numbers.get(Key.NUM_EXAMPLES, counted_as or 0))
-    weights = read_weights(content, size=len(sent), num_images=num_images, num_clients=num_clients)
+    sizes = {str(Key.PACKED): len(sent), **(beside or {})}
+    arrays = read_arrays(content, sizes, num_images=num_images, num_clients=num_clients)
+    weights = arrays.pop(Key.PACKED)
     norm = distance(weights, sent)
     if max_norm is not None and norm > max_norm:
         raise UnusableReply(
@@ -292,7 +308,7 @@ def read_training(
         )
     spent = {str(name): numbers[name] for name in DURATIONS_AND_RATES if name in numbers}
     measured = {name: float(numbers[name]) for name in measures if name in numbers}
-    return LocalTraining(weights, num_images, numbers.get(Key.LOSS), measured, spent, norm)
+    return LocalTraining(weights, num_images, numbers.get(Key.LOSS), measured, spent, norm, arrays)
 
 
 def read_losses(

@@ -3,14 +3,13 @@
 A `Reducer` makes one set of weights of those of many clients. FedAvg's mean believes every client:
 one that sends anything finite moves it as far as it likes. The median, the trimmed mean and Krum
 bear a minority of such replies; what each asks for and costs stands in
-`conf/federation/default.yaml`. A `Strategy` goes from there to the next weights.
+`conf/federation/default.yaml`. A `Strategy` goes from there to the next weights;
+`server_app.build_strategy` says which one a run has.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from server_app.weighting import Weighting
-from task.config import Config
 from task.protocol.secure_aggregation.fixed_point import UpdateFormat, chunks
 from task.protocol.wire import WeightLayout, Weights
 from task.training.client_privacy import ClientPrivacy
@@ -245,7 +243,8 @@ class Strategy:
     With a server optimizer, what the reducer makes of the clients' weights is taken as a step:
     the way from there back to the weights that were sent is the gradient. SGD with momentum is
     FedAvgM, Adam is FedAdam. Without one, which is FedAvg, what the reducer makes is taken as it
-    is: a step of SGD with a learning rate of 1 up to rounding.
+    is: a step of SGD with a learning rate of 1 up to rounding. What clients do not train is taken
+    as it is in any case: statistics of batches, which no step may make negative, and averages.
 
     A round is `broadcast`, `add` for each client, `finish`; a `broadcast` drops what was added
     before it, so that a round can be tried again.
@@ -254,6 +253,7 @@ class Strategy:
 
     Attributes:
         average: the moving average of the weights over rounds; None where the run keeps none.
+        num_trained: how many of the values that travel clients train.
     """
 
     def __init__(
@@ -264,6 +264,7 @@ class Strategy:
         wire_dtype: str = "float32",
         ema_decay: float | None = None,
         server_optimizer: Callable[[list[Tensor]], Optimizer] | None = None,
+        trained: Collection[str] | None = None,
         privacy: ClientPrivacy | None = None,
     ) -> None:
         """Start before the first round.
@@ -275,27 +276,60 @@ class Strategy:
             wire_dtype: "float32" or "float16".
             ema_decay: of the moving average; None: the run keeps none.
             server_optimizer: makes the optimizer of the packed weights; None: none.
+            trained: names of the tensors that clients train, which alone the optimizer moves;
+                None: all.
             privacy: of clients; None: none.
         """
         self.average: Weights | None = None
         self._layout, self._new_reducer = layout, new_reducer
         self._wire_dtype, self._ema_decay = wire_dtype, ema_decay
-        self._privacy, self._num_clients = privacy, 0
+        self._privacy, self._num_clients, self._num_nodes = privacy, 0, 1
+        # Which of the packed values clients train: [P], or all.
+        self._trained: NDArray[np.bool_] | slice = slice(None)
+        self.num_trained = layout.size
+        if trained is not None:
+            shapes = layout.shapes.items()
+            whether = [np.full(shape.numel(), name in trained) for name, shape in shapes]
+            self._trained = np.concatenate(whether)
+            self.num_trained = int(self._trained.sum())
         self._optimizer: Optimizer | None = None
         if server_optimizer is not None:
-            self._parameter = torch.nn.Parameter(torch.zeros(layout.size))
+            self._parameter = torch.nn.Parameter(torch.zeros(self.num_trained))
             self._optimizer = server_optimizer([self._parameter])
 
-    def broadcast(self, weights: Weights, num_clients: int) -> NDArray[np.floating]:
-        """Begin a round, or another attempt at it; return what clients are sent of the weights."""
+    def beside(self) -> dict[str, NDArray[np.float32]]:
+        """Return what clients are sent beside the weights, by name; here nothing."""
+        return {}
+
+    @property
+    def expected(self) -> dict[str, int]:
+        """How many values each array has that clients send beside their weights; here none."""
+        return {}
+
+    def broadcast(
+        self, weights: Weights, num_clients: int, num_nodes: int | None = None
+    ) -> NDArray[np.floating]:
+        """Begin a round, or another attempt at it; return what clients are sent of the weights.
+
+        Args:
+            weights: the global ones.
+            num_clients: that they are sent to.
+            num_nodes: clients of the federation, of which these are drawn; None: these.
+        """
         self._weights = weights
         self._sent = self._layout.pack(weights, self._wire_dtype)
         self._reducer = self._new_reducer(self._sent, num_clients)
-        self._num_clients = 0
+        self._num_clients, self._num_nodes = 0, num_nodes or num_clients
         return self._sent
 
-    def add(self, client: int, weights: NDArray[np.floating], num_images: int) -> None:
-        """Take the weights that a client has sent; see `Reducer.add`."""
+    def add(
+        self,
+        client: int,
+        weights: NDArray[np.floating],
+        num_images: int,
+        beside: Mapping[str, NDArray[np.floating]] | None = None,
+    ) -> None:
+        """Take the weights that a client has sent, see `Reducer.add`, and what is `expected`."""
         if self._privacy is not None:
             weights = self._privacy.clipped(weights, self._sent)
         self._reducer.add(client, weights, num_images)
@@ -326,19 +360,24 @@ class Strategy:
             if draws is None:
                 raise ValueError("draws: of the noise must be given, as clients are protected")
             reduced = self._privacy.noised(reduced, self._num_clients, draws)
-        if self._optimizer is not None:
-            reduced = self._stepped(self._optimizer, reduced)
-        weights = self._layout.unpack(reduced)
+        weights = self._layout.unpack(self._advanced(reduced))
         self.average = moving_average(self.average, weights, self._ema_decay)
         # Robust reducers hold the updates of all clients.
         del self._reducer, self._sent, self._weights
         return weights
 
-    def _stepped(self, optimizer: Optimizer, reduced: NDArray[np.float32]) -> NDArray[np.float32]:
-        self._parameter.data.copy_(torch.from_numpy(self._layout.pack(self._weights)))
-        self._parameter.grad = torch.from_numpy(self._sent.astype(np.float32) - reduced)
-        optimizer.step()
-        return self._parameter.detach().numpy()
+    def _advanced(self, reduced: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the next weights, [P], after the reducer's."""
+        if self._optimizer is None:
+            return reduced
+        before, trained = self._layout.pack(self._weights), self._trained
+        self._parameter.data.copy_(torch.from_numpy(before[trained]))
+        gradient = (self._sent.astype(np.float32) - reduced)[trained]
+        self._parameter.grad = torch.from_numpy(gradient)
+        self._optimizer.step()
+        moved = reduced.copy()
+        moved[trained] = self._parameter.detach().numpy()
+        return moved
 
     def state_dict(self) -> dict[str, Weights]:
         """Return what a checkpoint must hold besides the weights, by name."""
@@ -354,54 +393,6 @@ class Strategy:
         self.average = state.get("ema")
         if self._optimizer is not None:
             load_optimizer_tensors(self._optimizer, state.get("server_optimizer", {}))
-
-
-def build_strategy(
-    config: Config,
-    layout: WeightLayout,
-    weighting: Weighting,
-    *,
-    server_optimizer: Callable[[list[Tensor]], Optimizer] | None = None,
-) -> Strategy:
-    """Build the strategy that `federation.aggregation` names; arguments as of `Strategy`.
-
-    Raises:
-        ValueError: it names none.
-    """
-    federation = config.federation
-    from scipy.stats import trim_mean  # takes a second to import
-
-    krum = partial(
-        select_by_krum, num_malicious=federation.num_malicious, num_selected=federation.num_selected
-    )
-    # Median and trimmed mean: Yin et al. 2018 (arXiv 1803.01498).
-    trimmed_mean = partial(trim_mean, proportiontocut=federation.trim_fraction)
-
-    def bounded_mean(sent: NDArray[np.floating], num_clients: int) -> BoundedMean:
-        return BoundedMean(sent, UpdateFormat.of(config, num_clients))
-
-    def over_updates(**options: Any) -> Callable[[NDArray[np.floating], int], Reducer]:
-        return lambda sent, _: OverUpdates(sent, **options)
-
-    new_reducer: dict[str, Callable[[NDArray[np.floating], int], Reducer]] = {
-        "fedavg": lambda _, __: WeightedMean(weighting),
-        "bounded_mean": bounded_mean,
-        "median": over_updates(statistic=partial(np.median, axis=0)),
-        "trimmed_mean": over_updates(statistic=trimmed_mean),
-        "krum": over_updates(statistic=plain_mean, select=krum),
-    }
-    if federation.secure_aggregation:
-        new_reducer["fedavg"] = bounded_mean
-    if federation.aggregation not in new_reducer:
-        raise ValueError(f"federation.aggregation: no such aggregation: {federation.aggregation}")
-    return Strategy(
-        layout,
-        new_reducer[federation.aggregation],
-        wire_dtype=federation.wire_dtype,
-        ema_decay=federation.ema_decay,
-        server_optimizer=server_optimizer,
-        privacy=ClientPrivacy.of(config),
-    )
 
 
 def moving_average(

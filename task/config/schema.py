@@ -40,6 +40,17 @@ OBJECTIVE_VALUES = (
     *("diffusion.loss_weighting", "diffusion.loss_reduction"),
 )
 
+# Which strategies take which values; of the others they are null.
+STRATEGY_VALUES = {
+    "server_lr": ("fedavgm", "fedadam", "fedyogi"),
+    "momentum": ("fedavgm",),
+    "beta1": ("fedadam", "fedyogi"),
+    "beta2": ("fedadam", "fedyogi"),
+    "tau": ("fedadam", "fedyogi"),
+    "proximal_mu": ("fedprox",),
+    "alpha": ("feddyn",),
+}
+
 # Values where a run draws no images.
 MEASURING_OFF: dict[str, Any] = {
     "eval.num_images": 0,
@@ -132,6 +143,8 @@ class TrainConfig(Section):
     steps_per_round: PositiveInt | None
     batch_size: PositiveInt
     lr: PositiveFloat
+    lr_schedule: Literal["constant", "cosine"]
+    warmup_rounds: int = Field(ge=0)
     accumulation: PositiveInt
     clip_norm: PositiveFloat | None
     start_from: str
@@ -155,6 +168,39 @@ class TrainConfig(Section):
             self.compile,
         )
         return self
+
+
+class StrategyConfig(Section):
+    """What clients and server do with a round's training beside taking a mean of weights."""
+
+    name: Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "scaffold", "feddyn"]
+    server_lr: PositiveFloat | None
+    momentum: float | None = Field(ge=0, lt=1, description="in [0, 1)")
+    beta1: float | None = Field(ge=0, lt=1, description="in [0, 1)")
+    beta2: float | None = Field(ge=0, lt=1, description="in [0, 1)")
+    tau: PositiveFloat | None
+    proximal_mu: float | None = Field(ge=0, description=">= 0 (0: FedAvg)")
+    alpha: PositiveFloat | None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in STRATEGY_VALUES:
+            value, users = getattr(self, name), STRATEGY_VALUES[name]
+            wanted = self.name in users
+            chosen = " or ".join(f"strategy={user}" for user in users)
+            require(
+                (value is not None) == wanted,
+                f"strategy.{name}",
+                f"{'a value' if wanted else 'null'} with strategy.name={self.name} ({chosen} sets "
+                "it, with what else it needs)",
+                value,
+            )
+        return self
+
+    @property
+    def corrects_clients(self) -> bool:
+        """Whether what clients keep between rounds, and what the server has, must fit together."""
+        return self.name in ("scaffold", "feddyn")
 
 
 class FederationConfig(Section):
@@ -405,6 +451,7 @@ class Config(Section):
     model: Annotated[SerializeAsAny[ModelConfig], BeforeValidator(of_family)]
     diffusion: DiffusionConfig | None
     train: TrainConfig
+    strategy: StrategyConfig
     federation: FederationConfig
     privacy: PrivacyConfig
     eval: EvalConfig
@@ -439,6 +486,13 @@ class Config(Section):
             self._check_private()
         if self.privacy.protects_clients:
             self._check_private_clients()
+        self._check_strategy()
+        require(
+            self.train.warmup_rounds < self.federation.rounds,
+            "train.warmup_rounds",
+            f"below federation.rounds={self.federation.rounds}, or no round would reach train.lr",
+            self.train.warmup_rounds,
+        )
         for name, off in MEASURING_OFF.items() if not self.model.draws else ():
             section, _, field = name.partition(".")
             given_value = getattr(getattr(self, section), field)
@@ -449,6 +503,30 @@ class Config(Section):
                 given_value,
             )
         return self
+
+    def _check_strategy(self) -> None:
+        name, federation = self.strategy.name, self.federation
+        require(
+            not (self.strategy.corrects_clients and federation.secure_aggregation),
+            "strategy.name",
+            "another with federation.secure_aggregation=true, such as fedprox or fedadam: the sum "
+            "leaves out who did not answer in time, and the terms that hospitals keep would no "
+            "longer add up to the server's",
+            name,
+        )
+        require(
+            not (self.strategy.corrects_clients and self.privacy.unit),
+            "strategy.name",
+            f"another with privacy.mechanism={self.privacy.mechanism}, such as fedprox or fedadam: "
+            "its terms would add up the noise of all rounds, or tell what has no noise",
+            name,
+        )
+        require(
+            name != "feddyn" or federation.aggregation in ("fedavg", "bounded_mean"),
+            "federation.aggregation",
+            "fedavg or bounded_mean with strategy.name=feddyn, whose server adds up the mean",
+            federation.aggregation,
+        )
 
     def _check_private(self) -> None:
         asked = f"with privacy.mechanism={self.privacy.mechanism}"
@@ -497,6 +575,20 @@ class Config(Section):
             f"1 {why}, a round of which is one step",
             self.train.local_epochs,
         )
+        require(
+            self.strategy.name == "fedavg",
+            "strategy.name",
+            f"fedavg {why}, where the server takes the steps of the model's own optimizer",
+            self.strategy.name,
+        )
+        for name, usual in (("lr_schedule", "constant"), ("warmup_rounds", 0)):
+            value = getattr(self.train, name)
+            require(
+                value == usual,
+                f"train.{name}",
+                f"{usual} {why}, where the server takes the steps, all with train.lr",
+                value,
+            )
         clients = federation.clients_per_round or federation.num_supernodes
         least = max(colluders, (clients + colluders) // 2) + 1
         require(

@@ -14,6 +14,7 @@ from task.config.compose import as_hydra, compose_conf, model_presets, resolved
 from task.config.models import model_schemas
 from task.config.schema import (
     CONF_DIR,
+    STRATEGY_VALUES,
     Config,
     config_of,
     flat_values,
@@ -31,6 +32,10 @@ BEFORE_WRITTEN = {
     "data.patients": "",
     "diffusion": None,
     "model.family": "diffusion",
+    "strategy.name": "fedavg",
+    **{f"strategy.{name}": None for name in STRATEGY_VALUES},
+    "train.lr_schedule": "constant",
+    "train.warmup_rounds": 0,
 }
 
 

@@ -27,6 +27,7 @@ from task.protocol.secure_aggregation.memory import FolderStore, PeersRefusedErr
 from task.protocol.secure_aggregation.participant import Participant
 from task.protocol.wire import Key
 from task.randomness import Stream, numpy_generator
+from task.training.algorithms.registry import client_algorithm
 from task.training.devices import check_deterministic
 from task.training.private import spending_of
 
@@ -515,15 +516,29 @@ def check_state_path(config: Config, node: NodeConfig) -> None:
     Raises:
         ValueError: it has none.
     """
-    generator = weightless_generator(config)
-    if generator.keeps_state and node.output_path is None:
-        raise missing_output_path(generator)
+    what = without_place(config, weightless_generator(config))
+    if what and node.output_path is None:
+        raise missing_output_path(what)
 
 
-def missing_output_path(generator: Generator) -> ValueError:
-    """Make the error of a node that has no place for what a client keeps between rounds."""
+def without_place(config: Config, generator: Generator) -> str:
+    """Say what of a run needs a place for what a client keeps between rounds; "" if nothing does.
+
+    Args:
+        config: of the run.
+        generator: of the run.
+    """
+    if generator.keeps_state:
+        return f"a {generator.title} keeps a part of its training"
+    if client_algorithm(config).needs_place:
+        return f"strategy.name={config.strategy.name} keeps a term of its loss"
+    return ""
+
+
+def missing_output_path(what: str) -> ValueError:
+    """Make the error of a node that has no place for what a client keeps; see `without_place`."""
     return ValueError(
-        f"{NodeKey.OUTPUT_PATH.value}: a {generator.title} keeps a part of its training at each "
+        f"{NodeKey.OUTPUT_PATH.value}: {what} at each "
         f"hospital; start the node with --node-config '{NodeKey.OUTPUT_PATH.value}=\"/folder\"'"
     )
 

@@ -96,16 +96,28 @@ def check_same_run(config: Config, path: Path) -> None:
         if not _is_free(key, config) and not _is_moved(key, stored, asked, path, config)
     ]
     if differences:
+        plan = _plans_rounds(config) if "federation.rounds" in different else ""
         raise ValueError(
             f"resume: {path} is a run of another configuration; asked for "
             f"{', '.join(differences)}; pass the words that it was started with"
+            + (f" (federation.rounds is fixed by {plan})" if plan else "")
         )
 
 
 def _is_free(key: str, config: Config) -> bool:
-    # The noise was chosen so that as many rounds as were planned keep to privacy.epsilon.
-    planned = key == "federation.rounds" and config.privacy.epsilon is not None
-    return key in FREE_TO_CHANGE and not planned
+    return key in FREE_TO_CHANGE and not (key == "federation.rounds" and _plans_rounds(config))
+
+
+def _plans_rounds(config: Config) -> str:
+    """Say which value depends on how many rounds there are to be; "" where none does."""
+    if config.privacy.epsilon is not None:
+        return "privacy.epsilon, to which the noise of as many rounds as were planned keeps"
+    if config.train.lr_schedule != "constant":
+        return (
+            f"train.lr_schedule={config.train.lr_schedule}, which ends with the last of them; "
+            "train.start_from begins a new run with the weights of a finished one"
+        )
+    return ""
 
 
 def _is_moved(key: str, stored: object, asked: object, path: Path, config: Config) -> bool:
@@ -148,4 +160,5 @@ def settled_as(stored: Config, asked: Config) -> Config:
 
 def is_about_clients(key: str) -> bool:
     """Whether a value says something in a federated run only."""
-    return key.startswith(("partition.", "federation.")) and key != "federation.rounds"
+    about_clients = key.startswith(("partition.", "federation.", "strategy."))
+    return about_clients and key != "federation.rounds"

@@ -96,7 +96,7 @@ class FitResult:
         measures: what the family measured of it, by the names of `Generator.measures`.
         seconds: wall-clock time.
         images_per_second: images that went through the networks, over `seconds`.
-        tensors: what the callbacks send to the server beside the weights, by name.
+        tensors: what the callbacks leave, for the server or the client's next round, by name.
     """
 
     loss: float
@@ -112,19 +112,26 @@ class Callback:
     With several processes each has a copy, and that of the first one finishes.
     """
 
-    def start(self, generator: Generator, received: Mapping[str, Tensor]) -> None:
+    def start(
+        self, generator: Generator, optimizers: Optimizers, received: Mapping[str, Tensor]
+    ) -> None:
         """Begin the local epochs.
 
         Args:
             generator: with the weights that the server sent, on its device.
-            received: what the server sent beside them, by name.
+            optimizers: of the generator.
+            received: what the server sent beside the weights, and what `finish` has left in the
+                client's last round, by name, on the CPU.
         """
 
     def before_step(self, name: str) -> None:
-        """Change the gradients of the generator before the optimizer of a name takes its step."""
+        """Change the gradients of the generator before the optimizer of a name takes its step.
+
+        With several processes they are the same in all of them.
+        """
 
     def finish(self) -> Mapping[str, Tensor]:
-        """End the local epochs; returns what is sent to the server beside the weights."""
+        """End the local epochs; returns what is sent beside the weights, or kept, on the CPU."""
         return {}
 
 
@@ -221,7 +228,7 @@ def _fit(job: _Job, optimizers: Optimizers, rng: torch.Generator, rank: int = 0)
     job.generator.train()
     job = replace(job, images=job.images.to(device), labels=job.labels.to(device))
     for callback in job.callbacks:
-        callback.start(job.generator, job.received)
+        callback.start(job.generator, optimizers, job.received)
     job.generator.start()
     start = time.perf_counter()
     with seeded_global_generator(rng, rank):

@@ -14,10 +14,10 @@ from server_app.replies import (
     UnusableReply,
     check_claim,
     checked_content,
+    read_arrays,
     read_losses,
     read_metrics,
     read_training,
-    read_weights,
 )
 from server_app.strategies import SUM_LIMIT, FixedPointSum
 from task.protocol.wire import FailureCode, Key
@@ -100,7 +100,8 @@ def content(**changes: object) -> RecordDict:
 
 
 def packed_of(content: RecordDict, *, num_clients: int = 3) -> NDArray[np.floating]:
-    return read_weights(content, size=SIZE, num_images=10, num_clients=num_clients)
+    sizes = {str(Key.PACKED): SIZE}
+    return read_arrays(content, sizes, num_images=10, num_clients=num_clients)[Key.PACKED]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

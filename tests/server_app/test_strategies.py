@@ -9,6 +9,7 @@ from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg, MultiKrum
 from numpy.typing import NDArray
 from torch import nn
 
+from server_app.build_strategy import build_strategy
 from server_app.messages import addressed, packed_record
 from server_app.strategies import (
     FRACTION_BITS,
@@ -17,7 +18,6 @@ from server_app.strategies import (
     Strategy,
     WeightedMean,
     Weights,
-    build_strategy,
     distance,
     moving_average,
 )

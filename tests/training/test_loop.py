@@ -29,7 +29,14 @@ from task.training.devices import (
     is_compiled,
     select_device,
 )
-from task.training.loop import Callback, FitResult, fit, fit_options, held_out_losses
+from task.training.loop import (
+    Callback,
+    FitResult,
+    Optimizers,
+    fit,
+    fit_options,
+    held_out_losses,
+)
 from task.training.precision import fastest_precision
 from tests.training.generators import Known
 
@@ -316,7 +323,9 @@ class Pull(Callback):
         self.strength = strength
         self.names: list[str] = []
 
-    def start(self, generator: Generator, received: Mapping[str, Tensor]) -> None:
+    def start(
+        self, generator: Generator, optimizers: Optimizers, received: Mapping[str, Tensor]
+    ) -> None:
         self.weights = list(generator.parameters())
         self.anchors = [weight.detach().clone() for weight in self.weights]
         self.correction = received["correction"]

@@ -1,0 +1,41 @@
+"""What the clients of a run do besides training: the half of `strategy` that is theirs."""
+
+from dataclasses import dataclass
+
+from task.config import Config
+from task.training.algorithms.feddyn import LINEAR_TERM, DynamicRegularizer
+from task.training.algorithms.fedprox import ProximalPull
+from task.training.algorithms.scaffold import OWN_CONTROL, ControlVariate
+from task.training.loop import Callback
+
+
+@dataclass(frozen=True)
+class ClientAlgorithm:
+    """A client's half of a federated algorithm, for one round.
+
+    Attributes:
+        callbacks: of `fit`.
+        sent: names of the tensors that go to the server, of those that callbacks leave.
+        kept: names of those that the client's next round begins with.
+        needs_place: whether a client that can keep nothing may not take part.
+    """
+
+    callbacks: tuple[Callback, ...] = ()
+    sent: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    needs_place: bool = False
+
+
+def client_algorithm(config: Config) -> ClientAlgorithm:
+    """Make the clients' half of the strategy of a run; of several it is that of FedAvg."""
+    strategy = config.strategy
+    match strategy.name:
+        case "fedprox":
+            return ClientAlgorithm((ProximalPull(float(strategy.proximal_mu or 0)),))
+        case "scaffold":
+            return ClientAlgorithm((ControlVariate(),), sent=(OWN_CONTROL,), kept=(OWN_CONTROL,))
+        case "feddyn":
+            regularizer = DynamicRegularizer(float(strategy.alpha or 0))
+            return ClientAlgorithm((regularizer,), kept=(LINEAR_TERM,), needs_place=True)
+        case _:
+            return ClientAlgorithm()
