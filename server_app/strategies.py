@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from server_app.weighting import Weighting
+from task.checks import require
 from task.protocol.secure_aggregation.fixed_point import UpdateFormat, chunks
 from task.protocol.wire import WeightLayout, Weights
 from task.training.client_privacy import ClientPrivacy
@@ -279,6 +280,9 @@ class Strategy:
             trained: names of the tensors that clients train, which alone the optimizer moves;
                 None: all.
             privacy: of clients; None: none.
+
+        Raises:
+            ValueError: something of `trained` does not travel.
         """
         self.average: Weights | None = None
         self._layout, self._new_reducer = layout, new_reducer
@@ -288,6 +292,8 @@ class Strategy:
         self._trained: NDArray[np.bool_] | slice = slice(None)
         self.num_trained = layout.size
         if trained is not None:
+            foreign = ", ".join(sorted(set(trained) - layout.shapes.keys())[:3])
+            require(not foreign, "trained", "names of tensors that travel", foreign)
             shapes = layout.shapes.items()
             whether = [np.full(shape.numel(), name in trained) for name, shape in shapes]
             self._trained = np.concatenate(whether)

@@ -342,6 +342,45 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
             ["privacy.colluders", "1 or more", "got None"],
         ),
         (
+            "strategy.server_lr=0.1",
+            ["strategy.server_lr", "null with strategy.name=fedavg", "strategy=fedadam", "0.1"],
+        ),
+        (
+            "strategy.name=feddyn",
+            ["strategy.alpha", "a value", "strategy.name=feddyn", "strategy=feddyn sets", "None"],
+        ),
+        ("strategy=fedavgm strategy.momentum=1", ["strategy.momentum", "[0, 1)", "1"]),
+        ("strategy=fedadam strategy.tau=0", ["strategy.tau", "> 0", "0"]),
+        ("strategy.name=moon", ["strategy.name", "fedavg, fedprox", "'moon'"]),
+        (
+            "strategy=scaffold federation.secure_aggregation=true",
+            ["strategy.name", "such as fedprox", "secure_aggregation=true", "'scaffold'"],
+        ),
+        (
+            "strategy=feddyn privacy=dp_clients",
+            ["strategy.name", "mechanism=dp_clients", "such as fedprox", "'feddyn'"],
+        ),
+        (
+            "strategy=scaffold privacy=dp_sgd model=vae",
+            ["strategy.name", "mechanism=dp_sgd", "noise", "'scaffold'"],
+        ),
+        (
+            "strategy=feddyn federation.aggregation=median federation.min_replies=3",
+            ["federation.aggregation", "fedavg or bounded_mean", "feddyn", "'median'"],
+        ),
+        (
+            "experiment=private strategy=fedadam",
+            ["strategy.name", "fedavg with privacy.noise=distributed", "the server", "'fedadam'"],
+        ),
+        (
+            "experiment=private train.lr_schedule=cosine",
+            ["train.lr_schedule", "constant with privacy.noise=distributed", "'cosine'"],
+        ),
+        (
+            "train.warmup_rounds=20",
+            ["train.warmup_rounds", "below federation.rounds=20", "got 20"],
+        ),
+        (
             "federation.aggregation=median",
             ["federation.min_replies", "at least 3", "aggregation=median", "got 1"],
         ),
@@ -825,6 +864,18 @@ def test_value_that_a_stored_configuration_lacks_is_that_of_conf(
     assert unknown_values(file) == {unknown: 3}
     for said in (f"{file} has no {path}; taken for ", f"{file} has {unknown}, which this version"):
         assert said in caplog.text
+
+
+def test_run_that_could_not_choose_a_strategy_is_of_fedavg(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    config = load_config()
+    write_config(config, file)
+    stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+    del stored["strategy"], stored["train"]["lr_schedule"], stored["train"]["warmup_rounds"]
+    file.write_text(yaml.safe_dump(stored), encoding="utf-8")
+    read = read_config(file)
+    assert (read.strategy, read.train) == (config.strategy, config.train)
+    assert read.strategy.name == "fedavg" and read.train.lr_schedule == "constant"
 
 
 def test_pictures_of_a_run_that_could_not_choose_how_they_fit_are_stretched(tmp_path: Path) -> None:

@@ -101,6 +101,23 @@ def test_words_that_resume_a_run_name_its_folder_of_now(tmp_path: Path) -> None:
     assert tomllib.loads(lines[1]) == {"overrides": "'a\nEND\ntouch owned\nb=c\nEND\n'"}
 
 
+def test_number_of_rounds_is_fixed_where_learning_rates_follow_it(tmp_path: Path) -> None:
+    changes = {"train.lr_schedule": "cosine"}
+    run = written_run(tmp_path / "run", losses(1, {0: 0.5}), rounds_done=1, **changes)
+    stored = Run(run).config
+    check_same_run(stored, run)
+    with pytest.raises(ValueError, match=r"federation\.rounds=30 .*by train\.lr_schedule=cosine"):
+        check_same_run(stored.changed({"federation.rounds": 30}), run)
+    with pytest.raises(ValueError, match=r"strategy\.name=scaffold \(there: fedavg\)"):
+        check_same_run(stored.changed({"strategy.name": "scaffold"}), run)
+    # Strategies are of clients, which a centralized run has not.
+    pooled, other = (
+        load_config(["train.mode=centralized", f"strategy={name}"])
+        for name in ("fedavg", "fedadam")
+    )
+    assert different_values(pooled, other) == {}
+
+
 def test_runs_of_two_families_differ_in_their_family() -> None:
     tiny, gan = (load_config([f"model={name}"]) for name in ("tiny", "resnet_gan"))
     for these, others in ((tiny, gan), (gan, tiny)):

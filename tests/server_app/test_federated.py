@@ -6,10 +6,10 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -32,8 +32,6 @@ from server_app.hospital_scores import (
 )
 from server_app.replies import UnusableReply
 from server_app.rounds import DivergedError
-from server_app.strategies import Strategy, WeightedMean
-from server_app.weighting import Weighting
 from task.code_version import code_fingerprint
 from task.config import load_run_config, read_config
 from task.generators.base import Generator
@@ -366,28 +364,72 @@ def test_too_few_replies_end_the_run_and_resume_goes_on_to_the_same_bits(
     assert len(names) == len(set(names))  # no round is told twice
 
 
-def test_server_optimizer_goes_on_after_a_resume_to_the_same_bits(
-    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("strategy", "state", "sent"),
+    [
+        ("fedprox", set(), 0),
+        ("fedavgm", {"server_optimizer/0.momentum_buffer"}, 0),
+        ("fedadam", {f"server_optimizer/0.{n}" for n in ("step", "exp_avg", "exp_avg_sq")}, 0),
+        ("fedyogi", {f"server_optimizer/0.{n}" for n in ("step", "exp_avg", "exp_avg_sq")}, 0),
+        ("scaffold", {"control/all"}, 1),
+        ("feddyn", {"server_term/all"}, 0),
+    ],
+)
+def test_strategy_goes_on_after_a_killed_round_to_the_same_bits(
+    reference: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: str,
+    state: set[str],
+    sent: int,
 ) -> None:
-    def with_momentum(_: Any, layout: WeightLayout, weighting: Weighting, **__: Any) -> Strategy:
-        momentum = partial(torch.optim.SGD, lr=1.0, momentum=0.5)
-        return Strategy(layout, lambda _, __: WeightedMean(weighting), server_optimizer=momentum)
-
-    monkeypatch.setattr("server_app.federated.build_strategy", with_momentum)
-    changes = {"run_name": "whole", "eval.every": 9}
-    whole = final_weights(play(configured(tmp_path, changes)))
-    changes["run_name"] = "resumed"
-    play(configured(tmp_path, {**changes, "federation.rounds": 1}))
+    words = f"strategy={strategy}"
+    # So strong that it shows within an epoch.
+    words += " strategy.proximal_mu=10" * (strategy == "fedprox")
+    changes = {"overrides": words, "eval.every": 9, "audit.at_end": False}
+    whole = play(configured(tmp_path, {**changes, "run_name": "whole"}))
+    run_config = configured(tmp_path, {**changes, "run_name": "resumed"})
+    with opened(run_config) as run, pytest.raises(KeyboardInterrupt):
+        # When all clients have trained the second round, and kept what they keep of it.
+        endings = [run.strategy.finish, Mock(side_effect=KeyboardInterrupt)]
+        monkeypatch.setattr(run.strategy, "finish", lambda draws: endings.pop(0)(draws))
+        run.run()
     workspace._build_workspace.cache_clear()
-    folder = play(configured(tmp_path, {**changes, "resume": True}))
-    assert same_bits(final_weights(folder), whole)
-    # The first round is FedAvg's up to rounding, the second goes further.
-    first, second = (load_weights(f)[0] for f in sorted((folder / "checkpoints").iterdir()))
-    fedavg = load_weights(reference / "checkpoints" / "round_0001.safetensors")[0]
-    for name, tensor in whole.items():
-        torch.testing.assert_close(first[name], fedavg[name], rtol=0, atol=1e-6)
-        assert torch.equal(second[name], tensor)
-    assert "server_optimizer/0.momentum_buffer" in second
+    folder = play({**run_config, "resume": True})
+    assert same_bits(final_weights(folder), final_weights(whole))
+    _, last = (load_weights(f)[0] for f in sorted((folder / "checkpoints").iterdir()))
+    assert {name for name in last if "/" in name} == state
+    fedavg = load_weights(reference / "checkpoints" / "round_0002.safetensors")[0]
+    name = next(iter(final_weights(folder)))
+    assert not torch.allclose(last[name], fedavg[name], rtol=0, atol=1e-5)
+    # As many bytes again each way for what goes beside the weights.
+    size = sum(tensor.nbytes for tensor in final_weights(folder).values())
+    assert recorded(folder, "weight_bytes")[2, None] == 6 * size * (1 + sent)
+    if not (kept := sorted((folder / "clients").rglob("round_*"))):
+        assert strategy not in ("scaffold", "feddyn")
+        return
+    # Lost, and the run goes on.
+    assert len(kept) == 3 * 2
+    shutil.rmtree(folder / "clients")
+    play({**run_config, "resume": True, "federation.rounds": 3})
+    assert all(t.isfinite().all() for t in final_weights(folder).values())
+
+
+def test_real_node_without_a_place_takes_no_part_in_feddyn_and_corrects_nothing_in_scaffold(
+    tmp_path: Path,
+) -> None:
+    def words(name: str) -> RunConfig:
+        return {
+            "overrides": f"data=mnist data.test_fraction=null strategy={name}",
+            **{"federation.node_wait": 1.0, "eval.every": 9, "audit.at_end": False},
+        }
+
+    run_config, nodes = real_nodes(tmp_path, words("scaffold"))
+    assert all(t.isfinite().all() for t in final_weights(play(run_config, nodes=nodes)).values())
+    workspace._build_workspace.cache_clear()
+    run_config, nodes = real_nodes(tmp_path, {**words("feddyn"), "run_name": "other"})
+    with opened(run_config, nodes=nodes) as run, pytest.raises(TimeoutError, match="ValueError"):
+        run.run()
 
 
 def test_run_that_is_complete_sends_nothing_and_a_longer_one_goes_on(

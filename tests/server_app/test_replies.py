@@ -216,6 +216,25 @@ def test_other_arrays_than_the_packed_one_are_unusable(changed: RecordDict) -> N
         packed_of(changed)
 
 
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        (None, r"^arrays must be \['packed', 'own-control'\], got \['packed'\]"),
+        (np.ones(3, np.float32), r"^own-control must be float32 .* shape \(2,\), .* \(3,\)"),
+        (np.array([1, np.nan], np.float32), "^own-control that are not finite$"),
+        (np.full(2, 1e9, np.float32), "^own-control of up to 1e.09 from 10 images: diverged$"),
+    ],
+)
+def test_what_comes_beside_the_weights_is_checked_like_them(
+    beside: np.ndarray | None, message: str
+) -> None:
+    sizes = {str(Key.PACKED): SIZE, str(Key.OWN_CONTROL): 2}
+    own = {} if beside is None else {str(Key.OWN_CONTROL): Array(beside)}
+    reply = content(packed=Array(np.ones(SIZE, np.float32)), **own)
+    with pytest.raises(UnusableReply, match=message):
+        read_arrays(reply, sizes, num_images=10, num_clients=3)
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, 1e20, -1e20])
 def test_loss_that_is_not_finite_or_beyond_all_bounds_is_divergence(loss: float) -> None:
     with pytest.raises(Diverged, match=r"^loss must be "):

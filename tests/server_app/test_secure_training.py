@@ -83,11 +83,13 @@ def same_bits(one: Weights, other: Weights) -> bool:
 def test_masked_run_ends_with_the_weights_of_a_plain_one_and_tells_of_no_client(
     tmp_path: Path,
 ) -> None:
-    plain_config = configured(tmp_path, "plain", federation__aggregation="bounded_mean")
+    # With a strategy whose server takes steps of its own.
+    adam = {"overrides": "strategy=fedadam"}
+    plain_config = configured(tmp_path, "plain", federation__aggregation="bounded_mean", **adam)
     plain_nodes = ClientNodes(Network(), plain_config, *simulated(4))
     plain = played(plain_config, plain_nodes, plain_nodes)
     workspace._build_workspace.cache_clear()
-    config = {**configured(tmp_path, "secure"), **SECURE}
+    config = {**configured(tmp_path, "secure", **adam), **SECURE}
     nodes = ClientNodes(Network(), config, *simulated(4))
     uploads: list[np.ndarray] = []
 

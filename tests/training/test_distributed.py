@@ -104,7 +104,7 @@ def test_processes_drop_channels_of_their_own_and_repeat_to_the_bit(digits: Imag
 class Counting(Callback):
     """Adds what the server sent to every gradient, and counts steps."""
 
-    def start(self, generator: Generator, received: Any) -> None:
+    def start(self, generator: Generator, optimizers: Any, received: Any) -> None:
         self.weights, self.pull = [*generator.parameters()], received["pull"]
         self.steps = 0
 

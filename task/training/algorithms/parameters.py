@@ -10,14 +10,16 @@ from task.training.loop import Optimizers
 
 
 def trained_parameters(generator: Generator, optimizers: Optimizers) -> dict[str, nn.Parameter]:
-    """Return what optimizers move and messages carry, by name, in the order of the `state_dict`.
+    """Return what optimizers move and messages carry, by name and in the order of the `state_dict`.
 
     Buffers and moving averages of weights are not among it, nor what stays at a client.
     """
+    # A family may name them otherwise there than its modules do.
+    state = generator.state_dict(keep_vars=True)
     moved = {id(each) for optimizer in optimizers.values() for each in parameters_of(optimizer)}
     return {
         name: each
-        for name, each in generator.named_parameters()
+        for name, each in state.items()
         if id(each) in moved and not generator.stays(name)
     }
 

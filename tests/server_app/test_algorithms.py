@@ -1,0 +1,232 @@
+"""Both halves of the strategies together, on losses whose optimum is known."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from server_app.build_strategy import build_strategy
+from server_app.server_optimizers import Yogi
+from server_app.strategies import Strategy
+from server_app.weighting import Weighting
+from task.config import Config, load_config
+from task.generators.base import Batch
+from task.protocol.wire import Key, WeightLayout
+from task.training.algorithms.parameters import trained_parameters
+from task.training.algorithms.registry import client_algorithm
+from task.training.loop import fit, fit_options
+from tests.training.generators import Known
+
+# Curvature, optimum and images of two clients.
+CLIENTS = ((1.0, 0.0, 3), (0.1, 4.0, 1))
+
+
+def quadratic(curvature: float, optimum: float) -> Known:
+    def loss(model: Known, batch: Batch) -> Tensor:
+        return (curvature * (model.weight - optimum).square() / 2).expand(len(batch))
+
+    return Known(loss)
+
+
+class Federation:
+    """Clients with a quadratic loss each, in one process, and what each of them keeps."""
+
+    def __init__(
+        self, *words: str, clients: Any = CLIENTS, lr: float = 0.5, steps: int = 4
+    ) -> None:
+        self.config: Config = load_config(words)
+        self.clients, self.lr, self.steps = clients, lr, steps
+        self.layout = WeightLayout.of(Known())
+        self.strategy = self.new_strategy()
+        self.kept: list[dict[str, Tensor]] = [{} for _ in clients]
+        self.weights = {"weight": torch.tensor(1.0)}
+
+    def new_strategy(self) -> Strategy:
+        trained = trained_parameters(model := Known(), model.optimizers(self.lr))
+        return build_strategy(self.config, self.layout, Weighting(), trained=trained)
+
+    def play(self, drawn: list[int] | None = None) -> float:
+        """Play a round; returns the weight after it."""
+        drawn = [*range(len(self.clients))] if drawn is None else drawn
+        packed = self.strategy.broadcast(self.weights, len(drawn), len(self.clients))
+        beside = {n: torch.from_numpy(a) for n, a in self.strategy.beside().items()}
+        for client in drawn:
+            curvature, optimum, images = self.clients[client]
+            model = quadratic(curvature, optimum)
+            model.load_state_dict(self.layout.unpack(packed))
+            algorithm = client_algorithm(self.config)
+            result = fit(
+                *(model, torch.zeros(images, 1, 8, 8, dtype=torch.uint8), torch.zeros(images)),
+                options=fit_options(
+                    self.config, epochs=self.steps, batch_size=9, precision="float32"
+                ),
+                optimizers=model.optimizers(self.lr),
+                rng=torch.Generator().manual_seed(0),
+                callbacks=algorithm.callbacks,
+                received={**beside, **self.kept[client]},
+            )
+            self.kept[client] = {name: result.tensors[name] for name in algorithm.kept}
+            sent = {name: result.tensors[name].numpy() for name in algorithm.sent}
+            assert sent.keys() == self.strategy.expected.keys()
+            self.strategy.add(client, self.layout.pack(model.state_dict()), images, sent)
+        self.weights = dict(self.strategy.finish())
+        return self.weights["weight"].item()
+
+
+# Of 3/4 of the first loss and 1/4 of the second, by their images.
+OPTIMUM = (0.25 * 0.1 * 4) / (0.75 + 0.25 * 0.1)
+
+
+@pytest.mark.parametrize(
+    ("words", "converges"),
+    [
+        (["strategy=fedavg"], False),
+        (["strategy=fedprox", "strategy.proximal_mu=0.1"], False),
+        (["strategy=scaffold"], True),
+        (["strategy=feddyn", "strategy.alpha=0.5"], True),
+    ],
+)
+def test_scaffold_and_feddyn_find_the_joint_optimum_which_others_miss(
+    words: list[str], converges: bool
+) -> None:
+    federation = Federation(*words)
+    for _ in range(25):
+        found = federation.play()
+    assert (abs(found - OPTIMUM) < 1e-3) == converges
+    assert abs(federation.play() - found) < 1e-4  # it has come to rest
+
+
+def test_scaffold_goes_on_where_clients_are_drawn_or_have_lost_their_own() -> None:
+    federation = Federation("strategy=scaffold")
+    for server_round in range(30):
+        federation.play([server_round % 2])
+    # Drawn alone, each counts fully.
+    mean = np.mean([federation.play([client]) for client in (0, 1)])
+    assert abs(mean - 0.4 / 1.1) < 0.05
+    # A client that keeps nothing corrects nothing; what it says does not add up.
+    for _ in range(10):
+        federation.kept[1] = {}
+        found = federation.play()
+    assert 0 < found < 4
+    for _ in range(25):
+        found = federation.play()
+    assert abs(found - OPTIMUM) < 2e-3
+
+
+@pytest.mark.parametrize("name", ["scaffold", "feddyn", "fedadam", "fedyogi", "fedavgm"])
+def test_state_of_the_server_goes_on_to_the_bit(name: str) -> None:
+    federation = Federation(f"strategy={name}")
+    for _ in range(3):
+        federation.play()
+    resumed = Federation(f"strategy={name}")
+    resumed.kept = [dict(each) for each in federation.kept]
+    state = copy.deepcopy(federation.strategy.state_dict())
+    assert state
+    resumed.weights, resumed.strategy = federation.weights, resumed.new_strategy()
+    resumed.strategy.load_state_dict(state)
+    assert resumed.play() == federation.play()
+
+
+def one_client(*words: str) -> Federation:
+    """A client that takes one step of SGD with a learning rate of 1: its update is its gradient."""
+    return Federation(*words, clients=[(0.3, 2.0, 4)], lr=1.0, steps=1)
+
+
+def followed(optimizer: Any, rounds: int) -> float:
+    """Train on the same loss without a federation."""
+    weight = nn.Parameter(torch.tensor(1.0))
+    made = optimizer([weight])
+    for _ in range(rounds):
+        weight.grad = 0.3 * (weight.detach() - 2)
+        made.step()
+    return weight.item()
+
+
+@pytest.mark.parametrize(
+    ("words", "optimizer"),
+    [
+        (["strategy=fedavg"], lambda p: torch.optim.SGD(p, lr=1.0)),
+        # The first step is taken where the pull is 0, and there is nobody to differ from.
+        (["strategy=fedprox", "strategy.proximal_mu=3"], lambda p: torch.optim.SGD(p, lr=1.0)),
+        (["strategy=scaffold"], lambda p: torch.optim.SGD(p, lr=1.0)),
+        (
+            ["strategy=fedavgm", "strategy.server_lr=0.5", "strategy.momentum=0.8"],
+            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8),
+        ),
+        (
+            ["strategy=fedadam", "strategy.server_lr=0.1"],
+            lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.9, 0.99), eps=1e-3),
+        ),
+        (
+            ["strategy=fedyogi", "strategy.server_lr=0.1"],
+            lambda p: Yogi(p, lr=0.1, betas=(0.9, 0.99), eps=1e-3),
+        ),
+    ],
+)
+def test_one_client_and_one_step_are_training_without_a_federation(
+    words: list[str], optimizer: Any
+) -> None:
+    federation = one_client(*words)
+    for _ in range(6):
+        found = federation.play()
+    assert found == pytest.approx(followed(optimizer, 6), rel=1e-5)
+
+
+def test_feddyn_of_one_client_takes_the_steps_of_its_paper() -> None:
+    federation, alpha = one_client("strategy=feddyn", "strategy.alpha=0.5"), 0.5
+    weight = linear = term = 0.0
+    weight = 1.0
+    for _ in range(4):
+        local = weight - (0.3 * (weight - 2) - linear)
+        linear -= alpha * (local - weight)
+        term -= alpha * (local - weight)
+        weight = local - term / alpha
+        assert federation.play() == pytest.approx(weight, rel=1e-5)
+
+
+def test_yogi_takes_the_steps_of_its_paper() -> None:
+    weight = nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = Yogi([weight], lr=0.1, betas=(0.9, 0.99), eps=1e-3)
+    expected, first, second = np.array([1.0, -2.0]), np.zeros(2), np.zeros(2)
+    for step, gradient in enumerate(([1.0, 0.1], [0.1, 0.5], [-0.3, 0.0]), start=1):
+        weight.grad = torch.tensor(gradient)
+        optimizer.step()
+        square = np.square(gradient)
+        first = 0.9 * first + 0.1 * np.array(gradient)
+        second = second - 0.01 * square * np.sign(second - square)
+        root = np.sqrt(second / (1 - 0.99**step)) + 1e-3
+        expected = expected - 0.1 * first / (1 - 0.9**step) / root
+    torch.testing.assert_close(
+        weight.detach().double(), torch.from_numpy(expected), rtol=1e-5, atol=0
+    )
+
+
+def test_steps_of_the_server_leave_alone_what_clients_do_not_train() -> None:
+    layout = WeightLayout({"w": torch.Size([2]), "running_var": torch.Size([1])})
+    config = load_config(["strategy=fedadam", "strategy.server_lr=1"])
+    strategy = build_strategy(config, layout, Weighting(), trained={"w"})
+    weights = {"w": torch.zeros(2), "running_var": torch.tensor([0.02])}
+    for update in ([-1.0, 1.0, -0.005], [-1.0, 1.0, -0.005]):
+        sent = strategy.broadcast(weights, 1)
+        strategy.add(0, sent + np.array(update, np.float32), 5)
+        weights = dict(strategy.finish())
+    assert weights["running_var"].item() == pytest.approx(0.01)
+    assert weights["w"].tolist() == pytest.approx([-2, 2], rel=1e-2)  # of any size: Adam's steps
+    assert strategy.num_trained == 2
+    with pytest.raises(ValueError, match=r"^trained must be names of .* that travel, got 'other'"):
+        build_strategy(config, layout, Weighting(), trained={"other"})
+
+
+def test_robust_aggregation_bounds_what_clients_send_beside_their_weights() -> None:
+    words = ["strategy=scaffold", "federation.aggregation=median", "federation.min_replies=3"]
+    config, layout = load_config(words), WeightLayout({"w": torch.Size([3])})
+    strategy = build_strategy(config, layout, Weighting(by_images=False), trained={"w"})
+    sent = strategy.broadcast({"w": torch.zeros(3)}, 3, 6)
+    for client, value in enumerate((1.0, 2.0, 1e9)):
+        strategy.add(client, sent, 1, {str(Key.OWN_CONTROL): np.full(3, value, np.float32)})
+    strategy.finish()
+    # Half of the clients took part, so it goes half of the way.
+    assert strategy.beside()[Key.CONTROL].tolist() == [1.0] * 3
