@@ -64,6 +64,36 @@ def reference(folder: Path) -> Path:
     return play(configured(folder, federation__rounds=3, eval__every=1))
 
 
+def test_learning_rates_follow_the_rounds_and_go_on_after_a_kill_to_the_same_bits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"train__lr_schedule": "cosine", "train__warmup_rounds": 1, "eval__every": 9}
+    config = configured(folder, "cosine", federation__rounds=3, **changes)
+    train = CentralizedTraining.train
+
+    def killed(self: CentralizedTraining, server_round: int) -> str:
+        if server_round == 3:
+            raise KeyboardInterrupt
+        return train(self, server_round)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CentralizedTraining, "train", killed)
+        play(config)
+    found = final_weights(play(config.changed({"resume": True})))
+    images, model = build_dataset(config, download=False).train, initial_generator(config)
+    (adam,) = (optimizers := model.optimizers(config.train.lr)).values()
+    for server_round, share in ((1, 0.5), (2, 1.0), (3, 0.5)):
+        adam.param_groups[0]["lr"] = share * config.train.lr
+        fit(
+            *(model, images.images, images.labels),
+            options=fit_options(config),
+            optimizers=optimizers,
+            rng=torch_generator(config.seed, Stream.TRAIN, server_round),
+        )
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+
+
 def test_rounds_are_stretches_of_epochs_with_one_adam(folder: Path, reference: Path) -> None:
     config = configured(folder)
     train = build_dataset(config, download=False).train

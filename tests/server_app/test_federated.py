@@ -415,6 +415,15 @@ def test_strategy_goes_on_after_a_killed_round_to_the_same_bits(
     assert all(t.isfinite().all() for t in final_weights(folder).values())
 
 
+def test_clients_train_with_the_learning_rate_of_the_round(tmp_path: Path) -> None:
+    changes: RunConfig = {"eval.every": 9, "audit.at_end": False, "federation.keep_checkpoints": 2}
+    slow = {**changes, "run_name": "slow", "train.lr": 0.002, "train.warmup_rounds": 1}
+    first = play(configured(tmp_path, slow)) / "checkpoints" / "round_0001.safetensors"
+    workspace._build_workspace.cache_clear()
+    usual = {**changes, "run_name": "usual", "train.lr": 0.001, "federation.rounds": 1}
+    assert same_bits(load_weights(first)[0], final_weights(play(configured(tmp_path, usual))))
+
+
 def test_real_node_without_a_place_takes_no_part_in_feddyn_and_corrects_nothing_in_scaffold(
     tmp_path: Path,
 ) -> None:

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from task.config import load_config
 from task.data import ImageSet, build_dataset
 from task.generators.base import Batch, Generator
 from task.generators.diffusion.generator import Diffusion, build_diffusion
+from task.training.algorithms.scaffold import CONTROL, OWN_CONTROL, ControlVariate
 from task.training.distributed import count_processes
 from task.training.loop import Callback, FitResult, fit, fit_options
 from tests.processes import process, wait_for
@@ -49,7 +50,11 @@ class Training:
         self.rng = torch.Generator().manual_seed(1)
 
     def __call__(
-        self, images: ImageSet, callbacks: tuple[Callback, ...] = (), **options: Any
+        self,
+        images: ImageSet,
+        callbacks: tuple[Callback, ...] = (),
+        received: Mapping[str, Tensor] | None = None,
+        **options: Any,
     ) -> FitResult:
         defaults = {
             **{"epochs": 1, "batch_size": 33, "horizontal_flip": True, "precision": "float32"},
@@ -61,7 +66,7 @@ class Training:
             optimizers=self.optimizers,
             rng=self.rng,
             callbacks=callbacks,
-            received={"pull": torch.tensor(0.5)},
+            received={"pull": torch.tensor(0.5), **(received or {})},
         )
 
     def weights(self) -> dict[str, Tensor]:
@@ -125,6 +130,20 @@ def test_callbacks_change_the_steps_of_all_processes_and_tell_once(digits: Image
     result = training(digits, callbacks=(Counting(),))
     assert training.model.weight.item() == pytest.approx(1 - 3 * 0.5e-3)
     assert result.tensors == {"steps": torch.tensor(3)}
+
+
+@pytest.mark.slow
+def test_control_variates_of_two_processes_are_those_of_one(digits: ImageSet) -> None:
+    model = new_model(dropout=0)
+    control = torch.full((model.num_parameters,), 0.01)
+    own = torch.zeros(model.num_parameters)
+    trainings = [Training(model, num_processes=n) for n in (1, 2)]
+    alone, together = (
+        each(digits, (ControlVariate(),), {CONTROL: control, OWN_CONTROL: own}).tensors[OWN_CONTROL]
+        for each in trainings
+    )
+    torch.testing.assert_close(together, alone, rtol=1e-2, atol=1e-5)
+    assert alone.abs().mean() > 1e-3 and gaps(*trainings) < 2e-5
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
