@@ -198,6 +198,13 @@ class StrategyConfig(Section):
         return self
 
     @property
+    def described(self) -> str:
+        """Its name and values, such as "fedprox (proximal_mu 0.01)"."""
+        values = {name: getattr(self, name) for name in STRATEGY_VALUES}
+        given = [f"{name} {value:g}" for name, value in values.items() if value is not None]
+        return f"{self.name} ({', '.join(given)})" if given else self.name
+
+    @property
     def corrects_clients(self) -> bool:
         """Whether what clients keep between rounds, and what the server has, must fit together."""
         return self.name in ("scaffold", "feddyn")

@@ -151,6 +151,8 @@ def training_rows(run: Run, server_round: int) -> CardRows:
     federated = train.mode == "federated"
     return [
         ("algorithm", federation.aggregation if federated else "centralized training"),
+        *[("strategy", config.strategy.described)]
+        * (federated and config.strategy.name != "fedavg"),
         *[("secure aggregation", "yes")] * (federated and federation.secure_aggregation),
         ("rounds" if federated else "rounds of local epochs", server_round),
         *(_federation_rows(federation) if federated else []),
@@ -158,6 +160,8 @@ def training_rows(run: Run, server_round: int) -> CardRows:
         *[("started from", run.started_from)] * (run.started_from is not None),
         ("batch size", train.batch_size),
         ("learning rate", train.lr),
+        *[("learning rates over rounds", train.lr_schedule)] * (train.lr_schedule != "constant"),
+        *[("rounds of warm-up", train.warmup_rounds)] * (train.warmup_rounds > 0),
         # "auto" is not what was used, which depends on the machine.
         *[("precision", train.precision)] * (train.precision != "auto"),
         *[("partition.beta (Dirichlet)", config.partition.beta)] * (run.partition is not None),

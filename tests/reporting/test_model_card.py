@@ -252,6 +252,18 @@ def test_training_names_the_arguments_of_the_aggregation(tmp_path: Path) -> None
     ):
         assert f"| {row}" in text
     assert "trim_fraction" not in text and "ema_decay" not in text
+    assert "| strategy" not in text and "learning rates over" not in text
+
+
+def test_training_names_the_strategy_with_its_values_and_the_schedule(tmp_path: Path) -> None:
+    words = ("strategy=fedavgm", "train.lr_schedule=cosine", "train.warmup_rounds=1")
+    text = card(run_of(tmp_path, {}, *words))
+    for row in (
+        "strategy | fedavgm (server_lr 1, momentum 0.5)",
+        "learning rates over rounds | cosine",
+        "rounds of warm-up | 1",
+    ):
+        assert f"| {row} |" in text
 
 
 def test_card_leaves_what_it_cannot_know_to_its_owner(tmp_path: Path) -> None:

@@ -436,7 +436,8 @@ def test_real_node_without_a_place_takes_no_part_in_feddyn_and_corrects_nothing_
     run_config, nodes = real_nodes(tmp_path, words("scaffold"))
     assert all(t.isfinite().all() for t in final_weights(play(run_config, nodes=nodes)).values())
     workspace._build_workspace.cache_clear()
-    run_config, nodes = real_nodes(tmp_path, {**words("feddyn"), "run_name": "other"})
+    (other := tmp_path / "other").mkdir()
+    run_config, nodes = real_nodes(other, words("feddyn"))
     with opened(run_config, nodes=nodes) as run, pytest.raises(TimeoutError, match="ValueError"):
         run.run()
 
