@@ -18,6 +18,7 @@ from task.protocol.wire import Key, WeightLayout
 from task.training.algorithms.parameters import trained_parameters
 from task.training.algorithms.registry import client_algorithm
 from task.training.loop import fit, fit_options
+from task.training.private import SeededDraws
 from tests.training.generators import Known
 
 # Curvature, optimum and images of two clients.
@@ -218,6 +219,24 @@ def test_steps_of_the_server_leave_alone_what_clients_do_not_train() -> None:
     assert strategy.num_trained == 2
     with pytest.raises(ValueError, match=r"^trained must be names of .* that travel, got 'other'"):
         build_strategy(config, layout, Weighting(), trained={"other"})
+
+
+def test_server_steps_on_the_mean_of_clipped_updates_with_its_noise() -> None:
+    words = [
+        "strategy=fedavgm",
+        "strategy.server_lr=2",
+        "strategy.momentum=0",
+        "privacy=dp_clients",
+    ]
+    words += ["privacy.epsilon=null", "privacy.noise_multiplier=0", "privacy.clipping_norm=0.5"]
+    config, layout = load_config(words), WeightLayout({"w": torch.Size([2])})
+    weighting = Weighting.of(config, simulated=True)
+    strategy = build_strategy(config, layout, weighting, trained={"w"})
+    sent = strategy.broadcast({"w": torch.ones(2)}, 2)
+    strategy.add(0, sent + np.float32([3, 4]), 90)  # clipped to 0.3 and 0.4
+    strategy.add(1, sent, 10)
+    found = strategy.finish(SeededDraws(torch.Generator()))["w"]
+    torch.testing.assert_close(found, torch.tensor([1.3, 1.4]))
 
 
 def test_robust_aggregation_bounds_what_clients_send_beside_their_weights() -> None:

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from task.config import load_config
 from task.generators.base import Batch
+from task.generators.registry import weightless_generator
+from task.protocol.wire import WeightLayout
 from task.training.algorithms.feddyn import LINEAR_TERM, DynamicRegularizer
 from task.training.algorithms.fedprox import ProximalPull
-from task.training.algorithms.parameters import SentParameters, trained_parameters
+from task.training.algorithms.parameters import SentParameters, parameters_of, trained_parameters
 from task.training.algorithms.scaffold import CONTROL, OWN_CONTROL, ControlVariate
 from task.training.learning_rate import adopt_learning_rates, round_lr
 from task.training.loop import Callback, FitResult, fit, fit_options
@@ -77,6 +79,18 @@ def test_parameters_that_are_sent_are_those_that_optimizers_move() -> None:
     assert sent.joined(pieces).tolist() == [4, 5, 6]
     with pytest.raises(RuntimeError):
         sent.split(torch.zeros(4))
+
+
+@pytest.mark.parametrize("model", ["tiny", "vae_small", "stylegan2_ada_tiny", "resnet_gan"])
+def test_parameters_that_are_sent_are_known_by_their_names_on_the_wire(model: str) -> None:
+    words = [f"model={model}", "data=cifar10"]
+    words += ["diffusion.ema_decay=0.9"] * (model == "tiny")
+    generator = weightless_generator(load_config(words))
+    optimizers = generator.optimizers(LR)
+    sent = trained_parameters(generator, optimizers)
+    shapes = WeightLayout.of(generator).shapes
+    assert [*sent] == [name for name in shapes if name in sent]
+    assert len(sent) == sum(len(parameters_of(each)) for each in optimizers.values())
 
 
 def test_pull_of_fedprox_is_its_closed_form_for_the_weights_of_each_optimizer() -> None:
