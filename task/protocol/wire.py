@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from task.checks import require
-from task.training.algorithms import scaffold
+from task.training.algorithms import names
 
 # A `state_dict`, or a part of one.
 Weights = Mapping[str, torch.Tensor]
@@ -57,8 +57,8 @@ class Key(StrEnum):
     COMMITMENTS = "commitments"
     SURVIVORS = "survivors"
     AUDIT = "audit"
-    CONTROL = scaffold.CONTROL
-    OWN_CONTROL = scaffold.OWN_CONTROL
+    CONTROL = names.CONTROL
+    OWN_CONTROL = names.OWN_CONTROL
 
 
 # Of the evaluate messages that ask how images compare with a hospital's own.

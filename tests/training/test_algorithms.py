@@ -11,10 +11,11 @@ from task.config import load_config
 from task.generators.base import Batch
 from task.generators.registry import weightless_generator
 from task.protocol.wire import WeightLayout
-from task.training.algorithms.feddyn import LINEAR_TERM, DynamicRegularizer
+from task.training.algorithms.feddyn import DynamicRegularizer
 from task.training.algorithms.fedprox import ProximalPull
+from task.training.algorithms.names import CONTROL, LINEAR_TERM, OWN_CONTROL
 from task.training.algorithms.parameters import SentParameters, parameters_of, trained_parameters
-from task.training.algorithms.scaffold import CONTROL, OWN_CONTROL, ControlVariate
+from task.training.algorithms.scaffold import ControlVariate
 from task.training.learning_rate import adopt_learning_rates, round_lr
 from task.training.loop import Callback, FitResult, fit, fit_options
 from tests.training.generators import Known

@@ -18,7 +18,8 @@ from task.config import load_config
 from task.data import ImageSet, build_dataset
 from task.generators.base import Batch, Generator
 from task.generators.diffusion.generator import Diffusion, build_diffusion
-from task.training.algorithms.scaffold import CONTROL, OWN_CONTROL, ControlVariate
+from task.training.algorithms.names import CONTROL, OWN_CONTROL
+from task.training.algorithms.scaffold import ControlVariate
 from task.training.distributed import count_processes
 from task.training.loop import Callback, FitResult, fit, fit_options
 from tests.processes import process, wait_for

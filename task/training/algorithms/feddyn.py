@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from task.generators.base import Generator
+from task.training.algorithms.names import LINEAR_TERM
 from task.training.algorithms.parameters import SentParameters
 from task.training.loop import Callback, Optimizers
-
-LINEAR_TERM = "linear-term"
 
 
 class DynamicRegularizer(Callback):

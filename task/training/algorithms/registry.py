@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from task.config import Config
-from task.training.algorithms.feddyn import LINEAR_TERM, DynamicRegularizer
+from task.training.algorithms.feddyn import DynamicRegularizer
 from task.training.algorithms.fedprox import ProximalPull
-from task.training.algorithms.scaffold import OWN_CONTROL, ControlVariate
+from task.training.algorithms.names import LINEAR_TERM, OWN_CONTROL
+from task.training.algorithms.scaffold import ControlVariate
 from task.training.loop import Callback
 
 

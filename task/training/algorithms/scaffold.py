@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from task.generators.base import Generator
+from task.training.algorithms.names import CONTROL, OWN_CONTROL
 from task.training.algorithms.parameters import SentParameters
 from task.training.loop import Callback, Optimizers
-
-# The server's control variate and a client's own, as they are sent and kept.
-CONTROL, OWN_CONTROL = "control", "own-control"
 
 
 class ControlVariate(Callback):
