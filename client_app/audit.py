@@ -27,6 +27,7 @@ def attack_own(workspace: Workspace, own: Dataset, *, client: int, is_local: boo
         workspace.generator,
         own,
         num_images=config.audit.num_images,
+        batch_size=config.train.batch_size,
         device=workspace.device,
         seed=config.eval.seed,
         local_of=client if is_local else None,
@@ -44,8 +45,10 @@ def attack_own(workspace: Workspace, own: Dataset, *, client: int, is_local: boo
 def tells_audit(workspace: Workspace) -> bool:
     """Whether a client says how well its images are told.
 
-    With differential privacy and in masked sums it says nothing of its own.
+    With differential privacy and in masked sums it says nothing of its own, and nothing in a run
+    that did not say that it audits.
     """
     config, node = workspace.config, workspace.node
     private = config.privacy.is_on or config.federation.secure_aggregation
-    return not private and (node is None or node.audit)
+    asked = config.audit.at_end or config.audit.every is not None
+    return asked and not private and (node is None or node.audit)

@@ -1,6 +1,6 @@
 """What clients are asked to attack with their own images, and what they say of it."""
 
-import re
+from collections.abc import Collection
 
 from flwr.app import MessageType, MetricRecord, RecordDict
 
@@ -13,29 +13,26 @@ from task.protocol.wire import AUDIT, Key
 
 AUDIT_TYPE = f"{MessageType.EVALUATE}.{AUDIT}"
 
-# Of the names of attacks, which families choose, and how many there can be.
-ATTACK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 -]{0,39}")
-MOST_ATTACKS = 20
 
-
-def asks_clients(config: Config) -> bool:
-    """Whether clients say how well their images are told; not what is to show sums alone."""
+def tells_of_clients(config: Config) -> bool:
+    """Whether single clients may be told of; not where each is protected, or hidden in a sum."""
     return not (config.privacy.is_on or config.federation.secure_aggregation)
 
 
-def read_attacks(content: RecordDict) -> dict[str, Separation]:
+def read_attacks(content: RecordDict, names: Collection[str]) -> dict[str, Separation]:
     """Return what the attacks of a reply came to, by name; none where it tells of none.
 
+    Args:
+        content: the reply.
+        names: of the attacks that the family knows.
+
     Raises:
-        UnusableReply: there are too many, or one cannot have come to what it says.
+        UnusableReply: one is unknown, or cannot have come to what it says.
     """
-    told = record_of(content, Key.AUDIT, MetricRecord)
-    if len(told) > MOST_ATTACKS:
-        raise UnusableReply(f"at most {MOST_ATTACKS} attacks, got {len(told)}")
     found = {}
-    for name, numbers in told.items():
-        if not ATTACK_NAME.fullmatch(name):
-            raise UnusableReply(f"an attack must have a name, got {name!r:.60}")
+    for name, numbers in record_of(content, Key.AUDIT, MetricRecord).items():
+        if name not in names:
+            raise UnusableReply(f"attacks must be of {', '.join(names)}, got {name!r:.60}")
         try:
             if not isinstance(numbers, list):
                 raise TypeError(f"numbers of an attack must be a list, got {numbers!r:.60}")

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from server_app.audits import asks_clients
 from server_app.hospital_scores import (
     combined_records,
     describe_scores,
@@ -19,9 +18,6 @@ from server_app.hospital_scores import (
 )
 from server_app.launch.time_estimate import seconds_to_draw
 from server_app.log import log
-from task.audit.findings import findings
-from task.audit.membership import Attack, Shares, attack_members
-from task.audit.records import NUM_ATTACKS, attack_records
 from task.checks import require
 from task.config import MIN_MEASURED_IMAGES, Config
 from task.data import Dataset, ImageSet
@@ -49,7 +45,6 @@ from task.runs.records import (
     read_records,
 )
 from task.runs.writer import RunWriter
-from task.training.devices import move
 
 
 def wants_metrics(config: Config) -> bool:
@@ -118,15 +113,19 @@ def is_complete(path: Path, config: Config) -> bool:
 class GlobalEvaluation(ABC):
     """Pictures and measurements of the global weights of a run."""
 
-    def __init__(self, directory: RunWriter, model: Generator, *, device: torch.device) -> None:
+    def __init__(
+        self, directory: RunWriter, model: Generator, *, device: torch.device, audits: bool
+    ) -> None:
         """Make ready to draw.
 
         Args:
             directory: of the run, open.
             model: of the run; its weights are replaced for every picture and measurement.
             device: that draws and measures.
+            audits: whether somebody can look for what the weights remember.
         """
         self._directory = directory
+        self._audits = audits
         self._model = model
         self._device = device
         self._seconds_per_image: float | None = None
@@ -192,21 +191,10 @@ class GlobalEvaluation(ABC):
         """Whether it is to be looked for what the weights of a round remember."""
         audit, last = self._config.audit, self._config.federation.rounds
         every = audit.every is not None and server_round % audit.every == 0
-        return every or (audit.at_end and server_round == last)
+        return self._audits and (every or (audit.at_end and server_round == last))
 
-    def audit(self, server_round: int, weights: Mapping[str, Tensor]) -> str:
-        """Look for what the weights of a round remember, record it, and say it in few words."""
-        attacks = self._attack(server_round, weights)
-        number = Record(server_round, NUM_ATTACKS, len(attacks))
-        self._directory.record([*attack_records(server_round, attacks), number])
-        if not attacks:
-            return "members not looked for"
-        detected = any(each.is_detected for each in findings(attacks, []))
-        return f"members {'DETECTED' if detected else 'not detected'}"
-
-    @abstractmethod
-    def _attack(self, server_round: int, weights: Mapping[str, Tensor]) -> list[Attack]:
-        """Attack the weights of a round."""
+    def search(self, server_round: int, weights: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Search images of a round for copies, where real ones are at hand, and record it."""
 
     def _draw(self, weights: Mapping[str, Tensor], labels: Tensor, stream: Stream) -> ImageSet:
         self._model.load_state_dict(weights)
@@ -228,9 +216,11 @@ class GlobalEvaluation(ABC):
 class NoImagesEvaluation(GlobalEvaluation):
     """That of a family that draws no images: there is nothing but the loss on held-out images."""
 
-    def __init__(self, directory: RunWriter, model: Generator, *, device: torch.device) -> None:
+    def __init__(
+        self, directory: RunWriter, model: Generator, *, device: torch.device, audits: bool
+    ) -> None:
         """Find which rounds were evaluated; see `GlobalEvaluation`."""
-        super().__init__(directory, model, device=device)
+        super().__init__(directory, model, device=device, audits=audits)
         file = directory.path / METRICS_FILE
         self._evaluated = {*read_records(file).by_round(SECONDS_EVALUATING)}
 
@@ -244,10 +234,6 @@ class NoImagesEvaluation(GlobalEvaluation):
 
     def measure_final(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
         """Nothing is measured."""
-
-    def _attack(self, server_round: int, weights: Mapping[str, Tensor]) -> list[Attack]:
-        """Attack nothing."""
-        raise RuntimeError("no images are drawn")
 
     def num_final_images(self) -> int:
         """Return 0."""
@@ -278,8 +264,8 @@ class PooledEvaluation(GlobalEvaluation):
         model: Generator,
         *,
         dataset: Dataset,
-        shares: Shares,
         device: torch.device,
+        audits: bool,
     ) -> None:
         """Make ready what the run will look through; see `GlobalEvaluation`.
 
@@ -287,16 +273,15 @@ class PooledEvaluation(GlobalEvaluation):
             directory: of the run, open.
             model: of the run.
             dataset: the real images.
-            shares: of simulated clients, each of which is attacked by itself as well.
             device: that draws and measures.
+            audits: see `GlobalEvaluation`.
 
         Raises:
             FileNotFoundError: files of the extractor are missing.
             ValueError: they are not what they should be.
         """
-        super().__init__(directory, model, device=device)
+        super().__init__(directory, model, device=device, audits=audits)
         self._dataset = dataset
-        self._shares = shares
         self._extractor: FeatureExtractor | None = None
         self._real: RealFeatures | None = None
         if wants_metrics(self._config):
@@ -340,25 +325,10 @@ class PooledEvaluation(GlobalEvaluation):
         elif self._config.eval.num_images > 0:
             self._measure_quickly(server_round, weights)
 
-    def _attack(self, server_round: int, weights: Mapping[str, Tensor]) -> list[Attack]:
-        """Attack all images and those of each client, and before the end search for copies."""
-        config = self._config
-        if server_round != config.federation.rounds and config.eval.num_images > 0:
-            self._search(server_round, weights)
-        self._model.load_state_dict(weights)
-        move(self._model, self._device, channels_last=config.train.channels_last)
-        return attack_members(
-            self._model,
-            self._dataset,
-            num_images=config.audit.num_images,
-            device=self._device,
-            seed=config.eval.seed,
-            # A simulation tells of single clients what a deployment would.
-            shares=self._shares if asks_clients(config) else None,
-        )
-
-    def _search(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
+    def search(self, server_round: int, weights: Mapping[str, Tensor]) -> None:
         """Search `eval.num_images` images for copies, as at the end."""
+        if self._config.eval.num_images == 0:
+            return
         labels = balanced_labels(self._config.eval.num_images, len(self._config.data.classes))
         found = quick_measures(
             self._config,
@@ -420,8 +390,8 @@ class HospitalEvaluation(GlobalEvaluation):
         model: Generator,
         *,
         device: torch.device,
+        audits: bool,
         ask: Callable[[int, ImageSet], list[HospitalScores]],
-        ask_for_audit: Callable[[int, Mapping[str, Tensor]], list[Attack]],
     ) -> None:
         """Make ready to draw; see `GlobalEvaluation`.
 
@@ -429,20 +399,11 @@ class HospitalEvaluation(GlobalEvaluation):
             directory: of the run, open.
             model: of the run.
             device: that draws.
+            audits: see `GlobalEvaluation`.
             ask: lets the hospitals score the images of a round.
-            ask_for_audit: lets the hospitals attack the weights of a round.
         """
-        super().__init__(directory, model, device=device)
+        super().__init__(directory, model, device=device, audits=audits)
         self._ask = ask
-        self._ask_for_audit = ask_for_audit
-
-    def is_audit_due(self, server_round: int) -> bool:
-        """Whether the hospitals are to attack the weights of a round; see `asks_clients`."""
-        return super().is_audit_due(server_round) and asks_clients(self._config)
-
-    def _attack(self, server_round: int, weights: Mapping[str, Tensor]) -> list[Attack]:
-        """Let the hospitals attack, each with its own images."""
-        return self._ask_for_audit(server_round, weights)
 
     def is_metrics_due(self, server_round: int) -> bool:
         """Whether a round is to be scored; the final images are scored in any case."""

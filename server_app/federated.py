@@ -3,14 +3,14 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 from flwr.app import ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from server_app.audits import AUDIT_TYPE, asks_clients, attacks_of, read_attacks
+from server_app.audits import AUDIT_TYPE, attacks_of, read_attacks, tells_of_clients
 from server_app.build_strategy import build_strategy
 from server_app.dataset import check_privacy, load_images, record_data, record_partition
 from server_app.evaluation import GlobalEvaluation, HospitalEvaluation
@@ -23,7 +23,7 @@ from server_app.replies import Diverged, UnusableReply, read_losses, read_traini
 from server_app.rounds import RoundLoop, TooFewRepliesError
 from server_app.timing import PhaseTimer
 from server_app.weighting import Weighting
-from task.audit.membership import Attack
+from task.audit.membership import Attack, attack_names
 from task.audit.records import attack_records
 from task.config import package_of
 from task.data import ImageSet
@@ -36,6 +36,7 @@ from task.runs.records import CLIENT_DIVERGENCE, LEFT_OUT, TEST, TRAIN, Record, 
 from task.runs.writer import RunWriter
 from task.training.algorithms.parameters import trained_parameters
 from task.training.client_privacy import check_clients
+from task.training.devices import move
 from task.training.private import (
     PrivateDraws,
     SecretDraws,
@@ -249,11 +250,12 @@ class FederatedTraining(RoundLoop):
         replies = TrainingReplies()
         # To the clients of the round, and back in the replies that can be used.
         traffic = sum(each.nbytes for each in (sent, *beside.values())) * len(clients)
-        audited = self.evaluation.is_audit_due(server_round) and asks_clients(self.config)
+        audited = self.evaluation.is_audit_due(server_round) and tells_of_clients(self.config)
+        names = self.attack_names if audited else []
         question = self.about_weights(
             MessageType.TRAIN,
             sent,
-            lambda content: (read(content), read_attacks(content) if audited else {}),
+            lambda content: (read(content), read_attacks(content, names) if audited else {}),
             entries={Key.AUDIT: audited},
             beside=beside,
         )
@@ -386,14 +388,35 @@ class FederatedTraining(RoundLoop):
             self.directory,
             self.model,
             device=self.device,
+            audits=self.audits,
             ask=self.ask_for_scores,
-            ask_for_audit=self.ask_for_audit,
         )
 
-    def ask_for_audit(self, server_round: int, weights: Weights) -> list[Attack]:
-        """Let every hospital that is there attack weights with its own images."""
-        packed = self._layout.pack(weights, self.config.federation.wire_dtype)
-        question = self.about_weights(AUDIT_TYPE, packed, read_attacks)
+    @cached_property
+    def attack_names(self) -> list[str]:
+        """The attacks that clients can make."""
+        move(self.model, self.device, channels_last=self.config.train.channels_last)
+        return attack_names(self.model, self.device)
+
+    def attacked_clients(self) -> list[int]:
+        """List the clients that are attacked, of real nodes each by itself; see `attack`."""
+        if self.config.federation.local:
+            return []
+        return super().attacked_clients() if self.simulated else [*self._nodes.node_ids]
+
+    def attack(self, server_round: int) -> list[Attack]:
+        """Attack the final weights of a round, or let every hospital do so with its own images.
+
+        Not where parts that attacks look through stay at the clients: what the server has of these
+        was never trained.
+        """
+        if self.config.federation.local:
+            return []
+        if self.simulated:
+            return super().attack(server_round)
+        packed = self._layout.pack(self.final_weights(), self.config.federation.wire_dtype)
+        read = partial(read_attacks, names=self.attack_names)
+        question = self.about_weights(AUDIT_TYPE, packed, read)
         attacks: list[Attack] = []
         clients = list(self._nodes.node_ids)
         for client, found, _ in self.ask(question, server_round, clients, PhaseTimer()):

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 
+from server_app.audits import tells_of_clients
 from server_app.evaluation import (
     GlobalEvaluation,
     NoImagesEvaluation,
@@ -14,7 +15,8 @@ from server_app.evaluation import (
 )
 from server_app.log import log
 from server_app.timing import PhaseTimer
-from task.audit.membership import Shares
+from task.audit.membership import Attack, Shares, attack_members
+from task.audit.records import attack_records, audit_record
 from task.code_version import code_fingerprint, installed_versions
 from task.config import package_of, settle_extractor, settle_precisions
 from task.data import Dataset
@@ -36,7 +38,13 @@ from task.runs.records import DIVERGENCE, SECONDS_EVALUATING, SPENT_EPSILON, Rec
 from task.runs.run import Run
 from task.runs.starting_weights import describe_starting_weights, load_starting_weights
 from task.runs.writer import RunWriter
-from task.training.devices import device_name, is_compiled, missing_for_compiling, select_device
+from task.training.devices import (
+    device_name,
+    is_compiled,
+    missing_for_compiling,
+    move,
+    select_device,
+)
 from task.training.precision import fastest_precision
 from task.training.private import check_private_run, epsilon_after, too_little_noise
 
@@ -175,7 +183,9 @@ class RoundLoop(ABC):
         if self.config.model.draws:
             self.evaluation = self.open_evaluation()
         else:
-            self.evaluation = NoImagesEvaluation(self.directory, self.model, device=self.device)
+            self.evaluation = NoImagesEvaluation(
+                self.directory, self.model, device=self.device, audits=self.audits
+            )
         self.directory.write_config(self.config)
         self.directory.write_json(MACHINE_FILE, self.describe_machine())
         train = self.config.train
@@ -215,8 +225,8 @@ class RoundLoop(ABC):
             self.directory,
             self.model,
             dataset=self.dataset,
-            shares=self.shares,
             device=self.device,
+            audits=self.audits,
         )
 
     def play_round(self, server_round: int) -> str:
@@ -319,13 +329,52 @@ class RoundLoop(ABC):
         if self.evaluation.is_metrics_due(server_round):
             found.append(self.evaluation.measure(server_round, self.final_weights()))
         if self.evaluation.is_audit_due(server_round):
-            found.append(self.evaluation.audit(server_round, self.final_weights()))
+            found.append(self.audit(server_round))
         # Last, because it marks the round as evaluated.
         self.evaluation.draw_grid(server_round, self.final_weights())
         spent = time.monotonic() - start
         self.seconds["evaluating"].append(spent)
         self.directory.record([Record(server_round, SECONDS_EVALUATING, spent)])
         return ", ".join(found)
+
+    @property
+    def audits(self) -> bool:
+        """Whether somebody can look for what the weights remember."""
+        return self.dataset is not None or tells_of_clients(self.config)
+
+    def audit(self, server_round: int) -> str:
+        """Look for what the weights of a round remember, record it, and say it in few words."""
+        if server_round != self.config.federation.rounds:  # at the end it is done in any case
+            self.evaluation.search(server_round, self.final_weights())
+        attacks = self.attack(server_round)
+        told = audit_record(server_round, attacks, self.attacked_clients())
+        self.directory.record([*attack_records(server_round, attacks), told])
+        whole = [each for each in attacks if each.client is None]
+        if not whole:
+            return f"attacked by {len({each.client for each in attacks})} clients"
+        strongest = min(whole, key=lambda each: each.found.p_value)
+        return f"AUC of the strongest attack {strongest.found.auc:.2f} ({strongest.name})"
+
+    def attacked_clients(self) -> list[int]:
+        """List the clients each of whom is to be attacked by itself as well."""
+        return [*self.shares] if tells_of_clients(self.config) else []
+
+    def attack(self, server_round: int) -> list[Attack]:
+        """Attack the final weights of a round, as a whole and client by client."""
+        if self.dataset is None:
+            raise RuntimeError("a run without images of its own must say who attacks")
+        self.model.load_state_dict(self.final_weights())
+        move(self.model, self.device, channels_last=self.config.train.channels_last)
+        return attack_members(
+            self.model,
+            self.dataset,
+            num_images=self.config.audit.num_images,
+            batch_size=self.config.train.batch_size,
+            device=self.device,
+            seed=self.config.eval.seed,
+            # A simulation tells of single clients what a deployment would.
+            shares={client: self.shares[client] for client in self.attacked_clients()},
+        )
 
     def finish(self) -> None:
         """Save the final weights, and have their images measured."""

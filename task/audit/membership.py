@@ -13,8 +13,8 @@ from task.evaluation.comparison import whose_images
 from task.generators.base import Batch, Generator
 from task.randomness import Stream, torch_generator
 
-# Images that are looked at side by side.
-SCORED_AT_A_TIME = 128
+# Images that are looked at side by side, where a batch of training has as many.
+MOST_SIDE_BY_SIDE = 128
 
 # The images of a client, as indices of the training and of the test images.
 Shares = Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]]
@@ -36,20 +36,13 @@ class Attack:
     is_local: bool
     found: Separation
 
-    @property
-    def whose(self) -> str:
-        """What was attacked, in words."""
-        if self.client is None:
-            return "All images"
-        model = "its own model" if self.is_local else "the global model"
-        return f"Images of client {self.client}, on {model}"
-
 
 def attack_members(
     generator: Generator,
     dataset: Dataset,
     *,
     num_images: int,
+    batch_size: int,
     device: torch.device,
     seed: int,
     shares: Shares | None = None,
@@ -62,33 +55,42 @@ def attack_members(
     Args:
         generator: on the device, and left in eval mode.
         dataset: the training images are the members, the test images the others.
-        num_images: that are attacked of each at most, whole patients drawn at random.
+        num_images: that are attacked of each at most, and of each client; see `drawn_images`.
+        batch_size: images that are looked at side by side.
         device: that computes.
         seed: of who is attacked, and of all draws.
         shares: of the clients, each of which is attacked on its own as well.
         local_of: the client whose own model and images these are; None: it is the global model.
 
     Returns:
-        Those that say something: none where the family knows no attack, or too few patients are
-        there.
+        Those that say something: none where the family knows no attack, too few patients are
+        there, or scores are not finite, as of a model that has diverged.
     """
-    chosen = [drawn_patients(each, num_images, seed) for each in (dataset.train, dataset.test)]
+    sets = dataset.train, dataset.test
+    every = tuple(np.arange(len(each)) for each in sets)
+    # By client the images of its part, of each set; None: all.
+    owned: dict[int | None, Sequence[NDArray[np.int64]]] = {local_of: every}
+    owned.update((shares or {}).items())
+    parts = {
+        client: [
+            drawn_images(images, among, num_images, seed)
+            for images, among in zip(sets, own, strict=True)
+        ]
+        for client, own in owned.items()
+    }
+    chosen = [np.unique(np.concatenate(each)) for each in zip(*parts.values(), strict=True)]
     if min(map(len, chosen)) == 0:
         return []
-    sets = [each.subset(at) for each, at in zip((dataset.train, dataset.test), chosen, strict=True)]
-    scores = scores_of_members(generator, sets, device=device, seed=seed)
-    whose = [whose_images(each) for each in sets]
-    parts: list[tuple[int | None, list[NDArray[np.bool_]]]] = [
-        (local_of, [np.ones(len(each), bool) for each in sets])
-    ]
-    for client, own in (shares or {}).items():
-        parts.append((client, [np.isin(at, of) for at, of in zip(chosen, own, strict=True)]))
+    attacked = [each.subset(torch.from_numpy(at)) for each, at in zip(sets, chosen, strict=True)]
+    scores = member_scores_of(generator, attacked, batch_size=batch_size, device=device, seed=seed)
+    whose = [whose_images(each) for each in attacked]
     found = []
     for name, of_sets in scores.items():
-        for whom, masks in parts:
+        for whom, part in parts.items():
+            places = [np.searchsorted(at, own) for at, own in zip(chosen, part, strict=True)]
             members, others = (
-                Sample(each[mask], patients[mask])
-                for each, patients, mask in zip(of_sets, whose, masks, strict=True)
+                Sample(each[at], patients[at])
+                for each, patients, at in zip(of_sets, whose, places, strict=True)
             )
             result = separation(members, others, seed=seed)
             if result is not None:
@@ -96,30 +98,58 @@ def attack_members(
     return found
 
 
-def drawn_patients(images: ImageSet, most: int, seed: int) -> NDArray[np.int64]:
-    """Draw whole patients at random until there are so many images; returns the images' places."""
-    whose = whose_images(images)
-    if len(whose) <= most:
-        return np.arange(len(whose))
-    _, whose = np.unique(whose, return_inverse=True)
+def drawn_images(
+    images: ImageSet, among: NDArray[np.int64], most: int, seed: int
+) -> NDArray[np.int64]:
+    """Draw images at random, of as many patients as can be, and evenly many of each.
+
+    Args:
+        images: all.
+        among: indices of those to draw of.
+        most: images to draw at most.
+        seed: of the draws.
+
+    Returns:
+        Sorted indices.
+    """
     rng = torch_generator(seed, Stream.AUDIT, 0)
-    place = torch.randperm(int(whose.max()) + 1, generator=rng).numpy()
-    order = np.argsort(place[whose], kind="stable")
-    # The last patient is left out where not all of its images fit.
-    whole = order[:most][whose[order[:most]] != whose[order[most]]]
-    return np.sort(whole if len(whole) else order[:most])
+    order = among[torch.randperm(len(among), generator=rng).numpy()]
+    _, whose = np.unique(whose_images(images)[order], return_inverse=True)
+    # The number of an image among those of its patient: first one of each, then a second.
+    by_patient = np.argsort(whose, kind="stable")
+    counts = np.bincount(whose)
+    turn = np.empty(len(order), np.int64)
+    turn[by_patient] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.sort(order[np.argsort(turn, kind="stable")[:most]])
 
 
-def scores_of_members(
-    generator: Generator, sets: Sequence[ImageSet], *, device: torch.device, seed: int
+def attack_names(generator: Generator, device: torch.device) -> list[str]:
+    """List the attacks that a family knows.
+
+    Args:
+        generator: on the device; left in eval mode.
+        device: that computes.
+    """
+    one = torch.zeros(1, *generator.image_shape, dtype=torch.uint8)
+    image = ImageSet(one, torch.zeros(1, dtype=torch.int64))
+    return [*member_scores_of(generator, [image], batch_size=1, device=device, seed=0)]
+
+
+def member_scores_of(
+    generator: Generator,
+    sets: Sequence[ImageSet],
+    *,
+    batch_size: int,
+    device: torch.device,
+    seed: int,
 ) -> dict[str, list[NDArray[np.float64]]]:
-    """Return, by attack, the scores of the images of each set."""
+    """Return, by attack whose scores are all finite, the scores of the images of each set."""
     generator.eval()
     images = torch.cat([each.images for each in sets])
     labels = torch.cat([each.labels for each in sets])
     order = torch.randperm(len(images), generator=torch_generator(seed, Stream.AUDIT, 1))
     found: dict[str, list[torch.Tensor]] = {}
-    for indices in torch.split(order, SCORED_AT_A_TIME):
+    for indices in torch.split(order, min(batch_size, MOST_SIDE_BY_SIDE)):
         batch = Batch(normalize(images[indices].to(device)), labels[indices].to(device), indices)
         rng = torch_generator(seed, Stream.AUDIT, 2, device=device)
         with torch.inference_mode():
@@ -127,4 +157,9 @@ def scores_of_members(
                 found.setdefault(name, []).append(scores.double().cpu())
     back = order.argsort()
     ends = np.cumsum([len(each) for each in sets])[:-1]
-    return {name: np.split(torch.cat(scores)[back].numpy(), ends) for name, scores in found.items()}
+    joined = {name: torch.cat(scores)[back] for name, scores in found.items()}
+    return {
+        name: np.split(scores.numpy(), ends)
+        for name, scores in joined.items()
+        if bool(scores.isfinite().all())
+    }

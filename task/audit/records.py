@@ -5,9 +5,10 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from task.audit.findings import AuditFinding, Search, findings
+from task.audit.findings import AuditFinding, Search
 from task.audit.membership import Attack
 from task.audit.roc import Separation
+from task.evaluation.near_copies import Copying
 from task.runs.layout import AUDIT_FILE, read_json, understood
 from task.runs.records import Record, Records, Series
 from task.runs.run import Run
@@ -32,6 +33,20 @@ def attack_records(server_round: int, attacks: Iterable[Attack]) -> list[Record]
         )
         for each in attacks
     ]
+
+
+def audit_record(server_round: int, attacks: Sequence[Attack], clients: Iterable[int]) -> Record:
+    """Make the record that says that weights were audited, and of which clients nothing is known.
+
+    Args:
+        server_round: after which they were the weights.
+        attacks: on the global weights.
+        clients: whose images were to be attacked.
+    """
+    attacked = {each.client for each in attacks}
+    skipped = sorted(set(clients) - attacked)
+    context = {"skipped": skipped} if skipped else {}
+    return Record(server_round, NUM_ATTACKS, len(attacks), context=context)
 
 
 def audited_rounds(records: Records) -> list[int]:
@@ -84,13 +99,15 @@ class Audit(NamedTuple):
         round: after which they were the weights.
         by: "in the run" or "by feddm audit".
         attacks: that were made; none where none could be.
-        findings: what attacks, and with `feddm audit` searches, came to.
+        skipped: clients of whom too few patients were there to be attacked.
+        searches: of `feddm audit`, for copies; those of a run stand among its other measures.
     """
 
     round: int
     by: str
     attacks: Sequence[Attack]
-    findings: Sequence[AuditFinding]
+    skipped: Sequence[int] = ()
+    searches: Sequence[Search] = ()
 
 
 def audit_content(
@@ -113,19 +130,25 @@ def newest_audit(run: Run) -> Audit | None:
     Raises:
         ValueError: `audit.json` is none of an audit.
     """
-    rounds = audited_rounds(run.records)
     told = read_json(run.path / AUDIT_FILE)
     if told is not None:
         with understood(run.path / AUDIT_FILE):
             if told["round"] == run.rounds_done:
                 return _as_audit(told)
-    if not rounds:
-        return None
-    attacks = recorded_attacks(run.records, rounds[-1])
-    return Audit(rounds[-1], "in the run", attacks, findings(attacks, []))
+    rounds = audited_rounds(run.records)
+    return recorded_audit(run.records, rounds[-1]) if rounds else None
+
+
+def recorded_audit(records: Records, server_round: int) -> Audit:
+    """Return the audit of a round that a run made itself."""
+    number = records.by_round(NUM_ATTACKS)[server_round]
+    skipped = [int(client) for client in number.context.get("skipped", [])]
+    attacks = recorded_attacks(records, server_round)
+    return Audit(server_round, "in the run", attacks, skipped)
 
 
 def _as_audit(told: dict[str, Any]) -> Audit:
+    """Read what `feddm audit` wrote; what it found is said anew of its figures."""
     attacks = []
     for each in told["attacks"]:
         found = dict(each["found"])
@@ -133,5 +156,9 @@ def _as_audit(told: dict[str, Any]) -> Audit:
         patients = tuple(found.pop("patients"))
         separated = Separation(**found, true_positives=rates, patients=patients)
         attacks.append(Attack(each["name"], each["client"], each["is_local"], separated))
-    found_all = [AuditFinding(**each) for each in told["findings"]]
-    return Audit(told["round"], "by feddm audit", attacks, found_all)
+    searches = [
+        Search(each["space"], Copying(**each["found"]), each["generated"], each["held_out"])
+        for each in told["searches"]
+    ]
+    skipped = told["clients_not_looked_at"]
+    return Audit(told["round"], "by feddm audit", attacks, skipped, searches)

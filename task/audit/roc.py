@@ -3,6 +3,7 @@
 Patients, not images, are drawn at random: images of one patient are alike, and count as one draw.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -23,6 +24,8 @@ SHOWN_LEVEL = 0.05
 FALSE_POSITIVE_RATES = (0.01, 0.001)
 # Patients of each kind below which nothing is said.
 FEWEST_PATIENTS = 10
+# Pairs of patients up to which p values are exact.
+MOST_EXACT = 10_000
 # What is counted, and beyond what no count is one.
 COUNTS = ("members", "others", "patients of members", "patients of others")
 MOST_COUNTED = 10**12
@@ -82,11 +85,22 @@ class Separation:
     others: int
     patients: tuple[int, int]
 
+    def interval(self, level: float) -> tuple[float, float]:
+        """Return the interval that leaves out the true AUC with a probability of `level`."""
+        return _wilson(self.auc, 0.25 / self.error**2, level)
+
+    @property
+    def least_p_value(self) -> float:
+        """The p value of so many patients that an attack never takes for each other."""
+        return 1 / math.comb(sum(self.patients), self.patients[0])
+
     def numbers(self) -> list[float]:
-        """Write it as numbers alone; a rate that so few cannot show is -1."""
+        """Write it as numbers alone, as few digits as say something; what few cannot show is -1."""
         rates = [self.true_positives.get(rate, -1.0) for rate in FALSE_POSITIVE_RATES]
+        shares = [round(share, 4) for share in (self.auc, self.low, self.high, self.error)]
         counts = map(float, (self.members, self.others, *self.patients))
-        return [self.auc, self.low, self.high, self.error, self.p_value, *rates, *counts]
+        p_value = float(f"{self.p_value:.2g}")
+        return [*shares, p_value, *(round(rate, 4) for rate in rates), *counts]
 
     @classmethod
     def of_numbers(cls, numbers: Sequence[float]) -> Self:
@@ -100,6 +114,7 @@ class Separation:
         require(len(numbers) == length, "numbers of an attack", f"{length} numbers", len(numbers))
         for share in shares[:5]:
             require(0 <= share <= 1, "numbers of an attack", "shares in [0, 1]", share)
+        require(shares[3] > 0, "numbers of an attack", "a standard error > 0", shares[3])
         for share in shares[5:]:
             possible = share == -1 or 0 <= share <= 1
             require(possible, "numbers of an attack", "rates in [0, 1], or -1", share)
@@ -154,7 +169,7 @@ def separation(
     variance = float(np.var(drawn, ddof=1))
     if variance > 0:
         trials = min(trials, max(1.0, auc * (1 - auc) / variance))
-    low, high = _wilson(auc, trials)
+    low, high = _wilson(auc, trials, SHOWN_LEVEL)
     rates = {
         rate: true_positive_rate(members.scores, others.scores, rate)
         for rate in FALSE_POSITIVE_RATES
@@ -207,12 +222,14 @@ def _weighted_auc(
     return float((w_members * (left + right)).sum() / (2 * w_members.sum() * w_others.sum()))
 
 
-def _wilson(share: float, trials: float) -> tuple[float, float]:
+def _wilson(share: float, trials: float, level: float) -> tuple[float, float]:
     """Return the interval of a share of so many trials, which stays in [0, 1] and is never empty.
+
+    It leaves out the true share with a probability of `level`, both sides together.
 
     Source: Wilson 1927.
     """
-    reach = float(ndtri(1 - SHOWN_LEVEL / 2))
+    reach = float(-ndtri(level / 2))
     middle = (share + reach**2 / (2 * trials)) / (1 + reach**2 / trials)
     half = reach * np.sqrt(share * (1 - share) / trials + (reach / (2 * trials)) ** 2)
     half = float(half) / (1 + reach**2 / trials)
@@ -228,6 +245,10 @@ def _p_value(members: Sample, others: Sample) -> float:
     for sample, own in zip((members, others), np.split(ranks, [len(members.scores)]), strict=True):
         _, whose = np.unique(sample.patients, return_inverse=True)
         means.append(np.bincount(whose, weights=own) / np.bincount(whose))
-    if np.ptp(np.concatenate(means)) == 0:
+    everyone = np.concatenate(means)
+    if np.ptp(everyone) == 0:
         return 1.0
-    return float(mannwhitneyu(*means, alternative="greater").pvalue)
+    # The normal approximation is far off for few patients; with ties there is nothing exact.
+    few = len(means[0]) * len(means[1]) <= MOST_EXACT and len(np.unique(everyone)) == len(everyone)
+    method = "exact" if few else "asymptotic"
+    return float(mannwhitneyu(*means, alternative="greater", method=method).pvalue)

@@ -1,5 +1,7 @@
 """Search generated images for copies of training images, in pixels and in features."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from task.audit.findings import Search
 from task.config import Config
 from task.data import Dataset, ImageSet
 from task.evaluation.comparison import extract_real, looked_at, one_of_each_patient
-from task.evaluation.copy_measures import measure_copies
+from task.evaluation.copy_measures import CopyMeasures, measure_copies
 from task.evaluation.distances import Nearest
 from task.evaluation.features import FeatureExtractor, extract
 from task.evaluation.near_copies import Copying, TrainingImages
@@ -18,6 +20,17 @@ from task.randomness import Stream, torch_generator
 MOST_SHIFTED = 1
 
 
+@dataclass(frozen=True)
+class MeasuredSearch(Search):
+    """A search for copies, with further figures.
+
+    Attributes:
+        measures: that describe and find nothing.
+    """
+
+    measures: CopyMeasures
+
+
 def search_copies(
     config: Config,
     generated: Tensor,
@@ -25,7 +38,7 @@ def search_copies(
     *,
     extractor: FeatureExtractor | None,
     device: torch.device,
-) -> tuple[list[Search], Nearest]:
+) -> tuple[list[MeasuredSearch], Nearest]:
     """Search generated images for copies of training images.
 
     Args:
@@ -64,8 +77,10 @@ def single_images(held_out: ImageSet, seed: int) -> ImageSet:
 
 def _searched(
     space: str, train: TrainingImages, generated: Tensor, held_out: Tensor, seed: int
-) -> tuple[Search, Nearest]:
+) -> tuple[MeasuredSearch, Nearest]:
     with progress(1, f"searching for copies in {space}"):
         near, real = train.nearest(generated), train.nearest(held_out)
         measures = measure_copies(train, near, real, seed=seed)
-    return Search(space, Copying.of(near, real), len(generated), len(held_out), measures), near
+    return MeasuredSearch(
+        space, Copying.of(near, real), len(generated), len(held_out), measures
+    ), near

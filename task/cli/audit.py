@@ -1,14 +1,14 @@
 """`feddm audit`: what a model remembers of the images that it was trained on."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from task.audit.findings import AuditFinding, Search, findings
+from task.audit.findings import AuditFinding, findings
 from task.audit.membership import Attack, Shares, attack_members
 from task.audit.pairs import save_pairs
 from task.audit.records import audit_content
-from task.audit.roc import FEWEST_PATIENTS
-from task.audit.searches import search_copies, single_images
+from task.audit.searches import MeasuredSearch, search_copies, single_images
 from task.checks import require
 from task.config import Config
 from task.data import Dataset, build_dataset
@@ -18,7 +18,7 @@ from task.evaluation.features import build_extractor
 from task.files import write_json
 from task.generation.draw_images import draw_images, full_labels
 from task.randomness import Stream
-from task.reporting.audit_section import ATTACK_HEADS, attack_rows, finding_lines
+from task.reporting.audit_section import ATTACK_HEADS, attack_rows
 from task.reporting.metric_table import lay_out
 from task.runs.layout import AUDIT_FILE, DATA_FILE, PAIRS_FILE, PARTITION_FILE, read_json
 from task.runs.run import Run, final_model, kept_clients
@@ -54,24 +54,27 @@ def audit_run(
     dataset = audited_images(run, config)
     extractor = build_extractor(config, dataset.train, device)
     shares = shares_of(run, config, dataset)
-    say(f"attacking up to {num_images:,} training images on {device}")
-    move(model, device, channels_last=config.train.channels_last)
-    attacks = attack_members(
-        model, dataset, num_images=num_images, device=device, seed=config.eval.seed, shares=shares
+    attack = partial(
+        attack_members,
+        num_images=num_images,
+        batch_size=config.train.batch_size,
+        device=device,
+        seed=config.eval.seed,
     )
-    for client in kept_clients(run):
-        local, _ = final_model(run, config, client)
-        move(local, device, channels_last=config.train.channels_last)
-        train, test = shares[client]
-        own = Dataset(dataset.train.subset(train), dataset.test.subset(test))
-        attacks += attack_members(
-            local,
-            own,
-            num_images=num_images,
-            device=device,
-            seed=config.eval.seed,
-            local_of=client,
-        )
+    attacks: list[Attack] = []
+    if shares and config.federation.local:
+        say(f"not attacked: {', '.join(config.federation.local)} stayed at the clients")
+        shares = {}
+    else:
+        say(f"attacking up to {num_images:,} training images on {device}")
+        move(model, device, channels_last=config.train.channels_last)
+        attacks += attack(model, dataset, shares=shares)
+        for client in kept_clients(run):
+            local, _ = final_model(run, config, client)
+            move(local, device, channels_last=config.train.channels_last)
+            train, test = shares[client]
+            own = Dataset(dataset.train.subset(train), dataset.test.subset(test))
+            attacks += attack(local, own, local_of=client)
     audited = {each.client for each in attacks if not each.is_local}
     skipped = [client for client in shares if client not in audited]
     labels = full_labels(config, dataset)
@@ -81,9 +84,9 @@ def audit_run(
     searches, nearest = search_copies(
         config, drawn.images, searched, extractor=extractor, device=device
     )
-    found = findings(attacks, searches)
+    found = findings(attacks, searches, skipped=skipped)
     say(f"\n{run.resolve().name}, round {last} of {config.federation.rounds}\n")
-    for line in audit_lines(attacks, searches, found, skipped, model.title):
+    for line in audit_lines(attacks, searches, found, model.title):
         say(line)
     save_pairs(drawn.images, dataset.train.images, nearest, run / PAIRS_FILE)
     told = {"round": last, **audit_content(attacks, searches, found)}
@@ -146,9 +149,8 @@ def written(folder: Path) -> str:
 
 def audit_lines(
     attacks: Sequence[Attack],
-    searches: Sequence[Search],
+    searches: Sequence[MeasuredSearch],
     found: Sequence[AuditFinding],
-    skipped: Sequence[int],
     title: str,
 ) -> list[str]:
     """Lay an audit out for a reader: tables of the attacks and searches, then the findings."""
@@ -157,27 +159,20 @@ def audit_lines(
         if attacks
         else f"No attack was made: none is known for a {title}, or too few patients are held out."
     )
-    lines = [f"{made}\n", *search_lines(searches, found)]
-    if skipped:
-        clients = " ".join(map(str, skipped))
-        lines.append(
-            f"- not looked at: images of clients {clients}, of whom fewer than {FEWEST_PATIENTS} "
-            "patients were attacked or held out."
-        )
-    return lines
+    return [f"{made}\n", *search_lines(searches, found)]
 
 
-def search_lines(searches: Sequence[Search], found: Sequence[AuditFinding]) -> list[str]:
+def search_lines(searches: Sequence[MeasuredSearch], found: Sequence[AuditFinding]) -> list[str]:
     """Lay searches for copies out for a reader: a table of their figures, then the findings."""
     heads = ("images", "n", *(f"ratio, {share:.0%}" for share in QUANTILES), "authentic", "C_T")
     table = lay_out([heads, *(row for each in searches for row in _search_rows(each))])
     neighbors = " or ".join(map(str, dict.fromkeys(each.measures.neighbors for each in searches)))
     return [f"{table}\n\n{SEARCH_CAPTION.format(neighbors)}\n"] + [
-        f"- {line}" for line in finding_lines(found)
+        f"- {each.line}" for each in found
     ]
 
 
-def _search_rows(search: Search) -> list[tuple[str, ...]]:
+def _search_rows(search: MeasuredSearch) -> list[tuple[str, ...]]:
     """Return the figures of generated images, then those of held-out ones."""
     measures = search.measures
     c_t = "too few" if measures.c_t is None else f"{measures.c_t:.1f}"

@@ -107,6 +107,12 @@ def audit_folders(
         "with the generated ones",
         str(out),
     )
+    require(
+        not (out / "config.yaml").exists(),
+        "--out",
+        "another folder than that of a run, whose own audit lies there",
+        str(out),
+    )
     listings = {option: _found_in(option, folder) for option, folder in folders.options.items()}
     classes = listings["--train"][1] or ONE_CLASS
     config = _config(folders, listings, classes, overrides, device)
@@ -213,7 +219,7 @@ def _read(
 
 
 def _is_gray(images: Tensor) -> bool:
-    return bool((images == images[:, :1]).all())
+    return all(bool((each == each[:1]).all()) for each in images)
 
 
 def _one_channel(images: ImageSet) -> ImageSet:

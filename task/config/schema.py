@@ -56,8 +56,6 @@ MEASURING_OFF: dict[str, Any] = {
     "eval.num_images": 0,
     "eval.metrics_every": None,
     "eval.final_metrics": False,
-    "audit.at_end": False,
-    "audit.every": None,
 }
 
 Precision = Literal["auto", "float32", "bfloat16"]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
-from torch import Tensor
+from torch import Tensor, nn
 
 from task.evaluation.distances import NEIGHBOURS, Nearest, neighbor_distances
 from task.evaluation.near_copies import TrainingImages
@@ -23,6 +23,8 @@ FEWEST_IN_CELL = 20
 MOST_CLUSTERS = 10
 # Training images, drawn at random, of which cells are made.
 MOST_CLUSTERED = 5000
+# Pixels of a side.
+LARGEST_CLUSTERED = 32
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,23 @@ def cells_of(images: Tensor, number: int, seed: int) -> NDArray[np.int64]:
     # It takes seconds to import.
     from sklearn.cluster import KMeans  # type: ignore[import-untyped]
 
-    points = images.flatten(1)
+    points = _thumbnails(images).flatten(1)
     order = torch.randperm(len(points), generator=torch_generator(seed, Stream.AUDIT, 4))
     chosen = points[order[:MOST_CLUSTERED].to(points.device)].cpu().float()
     clusters = KMeans(number, n_init=1, random_state=seed).fit(chosen.numpy())
     centers = torch.from_numpy(clusters.cluster_centers_).to(points.device)
     return neighbor_distances(points, centers).place.numpy()
+
+
+def _thumbnails(images: Tensor) -> Tensor:
+    """Make large images, [M, C, H, W], smaller, which cells need no detail of."""
+    if images.dim() != 4 or max(images.shape[-2:]) <= LARGEST_CLUSTERED:
+        return images
+    blocks = [
+        nn.functional.adaptive_avg_pool2d(block.float(), LARGEST_CLUSTERED)
+        for block in torch.split(images, 1024)
+    ]
+    return torch.cat(blocks)
 
 
 def data_copying(

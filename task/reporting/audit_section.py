@@ -1,11 +1,12 @@
-"""What the weights of a run remember, for its page: findings, figures, and their course."""
+"""What a run remembers of its training images, for its page: findings, figures, their course."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from task.audit.findings import AuditFinding, findings
+from task.audit.findings import Outcome, findings
 from task.audit.membership import Attack
 from task.audit.records import audited_rounds, newest_audit, recorded_attacks
+from task.reporting.warning_signs import SIGNIFICANT, State, memory_checks
 from task.runs.records import TEST
 from task.runs.run import Run
 
@@ -13,6 +14,11 @@ ATTACK_HEADS = (
     *("images of", "attack", "AUC", "95 % interval", "TPR at 1 % FPR", "at 0.1 %"),
     *("members", "held out"),
 )
+OUTCOMES = {
+    State.WARNING: Outcome.DETECTED,
+    State.CLEAR: Outcome.NOT_DETECTED,
+    State.UNMEASURED: Outcome.NOT_MEASURED,
+}
 
 
 def attack_rows(attacks: Sequence[Attack]) -> list[tuple[str, ...]]:
@@ -35,53 +41,51 @@ def _attack_row(attack: Attack) -> tuple[str, ...]:
     )
 
 
-def finding_lines(found: Sequence[AuditFinding]) -> list[str]:
-    """Write findings as lines that say first what came of each."""
-    return [f"{'DETECTED' if each.is_detected else 'not detected'}: {each.says}" for each in found]
-
-
-def stopping_sentences(run: Run) -> list[str]:
-    """Say of a run with several audits after which round memory showed, and where to stop."""
+def course_sentences(run: Run) -> list[str]:
+    """Say of a run with several audits after which round what it remembers showed first."""
     rounds = audited_rounds(run.records)
     if len(rounds) < 2:
         return []
-    shown = [
-        number
-        for number in rounds
-        if any(each.is_detected for each in _findings_of_round(run, number, len(rounds)))
-    ]
-    listed = " ".join(map(str, rounds))
-    said = [
-        f"Rounds {listed} were audited. Training images can first be told from others after "
-        f"round {shown[0]}."
-        if shown
-        else f"Rounds {listed} were audited, and nothing was detected after any of them."
-    ]
-    losses: Mapping[int, float] = run.records.series("loss", reference=TEST)
+    p_values = run.records.series("pixel_p_value")
+    looked = {
+        "training images can be told from held-out ones": [
+            number for number in rounds if _shows(run, number, rounds)
+        ],
+        "copies show in pixels": [
+            number for number, p_value in p_values.items() if p_value < SIGNIFICANT / len(p_values)
+        ],
+    }
+    said = [f"Audited were rounds {' '.join(map(str, rounds))}."]
+    for what, shown in looked.items():
+        after = f"first after round {min(shown)}" if shown else "after none of them"
+        said.append(f"That {what} was detected {after}.")
+    losses = run.records.series("loss", reference=TEST)
     if losses:
-        best = min(losses, key=lambda number: (losses[number], number))
+        best, last = min(losses, key=lambda number: (losses[number], number)), max(losses)
         said.append(
-            f"The test loss was least after round {best} ({losses[best]:.4g}); what is trained "
-            "further fits the training images alone."
-            if best != max(losses)
-            else f"The test loss was least after the last round, {best} ({losses[best]:.4g})."
+            f"The test loss was least after round {best}, {losses[best]:.4g}; after round {last} "
+            f"it is {losses[last]:.4g}."
         )
-    return said
+    return [" ".join(said)]
 
 
-def _findings_of_round(run: Run, number: int, looks: int) -> list[AuditFinding]:
-    return findings(recorded_attacks(run.records, number), [], times=looks)
+def _shows(run: Run, number: int, rounds: Sequence[int]) -> bool:
+    """Whether attacks of a round show; those of the last have half of the false alarms."""
+    times = 2 if number == rounds[-1] else 2 * (len(rounds) - 1)
+    found = findings(recorded_attacks(run.records, number), times=times)
+    return any(each.outcome is Outcome.DETECTED for each in found)
 
 
-def audit_section(run: Run) -> dict[str, Any] | None:
-    """Collect what a page says of what the weights remember; None where nobody looked."""
+def audit_section(run: Run) -> dict[str, Any]:
+    """Collect what a page says of what the weights remember."""
     audit = newest_audit(run)
-    if audit is None:
-        return None
     return {
-        "title": f"Attacks on the weights of round {audit.round}, {audit.by}",
-        "findings": finding_lines(audit.findings),
-        "course": stopping_sentences(run),
+        "findings": [
+            f"{OUTCOMES[check.state]}: {check.subject}. {check.says}"
+            for check in memory_checks(run)
+        ],
+        "course": course_sentences(run),
+        "title": "" if audit is None else f"Attacks on round {audit.round}, {audit.by}",
         "heads": ATTACK_HEADS,
-        "rows": attack_rows(audit.attacks),
+        "rows": () if audit is None else attack_rows(audit.attacks),
     }

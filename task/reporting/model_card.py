@@ -10,14 +10,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from task.audit.findings import MEMBERS
+from task.audit.findings import MEMBERS, Outcome, findings
 from task.audit.records import newest_audit
 from task.config import FederationConfig
-from task.reporting.audit_section import finding_lines
 from task.reporting.metric_table import HEADS, caption, measured, metric_rows, with_std
 from task.reporting.rendering import render
 from task.reporting.run_summary import describe_privacy
-from task.reporting.warning_signs import State, image_checks
+from task.reporting.warning_signs import State, image_checks, memory_checks
 from task.runs.evaluations import Evaluation
 from task.runs.layout import STUDY_FILE, STUDY_FOLDER, client_numbers, understood
 from task.runs.records import HELD_OUT, SCORING_CLIENTS, TEST, TRAIN, Records
@@ -251,13 +250,22 @@ def _clients_scores(records: Records) -> dict[str, Any] | None:
 
 
 def _audit(run: Run) -> list[str]:
-    """Say what attacks came to, without what is of single clients, or of one client in all."""
+    """Say what attacks came to; of single clients how many show, and of one in all nothing."""
     audit = newest_audit(run)
-    if audit is None or len({each.client for each in audit.attacks} - {None}) == 1:
+    if audit is None:
         return []
-    return finding_lines(
-        [each for each in audit.findings if each.subject == MEMBERS and each.client is None]
-    )
+    found = findings(audit.attacks)
+    whole = [each for each in audit.attacks if each.client is None]
+    clients = {each.client for each in audit.attacks} - {None}
+    shown = {each.client for each in found if each.outcome is Outcome.DETECTED} - {None}
+    lines = [each.line for each in findings(whole)]
+    if len(clients) >= MIN_COUNTED:
+        outcome = Outcome.DETECTED if shown else Outcome.NOT_DETECTED
+        lines.append(
+            f"{outcome}: attacks on the images of each client by itself tell training images from "
+            f"held-out ones of {len(shown)} of {len(clients)} clients."
+        )
+    return lines
 
 
 def _warnings_and_gaps(run: Run) -> list[str]:
@@ -271,7 +279,7 @@ def _warnings_and_gaps(run: Run) -> list[str]:
     heads = {State.WARNING: "Warning", State.UNMEASURED: "Not measured"}
     return [
         f"{heads[check.state]}: {check.subject}. {check.says}"
-        for check in image_checks(run)
+        for check in (*image_checks(run), *memory_checks(run))
         if check.state in heads
         and check.client is None
         # What attacks came to stands by itself.

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from statistics import median
 
-from task.audit.findings import COPIES, MEMBERS
-from task.audit.records import newest_audit
+from task.audit.findings import COPIES, MEMBERS, Outcome, findings
+from task.audit.records import audited_rounds, newest_audit
 from task.audit.roc import FEWEST_PATIENTS
 from task.evaluation.near_copies import least_share_shown
 from task.evaluation.noise_position import MOST_COMPARED
@@ -52,6 +52,13 @@ class State(StrEnum):
     UNMEASURED = "not measured"
 
 
+OUTCOME_STATES = {
+    Outcome.DETECTED: State.WARNING,
+    Outcome.NOT_DETECTED: State.CLEAR,
+    Outcome.NOT_MEASURED: State.UNMEASURED,
+}
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing that was looked for in a run, or could not be.
@@ -78,6 +85,7 @@ def checks(run: Run) -> list[Check]:
         _drift_check,
         _leak_check,
         image_checks,
+        memory_checks,
     )
     return [check for look in looks for check in look(run)]
 
@@ -88,7 +96,7 @@ def image_checks(run: Run) -> list[Check]:
         return []
     if run.finished:
         run = run.of_round(run.rounds_done)
-    looks = (_noise_checks, _class_checks, _copying_checks, _membership_checks, _number_checks)
+    looks = (_noise_checks, _class_checks, _number_checks)
     return [check for look in looks for check in look(run)]
 
 
@@ -99,7 +107,8 @@ def warning_signs(run: Run) -> list[str]:
 
 def closing_lines(run: Run) -> list[str]:
     """Say for the end of a log what may be wrong, and what was not measured of the images."""
-    gaps = [check for check in image_checks(run) if check.state is State.UNMEASURED]
+    looked = [*image_checks(run), *memory_checks(run)]
+    gaps = [check for check in looked if check.state is State.UNMEASURED]
     return [f"{State.WARNING}: {sign}" for sign in warning_signs(run)] + [
         f"{gap.state}: {gap.subject}. {gap.says}" for gap in gaps
     ]
@@ -254,18 +263,30 @@ def _copying_check(found: "_Search", num_searches: int) -> Check:
     return Check(COPIES, State.CLEAR, says, found.client)
 
 
+def memory_checks(run: Run) -> list[Check]:
+    """List what was looked for of training images in the weights and images of a run's last round.
+
+    In all of them together one honest run of fifty finds something: one of a hundred in the
+    searches, and one in the attacks.
+    """
+    if run.finished:
+        run = run.of_round(run.rounds_done)
+    searched = _copying_checks(run) if run.config.model.draws else []
+    return [*searched, *_membership_checks(run)]
+
+
 def _membership_checks(run: Run) -> list[Check]:
     audit = newest_audit(run)
     if audit is None:
         return [Check(MEMBERS, State.UNMEASURED, _why_not_audited(run))]
-    states = {True: State.WARNING, False: State.CLEAR}
-    found = [
-        Check(each.subject, states[each.is_detected], each.says, each.client)
-        for each in audit.findings
+    if not audit.attacks:
+        return [Check(MEMBERS, State.UNMEASURED, _why_not_attacked(run))]
+    # Half of the false alarms is left for the rounds before.
+    times = 2 if len(audited_rounds(run.records)) > 1 else 1
+    return [
+        Check(MEMBERS, OUTCOME_STATES[each.outcome], each.says, each.client)
+        for each in findings(audit.attacks, skipped=audit.skipped, times=times)
     ]
-    if any(check.subject == MEMBERS for check in found):
-        return found
-    return [Check(MEMBERS, State.UNMEASURED, _why_not_attacked(run)), *found]
 
 
 def far_rounds(series: Mapping[int, Series]) -> dict[int, tuple[int, int]]:
@@ -413,6 +434,16 @@ def _chance_beside(run: Run, found: _Figure) -> float:
 
 
 def _searches(run: Run) -> Iterator[_Search]:
+    audit = newest_audit(run)
+    for search in () if audit is None else audit.searches:
+        yield _Search(
+            search.found.copied,
+            search.found.p_value,
+            search.space,
+            search.generated,
+            search.held_out,
+            "by feddm audit",
+        )
     evaluated = False
     for each in run.current_evaluations:
         evaluated = evaluated or not each.otherwise
@@ -493,6 +524,11 @@ def _why_not_audited(run: Run) -> str:
 
 def _why_not_attacked(run: Run) -> str:
     """Say why an audit made no attack."""
+    if run.setting != "centralized" and run.config.federation.local:
+        return (
+            f"federation.local={run.config.federation.local}: attacks would look through what "
+            "stays at the clients."
+        )
     if run.setting == "real nodes":
         return "No hospital attacked: they decline (audit=false), or hold too few images out."
     if run.config.data.test_fraction is None and not run.records.value("num_held_out"):

@@ -1,20 +1,20 @@
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from task.audit.findings import Search, findings
-from task.audit.membership import Attack, attack_members, drawn_patients
+from task.audit.findings import Outcome, Search, findings
+from task.audit.membership import Attack, attack_members, drawn_images
 from task.audit.pairs import closest_pairs
 from task.audit.roc import Sample, separation
 from task.audit.searches import single_images
 from task.config import load_config
 from task.data import Dataset, ImageSet, normalize
-from task.evaluation.copy_measures import Beside, CopyMeasures
-from task.evaluation.near_copies import Copying, TrainingImages, shifted
+from task.evaluation.near_copies import Copying, TrainingImages, copying_test, shifted
 from task.generators.base import Batch, Generator
 from task.generators.diffusion.membership import (
     EARLY,
@@ -61,7 +61,8 @@ class Knowing(Generator):
 
 
 def audited(model: Generator, data: Dataset, **options: object) -> dict[object, Attack]:
-    found = attack_members(model, data, num_images=500, device=CPU, seed=0, **options)  # type: ignore[arg-type]
+    options = {"num_images": 500, "batch_size": 32, "device": CPU, "seed": 0, **options}
+    found = attack_members(model, data, **options)  # type: ignore[arg-type]
     return {each.client: each for each in found}
 
 
@@ -79,10 +80,13 @@ def test_model_that_remembers_is_caught_and_one_that_shuns_is_its_complement() -
     assert 0.6 < found[None].found.auc < 0.9
     shuns = audited(Knowing(data.train.subset(np.arange(30)), sign=-1.0), data)
     assert shuns[None].found.auc == pytest.approx(1 - found[None].found.auc)
-    told = findings([*found.values()], [])
-    assert [each.is_detected for each in told] == [True, True, False]
-    assert "client 0, on the global model: training images can be told" in told[1].says
-    assert "membership, of 1." in told[2].says
+    told = findings([*found.values()], skipped=[2])
+    outcomes = [Outcome.DETECTED, Outcome.DETECTED, Outcome.NOT_DETECTED, Outcome.NOT_MEASURED]
+    assert [each.outcome for each in told] == outcomes
+    assert told[0].says.startswith("Attacks tell training images by the global model from held-out")
+    assert told[1].client == 0 and "training images of client 0 by the global" in told[1].says
+    assert "from held-out ones of client 1, by the global model." in told[2].says
+    assert told[3].says.startswith("Client 2: not attacked.")
 
 
 def test_no_held_out_images_or_no_known_attack_gives_no_attack() -> None:
@@ -95,15 +99,45 @@ def test_no_held_out_images_or_no_known_attack_gives_no_attack() -> None:
 
     assert audited(Silent(data.train), Dataset(data.train, images_of(50, 1))) == {}
 
+    class Diverged(Knowing):
+        def member_scores(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+            return {"loss": torch.full((len(batch),), math.nan)}
 
-def test_patients_are_drawn_whole() -> None:
+    assert audited(Diverged(data.train), Dataset(data.train, images_of(50, 1))) == {}
+
+
+def test_images_are_drawn_of_as_many_patients_as_can_be() -> None:
     groups = torch.arange(40) // 4
-    chosen = drawn_patients(images_of(40, 0, groups=groups), 15, seed=0)
+    grouped = images_of(40, 0, groups=groups)
+    chosen = drawn_images(grouped, np.arange(40), 15, seed=0)
     counts = np.bincount(groups.numpy()[chosen], minlength=10)
-    assert {*counts.tolist()} == {0, 4} and len(chosen) == 12
-    assert np.array_equal(drawn_patients(images_of(10, 0), 15, seed=0), np.arange(10))
-    single = single_images(images_of(40, 0, groups=groups), seed=0)
+    assert len({*chosen.tolist()}) == 15 and {*counts.tolist()} == {1, 2}
+    assert np.array_equal(drawn_images(images_of(10, 0), np.arange(10), 15, 0), np.arange(10))
+    own = np.arange(20, 40)
+    assert {*drawn_images(grouped, own, 500, seed=0).tolist()} == {*own.tolist()}
+    assert len(drawn_images(grouped, own[:0], 5, seed=0)) == 0
+    single = single_images(grouped, seed=0)
     assert single.groups is not None and sorted(single.groups.tolist()) == [*range(10)]
+
+
+def test_each_client_is_attacked_with_images_of_its_own() -> None:
+    data = Dataset(images_of(400, 0), images_of(400, 1))
+    shares = {client: (np.arange(client, 400, 20),) * 2 for client in range(20)}
+    found = audited(Knowing(data.train), data, num_images=20, shares=shares)
+    assert {*found} == {None, *range(20)}
+    assert {each.found.members for each in found.values()} == {20}
+
+
+def test_few_patients_are_tested_exactly_or_said_to_be_too_few() -> None:
+    apart = [Sample(np.arange(10.0) + start, np.arange(10)) for start in (10, 0)]
+    found = separation(*apart, seed=0)
+    assert found is not None and found.auc == 1
+    assert found.p_value == pytest.approx(found.least_p_value) == 1 / math.comb(20, 10)
+    attack = Attack("loss", 3, False, found)
+    assert findings([attack])[0].outcome is Outcome.DETECTED
+    others = [Attack("loss", client, False, replace(found, p_value=0.5)) for client in range(2000)]
+    (told,) = findings(others)
+    assert told.outcome is Outcome.NOT_MEASURED and "too few images for attacks" in told.says
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -191,22 +225,27 @@ def test_copies_that_are_shifted_or_mirrored_are_found_and_paired() -> None:
 
 
 def test_all_looks_together_seldom_find_what_is_not_there() -> None:
-    """Two hundred audits of honest models: 4 attacks, on all images and on those of 5 clients."""
-    alarms = 0
-    measures = CopyMeasures(50, {}, Beside(0.5, 0.5), None, 0)
+    """Two hundred audits of honest models: attacks on all, on 5 clients twice, and searches."""
+    alarms = {"members": 0, "copies": 0}
     for seed in range(200):
         rng = np.random.default_rng(seed)
         attacks = []
-        for client, n, m in [(None, 200, 179), *((c, 25, 18) for c in range(5))]:
+        clients = [(client, own) for client in range(5) for own in (False, True)]
+        for (client, is_local), (n, m) in [((None, False), (200, 179))] + [
+            (each, (25, 18)) for each in clients
+        ]:
             for number in range(4):
                 sets = [Sample(rng.normal(size=k), np.arange(k)) for k in (n, m)]
                 # The bootstrap is not what is tested here, and takes most of the time.
                 separated = separation(*sets, seed=0, num_draws=20)  # type: ignore[misc]
                 assert separated is not None
-                attacks.append(Attack(f"attack {number}", client, False, separated))
-        copies = [
-            Search(space, Copying(0.1, 0.1, 0.0, float(rng.uniform())), 179, 179, measures)
-            for space in ("pixels", "features")
-        ]
-        alarms += any(each.is_detected for each in findings(attacks, copies))
-    assert alarms <= 4
+                attacks.append(Attack(f"attack {number}", client, is_local, separated))
+        copies = []
+        for space in ("pixels", "features"):
+            nearness = (torch.from_numpy(rng.random(k)) for k in (200, 60))
+            p_value, share = copying_test(*nearness)
+            copies.append(Search(space, Copying(0.1, 0.1, share, p_value), 200, 60))
+        for what, found in (("members", findings(attacks)), ("copies", findings([], copies))):
+            alarms[what] += any(each.outcome is Outcome.DETECTED for each in found)
+    # One in a hundred of each kind: two, and as chance has it.
+    assert max(alarms.values()) <= 4 and sum(alarms.values()) <= 4, alarms

@@ -1,6 +1,6 @@
 import pytest
 
-from task.audit.findings import findings
+from task.audit.findings import Outcome, findings
 from task.audit.membership import Attack
 from task.audit.records import (
     NUM_ATTACKS,
@@ -16,7 +16,9 @@ from task.runs.records import Record, Records
 def attack(
     auc: float, p_value: float = 0.5, name: str = "SimA", client: int | None = None
 ) -> Attack:
-    found = Separation(auc, auc - 0.1, auc + 0.1, 0.05, p_value, {0.01: 0.1}, 200, 150, (200, 150))
+    auc = round(auc, 4)
+    low, high = round(auc - 0.1, 4), round(auc + 0.1, 4)
+    found = Separation(auc, low, high, 0.05, p_value, {0.01: 0.1}, 200, 150, (200, 150))
     return Attack(name, client, False, found)
 
 
@@ -51,12 +53,16 @@ def test_course_is_of_all_images_or_of_the_mean_client() -> None:
 
 def test_kinds_of_attacks_share_the_false_alarms() -> None:
     whole = attack(0.6, p_value=0.006)
-    assert [each.is_detected for each in findings([whole], [])] == [True]
+    assert [each.outcome for each in findings([whole])] == [Outcome.DETECTED]
     # Of ten clients that are attacked as well, none takes more than half.
     clients = [attack(0.6, p_value=0.3, client=number) for number in range(10)]
-    assert [each.is_detected for each in findings([whole, *clients], [])] == [False, False]
+    assert {each.outcome for each in findings([whole, *clients])} == {Outcome.NOT_DETECTED}
     # Each client is one look of ten.
     shown = [attack(0.9, p_value=0.0004, client=number) for number in range(10)]
-    found = findings([whole, *shown], [])
-    assert [(each.is_detected, each.client) for each in found[1:]] == [(True, n) for n in range(10)]
-    assert [each.is_detected for each in findings([whole], [], times=2)] == [False]
+    found = findings([whole, *shown])
+    assert [each.client for each in found if each.outcome is Outcome.DETECTED] == [*range(10)]
+    assert [each.outcome for each in findings([whole], times=2)] == [Outcome.NOT_DETECTED]
+    # A client that tells of many attacks takes nothing from the others.
+    many = [attack(0.5, name=f"a{number}", client=0) for number in range(50)]
+    found = findings([*many, attack(0.9, p_value=0.004, client=1)])
+    assert [each.client for each in found if each.outcome is Outcome.DETECTED] == [1]

@@ -358,18 +358,18 @@ def test_node_attacks_weights_with_its_own_images_and_tells_numbers(hospital: Co
     reply = app(message(AUDIT_TYPE), hospital)
     assert not reply.has_error(), reply.error
     assert {*reply.content} == {Key.AUDIT}
-    found = read_attacks(reply.content)
+    found = read_attacks(reply.content, ATTACKS)
     train, held_out = open_workspace(hospital).images(hospital)
     assert {*found} == ATTACKS and len(held_out) == 20
     for each in found.values():
         assert (each.members, each.others) == (len(train), len(held_out))
-    assert read_attacks(app(message(AUDIT_TYPE), hospital).content) == found
+    assert read_attacks(app(message(AUDIT_TYPE), hospital).content, ATTACKS) == found
     # Its own weights are attacked before they leave, and leave as they would have.
     plain = app(message("train"), hospital)
     audited = app(message("train", audit=True), hospital)
     assert {*audited.content} - {*plain.content} == {Key.AUDIT}
     assert np.array_equal(*(packed(each) for each in (plain, audited)))
-    own = read_attacks(audited.content)
+    own = read_attacks(audited.content, ATTACKS)
     assert {*own} == ATTACKS and own != found
 
 
@@ -377,6 +377,10 @@ def test_node_whose_hospital_declines_tells_of_no_attack(hospital: Context) -> N
     hospital.node_config["audit"] = False
     assert {*app(message(AUDIT_TYPE), hospital).content} == set()
     assert Key.AUDIT not in app(message("train", audit=True), hospital).content
+    # Nor in a run that does not say that it audits.
+    hospital.node_config["audit"] = True
+    hospital.run_config["audit.at_end"] = False
+    assert {*app(message(AUDIT_TYPE), hospital).content} == set()
 
 
 def test_node_looks_through_the_network_that_the_server_has_settled(

@@ -54,9 +54,9 @@ def test_what_was_not_audited_is_not_called_clear(tmp_path: Path) -> None:
     for name, attacks, state, said in (
         ("none", None, State.UNMEASURED, "The run did not look for them."),
         ("few", [], State.UNMEASURED, "No attack is known for a diffusion model, or too few"),
-        ("quiet", [attack(0.52)], State.CLEAR, "All images: membership. The strongest"),
-        ("loud", [attack(0.9, 1e-9)], State.WARNING, "All images: training images can be told"),
-        ("client", [attack(0.9, 1e-9, client=2)], State.WARNING, "Images of client 2, on the glo"),
+        ("quiet", [attack(0.52)], State.CLEAR, "Attacks do not tell training images by the gl"),
+        ("loud", [attack(0.9, 1e-9)], State.WARNING, "Attacks tell training images by the global"),
+        ("client", [attack(0.9, 1e-9, client=2)], State.WARNING, "Attacks tell training images of"),
     ):
         audited = [] if attacks is None else recorded({2: attacks})
         run = Run(written_run(tmp_path / name, [*losses(1, {0: 0.5}), *audited], rounds_done=2))
@@ -73,10 +73,10 @@ def test_page_says_after_which_round_members_can_be_told(tmp_path: Path) -> None
     told = recorded({1: [attack(0.5)], 2: [attack(0.7, 1e-6)], 3: [attack(0.9, 1e-9)]})
     run = Run(written_run(tmp_path / "run", [*tested, *told], rounds_done=3))
     section = audit_section(run)
-    assert section is not None and section["course"] == [
-        "Rounds 1 2 3 were audited. Training images can first be told from others after round 2.",
-        "The test loss was least after round 2 (0.3); what is trained further fits the training "
-        "images alone.",
+    assert section["course"] == [
+        "Audited were rounds 1 2 3. That training images can be told from held-out ones was "
+        "detected first after round 2. That copies show in pixels was detected after none of them. "
+        "The test loss was least after round 2, 0.3; after round 3 it is 0.4."
     ]
     assert section["rows"][0][:4] == ("all", "SimA", "0.900", "0.800 to 1.000")
     page = report_page(run)

@@ -1197,8 +1197,9 @@ def test_hospitals_attack_the_weights_and_false_attacks_are_left_out(tmp_path: P
     reason = left_out(folder, "audit")[1, 1]
     assert reason == "SimA: numbers of an attack must be shares in [0, 1], got 1.5"
     told = (folder / "report.html").read_text(encoding="utf-8")
-    assert "not detected: Images of single clients, on the global model: membership, of 0." in told
-    assert "on their own models: membership, of 0 1." in told
+    assert "from held-out ones of client 0, by the global model." in told
+    assert "from held-out ones of clients 0 1, by its own models." in told
+    assert "Clients 1 2: not attacked." in told
 
 
 def test_hospitals_score_the_same_images_and_their_means_are_weighted(
