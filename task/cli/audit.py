@@ -17,6 +17,7 @@ from task.evaluation.copy_measures import QUANTILES
 from task.evaluation.features import build_extractor
 from task.files import write_json
 from task.generation.draw_images import draw_images, full_labels
+from task.generators.base import Generator
 from task.randomness import Stream
 from task.reporting.audit_section import ATTACK_HEADS, attack_rows
 from task.reporting.metric_table import lay_out
@@ -52,8 +53,47 @@ def audit_run(
     device = select_device(config.train.device)
     model, last = final_model(run, config)
     dataset = audited_images(run, config)
-    extractor = build_extractor(config, dataset.train, device)
+    # First, for its files may be missing.
+    extractor = build_extractor(config, dataset.train, device) if config.model.draws else None
     shares = shares_of(run, config, dataset)
+    attacks = _attacked(run, config, model, dataset, shares, num_images=num_images, say=say)
+    attacked = {each.client for each in attacks if not each.is_local}
+    skipped = [client for client in shares if client not in attacked] if attacks else []
+    searches: list[MeasuredSearch] = []
+    if config.model.draws:
+        labels = full_labels(config, dataset)
+        say(f"drawing {len(labels):,} images and searching them for copies")
+        drawn = draw_images(config, model, labels, device=device, stream=Stream.EVALUATED_IMAGES)
+        searched = Dataset(dataset.train, single_images(dataset.test, config.eval.seed))
+        searches, nearest = search_copies(
+            config, drawn.images, searched, extractor=extractor, device=device
+        )
+        save_pairs(drawn.images, dataset.train.images, nearest, run / PAIRS_FILE)
+    found = findings(attacks, searches, skipped=skipped)
+    say(f"\n{run.resolve().name}, round {last} of {config.federation.rounds}\n")
+    for line in audit_lines(attacks, searches, found, model.title):
+        say(line)
+    told = {"round": last, **audit_content(attacks, searches, found)}
+    write_json(run / AUDIT_FILE, told | {"clients_not_looked_at": skipped})
+    say(written(run))
+    return found
+
+
+def _attacked(
+    run: Path,
+    config: Config,
+    model: Generator,
+    dataset: Dataset,
+    shares: Shares,
+    *,
+    num_images: int,
+    say: Callable[[str], object],
+) -> list[Attack]:
+    """Attack the weights of a run, and those of its clients that were kept."""
+    if shares and config.federation.local:
+        say(f"not attacked: {', '.join(config.federation.local)} stayed at the clients")
+        return []
+    device = select_device(config.train.device)
     attack = partial(
         attack_members,
         num_images=num_images,
@@ -61,38 +101,16 @@ def audit_run(
         device=device,
         seed=config.eval.seed,
     )
-    attacks: list[Attack] = []
-    if shares and config.federation.local:
-        say(f"not attacked: {', '.join(config.federation.local)} stayed at the clients")
-        shares = {}
-    else:
-        say(f"attacking up to {num_images:,} training images on {device}")
-        move(model, device, channels_last=config.train.channels_last)
-        attacks += attack(model, dataset, shares=shares)
-        for client in kept_clients(run):
-            local, _ = final_model(run, config, client)
-            move(local, device, channels_last=config.train.channels_last)
-            train, test = shares[client]
-            own = Dataset(dataset.train.subset(train), dataset.test.subset(test))
-            attacks += attack(local, own, local_of=client)
-    audited = {each.client for each in attacks if not each.is_local}
-    skipped = [client for client in shares if client not in audited]
-    labels = full_labels(config, dataset)
-    say(f"drawing {len(labels):,} images and searching them for copies")
-    drawn = draw_images(config, model, labels, device=device, stream=Stream.EVALUATED_IMAGES)
-    searched = Dataset(dataset.train, single_images(dataset.test, config.eval.seed))
-    searches, nearest = search_copies(
-        config, drawn.images, searched, extractor=extractor, device=device
-    )
-    found = findings(attacks, searches, skipped=skipped)
-    say(f"\n{run.resolve().name}, round {last} of {config.federation.rounds}\n")
-    for line in audit_lines(attacks, searches, found, model.title):
-        say(line)
-    save_pairs(drawn.images, dataset.train.images, nearest, run / PAIRS_FILE)
-    told = {"round": last, **audit_content(attacks, searches, found)}
-    write_json(run / AUDIT_FILE, told | {"clients_not_looked_at": skipped})
-    say(written(run))
-    return found
+    say(f"attacking up to {num_images:,} training images on {device}")
+    move(model, device, channels_last=config.train.channels_last)
+    attacks = attack(model, dataset, shares=shares)
+    for client in kept_clients(run):
+        local, _ = final_model(run, config, client)
+        move(local, device, channels_last=config.train.channels_last)
+        train, test = shares[client]
+        own = Dataset(dataset.train.subset(train), dataset.test.subset(test))
+        attacks += attack(local, own, local_of=client)
+    return attacks
 
 
 def audited_images(run: Path, config: Config) -> Dataset:
@@ -143,8 +161,9 @@ def shares_of(run: Path, config: Config, dataset: Dataset) -> Shares:
 
 def written(folder: Path) -> str:
     """Say where the files of an audit are."""
-    files = folder / AUDIT_FILE, folder / PAIRS_FILE
-    return f"\nwritten to {files[0]}; pairs to look at, for you alone: {files[1]}"
+    pairs = folder / PAIRS_FILE
+    beside = f"; pairs to look at, for you alone: {pairs}" if pairs.exists() else ""
+    return f"\nwritten to {folder / AUDIT_FILE}{beside}"
 
 
 def audit_lines(
@@ -164,12 +183,13 @@ def audit_lines(
 
 def search_lines(searches: Sequence[MeasuredSearch], found: Sequence[AuditFinding]) -> list[str]:
     """Lay searches for copies out for a reader: a table of their figures, then the findings."""
+    lines = [f"- {each.line}" for each in found]
+    if not searches:
+        return lines
     heads = ("images", "n", *(f"ratio, {share:.0%}" for share in QUANTILES), "authentic", "C_T")
     table = lay_out([heads, *(row for each in searches for row in _search_rows(each))])
     neighbors = " or ".join(map(str, dict.fromkeys(each.measures.neighbors for each in searches)))
-    return [f"{table}\n\n{SEARCH_CAPTION.format(neighbors)}\n"] + [
-        f"- {each.line}" for each in found
-    ]
+    return [f"{table}\n\n{SEARCH_CAPTION.format(neighbors)}\n", *lines]
 
 
 def _search_rows(search: MeasuredSearch) -> list[tuple[str, ...]]:
