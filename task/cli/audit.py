@@ -22,7 +22,7 @@ from task.randomness import Stream
 from task.reporting.audit_section import ATTACK_HEADS, attack_rows
 from task.reporting.metric_table import lay_out
 from task.runs.layout import AUDIT_FILE, DATA_FILE, PAIRS_FILE, PARTITION_FILE, read_json
-from task.runs.run import Run, final_model, kept_clients
+from task.runs.run import Run, kept_clients, trained_model
 from task.runs.same_images import describe_differences
 from task.training.devices import move, select_device
 
@@ -51,7 +51,7 @@ def audit_run(
         ValueError: no images are held out, or they are others than those of the run.
     """
     device = select_device(config.train.device)
-    model, last = final_model(run, config)
+    model, last = trained_model(run, config)
     dataset = audited_images(run, config)
     # First, for its files may be missing.
     extractor = build_extractor(config, dataset.train, device) if config.model.draws else None
@@ -105,7 +105,7 @@ def _attacked(
     move(model, device, channels_last=config.train.channels_last)
     attacks = attack(model, dataset, shares=shares)
     for client in kept_clients(run):
-        local, _ = final_model(run, config, client)
+        local, _ = trained_model(run, config, client)
         move(local, device, channels_last=config.train.channels_last)
         train, test = shares[client]
         own = Dataset(dataset.train.subset(train), dataset.test.subset(test))

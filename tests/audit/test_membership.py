@@ -183,6 +183,7 @@ def test_log_snr_maps_to_the_scales_of_every_schedule() -> None:
         (["model=tiny", "diffusion=fast"], {"SimA", "PIA", "SecMI", "loss at log-SNR 2"}),
         (["model=tiny", "diffusion=fast", "diffusion.label_dropout=0.2"], {"loss without class"}),
         (["model=vae_small"], {"loss"}),
+        (["model=classifier", "model.network=small"], {"loss"}),
         (["model=resnet_gan", "model.width=4"], {"discriminator"}),
         (["model=stylegan2_ada_tiny"], {"discriminator"}),
     ],
