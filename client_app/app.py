@@ -4,12 +4,15 @@ import os
 import time
 from typing import cast
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
 
 from client_app.audit import attack_own, tells_audit
 from client_app.budget import charge_round
+from client_app.encoded_weights import EncodedWeights
 from client_app.failures import failures_stay_local
 from client_app.hospital_scores import images_of, named_extractor, with_own_extractor
 from client_app.local_model import keep_local_model
@@ -23,6 +26,7 @@ from task.data import Dataset
 from task.evaluation.hospital_scores import score_images
 from task.protocol.node import NodeConfig, check_node, own_config, read_node_config
 from task.protocol.wire import AUDIT, SCORES, UNMASK, Key, from_npy
+from task.protocol.wire_format import sent_weights
 from task.randomness import Stream, torch_generator
 from task.training.algorithms.registry import client_algorithm
 from task.training.client_privacy import ClientPrivacy
@@ -101,7 +105,7 @@ def train(message: Message, context: Context) -> Message:
     charge_round(workspace, asked, images)
     with LocalState(workspace, asked, images).held() as state:
         generator.prepare(len(images))
-        receive_weights(workspace, message)
+        received = receive_weights(workspace, message)
         # Before the optimizers, whose state lies in memory as the weights do.
         place = workspace.device if workspace.num_processes == 1 else torch.device("cpu")
         move(generator, place, channels_last=config.train.channels_last)
@@ -137,11 +141,11 @@ def train(message: Message, context: Context) -> Message:
             patients=images.groups,
             private_draws=SecretDraws() if secret else None,
         )
-        state.save(optimizers, {name: result.tensors[name] for name in algorithm.kept})
+        upload = EncodedWeights.of(workspace, received, asked, state.kept)
+        kept = {name: result.tensors[name] for name in algorithm.kept}
+        state.save(optimizers, {**kept, **upload.kept})
     keep_local_model(workspace, server_round, precision)
-    # Gradients in units of the clipping norm are too large for float16, and travel as integers.
-    dtype = "float32" if sums_gradients(config) else config.federation.wire_dtype
-    packed = workspace.layout.pack(workspace.generator.state_dict(), dtype)
+    packed = upload.packed
     records = RecordDict()
     if part is None:
         beside = {name: result.tensors[name].numpy() for name in algorithm.sent}
@@ -298,16 +302,17 @@ def nothing_told(message: Message) -> Message:
     return Message(RecordDict({Key.METRICS: metrics}), reply_to=message)
 
 
-def receive_weights(workspace: Workspace, message: Message) -> None:
-    """Put the weights of a message into the model.
+def receive_weights(workspace: Workspace, message: Message) -> NDArray[np.floating]:
+    """Put the weights of a message into the model, and return them: [P].
 
     Raises:
         ValueError: they are not the weights of this model.
     """
     # Flower's view `content.array_records` would keep the array in memory, in a circle.
     arrays = cast(ArrayRecord, message.content[Key.ARRAYS])
-    packed = from_npy(arrays[Key.PACKED].data)
+    packed = sent_weights(workspace.layout, from_npy(arrays[Key.PACKED].data))
     workspace.generator.load_shared(workspace.layout.unpack(packed, workspace.device))
+    return packed
 
 
 def received_beside(message: Message) -> dict[str, torch.Tensor]:

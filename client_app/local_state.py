@@ -59,7 +59,9 @@ class LocalState:
         self._images = images_digest(images) if self._generator.bound_to_images else ""
         self._folder = None
         self.kept: Mapping[str, torch.Tensor] = {}
-        if self._generator.keeps_state or client_algorithm(workspace.config).kept:
+        config = workspace.config
+        keeps = bool(client_algorithm(config).kept) or config.federation.error_feedback
+        if self._generator.keeps_state or keeps:
             self._folder = _make_folder(workspace, str(asked[Key.RUN_NAME]), self._client)
 
     @contextmanager

@@ -25,6 +25,7 @@ from server_app.weighting import Weighting
 from task.config import Config
 from task.protocol.secure_aggregation.fixed_point import UpdateFormat
 from task.protocol.wire import WeightLayout
+from task.protocol.wire_format import wire_format
 from task.training.client_privacy import ClientPrivacy
 
 NewReducer = Callable[[NDArray[np.floating], int], Reducer]
@@ -51,7 +52,7 @@ def build_strategy(
         ValueError: it names none.
     """
     options: dict[str, Any] = {
-        "wire_dtype": config.federation.wire_dtype,
+        "wire": wire_format(layout, config.federation.wire_dtype),
         "ema_decay": config.federation.ema_decay,
         "server_optimizer": server_optimizer,
         "privacy": ClientPrivacy.of(config),

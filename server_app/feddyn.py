@@ -35,7 +35,7 @@ class FedDyn(Strategy):
 
     def _advanced(self, reduced: NDArray[np.float32]) -> NDArray[np.float32]:
         share = np.float32(self._num_clients / self._num_nodes)
-        update = (reduced - self._sent.astype(np.float32))[self._trained]
+        update = (reduced - self.sent.astype(np.float32))[self._trained]
         self._term = self._term - self._alpha * share * update
         moved = reduced.copy()
         moved[self._trained] -= self._term / self._alpha

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, MessageType, RecordDict
@@ -30,7 +31,8 @@ from task.data import ImageSet
 from task.data.partition import partition_dataset
 from task.evaluation.hospital_scores import HospitalScores
 from task.protocol.wire import Key, WeightLayout, Weights
-from task.randomness import Stream, torch_generator
+from task.protocol.wire_format import float_dtype
+from task.randomness import Stream, numpy_generator, torch_generator
 from task.runs.layout import CLASS_COUNTS_FILE, NODES_FILE, client_numbers
 from task.runs.records import CLIENT_DIVERGENCE, LEFT_OUT, TEST, TRAIN, Record, records_of
 from task.runs.writer import RunWriter
@@ -236,25 +238,30 @@ class FederatedTraining(RoundLoop):
     def train_clients(self, server_round: int, clients: list[int]) -> "TrainingReplies":
         """Let clients train, and add their weights up as they come."""
         kept = self.clients_to_keep(server_round, clients)
-        sent = self.strategy.broadcast(self.weights, len(clients), len(self._nodes.node_ids))
+        rng = numpy_generator(self.config.seed, Stream.WIRE, server_round)
+        travelling = self.strategy.broadcast(
+            self.weights, len(clients), len(self._nodes.node_ids), rng=rng
+        )
         beside = self.strategy.beside()
         read = partial(
             read_training,
-            sent=sent,
+            sent=self.strategy.sent,
             num_clients=len(clients),
             max_norm=self.config.federation.max_update_norm,
             measures=self.model.measures,
             counted_as=1 if self.config.privacy.is_on else None,
             beside=self.strategy.expected,
+            wire=self.strategy.wire if self.strategy.wire.is_lossy else None,
         )
         replies = TrainingReplies()
+        download = sum(each.nbytes for each in (travelling, *beside.values()))
         # To the clients of the round, and back in the replies that can be used.
-        traffic = sum(each.nbytes for each in (sent, *beside.values())) * len(clients)
+        traffic = download * len(clients)
         audited = self.evaluation.is_audit_due(server_round) and tells_of_clients(self.config)
         names = self.attack_names if audited else []
         question = self.about_weights(
             MessageType.TRAIN,
-            sent,
+            travelling,
             lambda content: (read(content), read_attacks(content, names) if audited else {}),
             entries={Key.AUDIT: audited},
             beside=beside,
@@ -273,7 +280,12 @@ class FederatedTraining(RoundLoop):
                 replies.losses[client] = trained.loss
                 replies.measured[client] = trained.measures
                 replies.records.append(loss_record(server_round, counted, TRAIN, client))
-            numbers = {**spent, "update_norm": trained.update_norm}
+            numbers = {
+                **spent,
+                "update_norm": trained.update_norm,
+                "download_bytes": download,
+                "upload_bytes": trained.num_bytes,
+            }
             replies.records += records_of(server_round, numbers, client=client)
             replies.records += records_of(
                 server_round, trained.measures, client=client, reference=TRAIN
@@ -285,7 +297,7 @@ class FederatedTraining(RoundLoop):
                 own = self._layout.unpack(trained.weights)
                 self.directory.save_local_model(server_round, client, self.model.shared(own))
             self.strategy.add(client, trained.weights, trained.num_images, trained.beside)
-            traffic += sum(a.nbytes for a in (trained.weights, *trained.beside.values()))
+            traffic += trained.num_bytes
         replies.records.append(Record(server_round, "weight_bytes", traffic))
         return replies
 
@@ -362,7 +374,8 @@ class FederatedTraining(RoundLoop):
             return None
         losses: list[tuple[int, dict[str, float]]] = []
         clients = list(self._nodes.node_ids)
-        packed = self._layout.pack(self.final_weights(), self.config.federation.wire_dtype)
+        dtype = float_dtype(self.config.federation.wire_dtype)
+        packed = self._layout.pack(self.final_weights(), dtype)
         read = partial(read_losses, parts=self.model.loss_parts)
         question = self.about_weights(MessageType.EVALUATE, packed, read)
         for client, found, _ in self.ask(question, server_round, clients, PhaseTimer()):
@@ -414,7 +427,8 @@ class FederatedTraining(RoundLoop):
             return []
         if self.simulated:
             return super().attack(server_round)
-        packed = self._layout.pack(self.final_weights(), self.config.federation.wire_dtype)
+        dtype = float_dtype(self.config.federation.wire_dtype)
+        packed = self._layout.pack(self.final_weights(), dtype)
         read = partial(read_attacks, names=self.attack_names)
         question = self.about_weights(AUDIT_TYPE, packed, read)
         attacks: list[Attack] = []
@@ -441,7 +455,7 @@ class FederatedTraining(RoundLoop):
     def about_weights(
         self,
         message_type: str,
-        packed: NDArray[np.floating],
+        packed: NDArray[Any],
         read: Callable[[RecordDict], Answer],
         *,
         entries: Entries | None = None,

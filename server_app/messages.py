@@ -79,7 +79,7 @@ def array_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
 
 
 def packed_record(
-    packed: NDArray[np.floating], beside: Mapping[str, NDArray[np.floating]] | None = None
+    packed: NDArray[Any], beside: Mapping[str, NDArray[np.floating]] | None = None
 ) -> ArrayRecord:
     """Make the record of packed weights that travels, with what a strategy sends beside them."""
     return array_record({Key.PACKED: packed, **(beside or {})})

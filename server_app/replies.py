@@ -3,8 +3,10 @@
 Nothing in a reply is believed before it was looked at here.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
@@ -15,6 +17,7 @@ from server_app.messages import record_of
 from server_app.strategies import SUM_LIMIT, distance, largest_magnitude
 from task.protocol.secure_aggregation.keys import PublicKeys
 from task.protocol.wire import FailureCode, Key, from_npy
+from task.protocol.wire_format import WireFormat
 
 # What the coordinator asks the hospital: its own log has the cause, which stays there.
 ADVICE = {
@@ -197,8 +200,16 @@ def read_numbers(
     return numbers
 
 
+Decode = Callable[[NDArray[Any]], NDArray[np.floating]]
+
+
 def read_arrays(
-    content: RecordDict, sizes: Mapping[str, int], *, num_images: int, num_clients: int
+    content: RecordDict,
+    sizes: Mapping[str, int],
+    *,
+    num_images: int,
+    num_clients: int,
+    decode: Mapping[str, Decode] | None = None,
 ) -> dict[str, NDArray[np.floating]]:
     """Return the packed weights of a reply, and what comes beside them, without a copy.
 
@@ -207,6 +218,8 @@ def read_arrays(
         sizes: how many values each array must have, by name.
         num_images: that they count for.
         num_clients: how many clients may add theirs to the same sum.
+        decode: what makes the values of what travels, by name, where these are not the same;
+            raises ValueError where it cannot.
 
     Raises:
         UnusableReply: one is missing, of another shape or type, not finite, or so large that the
@@ -217,15 +230,27 @@ def read_arrays(
         names = [str(name) for name in arrays]
         raise UnusableReply(f"arrays must be {[*map(str, sizes)]}, got {names}")
     return {
-        name: _read_array(arrays[name], name, size, num_images, num_clients)
+        name: _read_array(
+            arrays[name],
+            "weights" if name == Key.PACKED else name,
+            size,
+            num_images=num_images,
+            num_clients=num_clients,
+            decode=(decode or {}).get(name),
+        )
         for name, size in sizes.items()
     }
 
 
 def _read_array(
-    array: Array, name: str, size: int, num_images: int, num_clients: int
+    array: Array,
+    what: str,
+    size: int,
+    *,
+    num_images: int,
+    num_clients: int,
+    decode: Decode | None,
 ) -> NDArray[np.floating]:
-    what = "weights" if name == Key.PACKED else name
     try:
         if array.stype != SType.NUMPY:
             raise TypeError("another serialization")
@@ -233,6 +258,11 @@ def _read_array(
     except Exception as error:
         # NumPy's reader raises nearly anything on bytes that were made to break it.
         raise UnusableReply(f"{what} that cannot be read: {type(error).__name__}") from error
+    if decode is not None:
+        try:
+            packed = decode(packed)
+        except ValueError as error:
+            raise UnusableReply(f"{what}: {error}") from error
     if packed.shape != (size,) or packed.dtype not in (np.float32, np.float16):
         raise UnusableReply(
             f"{what} must be float32 or float16 of shape ({size},), "
@@ -258,6 +288,7 @@ class LocalTraining:
         spent: `DURATIONS_AND_RATES`, those that it says.
         update_norm: how far its weights lie from those that it was sent, measured here.
         beside: what the strategy is sent beside the weights, by name.
+        num_bytes: of all its arrays, as they have travelled.
     """
 
     weights: NDArray[np.floating]
@@ -267,6 +298,7 @@ class LocalTraining:
     spent: dict[str, float]
     update_norm: float
     beside: dict[str, NDArray[np.floating]]
+    num_bytes: int
 
 
 def read_training(
@@ -278,6 +310,7 @@ def read_training(
     measures: Collection[str] = (),
     counted_as: int | None = None,
     beside: Mapping[str, int] | None = None,
+    wire: WireFormat | None = None,
 ) -> LocalTraining:
     """Return what a client that has trained replied, and measure how far it went.
 
@@ -290,6 +323,7 @@ def read_training(
         counted_as: how many images a client counts for that protects its patients, and says
             nothing beside its weights; None: each says it.
         beside: how many values each array must have that the strategy is sent beside the weights.
+        wire: how its weights have travelled; None: as floats.
 
     Raises:
         UnusableReply: see `read_metrics` and `read_arrays`; or the weights lie further than
@@ -298,7 +332,15 @@ def read_training(
     numbers = {} if counted_as is not None else read_metrics(content, measures)
     num_images = int(numbers.get(Key.NUM_EXAMPLES, counted_as or 0))
     sizes = {str(Key.PACKED): len(sent), **(beside or {})}
-    arrays = read_arrays(content, sizes, num_images=num_images, num_clients=num_clients)
+    arrays = read_arrays(
+        content,
+        sizes,
+        num_images=num_images,
+        num_clients=num_clients,
+        decode={Key.PACKED: partial(wire.decode_local, sent=sent)} if wire is not None else {},
+    )
+    travelled = record_of(content, Key.ARRAYS, ArrayRecord).values()
+    num_bytes = sum(from_npy(each.data).nbytes for each in travelled)
     weights = arrays.pop(Key.PACKED)
     norm = distance(weights, sent)
     if max_norm is not None and norm > max_norm:
@@ -308,7 +350,8 @@ def read_training(
         )
     spent = {str(name): numbers[name] for name in DURATIONS_AND_RATES if name in numbers}
     measured = {name: float(numbers[name]) for name in measures if name in numbers}
-    return LocalTraining(weights, num_images, numbers.get(Key.LOSS), measured, spent, norm, arrays)
+    loss = numbers.get(Key.LOSS)
+    return LocalTraining(weights, num_images, loss, measured, spent, norm, arrays, num_bytes)
 
 
 def read_losses(

@@ -36,11 +36,16 @@ class Scaffold(Strategy):
         return {str(Key.OWN_CONTROL): self.num_trained}
 
     def broadcast(
-        self, weights: Weights, num_clients: int, num_nodes: int | None = None
-    ) -> NDArray[np.floating]:
+        self,
+        weights: Weights,
+        num_clients: int,
+        num_nodes: int | None = None,
+        *,
+        rng: np.random.Generator | None = None,
+    ) -> NDArray[Any]:
         """Begin a round; see `Strategy.broadcast`."""
         self._own = self._new_reducer(self._control, num_clients)
-        return super().broadcast(weights, num_clients, num_nodes)
+        return super().broadcast(weights, num_clients, num_nodes, rng=rng)
 
     def add(
         self,

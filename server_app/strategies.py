@@ -10,6 +10,7 @@ bear a minority of such replies; what each asks for and costs stands in
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from server_app.weighting import Weighting
 from task.checks import require
 from task.protocol.secure_aggregation.fixed_point import UpdateFormat, chunks
 from task.protocol.wire import WeightLayout, Weights
+from task.protocol.wire_format import FloatFormat, WireFormat
 from task.training.client_privacy import ClientPrivacy
 from task.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from task.training.private import PrivateDraws
@@ -153,13 +155,13 @@ class BoundedMean(Reducer):
 
     def __init__(self, sent: NDArray[np.floating], form: UpdateFormat) -> None:
         """Start without updates to the weights that were sent, [P]."""
-        self._sent, self._form = sent, form
+        self.sent, self._form = sent, form
         self._total = np.zeros(sent.shape, np.uint32)
         self._num_images = 0
 
     def add(self, client: int, weights: NDArray[np.floating], num_images: int) -> None:
         """Add the update of a client."""
-        update = weights.astype(np.float32) - self._sent.astype(np.float32)
+        update = weights.astype(np.float32) - self.sent.astype(np.float32)
         encoded, _ = self._form.encode(update, num_images)
         self.add_sum(encoded, self._form.counted(num_images))
 
@@ -170,7 +172,7 @@ class BoundedMean(Reducer):
 
     def reduce(self) -> NDArray[np.float32]:
         """Return the weights that were sent, moved by the mean."""
-        return self._form.add_mean(self._sent, self._total, self._num_images)
+        return self._form.add_mean(self.sent, self._total, self._num_images)
 
 
 Updates = NDArray[np.float32]
@@ -197,18 +199,18 @@ class OverUpdates(Reducer):
             statistic: makes [values] of [clients, values].
             select: chooses the updates that count, of [P] of each client.
         """
-        self._sent = sent.astype(np.float32)
+        self.sent = sent.astype(np.float32)
         self._statistic, self._select = statistic, select
         self._updates: dict[int, Updates] = {}
 
     def add(self, client: int, weights: NDArray[np.floating], num_images: int) -> None:
         """Keep the update of a client."""
-        self._updates[client] = weights.astype(np.float32) - self._sent
+        self._updates[client] = weights.astype(np.float32) - self.sent
 
     def reduce(self) -> NDArray[np.float32]:
         """Return the weights that were sent and the statistic, computed piece by piece."""
         updates = self._select([self._updates[client] for client in sorted(self._updates)])
-        weights = self._sent.copy()
+        weights = self.sent.copy()
         for chunk in chunks(weights):
             weights[chunk] += self._statistic(np.stack([update[chunk] for update in updates]))
         return weights
@@ -255,14 +257,18 @@ class Strategy:
     Attributes:
         average: the moving average of the weights over rounds; None where the run keeps none.
         num_trained: how many of the values that travel clients train.
+        wire: how the weights travel.
+        sent: of a round, [P]: what clients start from, as they decode it.
     """
+
+    sent: NDArray[np.floating]
 
     def __init__(
         self,
         layout: WeightLayout,
         new_reducer: Callable[[NDArray[np.floating], int], Reducer],
         *,
-        wire_dtype: str = "float32",
+        wire: WireFormat | None = None,
         ema_decay: float | None = None,
         server_optimizer: Callable[[list[Tensor]], Optimizer] | None = None,
         trained: Collection[str] | None = None,
@@ -274,7 +280,7 @@ class Strategy:
             layout: of the weights on the wire.
             new_reducer: makes the reducer of a round from the weights that are sent, [P], and the
                 number of clients that they are sent to.
-            wire_dtype: "float32" or "float16".
+            wire: how the weights travel; None: as they are.
             ema_decay: of the moving average; None: the run keeps none.
             server_optimizer: makes the optimizer of the packed weights; None: none.
             trained: names of the tensors that clients train, which alone the optimizer moves;
@@ -286,7 +292,8 @@ class Strategy:
         """
         self.average: Weights | None = None
         self._layout, self._new_reducer = layout, new_reducer
-        self._wire_dtype, self._ema_decay = wire_dtype, ema_decay
+        self.wire = wire or FloatFormat(layout, "float32")
+        self._ema_decay = ema_decay
         self._privacy, self._num_clients, self._num_nodes = privacy, 0, 1
         # Which of the packed values clients train: [P], or all.
         self._trained: NDArray[np.bool_] | slice = slice(None)
@@ -313,20 +320,28 @@ class Strategy:
         return {}
 
     def broadcast(
-        self, weights: Weights, num_clients: int, num_nodes: int | None = None
-    ) -> NDArray[np.floating]:
-        """Begin a round, or another attempt at it; return what clients are sent of the weights.
+        self,
+        weights: Weights,
+        num_clients: int,
+        num_nodes: int | None = None,
+        *,
+        rng: np.random.Generator | None = None,
+    ) -> NDArray[Any]:
+        """Begin a round, or another attempt at it; return what travels to clients of the weights.
 
         Args:
             weights: the global ones.
             num_clients: that they are sent to.
             num_nodes: clients of the federation, of which these are drawn; None: these.
+            rng: of the rounding, where `wire` rounds at random; None: always the same draws.
         """
         self._weights = weights
-        self._sent = self._layout.pack(weights, self._wire_dtype)
-        self._reducer = self._new_reducer(self._sent, num_clients)
+        rng = rng or np.random.default_rng(0)
+        travelling = self.wire.encode_weights(self._layout.pack(weights), rng)
+        self.sent = self.wire.decode_weights(travelling)
+        self._reducer = self._new_reducer(self.sent, num_clients)
         self._num_clients, self._num_nodes = 0, num_nodes or num_clients
-        return self._sent
+        return travelling
 
     def add(
         self,
@@ -337,7 +352,7 @@ class Strategy:
     ) -> None:
         """Take the weights that a client has sent, see `Reducer.add`, and what is `expected`."""
         if self._privacy is not None:
-            weights = self._privacy.clipped(weights, self._sent)
+            weights = self._privacy.clipped(weights, self.sent)
         self._reducer.add(client, weights, num_images)
         self._num_clients += 1
 
@@ -366,10 +381,14 @@ class Strategy:
             if draws is None:
                 raise ValueError("draws: of the noise must be given, as clients are protected")
             reduced = self._privacy.noised(reduced, self._num_clients, draws)
+        if self.wire.is_lossy:
+            # What the way to the clients has changed is no part of their updates.
+            before = self._layout.pack(self._weights)
+            reduced, self.sent = before + (reduced - self.sent), before
         weights = self._layout.unpack(self._advanced(reduced))
         self.average = moving_average(self.average, weights, self._ema_decay)
         # Robust reducers hold the updates of all clients.
-        del self._reducer, self._sent, self._weights
+        del self._reducer, self._weights
         return weights
 
     def _advanced(self, reduced: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -378,7 +397,7 @@ class Strategy:
             return reduced
         before, trained = self._layout.pack(self._weights), self._trained
         self._parameter.data.copy_(torch.from_numpy(before[trained]))
-        gradient = (self._sent.astype(np.float32) - reduced)[trained]
+        gradient = (self.sent.astype(np.float32) - reduced)[trained]
         self._parameter.grad = torch.from_numpy(gradient)
         self._optimizer.step()
         moved = reduced.copy()

@@ -34,6 +34,7 @@ class Stream(IntEnum):
     STUDY = 14
     CLIENT_NOISE = 15
     AUDIT = 16
+    WIRE = 17
 
 
 def numpy_generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

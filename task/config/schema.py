@@ -236,7 +236,8 @@ class FederationConfig(Section):
     node_wait: PositiveFloat
     round_timeout: PositiveFloat
     max_in_flight: PositiveInt | None
-    wire_dtype: Literal["float32", "float16"]
+    wire_dtype: Literal["float32", "float16", "int8", "int4"]
+    error_feedback: bool
     local: list[str]
     ema_decay: float | None = Field(gt=0, lt=1, description="in (0, 1), or null for off")
     keep_checkpoints: PositiveInt
@@ -278,6 +279,20 @@ class FederationConfig(Section):
             "federation.num_selected",
             f"at most {honest}, federation.min_replies without federation.num_malicious",
             self.num_selected,
+        )
+        in_blocks = self.wire_dtype in ("int8", "int4")
+        require(
+            in_blocks or not self.error_feedback,
+            "federation.error_feedback",
+            "false unless federation.wire_dtype is int8 or int4, which round coarsely",
+            self.error_feedback,
+        )
+        require(
+            not (in_blocks and self.secure_aggregation),
+            "federation.wire_dtype",
+            "float32 or float16 with federation.secure_aggregation=true: masks hide sums of "
+            "integers, and scales of blocks would be each hospital's own",
+            self.wire_dtype,
         )
         if self.secure_aggregation:
             self._check_secure_aggregation(sampled)
@@ -546,6 +561,12 @@ class Config(Section):
             "train.num_processes",
             f"1 {asked}, which trains in one process",
             self.train.num_processes,
+        )
+        require(
+            self.federation.wire_dtype in ("float32", "float16"),
+            "federation.wire_dtype",
+            f"float32 or float16 {asked}, whose noise is in every value",
+            self.federation.wire_dtype,
         )
         if self.privacy.is_distributed:
             self._check_distributed_noise(int(self.privacy.colluders or 0))

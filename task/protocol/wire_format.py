@@ -16,7 +16,13 @@ FLOATS = ("float32", "float16")
 
 
 class WireFormat(ABC):
-    """Both ways of packed weights, [P], between the server and a client."""
+    """Both ways of packed weights, [P], between the server and a client.
+
+    Attributes:
+        is_lossy: whether the server has to keep its own weights, because what it sends is coarse.
+    """
+
+    is_lossy = False
 
     @abstractmethod
     def encode_weights(
@@ -110,6 +116,8 @@ class BlockFormat(WireFormat):
     rounding changes on the way out is no part of an update, and does not add up over rounds.
     """
 
+    is_lossy = True
+
     def __init__(self, layout: WeightLayout, bits: int) -> None:
         """Send updates in so many bits a value."""
         sizes = [shape.numel() for shape in layout.shapes.values()]
@@ -139,6 +147,21 @@ class BlockFormat(WireFormat):
     ) -> NDArray[np.floating]:
         """Add the update to the weights that were sent."""
         return sent + self._up.decode(encoded)
+
+
+def float_dtype(dtype: str) -> str:
+    """Return in what float weights travel that are to be measured as they are, not trained."""
+    return "float16" if dtype in BLOCK_BITS else dtype
+
+
+def sent_weights(layout: WeightLayout, encoded: NDArray[Any]) -> NDArray[np.floating]:
+    """Return the weights of a message to a client, [P], whichever format it has.
+
+    Raises:
+        ValueError: it has none.
+    """
+    dtype = "int8" if encoded.dtype == np.uint8 else "float32"
+    return wire_format(layout, dtype).decode_weights(encoded)
 
 
 def wire_format(layout: WeightLayout, dtype: str) -> WireFormat:
