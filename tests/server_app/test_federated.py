@@ -52,7 +52,7 @@ Alter = Callable[[Message, Message], Message | None]
 THREE_ROUNDS = {"federation.rounds": 3, "federation.ema_decay": 0.75}
 RECORDED_OF_TRAINING = {
     *("train loss", "seconds", "images_per_second", "seconds_beside", "update_norm"),
-    *("left_out", "counted_images"),
+    *("left_out", "counted_images", "download_bytes", "upload_bytes"),
 }
 
 
@@ -413,6 +413,55 @@ def test_strategy_goes_on_after_a_killed_round_to_the_same_bits(
     shutil.rmtree(folder / "clients")
     play({**run_config, "resume": True, "federation.rounds": 3})
     assert all(t.isfinite().all() for t in final_weights(folder).values())
+
+
+@pytest.mark.parametrize(
+    ("wire_dtype", "feedback", "up", "down"), [("int8", False, 3.5, 3.5), ("int4", True, 6.2, 3.5)]
+)
+def test_quantized_run_ends_near_the_plain_one_and_resumes_to_the_same_bits(
+    wire_dtype: str, feedback: bool, up: float, down: float, reference: Path, tmp_path: Path
+) -> None:
+    changes = {
+        **{"federation.wire_dtype": wire_dtype, "federation.error_feedback": feedback},
+        **{"eval.every": 9, "audit.at_end": False},
+    }
+    whole = play(configured(tmp_path, {**changes, "run_name": "whole"}))
+    run_config = configured(tmp_path, {**changes, "run_name": "resumed", "federation.rounds": 1})
+    play(run_config)
+    workspace._build_workspace.cache_clear()
+    folder = play({**run_config, "resume": True, "federation.rounds": 2})
+    assert same_bits(final_weights(folder), final_weights(whole))
+    plain = load_weights(reference / "checkpoints" / "round_0002.safetensors")[0]
+    start = initial_generator(load_run_config(SMALL_RUN)).state_dict()
+    moved, off = (
+        sum(float((one[n] - other[n]).square().sum()) for n in start)
+        for one, other in ((plain, start), (plain, final_weights(whole)))
+    )
+    assert 0 < off < (0.05 if wire_dtype == "int8" else 0.5) * moved
+    size = sum(tensor.nbytes for tensor in plain.values() if tensor.is_floating_point())
+    sent, received = (recorded(whole, f"{way}load_bytes") for way in ("up", "down"))
+    assert {*sent} == {*received} == {(r, client) for r in (1, 2) for client in range(3)}
+    assert all(size / each > up for each in sent.values())
+    assert all(size / each > down for each in received.values())
+    assert recorded(whole, "weight_bytes")[1, None] == sum(
+        each[1, client] for each in (sent, received) for client in range(3)
+    )
+    assert bool([*whole.rglob("clients/*/round_*")]) == feedback
+
+
+def test_reply_of_another_format_is_left_out(tmp_path: Path) -> None:
+    def alter(asked: Message, reply: Message) -> Message:
+        if is_train(asked, 1):
+            arrays = reply.content.array_records[Key.ARRAYS]
+            values = arrays[Key.PACKED].numpy()
+            arrays[Key.PACKED] = Array(values[:-1] if is_of_round(asked, 1) else values.view("i1"))
+        return reply
+
+    changes = {"federation.wire_dtype": "int8", "eval.every": 9, "audit.at_end": False}
+    folder = play(configured(tmp_path, changes), alter=alter)
+    told = left_out(folder, "train")
+    assert {*told} == {(1, 1), (2, 1)}
+    assert all("encoded values must be uint8 of shape" in reason for reason in told.values())
 
 
 def test_clients_train_with_the_learning_rate_of_the_round(tmp_path: Path) -> None:
