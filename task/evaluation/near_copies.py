@@ -21,6 +21,8 @@ from task.progress import progress
 DEEPEST = 1000
 # Sums of logarithms that are equal may differ by so much.
 ROUNDING = 1e-9
+# A sum of probabilities tells none below.
+LEAST_P_VALUE = 1e-15
 
 
 class Copying(NamedTuple):
@@ -93,7 +95,7 @@ def copying_test(generated: Tensor, held_out: Tensor) -> tuple[float, float]:
         chances[out] = 0.0
     at = int(evidence.argmax())
     share = among[at] / n - (depths[at] - among[at]) / m
-    return float(np.clip(1 - chances.sum(), 0, 1)), float(share)
+    return float(np.clip(1 - chances.sum(), LEAST_P_VALUE, 1)), float(share)
 
 
 def least_share_shown(generated: int, held_out: int, p_value: float) -> float | None:

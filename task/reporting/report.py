@@ -56,6 +56,7 @@ ROUND_COLUMNS = (
     ("test loss", "loss", TEST, ".4f"),
     ("test accuracy", "accuracy", TEST, ".4f"),
     ("clients", "num_clients", None, ".0f"),
+    ("bytes of weights", "weight_bytes", None, ",.0f"),
     ("seconds", "round_seconds", None, ".1f"),
     ("outside training", "overhead_share", None, ".0%"),
     ("seconds evaluating", SECONDS_EVALUATING, None, ".1f"),
