@@ -15,6 +15,8 @@ from task.randomness import Stream, torch_generator
 
 # Images that are looked at side by side, where a batch of training has as many.
 MOST_SIDE_BY_SIDE = 128
+# So many times as many members as others, or the other way round: more make an AUC hardly surer.
+UNEVEN = 2
 
 # The images of a client, as indices of the training and of the test images.
 Shares = Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]]
@@ -55,7 +57,8 @@ def attack_members(
     Args:
         generator: on the device, and left in eval mode.
         dataset: the training images are the members, the test images the others.
-        num_images: that are attacked of each at most, and of each client; see `drawn_images`.
+        num_images: that are attacked of each at most, and of each client; see `drawn_images`. Of
+            the more plentiful of both at most `UNEVEN` times as many as there are of the other.
         batch_size: images that are looked at side by side.
         device: that computes.
         seed: of who is attacked, and of all draws.
@@ -73,7 +76,7 @@ def attack_members(
     owned.update((shares or {}).items())
     parts = {
         client: [
-            drawn_images(images, among, num_images, seed)
+            drawn_images(images, among, min(num_images, UNEVEN * min(map(len, own))), seed)
             for images, among in zip(sets, own, strict=True)
         ]
         for client, own in owned.items()
