@@ -38,6 +38,7 @@ from task.config.models import (
     package_of,
 )
 from task.config.overrides import hydra_override, path_of, read_override
+from task.config.remedies import strategy_preset, without_remedy
 from task.config.schema import (
     CONF_DIR,
     EXTRACTORS,
@@ -117,8 +118,10 @@ __all__ = [
     "settle_extractor",
     "settle_frozen_file",
     "settle_precisions",
+    "strategy_preset",
     "unknown_values",
     "value_paths",
+    "without_remedy",
     "words_of_family",
     "write_config",
 ]

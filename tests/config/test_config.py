@@ -20,15 +20,18 @@ from task.config import (
     RUN_CONFIG_WORDS,
     anchored,
     changed_config,
+    compose_run_config,
     flat_values,
     hydra_override,
     load_config,
     load_run_config,
     models,
+    preset_sweep,
     read_config,
     require_diffusion,
     unknown_values,
     value_paths,
+    without_remedy,
     words_of_family,
     write_config,
 )
@@ -126,7 +129,7 @@ def test_forced_words_of_other_families_are_left_out_of_a_job() -> None:
 def test_groups_of_conf_are_the_sections_of_the_configuration() -> None:
     groups = {folder.name for folder in CONF_DIR.iterdir() if folder.is_dir()}
     sections = {path.split(".")[0] for path in value_paths() if "." in path}
-    assert groups == sections | {"experiment"}
+    assert groups == sections | {"experiment", "remedy"}
 
 
 def test_demo_is_the_default_and_small() -> None:
@@ -176,6 +179,41 @@ def test_diffusion_presets_fit_on_top_of_demo(option: str, expected: tuple[objec
         *(found.sampler, found.num_inference_steps),
     )
     assert config.data.name == "digits"
+
+
+@pytest.mark.parametrize(
+    ("remedy", "changed"),
+    [
+        ("none", {}),
+        ("centralized", {"train.mode": "centralized"}),
+        ("fedprox", {"strategy.name": "fedprox", "strategy.proximal_mu": 0.01}),
+        ("scaffold", {"strategy.name": "scaffold"}),
+        ("ema", {"federation.ema_decay": 0.5}),
+        ("cosine", {"train.lr_schedule": "cosine", "train.warmup_rounds": 1}),
+        ("int8", {"federation.wire_dtype": "int8"}),
+        ("int4_feedback", {"federation.wire_dtype": "int4", "federation.error_feedback": True}),
+    ],
+)
+def test_a_remedy_changes_its_own_values_alone(remedy: str, changed: dict[str, object]) -> None:
+    words = ["experiment=remedies", "run_name=x"]
+    plain, other = (
+        flat_values(load_config([*words, *each])) for each in ([], [f"remedy={remedy}"])
+    )
+    assert other == plain | changed
+    assert changed.keys() <= without_remedy().keys()
+    flower = compose_run_config(
+        {"experiment": "remedies", "run_name": "x", "overrides": f"remedy={remedy}"}
+    )
+    assert flat_values(flower) == other
+
+
+def test_every_remedy_is_swept_and_wins_over_presets_but_not_over_values() -> None:
+    swept = preset_sweep("remedies")["remedy"].split(",")
+    assert {*swept} == {file.stem for file in (CONF_DIR / "remedy").glob("*.yaml")}
+    assert without_remedy().items() <= flat_values(load_config(["remedy=none"])).items()
+    config = load_config(["remedy=ema", "experiment=remedies", "federation.ema_decay=0.9"])
+    assert config.federation.ema_decay == 0.9
+    assert load_config(["remedy=scaffold", "strategy=feddyn"]).strategy.name == "feddyn"
 
 
 @pytest.mark.parametrize("option", ["data=mnist", "model=feddm", "diffusion=paper"])
