@@ -1,4 +1,4 @@
-"""`feddm tables`: the paper's tables, and the comparison of generators, from a sweep's runs."""
+"""`feddm tables`: the paper's tables, and comparisons of generators and of remedies, from runs."""
 
 import csv
 import io
@@ -18,6 +18,8 @@ from task.reporting.generator_tables import (
     generator_tables,
 )
 from task.reporting.metric_table import flat_evaluation
+from task.reporting.remedy_figure import draw_remedies
+from task.reporting.remedy_tables import remedy_groups, remedy_tables
 from task.reporting.rendering import render
 from task.reporting.tables import (
     Measurement,
@@ -53,7 +55,8 @@ def write_tables(
     """
     runs, measured, left_out = _read_sweep(folder)
     groups = generator_groups(measured)
-    tables = [*generator_tables(groups), *build_tables(measured)]
+    remedies = remedy_groups(measured)
+    tables = [*generator_tables(groups), *remedy_tables(remedies), *build_tables(measured)]
     _write_text(folder / "tables.csv", csv_text(_csv_rows(folder, runs, tables)))
     alone = _alone(measured, tables)
     if alone:
@@ -63,17 +66,18 @@ def write_tables(
     if not tables:
         raise ValueError(
             f"SWEEP_DIR: no two runs in {folder} differ in nothing but train.mode, partition.beta, "
-            "federation.num_supernodes or train.local_epochs, or in nothing but the generator, and "
-            "are measured alike, so there is no table; what there is stands in "
+            "federation.num_supernodes or train.local_epochs, or in nothing but the generator or "
+            "the remedy, and are measured alike, so there is no table; what there is stands in "
             f"{folder / 'tables.csv'}"
         )
     # Before the figures, which may take long or find weights that are broken.
     _write_pages(folder, page, [])
     if device is not None:
-        generators = draw_generators(groups, folder, say=say)
-        _write_pages(folder, page, generators)
-        figures = draw_figures(runs, folder, device=device, say=say)
-        _write_pages(folder, page, [*generators, *figures])
+        pictures = draw_generators(groups, folder, say=say)
+        pictures += draw_remedies(remedies, folder, say=say)
+        _write_pages(folder, page, pictures)
+        pictures += draw_figures(runs, folder, device=device, say=say)
+        _write_pages(folder, page, pictures)
     say("\n".join(f"written to {folder / f'tables.{ending}'}" for ending in ("md", "html", "csv")))
 
 

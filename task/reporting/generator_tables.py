@@ -25,6 +25,7 @@ from task.reporting.tables import (
     best_verdict,
     column_caption,
     column_labels,
+    comparisons,
     floor_label,
     floor_scores,
     mean_cell,
@@ -33,7 +34,6 @@ from task.reporting.tables import (
     row_label,
     scale,
     told_apart,
-    without_clients,
 )
 from task.runs.records import TEST, TRAIN
 from task.runs.resume import is_about_clients
@@ -180,20 +180,7 @@ BUDGETS = (ROUNDS, SECONDS, SENT)
 
 def generator_groups(measured: Iterable[Measurement]) -> list[GeneratorGroup]:
     """Find the comparisons of generators in measurements, the largest first."""
-    members: dict[tuple[SettingValues, SettingValues], list[Measurement]] = {}
-    centralized = []
-    for each in measured:
-        if _mode_of(each) == "centralized":
-            centralized.append(each)
-        else:
-            members.setdefault((_common(each), each.column), []).append(each)
-    federations = [*members]
-    for each in centralized:
-        # It has no clients, so that it fits any federation.
-        alone = without_clients(_common(each)), each.column
-        fitting = [key for key in federations if (without_clients(key[0]), key[1]) == alone]
-        for key in fitting or [alone]:
-            members.setdefault(key, []).append(each)
+    members = comparisons(measured, _common)
     found = {key: group for key, group in members.items() if _compares(group)}
     keys = sorted(found, key=lambda key: (-len(found[key]), *map(sorted, key)))
     labels = column_labels([column for _, column in keys])
@@ -321,17 +308,16 @@ def _cost_table(group: GeneratorGroup, title: str) -> Table:
         rows[label] |= {
             cost: cell
             for cost in (*COSTS, REMEMBERED)
-            if (cell := _mean_cost(cost, members)) is not None
+            if (cell := mean_cost(cost, members)) is not None
         }
     audited = [REMEMBERED] * any(REMEMBERED in row for row in rows.values())
-    devices = sorted({each.run.device or "an unknown machine" for each in group.members})
     return Table(
         title=title,
         rows=[*rows],
         metrics=[DISTANCE, *COSTS, *audited],
         columns=[Column(group.label, rows)],
         caption=[
-            f"{ABOUT_SECONDS} On {', '.join(devices)}: compare equal machines alone.",
+            seconds_caption(group.members),
             ABOUT_SENT,
             ABOUT_MODEL,
             *[ABOUT_REMEMBERED] * len(audited),
@@ -341,10 +327,20 @@ def _cost_table(group: GeneratorGroup, title: str) -> Table:
     )
 
 
-def _mean_cost(
-    cost: Cost, members: Sequence[Measurement], rounds: int | None = None
-) -> Cell | None:
-    """Average a cost over the seeds; None where it was not recorded of each."""
+def seconds_caption(members: Iterable[Measurement]) -> str:
+    """Say what the seconds of training are, and of which machines."""
+    devices = sorted({each.run.device or "an unknown machine" for each in members})
+    return f"{ABOUT_SECONDS} On {', '.join(devices)}: compare equal machines alone."
+
+
+def mean_cost(cost: Cost, members: Sequence[Measurement], rounds: int | None = None) -> Cell | None:
+    """Average a cost over the seeds; None where it was not recorded of each.
+
+    Args:
+        cost: which.
+        members: a measurement of each seed.
+        rounds: of how many, the first ones; None: of all.
+    """
     runs = [each.run for each in members]
     values = [cost.of(run, rounds or run.config.federation.rounds) for run in runs]
     known = [value for value in values if value is not None]
@@ -430,7 +426,7 @@ def _measured_in_rounds(each: Measurement) -> dict[Point, float]:
 def _column_of(group: GeneratorGroup, courses: Mapping[str, Course], number: int, n: int) -> Column:
     rows: dict[str, Scores] = {}
     for label, members in group.rows.items():
-        seconds = _mean_cost(SECONDS, members, number)
+        seconds = mean_cost(SECONDS, members, number)
         if (number, n) in courses[label]:
             rows[label] = {DISTANCE: courses[label][number, n]}
             rows[label] |= {} if seconds is None else {SECONDS: seconds}
@@ -450,7 +446,7 @@ def _leaders(group: GeneratorGroup, courses: Mapping[str, Course]) -> Iterator[s
                     (cost.mean, own[name][point].mean, name)
                     for name, of_name in points.items()
                     for point in of_name
-                    if (cost := _mean_cost(budget, generators[name], point[0])) is not None
+                    if (cost := mean_cost(budget, generators[name], point[0])) is not None
                 ]
                 told = "; ".join(f"from {c:.4g} {name} ({d:.4g})" for c, d, name in _led(spent))
                 if told:

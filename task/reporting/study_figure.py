@@ -60,7 +60,7 @@ def draw_gains(found: Mapping[str, Any], folder: Path) -> None:
     # Of the largest fraction, which alone has lines of runs.
     handles, labels = panels[0].get_legend_handles_labels()
     panels[-1].legend(handles, labels, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    _save(figure, folder / GAIN_FILE)
+    save_figure(figure, folder / GAIN_FILE)
 
 
 def draw_classes(found: Mapping[str, Any], folder: Path) -> None:
@@ -93,10 +93,11 @@ def draw_classes(found: Mapping[str, Any], folder: Path) -> None:
         panel.set_ylabel("sensitivity")
         panel.set_title(headline["source"], fontsize=10)
         panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    _save(figure, folder / CLASSES_FILE)
+    save_figure(figure, folder / CLASSES_FILE)
 
 
-def _save(figure: Figure, file: Path) -> None:
+def save_figure(figure: Figure, file: Path) -> None:
+    """Write a figure as a PNG file, whole or not at all."""
     FigureCanvasAgg(figure)
     with atomic_path(file) as aside:
         figure.savefig(aside, format="png")

@@ -6,14 +6,14 @@ numbers of images and extractor are equal.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any, NamedTuple, Protocol
 
 from scipy.stats import t as student_t
 
-from task.config import FILE_SETS
+from task.config import FILE_SETS, without_remedy
 from task.evaluation.features import HASH_DIGITS
 from task.evaluation.metrics import Use
 from task.reporting.metric_table import Quantity, quantities
@@ -93,7 +93,9 @@ class Kind:
         I and V are one comparison, V of images that lie in files. The others take any data.
         """
         if self.key == "train.mode":
-            return (values["data.name"] in FILE_SETS) == (self.number == "V")
+            # Other strategies than its rows name are no part of the paper.
+            named = values["train.mode"] == "centralized" or values["strategy.name"] == "fedavg"
+            return named and (values["data.name"] in FILE_SETS) == (self.number == "V")
         return values["train.mode"] == "federated" and values[self.key] is not None
 
 
@@ -254,7 +256,7 @@ def _measurement(run: Run, found: Evaluation) -> Measurement:
     column |= {name: getattr(label, name) for name in COLUMN_VALUES} | {"eval.seed": label.seed}
     settings = _weight_settings(run.values)
     settings |= {"extractor": label.extractor, "image_range": label.image_range}
-    return Measurement(run, found, _as_text(settings), _as_text(column))
+    return Measurement(run, found, setting_values(settings), setting_values(column))
 
 
 def _weight_settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,7 +268,8 @@ def _weight_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _as_text(values: Mapping[str, Any]) -> SettingValues:
+def setting_values(values: Mapping[str, Any]) -> SettingValues:
+    """Write values by path as those of a `Measurement`, so that equal ones are equal."""
     return frozenset((name, _plain_value(value)) for name, value in values.items())
 
 
@@ -323,13 +326,61 @@ def _groups(
     baselines: dict[SettingValues, list[Measurement]] = {}
     for each in centralized:
         # It has no clients, so that it fits any federation; the paper's, where that is there.
-        fitting = [s for s in groups if without_clients(s) == without_clients(each.settings)]
+        fitting = _without_repeats(
+            [s for s in groups if without_clients(s) == without_clients(each.settings)]
+        )
         for settings in [
             s for s in fitting if is_papers_federation(groups[s][0].run.values)
         ] or fitting:
             baselines.setdefault(settings, []).append(each)
     for settings, members in groups.items():
         yield settings, members + baselines.get(settings, [])
+
+
+def _without_repeats(groups: Sequence[SettingValues]) -> list[SettingValues]:
+    """Leave out remedies for what stands in another group without any."""
+    plain = {remedy_free(settings) for settings in groups if not remedy_in(settings)}
+    return [s for s in groups if not remedy_in(s) or remedy_free(s) not in plain]
+
+
+def remedy_in(settings: SettingValues) -> SettingValues:
+    """Pick the settings that are changed against FedAvg without a remedy."""
+    values = without_remedy()
+    return frozenset(pair for pair in settings if pair[0] in values) - setting_values(values)
+
+
+def remedy_free(settings: SettingValues) -> SettingValues:
+    """Leave out the settings that remedies change."""
+    return frozenset(pair for pair in settings if pair[0] not in without_remedy())
+
+
+def comparisons(
+    measured: Iterable[Measurement], common: Callable[[Measurement], SettingValues]
+) -> dict[tuple[SettingValues, SettingValues], list[Measurement]]:
+    """Put measurements together whose columns are equal and some of their settings.
+
+    Args:
+        measured: in any order.
+        common: takes the settings that are to be equal.
+
+    Returns:
+        The measurements by these settings and their column.
+    """
+    members: dict[tuple[SettingValues, SettingValues], list[Measurement]] = {}
+    centralized = []
+    for each in measured:
+        if each.run.values["train.mode"] == "centralized":
+            centralized.append(each)
+        else:
+            members.setdefault((common(each), each.column), []).append(each)
+    federations = [*members]
+    for each in centralized:
+        # It has no clients, so that it fits any federation.
+        alone = without_clients(common(each)), each.column
+        fitting = [key for key in federations if (without_clients(key[0]), key[1]) == alone]
+        for key in fitting or [alone]:
+            members.setdefault(key, []).append(each)
+    return members
 
 
 def without_clients(settings: SettingValues) -> SettingValues:
@@ -645,7 +696,7 @@ def _at_full_scale(kind: Kind, settings: SettingValues, column: Sequence[Measure
     seen = {"extractor": "inception", "image_range": "paper"}
     ignored = {kind.key, "data.root", "data.cache_dir", "data.on_corrupt"}
     return any(
-        _as_text({**_weight_settings(values), **seen})
+        setting_values({**_weight_settings(values), **seen})
         - {(kind.key, _plain_value(values[kind.key]))}
         == settings
         and all(
