@@ -15,6 +15,8 @@ from task.reporting.tables import Cell
 
 # With six colors, 42 points that can be told apart, by their shapes alone as well.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# The width of a point, of the largest value.
+POINT = 0.02
 
 
 def draw_remedies(
@@ -50,17 +52,17 @@ def draw_remedies(
 
 
 def _save_points(
-    points: Iterable[tuple[str, Cell, Cell]], levels: Iterable[tuple[str, Cell]], file: Path
+    points: Sequence[tuple[str, Cell, Cell]], levels: Iterable[tuple[str, Cell]], file: Path
 ) -> None:
     figure = Figure(figsize=(8.4, 4.2), dpi=DPI, layout="constrained")
     panel = figure.subplots()
-    for (label, sent, distance), color, marker in zip(
-        points, cycle(COLORS), cycle(MARKERS), strict=False
+    places = side_by_side([sent.mean for _, sent, _ in points])
+    for (label, _, distance), place, color, marker in zip(
+        points, places, cycle(COLORS), cycle(MARKERS), strict=False
     ):
         panel.errorbar(
-            sent.mean,
+            place,
             distance.mean,
-            xerr=sent.std,
             yerr=distance.std,
             fmt=marker,
             capsize=3,
@@ -76,10 +78,25 @@ def _save_points(
     save_figure(figure, file)
 
 
+def side_by_side(values: Sequence[float]) -> list[float]:
+    """Move values that are nearly equal apart, in their order, so that their points are seen.
+
+    Args:
+        values: 0 or more each.
+    """
+    step = POINT * max(values)
+    places = []
+    for number, value in enumerate(values):
+        near = [each for each, other in enumerate(values) if abs(other - value) <= step]
+        places.append(value + step * (near.index(number) - (len(near) - 1) / 2))
+    return places
+
+
 def _remedy_picture(group: RemedyGroup, file: Path) -> Picture:
     return Picture(
         file,
         f"Remedies: {group.label}",
         f"{DISTANCE.title} over the megabytes of weights that were sent in all rounds: less of "
-        f"both is better. Bars: the standard deviation over seeds. {group.scale}.",
+        "both is better. Points of equal traffic stand side by side. Bars: the standard deviation "
+        f"over seeds. {group.scale}.",
     )

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from task.reporting.metric_table import Quantity
+from task.reporting.remedy_figure import side_by_side
 from task.reporting.remedy_tables import remedy_groups, remedy_tables, seed_mean
 from task.reporting.rendering import render
 from task.reporting.tables import Measurement, Table
@@ -207,3 +208,8 @@ def test_the_command_draws_what_each_remedy_sends(sweep: Sweep) -> None:
     assert "](figures/remedies-1.png)" in page
     assert (sweep.folder / "figures/remedies-1.png").stat().st_size > 1000
     assert {line["tables"] for line in sweep.csv()} == {"Remedies", "Remedies, I"}
+
+
+def test_points_of_equal_traffic_stand_side_by_side() -> None:
+    assert side_by_side([100.0, 50.0, 100.0, 100.0]) == pytest.approx([98, 50, 100, 102])
+    assert side_by_side([0.0, 0.0]) == [0, 0]
