@@ -291,4 +291,7 @@ def _gap_verdicts(group: RemedyGroup) -> Iterator[str]:
         said += (
             f", {CONFIDENCE:.0%} interval {gap.low:.4g} to {gap.high:.4g}, {gap.seeds} paired seeds"
         )
-        yield said + (": shown" if gap.low > 0 else ": not shown, so that its shares mean nothing")
+        found = "not shown" if gap.high >= 0 else "the opposite is shown"
+        yield f"{said}: " + (
+            "shown" if gap.low > 0 else f"{found}, so that its shares mean nothing"
+        )

@@ -116,6 +116,14 @@ def test_shares_of_a_gap_that_is_not_shown_are_said_to_mean_nothing(sweep: Sweep
     assert said.endswith("3 paired seeds: not shown, so that its shares mean nothing")
 
 
+def test_a_centralized_run_that_is_worse_is_no_end_of_a_scale(sweep: Sweep) -> None:
+    add(sweep, "remedy=none", fids=(20.0, 20.0, 20.0))
+    add(sweep, "remedy=centralized", fids=(29.0, 30.0, 31.0))
+    add(sweep, "remedy=int8", fids=(20.0, 20.0, 20.0))
+    (said,) = the_table(sweep).verdicts
+    assert said.endswith(": the opposite is shown, so that its shares mean nothing")
+
+
 def test_without_a_gap_there_are_no_shares(sweep: Sweep) -> None:
     add(sweep, "remedy=none", fids=(20.0,))
     add(sweep, "remedy=int4", fids=(20.0,), megabytes=0.6)
