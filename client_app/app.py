@@ -25,6 +25,7 @@ from task.config import compose_run_config, package_of
 from task.data import Dataset
 from task.evaluation.hospital_scores import score_images
 from task.protocol.node import NodeConfig, check_node, own_config, read_node_config
+from task.protocol.secure_aggregation.fixed_point import NotFiniteError
 from task.protocol.wire import AUDIT, SCORES, UNMASK, Key, from_npy
 from task.protocol.wire_format import sent_weights
 from task.randomness import Stream, torch_generator
@@ -142,8 +143,11 @@ def train(message: Message, context: Context) -> Message:
             private_draws=SecretDraws() if secret else None,
         )
         upload = EncodedWeights.of(workspace, received, asked, state.kept)
-        kept = {name: result.tensors[name] for name in algorithm.kept}
-        state.save(optimizers, {**kept, **upload.kept})
+        kept = {name: result.tensors[name] for name in algorithm.kept} | upload.kept
+        # What a round that has diverged would leave behind would spoil those after it as well.
+        if kept and not all(bool(each.isfinite().all()) for each in kept.values()):
+            raise NotFiniteError("what is kept of a round is not finite: training has diverged")
+        state.save(optimizers, kept)
     keep_local_model(workspace, server_round, precision)
     packed = upload.packed
     records = RecordDict()

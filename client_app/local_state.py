@@ -90,7 +90,8 @@ class LocalState:
         Raises:
             ValueError: the file is damaged, of another run, or of other images.
         """
-        if self._folder is None:
+        # What a strategy has kept is of no use to an evaluation.
+        if self._folder is None or (optimizers is None and not self._generator.keeps_state):
             return
         before = self._round + (optimizers is None)
         earlier = [file for file in self._files() if round_of(file) < before]

@@ -240,7 +240,7 @@ class FederatedTraining(RoundLoop):
         kept = self.clients_to_keep(server_round, clients)
         rng = numpy_generator(self.config.seed, Stream.WIRE, server_round)
         travelling = self.strategy.broadcast(
-            self.weights, len(clients), len(self._nodes.node_ids), rng=rng
+            self.weights, len(clients), self._nodes.number_known, rng=rng
         )
         beside = self.strategy.beside()
         read = partial(
@@ -376,6 +376,9 @@ class FederatedTraining(RoundLoop):
         clients = list(self._nodes.node_ids)
         dtype = float_dtype(self.config.federation.wire_dtype)
         packed = self._layout.pack(self.final_weights(), dtype)
+        self.directory.record(
+            [Record(server_round, "evaluation_bytes", packed.nbytes * len(clients))]
+        )
         read = partial(read_losses, parts=self.model.loss_parts)
         question = self.about_weights(MessageType.EVALUATE, packed, read)
         for client, found, _ in self.ask(question, server_round, clients, PhaseTimer()):
@@ -433,6 +436,7 @@ class FederatedTraining(RoundLoop):
         question = self.about_weights(AUDIT_TYPE, packed, read)
         attacks: list[Attack] = []
         clients = list(self._nodes.node_ids)
+        self.directory.record([Record(server_round, "audit_bytes", packed.nbytes * len(clients))])
         for client, found, _ in self.ask(question, server_round, clients, PhaseTimer()):
             attacks += attacks_of(found, client, is_local=False)
         return attacks

@@ -168,6 +168,11 @@ class Nodes:
         """Client numbers by node id, of every real node ever seen; for the run directory."""
         return dict(self._numbers)
 
+    @property
+    def number_known(self) -> int:
+        """How many clients there are, with those that are not there now."""
+        return max(len(self._numbers), len(self._present))
+
     def wait_for(
         self, minimum: int, *, seconds: float, patience: float = QUERY_TIMEOUT_SECONDS
     ) -> None:

@@ -15,7 +15,8 @@ class Yogi(Optimizer):
     """Adam whose second moment moves towards the square of a gradient by steps of that square.
 
     It forgets a large gradient more slowly than Adam's. All else is as in Adam, also the
-    correction of both moments for their start at 0.
+    correction of both moments for their start at 0: of the second it is approximate, and steps are
+    up to a fifth shorter for it about 1 / (1 - beta2) rounds after the start.
 
     Source: Zaheer et al. 2018, "Adaptive Methods for Nonconvex Optimization", Algorithm 2.
     """
@@ -46,7 +47,7 @@ class Yogi(Optimizer):
         (beta1, beta2), square = group["betas"], gradient.square()
         first.lerp_(gradient, 1 - beta1)
         second.addcmul_(square, torch.sign(second - square), value=-(1 - beta2))
-        # Adam's: each moment over the sum of the weights of what it holds.
+        # Adam's: each moment over the sum of the weights of what it would hold.
         scale1, scale2 = (1 - beta ** state["step"].item() for beta in (beta1, beta2))
         root = (second / scale2).sqrt_().add_(group["eps"])
         parameter.addcdiv_(first / scale1, root, value=-group["lr"])

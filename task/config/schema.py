@@ -542,6 +542,26 @@ class Config(Section):
             name,
         )
         require(
+            name != "scaffold" or federation.aggregation == "fedavg",
+            "federation.aggregation",
+            "fedavg with strategy.name=scaffold: its corrections cancel out in the mean alone",
+            federation.aggregation,
+        )
+        require(
+            name != "scaffold" or federation.max_update_norm is None,
+            "federation.max_update_norm",
+            "null with strategy.name=scaffold, whose second array it would not bound",
+            federation.max_update_norm,
+        )
+        rounded = federation.wire_dtype in ("int8", "int4")
+        require(
+            name != "feddyn" or not rounded or federation.error_feedback,
+            "federation.error_feedback",
+            f"true with strategy.name=feddyn and federation.wire_dtype={federation.wire_dtype}, or "
+            "the terms of clients and server drift apart",
+            federation.error_feedback,
+        )
+        require(
             name != "feddyn" or federation.aggregation in ("fedavg", "bounded_mean"),
             "federation.aggregation",
             "fedavg or bounded_mean with strategy.name=feddyn, whose server adds up the mean",

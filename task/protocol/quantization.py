@@ -20,6 +20,7 @@ from task.checks import require
 BLOCK = 512
 # Steps from 0 to the largest magnitude of a block, by the bits of a value.
 STEPS = {8: 127, 4: 7}
+BLOCKS_AT_A_TIME = 1024
 
 
 @dataclass(frozen=True)
@@ -66,23 +67,42 @@ class BlockQuantizer:
         """Write values as bytes.
 
         Args:
-            values: [P] finite.
+            values: [P]; a block with one that is not finite comes back without any that is.
             rng: of the rounding.
 
         Returns:
             [num_bytes] uint8.
         """
-        values = np.asarray(values, np.float32)
-        starts = np.cumsum(self._lengths) - self._lengths
-        steps = STEPS[self.bits]
-        largest = np.maximum.reduceat(np.abs(values), starts)
-        scales = (largest / np.float32(steps)).astype("<f4")
-        # A block of zeros, or of values too small to divide by, is all 0.
-        per_step = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 1e-38)
-        scaled = values * np.repeat(per_step, self._lengths)
-        codes = np.floor(scaled + rng.random(len(values), dtype=np.float32))
-        codes = np.clip(codes, -steps, steps).astype(np.int8)
+        steps = np.float32(STEPS[self.bits])
+        scales = np.empty(len(self._lengths), "<f4")
+        codes = np.empty(self.num_values, np.int8)
+        # Block by block of all would take several times as much memory as the values.
+        for first, last, start, end in self._parts:
+            part, lengths = np.asarray(values[start:end], np.float32), self._lengths[first:last]
+            largest = np.maximum.reduceat(np.abs(part), np.cumsum(lengths) - lengths)
+            scales[first:last] = largest / steps
+            # A block of zeros, or of values too small to divide by, is all 0.
+            scale = scales[first:last]
+            per_step = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 1e-38)
+            with np.errstate(invalid="ignore"):
+                scaled = part * np.repeat(per_step, lengths)
+            scaled += rng.random(len(part), dtype=np.float32)
+            np.floor(scaled, out=scaled)
+            # The scale of what is not finite is not finite either, and says so for the block.
+            np.nan_to_num(scaled, copy=False)
+            codes[start:end] = np.clip(scaled, -steps, steps, out=scaled)
         return np.concatenate([scales.view(np.uint8), self._packed(codes)])
+
+    @cached_property
+    def _parts(self) -> list[tuple[int, int, int, int]]:
+        """First and last block of each part, and where its values begin and end."""
+        ends = np.concatenate([[0], np.cumsum(self._lengths)])
+        firsts = range(0, len(self._lengths), BLOCKS_AT_A_TIME)
+        lasts = [min(first + BLOCKS_AT_A_TIME, len(self._lengths)) for first in firsts]
+        return [
+            (first, last, int(ends[first]), int(ends[last]))
+            for first, last in zip(firsts, lasts, strict=True)
+        ]
 
     def decode(self, encoded: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the values, [P], that `encode` has rounded to.
@@ -91,17 +111,20 @@ class BlockQuantizer:
             encoded: [num_bytes] uint8.
 
         Raises:
-            ValueError: it is of another shape or dtype, or a scale is negative or not finite.
+            ValueError: it is of another shape or dtype.
         """
         right = encoded.shape == (self.num_bytes,) and encoded.dtype == np.uint8
         got = f"{encoded.dtype} of shape {encoded.shape}"
         require(right, "encoded values", f"uint8 of shape ({self.num_bytes},)", got)
         end = 4 * len(self._lengths)
         scales = encoded[:end].copy().view("<f4")
-        possible = bool((np.isfinite(scales) & (scales >= 0)).all())
-        require(possible, "scales", "finite and >= 0", "one that is not")
         codes = self._unpacked(encoded[end:])
-        return np.asarray(codes * np.repeat(scales, self._lengths), np.float32)
+        values = np.empty(self.num_values, np.float32)
+        for first, last, start, stop in self._parts:
+            steps = np.repeat(scales[first:last], self._lengths[first:last])
+            with np.errstate(invalid="ignore"):
+                np.multiply(codes[start:stop], steps, out=values[start:stop])
+        return values
 
     def _packed(self, codes: NDArray[np.int8]) -> NDArray[np.uint8]:
         if self.bits == 8:

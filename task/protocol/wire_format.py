@@ -114,24 +114,28 @@ class BlockFormat(WireFormat):
 
     A client needs nothing of earlier rounds. The server keeps its own weights in float32: what
     rounding changes on the way out is no part of an update, and does not add up over rounds.
+    Vectors, such as biases and statistics of batches, travel as they are: they are few, and a
+    variance that was rounded up could be moved below 0.
     """
 
     is_lossy = True
 
     def __init__(self, layout: WeightLayout, bits: int) -> None:
         """Send updates in so many bits a value."""
-        sizes = [shape.numel() for shape in layout.shapes.values()]
+        shapes = layout.shapes.values()
+        self._rounded = np.concatenate([np.full(s.numel(), len(s) > 1) for s in shapes])
+        sizes = [shape.numel() for shape in shapes if len(shape) > 1]
         self._down, self._up = BlockQuantizer(sizes, 8), BlockQuantizer(sizes, bits)
 
     def encode_weights(
         self, weights: NDArray[np.float32], rng: np.random.Generator
     ) -> NDArray[Any]:
         """Quantize the weights."""
-        return self._down.encode(weights, rng)
+        return self._encoded(self._down, weights, weights, rng)
 
     def decode_weights(self, encoded: NDArray[Any]) -> NDArray[np.floating]:
         """Return the quantized weights."""
-        return self._down.decode(encoded)
+        return self._decoded(self._down, encoded)
 
     def encode_local(
         self,
@@ -140,13 +144,38 @@ class BlockFormat(WireFormat):
         rng: np.random.Generator,
     ) -> NDArray[Any]:
         """Quantize the update."""
-        return self._up.encode(weights - received, rng)
+        return self._encoded(self._up, weights - received, weights, rng)
 
     def decode_local(
         self, encoded: NDArray[Any], sent: NDArray[np.floating]
     ) -> NDArray[np.floating]:
         """Add the update to the weights that were sent."""
-        return sent + self._up.decode(encoded)
+        weights = self._decoded(self._up, encoded)
+        weights[self._rounded] += sent[self._rounded]
+        return weights
+
+    def _encoded(
+        self,
+        quantizer: BlockQuantizer,
+        rounded: NDArray[np.float32],
+        exact: NDArray[np.float32],
+        rng: np.random.Generator,
+    ) -> NDArray[np.uint8]:
+        """Write what is rounded, [P], of tensors, and what is exact, [P], of vectors."""
+        vectors = np.asarray(exact[~self._rounded], "<f4").view(np.uint8)
+        return np.concatenate([vectors, quantizer.encode(rounded[self._rounded], rng)])
+
+    def _decoded(self, quantizer: BlockQuantizer, encoded: NDArray[Any]) -> NDArray[np.float32]:
+        """Read what `_encoded` wrote: [P]."""
+        end = 4 * int((~self._rounded).sum())
+        size = end + quantizer.num_bytes
+        right = encoded.shape == (size,) and encoded.dtype == np.uint8
+        got = f"{encoded.dtype} of shape {encoded.shape}"
+        require(right, "encoded weights", f"uint8 of shape ({size},)", got)
+        values = np.empty(len(self._rounded), np.float32)
+        values[~self._rounded] = encoded[:end].copy().view("<f4")
+        values[self._rounded] = quantizer.decode(encoded[end:])
+        return values
 
 
 def float_dtype(dtype: str) -> str:

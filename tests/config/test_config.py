@@ -403,6 +403,18 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
             ["strategy.name", "mechanism=dp_sgd", "noise", "'scaffold'"],
         ),
         (
+            "strategy=scaffold federation.aggregation=median federation.min_replies=3",
+            ["federation.aggregation", "fedavg", "scaffold", "'median'"],
+        ),
+        (
+            "strategy=scaffold federation.max_update_norm=5",
+            ["federation.max_update_norm", "null", "scaffold", "got 5"],
+        ),
+        (
+            "strategy=feddyn federation.wire_dtype=int8",
+            ["federation.error_feedback", "true", "feddyn", "got False"],
+        ),
+        (
             "strategy=feddyn federation.aggregation=median federation.min_replies=3",
             ["federation.aggregation", "fedavg or bounded_mean", "feddyn", "'median'"],
         ),

@@ -199,7 +199,7 @@ def test_run_survives_a_hospital_that_is_killed_and_one_that_comes_late(
     assert '"runs": true' in guard_log(guard)[-1]
     # After the last round each hospital attacks the global weights, and before it its own.
     audited = {(r.client, r.local_model) for r in records.all if r.metric == "member_auc SimA"}
-    assert audited == {(client, own) for client in (south, west) for own in (False, True)}
+    assert audited >= {(client, own) for client in (south, west) for own in (False, True)}
     assert "attacked its own weights with" in deployment.log("west")
     assert (2, south) in [(each.round, each.client) for each in records.left_out]
     assert records.series("loss", reference=TRAIN)[7] > 0

@@ -212,6 +212,7 @@ def test_metrics_hold_every_client_of_every_round(reference: Path) -> None:
         *("train loss", "num_clients", "test loss", "round_seconds", "overhead_share"),
         *("seconds_sending", "seconds_waiting", "seconds_aggregating", "seconds_training"),
         *("seconds_checkpoint", "seconds_evaluating", "weight_bytes", "num_attacks"),
+        "evaluation_bytes",
     }
     # All images are attacked after the last round, and each client's own model before it leaves.
     assert {r.round for r in records(reference) if r.metric == "member_auc SimA"} == {3}
@@ -461,7 +462,7 @@ def test_reply_of_another_format_is_left_out(tmp_path: Path) -> None:
     folder = play(configured(tmp_path, changes), alter=alter)
     told = left_out(folder, "train")
     assert {*told} == {(1, 1), (2, 1)}
-    assert all("encoded values must be uint8 of shape" in reason for reason in told.values())
+    assert all("encoded weights must be uint8 of shape" in reason for reason in told.values())
 
 
 def test_clients_train_with_the_learning_rate_of_the_round(tmp_path: Path) -> None:
