@@ -79,15 +79,7 @@ class SecureTraining(FederatedTraining):
         told = [
             *totals.left_out,
             *records_of(server_round, measures, reference=TRAIN),
-            *(
-                record
-                for client in totals.clients
-                for record in (
-                    Record(server_round, IN_SUM, 1, client=client),
-                    Record(server_round, "download_bytes", sent.nbytes, client=client),
-                    Record(server_round, "upload_bytes", totals.values.nbytes, client=client),
-                )
-            ),
+            *(Record(server_round, IN_SUM, 1, client=client) for client in totals.clients),
             Record(server_round, "num_clients", len(totals.clients)),
             Record(
                 server_round,

@@ -1242,7 +1242,7 @@ def test_hospitals_attack_the_weights_and_false_attacks_are_left_out(tmp_path: P
     folder = play(run_config, nodes=nodes, alter=alter)
     audited = [r for r in records(folder) if r.metric == "member_auc SimA"]
     assert {(r.client, r.local_model) for r in audited} == {(0, False), (0, True), (1, True)}
-    assert {(r.n, r.context["numbers"][-3]) for r in audited} == {(180, 20)}
+    assert {(r.n, r.context["numbers"][-3]) for r in audited} == {(40, 20)}
     assert recorded(folder, "num_attacks") == {(1, None): 7}
     reason = left_out(folder, "audit")[1, 1]
     assert reason == "SimA: numbers of an attack must be shares in [0, 1], got 1.5"
