@@ -359,10 +359,10 @@ def test_node_attacks_weights_with_its_own_images_and_tells_numbers(hospital: Co
     assert not reply.has_error(), reply.error
     assert {*reply.content} == {Key.AUDIT}
     found = read_attacks(reply.content, ATTACKS)
-    train, held_out = open_workspace(hospital).images(hospital)
+    _, held_out = open_workspace(hospital).images(hospital)
     assert {*found} == ATTACKS and len(held_out) == 20
     for each in found.values():
-        assert (each.members, each.others) == (len(train), len(held_out))
+        assert (each.members, each.others) == (2 * len(held_out), len(held_out))
     assert read_attacks(app(message(AUDIT_TYPE), hospital).content, ATTACKS) == found
     # Its own weights are attacked before they leave, and leave as they would have.
     plain = app(message("train"), hospital)
