@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from server_app.strategies import build_strategy
+from server_app.build_strategy import build_strategy
 from server_app.weighting import Weighting
 from task.config import Config, load_config
 from task.protocol.wire import WeightLayout
