@@ -71,7 +71,7 @@ def introduce(message: Message, context: Context) -> Message:
         said[Key.FINGERPRINT] = code_fingerprint(package_of(config.model.family))
         counts = check_node(config, place)
         told = place.report_class_counts and not config.privacy.is_on
-        if not (config.privacy.is_on or config.federation.secure_aggregation):
+        if config.tells_of_clients:
             said[Key.NUM_IMAGES] = sum(counts.train) + sum(counts.held_out)
         if told:
             said[Key.CLASS_COUNTS] = list(counts.train)
@@ -282,7 +282,7 @@ def score(message: Message, context: Context) -> Message:
         logger.info("the server asked to score images, and score-images=false declines")
         return nothing_told(message)
     workspace = open_workspace(context)
-    if workspace.config.privacy.is_on or workspace.config.federation.secure_aggregation:
+    if not workspace.config.tells_of_clients:
         return nothing_told(message)
     config = named_extractor(workspace.config, message)
     config = with_own_extractor(config, place.inception_weights)

@@ -49,6 +49,5 @@ def tells_audit(workspace: Workspace) -> bool:
     that did not say that it audits.
     """
     config, node = workspace.config, workspace.node
-    private = config.privacy.is_on or config.federation.secure_aggregation
     asked = config.audit.at_end or config.audit.every is not None
-    return asked and not private and (node is None or node.audit)
+    return asked and config.tells_of_clients and (node is None or node.audit)

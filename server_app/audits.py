@@ -8,15 +8,9 @@ from server_app.messages import record_of
 from server_app.replies import UnusableReply
 from task.audit.membership import Attack
 from task.audit.roc import Separation
-from task.config import Config
 from task.protocol.wire import AUDIT, Key
 
 AUDIT_TYPE = f"{MessageType.EVALUATE}.{AUDIT}"
-
-
-def tells_of_clients(config: Config) -> bool:
-    """Whether single clients may be told of; not where each is protected, or hidden in a sum."""
-    return not (config.privacy.is_on or config.federation.secure_aggregation)
 
 
 def read_attacks(content: RecordDict, names: Collection[str]) -> dict[str, Separation]:

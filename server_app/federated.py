@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from server_app.audits import AUDIT_TYPE, attacks_of, read_attacks, tells_of_clients
+from server_app.audits import AUDIT_TYPE, attacks_of, read_attacks
 from server_app.build_strategy import build_strategy
 from server_app.dataset import check_privacy, load_images, record_data, record_partition
 from server_app.evaluation import GlobalEvaluation, HospitalEvaluation
@@ -74,7 +74,7 @@ class FederatedTraining(RoundLoop):
             num_classes=len(self.config.data.classes),
             extractor=self.config.eval.extractor,
             package=package_of(self.config.model.family),
-            counted=not (self.config.privacy.is_on or federation.secure_aggregation),
+            counted=self.config.tells_of_clients,
             secure=federation.secure_aggregation,
             known=client_numbers(directory.path),
         )
@@ -257,7 +257,7 @@ class FederatedTraining(RoundLoop):
         download = sum(each.nbytes for each in (travelling, *beside.values()))
         # To the clients of the round, and back in the replies that can be used.
         traffic = download * len(clients)
-        audited = self.evaluation.is_audit_due(server_round) and tells_of_clients(self.config)
+        audited = self.evaluation.is_audit_due(server_round) and self.config.tells_of_clients
         names = self.attack_names if audited else []
         question = self.about_weights(
             MessageType.TRAIN,

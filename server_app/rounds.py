@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 
-from server_app.audits import tells_of_clients
 from server_app.evaluation import (
     GlobalEvaluation,
     NoImagesEvaluation,
@@ -340,7 +339,7 @@ class RoundLoop(ABC):
     @property
     def audits(self) -> bool:
         """Whether somebody can look for what the weights remember."""
-        return self.dataset is not None or tells_of_clients(self.config)
+        return self.dataset is not None or self.config.tells_of_clients
 
     def audit(self, server_round: int) -> str:
         """Look for what the weights of a round remember, record it, and say it in few words."""
@@ -349,6 +348,8 @@ class RoundLoop(ABC):
         attacks = self.attack(server_round)
         told = audit_record(server_round, attacks, self.attacked_clients())
         self.directory.record([*attack_records(server_round, attacks), told])
+        if not attacks:
+            return "not attacked"
         whole = [each for each in attacks if each.client is None]
         if not whole:
             return f"attacked by {len({each.client for each in attacks})} clients"
@@ -357,7 +358,7 @@ class RoundLoop(ABC):
 
     def attacked_clients(self) -> list[int]:
         """List the clients each of whom is to be attacked by itself as well."""
-        return [*self.shares] if tells_of_clients(self.config) else []
+        return [*self.shares] if self.config.tells_of_clients else []
 
     def attack(self, server_round: int) -> list[Attack]:
         """Attack the final weights of a round, as a whole and client by client."""

@@ -652,6 +652,11 @@ class Config(Section):
         )
 
     @property
+    def tells_of_clients(self) -> bool:
+        """Whether single clients may be told of; not where protected, or hidden in a sum."""
+        return not (self.privacy.is_on or self.federation.secure_aggregation)
+
+    @property
     def drawing_values(self) -> tuple[str, ...]:
         """Paths of the values that change how images are drawn from weights, and no weights."""
         return (*SAMPLER_VALUES * self.model.diffuses, *self.model.drawing_values)

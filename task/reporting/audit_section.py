@@ -6,7 +6,7 @@ from typing import Any
 from task.audit.findings import Outcome, findings
 from task.audit.membership import Attack
 from task.audit.records import audited_rounds, newest_audit, recorded_attacks
-from task.reporting.warning_signs import SIGNIFICANT, State, memory_checks
+from task.reporting.warning_signs import OUTCOME_STATES, SIGNIFICANT, memory_checks
 from task.runs.records import TEST
 from task.runs.run import Run
 
@@ -14,11 +14,7 @@ ATTACK_HEADS = (
     *("images of", "attack", "AUC", "95 % interval", "TPR at 1 % FPR", "at 0.1 %"),
     *("members", "held out"),
 )
-OUTCOMES = {
-    State.WARNING: Outcome.DETECTED,
-    State.CLEAR: Outcome.NOT_DETECTED,
-    State.UNMEASURED: Outcome.NOT_MEASURED,
-}
+OUTCOMES = {state: outcome for outcome, state in OUTCOME_STATES.items()}
 
 
 def attack_rows(attacks: Sequence[Attack]) -> list[tuple[str, ...]]:

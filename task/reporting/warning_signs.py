@@ -507,9 +507,7 @@ def _why_not_searched(run: Run) -> str:
 def _why_not_audited(run: Run) -> str:
     """Say why nobody has looked whose images the weights were trained on."""
     config = run.config
-    if run.setting == "real nodes" and (
-        config.privacy.is_on or config.federation.secure_aggregation
-    ):
+    if run.setting == "real nodes" and not config.tells_of_clients:
         return (
             "Hospitals say nothing of their own images with privacy.mechanism=dp_sgd or "
             "federation.secure_aggregation=true."
