@@ -1,6 +1,6 @@
 """Which strategy a run has, and which reducer."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ def build_strategy(
     *,
     trained: Collection[str] | None = None,
     server_optimizer: Callable[[list[Tensor]], Optimizer] | None = None,
+    averaged: Mapping[str, int] | None = None,
 ) -> Strategy:
     """Build the strategy of a run, with the reducer that `federation.aggregation` names.
 
@@ -47,6 +48,7 @@ def build_strategy(
         weighting: of clients.
         trained: see `Strategy`.
         server_optimizer: that takes the place of the strategy's own, and moves all that travels.
+        averaged: see `Strategy`.
 
     Raises:
         ValueError: it names none.
@@ -56,6 +58,7 @@ def build_strategy(
         "ema_decay": config.federation.ema_decay,
         "server_optimizer": server_optimizer,
         "privacy": ClientPrivacy.of(config),
+        "averaged": averaged,
     }
     if server_optimizer is None:
         options |= {"trained": trained, "server_optimizer": server_optimizer_of(config.strategy)}

@@ -36,6 +36,7 @@ from task.randomness import Stream, numpy_generator, torch_generator
 from task.runs.layout import CLASS_COUNTS_FILE, NODES_FILE, client_numbers
 from task.runs.records import CLIENT_DIVERGENCE, LEFT_OUT, TEST, TRAIN, Record, records_of
 from task.runs.writer import RunWriter
+from task.training.algorithms.moments import averaged_beside
 from task.training.algorithms.parameters import trained_parameters
 from task.training.client_privacy import check_clients
 from task.training.devices import move
@@ -88,6 +89,7 @@ class FederatedTraining(RoundLoop):
             self._weighting,
             trained=trained_parameters(self.model, optimizers),
             server_optimizer=packed_optimizer(optimizers) if sums_gradients(self.config) else None,
+            averaged=averaged_beside(self.config, self.model, optimizers),
         )
         # Clients that were left out of earlier attempts at the round.
         self._failed: set[int] = set()

@@ -27,13 +27,13 @@ class Scaffold(Strategy):
         self._control = np.zeros(self.num_trained, np.float32)
 
     def beside(self) -> dict[str, NDArray[np.float32]]:
-        """Return c."""
-        return {str(Key.CONTROL): self._control}
+        """Return c, and what else is sent."""
+        return {**super().beside(), str(Key.CONTROL): self._control}
 
     @property
     def expected(self) -> dict[str, int]:
-        """How many values c_i has."""
-        return {str(Key.OWN_CONTROL): self.num_trained}
+        """How many values c_i has, and what else is sent."""
+        return {**super().expected, str(Key.OWN_CONTROL): self.num_trained}
 
     def broadcast(
         self,
@@ -55,7 +55,7 @@ class Scaffold(Strategy):
         beside: Mapping[str, NDArray[np.floating]] | None = None,
     ) -> None:
         """Take the weights of a client, and its c_i."""
-        super().add(client, weights, num_images)
+        super().add(client, weights, num_images, beside)
         self._own.add(client, (beside or {})[Key.OWN_CONTROL], num_images)
 
     def _advanced(self, reduced: NDArray[np.float32]) -> NDArray[np.float32]:

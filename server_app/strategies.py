@@ -273,6 +273,7 @@ class Strategy:
         server_optimizer: Callable[[list[Tensor]], Optimizer] | None = None,
         trained: Collection[str] | None = None,
         privacy: ClientPrivacy | None = None,
+        averaged: Mapping[str, int] | None = None,
     ) -> None:
         """Start before the first round.
 
@@ -286,6 +287,8 @@ class Strategy:
             trained: names of the tensors that clients train, which alone the optimizer moves;
                 None: all.
             privacy: of clients; None: none.
+            averaged: how many values each array has that clients send beside their weights, and
+                are sent the means of in the next round, by name; None: there are none.
 
         Raises:
             ValueError: something of `trained` does not travel.
@@ -295,6 +298,8 @@ class Strategy:
         self.wire = wire or FloatFormat(layout, "float32")
         self._ema_decay = ema_decay
         self._privacy, self._num_clients, self._num_nodes = privacy, 0, 1
+        self._averaged = dict(averaged or {})
+        self._means: dict[str, NDArray[np.float32]] = {}
         # Which of the packed values clients train: [P], or all.
         self._trained: NDArray[np.bool_] | slice = slice(None)
         self.num_trained = layout.size
@@ -311,13 +316,13 @@ class Strategy:
             self._optimizer = server_optimizer([self._parameter])
 
     def beside(self) -> dict[str, NDArray[np.float32]]:
-        """Return what clients are sent beside the weights, by name; here nothing."""
-        return {}
+        """Return what clients are sent beside the weights, by name."""
+        return {**self._means}
 
     @property
     def expected(self) -> dict[str, int]:
-        """How many values each array has that clients send beside their weights; here none."""
-        return {}
+        """How many values each array has that clients send beside their weights."""
+        return {**self._averaged}
 
     def broadcast(
         self,
@@ -340,6 +345,10 @@ class Strategy:
         travelling = self.wire.encode_weights(self._layout.pack(weights), rng)
         self.sent = self.wire.decode_weights(travelling)
         self._reducer = self._new_reducer(self.sent, num_clients)
+        self._beside = {
+            name: self._new_reducer(self._means.get(name, np.zeros(size, np.float32)), num_clients)
+            for name, size in self._averaged.items()
+        }
         self._num_clients, self._num_nodes = 0, num_nodes or num_clients
         return travelling
 
@@ -354,6 +363,8 @@ class Strategy:
         if self._privacy is not None:
             weights = self._privacy.clipped(weights, self.sent)
         self._reducer.add(client, weights, num_images)
+        for name, reducer in self._beside.items():
+            reducer.add(client, (beside or {})[name], num_images)
         self._num_clients += 1
 
     def add_sum(self, encoded: NDArray[np.uint32], num_images: int) -> None:
@@ -387,8 +398,9 @@ class Strategy:
             reduced, self.sent = before + (reduced - self.sent), before
         weights = self._layout.unpack(self._advanced(reduced))
         self.average = moving_average(self.average, weights, self._ema_decay)
+        self._means = {name: reducer.reduce() for name, reducer in self._beside.items()}
         # Robust reducers hold the updates of all clients.
-        del self._reducer, self._weights
+        del self._reducer, self._beside, self._weights
         return weights
 
     def _advanced(self, reduced: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -411,6 +423,8 @@ class Strategy:
             state["ema"] = self.average
         if self._optimizer is not None:
             state["server_optimizer"] = optimizer_tensors(self._optimizer)
+        if self._means:
+            state["means"] = {name: torch.from_numpy(m) for name, m in self._means.items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Weights]) -> None:
@@ -418,6 +432,7 @@ class Strategy:
         self.average = state.get("ema")
         if self._optimizer is not None:
             load_optimizer_tensors(self._optimizer, state.get("server_optimizer", {}))
+        self._means = {name: m.numpy().copy() for name, m in state.get("means", {}).items()}
 
 
 def moving_average(

@@ -143,6 +143,7 @@ class TrainConfig(Section):
     lr: PositiveFloat
     lr_schedule: Literal["constant", "cosine"]
     warmup_rounds: int = Field(ge=0)
+    optimizer_state: Literal["new", "kept", "averaged"]
     accumulation: PositiveInt
     clip_norm: PositiveFloat | None
     start_from: str
@@ -507,6 +508,7 @@ class Config(Section):
         if self.privacy.protects_clients:
             self._check_private_clients()
         self._check_strategy()
+        self._check_optimizer_state()
         require(
             self.train.warmup_rounds < self.federation.rounds,
             "train.warmup_rounds",
@@ -566,6 +568,31 @@ class Config(Section):
             "federation.aggregation",
             "fedavg or bounded_mean with strategy.name=feddyn, whose server adds up the mean",
             federation.aggregation,
+        )
+
+    def _check_optimizer_state(self) -> None:
+        state, federation = self.train.optimizer_state, self.federation
+        require(
+            state == "new" or not self.privacy.is_distributed,
+            "train.optimizer_state",
+            "new with privacy.noise=distributed, where the server takes the steps",
+            state,
+        )
+        if state != "averaged":
+            return
+        require(
+            not federation.secure_aggregation and not self.privacy.unit,
+            "train.optimizer_state",
+            "new or kept with federation.secure_aggregation=true or privacy: moments that are sent "
+            "would have neither a mask nor noise",
+            state,
+        )
+        require(
+            federation.aggregation == "fedavg" and federation.max_update_norm is None,
+            "train.optimizer_state",
+            "new or kept unless federation.aggregation=fedavg and federation.max_update_norm=null, "
+            "which bound weights and not moments",
+            state,
         )
 
     def _check_private(self) -> None:

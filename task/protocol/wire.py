@@ -59,6 +59,7 @@ class Key(StrEnum):
     AUDIT = "audit"
     CONTROL = names.CONTROL
     OWN_CONTROL = names.OWN_CONTROL
+    MOMENTS = names.MOMENTS
 
 
 # Of the evaluate messages that ask how images compare with a hospital's own.

@@ -15,6 +15,7 @@ from server_app.weighting import Weighting
 from task.config import Config, load_config
 from task.generators.base import Batch
 from task.protocol.wire import WeightLayout
+from task.training.algorithms.moments import CarriedMoments, averaged_beside
 from task.training.algorithms.parameters import trained_parameters
 from task.training.algorithms.registry import client_algorithm
 from task.training.loop import fit, fit_options
@@ -25,19 +26,32 @@ from tests.training.generators import Known
 CLIENTS = ((1.0, 0.0, 3), (0.1, 4.0, 1))
 
 
-def quadratic(curvature: float, optimum: float) -> Known:
+class WithAdam(Known):
+    """Trained by Adam in place of SGD."""
+
+    def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
+        return {"sgd": torch.optim.Adam(self.parameters(), lr=lr)}
+
+
+def quadratic(curvature: float, optimum: float, kind: type[Known] = Known) -> Known:
     def loss(model: Known, batch: Batch) -> Tensor:
         return (curvature * (model.weight - optimum).square() / 2).expand(len(batch))
 
-    return Known(loss)
+    return kind(loss)
 
 
 class Federation:
     """Clients with a quadratic loss each, in one process, and what each of them keeps."""
 
     def __init__(
-        self, *words: str, clients: Any = CLIENTS, lr: float = 0.5, steps: int = 4
+        self,
+        *words: str,
+        clients: Any = CLIENTS,
+        lr: float = 0.5,
+        steps: int = 4,
+        kind: type[Known] = Known,
     ) -> None:
+        self.kind = kind
         self.config: Config = load_config(words)
         self.clients, self.lr, self.steps = clients, lr, steps
         self.layout = WeightLayout.of(Known())
@@ -46,8 +60,11 @@ class Federation:
         self.weights = {"weight": torch.tensor(1.0)}
 
     def new_strategy(self) -> Strategy:
-        trained = trained_parameters(model := Known(), model.optimizers(self.lr))
-        return build_strategy(self.config, self.layout, Weighting(), trained=trained)
+        trained = trained_parameters(model := self.kind(), model.optimizers(self.lr))
+        averaged = averaged_beside(self.config, model, model.optimizers(self.lr))
+        return build_strategy(
+            self.config, self.layout, Weighting(), trained=trained, averaged=averaged
+        )
 
     def play(self, drawn: list[int] | None = None) -> float:
         """Play a round; returns the weight after it."""
@@ -56,7 +73,7 @@ class Federation:
         beside = {n: torch.from_numpy(a) for n, a in self.strategy.beside().items()}
         for client in drawn:
             curvature, optimum, images = self.clients[client]
-            model = quadratic(curvature, optimum)
+            model = quadratic(curvature, optimum, self.kind)
             model.load_state_dict(self.layout.unpack(packed))
             algorithm = client_algorithm(self.config)
             result = fit(
@@ -117,12 +134,18 @@ def test_scaffold_goes_on_where_clients_are_drawn_or_have_lost_their_own() -> No
     assert abs(found - OPTIMUM) < 2e-3
 
 
-@pytest.mark.parametrize("name", ["scaffold", "feddyn", "fedadam", "fedyogi", "fedavgm"])
-def test_state_of_the_server_goes_on_to_the_bit(name: str) -> None:
-    federation = Federation(f"strategy={name}")
+@pytest.mark.parametrize(
+    "words",
+    [
+        *([f"strategy={name}"] for name in ("feddyn", "fedadam", "fedyogi", "fedavgm")),
+        ["strategy=scaffold", "train.optimizer_state=averaged"],
+    ],
+)
+def test_state_of_the_server_goes_on_to_the_bit(words: list[str]) -> None:
+    federation = Federation(*words, kind=WithAdam)
     for _ in range(3):
         federation.play()
-    resumed = Federation(f"strategy={name}")
+    resumed = Federation(*words, kind=WithAdam)
     resumed.kept = [dict(each) for each in federation.kept]
     state = copy.deepcopy(federation.strategy.state_dict())
     assert state
@@ -174,6 +197,40 @@ def test_one_client_and_one_step_are_training_without_a_federation(
     for _ in range(6):
         found = federation.play()
     assert found == pytest.approx(followed(optimizer, 6), rel=1e-5)
+
+
+@pytest.mark.parametrize("state", ["kept", "averaged"])
+def test_optimizer_of_one_client_goes_on_as_without_a_federation(state: str) -> None:
+    client = [(0.3, 2.0, 4)]
+    words = "strategy=fedprox", "strategy.proximal_mu=0", f"train.optimizer_state={state}"
+    federation = Federation(*words, clients=client, lr=0.1, steps=3, kind=WithAdam)
+    for _ in range(3):
+        found = federation.play()
+    assert found == pytest.approx(followed(lambda p: torch.optim.Adam(p, lr=0.1), 9), rel=1e-5)
+    anew = Federation(clients=client, lr=0.1, steps=3, kind=WithAdam)
+    for _ in range(3):
+        without = anew.play()
+    assert abs(found - without) > 1e-3
+
+
+def test_moments_are_averaged_by_images_and_of_squares_their_roots() -> None:
+    federation = Federation("train.optimizer_state=averaged", steps=1, kind=WithAdam)
+    assert federation.strategy.expected == {"moments": 3} and federation.strategy.beside() == {}
+    federation.play()
+    # Gradients at 1 of the two clients, which have 3 images and 1.
+    gradients, shares = np.array([1.0, 0.1 * -3]), np.array([0.75, 0.25])
+    mean, root = 0.1 * shares @ gradients, np.sqrt(0.001) * shares @ np.abs(gradients)
+    (found,) = federation.strategy.beside().values()
+    assert found.tolist() == pytest.approx([mean, root, 1], rel=1e-5)
+    # A client takes them up whole, and is refused those of another model.
+    model, moments = WithAdam(), CarriedMoments()
+    optimizers = model.optimizers(0.5)
+    moments.start(model, optimizers, {"moments": torch.from_numpy(found)})
+    assert moments.finish()["moments"].tolist() == pytest.approx([mean, root, 1], rel=1e-5)
+    assert model.weight.item() == 1
+    for wrong in (torch.zeros(2), torch.zeros(4)):
+        with pytest.raises(RuntimeError):
+            moments.start(model, model.optimizers(0.5), {"moments": wrong})
 
 
 def test_feddyn_of_one_client_takes_the_steps_of_its_paper() -> None:

@@ -1,11 +1,12 @@
 """What the clients of a run do besides training: the half of `strategy` that is theirs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from task.config import Config
+from task.config import Config, StrategyConfig
 from task.training.algorithms.feddyn import DynamicRegularizer
 from task.training.algorithms.fedprox import ProximalPull
-from task.training.algorithms.names import LINEAR_TERM, OWN_CONTROL
+from task.training.algorithms.moments import CarriedMoments
+from task.training.algorithms.names import LINEAR_TERM, MOMENTS, OWN_CONTROL
 from task.training.algorithms.scaffold import ControlVariate
 from task.training.loop import Callback
 
@@ -28,8 +29,17 @@ class ClientAlgorithm:
 
 
 def client_algorithm(config: Config) -> ClientAlgorithm:
-    """Make the clients' half of the strategy of a run; of several it is that of FedAvg."""
-    strategy = config.strategy
+    """Make the clients' half of the strategy of a run, with what `train.optimizer_state` adds."""
+    algorithm = _of_strategy(config.strategy)
+    if config.train.optimizer_state == "new":
+        return algorithm
+    with_moments = replace(algorithm, callbacks=(*algorithm.callbacks, CarriedMoments()))
+    if config.train.optimizer_state == "kept":
+        return replace(with_moments, kept=(*algorithm.kept, MOMENTS))
+    return replace(with_moments, sent=(*algorithm.sent, MOMENTS))
+
+
+def _of_strategy(strategy: StrategyConfig) -> ClientAlgorithm:
     match strategy.name:
         case "fedprox":
             return ClientAlgorithm((ProximalPull(float(strategy.proximal_mu or 0)),))
