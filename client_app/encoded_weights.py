@@ -1,7 +1,7 @@
 """What travels back of a client's weights, and what rounding took off it."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from flwr.app import ConfigRecord
 from numpy.typing import NDArray
 
 from client_app.workspace import Workspace
+from task.protocol.partial import PartLayout
 from task.protocol.wire import Key
 from task.protocol.wire_format import wire_format
 from task.randomness import Stream, numpy_generator
@@ -55,6 +56,9 @@ class EncodedWeights(NamedTuple):
         if config.federation.error_feedback and last is not None and last.numel() == layout.size:
             weights = weights + last.numpy()
         wire = wire_format(layout, dtype)
+        if Key.PARTS in asked:
+            parts = [str(part) for part in cast(list[str], asked[Key.PARTS])]
+            wire = PartLayout(layout, workspace.generator).wire(parts, dtype)
         rng = numpy_generator(
             config.seed,
             Stream.WIRE,

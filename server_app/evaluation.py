@@ -30,6 +30,7 @@ from task.files import write_json
 from task.generation.draw_images import balanced_labels, draw_images, full_labels
 from task.generation.grids import mosaic, save_sample_grid
 from task.generators.base import Generator
+from task.generators.registry import with_weights
 from task.protocol.wire import Key
 from task.randomness import Stream
 from task.runs.checkpoint import load_weights
@@ -197,9 +198,9 @@ class GlobalEvaluation(ABC):
         """Search images of a round for copies, where real ones are at hand, and record it."""
 
     def _draw(self, weights: Mapping[str, Tensor], labels: Tensor, stream: Stream) -> ImageSet:
-        self._model.load_state_dict(weights)
+        model = with_weights(self._config, self._model, weights)
         start = time.monotonic()
-        drawn = draw_images(self._config, self._model, labels, device=self._device, stream=stream)
+        drawn = draw_images(self._config, model, labels, device=self._device, stream=stream)
         self._seconds_per_image = (time.monotonic() - start) / len(labels)
         return drawn
 

@@ -210,6 +210,7 @@ class ClientExchange:
         phases: PhaseTimer,
         *,
         entries: Mapping[int, Entries] | None = None,
+        reads: Mapping[int, Callable[[RecordDict], Answer]] | None = None,
         is_over: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[int, Answer, float]]:
         """Ask clients and yield what their usable replies say, as they arrive.
@@ -224,6 +225,7 @@ class ClientExchange:
             clients: their numbers.
             phases: of the exchange.
             entries: of the config record, for each client alone; None: none but its number.
+            reads: what reads the reply of a client in place of `question.read`, by its number.
             is_over: see `exchange`.
 
         Yields:
@@ -261,7 +263,7 @@ class ClientExchange:
             try:
                 content = checked_content(reply, timeout=timeout)
                 check_claim(content, self._nodes.num_images(reply.client))
-                found = question.read(content)
+                found = (reads or {}).get(reply.client, question.read)(content)
             except UnusableReply as reason:
                 log(f"round {server_round}: client {reply.client} is left out: {reason}")
                 self._leave_out(reply, reason)

@@ -20,18 +20,27 @@ from server_app.hospital_scores import SCORES_TYPE, check_scoring, read_scores, 
 from server_app.log import log
 from server_app.messages import Entries, images_record, packed_record
 from server_app.nodes import GRACE_SECONDS, QUERY_TIMEOUT_SECONDS, Nodes, sample_clients
-from server_app.replies import Diverged, UnusableReply, read_losses, read_training
+from server_app.replies import (
+    Diverged,
+    LocalTraining,
+    UnusableReply,
+    read_losses,
+    read_training,
+)
 from server_app.rounds import RoundLoop, TooFewRepliesError
 from server_app.timing import PhaseTimer
 from server_app.weighting import Weighting
 from task.audit.membership import Attack, attack_names
 from task.audit.records import attack_records
+from task.audit.roc import Separation
 from task.config import package_of
 from task.data import ImageSet
 from task.data.partition import partition_dataset
 from task.evaluation.hospital_scores import HospitalScores
+from task.generators.ensemble import join_members
+from task.protocol.partial import PartLayout, deal_parts, senders
 from task.protocol.wire import Key, WeightLayout, Weights
-from task.protocol.wire_format import float_dtype
+from task.protocol.wire_format import WireFormat, float_dtype
 from task.randomness import Stream, numpy_generator, torch_generator
 from task.runs.layout import CLASS_COUNTS_FILE, NODES_FILE, client_numbers
 from task.runs.records import CLIENT_DIVERGENCE, LEFT_OUT, TEST, TRAIN, Record, records_of
@@ -47,6 +56,12 @@ from task.training.private import (
     packed_optimizer,
     sums_gradients,
 )
+
+# What a client says of its training, and how well its attacks have told its images.
+Trained = tuple[LocalTraining, dict[str, Separation]]
+ReadTrained = Callable[[RecordDict], Trained]
+# Of the groups of a checkpoint that hold what a client keeps, before its number.
+COLLECTED = "collected-"
 
 
 class FederatedTraining(RoundLoop):
@@ -91,6 +106,11 @@ class FederatedTraining(RoundLoop):
             server_optimizer=packed_optimizer(optimizers) if sums_gradients(self.config) else None,
             averaged=averaged_beside(self.config, self.model, optimizers),
         )
+        splits = federation.sharing == "usplit"
+        self._parts = PartLayout(self._layout, self.model) if splits else None
+        # What stays at clients and is collected, and that of the last round that was evaluated.
+        self._kept = WeightLayout.only(self.model, self.model.beginnings(federation.local))
+        self._collected: dict[int, Weights] = {}
         # Clients that were left out of earlier attempts at the round.
         self._failed: set[int] = set()
 
@@ -133,16 +153,41 @@ class FederatedTraining(RoundLoop):
         return f"{len(self._nodes.node_ids)} hospitals"
 
     def state(self) -> dict[str, Weights]:
-        """Return what the strategy has gathered."""
-        return self.strategy.state_dict()
+        """Return what the strategy has gathered, and what clients keep where it is collected."""
+        collected = {f"{COLLECTED}{client}": each for client, each in self._collected.items()}
+        return {**self.strategy.state_dict(), **collected}
 
     def restore(self, state: Mapping[str, Weights]) -> None:
-        """Give the strategy what it had gathered."""
+        """Give the strategy what it had gathered, and take up what was collected."""
         self.strategy.load_state_dict(state)
+        self._collected = {
+            int(name.removeprefix(COLLECTED)): each
+            for name, each in state.items()
+            if name.startswith(COLLECTED)
+        }
 
-    def final_weights(self) -> Weights:
+    def shared_weights(self) -> Weights:
         """Return the moving average, where the run keeps one, or the weights."""
         return self.weights if self.strategy.average is None else self.strategy.average
+
+    def final_weights(self) -> Weights:
+        """Return those that are shared, or those of all hospitals where parts are collected."""
+        if not self._collected:
+            return self.shared_weights()
+        shared, members = self.shared_weights(), sorted(self._collected)
+        return join_members(
+            [{**shared, **self._collected[client]} for client in members],
+            [self.class_counts(client) for client in members],
+        )
+
+    def class_counts(self, client: int) -> list[int]:
+        """Return how many training images of each class a client has."""
+        num_classes = len(self.config.data.classes)
+        if self.dataset is not None:
+            own = self.dataset.train.labels[self.shares[client][0]]
+            return [int(count) for count in own.bincount(minlength=num_classes)]
+        said = self._nodes.introduced[client].class_counts
+        return said or [0] * num_classes
 
     def gather_nodes(self, *, patience: float) -> list[int]:
         """Wait for enough nodes and return the numbers of all that are there.
@@ -244,32 +289,20 @@ class FederatedTraining(RoundLoop):
         travelling = self.strategy.broadcast(
             self.weights, len(clients), self._nodes.number_known, rng=rng
         )
-        beside = self.strategy.beside()
-        read = partial(
-            read_training,
-            sent=self.strategy.sent,
-            num_clients=len(clients),
-            max_norm=self.config.federation.max_update_norm,
-            measures=self.model.measures,
-            counted_as=1 if self.config.privacy.is_on else None,
-            beside=self.strategy.expected,
-            wire=self.strategy.wire if self.strategy.wire.is_lossy else None,
-        )
+        dealt = self.deal_parts(server_round, clients)
+        question, reads = self.about_training(server_round, travelling, dealt, len(clients))
         replies = TrainingReplies()
-        download = sum(each.nbytes for each in (travelling, *beside.values()))
+        download = sum(each.nbytes for each in (travelling, *self.strategy.beside().values()))
         # To the clients of the round, and back in the replies that can be used.
         traffic = download * len(clients)
-        audited = self.evaluation.is_audit_due(server_round) and self.config.tells_of_clients
-        names = self.attack_names if audited else []
-        question = self.about_weights(
-            MessageType.TRAIN,
-            travelling,
-            lambda content: (read(content), read_attacks(content, names) if audited else {}),
-            entries={Key.AUDIT: audited},
-            beside=beside,
-        )
+        self._collected = {}
         for client, (trained, attacked), asked in self.ask(
-            question, server_round, clients, self.phases
+            question,
+            server_round,
+            clients,
+            self.phases,
+            entries={client: {Key.PARTS: parts} for client, parts in dealt.items()},
+            reads=reads,
         ):
             now = time.monotonic()
             spent = possible_times(trained.spent, now - asked)
@@ -298,10 +331,80 @@ class FederatedTraining(RoundLoop):
             if client in kept:
                 own = self._layout.unpack(trained.weights)
                 self.directory.save_local_model(server_round, client, self.model.shared(own))
+            if Key.LOCAL in trained.beside:
+                self._collected[client] = self._kept.unpack(trained.beside.pop(Key.LOCAL))
             self.strategy.add(client, trained.weights, trained.num_images, trained.beside)
             traffic += trained.num_bytes
         replies.records.append(Record(server_round, "weight_bytes", traffic))
         return replies
+
+    def about_training(
+        self,
+        server_round: int,
+        travelling: NDArray[Any],
+        dealt: Mapping[int, Collection[str]],
+        num_clients: int,
+    ) -> tuple[Question[Trained], dict[int, ReadTrained]]:
+        """Make the question that lets clients train.
+
+        Args:
+            server_round: 1-based.
+            travelling: the weights, as `Strategy.broadcast` returns them.
+            dealt: see `deal_parts`.
+            num_clients: that are asked.
+
+        Returns:
+            The question, and what reads the replies of clients that send some parts alone.
+        """
+        expected, wire = self.strategy.expected, self.strategy.wire
+        collects = self.collects(server_round)
+        if collects:
+            expected[Key.LOCAL] = self._kept.size
+        audited = self.evaluation.is_audit_due(server_round) and self.config.tells_of_clients
+        names = self.attack_names if audited else []
+
+        def read(content: RecordDict, wire: WireFormat | None) -> Trained:
+            trained = read_training(
+                content,
+                self.strategy.sent,
+                num_clients=num_clients,
+                max_norm=self.config.federation.max_update_norm,
+                measures=self.model.measures,
+                counted_as=1 if self.config.privacy.is_on else None,
+                beside=expected,
+                wire=wire,
+            )
+            return trained, read_attacks(content, names) if audited else {}
+
+        question = self.about_weights(
+            MessageType.TRAIN,
+            travelling,
+            partial(read, wire=wire if wire.is_lossy else None),
+            entries={Key.AUDIT: audited, Key.LOCAL: collects},
+            beside=self.strategy.beside(),
+        )
+        if self._parts is None:
+            return question, {}
+        dtype = self.config.federation.wire_dtype
+        wires = {client: self._parts.wire(parts, dtype) for client, parts in dealt.items()}
+        return question, {client: partial(read, wire=each) for client, each in wires.items()}
+
+    def collects(self, server_round: int) -> bool:
+        """Whether clients are to send what they keep, so that images can be drawn."""
+        return self.config.federation.collect_local and self.evaluation.is_due(server_round)
+
+    def deal_parts(self, server_round: int, clients: list[int]) -> dict[int, list[str]]:
+        """Choose which parts each client sends, and have each reduced over those that send it.
+
+        Nothing where all send all of them.
+        """
+        if self._parts is None:
+            return {}
+        rng = numpy_generator(self.config.seed, Stream.SHARING, server_round)
+        dealt = deal_parts(self._parts.parts, clients, rng)
+        masks = self._parts.masks.items()
+        self.strategy.reduce_parts([(mask, senders(dealt, part)) for part, mask in masks])
+        return dealt
 
     def combined_measures(self, replies: "TrainingReplies") -> dict[str, float]:
         """Make one number of each measure of the clients; see `Weighting.combine`."""
@@ -377,7 +480,7 @@ class FederatedTraining(RoundLoop):
         losses: list[tuple[int, dict[str, float]]] = []
         clients = list(self._nodes.node_ids)
         dtype = float_dtype(self.config.federation.wire_dtype)
-        packed = self._layout.pack(self.final_weights(), dtype)
+        packed = self._layout.pack(self.shared_weights(), dtype)
         self.directory.record(
             [Record(server_round, "evaluation_bytes", packed.nbytes * len(clients))]
         )
@@ -418,7 +521,7 @@ class FederatedTraining(RoundLoop):
 
     def attacked_clients(self) -> list[int]:
         """List the clients that are attacked, of real nodes each by itself; see `attack`."""
-        if self.config.federation.local:
+        if self.config.federation.local and not self._collected:
             return []
         return super().attacked_clients() if self.simulated else [*self._nodes.node_ids]
 
@@ -428,12 +531,12 @@ class FederatedTraining(RoundLoop):
         Not where parts that attacks look through stay at the clients: what the server has of these
         was never trained.
         """
-        if self.config.federation.local:
+        if self.config.federation.local and not self._collected:
             return []
         if self.simulated:
             return super().attack(server_round)
         dtype = float_dtype(self.config.federation.wire_dtype)
-        packed = self._layout.pack(self.final_weights(), dtype)
+        packed = self._layout.pack(self.shared_weights(), dtype)
         read = partial(read_attacks, names=self.attack_names)
         question = self.about_weights(AUDIT_TYPE, packed, read)
         attacks: list[Attack] = []
@@ -496,6 +599,7 @@ class FederatedTraining(RoundLoop):
         phases: PhaseTimer,
         *,
         entries: Mapping[int, Entries] | None = None,
+        reads: Mapping[int, Callable[[RecordDict], Answer]] | None = None,
     ) -> Iterator[tuple[int, Answer, float]]:
         """Ask clients; see `ClientExchange.ask`.
 
@@ -503,7 +607,9 @@ class FederatedTraining(RoundLoop):
             DivergedError: every client was left out because training has diverged there. One
                 hospital of several does not end the run with what it sends: others are drawn.
         """
-        yield from self._exchange.ask(question, server_round, clients, phases, entries=entries)
+        yield from self._exchange.ask(
+            question, server_round, clients, phases, entries=entries, reads=reads
+        )
         left_out = self._exchange.left_out
         unused = left_out_records(server_round, question.activity, left_out)
         # Those of a training are recorded once it has succeeded, or has diverged.

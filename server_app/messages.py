@@ -21,7 +21,7 @@ TTL_SHARE = 0.95
 INFLATE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RecursionError, DecodeError)
 
 # Of a config record.
-Entries = Mapping[str, str | int | list[int] | list[bytes]]
+Entries = Mapping[str, str | int | list[int] | list[str] | list[bytes]]
 
 FlowerRecord = TypeVar("FlowerRecord", ArrayRecord, MetricRecord, ConfigRecord)
 

@@ -20,7 +20,7 @@ from task.code_version import code_fingerprint, installed_versions
 from task.config import package_of, settle_extractor, settle_precisions
 from task.data import Dataset
 from task.evaluation.features import automatic_extractor
-from task.generators.registry import initial_generator
+from task.generators.registry import can_draw, check_drawn, initial_generator, with_weights
 from task.progress import duration, progress
 from task.protocol.wire import Weights
 from task.reporting.run_summary import summary_lines
@@ -87,6 +87,7 @@ class RoundLoop(ABC):
             directory.write_json(START_FILE, told)
             log(f"{self.config.run_name} starts from {describe_starting_weights(told)}")
         check_private_run(self.model, self.config)
+        check_drawn(self.model, self.config)
         self.weights: Weights = {n: t.clone() for n, t in self.model.state_dict().items()}
 
     @abstractmethod
@@ -179,7 +180,7 @@ class RoundLoop(ABC):
                 precision = fastest_precision(self.config, self.model, self.device)
             self.config = settle_precisions(self.config, **dict.fromkeys(settled_here, precision))
         # Before anything is written: what it looks through may be missing.
-        if self.config.model.draws:
+        if can_draw(self.model, self.config):
             self.evaluation = self.open_evaluation()
         else:
             self.evaluation = NoImagesEvaluation(
@@ -364,10 +365,10 @@ class RoundLoop(ABC):
         """Attack the final weights of a round, as a whole and client by client."""
         if self.dataset is None:
             raise RuntimeError("a run without images of its own must say who attacks")
-        self.model.load_state_dict(self.final_weights())
-        move(self.model, self.device, channels_last=self.config.train.channels_last)
+        model = with_weights(self.config, self.model, self.final_weights())
+        move(model, self.device, channels_last=self.config.train.channels_last)
         return attack_members(
-            self.model,
+            model,
             self.dataset,
             num_images=self.config.audit.num_images,
             batch_size=self.config.train.batch_size,
@@ -382,7 +383,7 @@ class RoundLoop(ABC):
         last = self.directory.last_round
         self.directory.save_model(last, self.model.shared(self.final_weights()))
         self.evaluation.measure_final(last, self.final_weights())
-        if self.config.model.draws:
+        if can_draw(self.model, self.config):
             log(f"samples: {self.directory.samples_file(last)}")
         log(f"weights: {self.directory.model_file}")
         self.report()

@@ -9,7 +9,7 @@ bear a minority of such replies; what each asks for and costs stands in
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -216,6 +216,47 @@ class OverUpdates(Reducer):
         return weights
 
 
+class PartwiseReducer(Reducer):
+    """Reduces each part of the weights over the clients that send it.
+
+    A part that no client sent stays as it was sent.
+    """
+
+    def __init__(
+        self,
+        sent: NDArray[np.floating],
+        parts: Sequence[tuple[NDArray[np.bool_], Collection[int]]],
+        new_reducer: Callable[[NDArray[np.floating], int], Reducer],
+    ) -> None:
+        """Start without updates.
+
+        Args:
+            sent: [P], the weights that the clients were sent.
+            parts: which of [P] each part is, and the clients that send it.
+            new_reducer: see `Strategy`.
+        """
+        self._sent = sent
+        self._parts = [
+            (mask, senders, new_reducer(sent[mask], len(senders))) for mask, senders in parts
+        ]
+        self._have_come: set[int] = set()
+
+    def add(self, client: int, weights: NDArray[np.floating], num_images: int) -> None:
+        """Add the parts that a client sends, of its weights [P]."""
+        self._have_come.add(client)
+        for mask, senders, reducer in self._parts:
+            if client in senders:
+                reducer.add(client, weights[mask], num_images)
+
+    def reduce(self) -> NDArray[np.float32]:
+        """Return all parts together."""
+        weights = self._sent.astype(np.float32)
+        for mask, senders, reducer in self._parts:
+            if not self._have_come.isdisjoint(senders):
+                weights[mask] = reducer.reduce()
+        return weights
+
+
 def plain_mean(updates: Updates) -> Updates:
     """Return the mean over clients that count alike."""
     return np.asarray((updates * np.float32(1 / len(updates))).sum(axis=0), np.float32)
@@ -306,9 +347,7 @@ class Strategy:
         if trained is not None:
             foreign = ", ".join(sorted(set(trained) - layout.shapes.keys())[:3])
             require(not foreign, "trained", "names of tensors that travel", foreign)
-            shapes = layout.shapes.items()
-            whether = [np.full(shape.numel(), name in trained) for name, shape in shapes]
-            self._trained = np.concatenate(whether)
+            self._trained = layout.where(lambda name: name in trained)
             self.num_trained = int(self._trained.sum())
         self._optimizer: Optimizer | None = None
         if server_optimizer is not None:
@@ -351,6 +390,10 @@ class Strategy:
         }
         self._num_clients, self._num_nodes = 0, num_nodes or num_clients
         return travelling
+
+    def reduce_parts(self, parts: Sequence[tuple[NDArray[np.bool_], Collection[int]]]) -> None:
+        """Take each part from those that send it; after `broadcast`, see `PartwiseReducer`."""
+        self._reducer = PartwiseReducer(self.sent, parts, self._new_reducer)
 
     def add(
         self,

@@ -35,6 +35,7 @@ class Stream(IntEnum):
     CLIENT_NOISE = 15
     AUDIT = 16
     WIRE = 17
+    SHARING = 18
 
 
 def numpy_generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

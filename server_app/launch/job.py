@@ -25,7 +25,7 @@ from task.config import (
 from task.data import Dataset
 from task.data.partition import partition_dataset
 from task.evaluation.features import build_extractor
-from task.generators.registry import initial_generator, weightless_generator
+from task.generators.registry import check_drawn, initial_generator, weightless_generator
 from task.runs.commands import as_toml
 from task.runs.layout import LOG_FILE, is_begun, last_complete_round, run_path
 from task.runs.resume import check_startable, different_values
@@ -179,6 +179,7 @@ def check_images(config: Config) -> Dataset:
     if generator.reads_files:
         generator = initial_generator(config)
     check_deterministic(generator, config)
+    check_drawn(generator, config)
     if config.train.start_from and last_complete_round(run_path(config)) == 0:
         load_starting_weights(generator, config.train.start_from)
     dataset = load_images(config)

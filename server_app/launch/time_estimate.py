@@ -9,7 +9,7 @@ import torch
 
 from task.config import Config
 from task.generators.base import Generator
-from task.generators.registry import initial_generator
+from task.generators.registry import can_draw, initial_generator
 from task.training.devices import autocast, move, select_device, torch_configured
 from task.training.loop import fit, timed_options
 
@@ -54,7 +54,7 @@ def estimate_seconds(config: Config, sizes: Sequence[int], *, rounds: range) -> 
     precisions = ("float32", "bfloat16") if precision == "auto" else (precision,)
     per_trained = min(seconds_to_train(config, model, device, each) for each in precisions)
     drawing = 0.0
-    if config.model.draws:
+    if can_draw(model, config):
         per_drawn = min(seconds_to_draw(model, device, each) for each in precisions)
         drawing = images_to_draw(config, rounds) * per_drawn
     share = (config.federation.clients_per_round or len(sizes)) / len(sizes)

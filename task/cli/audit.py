@@ -90,7 +90,7 @@ def _attacked(
     say: Callable[[str], object],
 ) -> list[Attack]:
     """Attack the weights of a run, and those of its clients that were kept."""
-    if shares and config.federation.local:
+    if shares and model.kept_parts:
         say(f"not attacked: {', '.join(config.federation.local)} stayed at the clients")
         return []
     device = select_device(config.train.device)

@@ -86,12 +86,12 @@ def _read_sweep(folder: Path) -> tuple[list[Run], list[Measurement], dict[str, l
     unreadable: list[str] = []
     runs = find_runs(folder, lambda run, error: unreadable.append(f"{run} ({error})"))
     unfinished, diverged = _unfinished_runs(folder, unreadable)
-    reading = [str(run.path) for run in runs if not run.config.model.draws]
-    runs = [run for run in runs if run.config.model.draws]
+    without = [str(run.path) for run in runs if not run.draws]
+    runs = [run for run in runs if run.draws]
     without_model = {
         "unfinished (feddm-train with run_name=... resume=true)": unfinished,
         "diverged": diverged,
-        "of models that draw no images": reading,
+        "of models that draw no images, or parts of which stayed at the hospitals": without,
         "cannot be read": unreadable,
     }
     if not runs:

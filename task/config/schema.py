@@ -240,6 +240,8 @@ class FederationConfig(Section):
     wire_dtype: Literal["float32", "float16", "int8", "int4"]
     error_feedback: bool
     local: list[str]
+    collect_local: bool
+    sharing: Literal["whole", "usplit"]
     ema_decay: float | None = Field(gt=0, lt=1, description="in (0, 1), or null for off")
     keep_checkpoints: PositiveInt
     cpus_per_client: PositiveInt
@@ -509,6 +511,7 @@ class Config(Section):
             self._check_private_clients()
         self._check_strategy()
         self._check_optimizer_state()
+        self._check_sharing()
         require(
             self.train.warmup_rounds < self.federation.rounds,
             "train.warmup_rounds",
@@ -593,6 +596,58 @@ class Config(Section):
             "new or kept unless federation.aggregation=fedavg and federation.max_update_norm=null, "
             "which bound weights and not moments",
             state,
+        )
+
+    def _check_sharing(self) -> None:
+        federation = self.federation
+        hidden = federation.secure_aggregation or self.privacy.unit != ""
+        require(
+            not federation.collect_local or (bool(federation.local) and not hidden),
+            "federation.collect_local",
+            "false without federation.local, and with federation.secure_aggregation=true or "
+            "privacy, which parts that are sent by themselves would have nothing of",
+            federation.collect_local,
+        )
+        sampled = federation.clients_per_round
+        require(
+            not federation.collect_local or sampled is None,
+            "federation.clients_per_round",
+            "null with federation.collect_local=true: each hospital's model draws its own classes",
+            sampled,
+        )
+        if federation.sharing == "whole":
+            return
+        why = "with federation.sharing=usplit, where half of the clients send a part"
+        require(
+            federation.aggregation == "fedavg" and not federation.secure_aggregation,
+            "federation.aggregation",
+            f"fedavg, without federation.secure_aggregation, {why}",
+            federation.aggregation,
+        )
+        require(
+            not federation.error_feedback,
+            "federation.error_feedback",
+            f"false {why}, another one in each round",
+            federation.error_feedback,
+        )
+        require(
+            not self.strategy.corrects_clients,
+            "strategy.name",
+            f"another {why}, such as fedprox or fedadam: what clients keep would not add up",
+            self.strategy.name,
+        )
+        require(
+            not self.privacy.unit,
+            "privacy.mechanism",
+            f"none {why}: its noise is of sums of all clients",
+            self.privacy.mechanism,
+        )
+        clients = sampled or federation.num_supernodes
+        require(
+            clients >= 2,
+            "federation.num_supernodes" if sampled is None else "federation.clients_per_round",
+            f"at least 2 {why}",
+            clients,
         )
 
     def _check_private(self) -> None:

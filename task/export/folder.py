@@ -12,6 +12,7 @@ from task.export.formats import FORMATS, formats_of
 from task.files import atomic_folder, file_sha256
 from task.generation.folder import NOTICE, folder_names
 from task.generators.base import Generator
+from task.generators.ensemble import Ensemble
 from task.reporting.model_card import write_model_card
 from task.runs.layout import weights_file
 from task.runs.run import Run, final_model
@@ -59,6 +60,12 @@ def export_run(run: Run, to: str, *, out: Path | None = None, client: int | None
     folder = out or run.path / "export" / name
     check_replaceable(folder)
     generator, server_round = final_model(run.path, run.config, client)
+    require(
+        not isinstance(generator, Ensemble),
+        str(run.path),
+        "a run whose images one model draws (feddm generate draws from several)",
+        f"an {generator.title}",
+    )
     formats = formats_of(generator)
     require(to in formats, "--to", f"{' or '.join(formats)} for this family of models", to)
     form = formats[to]

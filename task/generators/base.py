@@ -2,8 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -139,8 +140,11 @@ class Generator(nn.Module, ABC):
             weights, and no message carries it.
         local_optimizers: names of the optimizers whose state a client keeps between rounds; the
             others are new in each.
-        undrawn: beginnings of the names of what `sample` does not read, which `federation.local`
-            may keep at clients.
+        parts: beginnings of the names in the `state_dict` of each part that `federation.local` may
+            keep at clients, or `federation.sharing` may have some of them send, from that which
+            images go into to that which they come out of. What is in no part always travels.
+        undrawn: names of the parts that `sample` does not read.
+        kept_parts: names of the parts that stay at clients; `local` says so as well.
         bound_to_images: whether something of what stays belongs to single training images.
         private: names of the optimizers whose losses look at real images.
         private_steps: of those optimizers before each step of the others, with privacy=dp_sgd.
@@ -157,7 +161,9 @@ class Generator(nn.Module, ABC):
     local: frozenset[str] = frozenset()
     frozen: frozenset[str] = frozenset()
     local_optimizers: frozenset[str] = frozenset()
+    parts: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     undrawn: frozenset[str] = frozenset()
+    kept_parts: tuple[str, ...] = ()
     bound_to_images: bool = False
     private: frozenset[str] = frozenset()
     private_steps: int = 1
@@ -339,6 +345,15 @@ class Generator(nn.Module, ABC):
     def keeps_state(self) -> bool:
         """Whether a client has to keep anything between rounds."""
         return bool(self.local or self.local_optimizers)
+
+    @property
+    def draws_by_itself(self) -> bool:
+        """Whether images can be drawn from what travels, without parts that stay at clients."""
+        return self.undrawn.issuperset(self.kept_parts)
+
+    def beginnings(self, parts: Iterable[str]) -> tuple[str, ...]:
+        """Return the beginnings of the names of what is in some of the `parts`."""
+        return tuple(beginning for part in parts for beginning in self.parts[part])
 
     def stays(self, name: str) -> bool:
         """Whether an entry of the `state_dict` stays at a client; see `local`."""

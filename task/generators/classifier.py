@@ -32,6 +32,7 @@ class Classifier(Generator):
 
     title = "classifier"
     private = frozenset({"adamw"})
+    undrawn = frozenset({"trained", "head"})
     loss_parts = ("accuracy",)
     measures = loss_parts
 
@@ -59,6 +60,11 @@ class Classifier(Generator):
         self.below, self.trained, self.head = below, trained, head
         self.below.eval()
         self.image_shape, self.network = image_shape, network
+        self.parts = {
+            name: (f"{name}.",)
+            for name, part in (("trained", trained), ("head", head))
+            if [*part.parameters()]
+        }
         self._fine_tuning = fine_tuning
         if [*below.parameters()]:
             self.frozen = frozenset({"below."})

@@ -1,14 +1,15 @@
 """The families of generators, by the name in `model.family`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
 from task.checks import require
-from task.config import MODELS, Config, ModelConfig
+from task.config import MEASURING_OFF, MODELS, Config, ModelConfig, flat_values
 from task.generators.base import Generator
 from task.generators.classifier import build_classifier_family
 from task.generators.diffusion.generator import build_diffusion
+from task.generators.ensemble import Ensemble, count_members
 from task.generators.resnet_gan import build_resnet_gan
 from task.generators.small_gan import build_small_gan
 from task.generators.stylegan2_ada.generator import build_stylegan2_ada
@@ -75,22 +76,75 @@ def build_generator(config: Config) -> Generator:
     return generator
 
 
+def drawing_generator(config: Config, weights: Iterable[str]) -> Generator:
+    """Make the generator that draws from weights; see `build_generator`.
+
+    Args:
+        config: of their run.
+        weights: their names; where they are of several models, it is an `Ensemble` of these.
+    """
+    members = [build_generator(config) for _ in range(count_members(weights))]
+    if members:
+        return Ensemble(members, len(config.data.classes))
+    return build_generator(config)
+
+
+def with_weights(
+    config: Config, generator: Generator, weights: Mapping[str, torch.Tensor]
+) -> Generator:
+    """Return a generator with weights: the given one, or an ensemble where they are of several.
+
+    Args:
+        config: of the run.
+        generator: of one model.
+        weights: a `state_dict`.
+    """
+    if count_members(weights):
+        generator = drawing_generator(config, weights)
+    generator.load_state_dict(weights)
+    return generator
+
+
+def check_drawn(generator: Generator, config: Config) -> None:
+    """Check that a federated run can draw what it is to measure.
+
+    Raises:
+        ValueError: the parts that images are drawn from stay at the clients.
+    """
+    if can_draw(generator, config) or not config.model.draws:
+        return
+    asked = flat_values(config)
+    for name, off in MEASURING_OFF.items():
+        require(
+            asked[name] == off,
+            name,
+            f"{off} with federation.local={config.federation.local}, from which images are drawn "
+            "(federation.collect_local=true has the hospitals send these parts)",
+            asked[name],
+        )
+
+
+def can_draw(generator: Generator, config: Config) -> bool:
+    """Whether the server of a run has what images are drawn from."""
+    return config.model.draws and (generator.draws_by_itself or config.federation.collect_local)
+
+
 def keep_local(generator: Generator, parts: Sequence[str]) -> None:
     """Let parts of a generator stay at each client.
 
     Args:
         generator: of any family.
-        parts: of those that images are not drawn from, see `Generator.undrawn`.
+        parts: see `Generator.parts`.
 
     Raises:
-        ValueError: one is another.
+        ValueError: there is no such part.
     """
-    possible = sorted(beginning.removesuffix(".") for beginning in generator.undrawn)
     expected = (
-        f"of the parts of a {generator.title} that images are not drawn from, {', '.join(possible)}"
-        if possible
-        else f"[] with a {generator.title}, no part of which may stay at a client"
+        f"of the parts of a {generator.title}, {', '.join(generator.parts)}"
+        if generator.parts
+        else f"[] with a {generator.title}, which has no parts"
     )
     for part in parts:
-        require(part in possible, "federation.local", expected, part)
-    generator.local |= {f"{part}." for part in parts}
+        require(part in generator.parts, "federation.local", expected, part)
+    generator.kept_parts = tuple(parts)
+    generator.local |= {*generator.beginnings(parts)}

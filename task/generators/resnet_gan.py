@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Self
 
 import torch
@@ -268,7 +269,10 @@ class ResNetGAN(Generator):
 
     title = "GAN of residual blocks"
     private = frozenset({"discriminator"})
-    undrawn = frozenset({"discriminator."})
+    parts = MappingProxyType(
+        {"generator": ("generator.", "generator_ema."), "discriminator": ("discriminator.",)}
+    )
+    undrawn = frozenset({"discriminator"})
     measures: tuple[str, ...] = ("discriminator_loss", "generator_loss", "real_sign")
 
     def __init__(

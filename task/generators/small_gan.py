@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from types import MappingProxyType
 from typing import Self
 
 import torch
@@ -49,6 +50,7 @@ class SmallGAN(Generator):
     title = "GAN with adapted batch statistics"
     private = frozenset({"adam"})
     local: frozenset[str] = frozenset({"latents"})
+    parts = MappingProxyType({"shift": ("shift",), "scale": ("scale",)})
     bound_to_images = True
     frozen: frozenset[str] = frozenset({"base."})
     # Of the latents; that of a few thousand scales adds nothing of note.

@@ -146,7 +146,8 @@ class VAE(Generator):
 
     title = "variational autoencoder"
     private = frozenset({"adam"})
-    undrawn = frozenset({"encoder."})
+    parts = MappingProxyType({"encoder": ("encoder.",), "decoder": ("decoder.",)})
+    undrawn = frozenset({"encoder"})
     loss_parts = ("reconstruction", "kl")
     measures = loss_parts
 

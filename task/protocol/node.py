@@ -553,7 +553,7 @@ def check_node(config: Config, node: NodeConfig) -> ImageCounts:
     Raises:
         FileNotFoundError: see `check_extractor`, `check_training` and `count_images`.
         ValueError: see `check_output_path`, `check_state_path`, `check_training`, `count_images`
-            and `check_number`.
+            and `check_number`; or the run needs to know the class counts, which are kept here.
     """
     check_output_path(node)
     check_state_path(config, node)
@@ -561,6 +561,13 @@ def check_node(config: Config, node: NodeConfig) -> ImageCounts:
     check_budget(config, node)
     check_extractor(config, node)
     check_training(config)
+    require(
+        node.report_class_counts or not config.federation.collect_local,
+        NodeKey.REPORT_CLASS_COUNTS.value,
+        "true in --node-config for a run with federation.collect_local=true, whose images each "
+        "hospital's model draws by the classes that it has",
+        node.report_class_counts,
+    )
     counts = count_images(config)
     check_number(counts, node)
     return counts

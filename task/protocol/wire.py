@@ -5,7 +5,7 @@ per parameter. Both ends derive its layout from the model that they build, so no
 """
 
 import io
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any
@@ -60,6 +60,10 @@ class Key(StrEnum):
     CONTROL = names.CONTROL
     OWN_CONTROL = names.OWN_CONTROL
     MOMENTS = names.MOMENTS
+    # Which parts of the weights a client is to send; all where it is not said.
+    PARTS = "parts"
+    # The parts that stay at a client, and whether it is to send them.
+    LOCAL = "local"
 
 
 # Of the evaluate messages that ask how images compare with a hospital's own.
@@ -131,10 +135,27 @@ class WeightLayout:
                 shapes[name] = tensor.shape
         return cls(shapes, own)
 
+    @classmethod
+    def only(cls, model: nn.Module, beginnings: Collection[str]) -> "WeightLayout":
+        """Derive the layout of a part of a model; what else it holds is in no array.
+
+        Args:
+            model: as it is built.
+            beginnings: of the names of the tensors of the part; none: of an empty one.
+        """
+        state = model.state_dict().items()
+        floats = {name: each.shape for name, each in state if each.is_floating_point()}
+        return cls({n: shape for n, shape in floats.items() if n.startswith(tuple(beginnings))})
+
     @property
     def size(self) -> int:
         """Number of values in the flat array."""
         return sum(shape.numel() for shape in self.shapes.values())
+
+    def where(self, chosen: Callable[[str], bool]) -> NDArray[np.bool_]:
+        """Return which values of the flat array are of the tensors whose names are chosen: [P]."""
+        whether = [np.full(shape.numel(), chosen(name)) for name, shape in self.shapes.items()]
+        return np.concatenate([np.zeros(0, bool), *whether])
 
     def pack(self, state: Weights, dtype: str = "float32") -> NDArray[np.floating]:
         """Flatten a `state_dict` into one array.
@@ -145,7 +166,8 @@ class WeightLayout:
             dtype: of the result, "float32" or "float16".
         """
         # Joined where they are, so that a GPU sends one block and not one per tensor.
-        flat = torch.cat([state[name].detach().reshape(-1) for name in self.shapes])
+        pieces = [state[name].detach().reshape(-1) for name in self.shapes]
+        flat = torch.cat(pieces) if pieces else torch.zeros(0)
         return flat.to(getattr(torch, dtype)).cpu().numpy()
 
     def unpack(

@@ -122,9 +122,9 @@ class BlockFormat(WireFormat):
 
     def __init__(self, layout: WeightLayout, bits: int) -> None:
         """Send updates in so many bits a value."""
-        shapes = layout.shapes.values()
-        self._rounded = np.concatenate([np.full(s.numel(), len(s) > 1) for s in shapes])
-        sizes = [shape.numel() for shape in shapes if len(shape) > 1]
+        shapes = layout.shapes
+        self._rounded = layout.where(lambda name: len(shapes[name]) > 1)
+        sizes = [shape.numel() for shape in shapes.values() if len(shape) > 1]
         self._down, self._up = BlockQuantizer(sizes, 8), BlockQuantizer(sizes, bits)
 
     def encode_weights(

@@ -123,6 +123,8 @@ def _looked_at(each: Record) -> str:
 def describe_run(run: Run) -> list[str]:
     """Say in sentences what was trained, by whom and on what."""
     found = [_who_trained_what(run), _generator(run), _where(run)]
+    if run.setting != "centralized":
+        found.append(_what_travelled(run))
     return [*found, describe_privacy(run)] if run.config.privacy.unit else found
 
 
@@ -185,11 +187,37 @@ def _generator(run: Run) -> str:
     return f"It is a {'; '.join([run.generator.title, *told])}.{started}"
 
 
+def _what_travelled(run: Run) -> str:
+    """Say which parts of the weights were sent, and how."""
+    generator, federation = run.generator, run.config.federation
+    state = {n: t.numel() for n, t in generator.state_dict().items() if t.is_floating_point()}
+    sent = sum(numel for name, numel in state.items() if not generator.stays(name))
+    how = f"in every round, as {federation.wire_dtype}"
+    parts = [part for part in generator.parts if part not in generator.kept_parts]
+    if federation.sharing == "usplit":
+        how += f"; of two clients one sent {parts[0]} back and the other {parts[-1]}"
+        between = ", ".join(parts[1:-1])
+        how += f", and by chance one of them {between}" * bool(between)
+    if not generator.kept_parts:
+        return f"All weights travelled {how}."
+    kept = ", ".join(generator.kept_parts)
+    told = (
+        "and were sent after evaluated rounds, so that all models together draw the images"
+        if federation.collect_local
+        else "and were never sent"
+    )
+    return (
+        f"Of the weights {sent / sum(state.values()):.0%} travelled {how} "
+        f"({', '.join(parts) or 'what is in no part'}). The parts {kept} stayed with each hospital "
+        f"{told}."
+    )
+
+
 def _where(run: Run) -> str:
     train = run.config.train
     if run.setting == "real nodes":
         chosen = "Each hospital chose device and precision itself"
-        if not run.config.model.draws:
+        if not run.draws:
             return f"{chosen}."
         return f"{chosen}; the server drew its images{f' on {run.device}' if run.device else ''}."
     device = run.device or f"the device of train.device={train.device}"

@@ -92,7 +92,7 @@ def checks(run: Run) -> list[Check]:
 
 def image_checks(run: Run) -> list[Check]:
     """List those of the checks that are about the generated images; of a finished run, its last."""
-    if not run.config.model.draws:
+    if not run.draws:
         return []
     if run.finished:
         run = run.of_round(run.rounds_done)
@@ -271,7 +271,7 @@ def memory_checks(run: Run) -> list[Check]:
     """
     if run.finished:
         run = run.of_round(run.rounds_done)
-    searched = _copying_checks(run) if run.config.model.draws else []
+    searched = _copying_checks(run) if run.draws else []
     return [*searched, *_membership_checks(run)]
 
 
@@ -522,11 +522,9 @@ def _why_not_audited(run: Run) -> str:
 
 def _why_not_attacked(run: Run) -> str:
     """Say why an audit made no attack."""
-    if run.setting != "centralized" and run.config.federation.local:
-        return (
-            f"federation.local={run.config.federation.local}: attacks would look through what "
-            "stays at the clients."
-        )
+    local, collected = run.config.federation.local, run.config.federation.collect_local
+    if run.setting != "centralized" and local and not collected:
+        return f"federation.local={local}: attacks would look through what stays at the clients."
     if run.setting == "real nodes":
         return "No hospital attacked: they decline (audit=false), or hold too few images out."
     if run.config.data.test_fraction is None and not run.records.value("num_held_out"):

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from task.checks import require
@@ -23,7 +24,7 @@ from task.config import (
 from task.generation.images import GeneratedImages, ImageSource, class_labels
 from task.generation.restoration import RESTORATION_VALUES, Restorer, known_part, restoration_config
 from task.generators.base import Generator
-from task.generators.registry import build_generator, weightless_generator
+from task.generators.registry import can_draw, drawing_generator, weightless_generator
 from task.lock import holder
 from task.runs.checkpoint import load_weights
 from task.runs.commands import require_weights
@@ -305,6 +306,11 @@ class Run:
         return weightless_generator(self.config)
 
     @property
+    def draws(self) -> bool:
+        """Whether there are weights that images are drawn from."""
+        return can_draw(self.generator, self.config)
+
+    @property
     def num_images(self) -> int | None:
         """The training images of all that say how many they have; None where none does."""
         known = [sum(counts) for counts in self.class_counts.values() if counts is not None]
@@ -581,9 +587,19 @@ def trained_model(run: Path, config: Config, client: int | None = None) -> tuple
     require(not broken, str(file), "finite weights", f"NaN or infinity in {broken[:3]}")
     try:
         # First without memory: a changed configuration may ask for more than there is.
-        weightless_generator(config).load_shared(weights, assign=True)
-        model = build_generator(config)
+        with torch.device("meta"):
+            drawing_generator(config, weights).load_shared(weights, assign=True)
+        model = drawing_generator(config, weights)
         model.load_shared(weights)
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit the network of {run}/config.yaml: {error}") from None
+    lacking = [part for part in model.kept_parts if part not in model.undrawn]
+    lacking = [p for p in lacking if not any(n.startswith(model.parts[p]) for n in weights)]
+    require(
+        not lacking or not config.model.draws,
+        str(file),
+        "whole weights: the parts that federation.local names have stayed at the hospitals, whose "
+        "own models draw with them (federation.collect_local=true collects them in a new run)",
+        f"none of {', '.join(lacking)}",
+    )
     return model, int(metadata["round"])

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -240,6 +241,15 @@ class AttentionUNet(nn.Module):
         num_classes: number of real classes.
         null_label: the label that stands for "no class", or None where there is none.
     """
+
+    # Of `Generator.parts`.
+    parts = MappingProxyType(
+        {
+            "down": ("input.", "time_embedding.", "class_embedding.", "down."),
+            "middle": ("bottom_first.", "bottom_attention.", "bottom_second."),
+            "up": ("up.", "final.", "output."),
+        }
+    )
 
     def __init__(
         self,

@@ -112,6 +112,10 @@ class Diffusion(Generator):
         if ema_decay is not None:
             self.average = copy.deepcopy(network).requires_grad_(False)
             self.register_buffer(AVERAGE_WEIGHT, torch.zeros(1))
+        self.parts = {
+            part: (*beginnings, *(AVERAGE + each for each in beginnings if ema_decay is not None))
+            for part, beginnings in getattr(network, "parts", {}).items()
+        }
         self._network_arguments = dict(network_arguments)
         self._alphas_cumprod: list[float] = objective.schedule.alphas_cumprod.tolist()
         self._steps = sampling_steps(

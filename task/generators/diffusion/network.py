@@ -6,6 +6,7 @@ imports nothing but torch, because `feddm export` ships this file beside the wei
 
 import math
 from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,11 @@ class UNet(nn.Module):
         num_classes: number of real classes.
         null_label: the label that stands for "no class", or None where there is none.
     """
+
+    # Of `Generator.parts`.
+    parts = MappingProxyType(
+        {"down": ("class_embedding.", "down."), "middle": ("bottom.",), "up": ("up.",)}
+    )
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -109,7 +110,10 @@ class StyleGAN2ADA(Generator):
     title = "StyleGAN2-ADA"
     local = frozenset({"adaptation."})
     private = frozenset({"discriminator"})
-    undrawn = frozenset({"discriminator."})
+    parts = MappingProxyType(
+        {"generator": ("generator.", "generator_ema."), "discriminator": ("discriminator.",)}
+    )
+    undrawn = frozenset({"discriminator"})
     deterministic_on_gpu = False  # the gradients of the augmentation's padding and sampling
     local_optimizers = frozenset({"discriminator"})
     measures = (
