@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from task.checks import require
 from task.generators.base import Advance, Batch, Generator, NoiseSource
 
-MEMBERS = "members."
+MEMBER = "members."
 CLASS_COUNTS = "class_counts"
 
 
@@ -141,7 +141,7 @@ def _seed(noise: Tensor) -> int:
 
 def count_members(weights: Iterable[str]) -> int:
     """Return of how many members the names of a `state_dict` are; 0: it is of no ensemble."""
-    numbers = {name.split(".")[1] for name in weights if name.startswith(MEMBERS)}
+    numbers = {name.split(".")[1] for name in weights if name.startswith(MEMBER)}
     return len(numbers)
 
 
@@ -160,7 +160,7 @@ def join_members(
     require(0 < len(members) == len(class_counts), "members", "one or more", len(members))
     joined = {
         # Of its own memory each, as a file holds them.
-        f"{MEMBERS}{number}.{name}": tensor.clone()
+        f"{MEMBER}{number}.{name}": tensor.clone()
         for number, weights in enumerate(members)
         for name, tensor in weights.items()
     }
