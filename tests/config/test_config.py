@@ -192,6 +192,10 @@ def test_diffusion_presets_fit_on_top_of_demo(option: str, expected: tuple[objec
         ("cosine", {"train.lr_schedule": "cosine", "train.warmup_rounds": 1}),
         ("int8", {"federation.wire_dtype": "int8"}),
         ("int4_feedback", {"federation.wire_dtype": "int4", "federation.error_feedback": True}),
+        ("optimizer_averaged", {"train.optimizer_state": "averaged"}),
+        ("usplit", {"federation.sharing": "usplit"}),
+        ("ulatdec", {"federation.local": ["down"], "federation.collect_local": True}),
+        ("pretrained", {"train.start_from": "runs/public"}),
     ],
 )
 def test_a_remedy_changes_its_own_values_alone(remedy: str, changed: dict[str, object]) -> None:
@@ -417,6 +421,46 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
         (
             "strategy=feddyn federation.aggregation=median federation.min_replies=3",
             ["federation.aggregation", "fedavg or bounded_mean", "feddyn", "'median'"],
+        ),
+        (
+            "train.optimizer_state=averaged federation.aggregation=median federation.min_replies=3",
+            ["train.optimizer_state", "new or kept unless", "aggregation=fedavg", "'averaged'"],
+        ),
+        (
+            "train.optimizer_state=averaged privacy=dp_clients",
+            ["train.optimizer_state", "new or kept", "neither a mask nor noise", "'averaged'"],
+        ),
+        (
+            "experiment=private train.optimizer_state=kept",
+            ["train.optimizer_state", "new with privacy.noise=distributed", "'kept'"],
+        ),
+        (
+            "federation.collect_local=true",
+            ["federation.collect_local", "false without federation.local", "True"],
+        ),
+        (
+            "federation.local=[down] federation.collect_local=true federation.clients_per_round=2",
+            ["federation.clients_per_round", "null", "collect_local=true", "2"],
+        ),
+        (
+            "federation.sharing=usplit federation.secure_aggregation=true",
+            ["federation.aggregation", "without federation.secure_aggregation", "usplit"],
+        ),
+        (
+            "federation.sharing=usplit strategy=scaffold",
+            ["strategy.name", "another with federation.sharing=usplit", "'scaffold'"],
+        ),
+        (
+            "federation.sharing=usplit federation.wire_dtype=int4 federation.error_feedback=true",
+            ["federation.error_feedback", "false with federation.sharing=usplit", "True"],
+        ),
+        (
+            "federation.sharing=usplit privacy=dp_clients",
+            ["privacy.mechanism", "none with federation.sharing=usplit", "'dp_clients'"],
+        ),
+        (
+            "federation.sharing=usplit federation.clients_per_round=1",
+            ["federation.clients_per_round", "at least 2 with federation.sharing=usplit", "1"],
         ),
         (
             "experiment=private strategy=fedadam",

@@ -57,9 +57,7 @@ def test_pairs_send_every_part_once() -> None:
 
 def test_parts_without_a_pair_are_refused() -> None:
     vae = weightless_generator(load_config(["model=vae_small", "federation.local=[encoder]"]))
-    with pytest.raises(
-        ValueError, match=r"^federation\.sharing .* fewer than two .* .decoder."
-    ):
+    with pytest.raises(ValueError, match=r"^federation\.sharing .* fewer than two .* .decoder."):
         PartLayout(WeightLayout.of(vae, vae.local), vae)
     with pytest.raises(ValueError, match=r"^parts must be of down, middle, up, got \['bottom'\]"):
         PARTS.wire(["bottom"], "float32")

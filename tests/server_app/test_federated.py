@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from server_app.replies import UnusableReply
 from server_app.rounds import DivergedError
 from task.code_version import code_fingerprint
 from task.config import load_run_config, read_config
+from task.export.folder import export_run
 from task.generators.base import Generator
 from task.generators.registry import initial_generator
 from task.protocol.wire import Key, WeightLayout
@@ -41,7 +43,7 @@ from task.reporting.warning_signs import State, checks
 from task.runs.checkpoint import load_weights
 from task.runs.layout import weights_file
 from task.runs.records import HELD_OUT, Record, Records, read_records
-from task.runs.run import Run, kept_clients
+from task.runs.run import Run, final_model, kept_clients
 from task.runs.writer import RunWriter
 from tests.helpers import SMALL_RUN, ClientNodes, Network, Order, simulated, write_digits_as_mnist
 
@@ -448,6 +450,144 @@ def test_quantized_run_ends_near_the_plain_one_and_resumes_to_the_same_bits(
         each[1, client] for each in (sent, received) for client in range(3)
     )
     assert bool([*whole.rglob("clients/*/round_*")]) == feedback
+
+
+@pytest.mark.parametrize("state", ["kept", "averaged"])
+def test_moments_of_clients_go_on_and_resume_to_the_same_bits(
+    state: str, reference: Path, tmp_path: Path
+) -> None:
+    changes = {"train.optimizer_state": state, "eval.every": 9, "audit.at_end": False}
+    whole = play(configured(tmp_path, {**changes, "run_name": "whole"}))
+    run_config = configured(tmp_path, {**changes, "run_name": "resumed", "federation.rounds": 1})
+    play(run_config)
+    workspace._build_workspace.cache_clear()
+    folder = play({**run_config, "resume": True, "federation.rounds": 2})
+    assert same_bits(final_weights(folder), final_weights(whole))
+    # The first round begins anew in any case.
+    plain, own = (
+        [load_weights(run / "checkpoints" / f"round_{n:04d}.safetensors")[0] for n in (1, 2)]
+        for run in (reference, whole)
+    )
+    name = next(iter(final_weights(whole)))
+    assert torch.equal(own[0][name], plain[0][name])
+    assert not torch.allclose(own[1][name], plain[1][name], rtol=0, atol=1e-5)
+    size = sum(tensor.nbytes for tensor in final_weights(whole).values())
+    up, down = (recorded(whole, f"{way}load_bytes") for way in ("up", "down"))
+    assert down[1, 0] == size
+    for each in (up[1, 0], up[2, 0], down[2, 0]):
+        assert each / size == pytest.approx(3 if state == "averaged" else 1, rel=0.02)
+
+
+def test_parts_that_stay_are_collected_to_draw_and_resume_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {
+        "overrides": "federation.local=[down,middle] federation.collect_local=true",
+        "federation.ema_decay": 0.5,
+    }
+    whole = play(configured(tmp_path, {**changes, "run_name": "whole"}))
+    run_config = configured(tmp_path, {**changes, "run_name": "resumed"})
+    with opened(run_config) as run, pytest.raises(KeyboardInterrupt):
+        # After the checkpoint of the last round, of which nothing is drawn yet.
+        monkeypatch.setattr(run, "evaluate", Mock(side_effect=KeyboardInterrupt))
+        run.run()
+    workspace._build_workspace.cache_clear()
+    folder = play({**run_config, "resume": True})
+    weights = final_weights(folder)
+    assert same_bits(weights, final_weights(whole))
+    assert [*folder.glob("samples/*")]
+    counts = json.loads((folder / "partition.json").read_text())["train_counts"]
+    assert weights["class_counts"].tolist() == counts
+    down, up = (
+        [weights[f"members.{n}.{p}.0.0.main.0.weight"] for n in range(3)] for p in ("down", "up")
+    )
+    assert torch.equal(up[0], up[1]) and not torch.allclose(down[0], down[1], rtol=0, atol=1e-5)
+    # The last round alone is evaluated.
+    sent, received = (recorded(folder, f"{way}load_bytes") for way in ("up", "down"))
+    one = {
+        n.removeprefix("members.0."): t for n, t in weights.items() if n.startswith("members.0.")
+    }
+    kept = sum(t.nbytes for n, t in one.items() if n.startswith(("class_", "down.", "bottom.")))
+    rest = sum(t.nbytes for t in one.values()) - kept
+    assert (received[1, 0], received[2, 0]) == (rest, rest)
+    assert (sent[1, 0], sent[2, 0]) == (rest, rest + kept)
+    # Attacks look through all models.
+    assert {n for n, _ in recorded(folder, "attacked_clients")} <= {2}
+    model, last = final_model(folder, read_config(folder / "config.yaml"))
+    assert (model.title, last) == ("ensemble of 3 diffusion models", 2)
+    with pytest.raises(ValueError, match=r"one model draws .* got 'an ensemble of 3"):
+        export_run(Run(folder), "safetensors")
+
+
+def test_parts_that_stay_uncollected_leave_nothing_to_draw(tmp_path: Path) -> None:
+    changes: RunConfig = {"overrides": "federation.local=[up]", "federation.rounds": 1}
+    folder = play(configured(tmp_path, changes))
+    assert not [*folder.glob("samples/*")] and not Run(folder).draws
+    assert not [name for name in final_weights(folder) if name.startswith("up.")]
+    assert recorded(folder, "test loss")
+    with pytest.raises(ValueError, match=r"whole weights: .* got 'none of up'"):
+        final_model(folder, read_config(folder / "config.yaml"))
+    with pytest.raises(
+        ValueError, match=r"^eval\.num_images must be 0 with federation\.local=\['up'\]"
+    ):
+        play(configured(tmp_path, {**changes, "eval.num_images": 20, "run_name": "measured"}))
+
+
+def test_hospitals_send_what_they_keep_only_where_they_tell_their_class_counts(
+    tmp_path: Path,
+) -> None:
+    words = "federation.local=[down,middle,up] federation.collect_local=true"
+    changes: RunConfig = {
+        "overrides": f"data=mnist data.test_fraction=null {words}",
+        **{"federation.node_wait": 1.0, "federation.rounds": 1, "audit.at_end": False},
+    }
+    run_config, nodes = real_nodes(tmp_path, changes)
+    with opened(run_config, nodes=nodes) as run, pytest.raises(TimeoutError, match="ValueError"):
+        run.run()
+    workspace._build_workspace.cache_clear()
+    run_config["run_name"] = "counted"
+    own = {"data-path": str(tmp_path / "images"), "report-class-counts": True}
+    places = [{**own, "output-path": str(tmp_path / f"node-{n}")} for n in range(2)]
+    for place in places:
+        Path(str(place["output-path"])).mkdir()
+    folder = play(run_config, nodes=ClientNodes(Network(), run_config, *places))
+    weights = final_weights(folder)
+    assert weights["class_counts"].sum(1).tolist() == [180, 180]
+    assert [*folder.glob("samples/*")]
+
+
+def test_clients_in_pairs_send_a_part_each_and_resume_to_the_same_bits(tmp_path: Path) -> None:
+    changes: RunConfig = {
+        "overrides": "federation.sharing=usplit",
+        **{"eval.every": 9, "audit.at_end": False},
+    }
+    whole = play(configured(tmp_path, {**changes, "run_name": "whole"}))
+    run_config = configured(tmp_path, {**changes, "run_name": "resumed", "federation.rounds": 1})
+    play(run_config)
+    folder = play({**run_config, "resume": True, "federation.rounds": 2})
+    weights = final_weights(folder)
+    assert same_bits(weights, final_weights(whole))
+    size = sum(tensor.nbytes for tensor in weights.values())
+    sent = recorded(whole, "upload_bytes")
+    for server_round in (1, 2):
+        of_round = sorted(sent[server_round, client] for client in range(3))
+        assert of_round[0] > 0 and of_round[-1] < size
+        # Two of the three are a pair, which sends everything once, and what is in no part twice.
+        pairs = [a + b for a, b in itertools.combinations(of_round, 2)]
+        assert any(each == pytest.approx(size, rel=0.02) for each in pairs)
+
+
+def test_reply_with_parts_that_were_not_asked_for_is_left_out(tmp_path: Path) -> None:
+    def alter(asked: Message, reply: Message) -> Message:
+        if is_train(asked, 1):
+            packed = asked.content.array_records[Key.ARRAYS][Key.PACKED]
+            reply.content.array_records[Key.ARRAYS][Key.PACKED] = packed
+        return reply
+
+    changes: RunConfig = {"overrides": "federation.sharing=usplit", "federation.rounds": 1}
+    folder = play(configured(tmp_path, {**changes, "audit.at_end": False}), alter=alter)
+    (reason,) = left_out(folder, "train").values()
+    assert "weights must be float32 or float16 of shape" in reason
 
 
 def test_reply_of_another_format_is_left_out(tmp_path: Path) -> None:
