@@ -229,7 +229,7 @@ def evaluate(message: Message, context: Context) -> Message:
             workspace.generator,
             held_out.images,
             held_out.labels,
-            options=fit_options(config, precision=precision),
+            options=fit_options(config, precision=precision, batch_size=config.train.batch_size),
             rng=torch_generator(
                 config.seed,
                 Stream.EVALUATE,

@@ -43,7 +43,7 @@ def describe_plan(config: Config, dataset: Dataset) -> Iterator[str]:
             f"{spent.sampling_rate:.0%} of its patients"
         )
     else:
-        images_per_step = train.batch_size * train.accumulation
+        images_per_step = train.trained_batch_size * train.accumulation
         steps = rounds * train.local_epochs * np.ceil(sizes / images_per_step).astype(int)
         yield (
             f"training: {rounds} rounds of {train.local_epochs} epochs in batches of "

@@ -92,11 +92,11 @@ def seconds_to_train(
 ) -> float:
     """Time training steps; returns the seconds that an image takes."""
     train = config.train
-    model.prepare(train.batch_size)
+    model.prepare(train.trained_batch_size)
     optimizers = model.optimizers(train.lr)
     rng = torch.Generator(device).manual_seed(0)
     # No two alike, which would be images of one patient.
-    shape = (max(train.batch_size, TIMED_IMAGES), *model.image_shape)
+    shape = (max(train.trained_batch_size, TIMED_IMAGES), *model.image_shape)
     images = torch.randint(
         256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
@@ -112,7 +112,7 @@ def seconds_to_train(
         )
 
     with torch_configured(num_threads=train.num_threads, deterministic=train.deterministic):
-        return seconds_per_image(step, train.batch_size, device)
+        return seconds_per_image(step, train.trained_batch_size, device)
 
 
 def seconds_to_draw(model: Generator, device: torch.device, precision: str) -> float:

@@ -68,9 +68,10 @@ def try_step(config: Config) -> Trial:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        own = "" if config.train.client_batch_size is None else "client_"
         raise MemoryError(
-            f"train.batch_size={config.train.batch_size}: a training step does not fit into "
-            "the memory; end what else runs here, or ask the coordinator for a smaller one"
+            f"train.{own}batch_size={config.train.trained_batch_size}: a training step does not fit "
+            "into the memory; end what else runs here, or ask the coordinator for a smaller one"
         ) from error
 
 
@@ -130,14 +131,16 @@ def _try_step(config: Config) -> Trial:
     configure_torch(num_threads=train.num_threads, deterministic=train.deterministic)
     device = select_device(train.device)
     generator = initial_generator(config)
-    generator.prepare(train.batch_size)
+    generator.prepare(train.trained_batch_size)
     compile_where_wanted(generator, train.compile, device, deterministic=train.deterministic)
     num_processes = count_processes(train.num_processes, device, one_per_gpu=True)
     precision: str = train.precision
     if precision == "auto":
         precision = fastest_precision(config, generator, device)
-    images = torch.randint(256, (train.batch_size, *generator.image_shape), dtype=torch.uint8)
-    labels = torch.randint(len(data.classes), (train.batch_size,))
+    images = torch.randint(
+        256, (train.trained_batch_size, *generator.image_shape), dtype=torch.uint8
+    )
+    labels = torch.randint(len(data.classes), (train.trained_batch_size,))
 
     def seconds(steps: int) -> float:
         return fit(
@@ -162,4 +165,4 @@ def _try_step(config: Config) -> Trial:
     else:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return Trial(step, train.batch_size, precision, num_processes, peak)
+    return Trial(step, train.trained_batch_size, precision, num_processes, peak)

@@ -140,6 +140,7 @@ class TrainConfig(Section):
     local_epochs: PositiveInt
     steps_per_round: PositiveInt | None
     batch_size: PositiveInt
+    client_batch_size: PositiveInt | None
     lr: PositiveFloat
     lr_schedule: Literal["constant", "cosine"]
     warmup_rounds: int = Field(ge=0)
@@ -167,6 +168,13 @@ class TrainConfig(Section):
             self.compile,
         )
         return self
+
+    @property
+    def trained_batch_size(self) -> int:
+        """Images that go through the networks at a time where this run trains."""
+        if self.mode == "federated" and self.client_batch_size is not None:
+            return self.client_batch_size
+        return self.batch_size
 
 
 class StrategyConfig(Section):

@@ -157,7 +157,7 @@ def training_rows(run: Run, server_round: int) -> CardRows:
         *(_federation_rows(federation) if federated else []),
         ("local epochs", train.local_epochs),
         *[("started from", run.started_from)] * (run.started_from is not None),
-        ("batch size", train.batch_size),
+        ("batch size", train.trained_batch_size),
         ("learning rate", train.lr),
         *[("learning rates over rounds", train.lr_schedule)] * (train.lr_schedule != "constant"),
         *[("rounds of warm-up", train.warmup_rounds)] * (train.warmup_rounds > 0),

@@ -46,6 +46,9 @@ WITHOUT_INFLUENCE = (FREE_TO_CHANGE - {"federation.rounds", "federation.num_supe
     *("train.deterministic", "train.compile", "train.num_processes"),
 }
 
+# Of the section train, what a centralized run does not use.
+CLIENT_VALUES = frozenset({"train.client_batch_size", "train.optimizer_state"})
+
 
 def check_startable(config: Config) -> None:
     """Check that a run can be started, or resumed, in its folder, and make it.
@@ -161,4 +164,4 @@ def settled_as(stored: Config, asked: Config) -> Config:
 def is_about_clients(key: str) -> bool:
     """Whether a value says something in a federated run only."""
     about_clients = key.startswith(("partition.", "federation.", "strategy."))
-    return about_clients and key != "federation.rounds"
+    return (about_clients and key != "federation.rounds") or key in CLIENT_VALUES

@@ -63,7 +63,7 @@ def fit_options(config: Config, **changes: Any) -> FitOptions:
     train = config.train
     options = FitOptions(
         epochs=train.local_epochs,
-        batch_size=train.batch_size,
+        batch_size=train.trained_batch_size,
         horizontal_flip=config.data.horizontal_flip,
         precision=train.precision,
         channels_last=train.channels_last,

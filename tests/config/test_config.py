@@ -193,6 +193,7 @@ def test_diffusion_presets_fit_on_top_of_demo(option: str, expected: tuple[objec
         ("int8", {"federation.wire_dtype": "int8"}),
         ("int4_feedback", {"federation.wire_dtype": "int4", "federation.error_feedback": True}),
         ("optimizer_averaged", {"train.optimizer_state": "averaged"}),
+        ("small_batches", {"train.client_batch_size": 8}),
         ("usplit", {"federation.sharing": "usplit"}),
         ("ulatdec", {"federation.local": ["down"], "federation.collect_local": True}),
         ("pretrained", {"train.start_from": "runs/public"}),

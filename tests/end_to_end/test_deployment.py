@@ -163,13 +163,17 @@ def test_run_survives_a_hospital_that_is_killed_and_one_that_comes_late(
     deployment: Deployment, images: dict[str, Path], guard: Path
 ) -> None:
     deployment.add_node("south", data=images["south"])
+    # All that is kept, sent and averaged beside the weights.
+    carried = "strategy=scaffold train.optimizer_state=averaged"
     deployment.submit(
         "night",
         **{
             "federation.rounds": 7,
             "federation.min_nodes": 2,
             "federation.round_timeout": 300.0,
+            "federation.wire_dtype": "int8",
             "eval.num_images": 40,
+            "overrides": f"{RUN_CONFIG['overrides']} {carried}",
         },
     )
     deployment.wait_for_round("night", 1)
@@ -205,6 +209,11 @@ def test_run_survives_a_hospital_that_is_killed_and_one_that_comes_late(
     assert records.series("loss", reference=TRAIN)[7] > 0
     _, metadata = load_weights(run / "model.safetensors")
     assert metadata["round"] == "7"
+    # An eighth of four bytes in 8 bits, and all of c_i and of two moments.
+    weights = load_weights(run / "model.safetensors")[0]
+    size = sum(tensor.nbytes for tensor in weights.values())
+    sent = records.series("upload_bytes", client=west)
+    assert sent[7] / size == pytest.approx(3.26, abs=0.15)
 
 
 def test_private_masked_run_survives_a_hospital_that_is_killed_in_a_round(
@@ -266,7 +275,8 @@ def test_run_goes_on_when_its_server_and_the_superlink_are_killed(
     (guard / "policy.toml").write_text(PRIVATE_SUMS_ALONE)
     # A name that would be another one when the same words are given again.
     name = """'run_name="reboot-${now:%H%M%S}"'"""
-    overrides = f"{RUN_CONFIG['overrides']} {name}"
+    shared = "federation.sharing=usplit train.optimizer_state=kept"
+    overrides = f"{RUN_CONFIG['overrides']} {shared} {name}"
     deployment.submit("", **{"federation.rounds": 4, "overrides": overrides})
     deployment.supervise()
     wait_for(lambda: [*deployment.results.glob("reboot-*")] != [], seconds=300, what="its folder")

@@ -398,7 +398,7 @@ def build_stylegan2_ada(config: Config) -> StyleGAN2ADA:
     """Make the networks of a configuration, with weights from torch's global generator."""
     # By its family the registry has found this function, and the schema its class.
     model = cast(StyleGAN2ADAConfig, config.model)
-    data, batch_size = config.data, config.train.batch_size
+    data, batch_size = config.data, config.train.trained_batch_size
     arguments = {
         "image_size": data.image_size,
         "channels": data.channels,
