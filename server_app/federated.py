@@ -97,7 +97,7 @@ class FederatedTraining(RoundLoop):
         self._exchange = ClientExchange(grid, self._nodes, federation)
         self._layout = WeightLayout.of(self.model, self.model.local | self.model.frozen)
         self._weighting = Weighting.of(self.config, simulated=self.simulated)
-        optimizers = self.model.optimizers(self.config.train.lr)
+        optimizers = self.model.optimizers(self.config.train.trained_lr)
         self.strategy = build_strategy(
             self.config,
             self._layout,

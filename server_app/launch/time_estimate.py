@@ -93,7 +93,7 @@ def seconds_to_train(
     """Time training steps; returns the seconds that an image takes."""
     train = config.train
     model.prepare(train.trained_batch_size)
-    optimizers = model.optimizers(train.lr)
+    optimizers = model.optimizers(train.trained_lr)
     rng = torch.Generator(device).manual_seed(0)
     # No two alike, which would be images of one patient.
     shape = (max(train.trained_batch_size, TIMED_IMAGES), *model.image_shape)

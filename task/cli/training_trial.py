@@ -68,9 +68,10 @@ def try_step(config: Config) -> Trial:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        own = "" if config.train.client_batch_size is None else "client_"
+        which = "batch_size" if config.train.client_batch_size is None else "client_batch_size"
+        size = config.train.trained_batch_size
         raise MemoryError(
-            f"train.{own}batch_size={config.train.trained_batch_size}: a training step does not fit "
+            f"train.{which}={size}: a training step does not fit "
             "into the memory; end what else runs here, or ask the coordinator for a smaller one"
         ) from error
 
@@ -150,7 +151,7 @@ def _try_step(config: Config) -> Trial:
             options=timed_options(
                 config, epochs=steps, precision=precision, num_processes=num_processes
             ),
-            optimizers=generator.optimizers(train.lr),
+            optimizers=generator.optimizers(train.trained_lr),
             rng=torch.Generator(device).manual_seed(config.seed),
         ).seconds
 

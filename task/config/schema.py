@@ -142,6 +142,7 @@ class TrainConfig(Section):
     batch_size: PositiveInt
     client_batch_size: PositiveInt | None
     lr: PositiveFloat
+    client_lr: PositiveFloat | None
     lr_schedule: Literal["constant", "cosine"]
     warmup_rounds: int = Field(ge=0)
     optimizer_state: Literal["new", "kept", "averaged"]
@@ -175,6 +176,13 @@ class TrainConfig(Section):
         if self.mode == "federated" and self.client_batch_size is not None:
             return self.client_batch_size
         return self.batch_size
+
+    @property
+    def trained_lr(self) -> float:
+        """The learning rate that this run trains with, before `lr_schedule`."""
+        if self.mode == "federated" and self.client_lr is not None:
+            return self.client_lr
+        return self.lr
 
 
 class StrategyConfig(Section):

@@ -158,7 +158,7 @@ def training_rows(run: Run, server_round: int) -> CardRows:
         ("local epochs", train.local_epochs),
         *[("started from", run.started_from)] * (run.started_from is not None),
         ("batch size", train.trained_batch_size),
-        ("learning rate", train.lr),
+        ("learning rate", train.trained_lr),
         *[("learning rates over rounds", train.lr_schedule)] * (train.lr_schedule != "constant"),
         *[("rounds of warm-up", train.warmup_rounds)] * (train.warmup_rounds > 0),
         # "auto" is not what was used, which depends on the machine.

@@ -194,6 +194,7 @@ def test_diffusion_presets_fit_on_top_of_demo(option: str, expected: tuple[objec
         ("int4_feedback", {"federation.wire_dtype": "int4", "federation.error_feedback": True}),
         ("optimizer_averaged", {"train.optimizer_state": "averaged"}),
         ("small_batches", {"train.client_batch_size": 8}),
+        ("client_lr", {"train.client_lr": 0.003}),
         ("usplit", {"federation.sharing": "usplit"}),
         ("ulatdec", {"federation.local": ["down"], "federation.collect_local": True}),
         ("pretrained", {"train.start_from": "runs/public"}),
