@@ -68,11 +68,12 @@ def try_step(config: Config) -> Trial:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        which = "batch_size" if config.train.client_batch_size is None else "client_batch_size"
-        size = config.train.trained_batch_size
+        train = config.train
+        share = f" of train.client_batch_fraction={train.client_batch_fraction:g}"
         raise MemoryError(
-            f"train.{which}={size}: a training step does not fit "
-            "into the memory; end what else runs here, or ask the coordinator for a smaller one"
+            f"train.batch_size={train.batch_size}{share * (train.client_batch_fraction < 1)}: a "
+            "training step does not fit into the memory; end what else runs here, or ask the "
+            "coordinator for a smaller one"
         ) from error
 
 

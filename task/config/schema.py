@@ -140,9 +140,9 @@ class TrainConfig(Section):
     local_epochs: PositiveInt
     steps_per_round: PositiveInt | None
     batch_size: PositiveInt
-    client_batch_size: PositiveInt | None
+    client_batch_fraction: float = Field(gt=0, le=1, description="in (0, 1]")
     lr: PositiveFloat
-    client_lr: PositiveFloat | None
+    client_lr_factor: PositiveFloat
     lr_schedule: Literal["constant", "cosine"]
     warmup_rounds: int = Field(ge=0)
     optimizer_state: Literal["new", "kept", "averaged"]
@@ -173,16 +173,13 @@ class TrainConfig(Section):
     @property
     def trained_batch_size(self) -> int:
         """Images that go through the networks at a time where this run trains."""
-        if self.mode == "federated" and self.client_batch_size is not None:
-            return self.client_batch_size
-        return self.batch_size
+        fraction = self.client_batch_fraction if self.mode == "federated" else 1
+        return max(1, round(fraction * self.batch_size))
 
     @property
     def trained_lr(self) -> float:
         """The learning rate that this run trains with, before `lr_schedule`."""
-        if self.mode == "federated" and self.client_lr is not None:
-            return self.client_lr
-        return self.lr
+        return self.lr * (self.client_lr_factor if self.mode == "federated" else 1)
 
 
 class StrategyConfig(Section):

@@ -125,7 +125,7 @@ def describe_divergence(config: Config, run: Path, divergence: Record) -> str:
         run: its folder.
         divergence: the record of it.
     """
-    lr, which = config.train.trained_lr, "lr" if config.train.client_lr is None else "client_lr"
+    lr = config.train.lr
     good = [file for file in checkpoints(run) if round_of(file) < divergence.round]
     saved = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is good"
     harmful = (
@@ -135,7 +135,7 @@ def describe_divergence(config: Config, run: Path, divergence: Record) -> str:
     return (
         f"{DIVERGED} in round {divergence.round} ({divergence.context['reason']}); {saved}; "
         "resume=true would repeat the same: start a new run with a smaller learning rate than "
-        f"train.{which}={lr:g}, such as train.{which}={lr / 10:g}"
+        f"train.lr={lr:g}, such as train.lr={lr / 10:g}"
         f"{harmful if config.train.mode == 'federated' else ''}"
     )
 

@@ -47,7 +47,9 @@ WITHOUT_INFLUENCE = (FREE_TO_CHANGE - {"federation.rounds", "federation.num_supe
 }
 
 # Of the section train, what a centralized run does not use.
-CLIENT_VALUES = frozenset({"train.client_batch_size", "train.client_lr", "train.optimizer_state"})
+CLIENT_VALUES = frozenset(
+    {"train.client_batch_fraction", "train.client_lr_factor", "train.optimizer_state"}
+)
 
 
 def check_startable(config: Config) -> None:

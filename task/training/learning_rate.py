@@ -10,8 +10,8 @@ def round_lr(config: Config, server_round: int) -> float:
     """Return the learning rate with which a round trains, by `train.lr_schedule`.
 
     After `train.warmup_rounds`, whose learning rates are equal steps up to `train.lr` (of clients
-    `train.client_lr`), it stays as it is or follows half a cosine, which would reach 0 in the round
-    after the last.
+    `train.client_lr_factor` times that), it stays as it is or follows half a cosine, which would
+    reach 0 in the round after the last.
 
     Args:
         config: of the run.

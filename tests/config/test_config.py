@@ -193,8 +193,8 @@ def test_diffusion_presets_fit_on_top_of_demo(option: str, expected: tuple[objec
         ("int8", {"federation.wire_dtype": "int8"}),
         ("int4_feedback", {"federation.wire_dtype": "int4", "federation.error_feedback": True}),
         ("optimizer_averaged", {"train.optimizer_state": "averaged"}),
-        ("small_batches", {"train.client_batch_size": 8}),
-        ("client_lr", {"train.client_lr": 0.003}),
+        ("small_batches", {"train.client_batch_fraction": 0.25}),
+        ("large_steps", {"train.client_lr_factor": 3}),
         ("usplit", {"federation.sharing": "usplit"}),
         ("ulatdec", {"federation.local": ["down"], "federation.collect_local": True}),
         ("pretrained", {"train.start_from": "runs/public"}),
@@ -213,8 +213,24 @@ def test_a_remedy_changes_its_own_values_alone(remedy: str, changed: dict[str, o
     assert flat_values(flower) == other
 
 
+def test_recommended_experiment_is_the_papers_with_the_recommended_remedy() -> None:
+    paper, recommended, remedy = (
+        flat_values(load_config([*words, "run_name=x", "experiment=" + experiment]))
+        for words, experiment in (
+            ([], "paper"),
+            ([], "recommended"),
+            (["remedy=recommended"], "paper"),
+        )
+    )
+    assert recommended == remedy | {"experiment": "recommended"}
+    changed = {path for path in paper if paper[path] != remedy[path]}
+    assert changed and changed <= without_remedy().keys()
+
+
 def test_every_remedy_is_swept_and_wins_over_presets_but_not_over_values() -> None:
     swept = preset_sweep("remedies")["remedy"].split(",")
+    # Where it begins has to be made first.
+    swept = [*swept, "pretrained"]
     assert {*swept} == {file.stem for file in (CONF_DIR / "remedy").glob("*.yaml")}
     assert without_remedy().items() <= flat_values(load_config(["remedy=none"])).items()
     config = load_config(["remedy=ema", "experiment=remedies", "federation.ema_decay=0.9"])

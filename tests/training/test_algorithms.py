@@ -154,12 +154,12 @@ def test_learning_rates_of_rounds_rise_in_equal_steps_and_follow_half_a_cosine()
 
 
 def test_clients_alone_have_a_batch_size_and_a_learning_rate_of_their_own() -> None:
-    words = ["train.lr=0.8", "train.batch_size=64", "train.client_lr=0.2"]
-    words += ["train.client_batch_size=8"]
+    words = ["train.lr=0.8", "train.batch_size=64", "train.client_lr_factor=0.25"]
+    words += ["train.client_batch_fraction=0.125"]
     client, pooled = load_config(words), load_config([*words, "train.mode=centralized"])
     assert (round_lr(client, 1), round_lr(pooled, 1)) == (0.2, 0.8)
     assert [fit_options(each).batch_size for each in (client, pooled)] == [8, 64]
-    usual = load_config([*words[:2], "train.lr_schedule=cosine", "train.client_lr=0.4"])
+    usual = load_config([*words[:2], "train.lr_schedule=cosine", "train.client_lr_factor=0.5"])
     assert round_lr(usual, 1) == 0.4 and fit_options(usual).batch_size == 64
     # Optimizers that have gathered something go on with it.
     model = Two()
