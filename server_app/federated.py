@@ -108,7 +108,7 @@ class FederatedTraining(RoundLoop):
         )
         splits = federation.sharing == "usplit"
         self._parts = PartLayout(self._layout, self.model) if splits else None
-        # What stays at clients and is collected, and that of the last round that was evaluated.
+        # What stays at clients, and their whole weights of the last round where these draw.
         self._kept = WeightLayout.only(self.model, self.model.beginnings(federation.local))
         self._collected: dict[int, Weights] = {}
         # Clients that were left out of earlier attempts at the round.
@@ -153,7 +153,7 @@ class FederatedTraining(RoundLoop):
         return f"{len(self._nodes.node_ids)} hospitals"
 
     def state(self) -> dict[str, Weights]:
-        """Return what the strategy has gathered, and what clients keep where it is collected."""
+        """Return what the strategy has gathered, and the clients' weights where these draw."""
         collected = {f"{COLLECTED}{client}": each for client, each in self._collected.items()}
         return {**self.strategy.state_dict(), **collected}
 
@@ -171,12 +171,12 @@ class FederatedTraining(RoundLoop):
         return self.weights if self.strategy.average is None else self.strategy.average
 
     def final_weights(self) -> Weights:
-        """Return those that are shared, or those of all hospitals where parts are collected."""
+        """Return those that are shared, or those of all clients where these draw."""
         if not self._collected:
             return self.shared_weights()
-        shared, members = self.shared_weights(), sorted(self._collected)
+        members = sorted(self._collected)
         return join_members(
-            [{**shared, **self._collected[client]} for client in members],
+            [self._collected[client] for client in members],
             [self.class_counts(client) for client in members],
         )
 
@@ -284,7 +284,7 @@ class FederatedTraining(RoundLoop):
 
     def train_clients(self, server_round: int, clients: list[int]) -> "TrainingReplies":
         """Let clients train, and add their weights up as they come."""
-        kept = self.clients_to_keep(server_round, clients)
+        to_keep, collects = self.clients_to_keep(server_round, clients), self.collects(server_round)
         rng = numpy_generator(self.config.seed, Stream.WIRE, server_round)
         travelling = self.strategy.broadcast(
             self.weights, len(clients), self._nodes.number_known, rng=rng
@@ -328,11 +328,13 @@ class FederatedTraining(RoundLoop):
             replies.records += attack_records(
                 server_round, attacks_of(attacked, client, is_local=True)
             )
-            if client in kept:
+            if client in to_keep:
                 own = self._layout.unpack(trained.weights)
                 self.directory.save_local_model(server_round, client, self.model.shared(own))
-            if Key.LOCAL in trained.beside:
-                self._collected[client] = self._kept.unpack(trained.beside.pop(Key.LOCAL))
+            if collects:
+                kept = trained.beside.pop(Key.LOCAL, np.zeros(0, np.float32))
+                own = self._layout.unpack(trained.weights)
+                self._collected[client] = {**own, **self._kept.unpack(kept)}
             self.strategy.add(client, trained.weights, trained.num_images, trained.beside)
             traffic += trained.num_bytes
         replies.records.append(Record(server_round, "weight_bytes", traffic))
@@ -358,7 +360,7 @@ class FederatedTraining(RoundLoop):
         """
         expected, wire = self.strategy.expected, self.strategy.wire
         collects = self.collects(server_round)
-        if collects:
+        if collects and self._kept.size > 0:
             expected[Key.LOCAL] = self._kept.size
         audited = self.evaluation.is_audit_due(server_round) and self.config.tells_of_clients
         names = self.attack_names if audited else []
@@ -380,7 +382,7 @@ class FederatedTraining(RoundLoop):
             MessageType.TRAIN,
             travelling,
             partial(read, wire=wire if wire.is_lossy else None),
-            entries={Key.AUDIT: audited, Key.LOCAL: collects},
+            entries={Key.AUDIT: audited, Key.LOCAL: Key.LOCAL in expected},
             beside=self.strategy.beside(),
         )
         if self._parts is None:
@@ -390,8 +392,9 @@ class FederatedTraining(RoundLoop):
         return question, {client: partial(read, wire=each) for client, each in wires.items()}
 
     def collects(self, server_round: int) -> bool:
-        """Whether clients are to send what they keep, so that images can be drawn."""
-        return self.config.federation.collect_local and self.evaluation.is_due(server_round)
+        """Whether images are to be drawn by what each client has trained."""
+        by_clients = self.config.federation.drawn_by == "clients"
+        return by_clients and self.evaluation.is_due(server_round)
 
     def deal_parts(self, server_round: int, clients: list[int]) -> dict[int, list[str]]:
         """Choose which parts each client sends, and have each reduced over those that send it.

@@ -253,7 +253,7 @@ class FederationConfig(Section):
     wire_dtype: Literal["float32", "float16", "int8", "int4"]
     error_feedback: bool
     local: list[str]
-    collect_local: bool
+    drawn_by: Literal["global", "clients"]
     sharing: Literal["whole", "usplit"]
     ema_decay: float | None = Field(gt=0, lt=1, description="in (0, 1), or null for off")
     keep_checkpoints: PositiveInt
@@ -613,21 +613,8 @@ class Config(Section):
 
     def _check_sharing(self) -> None:
         federation = self.federation
-        hidden = federation.secure_aggregation or self.privacy.unit != ""
-        require(
-            not federation.collect_local or (bool(federation.local) and not hidden),
-            "federation.collect_local",
-            "false without federation.local, and with federation.secure_aggregation=true or "
-            "privacy, which parts that are sent by themselves would have nothing of",
-            federation.collect_local,
-        )
-        sampled = federation.clients_per_round
-        require(
-            not federation.collect_local or sampled is None,
-            "federation.clients_per_round",
-            "null with federation.collect_local=true: each hospital's model draws its own classes",
-            sampled,
-        )
+        if federation.drawn_by == "clients":
+            self._check_drawn_by_clients()
         if federation.sharing == "whole":
             return
         why = "with federation.sharing=usplit, where half of the clients send a part"
@@ -655,6 +642,7 @@ class Config(Section):
             f"none {why}: its noise is of sums of all clients",
             self.privacy.mechanism,
         )
+        sampled = federation.clients_per_round
         clients = sampled or federation.num_supernodes
         require(
             clients >= 2,
@@ -662,6 +650,29 @@ class Config(Section):
             f"at least 2 {why}",
             clients,
         )
+
+    def _check_drawn_by_clients(self) -> None:
+        why = "with federation.drawn_by=clients, where each hospital's own model draws"
+        federation = self.federation
+        require(
+            not federation.secure_aggregation and not self.privacy.unit,
+            "federation.drawn_by",
+            "global with federation.secure_aggregation=true or privacy: the model of a single "
+            "hospital would have neither a mask nor noise",
+            federation.drawn_by,
+        )
+        for name, usual, because in (
+            ("clients_per_round", None, "its own classes, so that all must train"),
+            ("sharing", "whole", "and sends all of it"),
+            ("ema_decay", None, "and no average"),
+        ):
+            value = getattr(federation, name)
+            require(
+                value == usual,
+                f"federation.{name}",
+                f"{'null' if usual is None else usual} {why} {because}",
+                value,
+            )
 
     def _check_private(self) -> None:
         asked = f"with privacy.mechanism={self.privacy.mechanism}"

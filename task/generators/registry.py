@@ -119,14 +119,15 @@ def check_drawn(generator: Generator, config: Config) -> None:
             asked[name] == off,
             name,
             f"{off} with federation.local={config.federation.local}, from which images are drawn "
-            "(federation.collect_local=true has the hospitals send these parts)",
+            "(with federation.drawn_by=clients the hospitals send these parts)",
             asked[name],
         )
 
 
 def can_draw(generator: Generator, config: Config) -> bool:
     """Whether the server of a run has what images are drawn from."""
-    return config.model.draws and (generator.draws_by_itself or config.federation.collect_local)
+    drawn_by_clients = config.federation.drawn_by == "clients"
+    return config.model.draws and (generator.draws_by_itself or drawn_by_clients)
 
 
 def keep_local(generator: Generator, parts: Sequence[str]) -> None:

@@ -562,9 +562,9 @@ def check_node(config: Config, node: NodeConfig) -> ImageCounts:
     check_extractor(config, node)
     check_training(config)
     require(
-        node.report_class_counts or not config.federation.collect_local,
+        node.report_class_counts or config.federation.drawn_by == "global",
         NodeKey.REPORT_CLASS_COUNTS.value,
-        "true in --node-config for a run with federation.collect_local=true, whose images each "
+        "true in --node-config for a run with federation.drawn_by=clients, whose images each "
         "hospital's model draws by the classes that it has",
         node.report_class_counts,
     )

@@ -203,7 +203,7 @@ def _what_travelled(run: Run) -> str:
     kept = ", ".join(generator.kept_parts)
     told = (
         "and were sent after evaluated rounds, so that all models together draw the images"
-        if federation.collect_local
+        if federation.drawn_by == "clients"
         else "and were never sent"
     )
     return (

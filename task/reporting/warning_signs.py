@@ -522,8 +522,8 @@ def _why_not_audited(run: Run) -> str:
 
 def _why_not_attacked(run: Run) -> str:
     """Say why an audit made no attack."""
-    local, collected = run.config.federation.local, run.config.federation.collect_local
-    if run.setting != "centralized" and local and not collected:
+    local, drawn_by = run.config.federation.local, run.config.federation.drawn_by
+    if run.setting != "centralized" and local and drawn_by == "global":
         return f"federation.local={local}: attacks would look through what stays at the clients."
     if run.setting == "real nodes":
         return "No hospital attacked: they decline (audit=false), or hold too few images out."

@@ -599,7 +599,7 @@ def trained_model(run: Path, config: Config, client: int | None = None) -> tuple
         not lacking or not config.model.draws,
         str(file),
         "whole weights: the parts that federation.local names have stayed at the hospitals, whose "
-        "own models draw with them (federation.collect_local=true collects them in a new run)",
+        "own models draw with them (in a new run federation.drawn_by=clients collects them)",
         f"none of {', '.join(lacking)}",
     )
     return model, int(metadata["round"])

@@ -196,7 +196,7 @@ def test_diffusion_presets_fit_on_top_of_demo(option: str, expected: tuple[objec
         ("small_batches", {"train.client_batch_fraction": 0.25}),
         ("large_steps", {"train.client_lr_factor": 3}),
         ("usplit", {"federation.sharing": "usplit"}),
-        ("ulatdec", {"federation.local": ["down"], "federation.collect_local": True}),
+        ("ulatdec", {"federation.local": ["down"], "federation.drawn_by": "clients"}),
         ("pretrained", {"train.start_from": "runs/public"}),
     ],
 )
@@ -453,12 +453,20 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
             ["train.optimizer_state", "new with privacy.noise=distributed", "'kept'"],
         ),
         (
-            "federation.collect_local=true",
-            ["federation.collect_local", "false without federation.local", "True"],
+            "federation.drawn_by=clients federation.secure_aggregation=true",
+            ["federation.drawn_by", "global with", "neither a mask nor noise", "'clients'"],
         ),
         (
-            "federation.local=[down] federation.collect_local=true federation.clients_per_round=2",
-            ["federation.clients_per_round", "null", "collect_local=true", "2"],
+            "federation.drawn_by=clients federation.clients_per_round=2",
+            ["federation.clients_per_round", "null with", "drawn_by=clients", "2"],
+        ),
+        (
+            "federation.drawn_by=clients federation.ema_decay=0.5",
+            ["federation.ema_decay", "null with", "no average", "0.5"],
+        ),
+        (
+            "federation.drawn_by=clients federation.sharing=usplit",
+            ["federation.sharing", "whole with", "all of it", "'usplit'"],
         ),
         (
             "federation.sharing=usplit federation.secure_aggregation=true",

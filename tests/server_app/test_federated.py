@@ -482,8 +482,8 @@ def test_parts_that_stay_are_collected_to_draw_and_resume_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {
-        "overrides": "federation.local=[down,middle] federation.collect_local=true",
-        "federation.ema_decay": 0.5,
+        "overrides": "federation.local=[down,middle] federation.drawn_by=clients",
+        "federation.keep_local_models": "[1]",
     }
     whole = play(configured(tmp_path, {**changes, "run_name": "whole"}))
     run_config = configured(tmp_path, {**changes, "run_name": "resumed"})
@@ -536,7 +536,7 @@ def test_parts_that_stay_uncollected_leave_nothing_to_draw(tmp_path: Path) -> No
 def test_hospitals_send_what_they_keep_only_where_they_tell_their_class_counts(
     tmp_path: Path,
 ) -> None:
-    words = "federation.local=[down,middle,up] federation.collect_local=true"
+    words = "federation.local=[down,middle,up] federation.drawn_by=clients"
     changes: RunConfig = {
         "overrides": f"data=mnist data.test_fraction=null {words}",
         **{"federation.node_wait": 1.0, "federation.rounds": 1, "audit.at_end": False},
