@@ -155,7 +155,7 @@ def train(message: Message, context: Context) -> Message:
         beside = {name: result.tensors[name].numpy() for name in algorithm.sent}
         arrays = {str(Key.PACKED): packed, **beside}
         if asked.get(Key.LOCAL) and config.federation.drawn_by == "clients":
-            arrays[str(Key.LOCAL)] = workspace.kept.pack(generator.state_dict())
+            arrays[str(Key.LOCAL)] = workspace.personal.pack(generator.state_dict())
         records[Key.ARRAYS] = ArrayRecord({name: npy_array(a) for name, a in arrays.items()})
     if asked.get(Key.AUDIT) and tells_audit(workspace):
         client = int(asked[Key.CLIENT])  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ class Workspace:
         num_processes: that train together.
         generator: its weights are replaced with every message.
         layout: of the packed weights.
-        kept: of the parts that `federation.local` keeps here.
+        personal: of the parts that `federation.local` keeps here.
         dataset: every image that this machine holds.
         node: what a real node was started with; None in a simulation.
         partition: how a simulation deals the images out; None on a real node, whose images are
@@ -62,7 +62,7 @@ class Workspace:
     num_processes: int
     generator: Generator
     layout: WeightLayout
-    kept: WeightLayout
+    personal: WeightLayout
     dataset: Dataset
     node: NodeConfig | None
     partition: Partition | None
@@ -140,7 +140,7 @@ def _build_workspace(
         ),
         generator=generator,
         layout=WeightLayout.of(generator, generator.local | generator.frozen),
-        kept=WeightLayout.only(generator, generator.beginnings(generator.kept_parts)),
+        personal=WeightLayout.only(generator, generator.beginnings(generator.kept_parts)),
         dataset=dataset,
         node=node,
         partition=None

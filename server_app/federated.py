@@ -1,5 +1,6 @@
 """The rounds of a federated run: who trains, what is asked of them, what comes back."""
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
@@ -37,7 +39,7 @@ from task.config import package_of
 from task.data import ImageSet
 from task.data.partition import partition_dataset
 from task.evaluation.hospital_scores import HospitalScores
-from task.generators.ensemble import join_members
+from task.generators.ensemble import CLASS_COUNTS, join_members
 from task.protocol.partial import PartLayout, deal_parts, senders
 from task.protocol.wire import Key, WeightLayout, Weights
 from task.protocol.wire_format import WireFormat, float_dtype
@@ -109,7 +111,7 @@ class FederatedTraining(RoundLoop):
         splits = federation.sharing == "usplit"
         self._parts = PartLayout(self._layout, self.model) if splits else None
         # What stays at clients, and their whole weights of the last round where these draw.
-        self._kept = WeightLayout.only(self.model, self.model.beginnings(federation.local))
+        self._personal = WeightLayout.only(self.model, self.model.beginnings(self.model.kept_parts))
         self._collected: dict[int, Weights] = {}
         # Clients that were left out of earlier attempts at the round.
         self._failed: set[int] = set()
@@ -171,23 +173,40 @@ class FederatedTraining(RoundLoop):
         return self.weights if self.strategy.average is None else self.strategy.average
 
     def final_weights(self) -> Weights:
-        """Return those that are shared, or those of all clients where these draw."""
-        if not self._collected:
+        """Return those that are shared, or those of all clients where these draw.
+
+        Raises:
+            ValueError: the clients' were not kept, as the round was not to be evaluated.
+        """
+        if self.config.federation.drawn_by == "global":
             return self.shared_weights()
-        members = sorted(self._collected)
-        return join_members(
-            [self._collected[client] for client in members],
-            [self.class_counts(client) for client in members],
-        )
+        if not self._collected:
+            raise ValueError(
+                f"federation.rounds, eval and audit must be as they were before round "
+                f"{self.directory.last_round}, or federation.rounds larger: the clients' weights, "
+                "which draw with federation.drawn_by=clients, were not kept in it"
+            )
+        members = [self._collected[client] for client in sorted(self._collected)]
+        counts = self.believed_counts([each[CLASS_COUNTS].tolist() for each in members])
+        weights = [{n: t for n, t in each.items() if n != CLASS_COUNTS} for each in members]
+        return join_members(weights, counts)
 
     def class_counts(self, client: int) -> list[int]:
-        """Return how many training images of each class a client has."""
+        """Return how many training images of each class a client has, as far as is known."""
         num_classes = len(self.config.data.classes)
         if self.dataset is not None:
             own = self.dataset.train.labels[self.shares[client][0]]
             return [int(count) for count in own.bincount(minlength=num_classes)]
-        said = self._nodes.introduced[client].class_counts
-        return said or [0] * num_classes
+        return self._nodes.introduced[client].class_counts or [0] * num_classes
+
+    def believed_counts(self, counts: list[list[int]]) -> list[list[int]]:
+        """Hold clients that claim too many images to their share, as in the mean of weights."""
+        totals = [sum(each) for each in counts]
+        weights = self._weighting.weights(totals) if self._weighting.by_images else totals
+        return [
+            [math.ceil(count * weight / max(1, total)) for count in each]
+            for each, weight, total in zip(counts, weights, totals, strict=True)
+        ]
 
     def gather_nodes(self, *, patience: float) -> list[int]:
         """Wait for enough nodes and return the numbers of all that are there.
@@ -273,6 +292,11 @@ class FederatedTraining(RoundLoop):
         self.phases.enter("aggregating")
         self.weights = self.strategy.finish(self.private_draws(server_round))
         self.directory.record(told)
+        if self._collected and left_out:
+            log(
+                f"round {server_round}: images are drawn without the models of clients "
+                f"{' '.join(map(str, sorted(left_out)))}, which were left out"
+            )
         found = f"train loss {self._weighting.describe(losses)}" if losses else "no loss told"
         return f"{found}, {len(replies.counts)} of {len(clients)} clients"
 
@@ -328,13 +352,16 @@ class FederatedTraining(RoundLoop):
             replies.records += attack_records(
                 server_round, attacks_of(attacked, client, is_local=True)
             )
-            if client in to_keep:
+            if client in to_keep or collects:
                 own = self._layout.unpack(trained.weights)
-                self.directory.save_local_model(server_round, client, self.model.shared(own))
-            if collects:
-                kept = trained.beside.pop(Key.LOCAL, np.zeros(0, np.float32))
-                own = self._layout.unpack(trained.weights)
-                self._collected[client] = {**own, **self._kept.unpack(kept)}
+                if Key.LOCAL in trained.beside:
+                    own |= self._personal.unpack(trained.beside.pop(Key.LOCAL))
+                if client in to_keep:
+                    kept = own if collects else self.model.shared(own)
+                    self.directory.save_local_model(server_round, client, kept)
+                if collects:
+                    counts = torch.tensor(self.class_counts(client))
+                    self._collected[client] = own | {CLASS_COUNTS: counts}
             self.strategy.add(client, trained.weights, trained.num_images, trained.beside)
             traffic += trained.num_bytes
         replies.records.append(Record(server_round, "weight_bytes", traffic))
@@ -360,8 +387,8 @@ class FederatedTraining(RoundLoop):
         """
         expected, wire = self.strategy.expected, self.strategy.wire
         collects = self.collects(server_round)
-        if collects and self._kept.size > 0:
-            expected[Key.LOCAL] = self._kept.size
+        if collects and self._personal.size > 0:
+            expected[Key.LOCAL] = self._personal.size
         audited = self.evaluation.is_audit_due(server_round) and self.config.tells_of_clients
         names = self.attack_names if audited else []
 
@@ -524,7 +551,7 @@ class FederatedTraining(RoundLoop):
 
     def attacked_clients(self) -> list[int]:
         """List the clients that are attacked, of real nodes each by itself; see `attack`."""
-        if self.config.federation.local and not self._collected:
+        if self.model.kept_parts and not self._collected:
             return []
         return super().attacked_clients() if self.simulated else [*self._nodes.node_ids]
 
@@ -534,7 +561,7 @@ class FederatedTraining(RoundLoop):
         Not where parts that attacks look through stay at the clients: what the server has of these
         was never trained.
         """
-        if self.config.federation.local and not self._collected:
+        if self.model.kept_parts and not self._collected:
             return []
         if self.simulated:
             return super().attack(server_round)

@@ -86,5 +86,5 @@ def fitting_epochs(config: Config, num_images: int, shares: int) -> int:
     if train.steps_per_round is None:
         return train.local_epochs
     steps = train.steps_per_round / min(shares, SHARED_BY)
-    images_per_step = train.trained_batch_size * train.accumulation
+    images_per_step = train.batch_size * train.accumulation
     return max(1, round(steps / math.ceil(num_images / shares / images_per_step)))

@@ -619,10 +619,22 @@ class Config(Section):
             return
         why = "with federation.sharing=usplit, where half of the clients send a part"
         require(
-            federation.aggregation == "fedavg" and not federation.secure_aggregation,
+            federation.aggregation == "fedavg",
             "federation.aggregation",
-            f"fedavg, without federation.secure_aggregation, {why}",
+            f"fedavg {why}",
             federation.aggregation,
+        )
+        require(
+            not federation.secure_aggregation,
+            "federation.secure_aggregation",
+            f"false {why}: of a part that two hospitals send, each would know the other's",
+            federation.secure_aggregation,
+        )
+        require(
+            not federation.keep_local_models,
+            "federation.keep_local_models",
+            f"[] {why}: no client's whole model is known",
+            federation.keep_local_models,
         )
         require(
             not federation.error_feedback,
@@ -661,6 +673,12 @@ class Config(Section):
             "hospital would have neither a mask nor noise",
             federation.drawn_by,
         )
+        require(
+            self.model.draws,
+            "federation.drawn_by",
+            f"global with model.family={self.model.family}, which draws no images",
+            federation.drawn_by,
+        )
         for name, usual, because in (
             ("clients_per_round", None, "its own classes, so that all must train"),
             ("sharing", "whole", "and sends all of it"),
@@ -687,6 +705,12 @@ class Config(Section):
             "train.num_processes",
             f"1 {asked}, which trains in one process",
             self.train.num_processes,
+        )
+        require(
+            self.train.client_batch_fraction == 1,
+            "train.client_batch_fraction",
+            f"1 {asked}, whose steps are of privacy.sampling_rate",
+            self.train.client_batch_fraction,
         )
         require(
             self.federation.wire_dtype in ("float32", "float16"),
@@ -733,7 +757,10 @@ class Config(Section):
             f"fedavg {why}, where the server takes the steps of the model's own optimizer",
             self.strategy.name,
         )
-        for name, usual in (("lr_schedule", "constant"), ("warmup_rounds", 0)):
+        for name, usual in (
+            *(("lr_schedule", "constant"), ("warmup_rounds", 0)),
+            ("client_lr_factor", 1),
+        ):
             value = getattr(self.train, name)
             require(
                 value == usual,

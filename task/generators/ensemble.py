@@ -159,8 +159,7 @@ def join_members(
     """
     require(0 < len(members) == len(class_counts), "members", "one or more", len(members))
     joined = {
-        # Of its own memory each, as a file holds them.
-        f"{MEMBER}{number}.{name}": tensor.clone()
+        f"{MEMBER}{number}.{name}": tensor
         for number, weights in enumerate(members)
         for name, tensor in weights.items()
     }

@@ -111,14 +111,31 @@ def check_drawn(generator: Generator, config: Config) -> None:
     Raises:
         ValueError: the parts that images are drawn from stay at the clients.
     """
-    if can_draw(generator, config) or not config.model.draws:
+    if not config.model.draws:
         return
+    local, federation = config.federation.local, config.federation
+    unused = [part for part in generator.kept_parts if part in generator.undrawn]
+    require(
+        not unused or federation.drawn_by == "global",
+        "federation.local",
+        "of parts that images are drawn from with federation.drawn_by=clients, for which they are "
+        f"sent ({', '.join(p for p in generator.parts if p not in generator.undrawn)})",
+        local,
+    )
+    if can_draw(generator, config):
+        return
+    require(
+        not federation.keep_local_models,
+        "federation.keep_local_models",
+        f"[] with federation.local={local}, which clients do not send",
+        federation.keep_local_models,
+    )
     asked = flat_values(config)
     for name, off in MEASURING_OFF.items():
         require(
             asked[name] == off,
             name,
-            f"{off} with federation.local={config.federation.local}, from which images are drawn "
+            f"{off} with federation.local={local}, from which images are drawn "
             "(with federation.drawn_by=clients the hospitals send these parts)",
             asked[name],
         )

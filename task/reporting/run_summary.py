@@ -190,7 +190,12 @@ def _generator(run: Run) -> str:
 def _what_travelled(run: Run) -> str:
     """Say which parts of the weights were sent, and how."""
     generator, federation = run.generator, run.config.federation
-    state = {n: t.numel() for n, t in generator.state_dict().items() if t.is_floating_point()}
+    frozen = tuple(generator.frozen)
+    state = {
+        name: tensor.numel()
+        for name, tensor in generator.state_dict().items()
+        if tensor.is_floating_point() and not name.startswith(frozen)
+    }
     sent = sum(numel for name, numel in state.items() if not generator.stays(name))
     how = f"in every round, as {federation.wire_dtype}"
     parts = [part for part in generator.parts if part not in generator.kept_parts]
@@ -198,8 +203,14 @@ def _what_travelled(run: Run) -> str:
         how += f"; of two clients one sent {parts[0]} back and the other {parts[-1]}"
         between = ", ".join(parts[1:-1])
         how += f", and by chance one of them {between}" * bool(between)
+    beside = [
+        *["gradients of clients and of all"] * (run.config.strategy.name == "scaffold"),
+        *["moments of optimizers"] * (run.config.train.optimizer_state == "averaged"),
+    ]
+    how += f"; beside them {' and '.join(beside)}, as float32" * bool(beside)
     if not generator.kept_parts:
-        return f"All weights travelled {how}."
+        trained = " but those that nobody trains" * bool(frozen)
+        return f"All weights{trained} travelled {how}."
     kept = ", ".join(generator.kept_parts)
     told = (
         "and were sent after evaluated rounds, so that all models together draw the images"

@@ -136,6 +136,7 @@ def describe_divergence(config: Config, run: Path, divergence: Record) -> str:
         f"{DIVERGED} in round {divergence.round} ({divergence.context['reason']}); {saved}; "
         "resume=true would repeat the same: start a new run with a smaller learning rate than "
         f"train.lr={lr:g}, such as train.lr={lr / 10:g}"
+        f"{' or train.client_lr_factor=1' if config.train.client_lr_factor > 1 else ''}"
         f"{harmful if config.train.mode == 'federated' else ''}"
     )
 

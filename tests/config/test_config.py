@@ -457,6 +457,22 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
             ["federation.drawn_by", "global with", "neither a mask nor noise", "'clients'"],
         ),
         (
+            "model=classifier federation.drawn_by=clients",
+            ["federation.drawn_by", "global with model.family=classifier", "no images"],
+        ),
+        (
+            "privacy=dp_sgd model=vae train.client_batch_fraction=0.5",
+            ["train.client_batch_fraction", "1 with", "sampling_rate", "0.5"],
+        ),
+        (
+            "experiment=private train.client_lr_factor=2",
+            ["train.client_lr_factor", "1 with privacy.noise=distributed", "2"],
+        ),
+        (
+            "federation.sharing=usplit federation.keep_local_models=[0]",
+            ["federation.keep_local_models", "[] with", "usplit"],
+        ),
+        (
             "federation.drawn_by=clients federation.clients_per_round=2",
             ["federation.clients_per_round", "null with", "drawn_by=clients", "2"],
         ),
@@ -470,7 +486,7 @@ def test_groups_win_over_the_preset_in_either_order(option: str) -> None:
         ),
         (
             "federation.sharing=usplit federation.secure_aggregation=true",
-            ["federation.aggregation", "without federation.secure_aggregation", "usplit"],
+            ["federation.secure_aggregation", "false with", "usplit", "each would know"],
         ),
         (
             "federation.sharing=usplit strategy=scaffold",

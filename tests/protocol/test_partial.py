@@ -21,10 +21,10 @@ PARTS = PartLayout(LAYOUT, GENERATOR)
 def test_parts_of_the_papers_network_are_as_large_as_it_says() -> None:
     generator = weightless_generator(load_config(["model=feddm", "data=cifar10"]))
     masks = PartLayout(layout := WeightLayout.of(generator), generator).masks
-    assert [*masks] == ["down", "middle", "up", REST]
+    assert [*masks] == ["down", "middle", "up"]  # which is all
     assert sum(masks.values()).tolist() == [1] * layout.size  # type: ignore[union-attr]
     shares = [round(100 * mask.sum() / layout.size) for mask in masks.values()]
-    assert shares == [12, 72, 16, 0]
+    assert shares == [12, 72, 16]
 
 
 @pytest.mark.parametrize("model", ["attention_unet", "vae", "stylegan2_ada_tiny", "resnet_gan"])
@@ -68,7 +68,7 @@ def test_what_is_not_sent_counts_as_it_was_sent(dtype: str) -> None:
     rng = np.random.default_rng(1)
     sent, own = rng.normal(size=(2, LAYOUT.size)).astype(np.float32)
     wire = PARTS.wire(["up"], dtype)
-    mask = PARTS.masks["up"] | PARTS.masks[REST]
+    mask = PARTS.masks["up"]
     encoded = wire.encode_local(own, sent, rng)
     found = wire.decode_local(encoded, sent)
     assert np.array_equal(found[~mask], sent[~mask])
@@ -92,7 +92,7 @@ def test_each_part_is_averaged_over_those_that_sent_it() -> None:
         travelled = wire.encode_local(own, sent, np.random.default_rng(0))
         strategy.add(client, wire.decode_local(travelled, sent), images)
     found = LAYOUT.pack(strategy.finish())
-    expected = {"down": (30 * 1 + 10 * 2) / 40, "middle": 2, "up": 3, REST: (30 + 20 + 180) / 100}
+    expected = {"down": (30 * 1 + 10 * 2) / 40, "middle": 2, "up": 3}
     for part, mask in PARTS.masks.items():
         assert found[mask] == pytest.approx(expected[part]), part
     # Of a part that nobody sent, nothing changes.

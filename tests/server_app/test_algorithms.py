@@ -1,6 +1,7 @@
 """Both halves of the strategies together, on losses whose optimum is known."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from server_app.weighting import Weighting
 from task.config import Config, load_config
 from task.generators.base import Batch
 from task.protocol.wire import WeightLayout
-from task.training.algorithms.moments import CarriedMoments, averaged_beside
+from task.training.algorithms.moments import STEP_UNIT, CarriedMoments, averaged_beside
+from task.training.algorithms.names import MOMENTS, OWN_MOMENTS
 from task.training.algorithms.parameters import trained_parameters
 from task.training.algorithms.registry import client_algorithm
 from task.training.loop import fit, fit_options
+from task.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from task.training.private import SeededDraws
 from tests.training.generators import Known
 
@@ -215,22 +218,90 @@ def test_optimizer_of_one_client_goes_on_as_without_a_federation(state: str) -> 
 
 def test_moments_are_averaged_by_images_and_of_squares_their_roots() -> None:
     federation = Federation("train.optimizer_state=averaged", steps=1, kind=WithAdam)
-    assert federation.strategy.expected == {"moments": 3} and federation.strategy.beside() == {}
+    assert federation.strategy.expected == {MOMENTS: 3} and federation.strategy.beside() == {}
     federation.play()
     # Gradients at 1 of the two clients, which have 3 images and 1.
     gradients, shares = np.array([1.0, 0.1 * -3]), np.array([0.75, 0.25])
     mean, root = 0.1 * shares @ gradients, np.sqrt(0.001) * shares @ np.abs(gradients)
     (found,) = federation.strategy.beside().values()
-    assert found.tolist() == pytest.approx([mean, root, 1], rel=1e-5)
+    expected = [1 / STEP_UNIT, mean, root]
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
     # A client takes them up whole, and is refused those of another model.
     model, moments = WithAdam(), CarriedMoments()
-    optimizers = model.optimizers(0.5)
-    moments.start(model, optimizers, {"moments": torch.from_numpy(found)})
-    assert moments.finish()["moments"].tolist() == pytest.approx([mean, root, 1], rel=1e-5)
+    moments.start(model, model.optimizers(0.5), {MOMENTS: torch.from_numpy(found)})
+    assert moments.finish()[MOMENTS].tolist() == pytest.approx(expected, rel=1e-5)
     assert model.weight.item() == 1
-    for wrong in (torch.zeros(2), torch.zeros(4)):
+    for wrong in (torch.ones(2), torch.ones(4)):
         with pytest.raises(RuntimeError):
-            moments.start(model, model.optimizers(0.5), {"moments": wrong})
+            moments.start(model, model.optimizers(0.5), {MOMENTS: wrong})
+    with pytest.raises(ValueError, match=r"^train\.optimizer_state must be new .* 'SGD'"):
+        moments.start(Known(), Known().optimizers(0.5), {})
+
+
+def test_moments_of_steps_that_cannot_be_are_left_out() -> None:
+    model, moments = WithAdam(), CarriedMoments()
+    for steps in (0.0, -1.0):
+        optimizers = model.optimizers(0.5)
+        moments.start(model, optimizers, {MOMENTS: torch.tensor([steps, 0.1, 0.1])})
+        assert not optimizers["sgd"].state  # it begins anew
+    assert moments.finish()[MOMENTS].tolist() == [0, 0, 0]
+    # A million steps are no larger than weights.
+    moments.start(model, model.optimizers(0.5), {MOMENTS: torch.tensor([1e6 / STEP_UNIT, 0, 0])})
+    assert 0 < moments.finish()[MOMENTS][0] < 16
+
+
+class Personal(Known):
+    """Three weights: one that travels, one that stays, and one whose whole optimizer stays."""
+
+    local = frozenset({"own", "latent"})
+    local_optimizers = frozenset({"latents"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.latent = (nn.Parameter(torch.tensor([2.0, 3.0])) for _ in range(2))
+
+    def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
+        return {
+            "adam": torch.optim.Adam([self.weight, self.own], lr=lr, fused=True),
+            "latents": torch.optim.Adam([self.latent], lr=lr),
+        }
+
+    def losses(self, batch: Batch, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        ones = torch.ones(len(batch))
+        yield "adam", ones * (self.weight**2 + self.own.square().sum())
+        yield "latents", ones * self.latent.square().sum()
+
+
+def test_moments_of_what_stays_are_apart_and_no_step_is_taken_to_load_them() -> None:
+    def steps(model: Personal, optimizers: Any, number: int) -> None:
+        for _ in range(number):
+            for name, losses in model.losses(Batch(*[torch.zeros(2)] * 3), torch.Generator()):
+                model.zero_grad()
+                losses.mean().backward()  # type: ignore[no-untyped-call]
+                optimizers[name].step()
+
+    whole, model = Personal(), Personal()
+    continuing, optimizers = whole.optimizers(0.1), model.optimizers(0.1)
+    steps(whole, continuing, 6)
+    moments = CarriedMoments()
+    moments.start(model, optimizers, {})
+    steps(model, optimizers, 3)
+    left = moments.finish()
+    assert {name: each.numel() for name, each in left.items()} == {MOMENTS: 3, OWN_MOMENTS: 5}
+    new = model.optimizers(0.1)
+    # As `LocalState` does, before the callbacks start.
+    load_optimizer_tensors(new["latents"], optimizer_tensors(optimizers["latents"]))
+    moments.start(model, new, left)
+    steps(model, new, 3)
+    for name, each in model.named_parameters():
+        torch.testing.assert_close(each, whole.get_parameter(name), rtol=1e-5, atol=1e-6)
+    assert new["latents"].state[model.latent]["step"] == 6
+    words = "federation.local=[up]", "train.optimizer_state="
+    kept, averaged = (
+        client_algorithm(load_config([words[0], words[1] + n])) for n in ("kept", "averaged")
+    )
+    assert (kept.sent, kept.kept) == ((), (MOMENTS, OWN_MOMENTS))
+    assert (averaged.sent, averaged.kept) == ((MOMENTS,), (OWN_MOMENTS,))
 
 
 def test_feddyn_of_one_client_takes_the_steps_of_its_paper() -> None:

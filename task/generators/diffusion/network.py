@@ -77,7 +77,11 @@ class UNet(nn.Module):
 
     # Of `Generator.parts`.
     parts = MappingProxyType(
-        {"down": ("class_embedding.", "down."), "middle": ("bottom.",), "up": ("up.",)}
+        {
+            "down": ("log_snr_embedding.", "class_embedding.", "down."),
+            "middle": ("bottom.",),
+            "up": ("up.",),
+        }
     )
 
     def __init__(

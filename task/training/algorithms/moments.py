@@ -3,25 +3,28 @@
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
+from task.checks import require
 from task.config import Config
 from task.generators.base import Generator
-from task.training.algorithms.names import MOMENTS
+from task.training.algorithms.names import MOMENTS, OWN_MOMENTS
 from task.training.algorithms.parameters import parameters_of, trained_parameters
 from task.training.loop import Callback, Optimizers
+from task.training.optimizer_state import load_optimizer_tensors, optimizer_tensors
 
-# What optimizers end the names of means of squares with.
-SQUARED = "_sq"
+# Of steps, so that those of a long run are no larger than weights may be.
+STEP_UNIT = 2.0**16
 
 
 class CarriedMoments(Callback):
     """Begins with the moments that a round before has left, and leaves those after this one.
 
-    They are those of the parameters that travel, flat. Of a mean of squares it is the root, which
-    is of the size of a gradient: a mean over clients in fixed point keeps its digits. Without any
-    moments the optimizers begin anew.
+    There are those of the parameters that travel, and those of the parameters that stay, each flat:
+    of every parameter its steps in `STEP_UNIT`, the mean gradient, and the root of the mean square.
+    The root is of the size of a gradient, so that a mean over clients in fixed point keeps its
+    digits. A parameter that has taken no step begins anew.
     """
 
     def start(
@@ -31,57 +34,71 @@ class CarriedMoments(Callback):
 
         Raises:
             RuntimeError: they are of another model.
+            ValueError: an optimizer is no Adam.
         """
-        self._parameters, self._optimizers = trained_parameters(generator, optimizers), optimizers
-        if MOMENTS in received:
-            self._load(received[MOMENTS])
+        self._places = {
+            MOMENTS: [*_places(generator, optimizers, staying=False)],
+            OWN_MOMENTS: [*_places(generator, optimizers, staying=True)],
+        }
+        for name in self._places.keys() & received.keys():
+            self._load(self._places[name], received[name])
 
     @torch.no_grad()
     def finish(self) -> Mapping[str, Tensor]:
         """Return the moments."""
-        pieces = [torch.zeros(0)]
-        for optimizer, parameter, names in self._moved():
-            for name in names:
-                value = optimizer.state[parameter].get(name)
-                if value is None:  # it has taken no step
-                    value = torch.zeros(() if name == "step" else parameter.shape)
-                value = value.sqrt() if name.endswith(SQUARED) else value
-                pieces.append(value.detach().float().reshape(-1).cpu())
-        return {MOMENTS: torch.cat(pieces)}
+        return {name: self._joined(places) for name, places in self._places.items()}
 
-    def _moved(self) -> Iterator[tuple[Optimizer, nn.Parameter, list[str]]]:
-        """Yield what each optimizer moves of what travels, and what it gathers of it."""
-        travels = {id(each) for each in self._parameters.values()}
-        for optimizer in self._optimizers.values():
-            gathered = optimizer.state.values()
-            tensors = {n for each in gathered for n, v in each.items() if isinstance(v, Tensor)}
-            for parameter in parameters_of(optimizer):
-                if id(parameter) in travels:
-                    yield optimizer, parameter, sorted(tensors)
+    def _joined(self, places: list[tuple[Optimizer, int]]) -> Tensor:
+        pieces = [torch.zeros(0)]
+        for optimizer, number in places:
+            parameter = parameters_of(optimizer)[number]
+            gathered = optimizer.state.get(parameter) or {
+                "step": torch.zeros(1),
+                **dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros_like(parameter)),
+            }
+            steps, squares = gathered["step"] / STEP_UNIT, gathered["exp_avg_sq"]
+            for each in (steps, gathered["exp_avg"], squares.sqrt()):
+                pieces.append(each.detach().reshape(-1).cpu())
+        return torch.cat(pieces)
 
     @torch.no_grad()
-    def _load(self, flat: Tensor) -> None:
-        _take_empty_steps(self._optimizers)
-        for optimizer, parameter, names in self._moved():
-            state = optimizer.state[parameter]
-            for name in names:
-                piece, flat = flat.tensor_split([state[name].numel()])
-                piece = piece.square() if name.endswith(SQUARED) else piece
-                state[name].copy_(piece.view(state[name].shape))
-        if flat.numel() > 0:
-            raise RuntimeError(f"{flat.numel()} moments more than the optimizers have")
+    def _load(self, places: list[tuple[Optimizer, int]], flat: Tensor) -> None:
+        sizes = [_size(*place) for place in places] or [0]
+        tensors = {optimizer: optimizer_tensors(optimizer) for optimizer, _ in places}
+        for (optimizer, number), piece in zip(places, torch.split(flat, sizes), strict=False):
+            shape = parameters_of(optimizer)[number].shape
+            steps = piece[0] * STEP_UNIT
+            if steps > 0:
+                mean, root = piece[1:].view(2, *shape)
+                found = {"step": steps, "exp_avg": mean, "exp_avg_sq": root.square()}
+                tensors[optimizer] |= {f"{number}.{name}": each for name, each in found.items()}
+        for optimizer, each in tensors.items():
+            load_optimizer_tensors(optimizer, each)
 
 
-def _take_empty_steps(optimizers: Optimizers) -> None:
-    """Let new optimizers make room for what they gather, without moving anything."""
-    for optimizer in optimizers.values():
-        kept = [(each, each.detach().clone(), each.grad) for each in parameters_of(optimizer)]
-        for parameter, _, _ in kept:
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        for parameter, value, gradient in kept:
-            parameter.data.copy_(value)  # which weight decay has moved
-            parameter.grad = gradient
+def _size(optimizer: Optimizer, number: int) -> int:
+    return 1 + 2 * parameters_of(optimizer)[number].numel()
+
+
+def _places(
+    generator: Generator, optimizers: Optimizers, *, staying: bool
+) -> Iterator[tuple[Optimizer, int]]:
+    """Yield what optimizers move of what travels, or of what stays, by its number in each.
+
+    Not those whose whole state stays anyway, see `Generator.local_optimizers`.
+    """
+    travelling = {id(each) for each in trained_parameters(generator, optimizers).values()}
+    for name, optimizer in optimizers.items():
+        require(
+            isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW),
+            "train.optimizer_state",
+            f"new with a {generator.title}, whose optimizer {name} is no Adam",
+            type(optimizer).__name__,
+        )
+        for number, parameter in enumerate(parameters_of(optimizer)):
+            travels = id(parameter) in travelling
+            if travels != staying and (travels or name not in generator.local_optimizers):
+                yield optimizer, number
 
 
 def averaged_beside(config: Config, generator: Generator, optimizers: Optimizers) -> dict[str, int]:
@@ -89,12 +106,9 @@ def averaged_beside(config: Config, generator: Generator, optimizers: Optimizers
 
     Args:
         config: of the run.
-        generator: of the run; its weights stay as they are.
-        optimizers: of it, new ones, which are of no use afterwards.
+        generator: of the run.
+        optimizers: of it.
     """
     if config.train.optimizer_state != "averaged":
         return {}
-    moments = CarriedMoments()
-    moments.start(generator, optimizers, {})
-    _take_empty_steps(optimizers)
-    return {name: tensor.numel() for name, tensor in moments.finish().items()}
+    return {MOMENTS: sum(_size(*at) for at in _places(generator, optimizers, staying=False))}

@@ -78,4 +78,5 @@ class SentParameters:
 
     def joined(self, pieces: Mapping[str, Tensor]) -> Tensor:
         """Return the flat tensor of pieces, [P] float32 on the CPU; see `split`."""
-        return torch.cat([pieces[name].detach().reshape(-1) for name in self.by_name]).cpu()
+        flat = [pieces[name].detach().reshape(-1) for name in self.by_name]
+        return torch.cat(flat).cpu() if flat else torch.zeros(0)

@@ -6,7 +6,7 @@ from task.config import Config, StrategyConfig
 from task.training.algorithms.feddyn import DynamicRegularizer
 from task.training.algorithms.fedprox import ProximalPull
 from task.training.algorithms.moments import CarriedMoments
-from task.training.algorithms.names import LINEAR_TERM, MOMENTS, OWN_CONTROL
+from task.training.algorithms.names import LINEAR_TERM, MOMENTS, OWN_CONTROL, OWN_MOMENTS
 from task.training.algorithms.scaffold import ControlVariate
 from task.training.loop import Callback
 
@@ -33,10 +33,14 @@ def client_algorithm(config: Config) -> ClientAlgorithm:
     algorithm = _of_strategy(config.strategy)
     if config.train.optimizer_state == "new":
         return algorithm
-    with_moments = replace(algorithm, callbacks=(*algorithm.callbacks, CarriedMoments()))
-    if config.train.optimizer_state == "kept":
-        return replace(with_moments, kept=(*algorithm.kept, MOMENTS))
-    return replace(with_moments, sent=(*algorithm.sent, MOMENTS))
+    averages = config.train.optimizer_state == "averaged"
+    kept = (MOMENTS,) * (not averages) + (OWN_MOMENTS,) * bool(config.federation.local)
+    return replace(
+        algorithm,
+        callbacks=(*algorithm.callbacks, CarriedMoments()),
+        sent=(*algorithm.sent, *(MOMENTS,) * averages),
+        kept=(*algorithm.kept, *kept),
+    )
 
 
 def _of_strategy(strategy: StrategyConfig) -> ClientAlgorithm:
