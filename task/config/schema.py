@@ -679,8 +679,14 @@ class Config(Section):
             f"global with model.family={self.model.family}, which draws no images",
             federation.drawn_by,
         )
+        sampled = federation.clients_per_round
+        require(
+            sampled in (None, federation.num_supernodes),
+            "federation.clients_per_round",
+            f"null {why} its own classes, so that all must train",
+            sampled,
+        )
         for name, usual, because in (
-            ("clients_per_round", None, "its own classes, so that all must train"),
             ("sharing", "whole", "and sends all of it"),
             ("ema_decay", None, "and no average"),
         ):
