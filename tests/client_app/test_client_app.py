@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from torchvision import datasets
 from client_app import workspace
 from client_app.app import app
 from client_app.failures import failure_code, failures_stay_local
+from client_app.last_reply import LAST_REPLY
 from client_app.log import logger
 from client_app.workspace import choose_precision, open_workspace
 from server_app.audits import AUDIT_TYPE, read_attacks
@@ -626,8 +628,42 @@ def test_hospital_keeps_its_newest_own_weights(hospital: Context, tmp_path: Path
     config = json.loads(metadata["config"])
     assert (config["run_name"], config["data"]["name"]) == ("lungs", "mnist")
     assert str(tmp_path) not in metadata["config"]
-    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["lungs", file.name]
+    kept = {path.name for path in (tmp_path / "out").rglob("*")}
+    assert kept == {"lungs", file.name, LAST_REPLY}
     assert file.parent.stat().st_mode & 0o077 == 0
+
+
+def test_repeated_question_is_answered_without_training_again(
+    hospital: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    hospital.node_config["output-path"] = str(tmp_path / "out")
+    hospital.run_config["run_name"] = "lungs"
+    fits = Mock(side_effect=fit)
+    monkeypatch.setattr("client_app.app.fit", fits)
+    first = app(message("train", audit=True), hospital)
+    workspace._build_workspace.cache_clear()  # as where the node was started again
+    again = app(message("train", audit=True), hospital)
+    assert fits.call_count == 1
+    assert np.array_equal(packed(again), packed(first))
+    assert dict(metrics(again)) == dict(metrics(first))
+    for asked in (
+        message("train", server_round=2),
+        message("train", weights=WEIGHTS + np.float32(0.01)),
+        message("train"),
+    ):
+        app(asked, hospital)
+    assert fits.call_count == 4
+    # What is kept is readable for the node's user alone, and damaged it is not believed.
+    file = tmp_path / "out" / "lungs" / LAST_REPLY
+    assert file.parent.stat().st_mode & 0o077 == 0
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert not app(message("train"), hospital).has_error() and fits.call_count == 5
+    file.unlink()
+    file.mkdir()
+    assert not app(message("train"), hospital).has_error() and fits.call_count == 6
 
 
 def test_run_without_a_name_is_kept_under_flowers_number(hospital: Context, tmp_path: Path) -> None:
@@ -643,8 +679,12 @@ def test_local_model_that_cannot_be_written_costs_no_round(
     (tmp_path / f"run-{hospital.run_id}").write_text("in the way")
     reply = app(message("train"), hospital)
     assert not reply.has_error() and metrics(reply)[Key.NUM_EXAMPLES] == 180
-    [said] = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert "round 1: the local model is NOT kept" in said.getMessage() and said.exc_info
+    said = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert [record.getMessage().split(",")[0] for record in said] == [
+        "round 1: the local model is NOT kept",
+        "the reply is NOT kept",
+    ]
+    assert all(record.exc_info for record in said)
 
 
 def test_log_of_a_hospital_has_a_line_per_message(
