@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import ssl
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -22,6 +24,7 @@ from task.runs.commands import as_toml
 from tests.processes import CHECKOUT, COMMANDS, process, wait_for
 
 SCRIPTS = CHECKOUT / "docker" / "scripts"
+GATEWAY = CHECKOUT / "docker" / "gateway" / "Caddyfile"
 CONNECTION = "hospitals"
 
 # Digits of 8x8 and a network of 2,000 parameters: rounds as long as Flower's own pace.
@@ -81,7 +84,7 @@ class Deployment:
         command += [secrets / "server.key", "--ssl-ca-certfile", secrets / "ca.crt"]
         command += ["--enable-supernode-auth", "--database", self.folder / "state.db"]
         command += ["--disable-runtime-dependency-installation"]
-        started = self._start("superlink", command, self._variables)
+        started = self.start("superlink", command, self._variables)
         trusted = ssl.create_default_context(cafile=str(secrets / "ca.crt"))
         opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusted)
@@ -97,14 +100,59 @@ class Deployment:
 
         wait_for(is_healthy, seconds=300, what="the SuperLink's start")
 
+    def start_gateway(self) -> None:
+        """Start the gateway, through which nodes of `start_watched_node` reach the SuperLink."""
+        caddy = shutil.which("caddy", path=str(COMMANDS))
+        if caddy is None:
+            pytest.skip("the gateway's program is not installed: uv sync --group deployment")
+        self._gateway_port, health = free_port(), free_port()
+        secrets = self.folder / "secrets"
+        certificates = self.folder / "gateway"
+        certificates.mkdir(exist_ok=True)
+        for name in ("ca.crt", "server.pem", "server.key"):
+            shutil.copy(secrets / name, certificates)
+        variables = {
+            "SUPERLINK": f"localhost:{self._port}",
+            "CERTIFICATES": str(certificates),
+            "GATEWAY_HOST": "127.0.0.1",
+            "GATEWAY_PORT": str(self._gateway_port),
+            "HEALTH_PORT": str(health),
+        }
+        command = [caddy, "run", "--adapter", "caddyfile", "--config", GATEWAY]
+        self.start("gateway", command, variables)
+        wait_for(
+            lambda: answers(f"http://127.0.0.1:{health}/health"), seconds=300, what="the gateway"
+        )
+
+    def start_watched_node(self, name: str, *, data: Path) -> str:
+        """Start the node of a registered hospital by `feddm-node`; returns where its health is."""
+        health = f"127.0.0.1:{free_port()}"
+        self.output(name).mkdir(exist_ok=True)
+        command = ["feddm-node", "--health", health]
+        command += ["--superlink", f"127.0.0.1:{self._gateway_port}"]
+        home = {"FLWR_HOME": str(self.folder / f"home-{name}")}
+        self.start(name, [*command, *self._node_words(name, data)], home)
+        return f"http://{health}/health"
+
+    def send_signal(self, name: str, number: signal.Signals) -> None:
+        """Send a signal to a process."""
+        self._processes[name].send_signal(number)
+
+    def pid(self, name: str) -> int:
+        """Return the number of a process."""
+        return self._processes[name].pid
+
+    def register(self, name: str) -> None:
+        """Make a key for a hospital and register it."""
+        keys = self.folder / "keys"
+        script("make-node-key.sh", keys, name)
+        script("register-node.sh", keys / f"{name}.pub", CONNECTION, name, env=self.environment)
+
     def add_node(
         self, name: str, *, data: Path, variables: Mapping[str, str] | None = None
     ) -> None:
         """Make a key for a hospital, register it and start its SuperNode."""
-        keys = self.folder / "keys"
-        script("make-node-key.sh", keys, name)
-        public_key = keys / f"{name}.pub"
-        script("register-node.sh", public_key, CONNECTION, name, env=self.environment)
+        self.register(name)
         self.start_node(name, data=data, variables=variables)
 
     def ensure_node(
@@ -120,13 +168,17 @@ class Deployment:
     ) -> None:
         """Start the SuperNode of a hospital that is registered."""
         command = ["flower-supernode", "--superlink", f"127.0.0.1:{self._port}"]
-        command += ["--root-certificates", self.folder / "secrets" / "ca.crt"]
-        command += ["--auth-supernode-private-key", self.folder / "keys" / name]
-        command += ["--port", str(free_port())]
-        command += ["--node-config", f'data-path="{data}" output-path="{self.output(name)}"']
         self.output(name).mkdir(exist_ok=True)
         home = {"FLWR_HOME": str(self.folder / f"home-{name}")}
-        self._start(name, command, {**home, **(variables or {})})
+        self.start(name, [*command, *self._node_words(name, data)], {**home, **(variables or {})})
+
+    def _node_words(self, name: str, data: Path) -> list[str]:
+        return [
+            *("--root-certificates", str(self.folder / "secrets" / "ca.crt")),
+            *("--auth-supernode-private-key", str(self.folder / "keys" / name)),
+            *("--port", str(free_port())),
+            *("--node-config", f'data-path="{data}" output-path="{self.output(name)}"'),
+        ]
 
     def output(self, name: str) -> Path:
         """The folder of what stays at a hospital."""
@@ -156,7 +208,7 @@ class Deployment:
     def supervise(self) -> None:
         """Start the supervisor, which submits failed runs again."""
         command = ["feddm-supervise", CONNECTION, "--runs", self.results, "--until-done"]
-        self._start("supervisor", command, {})
+        self.start("supervisor", command, {})
 
     def wait_for_supervisor(self, *, seconds: float) -> int:
         """Wait until the supervisor has ended and return its exit status."""
@@ -208,12 +260,15 @@ class Deployment:
         )
         return self.statuses()[-1]
 
-    def _start(self, name: str, command: list[Any], variables: Mapping[str, str]) -> Any:
+    def start(
+        self, name: str, command: list[Any], variables: Mapping[str, str] | None = None
+    ) -> Any:
+        """Start a command of feddm or Flower, or a program by its absolute path."""
         number = self._log_numbers[name] = self._log_numbers.get(name, 0) + 1
         log = self.folder / f"{name}.{number}.log"
         words = [str(word) for word in command]
         words[0] = str(COMMANDS / words[0])
-        environment = {**self.environment, **variables}
+        environment = {**self.environment, **(variables or {})}
         started = process(words, log=log, cwd=self.folder, env=environment)
         self._processes[name] = self._stack.enter_context(started)
         return self._processes[name]
@@ -224,6 +279,16 @@ def deployed(folder: Path, **variables: str) -> Iterator[Deployment]:
     """Start a deployment without nodes in an empty folder, and end all of it with the block."""
     with ExitStack() as stack:
         yield Deployment(folder, stack, variables=variables)
+
+
+def answers(url: str) -> bool:
+    """Whether a health check answers that all is well."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def script(name: str, *arguments: str | Path, env: Mapping[str, str] | None = None) -> str:

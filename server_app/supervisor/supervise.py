@@ -15,10 +15,12 @@ import typer
 
 from server_app.launch.flwr_command import NoAnswer, flwr, local_environment
 from server_app.log import log
+from server_app.supervisor.alerts import alert
 from server_app.supervisor.decisions import (
     ATTEMPTS,
     FIRST_PAUSE,
     LONGEST_PAUSE,
+    STARTING,
     ListedRun,
     RunFolder,
     Verdict,
@@ -43,6 +45,9 @@ SUPERVISOR_LOCK = ".supervisor.lock"
 NAP_SECONDS = 0.2
 # What may need a person's hand is said again.
 REPEAT_SECONDS = 600.0
+# Of a run that nothing starts, and of a SuperLink that does not answer.
+STUCK_SECONDS = 300.0
+GIBIBYTE = 1 << 30
 MOST_RUNS = 1_000_000
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -82,6 +87,13 @@ def supervise(
         ),
     ] = ATTEMPTS,
     poll: Annotated[float, typer.Option(min=1, help="Seconds between two looks.")] = 10,
+    database: Annotated[
+        Path | None,
+        typer.Option(help="The SuperLink's --database, whose size is looked at."),
+    ] = None,
+    max_database: Annotated[
+        float, typer.Option(min=0, help="GiB from which on --database is too large.")
+    ] = 4.0,
     until_done: Annotated[
         bool,
         typer.Option(
@@ -95,7 +107,8 @@ def supervise(
     It runs on the SuperLink's host and reads its run directories. A run that a person stopped
     with `flwr stop` is left alone, and so is one that has diverged. A run that it gives up it
     names, and goes on with the others. Without --until-done it ends only when it is asked to
-    (SIGTERM, SIGHUP), with 0.
+    (SIGTERM, SIGHUP), with 0. What needs a person's hand is also given to the command that the
+    variable FEDDM_ALERT names, on its standard input.
     """
     try:
         runs.mkdir(parents=True, exist_ok=True)
@@ -104,19 +117,31 @@ def supervise(
         typer.echo(f"feddm-supervise: {error}", err=True)
         raise typer.Exit(1) from error
     with lock:
-        supervisor = Supervisor(connection, runs, attempts)
+        supervisor = Supervisor(
+            connection, runs, attempts, database=database, max_database=max_database
+        )
         raise typer.Exit(supervisor.watch(poll, until_done=until_done))
 
 
 class Supervisor:
     """The runs of one SuperLink whose directories lie in one folder."""
 
-    def __init__(self, connection: str, runs: Path, attempts: int) -> None:
+    def __init__(
+        self,
+        connection: str,
+        runs: Path,
+        attempts: int,
+        *,
+        database: Path | None = None,
+        max_database: float = math.inf,
+    ) -> None:
         """Nothing is asked of the SuperLink yet; see `supervise` for the arguments."""
+        self._database, self._max_database = database, max_database
         self._connection = connection
         self._runs = runs
         self._attempts = attempts
         self._answered = True
+        self._silent_since: float | None = None
         self._said: dict[object, float] = {}
         # The runs that were over at the first look; None before it.
         self._history: set[int] | None = None
@@ -158,13 +183,12 @@ class Supervisor:
         try:
             listed = list_runs(self._connection)
         except NoAnswer as reason:
-            if self._answered:
-                log(f"no answer from the SuperLink, waiting for it: {reason}")
-            self._answered = False
+            self.say_silence(reason)
             return None
         if not self._answered:
             log("the SuperLink answers again")
-        self._answered = True
+        self._answered, self._silent_since = True, None
+        self.look_for_stuck(listed)
         if self._history is None:
             self._history = {run.run_id for run in listed.values() if run.is_over}
         lost = failed_without_folder(listed, folders)
@@ -175,6 +199,50 @@ class Supervisor:
             )
         verdicts = {folder.run_id: self.handle(folder, listed, folders) for folder in folders}
         return self.status(verdicts, listed, lost) if until_done and all_read else None
+
+    def say_silence(self, reason: NoAnswer) -> None:
+        """Say that the SuperLink does not answer, and tell it where that lasts."""
+        now = time.monotonic()
+        if self._answered:
+            log(f"no answer from the SuperLink, waiting for it: {reason}")
+        self._answered = False
+        self._silent_since = self._silent_since or now
+        if now - self._silent_since > STUCK_SECONDS:
+            self.say_once(
+                f"the SuperLink has not answered for {STUCK_SECONDS / 60:.0f} minutes: {reason}",
+                about=("silent", self._silent_since),
+                urgent=True,
+            )
+
+    def look_for_stuck(self, listed: Mapping[int, ListedRun]) -> None:
+        """Say which runs nothing starts, and where the SuperLink's database has grown too large."""
+        now = time.time()
+        for run in listed.values():
+            if run.status in STARTING and now - run.changed_at > STUCK_SECONDS:
+                self.say_once(
+                    f"run {run.run_id} has been {run.status} for more than "
+                    f"{STUCK_SECONDS / 60:.0f} minutes: nothing starts it. The SuperLink's "
+                    "flower-superexec may have died: restart the SuperLink, and the run begins",
+                    about=(run.run_id, "stuck"),
+                    again=REPEAT_SECONDS,
+                    urgent=True,
+                )
+        if self._database is None:
+            return
+        try:
+            size = self._database.stat().st_size / GIBIBYTE
+        except OSError as error:
+            self.say_trouble(self._database, error)
+            return
+        if size > self._max_database:
+            self.say_once(
+                f"{self._database} has {size:.1f} GiB, more than --max-database="
+                f"{self._max_database:g}: a node may have sent what no round holds; with the "
+                "SuperLink stopped, `sqlite3 FILE VACUUM` makes it small again",
+                about=(self._database, "large"),
+                again=REPEAT_SECONDS,
+                urgent=True,
+            )
 
     def read_folders(self) -> tuple[list[RunFolder], bool]:
         """Read every run directory that names its run, and say which cannot be read.
@@ -263,6 +331,7 @@ class Supervisor:
             f"{run.details}. Remove the cause; then, in {code}:\n"
             f"{resubmitting_command(words, folder.path, connection=self._connection)}",
             about=(run.run_id, Verdict.GIVEN_UP),
+            urgent=True,
         )
         remember(folder.path, giving_up(folder))
 
@@ -292,7 +361,8 @@ class Supervisor:
                 f"run {run.run_id} failed ({run.details}); to be submitted again after "
                 f"{due.isoformat(' ', 'seconds')}, and not while another run starts"
             )
-        self.say_once(f"{folder.path}: {text}", about=about, again=again)
+        urgent = verdict is Verdict.DIVERGED
+        self.say_once(f"{folder.path}: {text}", about=about, again=again, urgent=urgent)
 
     def say_trouble(self, path: Path, error: OSError | ValueError) -> None:
         """Say that nothing can be done for a folder now."""
@@ -328,15 +398,25 @@ class Supervisor:
         log("all runs completed" if done else "no run is going, and not all completed")
         return 0 if done else 1
 
-    def say_once(self, text: str, *, about: object = None, again: float = math.inf) -> None:
+    def say_once(
+        self,
+        text: str,
+        *,
+        about: object = None,
+        again: float = math.inf,
+        urgent: bool = False,
+    ) -> None:
         """Print a line, unless it was printed before.
 
         Args:
             text: the line.
             about: what it is about, where a line with other words may have said the same.
             again: seconds after which it is printed again.
+            urgent: whether somebody is told the first time, by `alert`.
         """
         now, key = time.monotonic(), about or text
+        if urgent and key not in self._said:
+            alert(text)
         if key not in self._said or now - self._said[key] >= again:
             self._said[key] = now
             log(text)

@@ -23,10 +23,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import NameOID
 
-from tests.processes import CHECKOUT, COMMANDS, process, wait_for
+from tests.deployment import GATEWAY, SCRIPTS
+from tests.processes import COMMANDS, process, wait_for
 
-SCRIPTS = CHECKOUT / "docker" / "scripts"
-GATEWAY = CHECKOUT / "docker" / "gateway" / "Caddyfile"
 CADDY = shutil.which("caddy", path=str(COMMANDS))
 
 pytestmark = pytest.mark.slow

@@ -396,6 +396,48 @@ def test_each_wait_is_said_once_and_a_held_folder_again(
         assert capsys.readouterr().out.count("holds its folder") == 1
 
 
+def test_what_needs_a_hand_is_said_and_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = tmp_path / "told.txt"
+    script = tmp_path / "alert.sh"
+    script.write_text(f"#!/bin/sh\ncat >> '{told}'\n")
+    script.chmod(0o700)
+    monkeypatch.setenv("FEDDM_ALERT", str(script))
+    (runs := tmp_path / "runs").mkdir()
+    database = tmp_path / "superlink.db"
+    database.write_bytes(b"\0" * 2000)
+    supervisor = Supervisor("night", runs, attempts=3, database=database, max_database=1e-6)
+    answer = listed(r1="pending")
+    old = {1: replace(answer[1], changed_at=1.0)}
+    monkeypatch.setattr(supervise, "list_runs", lambda connection: old)
+    for _ in range(2):
+        supervisor.look()
+    said = capsys.readouterr().out
+    assert said.count("run 1 has been pending for more than 5 minutes: nothing starts it") == 1
+    assert said.count("more than --max-database=1e-06") == 1
+    assert told.read_text().splitlines() == [line[9:] for line in said.splitlines()]
+    # A run that has only just been submitted, and a database of an ordinary size, are no news.
+    monkeypatch.setattr(supervise, "REPEAT_SECONDS", 0.0)
+    new = {2: replace(old[1], run_id=2, changed_at=supervise.time.time())}
+    monkeypatch.setattr(supervise, "list_runs", lambda connection: new)
+    database.write_bytes(b"")
+    supervisor.look()
+    assert capsys.readouterr().out == ""
+
+    def silent(connection: str) -> dict[int, ListedRun]:
+        raise supervise.NoAnswer("nobody is there")
+
+    monkeypatch.setattr(supervise, "list_runs", silent)
+    supervisor.look()
+    assert "no answer from the SuperLink, waiting for it" in capsys.readouterr().out
+    monkeypatch.setattr(supervise, "STUCK_SECONDS", -1.0)
+    monkeypatch.setenv("FEDDM_ALERT", str(tmp_path / "none"))
+    supervisor.look()
+    said = capsys.readouterr().out
+    assert "has not answered for" in said and "FEDDM_ALERT did not take the message" in said
+
+
 def test_what_is_no_answer_of_flower_is_said_to_be_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
