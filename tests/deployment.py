@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -79,7 +80,7 @@ class Deployment:
     def start_superlink(self) -> None:
         """Start the SuperLink, also where it was killed, and wait until it answers."""
         secrets = self.folder / "secrets"
-        command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(self._port)]
+        command = ["feddm-superlink", "--host", "127.0.0.1", "--port", str(self._port)]
         command += ["--ssl-certfile", secrets / "server.pem", "--ssl-keyfile"]
         command += [secrets / "server.key", "--ssl-ca-certfile", secrets / "ca.crt"]
         command += ["--enable-supernode-auth", "--database", self.folder / "state.db"]
@@ -137,6 +138,14 @@ class Deployment:
     def send_signal(self, name: str, number: signal.Signals) -> None:
         """Send a signal to a process."""
         self._processes[name].send_signal(number)
+
+    def executor(self) -> int:
+        """Return the pid of what starts the SuperLink's runs."""
+        below = psutil.Process(self.pid("superlink")).children(recursive=True)
+        (found,) = [
+            each.pid for each in below if "flower-superexec" in " ".join(each.cmdline()[:2])
+        ]
+        return found
 
     def pid(self, name: str) -> int:
         """Return the number of a process."""

@@ -283,8 +283,11 @@ def test_run_goes_on_when_its_server_and_the_superlink_are_killed(
     (run,) = deployment.results.glob("reboot-*")
     deployment.wait_for_round(run.name, 1)
     first = records_of(run).series("round_seconds")[1]
+    # What starts runs has died unseen when the run's own process does.
+    os.kill(deployment.executor(), signal.SIGKILL)
     os.kill(int((run / ".lock").read_text()), signal.SIGKILL)
     deployment.wait_for_round(run.name, 2)
+    assert deployment.log("superlink").count("was dead; it is started again") == 1
     deployment.kill("superlink")
     deployment.start_superlink()
     assert deployment.wait_for_supervisor(seconds=900) == 0, deployment.log("supervisor")
