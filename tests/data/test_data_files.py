@@ -317,7 +317,7 @@ def test_hospital_holds_patients_out_and_not_eyes(tmp_path: Path) -> None:
     write_odir(tmp_path / "set", eyes(20))
     config = load_config(["data=odir", "data.classes=[N,D]", "data.val_fraction=0.3"])
     dataset = load(tmp_path / "set", "odir", classes=["N", "D"])
-    workspace = Workspace(config, config, *[None] * 4, dataset, None, None)  # type: ignore[arg-type]
+    workspace = Workspace(config, config, *[None] * 5, dataset, None, None)  # type: ignore[arg-type]
     train, held_out = workspace.images(node_context({}, {}))
     assert len(train) + len(held_out) == 40
     assert not set(train.groups.tolist()) & set(held_out.groups.tolist())  # type: ignore[union-attr]
