@@ -100,10 +100,10 @@ def train(message: Message, context: Context) -> Message:
     server_round = int(asked[Key.SERVER_ROUND])  # type: ignore[arg-type]
     workspace = open_workspace(context)
     config = workspace.config
-    last = LastReply(workspace, message)
-    if (told := last.read()) is not None:
-        return Message(told, reply_to=message)
     images, held_out = workspace.images(context)
+    last = LastReply(workspace, message, context, images)
+    if (told := last.take()) is not None:
+        return Message(told, reply_to=message)
     generator = workspace.generator
     # First, for a round that is refused costs no patient anything.
     part = SumPart.of(workspace, context, message)
@@ -199,7 +199,7 @@ def train(message: Message, context: Context) -> Message:
             return part.reply(packed, 1, [])
         measured = [result.loss, *(result.measures[name] for name in generator.measures)]
         return part.reply(packed, len(images), measured)
-    last.write(records)
+    last.keep(records)
     return Message(records, reply_to=message)
 
 

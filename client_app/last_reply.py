@@ -4,12 +4,18 @@ import hashlib
 import json
 from typing import cast
 
+import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
+from client_app.local_state import images_digest
 from client_app.log import logger
 from client_app.secure_sums import npy_array
 from client_app.workspace import Workspace
+from task.code_version import code_fingerprint
+from task.config import package_of
+from task.data import ImageSet
+from task.files import remove_left_overs
 from task.protocol.node import output_folder
 from task.protocol.wire import Key, from_npy
 from task.runs.checkpoint import join_groups, load_weights, save_weights, split_groups
@@ -21,54 +27,85 @@ class LastReply:
     """The file `<output-path>/<run_name>/last-reply.safetensors` of a real node.
 
     Flower drops a reply that does not get through. The server then asks for the same round again,
-    from the same weights, and the node sends what it has trained. Masked replies are not kept: each
-    sum has masks of its own. A simulation keeps none either, whose server has the same fate.
+    from the same weights, and the node sends what it has trained, with the same code from the same
+    images. It does so once: a reply that the server has refused is trained anew. Masked replies are
+    not kept, as each sum has masks of its own, nor are those of a simulation.
     """
 
-    def __init__(self, workspace: Workspace, message: Message) -> None:
-        """Find the file, and what the message asks for."""
+    def __init__(
+        self, workspace: Workspace, message: Message, context: Context, images: ImageSet
+    ) -> None:
+        """Find the file, and what the message asks for.
+
+        Args:
+            workspace: of the node.
+            message: that asks.
+            context: of the node, with the words of the run.
+            images: that are trained on.
+        """
         node, config = workspace.node, workspace.config
         self._file = None
         if node is None or node.output_path is None or config.federation.secure_aggregation:
             return
         self._file = output_folder(node.output_path) / config.run_name / LAST_REPLY
-        self._question = _question_of(message.content)
+        words = {name: str(value) for name, value in context.run_config.items() if name != "resume"}
+        self._question = hashlib.sha256(
+            json.dumps(
+                [
+                    code_fingerprint(package_of(config.model.family)),
+                    images_digest(images),
+                    words,
+                    _asked(message.content),
+                ],
+                sort_keys=True,
+            ).encode()
+        ).hexdigest()
 
-    def read(self) -> RecordDict | None:
-        """Return what was replied to this very question; None where it is a new one."""
-        if self._file is None or not self._file.is_file():
+    def take(self) -> RecordDict | None:
+        """Return what was replied to this very question, once; None where it is a new one."""
+        if self._file is None:
             return None
         try:
+            if not self._file.exists():
+                return None
             tensors, metadata = load_weights(self._file)
-        except (OSError, ValueError):
+            if metadata.get("question") != self._question:
+                return None
+            self._file.unlink()
+            records = RecordDict()
+            for name, arrays in split_groups(tensors)[1].items():
+                read = {n: npy_array(from_npy(t.numpy().tobytes())) for n, t in arrays.items()}
+                records[name] = ArrayRecord(read)
+            for name, metrics in json.loads(metadata["metrics"]).items():
+                records[name] = MetricRecord(metrics)
+        except Exception:  # a file of whatever kind costs no round
             logger.exception("the last reply cannot be read; the round is trained again")
             return None
-        if metadata["question"] != self._question:
-            return None
-        records = RecordDict()
-        for name, arrays in split_groups(tensors)[1].items():
-            read = {n: npy_array(from_npy(each.numpy().tobytes())) for n, each in arrays.items()}
-            records[name] = ArrayRecord(read)
-        for name, metrics in json.loads(metadata["metrics"]).items():
-            records[name] = MetricRecord(metrics)
         logger.info("this was asked before: the reply is that of %s", self._file.name)
         return records
 
-    def write(self, records: RecordDict) -> None:
-        """Keep a reply in place of the one before; the round does not depend on it."""
+    def keep(self, records: RecordDict) -> None:
+        """Keep a finite reply in place of the one before; the round does not depend on it."""
         if self._file is None:
             return
-        arrays = {
-            name: {key: _as_tensor(array.data) for key, array in record.items()}
-            for name, record in records.array_records.items()
+        # Flower's view of all arrays would keep them in memory, in a circle.
+        arrays = cast(ArrayRecord, records[Key.ARRAYS])
+        values = [from_npy(array.data) for array in arrays.values()]
+        if not all(np.isfinite(each).all() for each in values if each.dtype.kind == "f"):
+            return
+        tensors = {name: _as_tensor(array.data) for name, array in arrays.items()}
+        metrics = {
+            str(name): dict(record)
+            for name, record in records.items()
+            if isinstance(record, MetricRecord)
         }
-        metrics = {str(name): dict(record) for name, record in records.metric_records.items()}
         told = {"question": self._question, "metrics": json.dumps(metrics)}
         try:
             # Weights of one hospital alone tell of its images: for the node's own user.
             self._file.parent.mkdir(mode=0o700, exist_ok=True)
-            save_weights(self._file, join_groups({}, arrays), told)
-        except OSError:
+            remove_left_overs(self._file)
+            save_weights(self._file, join_groups({}, {str(Key.ARRAYS): tensors}), told)
+        except Exception:  # whatever the disk does, the reply goes out
             logger.exception("the reply is NOT kept, %s cannot be written", self._file)
 
 
@@ -76,7 +113,7 @@ def _as_tensor(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def _question_of(content: RecordDict) -> str:
+def _asked(content: RecordDict) -> str:
     """Return the SHA-256 of the weights and words of a message."""
     asked = cast(ConfigRecord, content[Key.CONFIG])
     words = json.dumps({str(name): value for name, value in asked.items()}, sort_keys=True)

@@ -1,35 +1,38 @@
-"""Flower's `flower-supernode`, which notes in a file when the SuperLink has answered it last.
+"""Flower's `flower-supernode`, which tells `feddm-node` when the SuperLink takes it for present.
 
-Flower itself knows of no such time: its process lives on, and its health check answers, where it
-has given the SuperLink up.
+Flower itself knows of no such time: its process lives on, and its health check answers, where its
+signs of life have ended.
 """
 
+import contextlib
+import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import httpx
 from flwr.supernode.cli.flower_supernode import flower_supernode
 
-FLEET_API = "/v1/fleet/"
+# With these the SuperLink counts a node as online; it gives work to one that is offline as well.
+SIGNS_OF_LIFE = ("/v1/fleet/activate-node", "/v1/fleet/send-node-heartbeat")
 
 
-def note_answers(heard: Path) -> None:
-    """Touch a file whenever the fleet API answers a request of this process."""
+def tell_of_answers(pipe: int) -> None:
+    """Write a byte to a pipe whenever the SuperLink has taken a sign of life of this process."""
     send = httpx.Client.send
 
-    def noting(client: httpx.Client, request: httpx.Request, **options: Any) -> httpx.Response:
+    def telling(client: httpx.Client, request: httpx.Request, **options: Any) -> httpx.Response:
         response = send(client, request, **options)
-        if response.is_success and request.url.path.startswith(FLEET_API):
-            heard.touch()
+        if response.is_success and request.url.path in SIGNS_OF_LIFE:
+            with contextlib.suppress(OSError):  # of a feddm-node that has been killed
+                os.write(pipe, b".")
         return response
 
-    httpx.Client.send = noting  # type: ignore[method-assign, assignment]
+    httpx.Client.send = telling  # type: ignore[method-assign, assignment]
 
 
 def main() -> None:
-    """Run `flower-supernode` with the words behind the first, which names the file."""
-    note_answers(Path(sys.argv[1]))
+    """Run `flower-supernode` with the words behind the first, which is the number of the pipe."""
+    tell_of_answers(int(sys.argv[1]))
     sys.argv = ["flower-supernode", *sys.argv[2:]]
     flower_supernode()
 

@@ -143,7 +143,10 @@ class Deployment:
         """Return the pid of what starts the SuperLink's runs."""
         below = psutil.Process(self.pid("superlink")).children(recursive=True)
         (found,) = [
-            each.pid for each in below if "flower-superexec" in " ".join(each.cmdline()[:2])
+            each.pid
+            for each in below
+            if each.status() != psutil.STATUS_ZOMBIE
+            and "flower-superexec" in str(each.cmdline()[:2])
         ]
         return found
 

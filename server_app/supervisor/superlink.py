@@ -6,11 +6,13 @@ are going are processes of their own, which it does not touch.
 """
 
 import contextlib
+import math
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +22,33 @@ from server_app.log import log
 from server_app.supervisor.alerts import alert
 from task.processes import end_with_parent
 
-LOOK_SECONDS = 2.0
+EXECUTOR_LOOK_SECONDS = 2.0
 # A process that has only just been started may not show its command yet.
-DEAD_LOOKS = 2
-EXECUTOR = "flower-superexec"
+LOOKS_WITHOUT_EXECUTOR = 2
+EXECUTOR_NAME = "flower-superexec"
+# From one start of it to the next, doubled with each that does not live as long as the longest.
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 300.0
 
 
 def executor_of(process: psutil.Process) -> psutil.Process | None:
     """Return the living `flower-superexec` that a SuperLink has started; None where none is."""
     for child in process.children():
         with contextlib.suppress(psutil.Error):
-            named = any(Path(word).name == EXECUTOR for word in child.cmdline()[:2])
+            named = any(Path(word).name == EXECUTOR_NAME for word in child.cmdline()[:2])
             if named and child.status() != psutil.STATUS_ZOMBIE:
                 return child
     return None
+
+
+def is_alive(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process runs, without taking note of its end: its number stays taken.
+
+    Runs that it has started end themselves where their parent's number is gone.
+    """
+    try:
+        return psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 class WatchedSuperLink:
@@ -45,54 +60,65 @@ class WatchedSuperLink:
         found = str(beside) if beside.exists() else shutil.which("flower-superlink")
         self._command = [found or "flower-superlink", *words]
         self._ending = threading.Event()
-        self._executor: subprocess.Popen[bytes] | None = None
+        self._executors: list[subprocess.Popen[bytes]] = []
         self._executors_words: list[str] = []
         self._dead_looks = 0
+        self._started_at, self._pause = -math.inf, FIRST_PAUSE_SECONDS
 
     def end(self, *_: Any) -> None:
         """Have `watch` end the SuperLink and return."""
         self._ending.set()
 
     def watch(self) -> int:
-        """Start the SuperLink and watch it to its end; returns its exit status."""
-        # The kernel counts the thread that starts it: this is the main one, which lives to the end.
+        """Start the SuperLink and watch it to its end; returns the status to end with."""
+        # From the main thread, with which the kernel ends it.
         superlink = subprocess.Popen(self._command, preexec_fn=end_with_parent)
         process = psutil.Process(superlink.pid)
-        while superlink.poll() is None and not self._ending.wait(LOOK_SECONDS):
+        while superlink.poll() is None and not self._ending.wait(EXECUTOR_LOOK_SECONDS):
             with contextlib.suppress(psutil.Error):
                 self._look(process)
+        asked = self._ending.is_set()
         if superlink.poll() is None:
             superlink.terminate()
         status = superlink.wait()
-        if self._executor is not None:
-            self._executor.terminate()
-            self._executor.wait()
-        return status
+        for executor in self._executors:
+            executor.terminate()
+            executor.wait()
+        # Killed by a signal: as a shell says it.
+        return 0 if asked else status if status >= 0 else 128 - status
 
     def _look(self, superlink: psutil.Process) -> None:
         """Start its executor again where that is dead."""
-        if self._executor is not None and self._executor.poll() is None:
-            return
+        now = time.monotonic()
         living = executor_of(superlink)
         if living is not None:
-            self._executors_words, self._dead_looks = living.cmdline(), 0
+            self._executors_words = living.cmdline()
+        if living is not None or (self._executors and is_alive(self._executors[-1])):
+            self._dead_looks = 0
+            if now - self._started_at > LONGEST_PAUSE_SECONDS:
+                self._pause = FIRST_PAUSE_SECONDS
             return
         self._dead_looks += bool(self._executors_words)
-        if self._dead_looks < DEAD_LOOKS:
+        if self._dead_looks < LOOKS_WITHOUT_EXECUTOR or now - self._started_at < self._pause:
             return
-        text = f"{EXECUTOR}, which starts the SuperLink's runs, was dead; it is started again"
-        log(text)
-        alert(text)
-        self._executor = subprocess.Popen(
-            self._executors_words, start_new_session=True, preexec_fn=end_with_parent
+        first = self._pause == FIRST_PAUSE_SECONDS
+        self._started_at, self._pause = now, min(2 * self._pause, LONGEST_PAUSE_SECONDS)
+        self._executors.append(
+            subprocess.Popen(
+                self._executors_words, start_new_session=True, preexec_fn=end_with_parent
+            )
         )
+        text = f"{EXECUTOR_NAME}, which starts the SuperLink's runs, was dead; it is started again"
+        log(text)
+        if first:
+            # It may take a minute, in which nobody would look.
+            threading.Thread(target=alert, args=(text,), daemon=True).start()
 
 
 def main() -> None:
     """Run `feddm-superlink`, with the options of `flower-superlink`."""
     watched = WatchedSuperLink(sys.argv[1:])
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, watched.end)
-    status = watched.watch()
-    # Killed by a signal: as a shell says it.
-    sys.exit(status if status >= 0 else 128 - status)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, watched.end)
+    sys.exit(watched.watch())

@@ -142,6 +142,11 @@ class Supervisor:
         self._attempts = attempts
         self._answered = True
         self._silent_since: float | None = None
+        # What somebody was told of, and when that was tried last.
+        self._told: set[object] = set()
+        self._tried_at: dict[object, float] = {}
+        # When this supervisor saw a run first that nothing had started.
+        self._waiting_since: dict[int, float] = {}
         self._said: dict[object, float] = {}
         # The runs that were over at the first look; None before it.
         self._history: set[int] | None = None
@@ -216,9 +221,12 @@ class Supervisor:
 
     def look_for_stuck(self, listed: Mapping[int, ListedRun]) -> None:
         """Say which runs nothing starts, and where the SuperLink's database has grown too large."""
-        now = time.time()
-        for run in listed.values():
-            if run.status in STARTING and now - run.changed_at > STUCK_SECONDS:
+        now = time.monotonic()
+        waiting = {run_id for run_id, run in listed.items() if run.status in STARTING}
+        self._waiting_since = {run_id: self._waiting_since.get(run_id, now) for run_id in waiting}
+        for run_id in waiting:
+            run = listed[run_id]
+            if now - self._waiting_since[run_id] > STUCK_SECONDS:
                 self.say_once(
                     f"run {run.run_id} has been {run.status} for more than "
                     f"{STUCK_SECONDS / 60:.0f} minutes: nothing starts it. The SuperLink's "
@@ -230,7 +238,10 @@ class Supervisor:
         if self._database is None:
             return
         try:
+            beside = self._database.with_name(f"{self._database.name}-wal")
             size = self._database.stat().st_size / GIBIBYTE
+            if beside.exists():
+                size += beside.stat().st_size / GIBIBYTE
         except OSError as error:
             self.say_trouble(self._database, error)
             return
@@ -238,7 +249,7 @@ class Supervisor:
             self.say_once(
                 f"{self._database} has {size:.1f} GiB, more than --max-database="
                 f"{self._max_database:g}: a node may have sent what no round holds; with the "
-                "SuperLink stopped, `sqlite3 FILE VACUUM` makes it small again",
+                "SuperLink stopped, VACUUM makes it small again (docs/deployment.md, section 8)",
                 about=(self._database, "large"),
                 again=REPEAT_SECONDS,
                 urgent=True,
@@ -412,14 +423,17 @@ class Supervisor:
             text: the line.
             about: what it is about, where a line with other words may have said the same.
             again: seconds after which it is printed again.
-            urgent: whether somebody is told the first time, by `alert`.
+            urgent: whether somebody is told as well, by `alert`, until that has worked once.
         """
         now, key = time.monotonic(), about or text
-        if urgent and key not in self._said:
-            alert(text)
         if key not in self._said or now - self._said[key] >= again:
             self._said[key] = now
             log(text)
+        untold = urgent and key not in self._told
+        if untold and now - self._tried_at.get(key, -math.inf) >= REPEAT_SECONDS:
+            self._tried_at[key] = now
+            if alert(text):
+                self._told.add(key)
 
 
 def list_runs(connection: str) -> dict[int, ListedRun]:

@@ -130,7 +130,7 @@ def test_classifiers_of_runs_stand_beside_what_hospitals_get(run: Path, tmp_path
     assert found["at_hospitals_sentence"].startswith("Of 2 hospitals the mean balanced accuracy")
     assert found["at_hospitals_sentence"] in page.replace("\\", "")
 
-    with pytest.raises(ValueError, match=r"no finished run in .*of models that draw no images, or "):
+    with pytest.raises(ValueError, match=r"no finished run in .*models that draw no images, or "):
         write_tables(tmp_path / "sweep", device=None, say=print)
 
     for runs, message in (

@@ -642,28 +642,40 @@ def test_repeated_question_is_answered_without_training_again(
     fits = Mock(side_effect=fit)
     monkeypatch.setattr("client_app.app.fit", fits)
     first = app(message("train", audit=True), hospital)
+    file = tmp_path / "out" / "lungs" / LAST_REPLY
+    kept = file.read_bytes()
     workspace._build_workspace.cache_clear()  # as where the node was started again
+    hospital.run_config["resume"] = True
     again = app(message("train", audit=True), hospital)
     assert fits.call_count == 1
     assert np.array_equal(packed(again), packed(first))
     assert dict(metrics(again)) == dict(metrics(first))
-    for asked in (
-        message("train", server_round=2),
-        message("train", weights=WEIGHTS + np.float32(0.01)),
-        message("train"),
+    # Once: the server may have refused it.
+    assert not file.exists()
+    app(message("train", audit=True), hospital)
+    assert fits.call_count == 2
+    for number, asked in enumerate(
+        (
+            message("train", audit=True, server_round=2),
+            message("train", audit=True, weights=WEIGHTS + np.float32(0.01)),
+            message("train"),
+        )
     ):
+        file.write_bytes(kept)
         app(asked, hospital)
-    assert fits.call_count == 4
+        assert fits.call_count == 3 + number
     # What is kept is readable for the node's user alone, and damaged it is not believed.
-    file = tmp_path / "out" / "lungs" / LAST_REPLY
     assert file.parent.stat().st_mode & 0o077 == 0
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    assert not app(message("train"), hospital).has_error() and fits.call_count == 5
+    file.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    assert not app(message("train", audit=True), hospital).has_error() and fits.call_count == 6
     file.unlink()
     file.mkdir()
-    assert not app(message("train"), hospital).has_error() and fits.call_count == 6
+    assert not app(message("train", audit=True), hospital).has_error() and fits.call_count == 7
+    # Other images, or other words of the run, are another question.
+    file.rmdir()
+    file.write_bytes(kept)
+    hospital.run_config["train.local_epochs"] = 2
+    assert not app(message("train", audit=True), hospital).has_error() and fits.call_count == 8
 
 
 def test_run_without_a_name_is_kept_under_flowers_number(hospital: Context, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,10 @@ def deployment(
 
 def records_of(run: Path) -> Records:
     return read_records(run / "metrics.jsonl")
+
+
+def said_by_superlink(deployment: Deployment, text: str, times: int) -> bool:
+    return deployment.log("superlink").count(text) == times
 
 
 def number_of(deployment: Deployment, run: Path, name: str) -> int:
@@ -283,11 +288,18 @@ def test_run_goes_on_when_its_server_and_the_superlink_are_killed(
     (run,) = deployment.results.glob("reboot-*")
     deployment.wait_for_round(run.name, 1)
     first = records_of(run).series("round_seconds")[1]
-    # What starts runs has died unseen when the run's own process does.
-    os.kill(deployment.executor(), signal.SIGKILL)
-    os.kill(int((run / ".lock").read_text()), signal.SIGKILL)
+    going = int((run / ".lock").read_text())
+    # What starts runs dies twice, which the run outlives.
+    for number in (1, 2):
+        os.kill(deployment.executor(), signal.SIGKILL)
+        wait_for(
+            partial(said_by_superlink, deployment, "was dead; it is started again", number),
+            seconds=60,
+            what="the start of another",
+        )
+    assert int((run / ".lock").read_text()) == going
+    os.kill(going, signal.SIGKILL)
     deployment.wait_for_round(run.name, 2)
-    assert deployment.log("superlink").count("was dead; it is started again") == 1
     deployment.kill("superlink")
     deployment.start_superlink()
     assert deployment.wait_for_supervisor(seconds=900) == 0, deployment.log("supervisor")

@@ -54,6 +54,14 @@ def test_node_comes_back_after_a_stalled_gateway_and_a_killed_process(
     wait_for(lambda: answers(health), seconds=300, what="the node's second return", every=1)
     assert "ended with status -9; it is started again" in deployment.log("north")
 
+    # What starts its work dies, of which Flower's node takes no note.
+    below = psutil.Process(supernode_of(deployment, "north")).children()
+    (executor,) = [each for each in below if "flower-superexec" in str(each.cmdline()[:2])]
+    executor.kill()
+    said = "flower-superexec, which starts the node's work, is dead; the node is started again"
+    wait_for(lambda: said in deployment.log("north"), seconds=60, what="the third start", every=1)
+    wait_for(lambda: answers(health), seconds=300, what="the node's third return", every=1)
+
     third = supernode_of(deployment, "north")
     deployment.send_signal("north", signal.SIGTERM)
     wait_for(lambda: not deployment.is_running("north"), seconds=120, what="the node's end")
