@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+import psutil
 import pytest
 
 from node_guard.watchdog import (
@@ -40,6 +41,13 @@ def watched(*, reachable: bool = True) -> tuple[Scripted, Watchdog, list[float]]
         return reachable
 
     return node, Watchdog(node, answers, patience=75), asked
+
+
+def group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def test_node_that_is_heard_is_left_alone_and_nobody_else_is_asked() -> None:
@@ -118,8 +126,8 @@ def test_real_process_is_heard_by_its_pipe_and_ends_with_all_it_has_started(
     group = os.getpgid(node._process.pid)
     node.end()
     assert not node.is_online and node.status == -15
-    with pytest.raises(ProcessLookupError):
-        os.killpg(group, 0)
+    living = [each for each in psutil.process_iter(["status"]) if group_of(each.pid) == group]
+    assert all(each.info["status"] == psutil.STATUS_ZOMBIE for each in living)
 
 
 @pytest.mark.parametrize("wrong", ["10", "-1", "nan"])
