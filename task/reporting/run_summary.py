@@ -125,6 +125,11 @@ def describe_run(run: Run) -> list[str]:
     found = [_who_trained_what(run), _generator(run), _where(run)]
     if run.setting != "centralized":
         found.append(_what_travelled(run))
+        if run.config.federation.drawn_by == "clients":
+            found.append(
+                "Images are drawn by what each hospital made of the weights in the round, of each "
+                "class by those that have it: by as many models as there are hospitals."
+            )
     return [*found, describe_privacy(run)] if run.config.privacy.unit else found
 
 
@@ -213,7 +218,7 @@ def _what_travelled(run: Run) -> str:
         return f"All weights{trained} travelled {how}."
     kept = ", ".join(generator.kept_parts)
     told = (
-        "and were sent after evaluated rounds, so that all models together draw the images"
+        "and were sent after evaluated rounds"
         if federation.drawn_by == "clients"
         else "and were never sent"
     )

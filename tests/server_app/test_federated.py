@@ -556,6 +556,9 @@ def test_whole_models_of_clients_draw_without_any_traffic_more(tmp_path: Path) -
     for client in (0, 2):
         own, _ = load_weights(weights_file(folder, client))
         assert all(torch.equal(weights[f"members.{client}.{name}"], own[name]) for name in own)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "All weights travelled in every round" in page
+    assert "Images are drawn by what each hospital made of the weights" in page
     sent = recorded(folder, "upload_bytes")
     assert sent[2, 0] == sent[1, 0] == sum(tensor.nbytes for tensor in own.values())
     vae = "model=vae_small federation.local=[encoder] federation.drawn_by=clients"
