@@ -265,7 +265,8 @@ class ClientExchange:
                 check_claim(content, self._nodes.num_images(reply.client))
                 found = (reads or {}).get(reply.client, question.read)(content)
             except UnusableReply as reason:
-                log(f"round {server_round}: client {reply.client} is left out: {reason}")
+                who = self._nodes.described(reply.client)
+                log(f"round {server_round}: {who} is left out: {reason}")
                 self._leave_out(reply, reason)
             else:
                 yield reply.client, found, cast(float, reply.sent)

@@ -19,6 +19,7 @@ from server_app.dataset import check_privacy, load_images, record_data, record_p
 from server_app.evaluation import GlobalEvaluation, HospitalEvaluation
 from server_app.exchange import Answer, ClientExchange, Question, is_simulation
 from server_app.hospital_scores import SCORES_TYPE, check_scoring, read_scores, score_records
+from server_app.hospitals.registry import HospitalsFile
 from server_app.log import log
 from server_app.messages import Entries, images_record, packed_record
 from server_app.nodes import GRACE_SECONDS, QUERY_TIMEOUT_SECONDS, Nodes, sample_clients
@@ -44,7 +45,7 @@ from task.protocol.partial import PartLayout, deal_parts, senders
 from task.protocol.wire import Key, WeightLayout, Weights
 from task.protocol.wire_format import WireFormat, float_dtype
 from task.randomness import Stream, numpy_generator, torch_generator
-from task.runs.layout import CLASS_COUNTS_FILE, NODES_FILE, client_numbers
+from task.runs.layout import CLASS_COUNTS_FILE, HOSPITALS_FILE, NODES_FILE, client_numbers
 from task.runs.records import CLIENT_DIVERGENCE, LEFT_OUT, TEST, TRAIN, Record, records_of
 from task.runs.writer import RunWriter
 from task.training.algorithms.moments import averaged_beside
@@ -95,6 +96,7 @@ class FederatedTraining(RoundLoop):
             counted=self.config.tells_of_clients,
             secure=federation.secure_aggregation,
             known=client_numbers(directory.path),
+            hospitals=None if self.simulated else HospitalsFile.of_environment(),
         )
         self._exchange = ClientExchange(grid, self._nodes, federation)
         self._layout = WeightLayout.of(self.model, self.model.local | self.model.frozen)
@@ -226,6 +228,8 @@ class FederatedTraining(RoundLoop):
             raise TimeoutError(f"{error}{self.what_is_saved()}") from error
         if not self.simulated:
             self.directory.write_json(NODES_FILE, self._nodes.numbers)
+            if self._nodes.names:
+                self.directory.write_json(HOSPITALS_FILE, self._nodes.names)
             self.record_class_counts()
         return list(self._nodes.node_ids)
 

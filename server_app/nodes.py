@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from server_app.hospitals.registry import Hospital, HospitalsFile
 from server_app.log import log
 from server_app.messages import addressed, pull_reply, record_of
 from server_app.replies import (
@@ -108,12 +109,14 @@ class Nodes:
     """The nodes of a run by client number.
 
     In a simulation the number is the partition-id. A real node gets the next free number when it
-    is first seen, and keeps it: Flower gives it the same node id for the same key.
+    is first seen, and keeps it: Flower gives it the same node id for the same key, until its
+    database is lost. The number is that of the key, where the coordinator's file knows it.
 
     Attributes:
         num_partitions: number of shares of a simulation, once a node has said it; None with
             real nodes.
         introduced: what each client says of its images, by its number.
+        names: of the hospitals that the coordinator's file knows, by client number.
     """
 
     def __init__(
@@ -127,6 +130,7 @@ class Nodes:
         counted: bool = True,
         secure: bool = False,
         known: Mapping[int, int] | None = None,
+        hospitals: HospitalsFile | None = None,
     ) -> None:
         """Start without nodes.
 
@@ -141,15 +145,23 @@ class Nodes:
             counted: whether real nodes must say how many images they have.
             secure: whether nodes must say the keys of their hospitals, for secure aggregation.
             known: client numbers by node id, from an earlier start of the same run.
+            hospitals: the coordinator's file; None where there is none, as in a simulation.
+
+        Raises:
+            ValueError: the file is damaged.
+            OSError: it cannot be read.
         """
         self.num_partitions: int | None = None
         self.introduced: dict[int, Introduction] = {}
+        self.names: dict[int, str] = {}
         self._grid = grid
         self._simulated = simulated
         self._num_classes = num_classes
         self._counted = counted and not simulated
         self._fingerprint = code_fingerprint("" if simulated else package)
         self._numbers = dict(known or {})
+        self._hospitals = hospitals
+        self._keep_names(self._known_hospitals())
         self._present: dict[int, int] = {}
         self._secure = secure
         self._introductions = Introductions(grid, extractor, secure=secure)
@@ -171,7 +183,16 @@ class Nodes:
     @property
     def number_known(self) -> int:
         """How many clients there are, with those that are not there now."""
-        return max(len(self._numbers), len(self._present))
+        return max(len({*self._numbers.values()}), len(self._present))
+
+    def described(self, client: int) -> str:
+        """Name a client by its number, and by its hospital where that is known."""
+        name = f" ({self.names[client]})" if client in self.names else ""
+        return f"client {client}{name}"
+
+    def _of_node(self, client: int, node: int) -> str:
+        named = f"{self.names[client]}, " if client in self.names else ""
+        return f"client {client} ({named}node {node})"
 
     def wait_for(
         self, minimum: int, *, seconds: float, patience: float = QUERY_TIMEOUT_SECONDS
@@ -222,7 +243,7 @@ class Nodes:
         node = self._present.pop(client)
         self._left[client] = time.strftime(TIME_FORMAT)
         self._introductions.do_not_wait_for(node)
-        log(f"client {client} (node {node}) {why}; it is asked to introduce itself again")
+        log(f"{self._of_node(client, node)} {why}; it is asked to introduce itself again")
 
     def num_images(self, client: int) -> int | None:
         """Return how many images a client said that it has; None in a simulation."""
@@ -256,7 +277,7 @@ class Nodes:
             if node not in connected:
                 del self._present[client]
                 self._left[client] = time.strftime(TIME_FORMAT)
-                log(f"client {client} (node {node}) has left")
+                log(f"{self._of_node(client, node)} has left")
         self._refused = {node: why for node, why in self._refused.items() if node in connected}
         self._newcomers = {node: n for node, n in self._newcomers.items() if node in connected}
 
@@ -307,14 +328,25 @@ class Nodes:
 
     def _admit_newcomers(self) -> None:
         """Give numbers; sorted, so that they do not depend on who answered first."""
+        hospitals = self._known_hospitals() if self._newcomers else {}
         for node, introduction in sorted(self._newcomers.items(), key=lambda newcomer: newcomer[0]):
-            number = self._numbers.get(node, max(self._numbers.values(), default=-1) + 1)
-            returns = node in self._numbers
+            own = hospitals[node].nodes if node in hospitals else (node,)
+            before = [self._numbers[each] for each in own if each in self._numbers]
+            number = before[-1] if before else max(self._numbers.values(), default=-1) + 1
             self._numbers[node] = number
             self._present[number], self.introduced[number] = node, introduction
             self._left.pop(number, None)
-            log(f"client {number} (node {node}) {'is back' if returns else 'has joined'}")
+            self._keep_names(hospitals)
+            log(f"{self._of_node(number, node)} {'is back' if before else 'has joined'}")
         self._newcomers.clear()
+
+    def _known_hospitals(self) -> dict[int, Hospital]:
+        return {} if self._hospitals is None else self._hospitals.by_node()
+
+    def _keep_names(self, hospitals: Mapping[int, Hospital]) -> None:
+        for node, number in self._numbers.items():
+            if node in hospitals:
+                self.names[number] = hospitals[node].name
 
     def _refuse(self, node: int, reason: str) -> None:
         self._refused[node] = f"node {node} was refused: {reason}", time.monotonic()
@@ -325,11 +357,13 @@ class Nodes:
     def _described_absence(self) -> str:
         """Say which clients are missing and since when, and which nodes were refused and why."""
         there = set(self._present.values()) | set(self._newcomers)
-        missing = sorted((n, node) for node, n in self._numbers.items() if node not in there)
+        # The last node id of each, for a lost database has known it under another.
+        last = {number: node for node, number in self._numbers.items()}
+        numbers_there = {self._numbers[node] for node in there if node in self._numbers}
         reasons = [
-            f"client {number} (node {node}) is missing "
+            f"{self._of_node(number, last[number])} is missing "
             + (f"since {self._left[number]}" if number in self._left else "since this start")
-            for number, node in missing
+            for number in sorted(last.keys() - numbers_there)
         ]
         reasons += [reason for reason, _ in self._refused.values()]
         silent = [node for node in self._introductions.unanswered() if node not in self._refused]

@@ -6,7 +6,6 @@ import shutil
 import signal
 import ssl
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from server_app.hospitals.registry import HOSPITALS_VARIABLE
 from server_app.launch.superlink import free_port
 from task.runs.commands import as_toml
 from tests.processes import CHECKOUT, COMMANDS, process, wait_for
@@ -74,6 +74,7 @@ class Deployment:
             **os.environ,
             "PATH": f"{COMMANDS}{os.pathsep}{os.environ['PATH']}",
             "FLWR_HOME": str(home),
+            HOSPITALS_VARIABLE: str(folder / "hospitals"),
         }
         self.start_superlink()
 
@@ -158,7 +159,7 @@ class Deployment:
         """Make a key for a hospital and register it."""
         keys = self.folder / "keys"
         script("make-node-key.sh", keys, name)
-        script("register-node.sh", keys / f"{name}.pub", CONNECTION, name, env=self.environment)
+        self.hospitals("register", CONNECTION, keys / f"{name}.pub", name)
 
     def add_node(
         self, name: str, *, data: Path, variables: Mapping[str, str] | None = None
@@ -228,8 +229,12 @@ class Deployment:
 
     def flwr(self, *arguments: str | Path) -> str:
         """Run `flwr` to its end and return what it printed."""
+        return self.command("flwr", *arguments)
+
+    def command(self, *words: str | Path) -> str:
+        """Run a command on the coordinator's host to its end and return what it printed."""
         result = subprocess.run(
-            ["flwr", *arguments],
+            words,
             env=self.environment,
             cwd=self.folder,
             capture_output=True,
@@ -247,8 +252,12 @@ class Deployment:
 
     def node_ids(self) -> dict[str, str]:
         """Flower's number of each hospital that is registered."""
-        listed = script("list_nodes.py", CONNECTION, env=self.environment).splitlines()
+        listed = self.hospitals("list", CONNECTION).splitlines()
         return {line.split()[3]: line.split()[0] for line in listed}
+
+    def hospitals(self, *arguments: str | Path) -> str:
+        """Run `feddm-hospitals` to its end and return what it printed."""
+        return self.command("feddm-hospitals", *arguments)
 
     def run_log(self) -> str:
         """What the newest run has said, as whoever follows it sees it."""
@@ -303,11 +312,10 @@ def answers(url: str) -> bool:
         return False
 
 
-def script(name: str, *arguments: str | Path, env: Mapping[str, str] | None = None) -> str:
+def script(name: str, *arguments: str | Path) -> str:
     """Run one of the deployment's scripts and return what it printed."""
-    shell = [sys.executable] if name.endswith(".py") else []
     result = subprocess.run(
-        [*shell, SCRIPTS / name, *arguments], env=env, capture_output=True, text=True, check=False
+        [SCRIPTS / name, *arguments], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

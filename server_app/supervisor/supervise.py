@@ -35,6 +35,7 @@ from server_app.supervisor.decisions import (
     read_folder,
     remember,
 )
+from server_app.supervisor.last_listed import FORGOTTEN, LastListed
 from task.checks import require
 from task.code_version import fingerprint_of
 from task.lock import hold
@@ -140,6 +141,7 @@ class Supervisor:
         self._connection = connection
         self._runs = runs
         self._attempts = attempts
+        self._last_listed = LastListed(runs)
         self._answered = True
         self._silent_since: float | None = None
         # What somebody was told of, and when that was tried last.
@@ -196,6 +198,7 @@ class Supervisor:
         self.look_for_stuck(listed)
         if self._history is None:
             self._history = {run.run_id for run in listed.values() if run.is_over}
+        listed |= self.forgotten_runs(listed, folders)
         lost = failed_without_folder(listed, folders)
         if lost is not None:
             self.say_once(
@@ -204,6 +207,26 @@ class Supervisor:
             )
         verdicts = {folder.run_id: self.handle(folder, listed, folders) for folder in folders}
         return self.status(verdicts, listed, lost) if until_done and all_read else None
+
+    def forgotten_runs(
+        self, listed: Mapping[int, ListedRun], folders: Collection[RunFolder]
+    ) -> dict[int, ListedRun]:
+        """Return the runs that the SuperLink listed once and has forgotten, and tell of them."""
+        try:
+            found = self._last_listed.forgotten(listed, folders, now=time.time())
+            self._last_listed.keep({**listed, **found}, folders)
+        except (OSError, ValueError) as error:
+            self.say_trouble(self._runs, error)
+            return {}
+        for run in found.values():
+            if run.details == FORGOTTEN:
+                self.say_once(
+                    f"run {run.run_id} was going, and {FORGOTTEN}. The run is submitted again; "
+                    "where the hospitals are not registered any more, let them in again: "
+                    f"feddm-hospitals restore {self._connection}",
+                    urgent=True,
+                )
+        return found
 
     def say_silence(self, reason: NoAnswer) -> None:
         """Say that the SuperLink does not answer, and tell it where that lasts."""

@@ -129,7 +129,7 @@ def training_counts(run: Run) -> tuple[list[int] | None, int | None, int]:
     if POOLED in counts:
         return counts[POOLED], None, 0
     known = [of_client for of_client in counts.values() if of_client is not None]
-    num_clients = len(client_numbers(run.path) or counts)
+    num_clients = len({*(client_numbers(run.path) or {}).values()} or counts)
     told = run.partition is not None or len(known) >= MIN_COUNTED
     return _summed(known) if told else None, num_clients or None, num_clients - len(known)
 

@@ -145,7 +145,19 @@ def report_page(run: Run) -> str:
         audit_charts=audit_charts(run),
         study=_study(run),
         **_repeating(run),
-        configuration=(run.path / "config.yaml").read_text(encoding="utf-8"),
+        configuration=_configuration(run),
+    )
+
+
+def _configuration(run: Run) -> str:
+    """Return the configuration as it was written, without folders that real nodes do not have."""
+    text = (run.path / "config.yaml").read_text(encoding="utf-8")
+    if run.setting != "real nodes":
+        return text
+    # Each hospital's node names its own.
+    ours = ("root:", "cache_dir:")
+    return "".join(
+        line for line in text.splitlines(keepends=True) if not line.strip().startswith(ours)
     )
 
 
@@ -315,15 +327,23 @@ def _participation(run: Run) -> dict[str, Any]:
         "participation_charts": participation_charts(run) if federated else [],
         "client_rounds": TableRows(
             ["client", "state", "rounds"],
-            [[str(who), state, stretches(n)] for (who, state), n in _by_key(in_state)]
+            [[who_is(run, who), state, stretches(n)] for (who, state), n in _by_key(in_state)]
             if federated
             else [],
         ),
         "left_out": TableRows(
             ["client", "activity", "rounds", "reason"],
-            [[str(who), what, stretches(n), why] for (who, what, why), n in _by_key(left_out)],
+            [
+                [who_is(run, who), what, stretches(n), why]
+                for (who, what, why), n in _by_key(left_out)
+            ],
         ),
     }
+
+
+def who_is(run: Run, client: int) -> str:
+    """Name a client by its number, and by its hospital where the coordinator has named it."""
+    return " ".join(filter(None, [str(client), run.hospitals.get(client)]))
 
 
 def _by_key(found: Iterable[tuple[Any, int]]) -> list[tuple[Any, list[int]]]:

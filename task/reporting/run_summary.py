@@ -11,6 +11,9 @@ from task.runs.records import HELD_OUT, SPENT_EPSILON, TEST, TRAIN, Record, Reco
 from task.runs.run import Run
 from task.training.private import described_privacy, too_little_noise
 
+# Clients, of those that a line tells of.
+MOST_NAMED = 10
+
 
 class Found(NamedTuple):
     """A figure of generated images.
@@ -49,9 +52,15 @@ def key_figures(run: Run, *, losses: bool = True) -> list[tuple[str, str]]:
         ("training images", "not told" if not run.num_images else f"{run.num_images:,}"),
     ]
     if run.setting != "centralized" and run.clients:
-        found.append(("clients", str(len(run.clients))))
+        found.append(("clients", _named_clients(run)))
         found.append(("left out", _left_out(run)))
     return found
+
+
+def _named_clients(run: Run) -> str:
+    named = [f"{each} {run.hospitals[each]}" for each in run.clients if each in run.hospitals]
+    shown = ", ".join(named[:MOST_NAMED]) + " ..." * (len(named) > MOST_NAMED)
+    return f"{len(run.clients)}{f': {shown}' if named else ''}"
 
 
 def _privacy(run: Run) -> str:
@@ -266,5 +275,5 @@ def _left_out(run: Run) -> str:
     clients = sorted({each.client for each in left_out if each.client is not None})
     if not clients:
         return "no client"
-    shown = " ".join(map(str, clients[:10])) + (" ..." if len(clients) > 10 else "")
+    shown = " ".join(map(str, clients[:MOST_NAMED])) + " ..." * (len(clients) > MOST_NAMED)
     return f"{len(left_out)} replies, of clients {shown}"

@@ -8,7 +8,10 @@
     pooled.json                     images of each class (centralized)
     data.json                       files used and left out, images that are the same, source and
                                     hashes of all images (simulation, centralized)
-    nodes.json                      client numbers by node id (deployment)
+    nodes.json                      client numbers by node id; a hospital whose SuperLink has lost
+                                    its database has several node ids (deployment)
+    hospitals.json                  names of hospitals by client number, where the coordinator has
+                                    given them (deployment)
     class_counts.json               classes, and images of each at each client that says so, null
                                     where one does not (deployment)
     start.json                      the weights that it started from (train.start_from)
@@ -53,6 +56,7 @@ MASKED_SUMS_FILE = "sums.json"
 # How often real nodes were asked to train privately, which costs each time.
 PRIVATE_TRAININGS_FILE = "private-trainings.json"
 NODES_FILE = "nodes.json"
+HOSPITALS_FILE = "hospitals.json"
 CLASS_COUNTS_FILE = "class_counts.json"
 METRICS_FILE = "metrics.jsonl"
 SUBMISSION_FILE = "submission.json"
@@ -125,6 +129,19 @@ def client_numbers(run: Path) -> dict[int, int] | None:
         if any(type(number) is not int for number in numbers.values()):
             raise TypeError(f"expected a number for each node id, got {numbers!r}")
         return {int(node): number for node, number in numbers.items()}
+
+
+def hospital_names(run: Path) -> dict[int, str]:
+    """Read the names of a run's hospitals by client number; none where there are none.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    names = read_json(run / HOSPITALS_FILE) or {}
+    with understood(run / HOSPITALS_FILE):
+        if any(type(name) is not str for name in names.values()):
+            raise TypeError(f"expected a name for each client, got {names!r}")
+        return {int(client): name for client, name in names.items()}
 
 
 def weights_file(run: Path, client: int | None = None) -> Path:

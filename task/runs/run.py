@@ -44,6 +44,7 @@ from task.runs.layout import (
     SUBMISSION_FILE,
     TIMES_FILE,
     final_round,
+    hospital_names,
     last_complete_round,
     read_json,
     round_of,
@@ -210,6 +211,11 @@ class Run:
             return setting
         # Of a run that did not write it down.
         return "real nodes" if (self.path / NODES_FILE).exists() else "simulation"
+
+    @cached_property
+    def hospitals(self) -> Mapping[int, str]:
+        """Names of real nodes' hospitals by client number, those that the coordinator has given."""
+        return hospital_names(self.path)
 
     @property
     def device(self) -> str | None:

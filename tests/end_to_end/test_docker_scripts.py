@@ -157,7 +157,6 @@ def test_certificate_for_other_names_or_of_the_past_is_refused_and_kept(folder: 
         (["make-node-key.sh", "{}"], "usage"),
         (["make-server-certificate.sh", "{}"], "usage"),
         (["write-connection.sh", "name"], "usage"),
-        (["register-node.sh", "key"], "usage"),
         (["make-node-key.sh", "{}", "../name"], "NAME must"),
         (["make-server-certificate.sh", "{}", "host:443"], "HOST must be"),
         (["make-server-certificate.sh", "{}", "1.2.3.999"], "could not sign"),

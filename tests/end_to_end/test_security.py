@@ -2,12 +2,10 @@
 
 import json
 import os
-import re
 import shutil
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -23,9 +21,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import NameOID
 
+from server_app.hospitals.registry import HOSPITALS_VARIABLE, HospitalsFile
 from tests.deployment import GATEWAY, SCRIPTS
 from tests.processes import COMMANDS, process, wait_for
 
+REGISTER = (COMMANDS / "feddm-hospitals", "register", "hospitals", "hospital-a.pub", "hospital-a")
 CADDY = shutil.which("caddy", path=str(COMMANDS))
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ class Federation:
         )
 
     def status_of(self, name: str) -> str:
-        listed = self.run(sys.executable, SCRIPTS / "list_nodes.py", "hospitals").stdout
+        listed = self.run(COMMANDS / "feddm-hospitals", "list", "hospitals").stdout
         return next(line.split()[1] for line in listed.splitlines() if line.endswith(f" {name}"))
 
     @contextmanager
@@ -92,6 +92,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
         "PATH": f"{COMMANDS}{os.pathsep}{os.environ['PATH']}",
+        HOSPITALS_VARIABLE: str(folder / "known-hospitals"),
     }
     federation = Federation(folder, port, environment)
     federation.run(SCRIPTS / "make-ca.sh", folder)
@@ -121,10 +122,8 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
 
 @pytest.fixture(scope="module")
 def registered(federation: Federation) -> str:
-    """Register hospital-a; return what the script said."""
-    return federation.run(
-        SCRIPTS / "register-node.sh", "hospital-a.pub", "hospitals", "hospital-a"
-    ).stdout
+    """Register hospital-a; return what the command said."""
+    return federation.run(*REGISTER).stdout
 
 
 @contextmanager
@@ -173,12 +172,47 @@ def sign(folder: Path, name: str, *, host: x509.GeneralName, ended: bool) -> Pat
 
 
 def test_registering_twice_names_the_same_node(federation: Federation, registered: str) -> None:
-    again = federation.run(
-        SCRIPTS / "register-node.sh", "hospital-a.pub", "hospitals", "hospital-a"
-    ).stdout
     fingerprint = federation.run("ssh-keygen", "-l", "-f", "hospital-a.pub").stdout.split()[1]
-    (node,) = re.findall(r"SuperNode (\d+) registered successfully", registered)
+    node = registered.split()[1]
+    assert registered == f"SuperNode {node} is registered: hospital-a with {fingerprint}\n"
+    again = federation.run(*REGISTER).stdout
     assert again == f"SuperNode {node} was registered before: hospital-a with {fingerprint}\n"
+    (known,) = HospitalsFile(federation.folder / "known-hospitals").hospitals().values()
+    assert (known.name, known.fingerprint, known.nodes) == ("hospital-a", fingerprint, (int(node),))
+
+
+def test_key_that_was_let_go_is_never_let_in_again(federation: Federation) -> None:
+    federation.run(SCRIPTS / "make-node-key.sh", federation.folder, "gone")
+    command = (*REGISTER[:3], "gone.pub", "hospital-gone")
+    node = federation.run(*command).stdout.split()[1]
+    said = federation.run(COMMANDS / "feddm-hospitals", "remove", "hospitals", node).stdout
+    assert said.startswith(f"SuperNode {node} is let go: hospital-gone with SHA256:")
+    assert federation.status_of("hospital-gone") == "unregistered"
+    again = federation.run(*command, check=False)
+    assert again.returncode == 1 and "must be of a key that was not let go" in again.stderr
+    # Nor by what lets everybody in again.
+    restored = federation.run(COMMANDS / "feddm-hospitals", "restore", "hospitals").stdout
+    assert "hospital-gone" not in restored
+    assert federation.status_of("hospital-gone") == "unregistered"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("register", "hospitals", "hospital-a", "a"), "must be a public key by make-node-key.sh"),
+        (("register", "hospitals", "hospital-a.pub", "a\nb"), "NAME must be 1 to 100 printable"),
+        (("register", "nowhere", "hospital-a.pub", "a"), "nowhere"),
+        (("remove", "hospitals", "4711"), "NODE must be the id of a node"),
+        (("list", "hospitals", "."), "RUN must be the folder of a run"),
+        (("restore", "hospitals", "--file", "none"), "--file must name registered hospitals"),
+    ],
+)
+def test_wrong_words_are_refused_in_words(
+    federation: Federation, words: tuple[str, ...], message: str
+) -> None:
+    refused = federation.run(COMMANDS / "feddm-hospitals", *words, check=False)
+    assert refused.returncode != 0 and message in refused.stderr, refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 @pytest.fixture(scope="module")
@@ -309,14 +343,11 @@ def test_gateway_refuses_bodies_that_no_message_has(federation: Federation) -> N
 def test_list_of_nodes_tells_the_client_numbers_of_a_run(
     federation: Federation, registered: str, tmp_path: Path
 ) -> None:
-    (node,) = re.findall(r"SuperNode (\d+) registered successfully", registered)
+    node = registered.split()[1]
     for numbers, expected in (({node: 3}, "hospital-a client 3"), ({"4711": 0}, "hospital-a -")):
         (tmp_path / "nodes.json").write_text(json.dumps(numbers))
-        listed = federation.run(sys.executable, SCRIPTS / "list_nodes.py", "hospitals", tmp_path)
+        listed = federation.run(COMMANDS / "feddm-hospitals", "list", "hospitals", tmp_path)
         assert [line for line in listed.stdout.splitlines() if line.endswith(f" {expected}")]
-    command = (sys.executable, SCRIPTS / "list_nodes.py", "hospitals", tmp_path / "none")
-    refused = federation.run(*command, check=False)
-    assert refused.returncode == 1 and "RUN must be the folder of a run" in refused.stderr
 
 
 def answer_to(path: str, port: int, context: ssl.SSLContext, *, mebibytes: int = 0) -> int:

@@ -1,6 +1,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from client_app.app import app
+from server_app.hospitals.registry import Hospital, HospitalsFile
 from server_app.nodes import Nodes, sample_clients
 from server_app.replies import Introduction
 from task.code_version import code_fingerprint
@@ -28,8 +30,20 @@ def network() -> Network:
     return Network()
 
 
-def real(network: Network, *, known: Mapping[int, int] | None = None) -> Nodes:
-    return Nodes(network.grid, simulated=False, num_classes=3, extractor="classifier", known=known)
+def real(
+    network: Network,
+    *,
+    known: Mapping[int, int] | None = None,
+    hospitals: HospitalsFile | None = None,
+) -> Nodes:
+    return Nodes(
+        network.grid,
+        simulated=False,
+        num_classes=3,
+        extractor="classifier",
+        known=known,
+        hospitals=hospitals,
+    )
 
 
 def simulation(network: Network) -> Nodes:
@@ -135,6 +149,33 @@ def test_numbers_are_kept_across_a_restart(network: Network) -> None:
     with network.answering(introduced):
         again.wait_for(3, seconds=20)
     assert again.node_ids == known.node_ids and again.numbers == known.numbers
+
+
+def test_number_and_name_belong_to_the_key_where_flower_gives_another_node_id(
+    network: Network, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = HospitalsFile(tmp_path / "hospitals")
+    first, second, stranger = network.add_nodes(3)
+    # From a database that was lost; in the new one the keys have come in another order.
+    lost = {1001: 0, 1002: 1}
+    for key, before, node in (("b", 1002, first), ("a", 1001, second)):
+        with file.held():
+            file.add(Hospital(f"hospital-{key}", f"SHA256:{key}", "ecdsa", (before, node)))
+    nodes = real(network, known=lost, hospitals=file)
+    assert nodes.names == {0: "hospital-a", 1: "hospital-b"}
+    with network.answering(introduced):
+        nodes.wait_for(3, seconds=20)
+    assert nodes.node_ids == {0: second, 1: first, 2: stranger}
+    assert nodes.numbers == {**lost, first: 1, second: 0, stranger: 2}
+    assert nodes.number_known == 3
+    said = capfd.readouterr().out
+    assert f"client 1 (hospital-b, node {first}) is back" in said
+    assert f"client 2 (node {stranger}) has joined" in said
+    network.state.deactivate_node(second)
+    with network.answering(introduced), pytest.raises(TimeoutError) as caught:
+        nodes.wait_for(3, seconds=0.5)
+    assert f"client 0 (hospital-a, node {second}) is missing since" in str(caught.value)
+    assert "client 1" not in str(caught.value)
 
 
 def test_node_that_leaves_keeps_its_number_for_its_return(network: Network) -> None:

@@ -33,6 +33,7 @@ from server_app.supervisor.decisions import (
     read_folder,
     remember,
 )
+from server_app.supervisor.last_listed import FORGOTTEN, LAST_LISTED_FILE
 from server_app.supervisor.submission import (
     Submission,
     read_as,
@@ -330,6 +331,36 @@ def test_status_is_that_of_the_runs_that_were_going_or_were_submitted_again(
     # What failed before is submitted again, in vain here, and then given up.
     assert statuses({**old, "r2": FAILED}, {**old, "r2": FAILED}) == [None, 1]
     assert "GIVING UP" in capsys.readouterr().out
+
+
+def test_run_that_a_new_database_has_forgotten_is_submitted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, name in enumerate(("going", "stopped", "done", "diverged", "unknown"), start=1):
+        on_disk(tmp_path / name, run_id=number, app=str(tmp_path / "gone"))
+    before = listed(r1="running", r2="finished:stopped", r3="finished:completed", r4=FAILED)
+    before[4] = replace(before[4], details=f"failed: {DIVERGED}")
+
+    def look(supervisor: Supervisor, runs: dict[int, ListedRun]) -> str:
+        monkeypatch.setattr(supervise, "list_runs", lambda _: dict(runs))
+        supervisor.look()
+        return capsys.readouterr().out
+
+    look(Supervisor("night", tmp_path, attempts=2), before)
+    # Another process finds another database.
+    again = Supervisor("night", tmp_path, attempts=2)
+    said = look(again, {})
+    assert f"{tmp_path / 'going'}: run 1 failed ({FORGOTTEN}) after round" in said
+    assert "feddm-hospitals restore night" in said
+    assert f"{tmp_path / 'stopped'}: run 2 is stopped by a person" in said
+    assert f"{tmp_path / 'done'}: run 3 is completed" in said
+    assert "run 4 is not submitted again" in said
+    assert f"{tmp_path / 'unknown'}: left alone, this SuperLink does not list its run 5" in said
+    assert "to be submitted again after" in look(again, {}) and look(again, {}) == ""
+    kept = tmp_path / LAST_LISTED_FILE
+    kept.write_text(kept.read_text()[:-9])
+    said = look(Supervisor("night", tmp_path, attempts=2), {})
+    assert f"{kept} is not what feddm-supervise writes" in said and "remove it" in said
 
 
 def test_run_of_other_code_is_not_submitted(
