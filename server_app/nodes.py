@@ -229,8 +229,8 @@ class Nodes:
                 )
             if ready < wanted and time.monotonic() - announced > 30:
                 announced = time.monotonic()
-                nodes = "Ray" if self._simulated else f"nodes: {ready} of {wanted} are there"
-                log(f"waiting for {nodes}")
+                awaited = "Ray" if self._simulated else self._described_wait(ready, wanted)
+                log(f"waiting for {awaited}")
             time.sleep(min(poll_seconds, max(deadline - time.monotonic(), 0.01)))
 
     def doubt(self, client: int, why: str) -> None:
@@ -353,6 +353,15 @@ class Nodes:
         # It is asked again, but no round waits for what it says then.
         self._introductions.do_not_wait_for(node)
         log(self._refused[node][0])
+
+    def _described_wait(self, ready: int, wanted: int) -> str:
+        """Say how many nodes a round lacks, and what those do that are online."""
+        counts = {
+            "asked to introduce themselves": len(self._introductions.unanswered()),
+            "refused": len(self._refused),
+        }
+        others = [f"{number} {what}" for what, number in counts.items() if number]
+        return f"nodes: {ready} of {wanted} are ready; {', '.join(others) or 'no other is online'}"
 
     def _described_absence(self) -> str:
         """Say which clients are missing and since when, and which nodes were refused and why."""

@@ -43,6 +43,11 @@ def train(message: Message, context: Context) -> Message:
         broken = {"nan": lambda w: w * np.nan, "shape": lambda w: w[:-1], "norm": lambda w: w + 10}
         weights: NDArray[np.float32] = broken[fault](arrays["packed"].numpy())
         reply.content["arrays"] = ArrayRecord({"packed": Array(weights)})
+    elif fault == "surplus":
+        # What no round asks for, and what Flower holds and hands on all the same.
+        mebibytes = int(os.environ["FEDDM_SURPLUS_MIB"])
+        noise = np.random.default_rng(server_round).bytes(mebibytes << 20)
+        reply.content["surplus"] = ArrayRecord({"noise": Array(np.frombuffer(noise, np.uint8))})
     elif fault not in ("none", "killed"):
         raise RuntimeError(f"no such fault: {fault}")
     return reply

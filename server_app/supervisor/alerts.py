@@ -1,8 +1,10 @@
-"""Telling whoever is on duty: the command that FEDDM_ALERT names."""
+"""Telling whoever is on duty: the command, or the address, that FEDDM_ALERT names."""
 
+import http.client
 import os
 import shlex
 import subprocess
+import urllib.request
 
 from server_app.log import log
 
@@ -11,9 +13,9 @@ ALERT_SECONDS = 60.0
 
 
 def alert(text: str) -> bool:
-    """Give a text to the command of FEDDM_ALERT, where there is one, on its standard input.
+    """Give a text to the command of FEDDM_ALERT, on its standard input, or post it to the address.
 
-    A command that fails is logged, by its program's name alone: its words may hold a secret.
+    What fails is logged, by the program's name alone: words and address may hold a secret.
 
     Returns:
         Whether it was told, or there is nobody to tell.
@@ -22,6 +24,8 @@ def alert(text: str) -> bool:
     if not command:
         return True
     program = ""
+    if command.startswith(("https://", "http://")):
+        return _post(command, text)
     try:
         words = shlex.split(command)
         program = words[0]
@@ -39,3 +43,16 @@ def alert(text: str) -> bool:
     if done.returncode != 0:
         log(f"{ALERT_VARIABLE}: {program!r} did not take the message: status {done.returncode}")
     return done.returncode == 0
+
+
+def _post(address: str, text: str) -> bool:
+    request = urllib.request.Request(
+        address, data=f"{text}\n".encode(), headers={"Content-Type": "text/plain; charset=utf-8"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=ALERT_SECONDS):
+            return True
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        said = getattr(error, "code", type(error).__name__)
+        log(f"{ALERT_VARIABLE}: the address did not take the message: {said}")
+        return False

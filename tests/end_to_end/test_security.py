@@ -336,8 +336,12 @@ def test_gateway_refuses_bodies_that_no_message_has(federation: Federation) -> N
         context = ssl.create_default_context(cafile=federation.folder / "ca.crt")
         path = "/v1/fleet/push-object"
         # The SuperLink's own answer to a whole body of no known node.
-        assert answer_to(path, port, context, mebibytes=8) in (400, 401)
-        assert answer_to(path, port, context, mebibytes=24) == 413
+        assert answer_to(path, port, context, num_bytes=6 << 20) in (400, 401)
+        assert answer_to(path, port, context, num_bytes=12 << 20) == 413
+        # The list of a reply's pieces.
+        path = "/v1/fleet/push-messages"
+        assert answer_to(path, port, context, num_bytes=3 << 10) in (400, 401)
+        assert answer_to(path, port, context, num_bytes=5 << 10) == 413
 
 
 def test_list_of_nodes_tells_the_client_numbers_of_a_run(
@@ -350,11 +354,12 @@ def test_list_of_nodes_tells_the_client_numbers_of_a_run(
         assert [line for line in listed.stdout.splitlines() if line.endswith(f" {expected}")]
 
 
-def answer_to(path: str, port: int, context: ssl.SSLContext, *, mebibytes: int = 0) -> int:
+def answer_to(path: str, port: int, context: ssl.SSLContext, *, num_bytes: int = 0) -> int:
     """Post zeros to a path as it is written, dots and slashes included; return the status."""
-    length = mebibytes << 20
-    kind = "Content-Type: application/protobuf\r\n" if mebibytes else ""
-    request = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n{kind}\r\n"
+    kind = "Content-Type: application/protobuf\r\n" if num_bytes else ""
+    request = (
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {num_bytes}\r\n{kind}\r\n"
+    )
     with (
         socket.create_connection(("127.0.0.1", port), timeout=30) as plain,
         context.wrap_socket(plain, server_hostname="127.0.0.1") as secure,
@@ -362,6 +367,5 @@ def answer_to(path: str, port: int, context: ssl.SSLContext, *, mebibytes: int =
         secure.sendall(request.encode())
         # Whoever refuses a body may close before its end.
         with suppress(ConnectionError, ssl.SSLError):
-            for _ in range(mebibytes):
-                secure.sendall(bytes(1 << 20))
+            secure.sendall(bytes(num_bytes))
         return int(secure.recv(64).split()[1])

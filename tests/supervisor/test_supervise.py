@@ -5,8 +5,10 @@ import os
 import resource
 import signal
 import subprocess
+import threading
 import tomllib
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 from server_app.launch.superlink import free_port
 from server_app.supervisor import supervise
+from server_app.supervisor.alerts import alert
 from server_app.supervisor.decisions import (
     ATTEMPTS,
     LONGEST_PAUSE,
@@ -466,6 +469,35 @@ def test_what_needs_a_hand_is_said_and_told_until_that_has_worked(
     said = capsys.readouterr().out
     assert "no answer from the SuperLink, waiting for it" in said
     assert "has not answered for" in said and "did not take the message: status 3" in said
+
+
+def test_alert_is_posted_to_an_address_which_no_log_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    took: list[bytes] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            took.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200 if self.path == "/token-4711" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hook) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("FEDDM_ALERT", f"{address}/token-4711")
+        assert alert("run 1 diverged: \u03b5")
+        assert took == ["run 1 diverged: \u03b5\n".encode()]
+        monkeypatch.setenv("FEDDM_ALERT", f"{address}/token-4712")
+        assert not alert("again")
+        server.shutdown()
+    assert not alert("nobody is there")
+    said = capsys.readouterr().out
+    assert "did not take the message: 404" in said and "URLError" in said
+    assert "token" not in said
 
 
 def test_what_is_no_answer_of_flower_is_said_to_be_none(
