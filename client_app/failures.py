@@ -35,8 +35,9 @@ def failures_stay_local(handler: Handler) -> Handler:
             code = failure_code(error)
             reason = type(error).__name__
             logger.exception(
-                "%s failed; the server is told %s, code %d, and no more",
+                "%s failed: %s; the server is told %s, code %d, and no more",
                 message.metadata.message_type,
+                " ".join(str(error).split()),
                 reason,
                 code,
             )

@@ -33,6 +33,10 @@ def main(grid: Grid, context: Context) -> None:
         write_submission(directory, context.run_id, context.run_config)
         secure = config.federation.secure_aggregation
         (SecureTraining if secure else FederatedTraining)(grid, directory).run()
+    except Exception as error:
+        # Flower prints where it was raised, with this at the end of many lines.
+        log(f"the run fails: {' '.join(str(error).split()) or type(error).__name__}")
+        raise
     finally:
         directory.close()
         log(f"results: {directory.path}")

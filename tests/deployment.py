@@ -126,14 +126,16 @@ class Deployment:
             lambda: answers(f"http://127.0.0.1:{health}/health"), seconds=300, what="the gateway"
         )
 
-    def start_watched_node(self, name: str, *, data: Path) -> str:
+    def start_watched_node(
+        self, name: str, *, data: Path, variables: Mapping[str, str] | None = None
+    ) -> str:
         """Start the node of a registered hospital by `feddm-node`; returns where its health is."""
         health = f"127.0.0.1:{free_port()}"
         self.output(name).mkdir(exist_ok=True)
         command = ["feddm-node", "--health", health]
         command += ["--superlink", f"127.0.0.1:{self._gateway_port}"]
         home = {"FLWR_HOME": str(self.folder / f"home-{name}")}
-        self.start(name, [*command, *self._node_words(name, data)], home)
+        self.start(name, [*command, *self._node_words(name, data)], {**home, **(variables or {})})
         return f"http://{health}/health"
 
     def send_signal(self, name: str, number: signal.Signals) -> None:
@@ -300,6 +302,21 @@ def deployed(folder: Path, **variables: str) -> Iterator[Deployment]:
     """Start a deployment without nodes in an empty folder, and end all of it with the block."""
     with ExitStack() as stack:
         yield Deployment(folder, stack, variables=variables)
+
+
+def app_with_faults(folder: Path) -> Path:
+    """Copy the app, with a client that goes wrong where its node's environment says so."""
+    app = folder / "app"
+    for name in ("server_app", "client_app", "task", "conf"):
+        shutil.copytree(CHECKOUT / name, app / name)
+    for name in ("README.md", "LICENSE"):
+        shutil.copy(CHECKOUT / name, app / name)
+    shutil.copy(CHECKOUT / "tests" / "faulty_client.py", app / "client_app" / "faulty.py")
+    project = (CHECKOUT / "pyproject.toml").read_text()
+    (app / "pyproject.toml").write_text(
+        project.replace("client_app.app:app", "client_app.faulty:app")
+    )
+    return app
 
 
 def answers(url: str) -> bool:

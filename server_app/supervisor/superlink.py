@@ -5,10 +5,13 @@ started is dead; runs then stay pending for ever. Here the same command is start
 are going are processes of their own, which it does not touch.
 """
 
+import argparse
 import contextlib
 import math
+import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -72,7 +75,11 @@ class WatchedSuperLink:
     def watch(self) -> int:
         """Start the SuperLink and watch it to its end; returns the status to end with."""
         # From the main thread, with which the kernel ends it.
-        superlink = subprocess.Popen(self._command, preexec_fn=end_with_parent)
+        # It looks for its executor on the PATH, where a service may not have this environment.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        superlink = subprocess.Popen(
+            self._command, preexec_fn=end_with_parent, env={**os.environ, "PATH": path}
+        )
         process = psutil.Process(superlink.pid)
         while superlink.poll() is None and not self._ending.wait(EXECUTOR_LOOK_SECONDS):
             with contextlib.suppress(psutil.Error):
@@ -115,8 +122,39 @@ class WatchedSuperLink:
             threading.Thread(target=alert, args=(text,), daemon=True).start()
 
 
+def check_database(file: Path) -> None:
+    """Look through a SuperLink's database, if there is one; some seconds for each gigabyte.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not file.exists():
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.DatabaseError as error:
+        found = str(error)
+    if found != "ok":
+        raise ValueError(
+            f"--database must be a SQLite database that is whole, got {file} "
+            f"({' '.join(found.split())}); put a back-up in its place, or move it away and let the "
+            "hospitals in again (feddm-hospitals restore)"
+        )
+
+
 def main() -> None:
     """Run `feddm-superlink`, with the options of `flower-superlink`."""
+    reading = argparse.ArgumentParser(prog="feddm-superlink", add_help=False, allow_abbrev=False)
+    reading.add_argument("--database", type=Path)
+    options, _ = reading.parse_known_args()
+    try:
+        if options.database is not None:
+            check_database(options.database)
+    except ValueError as error:
+        log(f"feddm-superlink: {error}")
+        alert(str(error))
+        sys.exit(1)
     watched = WatchedSuperLink(sys.argv[1:])
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it

@@ -3,11 +3,15 @@
 Source: the codes of a failed verification are those of OpenSSL's x509_vfy.h.
 """
 
+import base64
+import http.client
 import socket
 import ssl
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from task.checks import require
 
@@ -37,7 +41,10 @@ def check_superlink(address: str, root_certificates: Path | None) -> Iterator[tu
     """
     host, port = _parted(address)
     context = _trusting(root_certificates)
-    with _connected(host, port) as connection:
+    proxy = _proxy(host)
+    if proxy is not None:
+        yield "proxy", f"{proxy.hostname}:{proxy.port or 80}, of HTTPS_PROXY"
+    with _connected(host, port) if proxy is None else _tunnel(proxy, host, port) as connection:
         yield "SuperLink", f"{address} accepts connections"
         certificate = _certificate(connection, context, host, port)
     ends = ssl.cert_time_to_seconds(str(certificate["notAfter"]))
@@ -72,6 +79,42 @@ def _trusting(root_certificates: Path | None) -> ssl.SSLContext:
             f"--root-certificates must be certificates in PEM format, got {root_certificates} "
             f"({error.reason}); ask the coordinator for the file again"
         ) from error
+
+
+def _proxy(host: str) -> SplitResult | None:
+    """Return the proxy that a node goes through to a host, as Flower's HTTP client finds it."""
+    proxies = urllib.request.getproxies()
+    named = proxies.get("https") or proxies.get("all") or ""
+    if not named or urllib.request.proxy_bypass(host):
+        return None
+    proxy = urlsplit(named if "://" in named else f"http://{named}")
+    require(
+        proxy.scheme == "http" and proxy.hostname is not None,
+        "HTTPS_PROXY",
+        "http://HOST:PORT, through which HTTPS goes without being opened",
+        f"{proxy.scheme}://...",
+    )
+    return proxy
+
+
+def _tunnel(proxy: SplitResult, host: str, port: int) -> socket.socket:
+    connection = http.client.HTTPConnection(
+        str(proxy.hostname), proxy.port or 80, timeout=TIMEOUT_SECONDS
+    )
+    headers = {}
+    if proxy.username:
+        user = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+        headers["Proxy-Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
+    connection.set_tunnel(host, port, headers)
+    try:
+        connection.connect()
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(
+            f"--superlink {host}:{port}: the proxy {proxy.hostname}:{proxy.port or 80} does not "
+            f"lead there ({error}); ask your network's administrator to let CONNECT to it through, "
+            "or name the host in NO_PROXY where it needs no proxy"
+        ) from error
+    return connection.sock
 
 
 def _connected(host: str, port: int) -> socket.socket:

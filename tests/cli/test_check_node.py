@@ -6,7 +6,7 @@ import ssl
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from math import sqrt
@@ -134,6 +134,58 @@ def test_superlink_with_a_good_certificate_is_trusted(authority: Authority) -> N
         found = dict(check_superlink(address, authority.certificate))
     assert "WARNING" not in found
     assert "trusted, for 127.0.0.1" in found["certificate"] and "(59 days)" in found["certificate"]
+
+
+@contextmanager
+def proxy(answer: bytes, to: str) -> Iterator[str]:
+    """Answer CONNECT in this way, and carry on to an address; gives where it listens."""
+    host, _, port = to.rpartition(":")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def carry(source: socket.socket, sink: socket.socket) -> None:
+            with suppress(OSError):
+                while piece := source.recv(1 << 16):
+                    sink.sendall(piece)
+
+        def serve() -> None:
+            with suppress(OSError):
+                near, _ = listener.accept()
+                asked.append(near.recv(1 << 16))
+                near.sendall(answer)
+                far = socket.create_connection((host, int(port)))
+                threading.Thread(target=carry, args=(far, near), daemon=True).start()
+                carry(near, far)
+
+        asked: list[bytes] = []
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        assert asked and asked[0].startswith(f"CONNECT {to} HTTP/1.".encode())
+        assert b"Proxy-Authorization: Basic bmFtZTpwIHc=\r\n" in asked[0]
+
+
+def test_proxy_is_gone_through_as_a_node_does(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    certificate = authority.sign(HERE, first=-1, last=60)
+    with (
+        listening(certificate, authority.key) as address,
+        proxy(b"HTTP/1.1 200 Connection established\r\n\r\n", address) as place,
+    ):
+        monkeypatch.setenv("https_proxy", f"http://name:p%20w@{place}")
+        found = dict(check_superlink(address, authority.certificate))
+    assert found["proxy"] == f"{place}, of HTTPS_PROXY" and "trusted" in found["certificate"]
+    with proxy(b"HTTP/1.1 403 Forbidden\r\n\r\n", address) as place:
+        monkeypatch.setenv("https_proxy", f"name:p%20w@{place}")
+        with pytest.raises(OSError, match=rf"the proxy {place} does not lead there .*403"):
+            dict(check_superlink(address, authority.certificate))
+    monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:1")
+    with pytest.raises(ValueError, match="HTTPS_PROXY must be http://HOST:PORT"):
+        dict(check_superlink(address, authority.certificate))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with listening(certificate, authority.key) as address:
+        assert "proxy" not in dict(check_superlink(address, authority.certificate))
 
 
 def test_certificate_that_ends_soon_is_warned_of(authority: Authority) -> None:

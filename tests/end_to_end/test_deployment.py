@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -19,7 +18,13 @@ from task.protocol.wire import FailureCode
 from task.runs.checkpoint import load_weights
 from task.runs.layout import MASKED_SUMS_FILE
 from task.runs.records import IN_SUM, LEFT_OUT, SPENT_EPSILON, TRAIN, Records, read_records
-from tests.deployment import RUN_CONFIG, Deployment, deployed, write_digit_folders
+from tests.deployment import (
+    RUN_CONFIG,
+    Deployment,
+    app_with_faults,
+    deployed,
+    write_digit_folders,
+)
 from tests.processes import CHECKOUT, COMMANDS, feddm, wait_for
 
 pytestmark = pytest.mark.slow
@@ -65,17 +70,7 @@ def number_of(deployment: Deployment, run: Path, name: str) -> int:
 @pytest.fixture(scope="module")
 def faulty_app(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The app with a client that goes wrong where its node's environment says so."""
-    app = tmp_path_factory.mktemp("app")
-    for name in ("server_app", "client_app", "task", "conf"):
-        shutil.copytree(CHECKOUT / name, app / name)
-    for name in ("README.md", "LICENSE"):
-        shutil.copy(CHECKOUT / name, app / name)
-    shutil.copy(CHECKOUT / "tests" / "faulty_client.py", app / "client_app" / "faulty.py")
-    project = (CHECKOUT / "pyproject.toml").read_text()
-    (app / "pyproject.toml").write_text(
-        project.replace("client_app.app:app", "client_app.faulty:app")
-    )
-    return app
+    return app_with_faults(tmp_path_factory.mktemp("app"))
 
 
 @pytest.fixture(scope="module")
