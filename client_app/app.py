@@ -15,7 +15,7 @@ from client_app.budget import charge_round
 from client_app.encoded_weights import EncodedWeights
 from client_app.failures import failures_stay_local
 from client_app.hospital_scores import images_of, named_extractor, with_own_extractor
-from client_app.last_reply import LastReply
+from client_app.last_reply import LastReply, keeps_replies, one_training_at_a_time
 from client_app.local_model import keep_local_model
 from client_app.local_state import LocalState
 from client_app.log import logger
@@ -76,6 +76,8 @@ def introduce(message: Message, context: Context) -> Message:
             said[Key.NUM_IMAGES] = sum(counts.train) + sum(counts.held_out)
         if told:
             said[Key.CLASS_COUNTS] = list(counts.train)
+        if keeps_replies(config, place):
+            said[Key.KEEPS_REPLIES] = True
         logger.info(
             "ready for %s: %d training images and %d held out, of %s; class counts are %s",
             config.run_name,
@@ -95,10 +97,15 @@ def introduce(message: Message, context: Context) -> Message:
 @failures_stay_local
 def train(message: Message, context: Context) -> Message:
     """Run the local epochs from the global weights and reply the local weights."""
+    workspace = open_workspace(context)
+    with one_training_at_a_time(workspace):
+        return _train(workspace, message, context)
+
+
+def _train(workspace: Workspace, message: Message, context: Context) -> Message:
     start = time.perf_counter()
     asked = cast(ConfigRecord, message.content[Key.CONFIG])
     server_round = int(asked[Key.SERVER_ROUND])  # type: ignore[arg-type]
-    workspace = open_workspace(context)
     config = workspace.config
     images, held_out = workspace.images(context)
     last = LastReply(workspace, message, context, images)

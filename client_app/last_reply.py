@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import numpy as np
@@ -13,14 +15,53 @@ from client_app.log import logger
 from client_app.secure_sums import npy_array
 from client_app.workspace import Workspace
 from task.code_version import code_fingerprint
-from task.config import package_of
+from task.config import Config, package_of
 from task.data import ImageSet
 from task.files import remove_left_overs
-from task.protocol.node import output_folder
+from task.lock import hold
+from task.protocol.node import NodeConfig, output_folder
 from task.protocol.wire import Key, from_npy
 from task.runs.checkpoint import join_groups, load_weights, save_weights, split_groups
 
 LAST_REPLY = "last-reply.safetensors"
+TRAINING_LOCK = ".training.lock"
+
+
+def keeps_replies(config: Config, node: NodeConfig | None) -> bool:
+    """Whether a node keeps its last reply to a training: a real one with an `output-path`.
+
+    Masked replies are not kept, as each sum has masks of its own.
+    """
+    has_place = node is not None and node.output_path is not None
+    return has_place and not config.federation.secure_aggregation
+
+
+@contextmanager
+def one_training_at_a_time(workspace: Workspace) -> Iterator[None]:
+    """Wait until no other process of a node trains for the same run, where replies are kept.
+
+    A server that hears nothing asks again, and Flower starts a process for each message. The second
+    then finds the reply of the first.
+
+    Raises:
+        ValueError: the other takes longer than a server waits.
+    """
+    node, config = workspace.node, workspace.config
+    if node is None or node.output_path is None or not keeps_replies(config, node):
+        yield
+        return
+    folder = output_folder(node.output_path) / config.run_name
+    patience = config.federation.round_timeout
+    try:
+        # Weights of one hospital alone, which will lie there, tell of its images.
+        folder.mkdir(mode=0o700, exist_ok=True)
+        held = hold(folder / TRAINING_LOCK, "output-path", patience=patience)
+    except OSError as error:  # whatever the disk does, the round goes on
+        logger.warning("a question that comes twice will be trained twice: %s", error)
+        yield
+        return
+    with held:
+        yield
 
 
 class LastReply:
@@ -28,8 +69,8 @@ class LastReply:
 
     Flower drops a reply that does not get through. The server then asks for the same round again,
     from the same weights, and the node sends what it has trained, with the same code from the same
-    images. It does so once: a reply that the server has refused is trained anew. Masked replies are
-    not kept, as each sum has masks of its own, nor are those of a simulation.
+    images. It does so once: a reply that the server has refused is trained anew. See
+    `keeps_replies` for which are kept.
     """
 
     def __init__(
@@ -45,7 +86,7 @@ class LastReply:
         """
         node, config = workspace.node, workspace.config
         self._file = None
-        if node is None or node.output_path is None or config.federation.secure_aggregation:
+        if node is None or node.output_path is None or not keeps_replies(config, node):
             return
         self._file = output_folder(node.output_path) / config.run_name / LAST_REPLY
         words = {name: str(value) for name, value in context.run_config.items() if name != "resume"}

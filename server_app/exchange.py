@@ -1,14 +1,16 @@
 """Messages out, replies in: with a deadline, one at a time, and never an endless wait."""
 
+import math
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Generic, TypeVar, cast
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Generic, TypeVar, cast
 
 import ray
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
@@ -34,6 +36,9 @@ PATIENCE_SHARE = 0.5
 # Seconds between two looks for replies: a simulation's network is in memory, and Flower hands
 # messages out there every 0.1 s, which a client's turn cannot be quicker than.
 POLL_SIMULATION, POLL_NETWORK = 0.02, 2.0
+# A real client without a reply is asked again after so many times the longest that it has taken
+# for such an answer, and not before so many seconds: its question, or its reply, may be lost.
+AGAIN_AFTER_TIMES, AGAIN_AFTER_SECONDS = 3.0, 60.0
 # Of this machine's memory, for replies that arrive at once.
 MEMORY_SHARE = 0.25
 # Small messages that are handed out together, and bytes of messages that may wait as replies.
@@ -42,23 +47,62 @@ MANY_AT_ONCE, BYTES_AT_ONCE = 32, 1 << 28
 Answer = TypeVar("Answer")
 
 
+@dataclass(frozen=True)
+class Repetition:
+    """When and how a client is asked again, whose question or reply may have been lost.
+
+    Attributes:
+        after: returns the seconds without a reply from which on a client is; infinite: never.
+        message: makes the message once more, of a client, for the seconds that are left.
+    """
+
+    after: Callable[[int], float]
+    message: Callable[[int, float], Message]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A message without a reply.
+
+    Attributes:
+        client: its number.
+        message: the message.
+        asked: `time.monotonic()` when the client was asked first.
+    """
+
+    client: int
+    message: Message
+    asked: float
+
+
 class Turns:
     """The messages of an exchange: which wait for their turn, and which are out.
 
     Attributes:
         waiting: client and message, in the order of their turns.
-        pending: client and `time.monotonic()` of sending, by id, of messages without a reply.
+        pending: messages without a reply, by id.
         refused: what to say of clients whose node Flower takes no message to.
     """
 
     def __init__(
-        self, grid: Grid, messages: Mapping[int, Message], *, timeout: float, at_once: int
+        self,
+        grid: Grid,
+        messages: Mapping[int, Message],
+        *,
+        timeout: float,
+        at_once: int,
+        repetition: Repetition | None,
     ) -> None:
         """Line the messages up; see `exchange`."""
         self.waiting = deque(messages.items())
-        self.pending: dict[str, tuple[int, float]] = {}
+        self.pending: dict[str, Sent] = {}
         self.refused: list[Reply] = []
         self._grid = grid
+        self._repetition = repetition
+        self._ends = time.monotonic() + timeout
+        # Clients that were asked twice, and what nobody waits for any more.
+        self._asked_again: set[int] = set()
+        self._surplus: list[Message] = []
         self._at_once = at_once
         self._patience = PATIENCE_SHARE * timeout
 
@@ -72,18 +116,51 @@ class Turns:
             for client, message in batch:
                 message_id = message.metadata.message_id
                 if message_id in taken:
-                    self.pending[message_id] = client, sent
+                    self.pending[message_id] = Sent(client, message, sent)
                 else:
                     self.refused.append(Reply(client, None, sent))
 
+    def send_again(self) -> None:
+        """Ask clients again, once, that have been silent for too long."""
+        if self._repetition is None:
+            return
+        now = time.monotonic()
+        for each in list(self.pending.values()):
+            left = self._ends - now
+            silent = now - each.asked > self._repetition.after(each.client)
+            if each.client in self._asked_again or not silent or left <= 0:
+                continue
+            self._asked_again.add(each.client)
+            message = self._repetition.message(each.client, left)
+            # Flower gives the message its id here.
+            if any(self._grid.push_messages([message])):
+                self.pending[message.metadata.message_id] = replace(each, message=message)
+
+    def settle(self, message_id: str, reply: Message) -> bool:
+        """Take note of a reply; returns whether it is the client's word.
+
+        An error is not, while the same client may still answer another message.
+        """
+        client = self.pending.pop(message_id).client
+        others = [each for each, sent in self.pending.items() if sent.client == client]
+        if others and reply.has_error():
+            return False
+        self._surplus += [self.pending.pop(each).message for each in others]
+        return True
+
+    def drop_surplus(self) -> None:
+        """Take second answers from the network, which keeps them otherwise."""
+        self._surplus = [each for each in self._surplus if pull_reply(self._grid, each) is None]
+
     def _room(self) -> int:
         patient = time.monotonic() - self._patience
-        held = sum(sent > patient for _, sent in self.pending.values())
+        held = len({each.client for each in self.pending.values() if each.asked > patient})
         return max(self._at_once - held, 0)
 
     def unanswered(self) -> Iterator[Reply]:
         """Say of every client without a reply when it was asked, if it was."""
-        yield from (Reply(client, None, sent) for client, sent in self.pending.values())
+        asked = {each.client: each.asked for each in self.pending.values()}
+        yield from (Reply(client, None, sent) for client, sent in asked.items())
         yield from self.refused
         yield from (Reply(client, None) for client, _ in self.waiting)
 
@@ -97,6 +174,7 @@ def exchange(
     at_once: int,
     phases: PhaseTimer,
     is_over: Callable[[], bool] = lambda: False,
+    repetition: Repetition | None = None,
 ) -> Iterator[Reply]:
     """Send a message to each client and yield replies as they arrive, then what never came.
 
@@ -112,9 +190,10 @@ def exchange(
             time no longer counts, so that it holds up nobody.
         phases: are told when this sends, and when it waits.
         is_over: whether what has come is enough; nothing is said of the others then.
+        repetition: when a client is asked again; None: never.
     """
     start = time.monotonic()
-    turns = Turns(grid, messages, timeout=timeout, at_once=at_once)
+    turns = Turns(grid, messages, timeout=timeout, at_once=at_once, repetition=repetition)
 
     def send() -> None:
         # What would expire on its way is not sent.
@@ -127,18 +206,20 @@ def exchange(
     while turns.pending:
         idle = True
         for message_id in list(turns.pending):
-            client, sent = turns.pending[message_id]
-            if (reply := pull_reply(grid, messages[client])) is not None:
+            sent = turns.pending.get(message_id)
+            if sent is not None and (reply := pull_reply(grid, sent.message)) is not None:
                 idle = False
-                del turns.pending[message_id]
-                yield Reply(client, reply, sent)
-                send()
+                if turns.settle(message_id, reply):
+                    yield Reply(sent.client, reply, sent.asked)
+                    send()
         if time.monotonic() - start > timeout:
             break
         if is_over():
             return
         if idle:
+            turns.drop_surplus()
             time.sleep(poll_seconds)
+            turns.send_again()
             send()
     yield from turns.unanswered()
 
@@ -200,6 +281,8 @@ class ClientExchange:
         """Send nothing yet; `federation` says how long to wait, and for how many at once."""
         self.simulated = is_simulation(grid)
         self.left_out: dict[int, UnusableReply] = {}
+        # The longest that clients have taken, by what they were asked and their number.
+        self._longest: dict[tuple[str, int], float] = {}
         self._grid, self._nodes, self._federation = grid, nodes, federation
 
     def ask(
@@ -234,28 +317,35 @@ class ClientExchange:
         timeout = self._federation.round_timeout
         node_ids = self._nodes.node_ids
         self.left_out.clear()
-        messages = {
-            client: addressed(
+
+        def message_to(client: int, seconds: float) -> Message:
+            return addressed(
                 question.content,
                 node_id=node_ids[client],
                 message_type=question.message_type,
-                timeout=timeout,
+                timeout=seconds,
                 entries={
                     Key.CLIENT: client,
                     Key.SERVER_ROUND: server_round,
                     **(entries or {}).get(client, {}),
                 },
             )
-            for client in clients
-        }
+
+        def message_again(client: int, seconds: float) -> Message:
+            who = self._nodes.described(client)
+            log(f"round {server_round}: {question.activity}: {who} is silent, and is asked again")
+            return message_to(client, seconds)
+
+        repetition = Repetition(partial(self._again_after, question), message_again)
         replies = exchange(
             self._grid,
-            messages,
+            {client: message_to(client, timeout) for client in clients},
             timeout=timeout,
             poll_seconds=POLL_SIMULATION if self.simulated else POLL_NETWORK,
             at_once=self._at_once(record_of(question.content, Key.ARRAYS, ArrayRecord)),
             phases=phases,
             is_over=is_over,
+            repetition=None if self.simulated else repetition,
         )
         stage = f"round {server_round}: {question.activity}, replies of {len(clients)} clients"
         for reply in tracked(replies, len(clients), stage):
@@ -269,7 +359,23 @@ class ClientExchange:
                 log(f"round {server_round}: {who} is left out: {reason}")
                 self._leave_out(reply, reason)
             else:
-                yield reply.client, found, cast(float, reply.sent)
+                sent, key = cast(float, reply.sent), (question.activity, reply.client)
+                took = time.monotonic() - sent
+                self._longest[key] = max(took, self._longest.get(key, 0.0))
+                yield reply.client, found, sent
+
+    def _again_after(self, question: Question[Any], client: int) -> float:
+        """Return after how many seconds without a reply a client is asked again.
+
+        A training is asked for again where the node keeps its reply, and never one of a masked sum.
+        """
+        trains = question.message_type.partition(".")[0] == MessageType.TRAIN
+        if trains and not self._nodes.introduced[client].keeps_replies:
+            return math.inf
+        others = [each for (what, _), each in self._longest.items() if what == question.activity]
+        known = self._longest.get((question.activity, client), max(others, default=math.inf))
+        wait = max(AGAIN_AFTER_TIMES * known, AGAIN_AFTER_SECONDS)
+        return min(wait, PATIENCE_SHARE * self._federation.round_timeout)
 
     def _leave_out(self, reply: Reply, reason: UnusableReply) -> None:
         self.left_out[reply.client] = reason

@@ -19,9 +19,15 @@ from server_app.dataset import check_privacy, load_images, record_data, record_p
 from server_app.evaluation import GlobalEvaluation, HospitalEvaluation
 from server_app.exchange import Answer, ClientExchange, Question, is_simulation
 from server_app.hospital_scores import SCORES_TYPE, check_scoring, read_scores, score_records
-from server_app.hospitals.registry import HospitalsFile
+from server_app.hospitals.registry import HOSPITALS_VARIABLE, HospitalsFile
 from server_app.log import log
-from server_app.messages import Entries, images_record, packed_record
+from server_app.messages import (
+    DEFAULT_MAX_LIST,
+    Entries,
+    images_record,
+    list_bytes,
+    packed_record,
+)
 from server_app.nodes import GRACE_SECONDS, QUERY_TIMEOUT_SECONDS, Nodes, sample_clients
 from server_app.replies import (
     Diverged,
@@ -43,7 +49,7 @@ from task.evaluation.hospital_scores import HospitalScores
 from task.generators.ensemble import CLASS_COUNTS, join_members
 from task.protocol.partial import PartLayout, deal_parts, senders
 from task.protocol.wire import Key, WeightLayout, Weights
-from task.protocol.wire_format import WireFormat, float_dtype
+from task.protocol.wire_format import BYTES_BACK, WireFormat, float_dtype
 from task.randomness import Stream, numpy_generator, torch_generator
 from task.runs.layout import CLASS_COUNTS_FILE, HOSPITALS_FILE, NODES_FILE, client_numbers
 from task.runs.records import CLIENT_DIVERGENCE, LEFT_OUT, TEST, TRAIN, Record, records_of
@@ -128,6 +134,7 @@ class FederatedTraining(RoundLoop):
         if not self.simulated:
             # Before they are asked, who would all refuse.
             check_scoring(self.config)
+            self.say_what_nodes_need()
         num_nodes = len(self.gather_nodes(patience=QUERY_TIMEOUT_SECONDS))
         if self.simulated:
             self.config = self.config.changed({"federation.num_supernodes": num_nodes})
@@ -150,6 +157,24 @@ class FederatedTraining(RoundLoop):
             raise ValueError(
                 f"federation.clients_per_round must be at most {num_nodes}, the nodes that are "
                 f"there, got {asked}; federation.min_nodes={asked} waits for as many"
+            )
+
+    def say_what_nodes_need(self) -> None:
+        """Say what is not as a deployment needs it, before anybody has trained for hours."""
+        hospitals = HospitalsFile.of_environment()
+        if hospitals is None or not hospitals.has_begun():
+            log(
+                f"{HOSPITALS_VARIABLE} names no file of the SuperLink's: hospitals have no names, "
+                "and their numbers are of node ids, which change where its database is lost"
+            )
+        beside = sum(self.strategy.expected.values())
+        if self.config.federation.drawn_by == "clients":
+            beside += self._personal.size
+        back = self._layout.size * BYTES_BACK[self.config.federation.wire_dtype] + 4 * beside
+        if list_bytes(back) > DEFAULT_MAX_LIST:
+            log(
+                f"replies have {back / 1e6:,.0f} MB: the gateway's MAX_LIST must be "
+                f"{list_bytes(back)} bytes or more, or it refuses them"
             )
 
     def describe(self) -> str:
@@ -484,7 +509,8 @@ class FederatedTraining(RoundLoop):
         held = [client for client in sorted(counts) if weights[client] < counts[client]]
         for client in held:
             log(
-                f"round {server_round}: client {client} claims {counts[client]} images and counts "
+                f"round {server_round}: {self._nodes.described(client)} claims {counts[client]} "
+                "images and counts "
                 f"as {weights[client]}, at most "
                 f"federation.max_weight_share={self.config.federation.max_weight_share} of all"
             )
@@ -500,7 +526,8 @@ class FederatedTraining(RoundLoop):
         self.directory.forget_local_models()
         wanted = set(self.config.federation.keep_local_models)
         for client in sorted(wanted - set(clients)):
-            log(f"round {server_round}: client {client} does not train, its weights are not kept")
+            who = self._nodes.described(client)
+            log(f"round {server_round}: {who} does not train, its weights are not kept")
         return wanted & set(clients)
 
     def evaluate(self, server_round: int) -> str | None:

@@ -1,11 +1,12 @@
 """Messages and their records, as the server writes and reads them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.common.constant import ErrorCode, SType
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, ErrorCode, SType
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
@@ -19,6 +20,11 @@ TTL_SHARE = 0.95
 
 # Flower's, of a reply that was made to break it; a network that fails raises others.
 INFLATE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RecursionError, DecodeError)
+
+# A node announces a reply by a list of its pieces, each of so many bytes at most, in so many bytes;
+# the rest is the message's own, and that of its records. The gateway's MAX_LIST bounds it.
+PIECE_BYTES, LISTED_PIECE_BYTES, LIST_BASE_BYTES = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, 68, 1500
+DEFAULT_MAX_LIST = 8 << 10
 
 # Of a config record.
 Entries = Mapping[str, str | int | list[int] | list[str] | list[bytes]]
@@ -47,6 +53,11 @@ def addressed(
     shared = record_of(content, Key.CONFIG, ConfigRecord)
     records[Key.CONFIG] = ConfigRecord({**shared, **(entries or {})})
     return Message(records, node_id, message_type, ttl=timeout * TTL_SHARE)
+
+
+def list_bytes(num_bytes: float) -> int:
+    """Return how many bytes a node announces a reply with so many bytes of arrays with, at most."""
+    return LIST_BASE_BYTES + math.ceil(num_bytes / PIECE_BYTES) * LISTED_PIECE_BYTES
 
 
 def pull_reply(grid: Grid, message: Message) -> Message | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from server_app.hospitals.registry import Hospital, HospitalsFile
+from server_app.hospitals.registry import HospitalsFile
 from server_app.log import log
 from server_app.messages import addressed, pull_reply, record_of
 from server_app.replies import (
@@ -160,8 +160,10 @@ class Nodes:
         self._counted = counted and not simulated
         self._fingerprint = code_fingerprint("" if simulated else package)
         self._numbers = dict(known or {})
-        self._hospitals = hospitals
-        self._keep_names(self._known_hospitals())
+        self._hospitals_file = hospitals
+        self._hospitals = hospitals.by_node() if hospitals is not None else {}
+        for node, number in self._numbers.items():
+            self._keep_name(node, number)
         self._present: dict[int, int] = {}
         self._secure = secure
         self._introductions = Introductions(grid, extractor, secure=secure)
@@ -265,7 +267,13 @@ class Nodes:
         again = time.monotonic() - REFUSED_SECONDS
         refused = {node for node, (_, since) in self._refused.items() if since > again}
         known = refused | set(self._present.values()) | set(self._newcomers)
-        self._introductions.ask(connected - known)
+        new = connected - known - {*self._introductions.unanswered()}
+        if new:
+            self._read_hospitals()
+        removed = {node for node in new & self._hospitals.keys() if self._hospitals[node].removed}
+        for node in sorted(removed):
+            self._refuse(node, "its key was removed; feddm-hospitals restore tells the SuperLink")
+        self._introductions.ask(connected - known - removed)
         for node, answer in self._introductions.answers().items():
             try:
                 self._welcome(node, checked_content(Reply(node, answer, sent=0.0), timeout=0.0))
@@ -328,28 +336,39 @@ class Nodes:
 
     def _admit_newcomers(self) -> None:
         """Give numbers; sorted, so that they do not depend on who answered first."""
-        hospitals = self._known_hospitals() if self._newcomers else {}
         for node, introduction in sorted(self._newcomers.items(), key=lambda newcomer: newcomer[0]):
-            own = hospitals[node].nodes if node in hospitals else (node,)
+            own = self._hospitals[node].nodes if node in self._hospitals else (node,)
+            # The first, to which belongs what the hospital has kept.
             before = [self._numbers[each] for each in own if each in self._numbers]
-            number = before[-1] if before else max(self._numbers.values(), default=-1) + 1
+            number = before[0] if before else max(self._numbers.values(), default=-1) + 1
             self._numbers[node] = number
             self._present[number], self.introduced[number] = node, introduction
             self._left.pop(number, None)
-            self._keep_names(hospitals)
+            self._keep_name(node, number)
             log(f"{self._of_node(number, node)} {'is back' if before else 'has joined'}")
         self._newcomers.clear()
 
-    def _known_hospitals(self) -> dict[int, Hospital]:
-        return {} if self._hospitals is None else self._hospitals.by_node()
+    def _keep_name(self, node: int, number: int) -> None:
+        if node in self._hospitals:
+            self.names[number] = self._hospitals[node].name
 
-    def _keep_names(self, hospitals: Mapping[int, Hospital]) -> None:
-        for node, number in self._numbers.items():
-            if node in hospitals:
-                self.names[number] = hospitals[node].name
+    def _read_hospitals(self) -> None:
+        """Read again who the nodes are, some of whom may just have been registered."""
+        if self._hospitals_file is None:
+            return
+        try:
+            self._hospitals = self._hospitals_file.by_node()
+        except (OSError, ValueError) as error:  # at the start it ends the run
+            log(f"hospitals are known as they were at the last look: {error}")
+
+    def _described_node(self, node: int) -> str:
+        """Name a node by its id, and by its hospital where that is known."""
+        name = f" ({self._hospitals[node].name})" if node in self._hospitals else ""
+        return f"node {node}{name}"
 
     def _refuse(self, node: int, reason: str) -> None:
-        self._refused[node] = f"node {node} was refused: {reason}", time.monotonic()
+        said = f"{self._described_node(node)} was refused: {reason}"
+        self._refused[node] = said, time.monotonic()
         # It is asked again, but no round waits for what it says then.
         self._introductions.do_not_wait_for(node)
         log(self._refused[node][0])
@@ -376,7 +395,9 @@ class Nodes:
         ]
         reasons += [reason for reason, _ in self._refused.values()]
         silent = [node for node in self._introductions.unanswered() if node not in self._refused]
-        reasons += [f"node {node} has not introduced itself yet" for node in silent]
+        reasons += [
+            f"{self._described_node(node)} has not introduced itself yet" for node in silent
+        ]
         return "; ".join(reasons) or "no other node connected"
 
 

@@ -382,11 +382,13 @@ class Introduction:
             and with differential privacy.
         class_counts: those to train on, of each class; None where it does not say.
         keys: of its hospital, for secure aggregation; None without.
+        keeps_replies: whether it may be asked for the same training again.
     """
 
     num_images: int | None
     class_counts: list[int] | None
     keys: PublicKeys | None = None
+    keeps_replies: bool = False
 
 
 def read_introduction(said: ConfigRecord, *, num_classes: int, counted: bool) -> Introduction:
@@ -401,15 +403,16 @@ def read_introduction(said: ConfigRecord, *, num_classes: int, counted: bool) ->
         UnusableReply: it does not say how many it has, or says what cannot be.
     """
     counts = read_class_counts(said, num_classes=num_classes)
+    keeps_replies = said.get(Key.KEEPS_REPLIES) is True
     if not counted:
-        return Introduction(None, counts)
+        return Introduction(None, counts, keeps_replies=keeps_replies)
     number, trained = said.get(Key.NUM_IMAGES), sum(counts or [])
     if type(number) is not int or not trained <= number <= MAX_COUNT:
         raise UnusableReply(
             f"{Key.NUM_IMAGES.value} must be a whole number from {trained}, those of its "
             f"{Key.CLASS_COUNTS.value}, to {MAX_COUNT:g}, got {number!r:.80}"
         )
-    return Introduction(number, counts)
+    return Introduction(number, counts, keeps_replies=keeps_replies)
 
 
 def read_keys(said: ConfigRecord) -> PublicKeys:

@@ -1,8 +1,10 @@
 """`feddm-hospitals`: whom the SuperLink lets in, by name, and what to do when it forgets them."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +39,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
-    help="Register hospitals' nodes with a SuperLink, list them, and let them go.",
+    help="Register hospitals' nodes with a SuperLink, list and remove them.",
 )
 Connection = Annotated[
     str,
@@ -91,7 +93,7 @@ class NodeRegistry:
             return int(self._client.RegisterNode(request).node_id)
 
     def unregister(self, node: int) -> None:
-        """Let a node go, whose key Flower takes no second time."""
+        """Refuse a node from now on; Flower takes its key no second time."""
         with flwr_cli_exc_handler():
             self._client.UnregisterNode(UnregisterNodeRequest(node_id=node))
 
@@ -99,6 +101,9 @@ class NodeRegistry:
 @contextmanager
 def superlink(connection: str) -> Iterator[NodeRegistry]:
     """Open a connection of Flower's configuration."""
+    # It is this machine's, or at the end of a tunnel, and no proxy leads there.
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        del os.environ[name]
     # Flower prints which connection it uses, which is no line of a list.
     with redirect_stdout(sys.stderr):
         client = init_http_client_from_connection(read_superlink_connection(connection))
@@ -138,17 +143,21 @@ def let_in(link: NodeRegistry, file: HospitalsFile, hospital: Hospital) -> str:
         What was done, in a line.
 
     Raises:
-        ValueError: the key was let go.
+        ValueError: the key was removed.
     """
     name = f"{hospital.name} with {hospital.fingerprint}"
     known = next((node for node in link.nodes() if key_of(node) == hospital.fingerprint), None)
-    if hospital.removed or (known is not None and known.status == UNREGISTERED):
+    if known is not None and known.status == UNREGISTERED:
+        # By `flwr supernode unregister`, of which a new database would know nothing.
+        hospital = replace(hospital, nodes=(known.node_id,), removed=True)
+        file.add(hospital)
+    if hospital.removed:
         raise ValueError(
-            f"PUBLIC_KEY must be of a key that was not let go, got {name}; make-node-key.sh makes "
+            f"PUBLIC_KEY must be of a key that was not removed, got {name}; make-node-key.sh makes "
             "a new one under a new name"
         )
     node = known.node_id if known else link.register(_key_in(hospital), hospital.name)
-    file.add(Hospital(hospital.name, hospital.fingerprint, hospital.public_key, (node,)))
+    file.add(replace(hospital, nodes=(node,)))
     return f"SuperNode {node} {'was registered before' if known else 'is registered'}: {name}"
 
 
@@ -176,10 +185,18 @@ def register_hospital(
     blob = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     registry = HospitalsFile(file)
     with registry.held(), superlink(connection) as link:
-        known = registry.hospitals().get(fingerprint(key))
+        hospitals = registry.hospitals()
+        known = hospitals.pop(fingerprint(key), None)
+        same = [each for each in hospitals.values() if each.name == name and not each.removed]
+        if same:
+            raise ValueError(
+                f"NAME must be of one hospital alone, got {name!r}, which has {same[0].fingerprint}"
+            )
         removed = known is not None and known.removed
         hospital = Hospital(check_name(name), fingerprint(key), blob, (), removed)
         print(let_in(link, registry, hospital))
+        if known is not None and known.name != hospital.name:
+            print(f"it was {known.name}")
 
 
 @app.command("list")
@@ -193,11 +210,22 @@ def list_hospitals(
             show_default=False,
         ),
     ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file",
+            envvar=HOSPITALS_VARIABLE,
+            dir_okay=False,
+            help="Where names are kept; without it they are those of the SuperLink.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """List the nodes that the SuperLink knows: id, status, fingerprint of the key, name.
 
     The status is Flower's: registered, online, offline or unregistered.
     """
+    hospitals = {} if file is None else HospitalsFile(file).hospitals()
     numbers = {} if run is None else client_numbers(run)
     if run is not None and numbers is None:
         raise ValueError(
@@ -205,7 +233,9 @@ def list_hospitals(
         )
     with superlink(connection) as link:
         for node in link.nodes():
-            words = [str(node.node_id), node.status, key_of(node), node.name]
+            key = key_of(node)
+            name = hospitals[key].name if key in hospitals else node.name
+            words = [str(node.node_id), node.status, key, name]
             if numbers is not None and run is not None:
                 number = numbers.get(node.node_id)
                 words.append("-" if number is None else f"client {number}")
@@ -218,7 +248,7 @@ def remove_hospital(
     node: Annotated[int, typer.Argument(help="Id of the node, of `list`.", show_default=False)],
     file: RegistryFile,
 ) -> None:
-    """Let a node go: its key gets in no more, and is not registered again by `restore`."""
+    """Remove a node: its key is refused from now on, and never registered again."""
     registry = HospitalsFile(file)
     with registry.held(), superlink(connection) as link:
         found = next((each for each in link.nodes() if each.node_id == node), None)
@@ -232,17 +262,27 @@ def remove_hospital(
         registry.add(Hospital(name, fingerprint(key), blob, (node,), removed=True))
         if found.status != UNREGISTERED:
             link.unregister(node)
-        print(f"SuperNode {node} is let go: {name} with {fingerprint(key)}")
+        print(f"SuperNode {node} is removed: {name} with {fingerprint(key)}")
 
 
 @app.command("restore")
 def restore_hospitals(connection: Connection, file: RegistryFile) -> None:
-    """Register again whom a SuperLink with a new database does not know; all keep their numbers."""
+    """Bring a SuperLink with another database up to date; hospitals keep their numbers.
+
+    Those that it does not know are registered again, and keys that were removed are unregistered.
+    """
     registry = HospitalsFile(file)
     with registry.held(), superlink(connection) as link:
-        present = [each for each in registry.hospitals().values() if not each.removed]
+        hospitals = registry.hospitals()
+        present = [each for each in hospitals.values() if not each.removed]
         if not present:
             raise ValueError(f"--file must name registered hospitals, got {file}, which has none")
+        for node in link.nodes():
+            known = hospitals.get(key_of(node))
+            if known is not None and known.removed and node.status != UNREGISTERED:
+                link.unregister(node.node_id)
+                registry.add(replace(known, nodes=(node.node_id,)))
+                print(f"SuperNode {node.node_id} is removed: {known.name} with {known.fingerprint}")
         refused = False
         for hospital in present:
             try:

@@ -11,8 +11,8 @@ from task.privacy.append_only import AppendOnlyFile
 
 HOSPITALS_VARIABLE = "FEDDM_HOSPITALS"
 HOSPITALS_WAY_OUT = (
-    "bring a copy of it back, or move it away and register every hospital again "
-    "(feddm-hospitals register)"
+    "bring a copy of it back, or move it away and register every hospital again (feddm-hospitals "
+    "register): which keys were removed, and earlier node ids, are then forgotten"
 )
 LONGEST_NAME = 100
 
@@ -26,7 +26,7 @@ class Hospital:
         fingerprint: of its key, as `ssh-keygen -l` writes it.
         public_key: in OpenSSH's format, in one line.
         nodes: every node id that Flower has given the key, oldest first.
-        removed: whether the key was let go, and is not to be registered again.
+        removed: whether the key is refused from now on.
     """
 
     name: str
@@ -34,6 +34,12 @@ class Hospital:
     public_key: str
     nodes: tuple[int, ...]
     removed: bool = False
+
+    def after(self, before: "Hospital | None") -> "Hospital":
+        """Return what is known once this is said, with the node ids of before."""
+        earlier = before.nodes if before else ()
+        new = tuple(node for node in self.nodes if node not in earlier)
+        return replace(self, nodes=(*earlier, *new))
 
 
 class HospitalsFile:
@@ -45,9 +51,17 @@ class HospitalsFile:
 
     @classmethod
     def of_environment(cls) -> "HospitalsFile | None":
-        """Return the file that the environment names; None where it names none."""
+        """Return the file that the environment names; None where it names none.
+
+        Raises:
+            ValueError: it is no absolute path.
+        """
         named = os.environ.get(HOSPITALS_VARIABLE, "")
-        return cls(Path(named)) if named else None
+        if not named:
+            return None
+        absolute = Path(named).is_absolute()
+        require(absolute, HOSPITALS_VARIABLE, "an absolute path, for every process", named)
+        return cls(Path(named))
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -72,17 +86,18 @@ class HospitalsFile:
         for line, record in enumerate(self._file.read(), start=2):
             try:
                 said = Hospital(**{**record, "nodes": tuple(record["nodes"])})
-                before = found.get(said.fingerprint)
+                found[said.fingerprint] = said.after(found.get(said.fingerprint))
             except (KeyError, TypeError) as error:
                 raise self._file.damaged(line, f"it is no hospital ({error})") from error
-            earlier = before.nodes if before else ()
-            new = tuple(node for node in said.nodes if node not in earlier)
-            found[said.fingerprint] = replace(said, nodes=(*earlier, *new))
         return found
 
     def by_node(self) -> dict[int, Hospital]:
         """Return the hospital of each node id that a key has ever had."""
         return {node: each for each in self.hospitals().values() for node in each.nodes}
+
+    def has_begun(self) -> bool:
+        """Whether there is such a file."""
+        return self._file.path.exists()
 
     def add(self, hospital: Hospital) -> None:
         """Write down what is new of a hospital, if anything is. To be called under `held`.
@@ -92,8 +107,7 @@ class HospitalsFile:
             OSError: it cannot be written.
         """
         known = self.hospitals().get(hospital.fingerprint)
-        same = known is not None and {*hospital.nodes} <= {*known.nodes}
-        if not same or replace(hospital, nodes=known.nodes) != known:  # type: ignore[union-attr]
+        if hospital.after(known) != known:
             self._file.append({**vars(hospital), "nodes": [*hospital.nodes]})
 
 
@@ -104,5 +118,5 @@ def check_name(name: str) -> str:
         ValueError: it is empty, too long, or has signs that cannot be printed.
     """
     good = 0 < len(name.strip()) <= LONGEST_NAME and name.isprintable()
-    require(good, "NAME", f"1 to {LONGEST_NAME} printable signs", repr(name))
+    require(good, "NAME", f"1 to {LONGEST_NAME} printable characters", repr(name))
     return name.strip()

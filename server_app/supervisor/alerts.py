@@ -45,12 +45,19 @@ def alert(text: str) -> bool:
     return done.returncode == 0
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Takes a redirect for an error: a POST would become a GET, without the text."""
+
+    def redirect_request(self, *_: object) -> None:
+        """Follow none."""
+
+
 def _post(address: str, text: str) -> bool:
     request = urllib.request.Request(
         address, data=f"{text}\n".encode(), headers={"Content-Type": "text/plain; charset=utf-8"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=ALERT_SECONDS):
+        with urllib.request.build_opener(_NoRedirects).open(request, timeout=ALERT_SECONDS):
             return True
     except (OSError, ValueError, http.client.HTTPException) as error:
         said = getattr(error, "code", type(error).__name__)

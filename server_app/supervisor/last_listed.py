@@ -54,6 +54,22 @@ class LastListed:
                 )
         return found
 
+    def outdated(self, listed: Mapping[int, ListedRun]) -> dict[int, ListedRun]:
+        """Return the runs that are over, as far as is known, and that an older database revives.
+
+        Args:
+            listed: what Flower lists.
+
+        Raises:
+            ValueError: the file is damaged.
+            OSError: it cannot be read.
+        """
+        return {
+            run_id: run
+            for run_id, run in self._read().items()
+            if run_id in listed and run.is_over and listed[run_id].status != run.status
+        }
+
     def keep(self, runs: Mapping[int, ListedRun], folders: Collection[RunFolder]) -> None:
         """Write down what is new of the runs that hold a folder.
 

@@ -62,6 +62,9 @@ class WatchedSuperLink:
         beside = Path(sys.executable).parent / "flower-superlink"
         found = str(beside) if beside.exists() else shutil.which("flower-superlink")
         self._command = [found or "flower-superlink", *words]
+        # Flower's processes find each other on the PATH, which a service has without them.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        self._environment = {**os.environ, "PATH": path}
         self._ending = threading.Event()
         self._executors: list[subprocess.Popen[bytes]] = []
         self._executors_words: list[str] = []
@@ -75,10 +78,8 @@ class WatchedSuperLink:
     def watch(self) -> int:
         """Start the SuperLink and watch it to its end; returns the status to end with."""
         # From the main thread, with which the kernel ends it.
-        # It looks for its executor on the PATH, where a service may not have this environment.
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         superlink = subprocess.Popen(
-            self._command, preexec_fn=end_with_parent, env={**os.environ, "PATH": path}
+            self._command, preexec_fn=end_with_parent, env=self._environment
         )
         process = psutil.Process(superlink.pid)
         while superlink.poll() is None and not self._ending.wait(EXECUTOR_LOOK_SECONDS):
@@ -112,7 +113,10 @@ class WatchedSuperLink:
         self._started_at, self._pause = now, min(2 * self._pause, LONGEST_PAUSE_SECONDS)
         self._executors.append(
             subprocess.Popen(
-                self._executors_words, start_new_session=True, preexec_fn=end_with_parent
+                self._executors_words,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+                env=self._environment,
             )
         )
         text = f"{EXECUTOR_NAME}, which starts the SuperLink's runs, was dead; it is started again"
@@ -127,12 +131,18 @@ def check_database(file: Path) -> None:
 
     Raises:
         ValueError: it is damaged.
+        OSError: it cannot be read now.
     """
     if not file.exists():
         return
     try:
         with contextlib.closing(sqlite3.connect(file)) as database:
             (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.OperationalError as error:
+        raise OSError(
+            f"--database={file} cannot be read now ({error}): end the SuperLink that has it open, "
+            "or look at its owner and at the disk"
+        ) from error
     except sqlite3.DatabaseError as error:
         found = str(error)
     if found != "ok":
@@ -151,9 +161,8 @@ def main() -> None:
     try:
         if options.database is not None:
             check_database(options.database)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         log(f"feddm-superlink: {error}")
-        alert(str(error))
         sys.exit(1)
     watched = WatchedSuperLink(sys.argv[1:])
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

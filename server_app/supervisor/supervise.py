@@ -198,7 +198,7 @@ class Supervisor:
         self.look_for_stuck(listed)
         if self._history is None:
             self._history = {run.run_id for run in listed.values() if run.is_over}
-        listed |= self.forgotten_runs(listed, folders)
+        listed |= self.remembered_runs(listed, folders)
         lost = failed_without_folder(listed, folders)
         if lost is not None:
             self.say_once(
@@ -208,16 +208,26 @@ class Supervisor:
         verdicts = {folder.run_id: self.handle(folder, listed, folders) for folder in folders}
         return self.status(verdicts, listed, lost) if until_done and all_read else None
 
-    def forgotten_runs(
+    def remembered_runs(
         self, listed: Mapping[int, ListedRun], folders: Collection[RunFolder]
     ) -> dict[int, ListedRun]:
-        """Return the runs that the SuperLink listed once and has forgotten, and tell of them."""
+        """Return the runs of which more is known than the SuperLink lists, and tell of them.
+
+        It has forgotten them, or is on an older database.
+        """
         try:
             found = self._last_listed.forgotten(listed, folders, now=time.time())
-            self._last_listed.keep({**listed, **found}, folders)
+            outdated = self._last_listed.outdated(listed)
+            self._last_listed.keep({**listed, **found, **outdated}, folders)
         except (OSError, ValueError) as error:
             self.say_trouble(self._runs, error)
             return {}
+        for run in outdated.values():
+            self.say_once(
+                f"run {run.run_id} was {run.status}, and stays so: the SuperLink's database is an "
+                f"older one, which lists it as {listed[run.run_id].status}",
+                about=(run.run_id, "outdated"),
+            )
         for run in found.values():
             if run.details == FORGOTTEN:
                 self.say_once(
@@ -226,7 +236,7 @@ class Supervisor:
                     f"feddm-hospitals restore {self._connection}",
                     urgent=True,
                 )
-        return found
+        return {**found, **outdated}
 
     def say_silence(self, reason: NoAnswer) -> None:
         """Say that the SuperLink does not answer, and tell it where that lasts."""

@@ -46,6 +46,8 @@ class Key(StrEnum):
     PARTITION_ID = "partition-id"
     NUM_PARTITIONS = "num-partitions"
     CLASS_COUNTS = "class-counts"
+    # Whether a node answers a training that it is asked for twice without training twice.
+    KEEPS_REPLIES = "keeps-replies"
     IMAGES = "images"
     LABELS = "labels"
     SECURE_AGGREGATION = "secure-aggregation"

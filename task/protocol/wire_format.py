@@ -13,6 +13,8 @@ from task.protocol.wire import WeightLayout
 # What wire_dtype may be, by the bits of a value of an update on its way back.
 BLOCK_BITS = {"int8": 8, "int4": 4}
 FLOATS = ("float32", "float16")
+# Of a value on its way back, without the scales of blocks, which are a few hundredths.
+BYTES_BACK = {"float32": 4.0, "float16": 2.0, **{dtype: n / 8 for dtype, n in BLOCK_BITS.items()}}
 
 
 class WireFormat(ABC):

@@ -4,7 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,7 +22,7 @@ from torchvision import datasets
 from client_app import workspace
 from client_app.app import app
 from client_app.failures import failure_code, failures_stay_local
-from client_app.last_reply import LAST_REPLY
+from client_app.last_reply import LAST_REPLY, TRAINING_LOCK
 from client_app.log import logger
 from client_app.workspace import choose_precision, open_workspace
 from server_app.audits import AUDIT_TYPE, read_attacks
@@ -48,6 +51,7 @@ from tests.helpers import (
     simulated,
     write_digits_as_mnist,
 )
+from tests.processes import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = load_run_config(SMALL_RUN)
@@ -574,7 +578,14 @@ def test_every_reply_of_a_hospital_is_free_of_paths_and_names(tmp_path: Path) ->
     model = initial_generator(config)
     weights = WeightLayout.of(model).pack(model.state_dict())
     agreed = {
-        "query": {Key.CONFIG: {Key.FINGERPRINT, Key.NUM_IMAGES, Key.CLASS_COUNTS}},
+        "query": {
+            Key.CONFIG: {
+                Key.FINGERPRINT,
+                Key.NUM_IMAGES,
+                Key.CLASS_COUNTS,
+                Key.KEEPS_REPLIES,
+            }
+        },
         "train": {Key.ARRAYS: {Key.PACKED}, Key.METRICS: TRAINED_KEYS},
         "evaluate": {Key.METRICS: {Key.NUM_EXAMPLES, Key.LOSS}},
         SCORES_TYPE: {Key.METRICS: {Key.NUM_EXAMPLES, *expected_scores(["class-agreement"])}},
@@ -629,7 +640,7 @@ def test_hospital_keeps_its_newest_own_weights(hospital: Context, tmp_path: Path
     assert (config["run_name"], config["data"]["name"]) == ("lungs", "mnist")
     assert str(tmp_path) not in metadata["config"]
     kept = {path.name for path in (tmp_path / "out").rglob("*")}
-    assert kept == {"lungs", file.name, LAST_REPLY}
+    assert kept == {"lungs", file.name, LAST_REPLY, TRAINING_LOCK}
     assert file.parent.stat().st_mode & 0o077 == 0
 
 
@@ -676,6 +687,27 @@ def test_repeated_question_is_answered_without_training_again(
     file.write_bytes(kept)
     hospital.run_config["train.local_epochs"] = 2
     assert not app(message("train", audit=True), hospital).has_error() and fits.call_count == 8
+
+
+def test_second_process_waits_for_the_first_and_sends_what_that_has_trained(
+    hospital: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hospital.node_config["output-path"] = str(tmp_path)
+    hospital.run_config["run_name"] = "lungs"
+    trained = threading.Event()
+    fits = Mock(side_effect=lambda *given, **named: trained.wait(30) and fit(*given, **named))
+    monkeypatch.setattr("client_app.app.fit", fits)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(app, message("train"), hospital)
+        wait_for(lambda: fits.call_count == 1, seconds=60, what="the first training")
+        second = pool.submit(app, message("train"), hospital)
+        time.sleep(1)
+        assert not second.done()
+        trained.set()
+        replies = first.result(), second.result()
+    assert fits.call_count == 1
+    assert not any(reply.has_error() for reply in replies)
+    assert np.array_equal(packed(replies[0]), packed(replies[1]))
 
 
 def test_run_without_a_name_is_kept_under_flowers_number(hospital: Context, tmp_path: Path) -> None:

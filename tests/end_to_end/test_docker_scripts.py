@@ -1,3 +1,4 @@
+import math
 import re
 import shutil
 import stat
@@ -8,9 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import RecordDict
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from server_app.messages import packed_record
+from server_app.messages import (
+    DEFAULT_MAX_LIST,
+    LISTED_PIECE_BYTES,
+    PIECE_BYTES,
+    list_bytes,
+    packed_record,
+)
 from task.protocol.wire import Key
 
 DOCKER = Path(__file__).resolve().parents[2] / "docker"
@@ -213,6 +221,20 @@ def test_gateway_lets_every_piece_of_a_message_through() -> None:
     sizes = [len(piece.deflate()) for piece in pieces.values()]
     assert sum(sizes) > weights.nbytes
     assert max(sizes) < 8 * 2**20 * 0.7  # room for what a request has around it
+    # What a node announces them by, and what the server tells of it.
+    caddyfile = (DOCKER / "gateway" / "Caddyfile").read_text()
+    assert re.findall(r"\{\$MAX_LIST:(\d+)KiB\}", caddyfile) == [f"{DEFAULT_MAX_LIST >> 10}"]
+    trees = {
+        size: PushMessagesRequest(
+            message_object_trees=[
+                get_object_tree(RecordDict({Key.ARRAYS: packed_record(weights[:size])}))
+            ]
+        ).ByteSize()
+        for size in (1000, len(weights))
+    }
+    pieces_more = math.ceil(weights.nbytes / PIECE_BYTES) - 1
+    assert abs(trees[len(weights)] - trees[1000] - pieces_more * LISTED_PIECE_BYTES) < 20
+    assert trees[len(weights)] < list_bytes(weights.nbytes) < DEFAULT_MAX_LIST
 
 
 def test_firewall_limits_the_connections_of_an_address_to_the_gateway() -> None:

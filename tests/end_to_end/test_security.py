@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -181,19 +181,46 @@ def test_registering_twice_names_the_same_node(federation: Federation, registere
     assert (known.name, known.fingerprint, known.nodes) == ("hospital-a", fingerprint, (int(node),))
 
 
-def test_key_that_was_let_go_is_never_let_in_again(federation: Federation) -> None:
+def test_key_that_was_removed_is_never_let_in_again(federation: Federation) -> None:
     federation.run(SCRIPTS / "make-node-key.sh", federation.folder, "gone")
     command = (*REGISTER[:3], "gone.pub", "hospital-gone")
     node = federation.run(*command).stdout.split()[1]
     said = federation.run(COMMANDS / "feddm-hospitals", "remove", "hospitals", node).stdout
-    assert said.startswith(f"SuperNode {node} is let go: hospital-gone with SHA256:")
+    assert said.startswith(f"SuperNode {node} is removed: hospital-gone with SHA256:")
     assert federation.status_of("hospital-gone") == "unregistered"
     again = federation.run(*command, check=False)
-    assert again.returncode == 1 and "must be of a key that was not let go" in again.stderr
+    assert again.returncode == 1 and "must be of a key that was not removed" in again.stderr
     # Nor by what lets everybody in again.
     restored = federation.run(COMMANDS / "feddm-hospitals", "restore", "hospitals").stdout
     assert "hospital-gone" not in restored
     assert federation.status_of("hospital-gone") == "unregistered"
+
+
+def test_removed_key_of_an_older_database_is_unregistered_with_the_restoring(
+    federation: Federation, registered: str
+) -> None:
+    federation.run(SCRIPTS / "make-node-key.sh", federation.folder, "revived")
+    federation.run(*REGISTER[:3], "revived.pub", "hospital-revived")
+    file = HospitalsFile(federation.folder / "known-hospitals")
+    (known,) = [each for each in file.hospitals().values() if each.name == "hospital-revived"]
+    with file.held():
+        file.add(replace(known, removed=True))
+    said = federation.run(COMMANDS / "feddm-hospitals", "restore", "hospitals").stdout
+    assert f"SuperNode {known.nodes[0]} is removed: hospital-revived with" in said
+    assert f"SuperNode {registered.split()[1]} was registered before: hospital-a" in said
+    assert federation.status_of("hospital-revived") == "unregistered"
+
+
+def test_key_that_flower_unregistered_is_taken_note_of(federation: Federation) -> None:
+    federation.run(SCRIPTS / "make-node-key.sh", federation.folder, "flowers")
+    command = (*REGISTER[:3], "flowers.pub", "hospital-f")
+    node = federation.run(*command).stdout.split()[1]
+    federation.run(COMMANDS / "flwr", "supernode", "unregister", node, "hospitals")
+    assert federation.run(*command, check=False).returncode == 1
+    file = HospitalsFile(federation.folder / "known-hospitals")
+    assert [each.removed for each in file.hospitals().values() if each.name == "hospital-f"] == [
+        True
+    ]
 
 
 @pytest.mark.parametrize(
@@ -201,6 +228,7 @@ def test_key_that_was_let_go_is_never_let_in_again(federation: Federation) -> No
     [
         (("register", "hospitals", "hospital-a", "a"), "must be a public key by make-node-key.sh"),
         (("register", "hospitals", "hospital-a.pub", "a\nb"), "NAME must be 1 to 100 printable"),
+        (("register", "hospitals", "stranger.pub", "hospital-a"), "NAME must be of one hospital"),
         (("register", "nowhere", "hospital-a.pub", "a"), "nowhere"),
         (("remove", "hospitals", "4711"), "NODE must be the id of a node"),
         (("list", "hospitals", "."), "RUN must be the folder of a run"),
@@ -208,8 +236,9 @@ def test_key_that_was_let_go_is_never_let_in_again(federation: Federation) -> No
     ],
 )
 def test_wrong_words_are_refused_in_words(
-    federation: Federation, words: tuple[str, ...], message: str
+    federation: Federation, registered: str, words: tuple[str, ...], message: str
 ) -> None:
+    assert registered
     refused = federation.run(COMMANDS / "feddm-hospitals", *words, check=False)
     assert refused.returncode != 0 and message in refused.stderr, refused.stderr
     assert "Traceback" not in refused.stderr
@@ -340,8 +369,8 @@ def test_gateway_refuses_bodies_that_no_message_has(federation: Federation) -> N
         assert answer_to(path, port, context, num_bytes=12 << 20) == 413
         # The list of a reply's pieces.
         path = "/v1/fleet/push-messages"
-        assert answer_to(path, port, context, num_bytes=3 << 10) in (400, 401)
-        assert answer_to(path, port, context, num_bytes=5 << 10) == 413
+        assert answer_to(path, port, context, num_bytes=7 << 10) in (400, 401)
+        assert answer_to(path, port, context, num_bytes=9 << 10) == 413
 
 
 def test_list_of_nodes_tells_the_client_numbers_of_a_run(

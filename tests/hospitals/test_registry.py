@@ -47,5 +47,5 @@ def test_damaged_file_is_named_with_the_way_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "  ", "a\nb", "x" * 101, "\x1b[2J"])
 def test_name_that_no_log_could_show_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="NAME must be 1 to 100 printable signs, got"):
+    with pytest.raises(ValueError, match="NAME must be 1 to 100 printable characters, got"):
         check_name(name)

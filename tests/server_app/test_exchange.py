@@ -6,7 +6,7 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
-from server_app.exchange import exchange
+from server_app.exchange import Repetition, exchange
 from server_app.messages import addressed
 from server_app.replies import Reply, UnusableReply, checked_content
 from server_app.timing import PhaseTimer
@@ -34,9 +34,10 @@ def replies(
     *,
     timeout: float = 20,
     at_once: int | None = None,
+    repetition: Repetition | None = None,
 ) -> Iterator[Reply]:
     options = {"timeout": timeout, "poll_seconds": 0.01, "at_once": at_once or len(messages)}
-    return exchange(network.grid, messages, **options, phases=PhaseTimer())
+    return exchange(network.grid, messages, **options, phases=PhaseTimer(), repetition=repetition)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
@@ -218,3 +219,58 @@ def test_nodes_that_have_left_are_accounted_for_and_the_others_reply(
 
 def test_nothing_to_send_ends_at_once() -> None:
     assert [*replies(Network(), {})] == []
+
+
+@pytest.mark.parametrize("lost", ["question", "first reply an error", "reply late"])
+def test_silent_client_is_asked_again_once_and_counts_once(lost: str) -> None:
+    network = Network()
+    messages = sent_to(network.add_nodes(2))
+    asked: list[int] = []
+    late: list[Message] = []
+
+    def answer(message: Message) -> Message | None:
+        client = int(message.content[Key.CONFIG]["n"])
+        asked.append(client)
+        if client == 0 or asked.count(1) > 1:
+            if client == 1 and late:
+                with network.state.lock:
+                    first = late.pop()
+                    error = Message(Error(code=101, reason="OSError"), reply_to=first)
+                    network.store_reply(echo(first) if lost == "reply late" else error)
+            return echo(message)
+        late.extend([message] * (lost != "question"))
+        return None
+
+    def again(client: int, seconds: float) -> Message:
+        assert 0 < seconds < 20
+        node = messages[client].metadata.dst_node_id
+        return Message(RecordDict({Key.CONFIG: ConfigRecord({"n": client})}), node, "train")
+
+    repetition = Repetition(lambda client: 0.2, again)
+    with network.answering(answer):
+        found = [*replies(network, messages, repetition=repetition)]
+    assert asked.count(1) == 2
+    assert sorted(reply.client for reply in found) == [0, 1]
+    for reply in found:
+        assert reply.message is not None
+        assert not reply.message.has_error(), reply.message.error
+
+
+def test_client_that_stays_silent_is_asked_twice_and_missing_once() -> None:
+    network = Network()
+    messages = sent_to(network.add_nodes(2))
+    asked: list[int] = []
+
+    def answer(message: Message) -> Message | None:
+        asked.append(int(message.content[Key.CONFIG]["n"]))
+        return echo(message) if asked[-1] == 0 else None
+
+    def again(client: int, seconds: float) -> Message:
+        node = messages[client].metadata.dst_node_id
+        return Message(RecordDict({Key.CONFIG: ConfigRecord({"n": client})}), node, "train")
+
+    repetition = Repetition(lambda client: 0.1, again)
+    with network.answering(answer):
+        found = [*replies(network, messages, timeout=0.8, repetition=repetition)]
+    assert asked.count(1) == 2 and asked.count(0) == 1
+    assert [(reply.client, reply.message is None) for reply in found] == [(0, False), (1, True)]

@@ -172,6 +172,15 @@ def test_number_and_name_belong_to_the_key_where_flower_gives_another_node_id(
     assert f"client 1 (hospital-b, node {first}) is back" in said
     assert f"client 2 (node {stranger}) has joined" in said
     network.state.deactivate_node(second)
+    # Its key is removed, which an older database of Flower does not know.
+    with file.held():
+        file.add(Hospital("hospital-b", "SHA256:b", "ecdsa", (first,), removed=True))
+    again = real(network, known=nodes.numbers, hospitals=file)
+    with network.answering(introduced):
+        again.wait_for(1, seconds=20)
+    assert again.node_ids == {2: stranger}
+    refused = f"node {first} (hospital-b) was refused: its key was removed; feddm-hospitals restore"
+    assert refused in capfd.readouterr().out
     with network.answering(introduced), pytest.raises(TimeoutError) as caught:
         nodes.wait_for(3, seconds=0.5)
     assert f"client 0 (hospital-a, node {second}) is missing since" in str(caught.value)

@@ -118,7 +118,7 @@ def test_real_nodes_tell_no_numbers_and_draw_noise_that_nobody_knows(tmp_path: P
             return listen(asked, reply)
 
         weights.append(final_weights(play(named, nodes=nodes, alter=spoil)))
-    assert said == {f"config.{Key.FINGERPRINT}"}
+    assert said == {f"config.{Key.FINGERPRINT}", f"config.{Key.KEEPS_REPLIES}"}
     assert any(bool((weights[0][name] != weights[1][name]).any()) for name in weights[0])
     # Both runs, each of which the nodes' ledgers hold.
     config = load_run_config(run)

@@ -318,6 +318,7 @@ def test_status_is_that_of_the_runs_that_were_going_or_were_submitted_again(
     old = {"r1": "finished:stopped"}
 
     def statuses(*answers: dict[str, str]) -> list[int | None]:
+        (tmp_path / LAST_LISTED_FILE).unlink(missing_ok=True)  # another night
         supervisor = Supervisor("night", tmp_path, attempts=1)
         found = []
         for answer in answers:
@@ -360,6 +361,12 @@ def test_run_that_a_new_database_has_forgotten_is_submitted_again(
     assert "run 4 is not submitted again" in said
     assert f"{tmp_path / 'unknown'}: left alone, this SuperLink does not list its run 5" in said
     assert "to be submitted again after" in look(again, {}) and look(again, {}) == ""
+    # A back-up of before knows one that was stopped as going, and Flower soon as failed.
+    for status in ("running", FAILED):
+        older = listed(r2=status)
+        assert "run 2 was finished:stopped, and stays so" in look(
+            Supervisor("night", tmp_path, attempts=2), older
+        )
     kept = tmp_path / LAST_LISTED_FILE
     kept.write_text(kept.read_text()[:-9])
     said = look(Supervisor("night", tmp_path, attempts=2), {})
@@ -479,7 +486,9 @@ def test_alert_is_posted_to_an_address_which_no_log_names(
     class Hook(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             took.append(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send_response(200 if self.path == "/token-4711" else 404)
+            statuses = {"/token-4711": 200, "/moved": 302}
+            self.send_response(statuses.get(self.path, 404))
+            self.send_header("Location", "/token-4711")
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
@@ -491,8 +500,9 @@ def test_alert_is_posted_to_an_address_which_no_log_names(
         monkeypatch.setenv("FEDDM_ALERT", f"{address}/token-4711")
         assert alert("run 1 diverged: \u03b5")
         assert took == ["run 1 diverged: \u03b5\n".encode()]
-        monkeypatch.setenv("FEDDM_ALERT", f"{address}/token-4712")
-        assert not alert("again")
+        for elsewhere in ("token-4712", "moved"):
+            monkeypatch.setenv("FEDDM_ALERT", f"{address}/{elsewhere}")
+            assert not alert("again")
         server.shutdown()
     assert not alert("nobody is there")
     said = capsys.readouterr().out
