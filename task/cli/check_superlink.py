@@ -43,7 +43,7 @@ def check_superlink(address: str, root_certificates: Path | None) -> Iterator[tu
     context = _trusting(root_certificates)
     proxy = _proxy(host)
     if proxy is not None:
-        yield "proxy", f"{proxy.hostname}:{proxy.port or 80}, of HTTPS_PROXY"
+        yield "proxy", f"{proxy.hostname}:{proxy.port}, of HTTPS_PROXY"
     with _connected(host, port) if proxy is None else _tunnel(proxy, host, port) as connection:
         yield "SuperLink", f"{address} accepts connections"
         certificate = _certificate(connection, context, host, port)
@@ -82,24 +82,24 @@ def _trusting(root_certificates: Path | None) -> ssl.SSLContext:
 
 
 def _proxy(host: str) -> SplitResult | None:
-    """Return the proxy that a node goes through to a host, as Flower's HTTP client finds it."""
-    proxies = urllib.request.getproxies()
-    named = proxies.get("https") or proxies.get("all") or ""
+    """Return the proxy of HTTPS_PROXY, which Flower's node goes through, unless NO_PROXY has it."""
+    named = urllib.request.getproxies().get("https", "")
     if not named or urllib.request.proxy_bypass(host):
         return None
     proxy = urlsplit(named if "://" in named else f"http://{named}")
-    require(
-        proxy.scheme == "http" and proxy.hostname is not None,
-        "HTTPS_PROXY",
-        "http://HOST:PORT, through which HTTPS goes without being opened",
-        f"{proxy.scheme}://...",
-    )
+    try:
+        whole = proxy.scheme == "http" and proxy.hostname is not None and proxy.port is not None
+    except ValueError:  # of a port that is none
+        whole = False
+    # The whole of it may hold a password.
+    said = f"{proxy.scheme}://.../ of {len(named)} characters"
+    require(whole, "HTTPS_PROXY", "http://HOST:PORT, or http://USER:PASSWORD@HOST:PORT", said)
     return proxy
 
 
 def _tunnel(proxy: SplitResult, host: str, port: int) -> socket.socket:
     connection = http.client.HTTPConnection(
-        str(proxy.hostname), proxy.port or 80, timeout=TIMEOUT_SECONDS
+        str(proxy.hostname), proxy.port, timeout=TIMEOUT_SECONDS
     )
     headers = {}
     if proxy.username:
@@ -110,7 +110,7 @@ def _tunnel(proxy: SplitResult, host: str, port: int) -> socket.socket:
         connection.connect()
     except (OSError, http.client.HTTPException) as error:
         raise OSError(
-            f"--superlink {host}:{port}: the proxy {proxy.hostname}:{proxy.port or 80} does not "
+            f"--superlink {host}:{port}: the proxy {proxy.hostname}:{proxy.port} does not "
             f"lead there ({error}); ask your network's administrator to let CONNECT to it through, "
             "or name the host in NO_PROXY where it needs no proxy"
         ) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import vl_convert
+import yaml  # type: ignore[import-untyped]
 from markupsafe import Markup
 
 from task.config import flat_values
@@ -150,15 +151,15 @@ def report_page(run: Run) -> str:
 
 
 def _configuration(run: Run) -> str:
-    """Return the configuration as it was written, without folders that real nodes do not have."""
+    """Return the configuration as it was written, but for folders that real nodes do not have."""
     text = (run.path / "config.yaml").read_text(encoding="utf-8")
     if run.setting != "real nodes":
         return text
-    # Each hospital's node names its own.
-    ours = ("root:", "cache_dir:")
-    return "".join(
-        line for line in text.splitlines(keepends=True) if not line.strip().startswith(ours)
-    )
+    values = yaml.safe_load(text)
+    for name in ("root", "cache_dir"):
+        values["data"][name] = "each hospital's own"
+    shown: str = yaml.safe_dump(values, sort_keys=False)
+    return shown
 
 
 def comparison_page(compared: Sequence[Run]) -> str:
