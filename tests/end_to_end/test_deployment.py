@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import signal
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ from flwr.cli.build import build_fab_from_disk
 
 from task.guard.approvals import Approvals
 from task.guard.bundle import Bundle
-from task.protocol.wire import FailureCode
 from task.runs.checkpoint import load_weights
 from task.runs.layout import MASKED_SUMS_FILE
 from task.runs.records import IN_SUM, LEFT_OUT, SPENT_EPSILON, TRAIN, Records, read_records
@@ -55,10 +52,6 @@ def deployment(
 
 def records_of(run: Path) -> Records:
     return read_records(run / "metrics.jsonl")
-
-
-def said_by_superlink(deployment: Deployment, text: str, times: int) -> bool:
-    return deployment.log("superlink").count(text) == times
 
 
 def number_of(deployment: Deployment, run: Path, name: str) -> int:
@@ -266,41 +259,3 @@ def test_private_masked_run_survives_a_hospital_that_is_killed_in_a_round(
     spent = feddm("privacy", "--output-path", deployment.output("west"), "--max-epsilon", 20)
     assert spent.returncode == 0, spent.stderr
     assert re.search(r" masked +2 +10 ", spent.stdout), spent.stdout
-
-
-def test_run_goes_on_when_its_server_and_the_superlink_are_killed(
-    deployment: Deployment, images: dict[str, Path], guard: Path
-) -> None:
-    deployment.ensure_node("west", data=images["west"], variables=guarded(guard))
-    (guard / "policy.toml").write_text(PRIVATE_SUMS_ALONE)
-    # A name that would be another one when the same words are given again.
-    name = """'run_name="reboot-${now:%H%M%S}"'"""
-    shared = "federation.sharing=usplit train.optimizer_state=kept"
-    overrides = f"{RUN_CONFIG['overrides']} {shared} {name}"
-    deployment.submit("", **{"federation.rounds": 4, "overrides": overrides})
-    deployment.supervise()
-    wait_for(lambda: [*deployment.results.glob("reboot-*")] != [], seconds=300, what="its folder")
-    (run,) = deployment.results.glob("reboot-*")
-    deployment.wait_for_round(run.name, 1)
-    first = records_of(run).series("round_seconds")[1]
-    going = int((run / ".lock").read_text())
-    # What starts runs dies twice, which the run outlives.
-    for number in (1, 2):
-        os.kill(deployment.executor(), signal.SIGKILL)
-        wait_for(
-            partial(said_by_superlink, deployment, "was dead; it is started again", number),
-            seconds=60,
-            what="the start of another",
-        )
-    assert int((run / ".lock").read_text()) == going
-    os.kill(going, signal.SIGKILL)
-    deployment.wait_for_round(run.name, 2)
-    deployment.kill("superlink")
-    deployment.start_superlink()
-    assert deployment.wait_for_supervisor(seconds=900) == 0, deployment.log("supervisor")
-    assert deployment.statuses()[-3:] == ["finished:failed"] * 2 + ["finished:completed"]
-    assert [*deployment.results.glob("reboot-*")] == [run]
-    assert sorted(records_of(run).series("loss", reference=TRAIN)) == [1, 2, 3, 4]
-    assert records_of(run).series("round_seconds")[1] == first
-    # The guarded hospital takes part in no run like this one.
-    assert f'"code": {int(FailureCode.AGAINST_POLICY)}' in guard_log(guard)[-1]
