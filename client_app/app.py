@@ -97,13 +97,13 @@ def introduce(message: Message, context: Context) -> Message:
 @failures_stay_local
 def train(message: Message, context: Context) -> Message:
     """Run the local epochs from the global weights and reply the local weights."""
-    workspace = open_workspace(context)
-    with one_training_at_a_time(workspace):
-        return _train(workspace, message, context)
+    with one_training_at_a_time(message, context):
+        return _train(message, context)
 
 
-def _train(workspace: Workspace, message: Message, context: Context) -> Message:
+def _train(message: Message, context: Context) -> Message:
     start = time.perf_counter()
+    workspace = open_workspace(context)
     asked = cast(ConfigRecord, message.content[Key.CONFIG])
     server_round = int(asked[Key.SERVER_ROUND])  # type: ignore[arg-type]
     config = workspace.config

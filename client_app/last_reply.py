@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -13,50 +14,52 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from client_app.local_state import images_digest
 from client_app.log import logger
 from client_app.secure_sums import npy_array
-from client_app.workspace import Workspace
+from client_app.workspace import Workspace, named_run
 from task.code_version import code_fingerprint
-from task.config import Config, package_of
+from task.config import Config, compose_run_config, package_of
 from task.data import ImageSet
 from task.files import remove_left_overs
 from task.lock import hold
-from task.protocol.node import NodeConfig, output_folder
+from task.protocol.node import NodeConfig, output_folder, read_node_config
 from task.protocol.wire import Key, from_npy
 from task.runs.checkpoint import join_groups, load_weights, save_weights, split_groups
 
-LAST_REPLY = "last-reply.safetensors"
-TRAINING_LOCK = ".training.lock"
 
+def keeps_replies(config: Config, node: NodeConfig) -> bool:
+    """Whether a real node keeps its last reply to a training.
 
-def keeps_replies(config: Config, node: NodeConfig | None) -> bool:
-    """Whether a node keeps its last reply to a training: a real one with an `output-path`.
-
-    Masked replies are not kept, as each sum has masks of its own.
+    That takes an `output-path`. Masked replies are not kept, as each sum has masks of its own.
     """
-    has_place = node is not None and node.output_path is not None
-    return has_place and not config.federation.secure_aggregation
+    return node.output_path is not None and not config.federation.secure_aggregation
 
 
 @contextmanager
-def one_training_at_a_time(workspace: Workspace) -> Iterator[None]:
-    """Wait until no other process of a node trains for the same run, where replies are kept.
+def one_training_at_a_time(message: Message, context: Context) -> Iterator[None]:
+    """Wait until no other process trains for the same client of the run, where replies are kept.
 
     A server that hears nothing asks again, and Flower starts a process for each message. The second
-    then finds the reply of the first.
+    then finds the reply of the first. It waits before it loads anything.
 
     Raises:
-        ValueError: the other takes longer than a server waits.
+        RuntimeError: the other has not ended when nobody waits for an answer any more.
+        OSError: with differential privacy, where patients would be charged twice: the lock cannot
+            be made.
     """
-    node, config = workspace.node, workspace.config
-    if node is None or node.output_path is None or not keeps_replies(config, node):
+    node = read_node_config(context.node_config)
+    config = compose_run_config(named_run(context))
+    if not isinstance(node, NodeConfig) or not keeps_replies(config, node):
         yield
         return
-    folder = output_folder(node.output_path) / config.run_name
-    patience = config.federation.round_timeout
     try:
-        # Weights of one hospital alone, which will lie there, tell of its images.
-        folder.mkdir(mode=0o700, exist_ok=True)
-        held = hold(folder / TRAINING_LOCK, "output-path", patience=patience)
-    except OSError as error:  # whatever the disk does, the round goes on
+        folder = _reply_folder(node, config)
+        lock = folder / f".training-{_client_of(message)}.lock"
+        held = hold(lock, "output-path", patience=message.metadata.ttl)
+    except ValueError as error:
+        raise RuntimeError(f"another training of this client goes on: {error}") from error
+    except OSError as error:
+        if config.privacy.is_on:
+            raise
+        # Whatever the disk does, the round goes on.
         logger.warning("a question that comes twice will be trained twice: %s", error)
         yield
         return
@@ -64,8 +67,19 @@ def one_training_at_a_time(workspace: Workspace) -> Iterator[None]:
         yield
 
 
+def _reply_folder(node: NodeConfig, config: Config) -> Path:
+    folder = output_folder(str(node.output_path)) / config.run_name
+    # What one hospital alone has trained tells of its images: for the node's own user.
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _client_of(message: Message) -> int:
+    return int(cast(ConfigRecord, message.content[Key.CONFIG])[Key.CLIENT])  # type: ignore[arg-type]
+
+
 class LastReply:
-    """The file `<output-path>/<run_name>/last-reply.safetensors` of a real node.
+    """The file `<output-path>/<run_name>/last-reply-<client>.safetensors` of a real node.
 
     Flower drops a reply that does not get through. The server then asks for the same round again,
     from the same weights, and the node sends what it has trained, with the same code from the same
@@ -86,9 +100,10 @@ class LastReply:
         """
         node, config = workspace.node, workspace.config
         self._file = None
-        if node is None or node.output_path is None or not keeps_replies(config, node):
+        if node is None or not keeps_replies(config, node):
             return
-        self._file = output_folder(node.output_path) / config.run_name / LAST_REPLY
+        folder = output_folder(str(node.output_path)) / config.run_name
+        self._file = folder / f"last-reply-{_client_of(message)}.safetensors"
         words = {name: str(value) for name, value in context.run_config.items() if name != "resume"}
         self._question = hashlib.sha256(
             json.dumps(

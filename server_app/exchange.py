@@ -18,6 +18,7 @@ from server_app.log import log
 from server_app.messages import TTL_SHARE, Entries, addressed, pull_reply, record_of
 from server_app.nodes import Nodes
 from server_app.replies import (
+    NETWORK_CODES,
     FalseClaim,
     Reply,
     UnusableReply,
@@ -52,12 +53,16 @@ class Repetition:
     """When and how a client is asked again, whose question or reply may have been lost.
 
     Attributes:
-        after: returns the seconds without a reply from which on a client is; infinite: never.
+        after: after how many seconds without a reply a client is asked again; infinite: never.
         message: makes the message once more, of a client, for the seconds that are left.
+        asked: is told which client was asked again.
+        surplus: second answers that nobody needs, to be taken from the network when they come.
     """
 
     after: Callable[[int], float]
     message: Callable[[int, float], Message]
+    asked: Callable[[int], None]
+    surplus: list[Message]
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,8 @@ class Turns:
         self._grid = grid
         self._repetition = repetition
         self._ends = time.monotonic() + timeout
-        # Clients that were asked twice, and what nobody waits for any more.
+        # Clients that were asked twice.
         self._asked_again: set[int] = set()
-        self._surplus: list[Message] = []
         self._at_once = at_once
         self._patience = PATIENCE_SHARE * timeout
 
@@ -130,27 +134,32 @@ class Turns:
             silent = now - each.asked > self._repetition.after(each.client)
             if each.client in self._asked_again or not silent or left <= 0:
                 continue
-            self._asked_again.add(each.client)
             message = self._repetition.message(each.client, left)
             # Flower gives the message its id here.
             if any(self._grid.push_messages([message])):
+                self._asked_again.add(each.client)
+                self._repetition.asked(each.client)
                 self.pending[message.metadata.message_id] = replace(each, message=message)
 
     def settle(self, message_id: str, reply: Message) -> bool:
-        """Take note of a reply; returns whether it is the client's word.
+        """Take note of a reply; returns whether it is the client's answer.
 
-        An error is not, while the same client may still answer another message.
+        An error of the network is not, while the client may still answer its other message.
         """
         client = self.pending.pop(message_id).client
         others = [each for each, sent in self.pending.items() if sent.client == client]
-        if others and reply.has_error():
+        if others and reply.has_error() and reply.error.code in NETWORK_CODES:
             return False
-        self._surplus += [self.pending.pop(each).message for each in others]
+        surplus = [self.pending.pop(each).message for each in others]
+        if self._repetition is not None:
+            self._repetition.surplus.extend(surplus)
         return True
 
     def drop_surplus(self) -> None:
-        """Take second answers from the network, which keeps them otherwise."""
-        self._surplus = [each for each in self._surplus if pull_reply(self._grid, each) is None]
+        """Take second answers from the network, which would keep them until the run's end."""
+        if self._repetition is not None:
+            surplus = self._repetition.surplus
+            surplus[:] = [each for each in surplus if pull_reply(self._grid, each) is None]
 
     def _room(self) -> int:
         patient = time.monotonic() - self._patience
@@ -202,6 +211,7 @@ def exchange(
             turns.send()
         phases.enter("waiting")
 
+    turns.drop_surplus()
     send()
     while turns.pending:
         idle = True
@@ -282,7 +292,8 @@ class ClientExchange:
         self.simulated = is_simulation(grid)
         self.left_out: dict[int, UnusableReply] = {}
         # The longest that clients have taken, by what they were asked and their number.
-        self._longest: dict[tuple[str, int], float] = {}
+        self._longest_seconds: dict[tuple[str, int], float] = {}
+        self._surplus: list[Message] = []
         self._grid, self._nodes, self._federation = grid, nodes, federation
 
     def ask(
@@ -331,12 +342,18 @@ class ClientExchange:
                 },
             )
 
-        def message_again(client: int, seconds: float) -> Message:
+        asked_again: set[int] = set()
+
+        def note(client: int) -> None:
+            asked_again.add(client)
             who = self._nodes.described(client)
             log(f"round {server_round}: {question.activity}: {who} is silent, and is asked again")
-            return message_to(client, seconds)
 
-        repetition = Repetition(partial(self._again_after, question), message_again)
+        # Each masked sum has masks of its own.
+        once = self.simulated or self._federation.secure_aggregation
+        repetition = Repetition(
+            partial(self._again_after, question), message_to, note, self._surplus
+        )
         replies = exchange(
             self._grid,
             {client: message_to(client, timeout) for client in clients},
@@ -345,7 +362,7 @@ class ClientExchange:
             at_once=self._at_once(record_of(question.content, Key.ARRAYS, ArrayRecord)),
             phases=phases,
             is_over=is_over,
-            repetition=None if self.simulated else repetition,
+            repetition=None if once else repetition,
         )
         stage = f"round {server_round}: {question.activity}, replies of {len(clients)} clients"
         for reply in tracked(replies, len(clients), stage):
@@ -360,20 +377,21 @@ class ClientExchange:
                 self._leave_out(reply, reason)
             else:
                 sent, key = cast(float, reply.sent), (question.activity, reply.client)
-                took = time.monotonic() - sent
-                self._longest[key] = max(took, self._longest.get(key, 0.0))
+                if reply.client not in asked_again:
+                    took = time.monotonic() - sent
+                    self._longest_seconds[key] = max(took, self._longest_seconds.get(key, 0.0))
                 yield reply.client, found, sent
 
     def _again_after(self, question: Question[Any], client: int) -> float:
         """Return after how many seconds without a reply a client is asked again.
 
-        A training is asked for again where the node keeps its reply, and never one of a masked sum.
+        A training is asked for again where the node keeps its reply.
         """
-        trains = question.message_type.partition(".")[0] == MessageType.TRAIN
+        trains = question.message_type == MessageType.TRAIN
         if trains and not self._nodes.introduced[client].keeps_replies:
             return math.inf
-        others = [each for (what, _), each in self._longest.items() if what == question.activity]
-        known = self._longest.get((question.activity, client), max(others, default=math.inf))
+        # Others' times say nothing of a hospital with more images.
+        known = self._longest_seconds.get((question.activity, client), math.inf)
         wait = max(AGAIN_AFTER_TIMES * known, AGAIN_AFTER_SECONDS)
         return min(wait, PATIENCE_SHARE * self._federation.round_timeout)
 

@@ -162,7 +162,7 @@ class FederatedTraining(RoundLoop):
     def say_what_nodes_need(self) -> None:
         """Say what is not as a deployment needs it, before anybody has trained for hours."""
         hospitals = HospitalsFile.of_environment()
-        if hospitals is None or not hospitals.has_begun():
+        if hospitals is None or not hospitals.exists():
             log(
                 f"{HOSPITALS_VARIABLE} names no file of the SuperLink's: hospitals have no names, "
                 "and their numbers are of node ids, which change where its database is lost"
@@ -170,7 +170,10 @@ class FederatedTraining(RoundLoop):
         beside = sum(self.strategy.expected.values())
         if self.config.federation.drawn_by == "clients":
             beside += self._personal.size
-        back = self._layout.size * BYTES_BACK[self.config.federation.wire_dtype] + 4 * beside
+        federation = self.config.federation
+        # A masked value has 4 bytes.
+        each = 4.0 if federation.secure_aggregation else BYTES_BACK[federation.wire_dtype]
+        back = self._layout.size * each + 4 * beside
         if list_bytes(back) > DEFAULT_MAX_LIST:
             log(
                 f"replies have {back / 1e6:,.0f} MB: the gateway's MAX_LIST must be "

@@ -161,6 +161,8 @@ class Nodes:
         self._fingerprint = code_fingerprint("" if simulated else package)
         self._numbers = dict(known or {})
         self._hospitals_file = hospitals
+        # Why it could not be read last.
+        self._unreadable = ""
         self._hospitals = hospitals.by_node() if hospitals is not None else {}
         for node, number in self._numbers.items():
             self._keep_name(node, number)
@@ -359,7 +361,9 @@ class Nodes:
         try:
             self._hospitals = self._hospitals_file.by_node()
         except (OSError, ValueError) as error:  # at the start it ends the run
-            log(f"hospitals are known as they were at the last look: {error}")
+            if str(error) != self._unreadable:
+                log(f"hospitals are known as they were at the last look: {error}")
+            self._unreadable = str(error)
 
     def _described_node(self, node: int) -> str:
         """Name a node by its id, and by its hospital where that is known."""

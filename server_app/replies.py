@@ -60,6 +60,12 @@ FLOWERS_ERRORS = {
 }
 # Flower's words for "the message was not answered in time" and "the node is not there".
 SLOW_CODES = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
+# Of errors that are not the node's answer.
+NETWORK_CODES = (
+    *SLOW_CODES,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.CLIENT_APP_CRASHED,
+)
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,7 @@ def register_hospital(
     blob = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     registry = HospitalsFile(file)
     with registry.held(), superlink(connection) as link:
+        name = check_name(name)
         hospitals = registry.hospitals()
         known = hospitals.pop(fingerprint(key), None)
         same = [each for each in hospitals.values() if each.name == name and not each.removed]
@@ -193,7 +194,7 @@ def register_hospital(
                 f"NAME must be of one hospital alone, got {name!r}, which has {same[0].fingerprint}"
             )
         removed = known is not None and known.removed
-        hospital = Hospital(check_name(name), fingerprint(key), blob, (), removed)
+        hospital = Hospital(name, fingerprint(key), blob, (), removed)
         print(let_in(link, registry, hospital))
         if known is not None and known.name != hospital.name:
             print(f"it was {known.name}")
@@ -274,15 +275,19 @@ def restore_hospitals(connection: Connection, file: RegistryFile) -> None:
     registry = HospitalsFile(file)
     with registry.held(), superlink(connection) as link:
         hospitals = registry.hospitals()
-        present = [each for each in hospitals.values() if not each.removed]
-        if not present:
+        if not hospitals:
             raise ValueError(f"--file must name registered hospitals, got {file}, which has none")
         for node in link.nodes():
             known = hospitals.get(key_of(node))
-            if known is not None and known.removed and node.status != UNREGISTERED:
+            if known is None or known.removed == (node.status == UNREGISTERED):
+                continue
+            # By `remove`, which the database may not know, or by `flwr supernode unregister`.
+            known = replace(known, nodes=(node.node_id,), removed=True)
+            registry.add(known)
+            if node.status != UNREGISTERED:
                 link.unregister(node.node_id)
-                registry.add(replace(known, nodes=(node.node_id,)))
-                print(f"SuperNode {node.node_id} is removed: {known.name} with {known.fingerprint}")
+            print(f"SuperNode {node.node_id} is removed: {known.name} with {known.fingerprint}")
+        present = [each for each in registry.hospitals().values() if not each.removed]
         refused = False
         for hospital in present:
             try:

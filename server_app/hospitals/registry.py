@@ -95,7 +95,7 @@ class HospitalsFile:
         """Return the hospital of each node id that a key has ever had."""
         return {node: each for each in self.hospitals().values() for node in each.nodes}
 
-    def has_begun(self) -> bool:
+    def exists(self) -> bool:
         """Whether there is such a file."""
         return self._file.path.exists()
 

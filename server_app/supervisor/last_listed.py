@@ -54,7 +54,7 @@ class LastListed:
                 )
         return found
 
-    def outdated(self, listed: Mapping[int, ListedRun]) -> dict[int, ListedRun]:
+    def over_before(self, listed: Mapping[int, ListedRun]) -> dict[int, ListedRun]:
         """Return the runs that are over, as far as is known, and that an older database revives.
 
         Args:

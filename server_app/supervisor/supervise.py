@@ -109,7 +109,7 @@ def supervise(
     with `flwr stop` is left alone, and so is one that has diverged. A run that it gives up it
     names, and goes on with the others. Without --until-done it ends only when it is asked to
     (SIGTERM, SIGHUP), with 0. What needs a person's hand is also given to the command that the
-    variable FEDDM_ALERT names, on its standard input.
+    variable FEDDM_ALERT names, on its standard input, or posted to the address that it is.
     """
     try:
         runs.mkdir(parents=True, exist_ok=True)
@@ -195,10 +195,12 @@ class Supervisor:
         if not self._answered:
             log("the SuperLink answers again")
         self._answered, self._silent_since = True, None
+        forgotten, over = self.remembered_runs(listed, folders)
+        listed |= over
         self.look_for_stuck(listed)
         if self._history is None:
             self._history = {run.run_id for run in listed.values() if run.is_over}
-        listed |= self.remembered_runs(listed, folders)
+        listed |= forgotten
         lost = failed_without_folder(listed, folders)
         if lost is not None:
             self.say_once(
@@ -210,24 +212,29 @@ class Supervisor:
 
     def remembered_runs(
         self, listed: Mapping[int, ListedRun], folders: Collection[RunFolder]
-    ) -> dict[int, ListedRun]:
+    ) -> tuple[dict[int, ListedRun], dict[int, ListedRun]]:
         """Return the runs of which more is known than the SuperLink lists, and tell of them.
 
-        It has forgotten them, or is on an older database.
+        Returns:
+            Those that it has forgotten, and those that were over and that its database, which is
+            an older one, revives. The latter are stopped.
         """
         try:
             found = self._last_listed.forgotten(listed, folders, now=time.time())
-            outdated = self._last_listed.outdated(listed)
-            self._last_listed.keep({**listed, **found, **outdated}, folders)
+            over = self._last_listed.over_before(listed)
+            self._last_listed.keep({**listed, **found, **over}, folders)
         except (OSError, ValueError) as error:
             self.say_trouble(self._runs, error)
-            return {}
-        for run in outdated.values():
+            return {}, {}
+        for run in over.values():
+            status = listed[run.run_id].status
             self.say_once(
                 f"run {run.run_id} was {run.status}, and stays so: the SuperLink's database is an "
-                f"older one, which lists it as {listed[run.run_id].status}",
-                about=(run.run_id, "outdated"),
+                f"older one, which lists it as {status}",
+                about=(run.run_id, "over before"),
             )
+            if not listed[run.run_id].is_over:
+                self.stop(run)
         for run in found.values():
             if run.details == FORGOTTEN:
                 self.say_once(
@@ -236,7 +243,14 @@ class Supervisor:
                     f"feddm-hospitals restore {self._connection}",
                     urgent=True,
                 )
-        return {**found, **outdated}
+        return found, over
+
+    def stop(self, run: ListedRun) -> None:
+        """Stop a run that an older database has revived."""
+        try:
+            flwr("stop", str(run.run_id), self._connection, environment=local_environment())
+        except NoAnswer as reason:
+            self.say_once(f"run {run.run_id} could not be stopped, it is tried again: {reason}")
 
     def say_silence(self, reason: NoAnswer) -> None:
         """Say that the SuperLink does not answer, and tell it where that lasts."""

@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from task.checks import require
@@ -43,7 +44,7 @@ def check_superlink(address: str, root_certificates: Path | None) -> Iterator[tu
     context = _trusting(root_certificates)
     proxy = _proxy(host)
     if proxy is not None:
-        yield "proxy", f"{proxy.hostname}:{proxy.port}, of HTTPS_PROXY"
+        yield "proxy", f"{proxy.place}, of {proxy.variable}"
     with _connected(host, port) if proxy is None else _tunnel(proxy, host, port) as connection:
         yield "SuperLink", f"{address} accepts connections"
         certificate = _certificate(connection, context, host, port)
@@ -81,36 +82,51 @@ def _trusting(root_certificates: Path | None) -> ssl.SSLContext:
         ) from error
 
 
-def _proxy(host: str) -> SplitResult | None:
-    """Return the proxy of HTTPS_PROXY, which Flower's node goes through, unless NO_PROXY has it."""
-    named = urllib.request.getproxies().get("https", "")
+class Proxy(NamedTuple):
+    """What a node goes through.
+
+    Attributes:
+        variable: that names it.
+        place: host and port.
+        address: all of it, with user and password.
+    """
+
+    variable: str
+    place: str
+    address: SplitResult
+
+
+def _proxy(host: str) -> Proxy | None:
+    """Return the proxy that Flower's HTTP client takes to a host; None where it takes none."""
+    proxies = urllib.request.getproxies()
+    variable = "HTTPS_PROXY" if proxies.get("https") else "ALL_PROXY"
+    named = proxies.get("https") or proxies.get("all") or ""
     if not named or urllib.request.proxy_bypass(host):
         return None
-    proxy = urlsplit(named if "://" in named else f"http://{named}")
     try:
-        whole = proxy.scheme == "http" and proxy.hostname is not None and proxy.port is not None
+        proxy = urlsplit(named if "://" in named else f"http://{named}")
+        place = f"{proxy.hostname}:{proxy.port or 80}"
+        whole = proxy.scheme == "http" and proxy.hostname is not None
     except ValueError:  # of a port that is none
         whole = False
     # The whole of it may hold a password.
-    said = f"{proxy.scheme}://.../ of {len(named)} characters"
-    require(whole, "HTTPS_PROXY", "http://HOST:PORT, or http://USER:PASSWORD@HOST:PORT", said)
-    return proxy
+    shown = f"something else, of {len(named)} characters"
+    require(whole, variable, "http://HOST:PORT, or http://USER:PASSWORD@HOST:PORT", shown)
+    return Proxy(variable, place, proxy)
 
 
-def _tunnel(proxy: SplitResult, host: str, port: int) -> socket.socket:
-    connection = http.client.HTTPConnection(
-        str(proxy.hostname), proxy.port, timeout=TIMEOUT_SECONDS
-    )
+def _tunnel(proxy: Proxy, host: str, port: int) -> socket.socket:
+    connection = http.client.HTTPConnection(proxy.place, timeout=TIMEOUT_SECONDS)
     headers = {}
-    if proxy.username:
-        user = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    if proxy.address.username:
+        user = f"{unquote(proxy.address.username)}:{unquote(proxy.address.password or '')}"
         headers["Proxy-Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
     connection.set_tunnel(host, port, headers)
     try:
         connection.connect()
     except (OSError, http.client.HTTPException) as error:
         raise OSError(
-            f"--superlink {host}:{port}: the proxy {proxy.hostname}:{proxy.port} does not "
+            f"--superlink {host}:{port}: the proxy {proxy.place} does not "
             f"lead there ({error}); ask your network's administrator to let CONNECT to it through, "
             "or name the host in NO_PROXY where it needs no proxy"
         ) from error

@@ -22,7 +22,6 @@ from torchvision import datasets
 from client_app import workspace
 from client_app.app import app
 from client_app.failures import failure_code, failures_stay_local
-from client_app.last_reply import LAST_REPLY, TRAINING_LOCK
 from client_app.log import logger
 from client_app.workspace import choose_precision, open_workspace
 from server_app.audits import AUDIT_TYPE, read_attacks
@@ -640,7 +639,7 @@ def test_hospital_keeps_its_newest_own_weights(hospital: Context, tmp_path: Path
     assert (config["run_name"], config["data"]["name"]) == ("lungs", "mnist")
     assert str(tmp_path) not in metadata["config"]
     kept = {path.name for path in (tmp_path / "out").rglob("*")}
-    assert kept == {"lungs", file.name, LAST_REPLY, TRAINING_LOCK}
+    assert kept == {"lungs", file.name, "last-reply-1.safetensors", ".training-1.lock"}
     assert file.parent.stat().st_mode & 0o077 == 0
 
 
@@ -653,7 +652,7 @@ def test_repeated_question_is_answered_without_training_again(
     fits = Mock(side_effect=fit)
     monkeypatch.setattr("client_app.app.fit", fits)
     first = app(message("train", audit=True), hospital)
-    file = tmp_path / "out" / "lungs" / LAST_REPLY
+    file = tmp_path / "out" / "lungs" / "last-reply-1.safetensors"
     kept = file.read_bytes()
     workspace._build_workspace.cache_clear()  # as where the node was started again
     hospital.run_config["resume"] = True

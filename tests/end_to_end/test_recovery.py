@@ -29,7 +29,7 @@ from tests.processes import wait_for
 
 pytestmark = pytest.mark.slow
 
-ROUNDS = 16
+ROUNDS = 20
 HOSPITALS = ("north", "south", "hostile")
 # 1 GB in its reply, in a run whose weights have 8 kB.
 SURPLUS = {"FEDDM_FAULTS": "surplus", "FEDDM_SURPLUS_MIB": "1000"}
@@ -141,7 +141,7 @@ class Night:
 
 def test_everything_comes_back_and_nothing_is_lost(deployment: Deployment, tmp_path: Path) -> None:
     night = Night(deployment, tmp_path)
-    values = {"federation.rounds": ROUNDS, "train.local_epochs": 20}
+    values = {"federation.rounds": ROUNDS, "train.local_epochs": 40}
     deployment.submit("night", **{**values, "overrides": ALL})
     deployment.supervise()
 
@@ -161,6 +161,7 @@ def test_everything_comes_back_and_nothing_is_lost(deployment: Deployment, tmp_p
 
     # What Flower has started dies: a node's process, and what begins its work, and the SuperLink's.
     os.kill(supernode_of(deployment, "north"), signal.SIGKILL)
+    wait_for(lambda: not answers(night.health["north"]), seconds=60, what="503", every=0.2)
     executor_of_node(deployment, "south").kill()
     os.kill(deployment.executor(), signal.SIGKILL)
     for name, said in (
@@ -169,12 +170,11 @@ def test_everything_comes_back_and_nothing_is_lost(deployment: Deployment, tmp_p
         ("superlink", "which starts the SuperLink's runs, was dead; it is started again"),
     ):
         wait_for(lambda name=name, said=said: night.said(name, said) == 1, seconds=60, what=said)
-    wait_for(lambda: not answers(night.health["north"]), seconds=60, what="503", every=0.2)
     night.wait_until_online()
     night.wait_for_further_rounds(1)
 
     # A node sends a gigabyte that no round has asked for, in another run.
-    few = {**values, "federation.rounds": 1, "federation.round_timeout": 120.0, "overrides": ANY}
+    few = {**values, "federation.rounds": 1, "federation.round_timeout": 60.0, "overrides": ANY}
     deployment.submit("hostile", app=app_with_faults(tmp_path), **few)
     refused = "413 Request Entity Too Large"
     wait_for(lambda: night.said("hostile", refused) > 0, seconds=600, what=refused, every=1)

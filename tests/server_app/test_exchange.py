@@ -1,9 +1,11 @@
+import math
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from server_app.exchange import Repetition, exchange
@@ -221,7 +223,7 @@ def test_nothing_to_send_ends_at_once() -> None:
     assert [*replies(Network(), {})] == []
 
 
-@pytest.mark.parametrize("lost", ["question", "first reply an error", "reply late"])
+@pytest.mark.parametrize("lost", ["question", "error of the network", "reply late"])
 def test_silent_client_is_asked_again_once_and_counts_once(lost: str) -> None:
     network = Network()
     messages = sent_to(network.add_nodes(2))
@@ -235,7 +237,8 @@ def test_silent_client_is_asked_again_once_and_counts_once(lost: str) -> None:
             if client == 1 and late:
                 with network.state.lock:
                     first = late.pop()
-                    error = Message(Error(code=101, reason="OSError"), reply_to=first)
+                    gone = Error(code=ErrorCode.NODE_UNAVAILABLE, reason="it has left")
+                    error = Message(gone, reply_to=first)
                     network.store_reply(echo(first) if lost == "reply late" else error)
             return echo(message)
         late.extend([message] * (lost != "question"))
@@ -246,9 +249,19 @@ def test_silent_client_is_asked_again_once_and_counts_once(lost: str) -> None:
         node = messages[client].metadata.dst_node_id
         return Message(RecordDict({Key.CONFIG: ConfigRecord({"n": client})}), node, "train")
 
-    repetition = Repetition(lambda client: 0.2, again)
+    again_to: list[int] = []
+    repetition = Repetition(
+        lambda client: 0.2 if client == 1 else math.inf, again, again_to.append, surplus := []
+    )
     with network.answering(answer):
         found = [*replies(network, messages, repetition=repetition)]
+        assert again_to == [1]
+        # What comes twice is taken from the network by the next exchange.
+        assert len(surplus) == (lost != "error of the network")
+        if lost == "reply late":
+            more = sent_to([messages[0].metadata.dst_node_id])
+            assert len([*replies(network, more, repetition=repetition)]) == 1
+            assert surplus == [] and network.state.num_message_res() == 0
     assert asked.count(1) == 2
     assert sorted(reply.client for reply in found) == [0, 1]
     for reply in found:
@@ -269,7 +282,7 @@ def test_client_that_stays_silent_is_asked_twice_and_missing_once() -> None:
         node = messages[client].metadata.dst_node_id
         return Message(RecordDict({Key.CONFIG: ConfigRecord({"n": client})}), node, "train")
 
-    repetition = Repetition(lambda client: 0.1, again)
+    repetition = Repetition(lambda client: 0.1 if client else math.inf, again, lambda _: None, [])
     with network.answering(answer):
         found = [*replies(network, messages, timeout=0.8, repetition=repetition)]
     assert asked.count(1) == 2 and asked.count(0) == 1

@@ -11,6 +11,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -364,9 +365,12 @@ def test_run_that_a_new_database_has_forgotten_is_submitted_again(
     # A back-up of before knows one that was stopped as going, and Flower soon as failed.
     for status in ("running", FAILED):
         older = listed(r2=status)
-        assert "run 2 was finished:stopped, and stays so" in look(
-            Supervisor("night", tmp_path, attempts=2), older
-        )
+        flwr = Mock()
+        monkeypatch.setattr(supervise, "flwr", flwr)
+        said = look(Supervisor("night", tmp_path, attempts=2), older)
+        assert "run 2 was finished:stopped, and stays so" in said
+        stopped = [call.args for call in flwr.call_args_list]
+        assert stopped == [("stop", "2", "night")] * (status == "running")
     kept = tmp_path / LAST_LISTED_FILE
     kept.write_text(kept.read_text()[:-9])
     said = look(Supervisor("night", tmp_path, attempts=2), {})
