@@ -14,7 +14,7 @@ from task.protocol.wire import Key
 from task.runs.records import SPENT_EPSILON, TRAIN, read_records
 from task.runs.run import Run
 from task.training.private import epsilon_after, spending_of
-from tests.helpers import ClientNodes, Network, write_digits_as_mnist
+from tests.helpers import ClientNodes, Network, played, write_digits_as_mnist
 from tests.server_app.test_federated import (
     RunConfig,
     configured,
@@ -141,6 +141,40 @@ def test_real_nodes_tell_no_numbers_and_draw_noise_that_nobody_knows(tmp_path: P
     repeated = read_records(tmp_path / "other" / "metrics.jsonl")
     assert repeated.value(SPENT_EPSILON) == epsilon_after(config, 2)
     assert not [each for each in found.all if each.n is not None]
+
+
+@pytest.mark.parametrize("lost", ["question", "reply"])
+def test_what_gets_lost_is_asked_again_and_costs_patients_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: str
+) -> None:
+    monkeypatch.setattr("server_app.exchange.AGAIN_AFTER_SECONDS", 0.5)
+    hospital = tmp_path / "hospital"
+    write_digits_as_mnist(hospital, train=60, test=10)
+    run = configured(tmp_path, {"overrides": f"data=mnist {PRIVATE['overrides']}"})
+    run |= {"data.test_fraction": "null", "federation.min_replies": 2}
+    own = [{"data-path": str(hospital), "output-path": str(tmp_path / name)} for name in "ab"]
+    for each in own:
+        Path(each["output-path"]).mkdir()
+    nodes = ClientNodes(Network(), run, *own)
+    first = min(nodes.contexts)
+    trainings: list[int] = []
+
+    def answer(message: Message) -> Message | None:
+        trains = message.metadata.message_type == "train" and message.metadata.dst_node_id == first
+        trainings.extend([1] * trains)
+        # In the second round, for of the first nobody knows how long it takes.
+        if trains and len(trainings) == 2:
+            if lost == "reply":
+                nodes(message)
+            return None
+        return nodes(message)
+
+    played(run, nodes, answer)
+    assert len(trainings) == 3
+    assert "round 2: train: client 0 is silent, and is asked again" in capsys.readouterr().out
+    config = load_run_config(run)
+    ledger = ledger_of(NodeConfig(data_path=str(hospital), output_path=own[0]["output-path"]))
+    assert ledger.spent() == (epsilon_of([spending_of(config, rounds=1)] * 2, 1e-5), 50)
 
 
 def test_no_noise_is_said_to_be_no_privacy(tmp_path: Path) -> None:
