@@ -1,5 +1,6 @@
 """The distance of each remedy of a comparison over what it sends."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -15,6 +16,8 @@ from task.reporting.tables import Cell
 
 # With six colors, 42 points that can be told apart, by their shapes alone as well.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Inches of a line of the legend, and the characters of a name that has another beside it.
+LEGEND_LINE, LONGEST_OF_TWO = 0.19, 60
 # The width of a point, of the largest value.
 POINT = 0.02
 
@@ -54,7 +57,10 @@ def draw_remedies(
 def _save_points(
     points: Sequence[tuple[str, Cell, Cell]], levels: Iterable[tuple[str, Cell]], file: Path
 ) -> None:
-    figure = Figure(figsize=(8.4, 4.2), dpi=DPI, layout="constrained")
+    names = [label for label, *_ in points]
+    columns = 2 if max(map(len, names)) <= LONGEST_OF_TWO else 1
+    lines = math.ceil((len(names) + 2) / columns)
+    figure = Figure(figsize=(8.4, 4.2 + LEGEND_LINE * lines), dpi=DPI, layout="constrained")
     panel = figure.subplots()
     places = side_by_side([sent.mean for _, sent, _ in points])
     for (label, _, distance), place, color, marker in zip(
@@ -74,7 +80,7 @@ def _save_points(
     panel.set_xlim(left=0)
     panel.set_xlabel(f"{SENT.title}, all rounds")
     panel.set_ylabel(DISTANCE.title)
-    panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.legend(fontsize=8, loc="outside lower left", ncols=columns)
     save_figure(figure, file)
 
 
