@@ -142,7 +142,7 @@ def test_faulty_hospitals_are_left_out_and_named(
     # Who has let a round's time pass is not waited for a second time in it.
     assert (4, sick, "evaluate") not in missed
     printed = deployment.run_log() + deployment.log("superlink")
-    assert f"client {broken} is left out" in printed
+    assert f"client {broken} (broken) is left out" in printed
     assert "was refused: FileNotFoundError (code 102)" in printed
     # The guard looks before any of the app is loaded, which it would not be without an approval.
     assert "was refused: NotApprovedError (code 108)" in printed
