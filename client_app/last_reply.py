@@ -52,6 +52,8 @@ def one_training_at_a_time(message: Message, context: Context) -> Iterator[None]
         return
     try:
         folder = _reply_folder(node, config)
+        # What one hospital alone has trained tells of its images: for the node's own user.
+        folder.mkdir(mode=0o700, exist_ok=True)
         lock = folder / f".training-{_client_of(message)}.lock"
         held = hold(lock, "output-path", patience=message.metadata.ttl)
     except ValueError as error:
@@ -68,10 +70,7 @@ def one_training_at_a_time(message: Message, context: Context) -> Iterator[None]
 
 
 def _reply_folder(node: NodeConfig, config: Config) -> Path:
-    folder = output_folder(str(node.output_path)) / config.run_name
-    # What one hospital alone has trained tells of its images: for the node's own user.
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
+    return output_folder(str(node.output_path)) / config.run_name
 
 
 def _client_of(message: Message) -> int:
@@ -102,8 +101,8 @@ class LastReply:
         self._file = None
         if node is None or not keeps_replies(config, node):
             return
-        folder = output_folder(str(node.output_path)) / config.run_name
-        self._file = folder / f"last-reply-{_client_of(message)}.safetensors"
+        name = f"last-reply-{_client_of(message)}.safetensors"
+        self._file = _reply_folder(node, config) / name
         words = {name: str(value) for name, value in context.run_config.items() if name != "resume"}
         self._question = hashlib.sha256(
             json.dumps(

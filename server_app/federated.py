@@ -93,6 +93,7 @@ class FederatedTraining(RoundLoop):
         self.simulated = is_simulation(grid)
         # Clients of a simulation would send the same again.
         self.attempts = 1 if self.simulated else federation.round_attempts
+        self._hospitals = None if self.simulated else HospitalsFile.of_environment()
         self._nodes = Nodes(
             grid,
             simulated=self.simulated,
@@ -102,7 +103,7 @@ class FederatedTraining(RoundLoop):
             counted=self.config.tells_of_clients,
             secure=federation.secure_aggregation,
             known=client_numbers(directory.path),
-            hospitals=None if self.simulated else HospitalsFile.of_environment(),
+            hospitals=self._hospitals,
         )
         self._exchange = ClientExchange(grid, self._nodes, federation)
         self._layout = WeightLayout.of(self.model, self.model.local | self.model.frozen)
@@ -161,8 +162,7 @@ class FederatedTraining(RoundLoop):
 
     def say_what_nodes_need(self) -> None:
         """Say what is not as a deployment needs it, before anybody has trained for hours."""
-        hospitals = HospitalsFile.of_environment()
-        if hospitals is None or not hospitals.exists():
+        if self._hospitals is None or not self._hospitals.exists():
             log(
                 f"{HOSPITALS_VARIABLE} names no file of the SuperLink's: hospitals have no names, "
                 "and their numbers are of node ids, which change where its database is lost"
